@@ -1,0 +1,45 @@
+"""The command line. Each command parses, calls one function, prints, and exits; heavy imports happen inside."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tinysd_batch import __version__
+from tinysd_batch.cli.status import status
+from tinysd_batch.cli.submit import submit
+from tinysd_batch.cli.txt2img import txt2img
+from tinysd_batch.errors import TinySDError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(submit)
+app.command()(txt2img)
+app.command()(status)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tinysd-batch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Say which version this is.")] = False,
+) -> None:
+    """Turn a table of prompts into pictures with a 2-bit Stable Diffusion, on whatever cheap cards are at hand."""
+
+
+def main() -> None:
+    """Run a command; an error of ours is one line on stderr and its own exit code."""
+    try:
+        app()
+    except TinySDError as error:
+        typer.echo(f"tinysd-batch: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("tinysd-batch: stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

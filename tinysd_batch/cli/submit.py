@@ -1,0 +1,142 @@
+"""`tinysd-batch submit`: run a job, or go on with it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinysd_batch.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tinysd_batch.job.driver import PoolFactory, Summary
+    from tinysd_batch.job.folder import Job
+
+MANY_IMAGES = 100
+SMALL_MODEL_BYTES = 50_000_000
+
+
+def submit(
+    manifest: Annotated[Path, typer.Argument(help="A .csv or .parquet table with a prompt column, or a job.toml that names one.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", "--outdir", help="The job folder; outputs/<manifest name> if not given.", show_default=False)] = None,
+    model: options.Model = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="How many workers; one per GPU, or a few on the CPU, if not given.", show_default=False)] = None,
+    inline: Annotated[bool, typer.Option("--inline", help="One worker in this process, without Ray.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the job's first N images; the same command without it goes on.", show_default=False)] = None,
+    preset: options.Preset = None,
+    seed: options.Seed = None,
+    negative_prompt: options.NegativePrompt = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    scale: options.Scale = None,
+    sampler: options.Sampler = None,
+    eta: options.Eta = None,
+    n_iter: options.NIter = None,
+    n_samples: options.NSamples = None,
+    precision: options.Precision = None,
+    device: options.Device = None,
+    vram_budget: options.VramBudget = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Draw every prompt of a table. The same command again goes on where it was stopped."""
+    flags: dict[str, Any] = {
+        "model": model, "workers": workers, "inline": inline or None, "seed": seed, "negative_prompt": negative_prompt,
+        "height": height, "width": width, "steps": steps, "scale": scale, "sampler": sampler, "eta": eta,
+        "n_iter": n_iter, "n_samples": n_samples, "precision": precision, "device": device, "vram_budget": vram_budget,
+    }  # fmt: skip
+    from rich.console import Console
+
+    job, named_model = prepare(manifest, output, preset or [], flags)
+    console = Console(highlight=False)
+    raise typer.Exit(run(job, named_model, limit, verbose, console))
+
+
+def prepare(manifest: Path, output: Path | None, presets: list[Path], flags: dict[str, Any]) -> tuple["Job", bool]:
+    """The job, and whether its model was named: preset < job.toml < flag."""
+    from tinysd_batch.config import read_job_file, read_preset, resolve
+    from tinysd_batch.job.folder import default_folder, open_job
+
+    from_job: dict[str, Any] = {}
+    folder = None
+    if manifest.suffix == ".toml":
+        job_file = manifest
+        from_job, manifest, folder = read_job_file(job_file)
+        folder = folder or Path("outputs") / (job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem)
+    layers = [*(read_preset(path) for path in presets), from_job, flags]
+    settings = resolve(*layers)
+    named = any(layer.get("model") is not None for layer in layers)
+    return open_job(manifest, output or folder or default_folder(manifest), settings), named
+
+
+def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console: "Console") -> int:
+    """Run the job and return the exit code."""
+    from tinysd_batch.cli.signals import stop_on_signals
+    from tinysd_batch.job.driver import run_job
+    from tinysd_batch.report.contact_sheet import write_contact_sheet
+    from tinysd_batch.report.progress import RunProgress
+
+    say_first_lines(job, console)
+    with stop_on_signals() as stop, RunProgress(console, verbose) as progress:
+        if not named_model:
+            progress.on_start = lambda images: warn_of_embedded_model(images, progress.say)
+        summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit)
+        sheet = write_contact_sheet(job.folder)
+    say_last_lines(job, summary, sheet, console)
+    if summary.stopped:
+        return stop.exit_code if stop else 1
+    return 3 if summary.failed or summary.invalid_rows else 0
+
+
+def pool_for(job: "Job") -> "PoolFactory":
+    """How to open the workers: one in this process, or Ray's."""
+    from tinysd_batch.job.pool import InlinePool, RayPool, cpu_worker_count
+    from tinysd_batch.job.worker import WorkerSetup
+
+    settings = job.settings
+
+    def open_pool(images: int) -> InlinePool | RayPool:
+        count = settings.workers or cpu_worker_count(images, job.model.unet_weights < SMALL_MODEL_BYTES)
+        setup = WorkerSetup(
+            job_folder=job.folder.resolve(), model_path=job.model.path.resolve(), model_name=job.model.name,
+            model_digest=job.model.digest, device=settings.device, precision=settings.precision,
+            vram_budget=settings.vram_budget, cpu_share=1 if settings.inline else count,
+        )  # fmt: skip
+        return InlinePool(setup) if settings.inline else RayPool(setup, settings.workers, count)
+
+    return open_pool
+
+
+def say_first_lines(job: "Job", console: "Console") -> None:
+    settings = job.settings
+    console.print(
+        f"Model: {job.model.name}, {job.model.native_px}x{job.model.native_px} pixels by nature; drawing "
+        f"{settings.width}x{settings.height}, {settings.steps} steps of {settings.sampler}, scale {settings.scale:g}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(f"Job: {job.folder}, seed {job.seed}", markup=False, soft_wrap=True)
+
+
+def warn_of_embedded_model(images: int, say: Any) -> None:
+    if images > MANY_IMAGES:
+        say(
+            f"{images:,} images will be drawn by the small model that ships with tinysd-batch, which knows some 290 "
+            f"things at 64 pixels; name your own with --model, or this one with --model embedded"
+        )
+
+
+def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: "Console") -> None:
+    from tinysd_batch.records import Status
+    from tinysd_batch.report.text import count, duration
+
+    made = summary.counts[Status.OK]
+    console.print(f"{count(made, 'image')} made in {duration(summary.seconds)}, {summary.failed:,} failed", markup=False)
+    if summary.invalid_rows:
+        console.print(f"{count(summary.invalid_rows, 'manifest row')} could not be made", markup=False)
+    console.print(f"Pictures: {job.folder / 'images'}", markup=False, soft_wrap=True)
+    if sheet:
+        console.print(f"Contact sheet: {sheet}", markup=False, soft_wrap=True)
+    console.print(f"Table: {job.folder / 'results.parquet'}", markup=False, soft_wrap=True)
+    if summary.stopped:
+        console.print(f"Stopped with {count(summary.left, 'image')} left. The same command goes on.", markup=False)

@@ -1,0 +1,111 @@
+"""A job's settings: what may be set, in which bounds, and where each value comes from (preset < job.toml < flag)."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tinysd_batch.errors import UsageError
+
+SAMPLERS = ("plms", "ddim", "euler")
+Sampler = Literal["plms", "ddim", "euler"]
+
+MAX_STEPS = 1000  # SD v1 knows 1000 noise levels
+MAX_SIDE_PX = 2048
+MAX_SEED = 2**63 - 1
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_IMAGES_PER_ROW = 100_000
+EMBEDDED = "embedded"
+
+
+class Settings(BaseModel):
+    """Everything a job can be told besides its rows. None means: the model's own default."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    # What decides the pixels of a row that does not say otherwise.
+    model: str = EMBEDDED
+    negative_prompt: str = ""
+    height: int | None = Field(None, ge=8, le=MAX_SIDE_PX)
+    width: int | None = Field(None, ge=8, le=MAX_SIDE_PX)
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    scale: float | None = Field(None, ge=0, le=100)
+    sampler: Sampler = "plms"
+    eta: float = Field(0.0, ge=0, le=1)
+    n_iter: int = Field(1, ge=1, le=MAX_IMAGES_PER_ROW)
+    n_samples: int = Field(1, ge=1, le=1024)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    precision: Literal["auto", "full", "autocast"] = "auto"
+
+    # How the work is done.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    vram_budget: str | None = None
+    workers: int | None = Field(None, ge=1, le=1024)
+    inline: bool = False
+
+
+class JobFile(Settings):
+    """A `job.toml`: settings, the manifest they are for, and presets they start from."""
+
+    manifest: str
+    output: str | None = None
+    preset: list[str] = Field(default_factory=list)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
+
+
+def validate(kind: type[Settings], values: dict[str, Any], where: str) -> Any:
+    """Build `kind` from `values`, or raise UsageError naming `where`, the setting and the rule it breaks."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc'])} = {excerpt(fault['input'])}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise UsageError(f"{where}: {faults}") from None
+
+
+def excerpt(value: object, length: int = 60) -> str:
+    """A value as an error message may show it: on one line, no control characters, not too long."""
+    text = value if isinstance(value, str) else str(value)
+    shown = text[:length] + ("…" if len(text) > length else "")
+    return repr(shown)
+
+
+def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
+    """The settings a `job.toml` gives (presets under it), its manifest, and its output folder if it names one.
+
+    Paths in the file are relative to it.
+    """
+    values = read_toml(path)
+    job = validate(JobFile, values, str(path))
+    merged: dict[str, Any] = {}
+    for preset in job.preset:
+        merged |= read_preset(path.parent / preset)
+    merged |= {key: value for key, value in values.items() if key not in ("manifest", "output", "preset")}
+    output = path.parent / job.output if job.output else None
+    return merged, path.parent / job.manifest, output
+
+
+def read_preset(path: Path) -> dict[str, Any]:
+    values = read_toml(path)
+    validate(Settings, values, str(path))
+    return values
+
+
+def resolve(*layers: dict[str, Any]) -> Settings:
+    """Settings from layers, later ones winning; a value of None in a layer says nothing."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= {key: value for key, value in layer.items() if value is not None}
+    settings: Settings = validate(Settings, merged, "settings")
+    return settings

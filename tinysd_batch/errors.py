@@ -1,0 +1,50 @@
+"""Every error a user can cause or meet, each with the exit code it ends in.
+
+A message says what is wrong, where (file, row, column, tensor), and what to do.
+"""
+
+
+class TinySDError(Exception):
+    """Anything expected to go wrong; the command line prints its message and exits with its code."""
+
+    exit_code = 1
+
+
+class UsageError(TinySDError):
+    """A setting, option or file that cannot be used as given."""
+
+    exit_code = 2
+
+
+class ManifestError(UsageError):
+    """The manifest as a whole cannot be read."""
+
+
+class ModelError(UsageError):
+    """A model folder or checkpoint that cannot be used."""
+
+
+class JobMismatchError(UsageError):
+    """The job folder holds another job, or the same one with other settings."""
+
+
+class JobLockedError(TinySDError):
+    """Another driver is working in the job folder."""
+
+    exit_code = 4
+
+
+class StorageError(TinySDError):
+    """The disk is full or cannot be written."""
+
+    exit_code = 5
+
+
+class NoWorkerError(TinySDError):
+    """No worker could be started, or none is left."""
+
+    exit_code = 6
+
+
+class NotFiniteError(TinySDError):
+    """An image came out as NaN, infinite or one flat colour."""

@@ -1,0 +1,280 @@
+"""Run a job: hand chunks of micro-batches to workers, and write down what becomes of every image."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Protocol
+
+from tinysd_batch.job.folder import Job, save_job
+from tinysd_batch.job.manifest import read_extra_fields, read_rows
+from tinysd_batch.job.plan import cut_batches, plan_images, split_to_singles
+from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
+from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Status
+from tinysd_batch.storage import lock, sweep_temporaries
+
+CHUNK_TARGET_S = 15.0
+MAX_DEATHS = 3  # a worker lost with the same image three times: the image is quarantined
+GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
+POLL_S = 0.5
+
+
+class Progress(Protocol):
+    """Who is told how the run goes."""
+
+    def started(self, total: int, finished: int, invalid: int) -> None: ...
+    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
+    def durable(self) -> None:
+        """All images told of so far will survive anything."""
+        ...
+
+
+@dataclass(slots=True)
+class Summary:
+    """How a run ended."""
+
+    total: int  # images in the job, or up to --limit
+    finished_before: int
+    invalid_rows: int
+    counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))  # of this run
+    failed_before: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+
+    @property
+    def left(self) -> int:
+        return self.total - self.finished_before - sum(self.counts.values())
+
+    @property
+    def failed(self) -> int:
+        return self.failed_before + self.counts[Status.FAILED] + self.counts[Status.QUARANTINED]
+
+
+@dataclass(slots=True)
+class Survey:
+    """What a first pass over the manifest found."""
+
+    images: int
+    invalid: list[InvalidRow]
+
+
+def survey(job: Job) -> Survey:
+    """Read the whole manifest once, so that its faults show before anything heavy starts."""
+    images, invalid = 0, []
+    for row in read_rows(job.manifest, job.defaults()):
+        if isinstance(row, InvalidRow):
+            invalid.append(row)
+        else:
+            images += row.n_iter * row.n_samples
+    return Survey(images, invalid)
+
+
+PoolFactory = Callable[[int], AbstractContextManager[Pool]]
+
+
+def run_job(
+    job: Job, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool], limit: int | None = None
+) -> Summary:
+    """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make."""
+    started = time.monotonic()
+    surveyed = survey(job)
+    total = min(surveyed.images, limit) if limit else surveyed.images
+    with lock(job.state / "lock"):
+        save_job(job, surveyed.images, len(surveyed.invalid))
+        sweep_temporaries(job.folder)
+        schema = results_schema(read_extra_fields(job.manifest))
+        writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
+        done = read_finished(job)
+        finished = {index for index in done.images if index <= total}
+        summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
+        write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
+        progress.started(total, len(finished), len(surveyed.invalid))
+        try:
+            if summary.left:
+                batches = takewhile(lambda batch: batch.images[0].index <= total, todo(job, finished))
+                with open_pool(summary.left) as pool:
+                    Dispatch(job, pool, writer, progress, summary, within(batches, total)).run(should_stop)
+        finally:
+            writer.seal()
+            progress.durable()
+    summary.stopped = bool(summary.left)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def todo(job: Job, finished: set[int]) -> Iterator[MicroBatch]:
+    planned = plan_images(
+        read_rows(job.manifest, job.defaults()),
+        job_seed=job.seed,
+        model_digest=job.model.digest,
+        precision=job.settings.precision,
+    )
+    return cut_batches(planned, finished)
+
+
+def within(batches: Iterable[MicroBatch], last_index: int) -> Iterator[MicroBatch]:
+    """The batches without images past `last_index`, which still ride along."""
+    for batch in batches:
+        wanted = frozenset(index for index in batch.wanted if index <= last_index)
+        if wanted:
+            yield MicroBatch(batch.images, wanted)
+
+
+@dataclass(slots=True)
+class Finished:
+    """What the results say of earlier runs."""
+
+    images: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    invalid_rows: set[int] = field(default_factory=set)
+
+
+def read_finished(job: Job) -> Finished:
+    finished = Finished()
+    for row in ResultsPaths(job.folder).read_rows(["index", "row", "status"]):
+        if row["index"] is None:
+            finished.invalid_rows.add(row["row"])
+        else:
+            finished.images.add(row["index"])
+            if row["status"] != Status.OK:
+                finished.failed.add(row["index"])
+    return finished
+
+
+def write_invalid_rows(job: Job, invalid: list[InvalidRow], written: set[int], writer: ResultsWriter) -> None:
+    for row in invalid:
+        if row.number not in written:
+            writer.append(invalid_row(row, job.run_columns()))
+            writer.flush_if_due()
+
+
+class Dispatch:
+    """The loop between the pool and the results: one chunk in flight per worker, cut to the worker's speed."""
+
+    def __init__(
+        self, job: Job, pool: Pool, writer: ResultsWriter, progress: Progress, summary: Summary,
+        batches: Iterator[MicroBatch],
+    ) -> None:  # fmt: skip
+        self.job = job
+        self.pool = pool
+        self.writer = writer
+        self.progress = progress
+        self.summary = summary
+        self.batches = batches
+        self.retries: deque[MicroBatch] = deque()
+        self.in_flight: dict[str, deque[MicroBatch]] = {}
+        self.deaths: dict[int, int] = {}  # index -> workers lost while making it
+        self.speeds: dict[str, Speed] = {}
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        while self.summary.left and not should_stop():
+            for worker in self.pool.idle():
+                self.submit(worker)
+            self.handle(self.pool.events(POLL_S))
+        if self.summary.left:
+            self.drain(set(self.in_flight))
+
+    def drain(self, busy: set[str]) -> None:
+        """Wait until each busy worker has delivered the micro-batch it is at, then leave the rest."""
+        deadline = time.monotonic() + GRACE_S
+        while busy and time.monotonic() < deadline:
+            events = self.pool.events(POLL_S)
+            self.handle(events)
+            busy -= {event.worker for event in events}
+
+    def submit(self, worker: str) -> None:
+        chunk = self.cut_chunk(worker)
+        if chunk:
+            self.in_flight[worker] = deque(chunk)
+            self.speeds.setdefault(worker, Speed()).started()
+            self.pool.submit(worker, chunk)
+
+    def cut_chunk(self, worker: str) -> list[MicroBatch]:
+        """Micro-batches for some 15 seconds of this worker's time, fewer when the end is near."""
+        fair = max(1, self.summary.left // (2 * self.pool.size))
+        images = min(self.speeds.get(worker, Speed()).images_in(CHUNK_TARGET_S), fair)
+        chunk: list[MicroBatch] = []
+        while sum(len(batch.images) for batch in chunk) < images:
+            batch = self.retries.popleft() if self.retries else next(self.batches, None)
+            if batch is None:
+                break
+            chunk.append(batch)
+            if len(batch.images) == 1 and self.deaths.get(batch.images[0].index):
+                break  # a suspect travels alone
+        return chunk
+
+    def handle(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case BatchDone(worker, results):
+                    self.finish_batch(worker, results)
+                case ChunkDone(worker):
+                    self.in_flight.pop(worker, None)
+                case WorkerReady():
+                    self.progress.worker(event)
+                case WorkerLost(worker, reason):
+                    self.progress.worker(event)
+                    self.recover(worker, reason)
+        if self.writer.flush_if_due():
+            self.progress.durable()
+
+    def finish_batch(self, worker: str, results: list[ImageResult]) -> None:
+        batch = self.in_flight[worker].popleft()
+        self.speeds[worker].finished(len(batch.images))
+        requests = {image.index: image for image in batch.images}
+        for result in results:
+            result.attempts += self.deaths.get(result.index, 0)
+            self.record(requests[result.index], result)
+
+    def record(self, request: ImageRequest, result: ImageResult) -> None:
+        self.writer.append(image_row(request, result, self.job.run_columns()))
+        self.summary.counts[result.status] += 1
+        self.progress.image(request, result)
+
+    def recover(self, worker: str, reason: str) -> None:
+        """Bring a lost worker's micro-batches back. The one it was at is tried again image by image."""
+        left = self.in_flight.pop(worker, deque())
+        if not left:
+            return
+        suspects = split_to_singles([left.popleft()])
+        self.retries.extendleft(reversed(left))
+        for suspect in reversed(suspects):
+            request = suspect.images[0]
+            deaths = self.deaths[request.index] = self.deaths.get(request.index, 0) + 1
+            if deaths < MAX_DEATHS:
+                self.retries.appendleft(suspect)
+            else:
+                self.record(request, quarantined(request, deaths, reason))
+
+
+def quarantined(request: ImageRequest, deaths: int, reason: str) -> ImageResult:
+    now = time.time()
+    return ImageResult(
+        request.index, Status.QUARANTINED, error_class="worker_died", attempts=deaths, started_at=now, finished_at=now,
+        error_message=f"{deaths} workers died while making this image; the last one: {reason}",
+    )  # fmt: skip
+
+
+class Speed:
+    """A worker's seconds per image, measured, newer ones counting more."""
+
+    def __init__(self) -> None:
+        self.seconds_per_image: float | None = None
+        self.since = time.monotonic()
+
+    def started(self) -> None:
+        self.since = time.monotonic()
+
+    def finished(self, images: int) -> None:
+        now = time.monotonic()
+        latest = (now - self.since) / images
+        self.since = now
+        self.seconds_per_image = latest if self.seconds_per_image is None else 0.7 * self.seconds_per_image + 0.3 * latest
+
+    def images_in(self, seconds: float) -> int:
+        """How many images the worker makes in so much time; one while its speed is unknown."""
+        return 1 if self.seconds_per_image is None else max(1, int(seconds / max(self.seconds_per_image, 1e-3)))

@@ -1,0 +1,160 @@
+"""The job folder: `job.json` says what the job is, so that the same command goes on and another one is refused."""
+
+import json
+import os
+import platform
+import secrets
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tinysd_batch
+from tinysd_batch.config import Settings
+from tinysd_batch.errors import JobMismatchError, UsageError
+from tinysd_batch.job.manifest import Defaults, fingerprint
+from tinysd_batch.model.info import ModelInfo, read_model_info
+from tinysd_batch.storage import storage_errors, write_atomically
+
+JOB_FILE = "job.json"
+STATE_FOLDER = "_tinysd"
+# What decides pixels and must not change within a job. `model` is compared by digest, `seed` on its own.
+DECIDING = (
+    "negative_prompt", "height", "width", "steps", "scale", "sampler", "eta", "n_iter", "n_samples", "precision",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything a run needs besides its workers."""
+
+    folder: Path
+    manifest: Path
+    settings: Settings  # resolved: no None among height, width, steps and scale
+    model: ModelInfo
+    seed: int
+    run_id: str
+
+    @property
+    def state(self) -> Path:
+        return self.folder / STATE_FOLDER
+
+    def defaults(self) -> Defaults:
+        """What a row that says nothing gets."""
+        chosen = self.settings.model_dump(
+            include={"negative_prompt", "height", "width", "steps", "scale", "sampler", "eta", "n_iter", "n_samples"}
+        )
+        return Defaults(step_px=self.model.step_px, **chosen)
+
+    def run_columns(self) -> dict[str, Any]:
+        """The results columns that are the same for all rows of a run."""
+        return {
+            "model": self.model.name,
+            "model_digest": self.model.digest,
+            "run_id": self.run_id,
+            "version": tinysd_batch.__version__,
+        }
+
+
+def default_folder(manifest: Path) -> Path:
+    return Path("outputs") / manifest.stem
+
+
+def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
+    """The settings with the model's own size, steps and scale where none were given; raise UsageError for a bad size."""
+    own = {"height": model.native_px, "width": model.native_px, "steps": model.steps, "scale": model.scale}
+    filled = settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
+    for side in ("height", "width"):
+        value = getattr(filled, side)
+        if value % model.step_px:
+            raise UsageError(f"{side} = {value}: must be a multiple of {model.step_px} with the model {model.name}")
+    return filled
+
+
+def open_job(manifest: Path, folder: Path, settings: Settings) -> Job:
+    """The job in `folder`, new or to be resumed.
+
+    Raises JobMismatchError when the folder holds another manifest's job, or one whose pixels other settings decided.
+    Writes nothing: `save_job` does, once the manifest has been read through.
+    """
+    check_folder(folder)
+    model = read_model_info(settings.model)
+    filled = fill_in_model_defaults(settings, model)
+    saved = read_job_json(folder) if (folder / JOB_FILE).exists() else None
+    if saved is None:
+        seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
+    else:
+        check_same_job(saved, manifest, folder, filled, model)
+        seed = int(saved["seed"])
+    return Job(folder, manifest, filled, model, seed, run_id=uuid.uuid4().hex[:12])
+
+
+def check_folder(folder: Path) -> None:
+    for path in (folder, folder / "images", folder / STATE_FOLDER):
+        if path.is_symlink() and path != folder:
+            raise UsageError(f"{path}: is a symbolic link; pictures are not written through links")
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file; name a folder for the job with -o")
+    if folder.exists() and not (folder / JOB_FILE).exists() and (folder / "results.parquet").exists():
+        raise JobMismatchError(f"{folder}: holds results but no {JOB_FILE}; choose another folder with -o")
+
+
+def read_job_json(folder: Path) -> dict[str, Any]:
+    """Raises UsageError when the folder is no job."""
+    path = folder / JOB_FILE
+    if not path.exists():
+        raise UsageError(f"{folder}: not a job folder, it has no {JOB_FILE}; name the folder that submit printed")
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved["settings"], saved["seed"], saved["manifest"]["fingerprint"], saved["model"]["digest"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    return saved
+
+
+def check_same_job(saved: dict[str, Any], manifest: Path, folder: Path, settings: Settings, model: ModelInfo) -> None:
+    if saved["manifest"]["fingerprint"] != fingerprint(manifest):
+        raise JobMismatchError(
+            f"{folder}: this job belongs to the manifest {saved['manifest']['path']} as it was then, and {manifest} "
+            f"differs from it; give the changed manifest a folder of its own with -o"
+        )
+    differences = [
+        f"{name}: {saved['settings'].get(name)} in the job, {getattr(settings, name)} now"
+        for name in DECIDING
+        if saved["settings"].get(name) != getattr(settings, name)
+    ]
+    if saved["model"]["digest"] != model.digest:
+        differences.append(f"model: {saved['model']['name']} in the job, {model.name} now (the weights differ)")
+    if settings.seed is not None and settings.seed != saved["seed"]:
+        differences.append(f"seed: {saved['seed']} in the job, {settings.seed} now")
+    if differences:
+        raise JobMismatchError(
+            f"{folder}: the job was started with other settings: {'; '.join(differences)}. "
+            f"Use the same settings to go on, or another folder with -o"
+        )
+
+
+def save_job(job: Job, images: int, invalid_rows: int) -> None:
+    """Write `job.json`, keeping the time of the first run."""
+    path = job.folder / JOB_FILE
+    with storage_errors(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+    created = read_job_json(job.folder)["created_at"] if path.exists() else datetime.now(UTC).isoformat()
+    content = {
+        "version": tinysd_batch.__version__,
+        "created_at": created,
+        "last_run": {
+            "run_id": job.run_id,
+            "started_at": datetime.now(UTC).isoformat(),
+            "host": platform.node(),
+            "pid": os.getpid(),
+        },
+        "seed": job.seed,
+        "images": images,
+        "invalid_rows": invalid_rows,
+        "model": {"name": job.model.name, "digest": job.model.digest, "path": str(job.model.path)},
+        "manifest": {"path": str(job.manifest.resolve()), "fingerprint": fingerprint(job.manifest)},
+        "settings": job.settings.model_dump(exclude={"seed"}),
+    }
+    write_atomically((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), path)

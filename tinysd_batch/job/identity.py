@@ -1,0 +1,45 @@
+"""What makes an image the one it is, as 32 hex digits: equal ids mean equal pixels, up to float rounding."""
+
+import hashlib
+import json
+import unicodedata
+
+from tinysd_batch.records import SamplingParams
+
+IDENTITY_VERSION = 1
+
+
+def image_id(
+    *,
+    model_digest: str,
+    prompt: str,
+    negative_prompt: str,
+    seed: int,
+    scale: float,
+    params: SamplingParams,
+    precision: str,
+    prompt_syntax: str = "seed",
+    rng: str = "cpu",
+) -> str:
+    """128 bits of BLAKE2b over canonical JSON of everything that decides the pixels.
+
+    Not in it: device, batch size, worker, file format, index, since none of them may change the picture.
+    """
+    decides = {
+        "version": IDENTITY_VERSION,
+        "model": model_digest,
+        "prompt": unicodedata.normalize("NFC", prompt),
+        "negative_prompt": unicodedata.normalize("NFC", negative_prompt),
+        "prompt_syntax": prompt_syntax,
+        "seed": seed,
+        "width": params.width,
+        "height": params.height,
+        "steps": params.steps,
+        "sampler": params.sampler,
+        "scale": float(scale),
+        "eta": float(params.eta),
+        "precision": precision,
+        "rng": rng,
+    }
+    text = json.dumps(decides, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()

@@ -1,0 +1,220 @@
+"""The results table and the journal it grows from. The driver is their only writer.
+
+While a job runs, finished rows go to small Parquet parts under `_tinysd/journal/`, about one a second, each written
+whole or not at all. At the end they are sealed into `results.parquet`, or for big jobs into `results/part-*.parquet`.
+A sealed file names the journal parts it holds, so a crash between sealing and deleting loses and doubles nothing.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tinysd_batch.errors import StorageError
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
+from tinysd_batch.storage import write_atomically
+
+SCHEMA_VERSION = "1"
+ONE_FILE_ROWS = 100_000  # jobs up to this many rows end as one results.parquet
+SEAL_ROWS = 131_072
+FLUSH_EVERY_S = 1.0
+FLUSH_ROWS = 4096
+COVERS = b"tinysd_covers"
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+FIELDS = [
+    pa.field("index", pa.int64()),
+    pa.field("row", pa.int64()),
+    pa.field("sample", pa.int32()),
+    pa.field("id", pa.string()),
+    pa.field("prompt", pa.string()),
+    pa.field("negative_prompt", pa.string()),
+    pa.field("seed", pa.int64()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("steps", pa.int32()),
+    pa.field("sampler", pa.string()),
+    pa.field("scale", pa.float64()),
+    pa.field("eta", pa.float64()),
+    pa.field("image_id", pa.string()),
+    pa.field("status", pa.string()),
+    pa.field("file_name", pa.string()),
+    pa.field("sha256", pa.string()),
+    pa.field("bytes", pa.int64()),
+    pa.field("error_class", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("attempts", pa.int32()),
+    pa.field("degraded", pa.list_(pa.string())),
+    pa.field("n_tokens", pa.int32()),
+    pa.field("truncated", pa.string()),
+    pa.field("model", pa.string()),
+    pa.field("model_digest", pa.string()),
+    pa.field("precision", pa.string()),
+    pa.field("device_name", pa.string()),
+    pa.field("worker", pa.string()),
+    pa.field("node", pa.string()),
+    pa.field("text_s", pa.float64()),
+    pa.field("denoise_s", pa.float64()),
+    pa.field("decode_s", pa.float64()),
+    pa.field("peak_memory_bytes", pa.int64()),
+    pa.field("started_at", TIMESTAMP),
+    pa.field("finished_at", TIMESTAMP),
+    pa.field("run_id", pa.string()),
+    pa.field("version", pa.string()),
+]
+OUR_NAMES = {field.name for field in FIELDS}
+
+
+def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
+    """Our columns, then the manifest's own; one of those that bears a name of ours becomes `manifest_<name>`."""
+    return pa.schema([*FIELDS, *(field.with_name(extra_name(field.name)) for field in extra)])
+
+
+def extra_name(name: str) -> str:
+    return f"manifest_{name}" if name in OUR_NAMES else name
+
+
+def as_time(seconds: float | None) -> datetime | None:
+    return datetime.fromtimestamp(seconds, UTC) if seconds is not None else None
+
+
+def image_row(request: ImageRequest, result: ImageResult, run: dict[str, Any]) -> dict[str, Any]:
+    """One image as a row of the table; `run` gives model, model_digest, run_id and version."""
+    row = {
+        **{name: getattr(request, name) for name in ("row", "sample", "id", "prompt", "negative_prompt", "seed")},
+        **{name: getattr(request.params, name) for name in ("width", "height", "steps", "sampler", "eta")},
+        **asdict(result),
+        **run,
+        "scale": request.scale,
+        "image_id": request.image_id,
+        "status": str(result.status),
+        "started_at": as_time(result.started_at),
+        "finished_at": as_time(result.finished_at),
+    }
+    return row | {extra_name(name): value for name, value in request.extra.items()}
+
+
+def invalid_row(row: InvalidRow, run: dict[str, Any]) -> dict[str, Any]:
+    """A manifest row that gave no image, as a row of the table without an index."""
+    now = datetime.now(UTC)
+    ours = {
+        "row": row.number, "id": row.id, "prompt": row.prompt, "status": str(Status.INVALID), "attempts": 0,
+        "error_class": "invalid_row", "error_message": row.reason[:2000], "started_at": now, "finished_at": now,
+    }  # fmt: skip
+    return {**ours, **run, **{extra_name(name): value for name, value in row.extra.items()}}
+
+
+def order_key(row: dict[str, Any]) -> tuple[int, int]:
+    return row["row"], row["index"] or 0
+
+
+class ResultsWriter:
+    """Collects rows, makes them durable about once a second, and seals them at the end."""
+
+    def __init__(self, job_folder: Path, schema: pa.Schema, total_rows: int) -> None:
+        self.paths = ResultsPaths(job_folder)
+        self.schema = schema
+        self.big = total_rows > ONE_FILE_ROWS
+        self.buffer: list[dict[str, Any]] = []
+        self.last_flush = time.monotonic()
+        self.paths.drop_covered_journal()
+        # Names that a sealed file covers must not come again: they would be taken for leftovers and deleted.
+        used = {part.stem for part in self.paths.journal_parts()} | self.paths.covered()
+        self.sequence = 1 + max((int(name) for name in used), default=0)
+        self.journal_rows = sum(pq.read_metadata(part).num_rows for part in self.paths.journal_parts())
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.buffer.append(row)
+
+    def flush_if_due(self) -> bool:
+        """Flush when a second has passed or many rows wait; True when rows became durable."""
+        due = time.monotonic() - self.last_flush >= FLUSH_EVERY_S or len(self.buffer) >= FLUSH_ROWS
+        return bool(self.buffer) and due and self.flush()
+
+    def flush(self) -> bool:
+        """Make all rows durable now."""
+        self.last_flush = time.monotonic()
+        if not self.buffer:
+            return False
+        table = pa.Table.from_pylist(self.buffer, self.schema)
+        write_atomically(to_parquet(table), self.paths.journal / f"{self.sequence:08d}.parquet")
+        self.journal_rows += len(self.buffer)
+        self.sequence += 1
+        self.buffer.clear()
+        if self.big and self.journal_rows >= SEAL_ROWS:
+            self.seal()
+        return True
+
+    def seal(self) -> None:
+        """Move the journal into the results: one sorted file, or for big jobs one more part."""
+        self.flush()
+        parts = self.paths.journal_parts()
+        if not parts:
+            return
+        rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+        if not self.big and self.paths.one_file.exists():
+            rows = pq.read_table(self.paths.one_file).to_pylist() + rows
+        table = pa.Table.from_pylist(sorted(newest_of_each(rows), key=order_key), self.schema)
+        covers = json.dumps([part.stem for part in parts]).encode()
+        table = table.replace_schema_metadata({COVERS: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
+        write_atomically(to_parquet(table), self.next_part() if self.big else self.paths.one_file)
+        self.paths.drop_covered_journal()
+        self.journal_rows = 0
+
+    def next_part(self) -> Path:
+        return self.paths.parts_folder / f"part-{len(self.paths.sealed_files()):05d}.parquet"
+
+
+def newest_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per image (and per invalid manifest row): the last one written."""
+    return list({order_key(row): row for row in rows}.values())
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+class ResultsPaths:
+    """Where results and journal of a job lie, and how to read them together."""
+
+    def __init__(self, job_folder: Path) -> None:
+        self.journal = job_folder / "_tinysd" / "journal"
+        self.one_file = job_folder / "results.parquet"
+        self.parts_folder = job_folder / "results"
+
+    def sealed_files(self) -> list[Path]:
+        return ([self.one_file] if self.one_file.exists() else []) + sorted(self.parts_folder.glob("part-*.parquet"))
+
+    def journal_parts(self) -> list[Path]:
+        return sorted(self.journal.glob("*.parquet"))
+
+    def covered(self) -> set[str]:
+        """Names of journal parts that a sealed file already holds."""
+        return {
+            name
+            for file in self.sealed_files()
+            for name in json.loads((pq.read_schema(file).metadata or {}).get(COVERS, b"[]"))
+        }
+
+    def drop_covered_journal(self) -> None:
+        covered = self.covered()
+        for part in self.journal_parts():
+            if part.stem in covered:
+                part.unlink()
+
+    def read_rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """All rows, sealed first, of the columns asked for; an image may come twice, then the later row counts."""
+        covered = self.covered()
+        for file in [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]:
+            try:
+                yield from pq.read_table(file, columns=columns).to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise StorageError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,39 @@
+"""One prompt, drawn in this process into a plain folder, as the origin's script does."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tinysd_batch.job.plan import cut_batches, plan_images
+from tinysd_batch.job.worker import Worker, WorkerSetup
+from tinysd_batch.records import ImageRequest, ImageResult, Row
+
+NUMBERED = re.compile(r"seed_\d+_(\d+)\.")
+
+
+def highest_number(folder: Path) -> int:
+    """The highest number among the folder's pictures, so that a second run adds to it; 0 where there are none."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return max((int(match[1]) for name in names if (match := NUMBERED.match(name))), default=0)
+
+
+def draw_row(row: Row, setup: WorkerSetup, seed: int) -> Iterator[tuple[ImageRequest, ImageResult]]:
+    """Draw one row's images into `setup.job_folder`, numbered on from the highest there."""
+    offset = highest_number(setup.job_folder)
+    planned = [
+        (row, [in_folder(image, offset) for image in images])
+        for row, images in plan_images(
+            [row], job_seed=seed, model_digest=setup.model_digest, precision=setup.precision
+        )
+    ]
+    requests = {image.index: image for _, images in planned for image in images}
+    worker = Worker(setup, "inline")
+    for results in worker.generate(list(cut_batches(planned, ()))):
+        for result in results:
+            yield requests[result.index], result
+
+
+def in_folder(image: ImageRequest, offset: int) -> ImageRequest:
+    index = image.index + offset
+    return replace(image, index=index, file_name=f"seed_{image.seed}_{index:05d}.png")

@@ -1,0 +1,208 @@
+"""One worker: a model on one device that turns micro-batches into files and small records.
+
+The single door from the job to the model. Pixels never leave this process: images are encoded and published here, and
+only their records travel back.
+"""
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tinysd_batch
+from tinysd_batch.errors import StorageError, TinySDError
+from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
+from tinysd_batch.storage import publish, storage_errors
+
+if TYPE_CHECKING:
+    from tinysd_batch.model.pipeline import Generated
+
+MAX_MESSAGE_CHARACTERS = 2000
+# The columns that travel inside the picture, so that a run which adopts it knows them. No host names: people share pictures.
+EMBEDDED_COLUMNS = (
+    "n_tokens", "truncated", "precision", "degraded", "device_name", "text_s", "denoise_s", "decode_s", "peak_memory_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """All a worker is told at birth."""
+
+    job_folder: Path
+    model_path: Path
+    model_name: str
+    model_digest: str
+    device: str  # auto, cpu or cuda
+    precision: str  # auto, full or autocast
+    vram_budget: str | None
+    cpu_share: int = 1  # how many CPU workers divide this machine's cores among them
+
+
+class Worker:
+    """Made once per card; lives as long as its process."""
+
+    def __init__(self, setup: WorkerSetup, name: str) -> None:
+        if setup.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
+        import torch
+
+        from tinysd_batch.model.pipeline import TinySD
+
+        torch.set_num_threads(max(1, usable_cores() // setup.cpu_share))
+        self.setup = setup
+        self.name = name
+        self.model = TinySD.from_pretrained(
+            setup.model_path,
+            device=None if setup.device == "auto" else setup.device,
+            dtype=None if setup.precision == "auto" else setup.precision,
+            vram_budget=setup.vram_budget,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the driver shows and checks: versions, device, process."""
+        return {
+            "version": tinysd_batch.__version__,
+            "device_name": self.model.device_name,
+            "node": platform.node(),
+            "pid": os.getpid(),
+            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        }
+
+    def generate(self, batches: Sequence[MicroBatch]) -> Iterator[list[ImageResult]]:
+        """Make each micro-batch's wanted images, and yield their results when the files are durable."""
+        for batch in batches:
+            yield self.generate_batch(batch)
+
+    def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
+        adopted = [result for image in batch.images if image.index in batch.wanted if (result := self.adopt(image))]
+        missing = batch.wanted - {result.index for result in adopted}
+        return adopted + (self.make(batch.images, missing) if missing else [])
+
+    def adopt(self, request: ImageRequest) -> ImageResult | None:
+        """The result of an image that is on disk already: a run that died after the file and before its row left it."""
+        from tinysd_batch.images import read_metadata
+
+        path = self.setup.job_folder / request.file_name
+        if path.is_symlink() or not path.exists():
+            return None
+        data = path.read_bytes()
+        found = read_metadata(data)
+        if found.get("image_id") != request.image_id:
+            return None
+        made = {name: value for name, value in found.get("made", {}).items() if name in EMBEDDED_COLUMNS}
+        return self.file_columns(ImageResult(request.index, Status.OK, **made), request, data)
+
+    def make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+        """Generate and publish; where a batch fails, its images are tried one by one, so one costs only itself."""
+        try:
+            return self.try_to_make(images, wanted)
+        except StorageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever one image does to the model is a row of the table
+            if len(images) == 1:
+                return [self.failed(images[0], error)]
+        results = []
+        for image in images:
+            if image.index in wanted:
+                results += self.make([image], wanted)
+        for result in results:
+            result.degraded.append("batch_split")
+        return results
+
+    def failed(self, request: ImageRequest, error: Exception) -> ImageResult:
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        now = time.time()
+        return ImageResult(
+            request.index, Status.FAILED, error_class=error_class(error), error_message=message[:MAX_MESSAGE_CHARACTERS],
+            device_name=self.model.device_name, worker=self.name, node=platform.node(), started_at=now, finished_at=now,
+        )  # fmt: skip
+
+    def try_to_make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+        started = time.time()
+        params = images[0].params
+        generated = self.model.generate(
+            [image.prompt for image in images],
+            [image.seed for image in images],
+            negative_prompt=[image.negative_prompt for image in images],
+            height=params.height,
+            width=params.width,
+            num_inference_steps=params.steps,
+            guidance_scale=[image.scale for image in images],
+            sampler=params.sampler,
+            eta=params.eta,
+        )
+        return [
+            self.publish(image, generated, position, started)
+            for position, image in enumerate(images)
+            if image.index in wanted
+        ]
+
+    def publish(self, request: ImageRequest, generated: "Generated", position: int, started: float) -> ImageResult:
+        from tinysd_batch.images import encode_png, parameters_text, read_metadata
+
+        made = {
+            "n_tokens": generated.n_tokens[position],
+            "truncated": generated.truncated[position],
+            "precision": generated.precision,
+            "device_name": self.model.device_name,
+            "worker": self.name,
+            "node": platform.node(),
+            "text_s": generated.text_s / len(generated.images),
+            "denoise_s": generated.denoise_s / len(generated.images),
+            "decode_s": generated.decode_s / len(generated.images),
+            "peak_memory_bytes": generated.peak_memory_bytes,
+            "started_at": started,
+            "finished_at": time.time(),
+            "degraded": generated.degraded[position],
+        }
+        parameters = parameters_text(request, self.setup.model_name, self.setup.model_digest, tinysd_batch.__version__)
+        data = encode_png(generated.images[position], parameters, self.our_metadata(request, made))
+        path = self.setup.job_folder / request.file_name
+        with storage_errors(path):
+            there = publish(data, path, lambda found: read_metadata(found).get("image_id") == request.image_id)
+        return self.file_columns(ImageResult(request.index, Status.OK, **made), request, there)
+
+    def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
+        """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
+        params = request.params
+        return {
+            "schema": 1,
+            "image_id": request.image_id,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "scale": request.scale,
+            "width": params.width,
+            "height": params.height,
+            "steps": params.steps,
+            "sampler": params.sampler,
+            "eta": params.eta,
+            "model": self.setup.model_name,
+            "model_digest": self.setup.model_digest,
+            "version": tinysd_batch.__version__,
+            "made": {name: made[name] for name in EMBEDDED_COLUMNS},
+        }
+
+    def file_columns(self, result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
+        result.file_name = request.file_name
+        result.sha256 = hashlib.sha256(data).hexdigest()
+        result.bytes = len(data)
+        return result
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def error_class(error: Exception) -> str:
+    """A failure's class as the table names it."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "out_of_memory"
+    if isinstance(error, TinySDError):
+        return {"NotFiniteError": "not_finite"}.get(type(error).__name__, "refused")
+    return type(error).__name__

@@ -1,0 +1,180 @@
+"""Model folders: diffusers' layout, with a UNet that may be packed. Reads and writes safetensors only, never a pickle.
+
+A packed UNet's `config.json` carries a `quantization_config` that lists every packed layer with its shape, so that a
+damaged or mixed-up file fails by name instead of drawing noise.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.info import WEIGHTS, read_json
+from tinysd_batch.model.packed import PackedWeight, swap_packed_layers
+from tinysd_batch.storage import write_atomically
+
+TEXT_WEIGHTS = "model.safetensors"
+QUANT_METHOD = "tinysd"
+FORMAT_VERSION = "1.0"
+KEEP_ON_META = torch.device("meta")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped; raise ModelError when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; the model folder is not complete") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def convert_floats(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+# The UNet
+
+
+def read_packed_layers(config: Mapping[str, Any], tensors: dict[str, Tensor], where: Path) -> dict[str, PackedWeight]:
+    """Take the packed layers that the configuration lists out of `tensors`; raise ModelError naming a bad tensor."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise ModelError(f"{where}: quantized by {quantization.get('quant_method')!r}, which this program does not read")
+    if str(quantization.get("min_reader", FORMAT_VERSION)).split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise ModelError(f"{where}: format {quantization['min_reader']} is newer than {FORMAT_VERSION}; update tinysd-batch")
+    return {
+        name: take_packed_layer(name, entry["shape"], entry["group_size"], tensors, where)
+        for name, entry in quantization["layers"].items()
+    }
+
+
+def take_packed_layer(
+    name: str, shape: list[int], group_size: int, tensors: dict[str, Tensor], where: Path
+) -> PackedWeight:
+    rows, columns = shape[0], 1
+    for size in shape[1:]:
+        columns *= size
+    expected = {
+        "qweight": (torch.uint8, (rows, columns // 4)),
+        "qscale": (torch.uint8, (rows, columns // group_size)),
+        "qoff": (torch.uint8, (rows, columns // group_size)),
+        "qmeta": (torch.int16, (rows, 4)),
+    }
+    parts = {}
+    for part, (dtype, size) in expected.items():
+        tensor = tensors.pop(f"{name}.{part}", None)
+        if tensor is None:
+            raise ModelError(f"{where}: tensor {name}.{part} is missing")
+        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+            raise ModelError(
+                f"{where}: tensor {name}.{part} is {tensor.dtype} {list(tensor.shape)}, {dtype} {list(size)} was expected"
+            )
+        parts[part] = tensor
+    return PackedWeight(**parts)
+
+
+def read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
+    """The UNet on the meta device, packed layers swapped in, and the host tensors that fill it.
+
+    Raises ModelError for any tensor that is missing, unexpected or of the wrong shape.
+    """
+    where = folder / WEIGHTS
+    config = read_json(folder / "config.json")
+    tensors = read_tensors(where)
+    packed = read_packed_layers(config, tensors, where)
+    with KEEP_ON_META:
+        unet = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+    swap_packed_layers(unet, packed)
+    host = convert_floats(tensors, dtype) | {f"{name}.rows": weight.rows() for name, weight in packed.items()}
+    check_names(unet, host, where)
+    return unet.eval(), host
+
+
+def check_names(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    expected = set(module.state_dict())
+    if missing := sorted(expected - set(tensors)):
+        raise ModelError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if unexpected := sorted(set(tensors) - expected):
+        raise ModelError(f"{where}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}")
+
+
+def write_packed_unet(
+    folder: Path, config: Mapping[str, Any], packed: Mapping[str, tuple[PackedWeight, tuple[int, ...]]],
+    others: Mapping[str, Tensor], notes: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write `config.json` and weights of a packed UNet. `packed` gives each layer's weight and original shape."""
+    layers = {
+        name: {"bits": 2, "group_size": weight.group_size, "shape": list(shape)}
+        for name, (weight, shape) in sorted(packed.items())
+    }
+    quantization = {
+        "quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "min_reader": FORMAT_VERSION,
+        "layout": "tap-major", **notes, "layers": layers,
+    }  # fmt: skip
+    tensors = {name: value.contiguous() for name, value in others.items()}
+    for name, (weight, _) in packed.items():
+        tensors |= {f"{name}.{part}": value.contiguous() for part, value in weight.tensors().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(to_safetensors(tensors, metadata={"format": "pt"}), folder / WEIGHTS)
+    content = json.dumps({**config, "quantization_config": quantization}, indent=2)
+    write_atomically((content + "\n").encode(), folder / "config.json")
+
+
+# Text encoder and autoencoder
+
+
+def read_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[CLIPTextModel, dict[str, Tensor]]:
+    """The text encoder on the meta device and its host tensors."""
+    where = folder / TEXT_WEIGHTS
+    config = CLIPTextConfig(**read_json(folder / "config.json"))
+    with KEEP_ON_META:
+        encoder = CLIPTextModel(config)
+    # Files of transformers before 5 keep the tower one name further down.
+    tensors = {name.removeprefix("text_model."): value for name, value in read_tensors(where).items()}
+    tensors.pop("embeddings.position_ids", None)
+    host = convert_floats(tensors, dtype)
+    check_names(encoder, host, where)
+    host |= {name: positions(value) for name, value in encoder.named_buffers() if name.endswith("position_ids")}
+    return encoder.eval(), host
+
+
+def positions(like: Tensor) -> Tensor:
+    """0, 1, 2, ... in the shape of CLIP's position_ids, which no file stores."""
+    return torch.arange(like.shape[-1]).expand(like.shape).clone()
+
+
+def read_decoder(folder: Path, dtype: torch.dtype) -> tuple[AutoencoderKL, dict[str, Tensor]]:
+    """The autoencoder without its encoder, on the meta device, and its host tensors."""
+    where = folder / WEIGHTS
+    with KEEP_ON_META:
+        vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
+    vae.encoder = vae.quant_conv = None
+    tensors = {
+        name: value
+        for name, value in read_tensors(where).items()
+        if not name.startswith(("encoder.", "quant_conv."))
+    }
+    host = convert_floats(tensors, dtype)
+    check_names(vae, host, where)
+    return vae.eval(), host
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: not a readable CLIP tokenizer: {str(error).splitlines()[0]}") from None
+
+

@@ -1,0 +1,114 @@
+"""The four parts of the model that come to the device for their turn: text encoder, UNet encode half, UNet decode half, VAE.
+
+Weights are constants, so they move one way only: leaving the device is forgetting, never copying back. A fragment that
+is away has its tensors on torch's meta device, where nothing can be computed.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinysd_batch.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensor:
+    """A weight on the host and the place in its module where it goes."""
+
+    module: nn.Module
+    name: str
+    value: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        if self.name in self.module._buffers:
+            self.module._buffers[self.name] = tensor
+        else:
+            self.module._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
+
+
+class Fragment:
+    """Modules that are on the device together or not at all."""
+
+    def __init__(self, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+        """`tensors` holds every parameter and buffer of `modules` under its dotted name; raises ModelError otherwise."""
+        self.name = name
+        self.is_onloaded = False
+        self.host = [
+            HostTensor(owner, leaf, take(tensors, f"{prefix}.{path}" if prefix else path, value))
+            for prefix, module in modules.items()
+            for path, owner, leaf, value in named_places(module)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.value.nbytes for tensor in self.host)
+
+    def onload(self, device: torch.device) -> None:
+        """Bring the weights to the device; on the CPU that is the host's memory itself, without a copy."""
+        if not self.is_onloaded:
+            for tensor in self.host:
+                tensor.put(tensor.value.to(device, non_blocking=True))
+            self.is_onloaded = True
+
+    def offload(self) -> None:
+        """Forget the device's copy."""
+        if self.is_onloaded:
+            for tensor in self.host:
+                tensor.put(torch.empty_like(tensor.value, device="meta"))
+            self.is_onloaded = False
+
+
+def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every parameter and buffer: its dotted path, the module that owns it, its name there, the tensor."""
+    for prefix, owner in module.named_modules():
+        for leaf, value in [*owner._parameters.items(), *owner._buffers.items()]:
+            if value is not None:
+                yield f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, value
+
+
+def take(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> Tensor:
+    if name not in tensors:
+        raise ModelError(f"tensor {name} is missing from the model; it needs shape {list(place.shape)}")
+    if tensors[name].shape != place.shape:
+        raise ModelError(f"tensor {name} has shape {list(tensors[name].shape)}, {list(place.shape)} was expected")
+    return tensors[name]
+
+
+class Residency:
+    """Decides who stays on the device. Without a budget, or with room for all, fragments stay until told to go."""
+
+    def __init__(self, fragments: Iterable[Fragment], device: torch.device, budget_bytes: int | None) -> None:
+        """Raises ModelError when a single fragment is larger than the budget."""
+        self.device = device
+        together = list(fragments)
+        largest = max(together, key=lambda fragment: fragment.nbytes)
+        if budget_bytes is not None and largest.nbytes > budget_bytes:
+            raise ModelError(
+                f"vram_budget = {budget_bytes / 1e6:.1f} MB: the {largest.name} alone takes {largest.nbytes / 1e6:.1f} MB"
+            )
+        self.one_at_a_time = budget_bytes is not None and sum(part.nbytes for part in together) > budget_bytes
+
+    @contextlib.contextmanager
+    def holding(self, *fragments: Fragment) -> Iterator[None]:
+        """These fragments are there for a whole phase, or with a tight budget each only while `using` it."""
+        try:
+            if not self.one_at_a_time:
+                for fragment in fragments:
+                    fragment.onload(self.device)
+            yield
+        finally:
+            for fragment in fragments:
+                fragment.offload()
+
+    @contextlib.contextmanager
+    def using(self, fragment: Fragment) -> Iterator[None]:
+        """The fragment is there now."""
+        fragment.onload(self.device)
+        try:
+            yield
+        finally:
+            if self.one_at_a_time:
+                fragment.offload()

@@ -1,0 +1,191 @@
+"""Weights at 2 bits: how they are stored, how they become floats again, and the layers that compute with them.
+
+A weight is a matrix [O, K]; a convolution's K runs tap by tap (kernel row, kernel column, input channel), so that an
+unpacked matrix is a channels-last kernel without a copy. Each row is cut into G = K / g groups of g weights, and
+
+    weight = code * scale + offset            code 0..3, scale and offset float16, one pair per group
+
+On disk a layer is `qweight` uint8 [O, K/4] (code j of a row in byte j // 4, bits 2 (j % 4) and up), `qscale` and `qoff`
+uint8 [O, G], and `qmeta` int16 [O, 4]: the bits of four float16 numbers (scale_min, scale_step, offset_min,
+offset_step) that turn the bytes into scales and offsets. All integers, because loaders cast floating tensors.
+
+In memory a layer is FBGEMM's row format, one row per group: uint8 [O * G, g/4 + 4], codes then scale then offset.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = (64, 32, 16)
+UNPACK_ROWS = 2048  # groups unpacked at a time by FBGEMM: small enough to stay in the processor's cache
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A 2-bit matrix as stored on disk; field names are the tensors' names after the layer's."""
+
+    qweight: Tensor  # uint8 [O, K/4]
+    qscale: Tensor  # uint8 [O, G]
+    qoff: Tensor  # uint8 [O, G]
+    qmeta: Tensor  # int16 [O, 4], float16 bits
+
+    @property
+    def group_size(self) -> int:
+        return self.qweight.shape[1] * 4 // self.qscale.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def rows(self) -> Tensor:
+        """FBGEMM rows, uint8 [O * G, g/4 + 4]."""
+        scale, offset = affine_parameters(self)
+        codes = self.qweight.view(-1, self.group_size // 4)
+        parameters = torch.stack([scale, offset], dim=-1).view(-1, 2)
+        return torch.cat([codes, parameters.view(torch.uint8)], dim=1)
+
+
+PACKED_NAMES = tuple(field.name for field in fields(PackedWeight))
+
+
+def group_size_for(columns: int) -> int | None:
+    """The largest group that divides a row of so many weights; None where the matrix is too narrow to pack."""
+    return next((size for size in GROUPS if columns % size == 0 and columns >= size), None)
+
+
+def pack_2bit(codes: Tensor) -> Tensor:
+    """uint8 codes 0..3 [..., K] to uint8 [..., K/4], the first code in the lowest bits."""
+    assert codes.dtype == torch.uint8, codes.dtype
+    assert codes.shape[-1] % 4 == 0, codes.shape
+    quads = codes.view(*codes.shape[:-1], -1, 4)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def unpack_2bit(packed: Tensor) -> Tensor:
+    """The inverse of `pack_2bit`: uint8 [..., K/4] to uint8 [..., K]."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 3).flatten(-2)
+
+
+def affine_parameters(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Scale and offset of every group, float16 [O, G] each."""
+    meta = weight.qmeta.view(torch.float16).float()  # [O, 4]
+    scale = meta[:, 0:1] + weight.qscale.float() * meta[:, 1:2]
+    offset = meta[:, 2:3] + weight.qoff.float() * meta[:, 3:4]
+    return scale.half(), offset.half()
+
+
+def unpack_rows_torch(rows: Tensor) -> Tensor:
+    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g], in plain torch, on any device."""
+    codes = unpack_2bit(rows[:, :-4]).float()
+    parameters = rows[:, -4:].contiguous().view(torch.float16).float()  # [N, 2]
+    return codes * parameters[:, 0:1] + parameters[:, 1:2]
+
+
+def unpack_rows_fbgemm(rows: Tensor) -> Tensor:
+    """The same by the FBGEMM operator that comes with torch; CPU only, and equal to the bit.
+
+    Both compute code * scale + offset in float32: the product of 2 and 11 bits is exact, so fused or not it rounds once.
+    """
+    out = torch.empty(rows.shape[0], (rows.shape[1] - 4) * 4)
+    for start in range(0, rows.shape[0], UNPACK_ROWS):
+        part = slice(start, start + UNPACK_ROWS)
+        out[part] = torch.ops.quantized.embedding_bag_2bit_unpack(rows[part])
+    return out
+
+
+@cache
+def has_fbgemm() -> bool:
+    """Whether the FBGEMM operator is there and decodes a known row as we do; it is no documented interface."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (3, 16), dtype=torch.uint8, generator=generator)
+    parameters = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16)
+    golden = torch.cat([codes, parameters.view(torch.uint8)], dim=1)
+    try:
+        return torch.equal(unpack_rows_fbgemm(golden), unpack_rows_torch(golden))
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def unpack_rows(rows: Tensor) -> Tensor:
+    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g], by the fastest way there is on the rows' device."""
+    if rows.device.type == "cpu" and has_fbgemm():
+        return unpack_rows_fbgemm(rows)
+    return unpack_rows_torch(rows)
+
+
+def to_matrix(weight: Tensor) -> Tensor:
+    """A linear [O, K] or convolution [O, I, kh, kw] weight as a matrix [O, K], tap-major."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+class PackedLayer(nn.Module):
+    """What packed linear and convolution layers share: the rows, and how they become a matrix."""
+
+    rows: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, out_features: int, columns: int, group_size: int, bias: bool) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.columns = columns
+        self.group_size = group_size
+        shape = (out_features * columns // group_size, group_size // 4 + 4)
+        self.register_buffer("rows", torch.empty(shape, dtype=torch.uint8, device="meta"))
+        self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight as [O, K]."""
+        return unpack_rows(self.rows).view(self.out_features, self.columns).to(dtype)
+
+
+class PackedLinear(PackedLayer):
+    """`nn.Linear` with a 2-bit weight."""
+
+    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool) -> None:
+        super().__init__(out_features, in_features, group_size, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype), self.bias)
+
+
+class PackedConv2d(PackedLayer):
+    """`nn.Conv2d` (one group, zero padding) with a 2-bit weight."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int],
+        padding: tuple[int, int], group_size: int, bias: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(out_channels, in_channels * kernel[0] * kernel[1], group_size, bias)
+        self.in_channels = in_channels
+        self.kernel = kernel
+        self.stride = stride
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.matrix(x.dtype).view(self.out_features, *self.kernel, self.in_channels).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def packed_like(layer: nn.Module, group_size: int) -> PackedLayer:
+    """An empty packed layer in place of a linear or convolution layer."""
+    bias = getattr(layer, "bias", None) is not None
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer.in_features, layer.out_features, group_size, bias)
+    assert isinstance(layer, nn.Conv2d), type(layer)
+    assert layer.groups == 1 and layer.padding_mode == "zeros", layer
+    kernel, stride, padding = (tuple(value) for value in (layer.kernel_size, layer.stride, layer.padding))
+    return PackedConv2d(layer.in_channels, layer.out_channels, kernel, stride, padding, group_size, bias)  # type: ignore[arg-type]
+
+
+def swap_packed_layers(model: nn.Module, weights: Mapping[str, PackedWeight]) -> None:
+    """Replace the layers named in `weights` by empty packed ones, in place."""
+    for name, weight in weights.items():
+        parent, _, child = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        setattr(holder, child, packed_like(getattr(holder, child), weight.group_size))
+        if isinstance(holder, nn.Sequential | nn.ModuleList):
+            holder[int(child)] = getattr(holder, child)

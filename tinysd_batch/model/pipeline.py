@@ -1,0 +1,282 @@
+"""Text to image: encode, denoise, decode, each with only its fragment on the device."""
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from torch import Generator, Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tinysd_batch.errors import NotFiniteError, UsageError
+from tinysd_batch.model.checkpoint import read_decoder, read_text_encoder, read_tokenizer, read_unet
+from tinysd_batch.model.fragments import Fragment, Residency
+from tinysd_batch.model.info import ModelInfo, read_json, read_model_info
+from tinysd_batch.model.precision import choose_dtype, choose_device, device_name, parse_bytes
+from tinysd_batch.model.samplers import draw_noise, new_scheduler, step_noise
+from tinysd_batch.model.text import encode_prompts
+from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
+
+Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
+OutputType = Literal["pil", "np", "latent"]
+
+
+@dataclass(slots=True)
+class Generated:
+    """What `TinySD.generate` made. Lists have one entry per image; times are seconds for the whole batch."""
+
+    images: Any  # PIL images; float32 [B, H, W, 3] in 0..1 for "np"; float32 [B, 4, h, w] for "latent"
+    n_tokens: list[int | None] = field(default_factory=list)
+    truncated: list[str | None] = field(default_factory=list)
+    degraded: list[list[str]] = field(default_factory=list)
+    precision: str = "float32"
+    text_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Conditions:
+    """What guides the denoising of a batch."""
+
+    text: Tensor  # [B, T, D]
+    negative: Tensor | None  # [B, T, D]; None without guidance
+    scale: Tensor  # [B, 1, 1, 1]
+    n_tokens: list[int | None]
+    truncated: list[str | None]
+
+
+class TinySD:
+    """A Stable Diffusion v1 model on one device, its UNet at 2 bits where the folder holds it so."""
+
+    def __init__(
+        self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None
+    ) -> None:
+        self.info = info
+        self.device = device
+        self.dtype = dtype
+        self.tokenizer: CLIPTokenizer = read_tokenizer(info.path / "tokenizer")
+        self.text_encoder: CLIPTextModel
+        self.unet: UNet2DConditionModel
+        self.vae: AutoencoderKL
+        self.text_encoder, text = read_text_encoder(info.path / "text_encoder", dtype)
+        self.unet, unet = read_unet(info.path / "unet", dtype)
+        self.vae, vae = read_decoder(info.path / "vae", dtype)
+        self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text)
+        self.encode_fragment = Fragment("UNet encode half", half_modules(self.unet, ENCODE_MODULES), unet)
+        self.decode_fragment = Fragment("UNet decode half", half_modules(self.unet, DECODE_MODULES), unet)
+        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae)
+        self.residency = Residency(self.fragments, device, budget_bytes)
+        config = read_json(info.path / "scheduler" / "scheduler_config.json")
+        self.schedule = {
+            name: config[name] for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type") if name in config
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path = "embedded",
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        vram_budget: str | int | None = None,
+    ) -> Self:
+        """Read a model folder, or the model that ships with the package.
+
+        Args:
+            path: a packed or plain folder in diffusers' layout, or "embedded".
+            device: "cpu", "cuda", "cuda:1"; the first GPU where there is one if None.
+            dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); chosen by the device if None.
+            vram_budget: bytes, or text such as "900MB". It counts weights only: below what the four fragments take
+                together, they come to the device one at a time.
+
+        Raises:
+            ModelError: the folder, a file or a tensor is missing or wrong, or the budget is below the largest fragment.
+        """
+        chosen = choose_device(device)
+        return cls(read_model_info(str(path)), chosen, choose_dtype(dtype, chosen), parse_bytes(vram_budget))
+
+    @property
+    def fragments(self) -> tuple[Fragment, Fragment, Fragment, Fragment]:
+        """In the order in which they work."""
+        return self.text_fragment, self.encode_fragment, self.decode_fragment, self.vae_fragment
+
+    @property
+    def device_name(self) -> str:
+        return device_name(self.device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None,
+        seed: int | Sequence[int],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        sampler: str = "plms",
+        eta: float = 0.0,
+        output_type: OutputType = "pil",
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Generated:
+        """Draw a batch: one image per prompt and seed, the longer list giving the number, single values shared.
+
+        An image depends on its own prompt, seed and scale only: each has its own CPU random generator, so neither
+        batch size nor device changes it beyond float rounding.
+
+        Args:
+            prompt: text, a list of texts, or None with `prompt_embeds` [B, T, D] (and `negative_prompt_embeds`).
+            seed: 0 to 2^63 - 1, one for all or one each.
+            height, width: pixels, multiples of `info.step_px`; the model's native size if None.
+            guidance_scale: one for all or one each; 1 switches guidance off.
+            eta: the share of fresh noise in ddim, 0 to 1.
+            latents: starting noise [B, 4, h, w] in place of the seeds' own.
+            callback: called after each step with step, timestep and latents.
+
+        Raises:
+            UsageError: arguments that do not fit together.
+            NotFiniteError: the latents or an image came out as NaN, infinite or one flat colour.
+        """
+        height, width = height or self.info.native_px, width or self.info.native_px
+        steps = num_inference_steps or self.info.steps
+        scales = self.info.scale if guidance_scale is None else guidance_scale
+        counts = {"prompt": length(prompt), "seed": length(seed), "prompt_embeds": length(prompt_embeds)}
+        size = max(counts.values())
+        for name, count in {**counts, "negative_prompt": length(negative_prompt), "guidance_scale": length(scales)}.items():
+            if count not in (1, size):
+                raise UsageError(f"{name}: {count} given for a batch of {size}; give one, or one each")
+        self.check_size(height, width)
+
+        started = time.monotonic()
+        conditions = self.encode(
+            spread(prompt, size), spread(negative_prompt, size), spread(scales, size), prompt_embeds, negative_prompt_embeds
+        )
+        encoded = time.monotonic()
+        generators = [Generator("cpu").manual_seed(int(one)) for one in spread(seed, size)]
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        shape = (self.unet.config.in_channels, height // factor, width // factor)
+        start = draw_noise(generators, shape) if latents is None else latents.float()
+        final = self.denoise(start, conditions, steps, sampler, eta, generators, callback)
+        denoised = time.monotonic()
+        if not final.isfinite().all():
+            raise NotFiniteError("the latents are not finite")
+        images = final.cpu() if output_type == "latent" else self.decode(final, output_type)
+        return Generated(
+            images=images,
+            n_tokens=conditions.n_tokens,
+            truncated=conditions.truncated,
+            degraded=[[] for _ in range(size)],
+            precision=str(self.dtype).removeprefix("torch."),
+            text_s=encoded - started,
+            denoise_s=denoised - encoded,
+            decode_s=time.monotonic() - denoised,
+            peak_memory_bytes=self.peak_memory_bytes(),
+        )
+
+    def check_size(self, height: int, width: int) -> None:
+        for name, value in (("height", height), ("width", width)):
+            if value <= 0 or value % self.info.step_px:
+                raise UsageError(f"{name} = {value}: must be a positive multiple of {self.info.step_px} with this model")
+
+    def encode(
+        self, prompts: list[str | None], negatives: list[str], scales: list[float],
+        prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
+    ) -> Conditions:  # fmt: skip
+        """Prompts to embeddings on the device; each distinct text goes through the text encoder once."""
+        guided = any(scale != 1 for scale in scales)
+        texts = [text for text in [*prompts, *(negatives if guided else [])] if text is not None]
+        with self.residency.holding(self.text_fragment), self.residency.using(self.text_fragment):
+            encoded = encode_prompts(self.tokenizer, self.text_encoder, texts, self.info.max_tokens, self.device)
+        known = [encoded[text] if text is not None else None for text in prompts]
+        text = prompt_embeds if prompt_embeds is not None else torch.stack([one.embedding for one in known if one])
+        negative = None
+        if guided:
+            negative = negative_prompt_embeds
+            if negative is None:
+                negative = torch.stack([encoded[one].embedding for one in negatives])
+            negative = negative.to(self.device, self.dtype).expand(len(scales), -1, -1)
+        return Conditions(
+            text=text.to(self.device, self.dtype).expand(len(scales), -1, -1),
+            negative=negative,
+            scale=torch.tensor(scales, dtype=torch.float32, device=self.device).view(-1, 1, 1, 1),
+            n_tokens=[one.n_tokens if one else None for one in known],
+            truncated=[one.truncated if one else None for one in known],
+        )
+
+    def denoise(
+        self, start: Tensor, conditions: Conditions, steps: int, sampler: str, eta: float,
+        generators: Sequence[Generator], callback: Callback | None,
+    ) -> Tensor:  # fmt: skip
+        """Unit noise [B, 4, h, w] to latents of an image, float32. Latents and scheduler state are float32 always."""
+        scheduler = new_scheduler(sampler, steps, self.schedule)
+        latents = (start * scheduler.init_noise_sigma).to(self.device)
+        with self.residency.holding(self.encode_fragment, self.decode_fragment):
+            for step, timestep in enumerate(scheduler.timesteps):
+                noise = self.predict_noise(scheduler.scale_model_input(latents, timestep), timestep, conditions)
+                extra = step_noise(sampler, eta, generators, latents)
+                latents = scheduler.step(noise, timestep, latents, **extra).prev_sample
+                if callback is not None:
+                    callback(step, timestep, latents)
+        return latents
+
+    def predict_noise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """The guided noise prediction [B, 4, h, w], float32: e = e_negative + scale (e_text - e_negative)."""
+        context, rows = conditions.text, latents
+        if conditions.negative is not None:
+            context, rows = torch.cat([conditions.negative, context]), torch.cat([latents, latents])
+        with self.residency.using(self.encode_fragment):
+            state = encode_half(self.unet, rows.to(self.dtype), timestep, context)
+        with self.residency.using(self.decode_fragment):
+            noise = decode_half(self.unet, state, context).float()
+        if conditions.negative is None:
+            return noise
+        without, guided = noise.chunk(2)
+        return without + conditions.scale * (guided - without)
+
+    def decode(self, latents: Tensor, output_type: OutputType) -> list[Image.Image] | npt.NDArray[np.float32]:
+        """Latents to pictures. Raises NotFiniteError for one that is NaN or all one colour."""
+        with self.residency.holding(self.vae_fragment), self.residency.using(self.vae_fragment):
+            scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
+            pixels = torch.cat([self.vae.decode(one, return_dict=False)[0].float().cpu() for one in scaled.split(1)])
+        if not pixels.isfinite().all():
+            raise NotFiniteError("the picture is not finite")
+        values = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # [B, H, W, 3]
+        if (values.amax(dim=(1, 2, 3)) == values.amin(dim=(1, 2, 3))).any():
+            raise NotFiniteError("the picture is one flat colour")
+        if output_type == "np":
+            return values.numpy()
+        return [Image.fromarray(one) for one in (values * 255).round().to(torch.uint8).numpy()]
+
+    def peak_memory_bytes(self) -> int:
+        """Torch's peak on a GPU; on the CPU the process's highest resident size."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def length(value: object) -> int:
+    """How many images an argument speaks of; 1 for single values."""
+    if isinstance(value, Tensor):
+        return value.shape[0]
+    return len(value) if isinstance(value, Sequence) and not isinstance(value, str) else 1
+
+
+def spread(value: Any, size: int) -> list[Any]:
+    """A list of `size` values from one value, or from one each."""
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return values * size if len(values) == 1 else values

@@ -1,0 +1,54 @@
+"""Which device, which number format, how many bytes."""
+
+import platform
+import re
+
+import torch
+
+from tinysd_batch.errors import UsageError
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+TENSOR_CORES = (7, 0)  # below this compute capability float16 is finite but slow
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the first GPU, or the CPU; raise UsageError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: torch sees no GPU here; use device cpu, or install a CUDA build of torch")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """`full` is float32, `autocast` float16 on GPUs; None is float16 where it is fast and known to work."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in (None, "full", "autocast"):
+        raise UsageError(f"dtype {dtype!r}: a torch dtype, full or autocast was expected")
+    if dtype == "full" or device.type != "cuda":
+        return torch.float32
+    return torch.float16 if dtype == "autocast" or is_good_at_half(device) else torch.float32
+
+
+def is_good_at_half(device: torch.device) -> bool:
+    """GTX 16xx cards compute float16 convolutions wrongly; older cards compute them slowly."""
+    broken = re.search(r"GTX 16\d\d", torch.cuda.get_device_name(device)) is not None
+    return torch.cuda.get_device_capability(device) >= TENSOR_CORES and not broken
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def parse_bytes(amount: str | int | None) -> int | None:
+    """Bytes from a number or text such as `900MB` or `1.5 GiB`; raise UsageError for anything else."""
+    if amount is None or isinstance(amount, int):
+        return amount
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
+    if match is None or match[2] not in UNITS:
+        raise UsageError(f"vram_budget = {amount!r}: give bytes or a number with a unit, such as 900MB")
+    return int(float(match[1]) * UNITS[match[2]])

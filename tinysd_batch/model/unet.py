@@ -1,0 +1,56 @@
+"""The UNet as two halves over diffusers' blocks, so that one can be on the device without the other.
+
+What passes between them: the middle feature map and the skip feature maps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+ENCODE_MODULES = ("conv_in", "time_embedding", "down_blocks", "mid_block")
+DECODE_MODULES = ("up_blocks", "conv_norm_out", "conv_out")
+
+
+@dataclass(slots=True)
+class Halfway:
+    """The state between the halves."""
+
+    hidden: Tensor  # [2B, C, h / 2^n, w / 2^n]
+    skips: list[Tensor]
+    time_embedding: Tensor  # [2B, 4 C0]
+
+
+def half_modules(unet: UNet2DConditionModel, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    return {name: getattr(unet, name) for name in names}
+
+
+def encode_half(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, context: Tensor) -> Halfway:
+    """Latents [2B, 4, h, w], one timestep (fractional allowed) and text [2B, T, D] to the middle of the UNet."""
+    timesteps = timestep.to(latents.device).expand(latents.shape[0])
+    embedding = unet.time_embedding(unet.time_proj(timesteps).to(latents.dtype))
+    hidden = unet.conv_in(latents)
+    skips = [hidden]
+    for block in unet.down_blocks:
+        if getattr(block, "has_cross_attention", False):
+            hidden, outputs = block(hidden, embedding, encoder_hidden_states=context)
+        else:
+            hidden, outputs = block(hidden, embedding)
+        skips += outputs
+    hidden = unet.mid_block(hidden, embedding, encoder_hidden_states=context)
+    return Halfway(hidden, skips, embedding)
+
+
+def decode_half(unet: UNet2DConditionModel, state: Halfway, context: Tensor) -> Tensor:
+    """From the middle of the UNet to the predicted noise [2B, 4, h, w]. Uses up the skips."""
+    hidden = state.hidden
+    for block in unet.up_blocks:
+        count = len(block.resnets)
+        skips = tuple(state.skips[-count:])
+        del state.skips[-count:]
+        if getattr(block, "has_cross_attention", False):
+            hidden = block(hidden, skips, state.time_embedding, encoder_hidden_states=context)
+        else:
+            hidden = block(hidden, skips, state.time_embedding)
+    return torch.as_tensor(unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden))))

@@ -1,0 +1,66 @@
+"""Fit codes, scales and offsets of 2-bit groups to a weight matrix, without data."""
+
+import torch
+from torch import Tensor
+
+from tinysd_batch.model.packed import PackedWeight, affine_parameters, pack_2bit
+
+LEVELS = 4
+ITERATIONS = 20
+BYTE = 255
+
+
+def fit_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset [N, 1] each that make code * scale + offset close to `groups` [N, g], by alternating least squares.
+
+    Lloyd's algorithm (1982) on affine levels: codes are the nearest levels, then scale and offset are the regression of
+    the weights on their codes. Starts from the groups' range, which alone would be a poor fit at 2 bits.
+    """
+    low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
+    scale, offset = (high - low) / (LEVELS - 1), low
+    mean = groups.mean(dim=1, keepdim=True)
+    for _ in range(ITERATIONS):
+        codes = nearest_codes(groups, scale, offset)
+        code_mean = codes.mean(dim=1, keepdim=True)
+        spread = codes - code_mean
+        variance = spread.square().sum(dim=1, keepdim=True)
+        slope = (spread * (groups - mean)).sum(dim=1, keepdim=True) / variance.clamp(min=1e-12)
+        scale = torch.where(variance > 0, slope, scale)
+        offset = mean - scale * code_mean
+    return scale, offset
+
+
+def nearest_codes(groups: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """The code 0..3 of the nearest level, as floats; zero scales give zero codes."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((groups - offset) / safe).round().clamp(0, LEVELS - 1) * (scale != 0)
+
+
+def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [O, G] as bytes between each row's least and largest: uint8 [O, G] and float16 (least, step) [O, 2]."""
+    least = values.amin(dim=1, keepdim=True).half()
+    step = ((values.amax(dim=1, keepdim=True) - least.float()) / BYTE).clamp(min=0).half()
+    codes = ((values - least.float()) / step.float().clamp(min=1e-12)).round().clamp(0, BYTE)
+    return codes.to(torch.uint8), torch.cat([least, step], dim=1)
+
+
+def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor) -> PackedWeight:
+    """Pack a matrix [O, K] with scales and offsets [O, G]: they are rounded as stored, then codes are chosen for them."""
+    rows, columns = matrix.shape
+    groups = scale.shape[1]
+    qscale, scale_meta = to_bytes(scale)
+    qoff, offset_meta = to_bytes(offset)
+    qmeta = torch.cat([scale_meta, offset_meta], dim=1).contiguous().view(torch.int16)
+    empty = torch.empty(rows, columns // 4, dtype=torch.uint8)
+    stored_scale, stored_offset = affine_parameters(PackedWeight(empty, qscale, qoff, qmeta))
+    codes = nearest_codes(
+        matrix.view(rows, groups, -1), stored_scale.float().unsqueeze(-1), stored_offset.float().unsqueeze(-1)
+    )
+    return PackedWeight(pack_2bit(codes.to(torch.uint8).view(rows, columns)), qscale, qoff, qmeta)
+
+
+def quantize_matrix(matrix: Tensor, group_size: int) -> PackedWeight:
+    """A float matrix [O, K] at 2 bits in groups of `group_size` along K."""
+    rows = matrix.shape[0]
+    scale, offset = fit_groups(matrix.float().reshape(-1, group_size))
+    return pack_matrix(matrix.float(), scale.view(rows, -1), offset.view(rows, -1))

@@ -1,0 +1,82 @@
+"""A contact sheet: the job's pictures in one, with their prompts below."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tinysd_batch.job.results import ResultsPaths
+from tinysd_batch.records import Status
+from tinysd_batch.report.text import one_line
+from tinysd_batch.storage import write_atomically
+
+MAX_IMAGES = 100
+CELL_PX = 128
+CAPTION_PX = 18
+GAP_PX = 8
+FONT_PX = 11
+FILE = "contact_sheet.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A picture of the sheet."""
+
+    path: Path
+    caption: str
+
+
+def write_contact_sheet(job_folder: Path) -> Path | None:
+    """Write `contact_sheet.png` with the job's first 100 pictures; None where there are none."""
+    rows = ResultsPaths(job_folder).read_rows(["index", "prompt", "status", "file_name"])
+    made = {row["index"]: row for row in rows if row["status"] == Status.OK}
+    shown = [
+        Shown(job_folder / made[index]["file_name"], one_line(made[index]["prompt"], 200))
+        for index in sorted(made)[:MAX_IMAGES]
+    ]
+    there = [one for one in shown if one.path.is_file()]
+    if not there:
+        return None
+    buffer = io.BytesIO()
+    draw_sheet(there).save(buffer, "PNG")
+    write_atomically(buffer.getvalue(), job_folder / FILE)
+    return job_folder / FILE
+
+
+def draw_sheet(shown: Sequence[Shown]) -> Image.Image:
+    columns = columns_for(len(shown))
+    rows = -(-len(shown) // columns)
+    width, height = CELL_PX + GAP_PX, CELL_PX + CAPTION_PX + GAP_PX
+    sheet = Image.new("RGB", (columns * width + GAP_PX, rows * height + GAP_PX), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_PX)
+    for number, one in enumerate(shown):
+        x, y = GAP_PX + number % columns * width, GAP_PX + number // columns * height
+        with Image.open(one.path) as picture:
+            fitted = fit(picture.convert("RGB"))
+        sheet.paste(fitted, (x + (CELL_PX - fitted.width) // 2, y + (CELL_PX - fitted.height) // 2))
+        draw.text((x + CELL_PX // 2, y + CELL_PX + 3), shorten(one.caption, font), "black", font, anchor="ma")
+    return sheet
+
+
+def columns_for(pictures: int) -> int:
+    """A little wider than high."""
+    return next(columns for columns in range(1, pictures + 1) if columns * columns * 2 >= pictures * 3 or columns == pictures)
+
+
+def fit(picture: Image.Image) -> Image.Image:
+    """Scaled to the cell, keeping the ratio of its sides."""
+    scale = CELL_PX / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of the text as fits under a cell."""
+    if font.getlength(text) <= CELL_PX:
+        return text
+    while text and font.getlength(text + "…") > CELL_PX:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,92 @@
+"""What a job folder says of itself, while the job runs and after."""
+
+import fcntl
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tinysd_batch.job.folder import STATE_FOLDER, read_job_json
+from tinysd_batch.job.results import ResultsPaths
+from tinysd_batch.records import Status
+from tinysd_batch.report.text import count, one_line
+
+MAX_FAULTS = 10
+
+
+@dataclass(slots=True)
+class JobStatus:
+    """Counts over a job's results."""
+
+    images: int
+    invalid_rows: int
+    seed: int
+    model: str
+    running: bool
+    by_status: Counter[str] = field(default_factory=Counter)
+    by_worker: Counter[str] = field(default_factory=Counter)
+    seconds_by_worker: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)  # the first few, one line each
+
+    @property
+    def left(self) -> int:
+        return self.images - sum(number for status, number in self.by_status.items() if status != Status.INVALID)
+
+
+def read_status(job_folder: Path) -> JobStatus:
+    """Raises UsageError when the folder is no job."""
+    saved = read_job_json(job_folder)
+    status = JobStatus(
+        images=saved.get("images", 0), invalid_rows=saved.get("invalid_rows", 0), seed=saved["seed"],
+        model=saved["model"]["name"], running=is_locked(job_folder / STATE_FOLDER / "lock"),
+    )  # fmt: skip
+    columns = [
+        "index", "row", "status", "error_class", "error_message", "device_name", "worker", "text_s", "denoise_s", "decode_s",
+    ]  # fmt: skip
+    newest = {(row["row"], row["index"]): row for row in ResultsPaths(job_folder).read_rows(columns)}
+    for row in newest.values():
+        status.by_status[row["status"]] += 1
+        if row["status"] != Status.OK:
+            where = f"row {row['row']}" + (f", image {row['index']}" if row["index"] else "")
+            status.faults.append(f"{where}: {row['status']}: {row['error_message']}")
+        elif row["denoise_s"] is not None:
+            worker = f"{row['worker'] or 'earlier run'} on {row['device_name']}"
+            status.by_worker[worker] += 1
+            status.seconds_by_worker[worker] += sum(row[name] or 0.0 for name in ("text_s", "denoise_s", "decode_s"))
+    return status
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a driver holds the job's lock now."""
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
+    state = "running" if status.running else "finished" if status.left <= 0 else "stopped"
+    console.print(f"{job_folder}: {state}, model {status.model}, seed {status.seed}", markup=False, highlight=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name in Status:
+        if status.by_status[name]:
+            table.add_row(str(name), f"{status.by_status[name]:,}")
+    if status.left > 0:
+        table.add_row("left", f"{status.left:,}")
+    console.print(table)
+    for worker, images in sorted(status.by_worker.items()):
+        each = status.seconds_by_worker[worker] / images
+        console.print(Text(f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour"))
+    for fault in status.faults[:MAX_FAULTS]:
+        console.print(Text(one_line(fault, 300)), soft_wrap=True)
+    if len(status.faults) > MAX_FAULTS:
+        console.print(f"and {len(status.faults) - MAX_FAULTS:,} more; results.parquet names them all")
+
+

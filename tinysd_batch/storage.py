@@ -1,0 +1,117 @@
+"""Files that are whole or not there: write beside, sync, then publish under the final name."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tinysd_batch.errors import JobLockedError, StorageError
+
+TEMPORARY_PREFIX = ".tmp-"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a StorageError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise StorageError(
+                f"{path}: {os.strerror(error.errno or 0)}; make room or choose another folder, then run the same command"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def synced_temporary(data: bytes, folder: Path) -> Iterator[Path]:
+    """A file in `folder` that holds `data` on disk; gone afterwards, whatever happens."""
+    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(data: bytes, path: Path) -> None:
+    """Put `data` at `path`, replacing what is there. Readers see the old file or the new one, never a part."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with synced_temporary(data, path.parent) as temporary:
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def publish(data: bytes, path: Path, is_same: Callable[[bytes], bool]) -> bytes:
+    """Put `data` at `path` unless the same thing is there already; return what the file holds now.
+
+    `is_same` tells from a file's bytes whether it is the image we wanted to write. The first writer wins: a late one
+    adopts its file, so a file whose hash is in the results table never changes.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with synced_temporary(data, path.parent) as temporary:
+            try:
+                os.link(temporary, path, follow_symlinks=False)
+            except FileExistsError:
+                return replace_unless_same(data, temporary, path, is_same)
+        sync_folder(path.parent)
+    return data
+
+
+def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Callable[[bytes], bool]) -> bytes:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        there = b"" if path.is_symlink() else path.read_bytes()
+        if is_same(there):
+            return there
+        os.replace(temporary, path)
+        os.fsync(folder)
+        return data
+    finally:
+        os.close(folder)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what killed writers left behind. Only the driver that holds the job's lock may do this."""
+    for leftover in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    except BlockingIOError:
+        owner = path.read_text().strip() or "unknown"
+        raise JobLockedError(
+            f"{path.parent.parent}: another tinysd-batch (process {owner}) is working on this job; wait for it or stop it"
+        ) from None
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""How the embedded model is made. Not in the wheel: nothing in the package imports this."""

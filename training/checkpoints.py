@@ -1,0 +1,19 @@
+"""Training state on disk: written whole or not at all, so that a stop at any moment loses only minutes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The saved state, or None where nothing has been saved yet."""
+    return torch.load(path, weights_only=True) if path.exists() else None
