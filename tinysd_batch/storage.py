@@ -11,16 +11,18 @@ from pathlib import Path
 from tinysd_batch.errors import JobLockedError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+NOT_WRITABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into a StorageError that names the path."""
+    """Turn a full, read-only, forbidden or vanished place into a StorageError that names the path."""
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM:
+        if error.errno in NOT_WRITABLE:
             raise StorageError(
                 f"{path}: {os.strerror(error.errno or 0)}; make room or choose another folder, then run the same command"
             ) from error

@@ -125,7 +125,7 @@ def train_process(rank: int, processes: int, folder: Path, samples: int, rendezv
         optimizer.step()
         step += 1
         seen += BATCH * processes
-        running = 0.98 * running + 0.02 * float(loss) if step > 1 else float(loss)
+        running = 0.98 * running + 0.02 * loss.item() if step > 1 else loss.item()
         if step % AVERAGE_EVERY == 0:
             average(model, processes)
             decay = min(EMA**AVERAGE_EVERY, (1 + step) / (10 + step))

@@ -85,7 +85,7 @@ def train(folder: Path, minutes: float, batch_size: int = 8, learning_rate: floa
             with torch.no_grad():
                 whole = pictures[::40]
                 score = psnr(vae.decode(vae.encode(whole).latent_dist.mode()).sample, whole)
-            print(f"vae step {step}  {progress:.0%}  loss {float(loss):.4f}  PSNR {score:.1f} dB", flush=True)
+            print(f"vae step {step}  {progress:.0%}  loss {loss.item():.4f}  PSNR {score:.1f} dB", flush=True)
             checkpoints.save(
                 {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "spent_min": spent + (time.monotonic() - started) / 60}, folder / "vae.pt",
@@ -155,8 +155,9 @@ def finish_decoder(folder: Path, minutes: float, batch_size: int = 4, learning_r
         if step % 200 == 0:
             with torch.no_grad():
                 score = psnr(vae.decode(latents[::40]).sample, pictures[::40])
-            print(f"decoder step {step}  {progress:.0%}  loss {float(loss):.4f}  PSNR {score:.1f} dB", flush=True)
+            print(f"decoder step {step}  {progress:.0%}  loss {loss.item():.4f}  PSNR {score:.1f} dB", flush=True)
             checkpoints.save(
                 {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "spent_min": spent + (time.monotonic() - started) / 60}, folder / "decoder.pt",
             )  # fmt: skip
+    checkpoints.save({"vae": vae.state_dict()}, folder / "decoder_done.pt")

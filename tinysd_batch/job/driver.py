@@ -25,7 +25,7 @@ POLL_S = 0.5
 class Progress(Protocol):
     """Who is told how the run goes."""
 
-    def started(self, total: int, finished: int, invalid: int) -> None: ...
+    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
     def worker(self, event: WorkerReady | WorkerLost) -> None: ...
     def image(self, request: ImageRequest, result: ImageResult) -> None: ...
     def durable(self) -> None:
@@ -92,7 +92,7 @@ def run_job(
         finished = {index for index in done.images if index <= total}
         summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
         write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
-        progress.started(total, len(finished), len(surveyed.invalid))
+        progress.started(total, len(finished), surveyed.invalid)
         try:
             if summary.left:
                 batches = takewhile(lambda batch: batch.images[0].index <= total, todo(job, finished))

@@ -84,10 +84,10 @@ def read_rows(path: Path, defaults: Defaults) -> Iterator[Row | InvalidRow]:
 def check_header(path: Path, names: list[str]) -> list[str]:
     if "prompt" not in names:
         shown = ", ".join(excerpt(name, 20) for name in names[:8]) or "nothing"
-        raise ManifestError(f"{path}: row 1 (header): no column named prompt; found {shown}")
+        raise ManifestError(f"{path}: header: no column named prompt; found {shown}")
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise ManifestError(f"{path}: row 1 (header): column {excerpt(doubled[0])} stands there twice; rename one")
+        raise ManifestError(f"{path}: header: column {excerpt(doubled[0])} stands there twice; rename one")
     return names
 
 
@@ -104,7 +104,7 @@ def read_csv(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader)]
         if any(has_surrogates(name) for name in header):
-            raise ManifestError(f"{path}: row 1 (header): not UTF-8; save the file as UTF-8")
+            raise ManifestError(f"{path}: header: not UTF-8; save the file as UTF-8")
         check_header(path, header)
         number = 0
         while True:

@@ -1,7 +1,7 @@
 """The four parts of the model that come to the device for their turn: text encoder, UNet encode half, UNet decode half, VAE.
 
 Weights are constants, so they move one way only: leaving the device is forgetting, never copying back. A fragment that
-is away has its tensors on torch's meta device, where nothing can be computed.
+is away has empty tensors in its modules, with which nothing can be computed.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ class Fragment:
             for prefix, module in modules.items()
             for path, owner, leaf, value in named_places(module)
         ]
+        self.clear()
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +57,12 @@ class Fragment:
     def offload(self) -> None:
         """Forget the device's copy."""
         if self.is_onloaded:
-            for tensor in self.host:
-                tensor.put(torch.empty_like(tensor.value, device="meta"))
+            self.clear()
             self.is_onloaded = False
+
+    def clear(self) -> None:
+        for tensor in self.host:
+            tensor.put(torch.empty(0, dtype=tensor.value.dtype))
 
 
 def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

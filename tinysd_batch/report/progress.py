@@ -10,10 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
-from tinysd_batch.records import ImageRequest, ImageResult, Status
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 from tinysd_batch.report.text import count, one_line
 
 PLAIN_LINE_EVERY_S = 10.0
+FAULTS_SHOWN = 10
 
 
 class RunProgress:
@@ -47,14 +48,18 @@ class RunProgress:
         """A line above the bar. Manifest text must have gone through `one_line`."""
         self.bar.console.print(Text(line), soft_wrap=True)
 
-    def started(self, total: int, finished: int, invalid: int) -> None:
+    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None:
         self.total, self.done = total, finished
         if self.on_start is not None:
             self.on_start(total - finished)
         if finished:
             self.say(f"Resuming: {finished:,} of {count(total, 'image')} are there already")
         if invalid:
-            self.say(f"{count(invalid, 'manifest row')} cannot be made; the results table says why")
+            self.say(f"{count(len(invalid), 'manifest row')} cannot be made:")
+            for row in invalid[:FAULTS_SHOWN]:
+                self.say(f"  row {row.number}: {one_line(row.reason, 200)}")
+            if len(invalid) > FAULTS_SHOWN:
+                self.say(f"  and {len(invalid) - FAULTS_SHOWN:,} more; the results table names them all")
         if finished < total:
             self.bar.update(self.task, description="loading the model", total=total, completed=finished)
 
@@ -79,7 +84,8 @@ class RunProgress:
         self.bar.update(self.task, completed=self.done, speed=self.speed(now))
         if not self.console.is_terminal and now - self.last_line >= PLAIN_LINE_EVERY_S:
             self.last_line = now
-            self.say(f"{self.done:,} of {count(self.total, 'image')}, {self.speed(now)}, {self.problems:,} failed")
+            speed = f", {self.speed(now)}" if self.speed(now) else ""
+            self.say(f"{self.done:,} of {count(self.total, 'image')}{speed}, {self.problems:,} failed")
 
     def speed(self, now: float) -> str:
         """Measured between images, so that loading the model does not count."""

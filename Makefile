@@ -1,0 +1,55 @@
+# `make demo` and `make test` set everything up on a machine with Python 3.11 to 3.13, pip and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Another wheel index for torch, such as https://download.pytorch.org/whl/cpu or .../whl/cu126 for old cards.
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test test-rest test-all lint benchmark train clean
+
+help: ## Show what can be made
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one with PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch: some 200 MB as a CPU build, 3 GB with CUDA. TORCH_INDEX=... names another wheel index."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "Installing tinysd-batch and what it needs: some 250 MB."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed ## Make .venv with the program in it
+
+demo: $(VENV)/installed ## Draw the twelve prompts of jobs/demo with the embedded model
+	$(BIN)/tinysd-batch submit jobs/demo/job.toml --verbose
+
+test: $(VENV)/installed-dev ## The default tests, in under 5 minutes
+	$(BIN)/pytest
+
+test-rest: $(VENV)/installed-dev ## The slow tests and those that kill processes
+	$(BIN)/pytest -m 'slow or chaos'
+
+test-all: test test-rest ## All tests that need no GPU, in under 40 minutes
+
+lint: $(VENV)/installed-dev ## Style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+benchmark: $(VENV)/installed ## Measure the embedded model and the job layer
+	$(BIN)/python benchmarks/first_light.py
+
+train: $(VENV)/installed ## Make the embedded model anew (hours)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
+	$(BIN)/python -m training.run
+
+clean: ## Remove .venv and build products
+	rm -rf $(VENV) build dist *.egg-info

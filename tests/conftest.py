@@ -1,0 +1,69 @@
+"""A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed to 2 bits."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Idle OpenMP threads that spin make small tensors on a busy machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tinysd_batch.model.info import embedded_path
+from tinysd_batch.quantize.fast import quantize_folder
+from tests.tools import write_json
+
+TEXT_WIDTH = 32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float model folder: 16x16 pixels, four blocks a side named as SD v1's, random weights."""
+    folder = tmp_path_factory.mktemp("models") / "float"
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4, cross_attention_dim=TEXT_WIDTH,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        latent_channels=4, sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    tokenizer = embedded_path() / "tokenizer"
+    vocabulary = len(json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=TEXT_WIDTH, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+    for name, module in (("unet", unet), ("vae", vae)):
+        module.save_pretrained(folder / name)
+    (folder / "text_encoder").mkdir()
+    write_json(folder / "text_encoder" / "config.json", text.config.to_dict())
+    save_file({n: v.contiguous() for n, v in text.state_dict().items()}, folder / "text_encoder" / "model.safetensors")
+    for part in ("tokenizer", "scheduler"):
+        (folder / part).mkdir()
+        for file in (embedded_path() / part).iterdir():
+            (folder / part / file.name).write_bytes(file.read_bytes())
+    write_json(folder / "tinysd.json", {"name": "random 16", "steps": 2, "scale": 2.0})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(float_model: Path) -> Path:
+    """The same model packed to 2 bits."""
+    packed = float_model.parent / "packed"
+    quantize_folder(float_model, packed)
+    return packed

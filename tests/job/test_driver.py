@@ -1,0 +1,260 @@
+"""Whole jobs, in this process, on a real (tiny) model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.tools import check_whole, read_results, write_csv
+from tinysd_batch.config import Settings
+from tinysd_batch.errors import JobMismatchError, StorageError, UsageError
+from tinysd_batch.job.driver import Dispatch, Summary, run_job
+from tinysd_batch.job.folder import Job, open_job
+from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.worker import Worker, WorkerSetup
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
+
+
+class Quiet:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
+    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def durable(self) -> None: ...
+
+    def image(self, request: ImageRequest, result: ImageResult) -> None:
+        self.made.append(request.index)
+
+
+def setup_for(job: Job) -> WorkerSetup:
+    return WorkerSetup(job.folder, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None)
+
+
+def draw(manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any) -> tuple[Summary, Quiet]:
+    job = open_job(manifest, folder, Settings(model=str(model), **settings))
+    progress = Quiet()
+    stop: Callable[[], bool] = lambda: stop_after is not None and len(progress.made) >= stop_after  # noqa: E731
+    return run_job(job, lambda _: InlinePool(setup_for(job)), progress, stop, limit), progress
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "m.csv", [
+        {"prompt": "red apple", "seed": 7, "n_samples": 3, "note": "a"},
+        {"prompt": "cat", "seed": "", "n_samples": "", "note": "b"},
+        {"prompt": "dog", "seed": "oops", "n_samples": 2, "note": "c"},
+        {"prompt": "owl", "seed": 9, "n_samples": 2, "note": "d"},
+    ])  # fmt: skip
+
+
+def pixels(job: Path) -> dict[int, bytes]:
+    return {row["index"]: Image.open(job / row["file_name"]).tobytes() for row in read_results(job) if row["index"]}
+
+
+def test_a_job_makes_every_image_and_tells_of_bad_rows(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    summary, _ = draw(manifest, tmp_path / "job", tiny_model, seed=100)
+    assert (summary.counts[Status.OK], summary.invalid_rows, summary.left, summary.stopped) == (6, 1, 0, False)
+    rows = check_whole(tmp_path / "job", 6)
+    assert [row["seed"] for row in rows if row["index"]] == [7, 8, 9, 103, 9, 10]
+    assert [row["note"] for row in rows] == ["a", "a", "a", "b", "c", "d", "d"]
+    (bad,) = (row for row in rows if row["status"] == "invalid")
+    assert (bad["row"], bad["prompt"]) == (3, "dog")
+    assert "column seed = 'oops'" in bad["error_message"]
+    first = rows[0]
+    assert first["n_tokens"] == 2
+    assert first["precision"] == "float32"
+    assert first["finished_at"] >= first["started_at"]
+
+
+def test_the_picture_carries_its_settings(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model)
+    row = read_results(tmp_path / "job")[0]
+    with Image.open(tmp_path / "job" / row["file_name"]) as image:
+        text = image.text  # type: ignore[attr-defined]
+    assert "Steps: 2, Sampler: PLMS, CFG scale: 2.0, Seed: 7, Size: 16x16" in text["parameters"]
+    assert json.loads(text["tinysd"])["image_id"] == row["image_id"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_stopped_and_resumed_equals_uninterrupted(manifest: Path, tmp_path: Path, tiny_model: Path, stop_after: int) -> None:
+    draw(manifest, tmp_path / "whole", tiny_model, seed=5)
+    summary, first = draw(manifest, tmp_path / "job", tiny_model, seed=5, stop_after=stop_after)
+    assert summary.stopped
+    assert summary.left == 6 - len(first.made)
+    _, second = draw(manifest, tmp_path / "job", tiny_model)
+    assert sorted(first.made + second.made) == list(range(1, 7))
+    check_whole(tmp_path / "job", 6)
+    assert pixels(tmp_path / "job") == pixels(tmp_path / "whole")
+
+
+def test_a_finished_job_opens_no_pool(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model)
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    summary = run_job(job, lambda _: pytest.fail("a pool was opened"), Quiet(), lambda: False)
+    assert (summary.left, summary.finished_before, summary.invalid_rows) == (0, 6, 1)
+    check_whole(tmp_path / "job", 6)
+
+
+def test_a_limit_makes_the_first_images_and_the_rest_follows(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """The limit cuts through a batch of three, whose images must come out as if it had not."""
+    draw(manifest, tmp_path / "whole", tiny_model, seed=5)
+    summary, progress = draw(manifest, tmp_path / "job", tiny_model, limit=2, seed=5)
+    assert (progress.made, summary.left, summary.stopped) == ([1, 2], 0, False)
+    _, progress = draw(manifest, tmp_path / "job", tiny_model)
+    assert progress.made == [3, 4, 5, 6]
+    check_whole(tmp_path / "job", 6)
+    assert pixels(tmp_path / "job") == pixels(tmp_path / "whole")
+
+
+def test_files_without_rows_are_adopted_not_redrawn(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(manifest, tmp_path / "job", tiny_model)
+    before = read_results(tmp_path / "job")
+    (tmp_path / "job" / "results.parquet").unlink()
+    monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was drawn again"))
+    draw(manifest, tmp_path / "job", tiny_model)
+    kept = ("index", "sha256", "n_tokens", "precision", "denoise_s")
+    assert [[row[name] for name in kept] for row in check_whole(tmp_path / "job", 6)] == [[row[name] for name in kept] for row in before]
+
+
+def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model, seed=5)
+    rows = read_results(tmp_path / "job")
+    before = pixels(tmp_path / "job")
+    (tmp_path / "job" / "results.parquet").unlink()
+    torn, foreign = (tmp_path / "job" / rows[number]["file_name"] for number in (0, 1))
+    torn.write_bytes(torn.read_bytes()[:200])
+    Image.new("RGB", (16, 16)).save(foreign)
+    draw(manifest, tmp_path / "job", tiny_model)
+    check_whole(tmp_path / "job", 6)
+    assert pixels(tmp_path / "job") == before
+
+
+def test_an_image_that_fails_costs_only_itself(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Worker.try_to_make
+
+    def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
+        if any(image.seed == 8 for image in images):
+            raise RuntimeError("this seed is cursed\nand more")
+        return original(self, images, wanted)
+
+    monkeypatch.setattr(Worker, "try_to_make", poisoned)
+    summary, _ = draw(manifest, tmp_path / "job", tiny_model)
+    assert (summary.counts[Status.OK], summary.failed) == (5, 1)
+    rows = {row["index"]: row for row in check_whole(tmp_path / "job", 6) if row["index"]}
+    assert (rows[2]["status"], rows[2]["error_class"], rows[2]["error_message"]) == ("failed", "RuntimeError", "this seed is cursed")
+    assert rows[1]["degraded"] == ["batch_split"]
+
+
+def test_a_full_disk_stops_the_job_and_keeps_what_is_done(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Worker.publish
+
+    def full(self: Worker, request: ImageRequest, *rest: Any) -> ImageResult:
+        if request.index == 5:
+            raise StorageError("disk full")
+        return original(self, request, *rest)
+
+    with monkeypatch.context() as fault:
+        fault.setattr(Worker, "publish", full)
+        with pytest.raises(StorageError):
+            draw(manifest, tmp_path / "job", tiny_model)
+    assert sorted(row["index"] for row in read_results(tmp_path / "job") if row["index"]) == [1, 2, 3, 4]
+    draw(manifest, tmp_path / "job", tiny_model)
+    check_whole(tmp_path / "job", 6)
+
+
+def test_other_settings_are_refused_with_the_difference(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model, seed=5)
+    for change, message in (({"steps": 9}, "steps: 2 in the job, 9 now"), ({"seed": 6}, "seed: 5 in the job, 6 now"), ({"sampler": "ddim"}, "sampler: plms in the job, ddim now")):
+        with pytest.raises(JobMismatchError, match=message):
+            draw(manifest, tmp_path / "job", tiny_model, **change)
+
+
+def test_another_model_and_another_manifest_are_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    (other / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(JobMismatchError, match="the weights differ"):
+        draw(manifest, tmp_path / "job", other)
+    manifest.write_text(manifest.read_text() + "fox,1,1,e\n")
+    with pytest.raises(JobMismatchError, match="belongs to the manifest"):
+        draw(manifest, tmp_path / "job", tiny_model)
+
+
+def test_job_folders_that_cannot_be_used(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "images").symlink_to(tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "job.json").write_text("{")
+    for name, message in (("file", "is a file"), ("linked", "symbolic link"), ("damaged", "damaged")):
+        with pytest.raises(UsageError, match=message):
+            draw(manifest, tmp_path / name, tiny_model)
+
+
+class DyingPool:
+    """A real worker behind a pool that loses it whenever it meets a given seed."""
+
+    size = 1
+
+    def __init__(self, setup: WorkerSetup, deadly_seed: int) -> None:
+        self.worker = Worker(setup, "w")
+        self.deadly_seed = deadly_seed
+        self.queue: list[Any] | None = None
+
+    def idle(self) -> list[str]:
+        return ["w"] if self.queue is None else []
+
+    def submit(self, worker: str, chunk: Any) -> None:
+        self.queue = list(chunk)
+
+    def events(self, timeout_s: float) -> list[Event]:
+        if not self.queue:
+            self.queue = None
+            return [ChunkDone("w")]
+        batch = self.queue.pop(0)
+        if any(image.seed == self.deadly_seed and image.index in batch.wanted for image in batch.images):
+            self.queue = None
+            return [WorkerLost("w", "killed")]
+        return [BatchDone("w", self.worker.generate_batch(batch))]
+
+
+def test_an_image_that_kills_three_workers_is_quarantined_and_no_other(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import nullcontext
+
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    summary = run_job(job, lambda _: nullcontext(DyingPool(setup_for(job), deadly_seed=8)), Quiet(), lambda: False)  # type: ignore[arg-type]
+    assert (summary.counts[Status.OK], summary.counts[Status.QUARANTINED], summary.left) == (5, 1, 0)
+    rows = {row["index"]: row for row in check_whole(tmp_path / "job", 6) if row["index"]}
+    assert (rows[2]["status"], rows[2]["attempts"], rows[2]["error_class"]) == ("quarantined", 3, "worker_died")
+    assert rows[1]["attempts"] == 2
+
+
+def test_chunks_grow_with_speed_and_shrink_at_the_end(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    path = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}"} for number in range(40)])
+    job = open_job(path, tmp_path / "many", Settings(model=str(tiny_model)))
+    sizes: list[int] = []
+    original = Dispatch.cut_chunk
+
+    def counted(self: Dispatch, worker: str) -> Any:
+        chunk = original(self, worker)
+        sizes.append(len(chunk))
+        return chunk
+
+    Dispatch.cut_chunk = counted  # type: ignore[method-assign]
+    try:
+        run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)
+    finally:
+        Dispatch.cut_chunk = original  # type: ignore[method-assign]
+    assert sizes[0] == 1
+    assert max(sizes) > 4
+    assert sizes[-1] == 1
+    assert pq.read_metadata(tmp_path / "many" / "results.parquet").num_rows == 40

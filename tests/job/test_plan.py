@@ -1,0 +1,80 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinysd_batch.job.identity import image_id
+from tinysd_batch.job.plan import cut_batches, file_name, plan_images, split_to_singles
+from tinysd_batch.records import ImageRequest, InvalidRow, Row, SamplingParams
+
+PARAMS = SamplingParams(width=512, height=512, steps=50, sampler="plms", eta=0.0)
+IDENTITY = {"model_digest": "00" * 16, "prompt": "red apple", "negative_prompt": "", "seed": 7, "scale": 7.5, "precision": "auto"}
+
+
+def row(number: int, seed: int | None, n_iter: int, n_samples: int) -> Row:
+    return Row(number, f"prompt {number}", "", seed, 7.5, n_iter, n_samples, PARAMS)
+
+
+def images_of(rows: list[Row | InvalidRow], job_seed: int = 100) -> list[ImageRequest]:
+    planned = plan_images(rows, job_seed=job_seed, model_digest="00" * 16, precision="auto")
+    return [image for _, images in planned for image in images]
+
+
+SPECS = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 9)), st.integers(1, 4), st.integers(1, 4)), max_size=8)
+
+
+@given(SPECS, st.sets(st.integers(1, 40)))
+def test_batches_hold_every_unfinished_image_once_in_order(specs: list[tuple[int | None, int, int]], finished: set[int]) -> None:
+    rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
+    planned = list(plan_images(rows, job_seed=5, model_digest="00" * 16, precision="auto"))
+    total = sum(len(images) for _, images in planned)
+    batches = list(cut_batches(planned, finished))
+    wanted = [index for batch in batches for index in sorted(batch.wanted)]
+    assert wanted == [index for index in range(1, total + 1) if index not in finished]
+    assert [single.images[0].index for single in split_to_singles(batches)] == wanted
+    for batch in batches:
+        assert len(batch.images) <= rows[batch.images[0].row - 1].n_samples  # type: ignore[union-attr]
+
+
+@given(SPECS, st.sets(st.integers(1, 40)))
+def test_an_interruption_changes_no_batch(specs: list[tuple[int | None, int, int]], finished: set[int]) -> None:
+    rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
+    planned = list(plan_images(rows, job_seed=5, model_digest="00" * 16, precision="auto"))
+    whole = [batch.images for batch in cut_batches(planned, ())]
+    assert all(batch.images in whole for batch in cut_batches(planned, finished))
+
+
+def test_seeds_and_indexes() -> None:
+    images = images_of([row(1, 7, 2, 2), InvalidRow(2, "bad"), row(3, None, 1, 2)])
+    assert [(image.index, image.row, image.sample, image.seed) for image in images] == [
+        (1, 1, 1, 7), (2, 1, 2, 8), (3, 1, 3, 9), (4, 1, 4, 10), (5, 3, 1, 104), (6, 3, 2, 105),
+    ]  # fmt: skip
+
+
+def test_the_job_seed_wraps_around() -> None:
+    assert [image.seed for image in images_of([row(1, None, 3, 1)], job_seed=2**63 - 2)] == [2**63 - 2, 2**63 - 1, 0]
+
+
+def test_file_names() -> None:
+    assert file_name(1234, 55) == "images/00000/seed_1234_00055.png"
+    assert file_name(1, 10_000) == "images/00000/seed_1_10000.png"
+    assert file_name(1, 10_001) == "images/00001/seed_1_10001.png"
+    assert file_name(2**63 - 1, 1_234_567) == "images/00123/seed_9223372036854775807_1234567.png"
+
+
+def test_golden_identities() -> None:
+    """These may never change: they are in every table and picture ever written."""
+    assert image_id(**IDENTITY, params=PARAMS) == "b5ef3a2132275a4ebf6c2e442a15bda6"
+    assert image_id(**{**IDENTITY, "prompt": "Zu\u0308rich \N{RED APPLE}"}, params=PARAMS) == "f30aad90e19cb13871b28851bcb043cd"
+
+
+def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
+    composed = image_id(**{**IDENTITY, "prompt": "Z\u00fcrich"}, params=PARAMS)
+    assert composed == image_id(**{**IDENTITY, "prompt": "Zu\u0308rich"}, params=PARAMS)
+    assert image_id(**{**IDENTITY, "scale": 7}, params=PARAMS) == image_id(**{**IDENTITY, "scale": 7.0}, params=PARAMS)
+
+
+def test_everything_that_decides_pixels_decides_identity() -> None:
+    variants = [{}, {"model_digest": "11" * 16}, {"prompt": "x"}, {"negative_prompt": "x"}, {"seed": 8}, {"scale": 7.0}, {"precision": "full"}]
+    params = [PARAMS, SamplingParams(256, 512, 50, "plms", 0.0), SamplingParams(512, 256, 50, "plms", 0.0),
+              SamplingParams(512, 512, 51, "plms", 0.0), SamplingParams(512, 512, 50, "ddim", 0.0), SamplingParams(512, 512, 50, "plms", 0.1)]  # fmt: skip
+    ids = {image_id(**{**IDENTITY, **change}, params=PARAMS) for change in variants} | {image_id(**IDENTITY, params=p) for p in params}
+    assert len(ids) == len(variants) + len(params) - 1

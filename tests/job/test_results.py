@@ -1,0 +1,119 @@
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tinysd_batch.job import results
+from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
+
+RUN = {"model": "m", "model_digest": "d", "run_id": "r", "version": "0"}
+SCHEMA = results_schema([pa.field("artist", pa.string()), pa.field("status", pa.string())])
+
+
+def row(index: int, status: Status = Status.OK) -> dict[str, Any]:
+    params = SamplingParams(64, 64, 5, "plms", 0.0)
+    extra = {"artist": f"artist {index}", "status": "theirs"}
+    request = ImageRequest(index, index, 1, f"p{index}", "", index, 4.0, params, f"{index:032x}", f"f{index}", extra=extra)
+    return image_row(request, ImageResult(index, status, started_at=time.time()), RUN)
+
+
+def indexes(folder: Path) -> list[int]:
+    return [one["index"] for one in pq.read_table(folder / "results.parquet").to_pylist()]
+
+
+def test_the_columns_are_those_that_were_promised() -> None:
+    assert SCHEMA.names == (
+        "index row sample id prompt negative_prompt seed width height steps sampler scale eta image_id status file_name sha256 "
+        "bytes error_class error_message attempts degraded n_tokens truncated model model_digest precision device_name worker "
+        "node text_s denoise_s decode_s peak_memory_bytes started_at finished_at run_id version artist manifest_status"
+    ).split()
+
+
+def test_rows_come_back_sorted_with_their_extra_columns(tmp_path: Path) -> None:
+    writer = ResultsWriter(tmp_path, SCHEMA, 3)
+    for index in (3, 1, 2):
+        writer.append(row(index))
+        writer.flush()
+    writer.seal()
+    found = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(one["index"], one["artist"], one["manifest_status"], one["status"]) for one in found] == [
+        (index, f"artist {index}", "theirs", "ok") for index in (1, 2, 3)
+    ]
+    assert not list(writer.paths.journal.iterdir())
+
+
+def test_a_second_run_adds_and_its_rows_count(tmp_path: Path) -> None:
+    first = ResultsWriter(tmp_path, SCHEMA, 3)
+    first.append(row(1))
+    first.append(row(2, Status.FAILED))
+    first.seal()
+    second = ResultsWriter(tmp_path, SCHEMA, 3)
+    second.append(row(2))
+    second.append(row(3))
+    second.seal()
+    found = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(one["index"], one["status"]) for one in found] == [(1, "ok"), (2, "ok"), (3, "ok")]
+
+
+def test_unsealed_rows_are_read_and_sealed_by_the_next_run(tmp_path: Path) -> None:
+    killed = ResultsWriter(tmp_path, SCHEMA, 2)
+    killed.append(row(1))
+    killed.flush()
+    assert [one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])] == [1]
+    following = ResultsWriter(tmp_path, SCHEMA, 2)
+    following.append(row(2))
+    following.seal()
+    assert indexes(tmp_path) == [1, 2]
+
+
+def test_a_crash_between_sealing_and_deleting_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ResultsWriter(tmp_path, SCHEMA, 2)
+    writer.append(row(1))
+    writer.flush()
+    with monkeypatch.context() as crash:
+        crash.setattr(ResultsPaths, "drop_covered_journal", lambda self: None)
+        writer.seal()
+    assert list(writer.paths.journal.iterdir())
+    assert [one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])] == [1]
+    following = ResultsWriter(tmp_path, SCHEMA, 2)
+    assert not list(writer.paths.journal.iterdir())
+    following.append(row(2))
+    following.seal()
+    assert indexes(tmp_path) == [1, 2]
+
+
+def test_journal_names_never_come_again(tmp_path: Path) -> None:
+    """A new part under a name that the sealed file covers would be deleted as a leftover."""
+    for index in (1, 2, 3):
+        writer = ResultsWriter(tmp_path, SCHEMA, 3)
+        writer.append(row(index))
+        writer.flush()
+        ResultsPaths(tmp_path).drop_covered_journal()
+        writer.seal()
+    assert indexes(tmp_path) == [1, 2, 3]
+
+
+def test_big_jobs_end_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "ONE_FILE_ROWS", 10)
+    monkeypatch.setattr(results, "SEAL_ROWS", 5)
+    writer = ResultsWriter(tmp_path, SCHEMA, 12)
+    for index in range(1, 13):
+        writer.append(row(index))
+        writer.flush()
+    writer.seal()
+    assert [path.name for path in sorted((tmp_path / "results").iterdir())] == [f"part-{n:05d}.parquet" for n in range(3)]
+    assert sorted(one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])) == list(range(1, 13))
+
+
+def test_an_invalid_row_has_no_index(tmp_path: Path) -> None:
+    writer = ResultsWriter(tmp_path, SCHEMA, 1)
+    writer.append(invalid_row(InvalidRow(5, "column seed is odd", prompt="cat", extra={"artist": "x"}), RUN))
+    writer.seal()
+    (found,) = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert (found["index"], found["row"], found["status"], found["error_message"], found["artist"]) == (
+        None, 5, "invalid", "column seed is odd", "x",
+    )  # fmt: skip

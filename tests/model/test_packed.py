@@ -1,0 +1,94 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tinysd_batch.model import packed
+from tinysd_batch.quantize.affine import quantize_matrix
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(packed.GROUPS))
+
+
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_codes_survive_packing(rows: int, quads: int, seed: int) -> None:
+    codes = torch.randint(0, 4, (rows, quads * 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(packed.unpack_2bit(packed.pack_2bit(codes)), codes)
+
+
+def test_the_first_code_lies_in_the_lowest_bits() -> None:
+    assert packed.pack_2bit(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)).tolist() == [[0b00_11_10_01]]
+
+
+def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
+    """FBGEMM rows with every kind of finite scale and offset, signs and subnormals among them."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (count, group // 4), dtype=torch.uint8, generator=generator)
+    bits = torch.randint(-(2**15), 2**15, (count, 2), generator=generator).to(torch.int16)
+    finite = torch.where(bits.view(torch.float16).isfinite(), bits, torch.zeros_like(bits))
+    return torch.cat([codes, finite.view(torch.uint8).view(count, 4)], dim=1)
+
+
+@pytest.mark.skipif(not packed.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch")
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.sampled_from(packed.GROUPS), st.integers(0, 2**32 - 1))
+def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: int) -> None:
+    rows = random_rows(count, group, seed)
+    assert torch.equal(packed.unpack_rows_fbgemm(rows), packed.unpack_rows_torch(rows))
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(0, 2**32 - 1))
+def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], seed: int) -> None:
+    out, groups, size = shape
+    matrix = torch.randn(out, groups * size, generator=torch.Generator().manual_seed(seed))
+    weight = quantize_matrix(matrix, size)
+    scale, offset = packed.affine_parameters(weight)
+    codes = packed.unpack_2bit(weight.qweight).view(out, groups, size).float()
+    expected = codes * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
+    assert torch.equal(packed.unpack_rows(weight.rows()).view(out, groups, size), expected)
+
+
+def fill(layer: packed.PackedLayer, weight: packed.PackedWeight, bias: torch.Tensor | None) -> None:
+    layer.rows = weight.rows()
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+
+
+def dense(weight: packed.PackedWeight, out: int) -> torch.Tensor:
+    return packed.unpack_rows(weight.rows()).view(out, -1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_is_a_linear_layer_on_the_unpacked_weight(bias: bool) -> None:
+    torch.manual_seed(1)
+    linear = nn.Linear(96, 20, bias=bias)
+    weight = quantize_matrix(linear.weight.detach(), 32)
+    layer = packed.packed_like(linear, 32)
+    fill(layer, weight, linear.bias.detach() if bias else None)
+    x = torch.randn(3, 5, 96)
+    assert torch.equal(layer(x), F.linear(x, dense(weight, 20), linear.bias))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
+def test_packed_convolution_is_a_convolution_with_the_unpacked_weight(kernel: int, stride: int, padding: int) -> None:
+    torch.manual_seed(2)
+    conv = nn.Conv2d(64, 24, kernel, stride, padding)
+    weight = quantize_matrix(packed.to_matrix(conv.weight.detach()), 64)
+    layer = packed.packed_like(conv, 64)
+    fill(layer, weight, conv.bias.detach() if conv.bias is not None else None)
+    x = torch.randn(2, 64, 9, 7)
+    kernels = dense(weight, 24).view(24, kernel, kernel, 64).permute(0, 3, 1, 2)
+    expected = F.conv2d(x, kernels.contiguous(), conv.bias, stride, padding)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tap_major_order() -> None:
+    weight = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)  # out, in, kernel rows, kernel columns
+    assert packed.to_matrix(weight)[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+
+
+@pytest.mark.parametrize(("columns", "size"), [(576, 64), (288, 32), (144, 16), (36, None), (8, None)])
+def test_group_size_is_the_largest_that_divides(columns: int, size: int | None) -> None:
+    assert packed.group_size_for(columns) == size

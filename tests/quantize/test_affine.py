@@ -1,0 +1,40 @@
+import torch
+
+from tinysd_batch.model.packed import affine_parameters, unpack_rows
+from tinysd_batch.quantize.affine import fit_groups, nearest_codes, quantize_matrix
+
+
+def relative_error(weight: torch.Tensor, other: torch.Tensor) -> float:
+    return float((weight - other).square().sum() / weight.square().sum())
+
+
+def test_a_matrix_that_fits_two_bits_comes_back_nearly_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 4, (8, 128), generator=generator)
+    scale = torch.rand(8, 2, generator=generator).repeat_interleave(64, dim=1) + 0.5
+    matrix = codes * scale - 1.0
+    assert relative_error(matrix, unpack_rows(quantize_matrix(matrix, 64).rows()).view(8, 128)) < 1e-4
+
+
+def test_least_squares_beats_the_range_by_far_on_gaussian_weights() -> None:
+    groups = torch.randn(500, 64, generator=torch.Generator().manual_seed(1))
+    low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
+    by_range = nearest_codes(groups, (high - low) / 3, low) * (high - low) / 3 + low
+    scale, offset = fit_groups(groups)
+    fitted = nearest_codes(groups, scale, offset) * scale + offset
+    # A Gaussian has 0.1188 of its variance left after the best four uniform levels (Max 1960, table II).
+    assert relative_error(groups, fitted) < 0.13
+    assert relative_error(groups, by_range) > 1.5 * relative_error(groups, fitted)
+
+
+def test_constant_and_zero_groups_are_exact() -> None:
+    matrix = torch.cat([torch.zeros(2, 64), torch.full((2, 64), 0.75)])
+    assert torch.equal(unpack_rows(quantize_matrix(matrix, 64).rows()).view(4, 64), matrix)
+
+
+def test_stored_scales_are_close_to_the_fitted_ones() -> None:
+    matrix = torch.randn(16, 256, generator=torch.Generator().manual_seed(2))
+    scale, _ = fit_groups(matrix.view(-1, 64))
+    stored, _ = affine_parameters(quantize_matrix(matrix, 64))
+    spread = scale.max() - scale.min()
+    assert (stored.float() - scale.view(16, 4)).abs().max() < spread / 100

@@ -1,0 +1,141 @@
+"""The program as a user meets it: real processes, exit codes, messages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tools import check_whole, environment, read_results, run, write_csv
+
+HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "PIL", "numpy")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, tinysd_batch.cli as cli\n"
+        f"sys.argv = ['tinysd-batch', *{arguments!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        f"print('HEAVY:', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True).stdout
+    assert "HEAVY: []" in out
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, tinysd_batch; assert not {'torch', 'ray', 'diffusers'} & set(sys.modules); tinysd_batch.TinySD"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+@pytest.mark.slow
+def test_submit_with_ray_then_status_then_again(tmp_path: Path, tiny_model: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "red apple", "n_samples": 2}, {"prompt": "cat", "n_samples": 1}])
+    first = run("submit", "m.csv", "--model", tiny_model, "--verbose", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("Model: random 16, 16x16 pixels")
+    assert "outputs/m/images" in first.stdout
+    check_whole(tmp_path / "outputs" / "m", 3)
+    for row in read_results(tmp_path / "outputs" / "m"):
+        assert f"{row['file_name']}  seed {row['seed']}" in first.stdout
+    told = run("status", "outputs/m", cwd=tmp_path)
+    assert told.returncode == 0
+    assert "finished" in told.stdout
+    assert "ok  3" in told.stdout
+    again = run("submit", "m.csv", "--model", tiny_model, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "3 of 3 images are there already" in again.stdout
+
+
+def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "red apple", "seed": 1}, {"prompt": "cat", "seed": "x"}])
+    done = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "job", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "row 2: column seed = 'x': a whole number was expected" in done.stdout
+    check_whole(tmp_path / "job", 1)
+    again = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "job", cwd=tmp_path)
+    assert again.returncode == 3
+    assert "row 2: invalid: column seed" in run("status", "job", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["submit", "none.csv"], 2, "none.csv: no such file"),
+        (["submit", "noprompt.csv"], 2, "noprompt.csv: header: no column named prompt; found 'text'"),
+        (["submit", "empty.csv"], 2, "empty.csv: the file is empty"),
+        (["submit", "utf16.csv"], 2, "utf16.csv: not UTF-8"),
+        (["submit", "m.csv", "--model", "nowhere"], 2, "nowhere: no such model"),
+        (["submit", "m.csv", "--height", "100"], 2, "height = 100: must be a multiple of 16"),
+        (["submit", "m.csv", "--steps", "0"], 2, "settings: steps = '0'"),
+        (["submit", "m.csv", "--steps", "1000000000"], 2, "settings: steps = '1000000000'"),
+        (["submit", "m.csv", "--sampler", "karras"], 2, "settings: sampler = 'karras'"),
+        (["submit", "m.csv", "--scale", "nan"], 2, "settings: scale = 'nan'"),
+        (["submit", "m.csv", "--n_samples", "0"], 2, "settings: n_samples = '0'"),
+        (["submit", "m.csv", "-o", "m.csv"], 2, "m.csv: is a file"),
+        (["submit", "bad.toml"], 2, "bad.toml: not valid TOML"),
+        (["submit", "misspelt.toml"], 2, "misspelt.toml: stepps"),
+        (["submit", "m.csv", "--preset", "none.toml"], 2, "none.toml: no such file"),
+        (["status", "."], 2, "not a job folder"),
+        (["txt2img"], 2, "the prompt cannot be drawn: column prompt is empty"),
+        (["txt2img", "--prompt", "a:0 b:0"], 2, "weights sum to 0"),
+        (["txt2img", "cat", "--vram-budget", "much"], 2, "vram_budget = 'much'"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    (tmp_path / "m.csv").write_text("prompt\ncat\n")
+    (tmp_path / "noprompt.csv").write_text("text\ncat\n")
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "utf16.csv").write_bytes("prompt\ncat\n".encode("utf-16"))
+    (tmp_path / "bad.toml").write_text("= 3")
+    (tmp_path / "misspelt.toml").write_text('manifest = "m.csv"\nstepps = 3\n')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
+    done = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "/proc/job", cwd=tmp_path)
+    assert done.returncode == 5
+    assert "/proc/job" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_txt2img_numbers_on(tmp_path: Path, tiny_model: Path) -> None:
+    first = run("txt2img", "red", "apple", "--model", tiny_model, "--seed", "27", "--n_samples", "2", "-o", "pictures", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    second = run("txt2img", "--prompt", "red apple", "--model", tiny_model, "--seed", "27", "-o", "pictures", cwd=tmp_path)
+    assert second.returncode == 0
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == ["seed_27_00001.png", "seed_27_00003.png", "seed_28_00002.png"]
+    assert "pictures/seed_27_00003.png  seed 27" in second.stdout
+
+
+def test_flags_win_over_the_job_file_and_it_over_presets(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "preset.toml").write_text(f'model = "{tiny_model}"\nsteps = 3\nscale = 3.0\ninline = true\n')
+    (tmp_path / "mine.toml").write_text('manifest = "m.csv"\npreset = ["preset.toml"]\nsteps = 4\nsampler = "ddim"\n')
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
+    done = run("submit", "mine.toml", "--sampler", "euler", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 steps of euler, scale 3" in done.stdout
+    (row,) = read_results(tmp_path / "outputs" / "mine")
+    assert (row["steps"], row["sampler"], row["scale"]) == (4, "euler", 3.0)
+
+
+def test_many_images_by_the_embedded_model_are_told_before_they_start(tmp_path: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_iter": 101}])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinysd_batch", "submit", "m.csv", "--inline"], cwd=tmp_path, env=environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert lines[0].startswith("Model: ")
+    assert "101 images will be drawn by the small model" in lines[2]

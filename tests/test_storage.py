@@ -1,0 +1,73 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tinysd_batch.errors import JobLockedError, StorageError
+from tinysd_batch.storage import TEMPORARY_PREFIX, lock, publish, storage_errors, sweep_temporaries, write_atomically
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_publishing_writes_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    assert publish(b"new", tmp_path / "a" / "x", lambda _: False) == b"new"
+    assert names(tmp_path / "a") == ["x"]
+
+
+def test_the_first_writer_wins(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"same picture, other bytes")
+    assert publish(b"late", path, lambda found: found.startswith(b"same")) == b"same picture, other bytes"
+    assert path.read_bytes() == b"same picture, other bytes"
+    assert names(tmp_path) == ["x"]
+
+
+def test_something_else_under_the_name_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"half a pict")
+    assert publish(b"whole", path, lambda _: False) == b"whole"
+    assert path.read_bytes() == b"whole"
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "x").symlink_to(victim)
+    publish(b"picture", tmp_path / "x", lambda _: False)
+    assert victim.read_bytes() == b"precious"
+    assert (tmp_path / "x").read_bytes() == b"picture"
+    assert not (tmp_path / "x").is_symlink()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device; make room"):
+        write_atomically(b"data", tmp_path / "x")
+    assert names(tmp_path) == []
+
+
+def test_other_faults_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), storage_errors(tmp_path):
+        raise IsADirectoryError(errno.EISDIR, "is a directory")
+
+
+def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:
+    path = tmp_path / "_tinysd" / "lock"
+    with lock(path), pytest.raises(JobLockedError, match=f"process {os.getpid()}"), lock(path):
+        pytest.fail("locked twice")
+    with lock(path):
+        pass
+
+
+def test_sweeping_removes_only_temporaries(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / f"{TEMPORARY_PREFIX}1").touch()
+    (tmp_path / "images" / "seed_1_00001.png").touch()
+    sweep_temporaries(tmp_path)
+    assert names(tmp_path / "images") == ["seed_1_00001.png"]

@@ -1,0 +1,64 @@
+"""What several tests need: writing inputs, running the program, reading what it left."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tinysd_batch.storage import TEMPORARY_PREFIX
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    """A CSV manifest; the first row's keys are the columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200", **more}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tinysd_batch", *(str(argument) for argument in arguments)]
+
+
+def run(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user does."""
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def read_results(job: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(job / "results.parquet").to_pylist()
+    return rows
+
+
+def check_whole(job: Path, images: int) -> list[dict[str, Any]]:
+    """Assert what a finished job promises: every index once, every hash right, nothing left over. Returns the rows."""
+    rows = read_results(job)
+    made = [row for row in rows if row["index"] is not None]
+    assert sorted(row["index"] for row in made) == list(range(1, images + 1))
+    for row in made:
+        if row["status"] == "ok":
+            data = (job / row["file_name"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == row["sha256"], row["file_name"]
+    there = {path.relative_to(job).as_posix() for path in (job / "images").rglob("*") if path.is_file()}
+    assert there == {row["file_name"] for row in made if row["status"] == "ok"}
+    assert not list(job.rglob(f"{TEMPORARY_PREFIX}*"))
+    assert not list((job / "_tinysd" / "journal").iterdir())
+    return rows
