@@ -1,13 +1,9 @@
 """A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed to 2 bits."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-
-# Idle OpenMP threads that spin make small tensors on a busy machine many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -29,7 +29,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200", **more}
+    return {**os.environ, "COLUMNS": "200", **more}
 
 
 def command(*arguments: object) -> list[str]:

@@ -35,7 +35,8 @@ def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
 @given(st.integers(1, 5000), st.sampled_from(packed.GROUPS), st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: int) -> None:
     rows = random_rows(count, group, seed)
-    assert torch.equal(packed.unpack_rows_fbgemm(rows), packed.unpack_rows_torch(rows))
+    by_fbgemm, by_torch = packed.new_output(rows), packed.new_output(rows)
+    assert torch.equal(packed.unpack_rows_fbgemm(rows, by_fbgemm), packed.unpack_rows_torch(rows, by_torch))
 
 
 @settings(deadline=None)
@@ -82,6 +83,22 @@ def test_packed_convolution_is_a_convolution_with_the_unpacked_weight(kernel: in
     kernels = dense(weight, 24).view(24, kernel, kernel, 64).permute(0, 3, 1, 2)
     expected = F.conv2d(x, kernels.contiguous(), conv.bias, stride, padding)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
+    torch.manual_seed(3)
+    first, second = (packed.packed_like(nn.Linear(64, 8), 64) for _ in range(2))
+    for layer in (first, second):
+        fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
+    assert first.matrix(torch.float32).data_ptr() == second.matrix(torch.float32).data_ptr()
+    packed.keep_unpacked(first)
+    kept = first.matrix(torch.float32)
+    before = kept.clone()
+    second.matrix(torch.float32)
+    assert first.matrix(torch.float32) is kept
+    assert torch.equal(kept, before)
+    fill(first, quantize_matrix(torch.randn(8, 64), 64), None)
+    assert not torch.equal(first.matrix(torch.float32), before)
 
 
 def test_tap_major_order() -> None:

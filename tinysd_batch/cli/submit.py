@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tinysd_batch.job.folder import Job
 
 MANY_IMAGES = 100
-SMALL_MODEL_BYTES = 50_000_000
 
 
 def submit(
@@ -91,17 +90,18 @@ def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console
 
 def pool_for(job: "Job") -> "PoolFactory":
     """How to open the workers: one in this process, or Ray's."""
-    from tinysd_batch.job.pool import InlinePool, RayPool, cpu_worker_count
+    from tinysd_batch.job.pool import InlinePool, RayPool, cpu_workers
     from tinysd_batch.job.worker import WorkerSetup
 
     settings = job.settings
 
     def open_pool(images: int) -> InlinePool | RayPool:
-        count = settings.workers or cpu_worker_count(images, job.model.unet_weights < SMALL_MODEL_BYTES)
+        wanted = 1 if settings.inline else settings.workers
+        count, threads = cpu_workers(images, wanted, job.model.is_small)
         setup = WorkerSetup(
             job_folder=job.folder.resolve(), model_path=job.model.path.resolve(), model_name=job.model.name,
             model_digest=job.model.digest, device=settings.device, precision=settings.precision,
-            vram_budget=settings.vram_budget, cpu_share=1 if settings.inline else count,
+            vram_budget=settings.vram_budget, threads=threads,
         )  # fmt: skip
         return InlinePool(setup) if settings.inline else RayPool(setup, settings.workers, count)
 

@@ -48,6 +48,7 @@ def draw(text: str, values: dict[str, Any], output: Path) -> int:
     from tinysd_batch.config import resolve
     from tinysd_batch.job.folder import fill_in_model_defaults
     from tinysd_batch.job.manifest import Defaults, check_row
+    from tinysd_batch.job.pool import cpu_workers
     from tinysd_batch.job.single import draw_row
     from tinysd_batch.job.worker import WorkerSetup
     from tinysd_batch.model.info import read_model_info
@@ -62,9 +63,10 @@ def draw(text: str, values: dict[str, Any], output: Path) -> int:
         raise UsageError(f"the prompt cannot be drawn: {row.reason}")
     seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
     typer.echo(f"Model: {info.name}, {info.native_px}x{info.native_px} pixels by nature; seed {seed}")
+    _, threads = cpu_workers(1, 1, info.is_small)
     setup = WorkerSetup(
         job_folder=output.resolve(), model_path=info.path.resolve(), model_name=info.name, model_digest=info.digest,
-        device=settings.device, precision=settings.precision, vram_budget=settings.vram_budget, cpu_share=1,
+        device=settings.device, precision=settings.precision, vram_budget=settings.vram_budget, threads=threads,
     )  # fmt: skip
     failed = 0
     for request, result in draw_row(row, setup, seed):

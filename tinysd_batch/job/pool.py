@@ -243,9 +243,15 @@ class RayPool:
         return WorkerLost(slot.name, self.last_fault)
 
 
-def cpu_worker_count(images: int, small_model: bool) -> int:
-    """Workers where there is no GPU: single-threaded ones waste least, but each holds a copy of torch and the model."""
-    return max(1, min(usable_cores(), images, 4 if small_model else 1))
+def cpu_workers(images: int, wanted: int | None, small_model: bool) -> tuple[int, int]:
+    """How many workers where there is no GPU, and torch threads for each.
+
+    A small model's tensors are too small to share: it gets a single-threaded worker per core, up to four. A big one gets
+    all cores in one worker, since each holds a copy of torch and the model.
+    """
+    cores = usable_cores()
+    count = wanted or max(1, min(cores, images, 4 if small_model else 1))
+    return count, 1 if small_model else max(1, cores // count)
 
 
 def fault_line(error: Exception) -> str:

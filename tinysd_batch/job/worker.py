@@ -39,7 +39,7 @@ class WorkerSetup:
     device: str  # auto, cpu or cuda
     precision: str  # auto, full or autocast
     vram_budget: str | None
-    cpu_share: int = 1  # how many CPU workers divide this machine's cores among them
+    threads: int = 1  # torch's, for work on the CPU
 
 
 class Worker:
@@ -52,7 +52,7 @@ class Worker:
 
         from tinysd_batch.model.pipeline import TinySD
 
-        torch.set_num_threads(max(1, usable_cores() // setup.cpu_share))
+        torch.set_num_threads(setup.threads)
         self.setup = setup
         self.name = name
         self.model = TinySD.from_pretrained(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.packed import PackedLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Fragment:
     def clear(self) -> None:
         for tensor in self.host:
             tensor.put(torch.empty(0, dtype=tensor.value.dtype))
+            if isinstance(tensor.module, PackedLayer):
+                tensor.module.kept = None
 
 
 def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

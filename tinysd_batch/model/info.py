@@ -11,6 +11,7 @@ from tinysd_batch.errors import ModelError
 
 SD_V1_STEPS = 50
 SD_V1_SCALE = 7.5
+SMALL_UNET_BYTES = 50_000_000
 OUR_FILE = "tinysd.json"  # name and defaults; absent from folders that other tools made
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
@@ -29,7 +30,12 @@ class ModelInfo:
     steps: int
     scale: float
     max_tokens: int
-    unet_weights: int  # bytes of the UNet's file
+    unet_bytes: int  # of the UNet's file
+
+    @property
+    def is_small(self) -> bool:
+        """Too small for its tensors to be shared among processor cores."""
+        return self.unet_bytes < SMALL_UNET_BYTES
 
 
 def embedded_path() -> Path:
@@ -92,5 +98,5 @@ def read_model_info(model: str) -> ModelInfo:
         steps=int(ours.get("steps", SD_V1_STEPS)),
         scale=float(ours.get("scale", SD_V1_SCALE)),
         max_tokens=text["max_position_embeddings"],
-        unet_weights=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
+        unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
     )

@@ -12,6 +12,7 @@ offset_step) that turn the bytes into scales and offsets. All integers, because 
 In memory a layer is FBGEMM's row format, one row per group: uint8 [O * G, g/4 + 4], codes then scale then offset.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -78,23 +79,42 @@ def affine_parameters(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     return scale.half(), offset.half()
 
 
-def unpack_rows_torch(rows: Tensor) -> Tensor:
-    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g], in plain torch, on any device."""
-    codes = unpack_2bit(rows[:, :-4]).float()
+def unpack_rows_torch(rows: Tensor, out: Tensor) -> Tensor:
+    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g] in `out`, in plain torch, on any device."""
     parameters = rows[:, -4:].contiguous().view(torch.float16).float()  # [N, 2]
-    return codes * parameters[:, 0:1] + parameters[:, 1:2]
+    out.copy_(unpack_2bit(rows[:, :-4]))
+    return out.mul_(parameters[:, 0:1]).add_(parameters[:, 1:2])
 
 
-def unpack_rows_fbgemm(rows: Tensor) -> Tensor:
+def unpack_rows_fbgemm(rows: Tensor, out: Tensor) -> Tensor:
     """The same by the FBGEMM operator that comes with torch; CPU only, and equal to the bit.
 
     Both compute code * scale + offset in float32: the product of 2 and 11 bits is exact, so fused or not it rounds once.
     """
-    out = torch.empty(rows.shape[0], (rows.shape[1] - 4) * 4)
-    for start in range(0, rows.shape[0], UNPACK_ROWS):
-        part = slice(start, start + UNPACK_ROWS)
-        out[part] = torch.ops.quantized.embedding_bag_2bit_unpack(rows[part])
+    for part, target in zip(rows.split(UNPACK_ROWS), out.split(UNPACK_ROWS), strict=True):
+        target.copy_(torch.ops.quantized.embedding_bag_2bit_unpack(part))
     return out
+
+
+def new_output(rows: Tensor) -> Tensor:
+    """Room for unpacked rows, float32 [N, g]."""
+    return torch.empty(rows.shape[0], (rows.shape[1] - 4) * 4, device=rows.device)
+
+
+class Scratch(threading.local):
+    """One buffer per thread in which layers unpack in turn: fresh memory for each would cost more than unpacking."""
+
+    buffer: Tensor | None = None
+
+    def output(self, rows: Tensor) -> Tensor:
+        """Room for unpacked rows, float32 [N, g]; the next call may hand out the same memory."""
+        needed = rows.shape[0] * (rows.shape[1] - 4) * 4
+        if self.buffer is None or self.buffer.numel() < needed or self.buffer.device != rows.device:
+            self.buffer = torch.empty(needed, device=rows.device)
+        return self.buffer[:needed].view(rows.shape[0], -1)
+
+
+SCRATCH = Scratch()
 
 
 @cache
@@ -105,16 +125,19 @@ def has_fbgemm() -> bool:
     parameters = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16)
     golden = torch.cat([codes, parameters.view(torch.uint8)], dim=1)
     try:
-        return torch.equal(unpack_rows_fbgemm(golden), unpack_rows_torch(golden))
+        return torch.equal(
+            unpack_rows_fbgemm(golden, new_output(golden)), unpack_rows_torch(golden, new_output(golden))
+        )
     except (AttributeError, RuntimeError):
         return False
 
 
-def unpack_rows(rows: Tensor) -> Tensor:
+def unpack_rows(rows: Tensor, out: Tensor | None = None) -> Tensor:
     """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g], by the fastest way there is on the rows' device."""
+    room = new_output(rows) if out is None else out
     if rows.device.type == "cpu" and has_fbgemm():
-        return unpack_rows_fbgemm(rows)
-    return unpack_rows_torch(rows)
+        return unpack_rows_fbgemm(rows, room)
+    return unpack_rows_torch(rows, room)
 
 
 def to_matrix(weight: Tensor) -> Tensor:
@@ -127,6 +150,7 @@ class PackedLayer(nn.Module):
 
     rows: Tensor
     bias: nn.Parameter | None
+    keeps_unpacked = False  # set where memory is no concern: unpack once, until the fragment leaves
 
     def __init__(self, out_features: int, columns: int, group_size: int, bias: bool) -> None:
         super().__init__()
@@ -136,10 +160,16 @@ class PackedLayer(nn.Module):
         shape = (out_features * columns // group_size, group_size // 4 + 4)
         self.register_buffer("rows", torch.empty(shape, dtype=torch.uint8, device="meta"))
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
+        self.kept: tuple[Tensor, Tensor] | None = None  # the rows it was unpacked from, and the matrix
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as [O, K]."""
-        return unpack_rows(self.rows).view(self.out_features, self.columns).to(dtype)
+        """The weight as [O, K], good until another layer is asked for its own."""
+        if self.kept is not None and self.kept[0] is self.rows:
+            return self.kept[1]
+        out = None if self.keeps_unpacked else SCRATCH.output(self.rows)
+        matrix = unpack_rows(self.rows, out).view(self.out_features, self.columns).to(dtype)
+        self.kept = (self.rows, matrix) if self.keeps_unpacked else None
+        return matrix
 
 
 class PackedLinear(PackedLayer):
@@ -179,6 +209,18 @@ def packed_like(layer: nn.Module, group_size: int) -> PackedLayer:
     assert layer.groups == 1 and layer.padding_mode == "zeros", layer
     kernel, stride, padding = (tuple(value) for value in (layer.kernel_size, layer.stride, layer.padding))
     return PackedConv2d(layer.in_channels, layer.out_channels, kernel, stride, padding, group_size, bias)  # type: ignore[arg-type]
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Let all packed layers unpack once and keep the floats."""
+    for layer in model.modules():
+        if isinstance(layer, PackedLayer):
+            layer.keeps_unpacked = True
+
+
+def unpacked_bytes(model: nn.Module) -> int:
+    """What the packed layers would take as float32."""
+    return sum(4 * layer.out_features * layer.columns for layer in model.modules() if isinstance(layer, PackedLayer))
 
 
 def swap_packed_layers(model: nn.Module, weights: Mapping[str, PackedWeight]) -> None:

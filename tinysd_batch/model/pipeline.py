@@ -20,12 +20,14 @@ from tinysd_batch.errors import NotFiniteError, UsageError
 from tinysd_batch.model.checkpoint import read_decoder, read_text_encoder, read_tokenizer, read_unet
 from tinysd_batch.model.fragments import Fragment, Residency
 from tinysd_batch.model.info import ModelInfo, read_json, read_model_info
-from tinysd_batch.model.precision import choose_dtype, choose_device, device_name, parse_bytes
+from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
+from tinysd_batch.model.precision import choose_device, choose_dtype, device_name, parse_bytes
 from tinysd_batch.model.samplers import draw_noise, new_scheduler, step_noise
 from tinysd_batch.model.text import encode_prompts
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
 
 Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
+KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 OutputType = Literal["pil", "np", "latent"]
 
 
@@ -76,6 +78,8 @@ class TinySD:
         self.decode_fragment = Fragment("UNet decode half", half_modules(self.unet, DECODE_MODULES), unet)
         self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae)
         self.residency = Residency(self.fragments, device, budget_bytes)
+        if device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES:
+            keep_unpacked(self.unet)
         config = read_json(info.path / "scheduler" / "scheduler_config.json")
         self.schedule = {
             name: config[name] for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type") if name in config

@@ -1,0 +1,147 @@
+"""Measure what first light promises, on the machine at hand, and print a table.
+
+    python benchmarks/first_light.py
+
+- embedded model: seconds per image, in this process, batches of 1 and of 8
+- cold start: from the command to the first picture on disk, in process and with Ray
+- job layer: milliseconds per image on top of a generator that does nothing but make a small picture
+- unpacking: 2-bit weights to float32, FBGEMM against plain torch, medians of alternating runs
+"""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from tinysd_batch import TinySD
+from tinysd_batch.config import Settings
+from tinysd_batch.job.driver import run_job
+from tinysd_batch.job.folder import open_job
+from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
+from tinysd_batch.model.packed import new_output, unpack_rows_fbgemm, unpack_rows_torch
+from tinysd_batch.model.pipeline import Generated
+from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
+
+ROUNDS = 5
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def line(what: str, value: str) -> None:
+    print(f"{what:<58} {value}", flush=True)
+
+
+def measure_model() -> None:
+    model = TinySD.from_pretrained("embedded", device="cpu")
+    model.generate("cat", 0)
+    one = statistics.median(seconds(lambda: model.generate("red apple", 1)) for _ in range(ROUNDS))
+    eight = statistics.median(seconds(lambda: model.generate(["red apple"] * 8, list(range(8)))) for _ in range(ROUNDS))
+    line("embedded model, one image, with its own steps and scale", f"{one:.2f} s")
+    line("embedded model, per image in a batch of 8", f"{eight / 8:.2f} s   ratio to one {eight / 8 / one:.2f}")
+
+
+def first_picture(*options: str) -> float:
+    """Seconds from the command to a picture on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "m.csv").write_text("prompt\nred apple\n")
+        command = [sys.executable, "-m", "tinysd_batch", "submit", "m.csv", "-o", "job", *options]
+        started = time.perf_counter()
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+        while not list(Path(folder).glob("job/images/00000/seed_*.png")):
+            assert process.poll() in (None, 0), "the run failed"
+            time.sleep(0.005)
+        elapsed = time.perf_counter() - started
+        process.wait()
+    return elapsed
+
+
+def measure_cold_start() -> None:
+    for name, options in (("in process (--inline)", ["--inline"]), ("with Ray", [])):
+        median = statistics.median(first_picture(*options) for _ in range(3))
+        line(f"cold start to the first picture, {name}", f"{median:.1f} s")
+
+
+class TrivialModel:
+    """Stands for a model that takes no time at all."""
+
+    device_name = "none"
+
+    def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: object) -> Generated:
+        nothing: list[list[str]] = [[] for _ in prompt]
+        pictures = [Image.new("RGB", (64, 64), (number % 256, 0, 0)) for number in seed]
+        return Generated(pictures, [1] * len(prompt), [None] * len(prompt), nothing)
+
+
+class Silent:
+    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
+    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
+    def durable(self) -> None: ...
+
+
+def measure_job_layer(images: int = 1000) -> None:
+    """Planning, encoding, publishing with fsync, journal and table, on the disk of the temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Path(folder) / "m.csv"
+        manifest.write_text("prompt\n" + "red apple\n" * images)
+        job = open_job(manifest, Path(folder) / "job", Settings())
+        setup = WorkerSetup(job.folder, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None)
+        pool = InlinePool(setup)
+        pool.worker = Worker.__new__(Worker)
+        pool.worker.setup, pool.worker.name, pool.worker.model = setup, "trivial", TrivialModel()  # type: ignore[assignment]
+        elapsed = seconds(lambda: run_job(job, lambda _: pool, Silent(), lambda: False))
+        payloads = [path.read_bytes() for path in (job.folder / "images").rglob("*.png")]
+        writes = seconds(lambda: [write_synced(Path(folder) / f"w{n}", data) for n, data in enumerate(payloads)])
+    line("job layer, per image (trivial generator)", f"{1000 * elapsed / images:.2f} ms")
+    line("  of which a bare synced write of the same bytes takes", f"{1000 * writes / images:.2f} ms")
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def measure_unpacking() -> None:
+    """One 1280 x 11520 matrix, SD v1's common 3x3 convolution, one thread."""
+    rows = quantize_matrix(torch.randn(1280, 11520), 64).rows()
+    out = new_output(rows)
+    times: dict[str, list[float]] = {"fbgemm": [], "torch": []}
+    for _ in range(2 * ROUNDS + 1):
+        times["fbgemm"].append(seconds(lambda: unpack_rows_fbgemm(rows, out)))
+        times["torch"].append(seconds(lambda: unpack_rows_torch(rows, out)))
+    fbgemm, plain = (statistics.median(times[name]) for name in ("fbgemm", "torch"))
+    for name, value in (("FBGEMM", fbgemm), ("plain torch", plain)):
+        line(f"unpacking to float32, {name}, one thread", f"{1280 * 11520 / value / 1e9:.2f} Gweight/s")
+    line("  plain torch takes, times FBGEMM", f"{plain / fbgemm:.1f}")
+
+
+def processor() -> str:
+    for text in Path("/proc/cpuinfo").read_text().splitlines():
+        if text.startswith("model name"):
+            return text.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    line("machine", f"{processor()}, {usable_cores()} cores, torch {torch.__version__}")
+    torch.set_num_threads(1)  # as a worker does with a model this small
+    measure_model()
+    measure_cold_start()
+    measure_job_layer()
+    measure_unpacking()

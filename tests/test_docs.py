@@ -1,0 +1,74 @@
+"""README, ARCHITECTURE and CHANGELOG speak of the program that is here."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from tinysd_batch import __version__
+from tinysd_batch.cli import app
+from tinysd_batch.errors import TinySDError
+from tinysd_batch.job.manifest import COLUMNS
+from tinysd_batch.job.results import FIELDS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> dict[str, click.Command]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    return dict(group.commands)
+
+
+def options() -> Iterator[str]:
+    for command in commands().values():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                yield from parameter.opts
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_has_help_and_is_in_the_readme(name: str) -> None:
+    assert commands()[name].help
+    assert f"tinysd-batch {name}" in README
+
+
+@pytest.mark.parametrize("option", sorted(set(options())))
+def test_every_option_is_in_the_readme(option: str) -> None:
+    assert f"`{option}`" in README
+
+
+def test_every_option_has_help() -> None:
+    for command in commands().values():
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), (command.name, parameter.name)
+
+
+@pytest.mark.parametrize("column", [*COLUMNS, *(field.name for field in FIELDS)])
+def test_every_column_is_in_the_readme(column: str) -> None:
+    assert f"`{column}`" in README
+
+
+def test_every_exit_code_is_in_the_readme() -> None:
+    def kinds(kind: type[TinySDError]) -> Iterator[type[TinySDError]]:
+        yield kind
+        for below in kind.__subclasses__():
+            yield from kinds(below)
+
+    for code in {kind.exit_code for kind in kinds(TinySDError)} | {0, 3, 130, 143}:
+        assert re.search(rf"\| {code} \|", README), code
+
+
+def test_links_lead_somewhere() -> None:
+    for document in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "training/README.md", "tinysd_batch/embedded/model/README.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+            assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -1,0 +1,59 @@
+"""The model that ships: its size, its digests, and that it draws what it is asked for."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinysd_batch import TinySD
+from tinysd_batch.model.info import embedded_path
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> TinySD:
+    return TinySD.from_pretrained("embedded", device="cpu")
+
+
+def mean_colour(model: TinySD, prompt: str) -> np.ndarray:  # type: ignore[type-arg]
+    """The mean colour of what is drawn, over four seeds; white paper left out."""
+    pictures = model.generate([prompt] * 4, [1, 2, 3, 4], num_inference_steps=STEPS, output_type="np").images
+    ink = pictures[pictures.min(axis=3) < 0.85]
+    assert len(ink) > 0.05 * pictures[..., 0].size, "hardly anything was drawn"
+    return np.asarray(ink.mean(axis=0))
+
+
+def test_it_is_at_most_15_megabytes() -> None:
+    assert sum(path.stat().st_size for path in embedded_path().rglob("*") if path.is_file()) <= 15_000_000
+
+
+def test_weights_are_those_that_training_recorded() -> None:
+    digests = json.loads((ROOT / "training" / "digests.json").read_text())
+    assert digests
+    for name, digest in digests.items():
+        assert hashlib.sha256((ROOT / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_its_unet_is_at_two_bits() -> None:
+    config = json.loads((embedded_path() / "unet" / "config.json").read_text())["quantization_config"]
+    assert {layer["bits"] for layer in config["layers"].values()} == {2}
+    packed = sum(np.prod(layer["shape"]) for layer in config["layers"].values())
+    assert packed > 0.95 * 14.9e6
+
+
+@pytest.mark.parametrize(("prompt", "strong", "weak"), [("red heart", 0, 2), ("green heart", 1, 0), ("blue heart", 2, 0)])
+def test_hearts_have_the_colour_asked_for(model: TinySD, prompt: str, strong: int, weak: int) -> None:
+    colour = mean_colour(model, prompt)
+    assert colour[strong] > colour[weak] + 0.15, colour
+
+
+def test_other_prompts_draw_other_pictures(model: TinySD) -> None:
+    prompts = ["red apple", "frog", "skull", "blue heart", "sunflower", "snowman"]
+    pictures = model.generate(prompts, 3, num_inference_steps=STEPS, output_type="np").images
+    for one in range(len(prompts)):
+        for other in range(one):
+            assert np.abs(pictures[one] - pictures[other]).mean() > 0.05, (prompts[one], prompts[other])
