@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tests.tools import write_json
 from tinysd_batch.model.info import embedded_path
 from tinysd_batch.quantize.fast import quantize_folder
-from tests.tools import write_json
 
 TEXT_WIDTH = 32
 
@@ -28,10 +27,17 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "float"
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4, cross_attention_dim=TEXT_WIDTH,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=TEXT_WIDTH,
+    )
     vae = AutoencoderKL(
         latent_channels=4, sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,

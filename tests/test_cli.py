@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import check_whole, environment, read_results, run, write_csv
+from tests.tools import check_whole, command, environment, read_results, run, write_csv
 
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "PIL", "numpy")
 
@@ -19,7 +19,9 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         f"print('HEAVY:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
+    ).stdout
     assert "HEAVY: []" in out
 
 
@@ -106,9 +108,24 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> No
 
 
 def test_txt2img_numbers_on(tmp_path: Path, tiny_model: Path) -> None:
-    first = run("txt2img", "red", "apple", "--model", tiny_model, "--seed", "27", "--n_samples", "2", "-o", "pictures", cwd=tmp_path)
+    first = run(
+        "txt2img",
+        "red",
+        "apple",
+        "--model",
+        tiny_model,
+        "--seed",
+        "27",
+        "--n_samples",
+        "2",
+        "-o",
+        "pictures",
+        cwd=tmp_path,
+    )
     assert first.returncode == 0, first.stderr
-    second = run("txt2img", "--prompt", "red apple", "--model", tiny_model, "--seed", "27", "-o", "pictures", cwd=tmp_path)
+    second = run(
+        "txt2img", "--prompt", "red apple", "--model", tiny_model, "--seed", "27", "-o", "pictures", cwd=tmp_path
+    )
     assert second.returncode == 0
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert names == ["seed_27_00001.png", "seed_27_00003.png", "seed_28_00002.png"]
@@ -129,9 +146,12 @@ def test_flags_win_over_the_job_file_and_it_over_presets(tmp_path: Path, tiny_mo
 def test_many_images_by_the_embedded_model_are_told_before_they_start(tmp_path: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_iter": 101}])
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinysd_batch", "submit", "m.csv", "--inline"], cwd=tmp_path, env=environment(PYTHONUNBUFFERED="1"),
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command("submit", "m.csv", "--inline"),
+        cwd=tmp_path,
+        env=environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
     process.kill()

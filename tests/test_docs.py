@@ -64,7 +64,13 @@ def test_every_exit_code_is_in_the_readme() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "training/README.md", "tinysd_batch/embedded/model/README.md"):
+    for document in (
+        "README.md",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "training/README.md",
+        "tinysd_batch/embedded/model/README.md",
+    ):
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
             assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"

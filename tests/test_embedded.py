@@ -19,7 +19,7 @@ def model() -> TinySD:
     return TinySD.from_pretrained("embedded", device="cpu")
 
 
-def mean_colour(model: TinySD, prompt: str) -> np.ndarray:  # type: ignore[type-arg]
+def mean_colour(model: TinySD, prompt: str) -> np.ndarray:
     """The mean colour of what is drawn, over four seeds; white paper left out."""
     pictures = model.generate([prompt] * 4, [1, 2, 3, 4], num_inference_steps=STEPS, output_type="np").images
     ink = pictures[pictures.min(axis=3) < 0.85]
@@ -45,7 +45,9 @@ def test_its_unet_is_at_two_bits() -> None:
     assert packed > 0.95 * 14.9e6
 
 
-@pytest.mark.parametrize(("prompt", "strong", "weak"), [("red heart", 0, 2), ("green heart", 1, 0), ("blue heart", 2, 0)])
+@pytest.mark.parametrize(
+    ("prompt", "strong", "weak"), [("red heart", 0, 2), ("green heart", 1, 0), ("blue heart", 2, 0)]
+)
 def test_hearts_have_the_colour_asked_for(model: TinySD, prompt: str, strong: int, weak: int) -> None:
     colour = mean_colour(model, prompt)
     assert colour[strong] > colour[weak] + 0.15, colour

@@ -28,7 +28,7 @@ def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
     where = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert where.startswith(str(venv))
     (tmp_path / "m.csv").write_text("prompt,steps\nred apple,5\n")
-    command = [venv / "bin" / "tinysd-batch", "submit", "m.csv"]
+    command = [str(venv / "bin" / "tinysd-batch"), "submit", "m.csv"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     check_whole(tmp_path / "outputs" / "m", 1)

@@ -1,6 +1,6 @@
 """Pictures as files: PNG bytes with what made them written inside.
 
-Two text entries: `parameters`, as AUTOMATIC1111's web UI writes it and most viewers read it, and `tinysd`, our own JSON.
+Two text entries: `parameters`, as AUTOMATIC1111's web UI writes it and most viewers read it, and `tinysd`, our JSON.
 """
 
 import io

@@ -24,7 +24,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in NOT_WRITABLE:
             raise StorageError(
-                f"{path}: {os.strerror(error.errno or 0)}; make room or choose another folder, then run the same command"
+                f"{path}: {os.strerror(error.errno or 0)}; make room or choose another folder, then submit again"
             ) from error
         raise
 
@@ -58,7 +58,7 @@ def write_atomically(data: bytes, path: Path) -> None:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with synced_temporary(data, path.parent) as temporary:
-            os.replace(temporary, path)
+            temporary.replace(path)
         sync_folder(path.parent)
 
 
@@ -86,7 +86,7 @@ def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Calla
         there = b"" if path.is_symlink() else path.read_bytes()
         if is_same(there):
             return there
-        os.replace(temporary, path)
+        temporary.replace(path)
         os.fsync(folder)
         return data
     finally:
@@ -113,7 +113,7 @@ def lock(path: Path) -> Iterator[None]:
     except BlockingIOError:
         owner = path.read_text().strip() or "unknown"
         raise JobLockedError(
-            f"{path.parent.parent}: another tinysd-batch (process {owner}) is working on this job; wait for it or stop it"
+            f"{path.parent.parent}: another tinysd-batch (process {owner}) works on this job; wait for it or stop it"
         ) from None
     finally:
         os.close(handle)

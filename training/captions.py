@@ -65,6 +65,11 @@ def train_tokenizer(pictures: list[Picture], folder: Path) -> None:
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"),
-        bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS, model_max_length=MAX_TOKENS,
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        unk_token=EOS,
+        model_max_length=MAX_TOKENS,
     )

@@ -1,8 +1,8 @@
 """Quantization-aware finish: tune the 2-bit UNet to say what the float UNet says.
 
-Each packed layer keeps a float weight, and a scale and offset per group; the forward pass uses the quantized weight, the
-backward pass goes straight through the rounding (learned step size quantization, Esser et al. 2020). The target is the
-float model's noise prediction, which carries no noise of its own, so minutes repair most of what 2 bits cost.
+Each packed layer keeps a float weight, and a scale and offset per group; the forward pass uses the quantized weight,
+the backward pass goes straight through the rounding (learned step size quantization, Esser et al. 2020). The target is
+the float model's noise prediction, which carries no noise of its own: minutes repair most of what 2 bits cost.
 """
 
 import copy
@@ -84,10 +84,9 @@ def train_process(rank: int, processes: int, folder: Path, samples: int, rendezv
     gap = 0.0
     while seen < samples:
         rows = torch.randint(len(pictures), (BATCH,)).tolist()
-        words = [captions.caption(pictures[row], draw) for row in rows]
-        tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        clean, tokens = unet.draw_batch(latents, pictures, rows, tokenizer, draw)
         noise, timesteps = torch.randn(BATCH, *latents.shape[1:]), torch.randint(1000, (BATCH,))
-        noisy = noise_schedule.add_noise(latents[rows], noise, timesteps)
+        noisy = noise_schedule.add_noise(clean, noise, timesteps)
         with torch.no_grad(), cpu.mixed_precision():
             context = text(tokens).last_hidden_state
             target = teacher(noisy, timesteps, context).sample.float()

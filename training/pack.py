@@ -22,7 +22,9 @@ def half(module: nn.Module) -> dict[str, Tensor]:
 
 def clean_config(module: Any) -> dict[str, Any]:
     config = json.loads(module.to_json_string()) if hasattr(module, "to_json_string") else module.config.to_dict()
-    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version", "dtype")}
+    return {
+        name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version", "dtype")
+    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -72,11 +74,18 @@ def write_shared_parts(build: Path, out: Path) -> None:
     write_json(out / "tinysd.json", {"name": NAME, "steps": STEPS, "scale": SCALE})
 
 
-def write_model(build: Path, out: Path, packed: dict[str, tuple[PackedWeight, tuple[int, ...]]], others: dict[str, Tensor],
-                notes: dict[str, Any]) -> None:  # fmt: skip
+def write_model(
+    build: Path,
+    out: Path,
+    packed: dict[str, tuple[PackedWeight, tuple[int, ...]]],
+    others: dict[str, Tensor],
+    notes: dict[str, Any],
+) -> None:
     """The folder that ships: `packed` and `others` together make the UNet."""
     write_shared_parts(build, out)
-    write_packed_unet(out / "unet", clean_config(unet.new_unet()), packed, {n: v.half() for n, v in others.items()}, notes)
+    write_packed_unet(
+        out / "unet", clean_config(unet.new_unet()), packed, {n: v.half() for n, v in others.items()}, notes
+    )
 
 
 def write_float_parts(build: Path, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Train UNet and text encoder together on frozen latents.
 
 `--processes N` runs N single-threaded processes whose weights are averaged every few steps (local SGD, Stich 2019): on
-a shared machine that is several times faster than one process with N threads, whose barriers wait for every other program.
+a shared machine that is several times faster than one process with N threads, whose barriers wait for everybody.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training import captions, checkpoints, cpu, data, vae
 
@@ -24,7 +24,7 @@ TEXT_WIDTH = 256
 AVERAGE_EVERY = 8
 BATCH = 32
 LEARNING_RATE = 1e-3
-EMA = 0.999
+EMA = 0.99
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion v1's
 
 
@@ -74,6 +74,13 @@ def average(model: nn.Module, processes: int) -> None:
         nn.utils.vector_to_parameters(flat / processes, model.parameters())
 
 
+@torch.no_grad()
+def update_average(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            ema[name].lerp_(value, 1 - decay)
+
+
 def read_training_set(folder: Path, pixels: vae.AutoencoderKL) -> tuple[Tensor, list[data.Picture]]:
     images, pictures = data.read(folder)
     latents = vae.encode(pixels, vae.to_tensor(images))
@@ -81,7 +88,15 @@ def read_training_set(folder: Path, pixels: vae.AutoencoderKL) -> tuple[Tensor, 
     return latents[shown], [pictures[number] for number in shown]
 
 
-def train_process(rank: int, processes: int, folder: Path, samples: int, rendezvous: str) -> None:
+def draw_batch(
+    latents: Tensor, pictures: list[data.Picture], rows: list[int], tokenizer: CLIPTokenizer, draw: random.Random
+) -> tuple[Tensor, Tensor]:
+    """Latents [B, 4, 16, 16] of the rows, and tokens [B, T] of a random caption for each."""
+    words = [captions.caption(pictures[row], draw) for row in rows]
+    return latents[rows], tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def train_process(rank: int, processes: int, folder: Path, samples: int, rendezvous: str) -> None:  # noqa: C901 - one loop, in one piece
     torch.set_num_threads(1)
     if processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
@@ -107,11 +122,10 @@ def train_process(rank: int, processes: int, folder: Path, samples: int, rendezv
         if len(order) < BATCH:
             order += torch.randperm(len(pictures)).tolist()
         rows, order = order[:BATCH], order[BATCH:]
-        words = [captions.caption(pictures[row], draw) for row in rows]
-        tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        clean, tokens = draw_batch(latents, pictures, rows, tokenizer, draw)
         noise = torch.randn(BATCH, *latents.shape[1:])
         timesteps = torch.randint(1000, (BATCH,))
-        noisy = noise_schedule.add_noise(latents[rows], noise, timesteps)
+        noisy = noise_schedule.add_noise(clean, noise, timesteps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(seen / samples, step)
         with cpu.mixed_precision():
@@ -125,15 +139,16 @@ def train_process(rank: int, processes: int, folder: Path, samples: int, rendezv
         optimizer.step()
         step += 1
         seen += BATCH * processes
-        running = 0.98 * running + 0.02 * loss.item() if step > 1 else loss.item()
+        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
         if step % AVERAGE_EVERY == 0:
             average(model, processes)
             decay = min(EMA**AVERAGE_EVERY, (1 + step) / (10 + step))
-            for name, value in model.state_dict().items():
-                ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else ema[name].copy_(value)
-        if rank == 0 and step % 200 == 0:
+            update_average(ema, model, decay)
+        if rank == 0 and step % 100 == 0:
             rate = (seen - seen_before) / (time.monotonic() - started)
-            print(f"unet step {step}  seen {seen:,} of {samples:,}  loss {running:.4f}  {rate:.0f} pictures/s", flush=True)
+            print(
+                f"unet step {step}  seen {seen:,} of {samples:,}  loss {running:.4f}  {rate:.0f} pictures/s", flush=True
+            )
             checkpoints.save(
                 {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(),
                  "seen": seen, "step": step}, folder / "unet.pt",

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -34,17 +33,17 @@ def pictures(job: Path) -> int:
     return len(list((job / "images").rglob("seed_*"))) if (job / "images").exists() else 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
+def wait_for_pictures(job: Path, goal: int, process: subprocess.Popen[str]) -> None:
+    """Return when so many pictures are there or the process has ended; fail after two minutes."""
+    deadline = time.monotonic() + 120
+    while pictures(job) < goal and process.poll() is None:
+        assert time.monotonic() < deadline, "no picture came"
         time.sleep(0.02)
-    return False
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    children: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+    return children
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -63,7 +62,7 @@ def test_a_driver_killed_three_times(manifest: Path, tmp_path: Path, tiny_model:
     kills = 0
     for goal in (2, 8, 14):
         process = start(tmp_path, tiny_model, mode)
-        wait_for(lambda goal=goal: pictures(job) >= goal or process.poll() is not None)  # type: ignore[misc]
+        wait_for_pictures(job, goal, process)
         time.sleep(draw.random() * 0.3)
         children = family(process) if process.poll() is None else []
         kills += process.poll() is None
@@ -81,7 +80,7 @@ def test_a_worker_killed_while_it_draws(manifest: Path, tmp_path: Path, tiny_mod
     process = start(tmp_path, tiny_model, "--workers=2")
     killed = 0
     for goal in (3, 9):
-        assert wait_for(lambda goal=goal: pictures(job) >= goal)  # type: ignore[misc]
+        wait_for_pictures(job, goal, process)
         workers = [child for child in family(process) if "Worker" in " ".join(child.cmdline())]
         if workers:
             random.choice(workers).kill()
@@ -101,7 +100,7 @@ def test_a_signal_stops_cleanly_and_the_job_goes_on(
 ) -> None:
     job = tmp_path / "job"
     process = start(tmp_path, tiny_model, mode)
-    assert wait_for(lambda: pictures(job) >= 3)
+    wait_for_pictures(job, 3, process)
     children = family(process)
     # To the whole process group, as a terminal's Ctrl-C does.
     os.killpg(process.pid, sent)
@@ -119,7 +118,7 @@ def test_a_signal_stops_cleanly_and_the_job_goes_on(
 
 def test_two_drivers_at_once(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     first = start(tmp_path, tiny_model, "--inline")
-    assert wait_for(lambda: pictures(tmp_path / "job") >= 1)
+    wait_for_pictures(tmp_path / "job", 1, first)
     second = run("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline", cwd=tmp_path)
     assert second.returncode == 4
     assert f"process {first.pid}" in second.stderr

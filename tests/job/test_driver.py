@@ -38,7 +38,9 @@ def setup_for(job: Job) -> WorkerSetup:
     return WorkerSetup(job.folder, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None)
 
 
-def draw(manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any) -> tuple[Summary, Quiet]:
+def draw(
+    manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any
+) -> tuple[Summary, Quiet]:
     job = open_job(manifest, folder, Settings(model=str(model), **settings))
     progress = Quiet()
     stop: Callable[[], bool] = lambda: stop_after is not None and len(progress.made) >= stop_after  # noqa: E731
@@ -84,7 +86,9 @@ def test_the_picture_carries_its_settings(manifest: Path, tmp_path: Path, tiny_m
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])
-def test_stopped_and_resumed_equals_uninterrupted(manifest: Path, tmp_path: Path, tiny_model: Path, stop_after: int) -> None:
+def test_stopped_and_resumed_equals_uninterrupted(
+    manifest: Path, tmp_path: Path, tiny_model: Path, stop_after: int
+) -> None:
     draw(manifest, tmp_path / "whole", tiny_model, seed=5)
     summary, first = draw(manifest, tmp_path / "job", tiny_model, seed=5, stop_after=stop_after)
     assert summary.stopped
@@ -114,14 +118,18 @@ def test_a_limit_makes_the_first_images_and_the_rest_follows(manifest: Path, tmp
     assert pixels(tmp_path / "job") == pixels(tmp_path / "whole")
 
 
-def test_files_without_rows_are_adopted_not_redrawn(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_without_rows_are_adopted_not_redrawn(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw(manifest, tmp_path / "job", tiny_model)
     before = read_results(tmp_path / "job")
     (tmp_path / "job" / "results.parquet").unlink()
     monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was drawn again"))
     draw(manifest, tmp_path / "job", tiny_model)
     kept = ("index", "sha256", "n_tokens", "precision", "denoise_s")
-    assert [[row[name] for name in kept] for row in check_whole(tmp_path / "job", 6)] == [[row[name] for name in kept] for row in before]
+    assert [[row[name] for name in kept] for row in check_whole(tmp_path / "job", 6)] == [
+        [row[name] for name in kept] for row in before
+    ]
 
 
 def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -137,7 +145,9 @@ def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny
     assert pixels(tmp_path / "job") == before
 
 
-def test_an_image_that_fails_costs_only_itself(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_fails_costs_only_itself(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = Worker.try_to_make
 
     def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
@@ -149,11 +159,17 @@ def test_an_image_that_fails_costs_only_itself(manifest: Path, tmp_path: Path, t
     summary, _ = draw(manifest, tmp_path / "job", tiny_model)
     assert (summary.counts[Status.OK], summary.failed) == (5, 1)
     rows = {row["index"]: row for row in check_whole(tmp_path / "job", 6) if row["index"]}
-    assert (rows[2]["status"], rows[2]["error_class"], rows[2]["error_message"]) == ("failed", "RuntimeError", "this seed is cursed")
+    assert (rows[2]["status"], rows[2]["error_class"], rows[2]["error_message"]) == (
+        "failed",
+        "RuntimeError",
+        "this seed is cursed",
+    )
     assert rows[1]["degraded"] == ["batch_split"]
 
 
-def test_a_full_disk_stops_the_job_and_keeps_what_is_done(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_the_job_and_keeps_what_is_done(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = Worker.publish
 
     def full(self: Worker, request: ImageRequest, *rest: Any) -> ImageResult:
@@ -172,7 +188,11 @@ def test_a_full_disk_stops_the_job_and_keeps_what_is_done(manifest: Path, tmp_pa
 
 def test_other_settings_are_refused_with_the_difference(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     draw(manifest, tmp_path / "job", tiny_model, seed=5)
-    for change, message in (({"steps": 9}, "steps: 2 in the job, 9 now"), ({"seed": 6}, "seed: 5 in the job, 6 now"), ({"sampler": "ddim"}, "sampler: plms in the job, ddim now")):
+    for change, message in (
+        ({"steps": 9}, "steps: 2 in the job, 9 now"),
+        ({"seed": 6}, "seed: 5 in the job, 6 now"),
+        ({"sampler": "ddim"}, "sampler: plms in the job, ddim now"),
+    ):
         with pytest.raises(JobMismatchError, match=message):
             draw(manifest, tmp_path / "job", tiny_model, **change)
 
@@ -227,11 +247,14 @@ class DyingPool:
         return [BatchDone("w", self.worker.generate_batch(batch))]
 
 
-def test_an_image_that_kills_three_workers_is_quarantined_and_no_other(manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_kills_three_workers_is_quarantined_and_no_other(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from contextlib import nullcontext
 
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    summary = run_job(job, lambda _: nullcontext(DyingPool(setup_for(job), deadly_seed=8)), Quiet(), lambda: False)  # type: ignore[arg-type]
+    pool = DyingPool(setup_for(job), deadly_seed=8)
+    summary = run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
     assert (summary.counts[Status.OK], summary.counts[Status.QUARANTINED], summary.left) == (5, 1, 0)
     rows = {row["index"]: row for row in check_whole(tmp_path / "job", 6) if row["index"]}
     assert (rows[2]["status"], rows[2]["attempts"], rows[2]["error_class"]) == ("quarantined", 3, "worker_died")

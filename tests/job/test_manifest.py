@@ -13,7 +13,16 @@ from tinysd_batch.job.manifest import Defaults, check_row, read_rows
 from tinysd_batch.records import InvalidRow, Row
 
 DEFAULTS = Defaults(
-    negative_prompt="", height=64, width=64, steps=25, scale=4.0, sampler="plms", eta=0.0, n_iter=1, n_samples=1, step_px=16
+    negative_prompt="",
+    height=64,
+    width=64,
+    steps=25,
+    scale=4.0,
+    sampler="plms",
+    eta=0.0,
+    n_iter=1,
+    n_samples=1,
+    step_px=16,
 )
 
 
@@ -92,7 +101,7 @@ def test_parquet_keeps_the_types_of_other_columns(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_windows_lines_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
-    path.write_bytes("\ufeffprompt,seed\r\ncat,1\r\n\r\n\"two\r\nlines\",2\r\n".encode())
+    path.write_bytes('\ufeffprompt,seed\r\ncat,1\r\n\r\n"two\r\nlines",2\r\n'.encode())
     assert [(row.number, row.prompt) for row in rows_of(path)] == [(1, "cat"), (2, "two\r\nlines")]
 
 
@@ -130,7 +139,14 @@ def test_faults_of_the_whole_file(tmp_path: Path, content: bytes, message: str) 
         rows_of(path)
 
 
-@pytest.mark.parametrize(("name", "message"), [("no.csv", "no such file"), ("m.xlsx", "manifests are .csv or .parquet"), ("bad.parquet", "not a readable Parquet")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no.csv", "no such file"),
+        ("m.xlsx", "manifests are .csv or .parquet"),
+        ("bad.parquet", "not a readable Parquet"),
+    ],
+)
 def test_files_that_are_no_manifest(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really PAR1")
     (tmp_path / "m.xlsx").write_bytes(b"PK")
@@ -141,7 +157,14 @@ def test_files_that_are_no_manifest(tmp_path: Path, name: str, message: str) -> 
 CELL = st.one_of(st.none(), st.text(max_size=30), st.integers(), st.floats(), st.booleans())
 
 
-@given(st.dictionaries(st.sampled_from(["prompt", "seed", "height", "steps", "scale", "sampler", "eta", "n_iter", "n_samples", "id", "x"]), CELL))
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["prompt", "seed", "height", "steps", "scale", "sampler", "eta", "n_iter", "n_samples", "id", "x"]
+        ),
+        CELL,
+    )
+)
 def test_any_row_is_either_whole_or_told_off(values: dict[str, object]) -> None:
     row = check_row(1, {"prompt": None, **values}, DEFAULTS)
     if isinstance(row, Row):

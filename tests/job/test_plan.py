@@ -1,3 +1,5 @@
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -6,7 +8,14 @@ from tinysd_batch.job.plan import cut_batches, file_name, plan_images, split_to_
 from tinysd_batch.records import ImageRequest, InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=512, height=512, steps=50, sampler="plms", eta=0.0)
-IDENTITY = {"model_digest": "00" * 16, "prompt": "red apple", "negative_prompt": "", "seed": 7, "scale": 7.5, "precision": "auto"}
+IDENTITY: dict[str, Any] = {
+    "model_digest": "00" * 16,
+    "prompt": "red apple",
+    "negative_prompt": "",
+    "seed": 7,
+    "scale": 7.5,
+    "precision": "auto",
+}
 
 
 def row(number: int, seed: int | None, n_iter: int, n_samples: int) -> Row:
@@ -22,7 +31,9 @@ SPECS = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 9)), st.integers(
 
 
 @given(SPECS, st.sets(st.integers(1, 40)))
-def test_batches_hold_every_unfinished_image_once_in_order(specs: list[tuple[int | None, int, int]], finished: set[int]) -> None:
+def test_batches_hold_every_unfinished_image_once_in_order(
+    specs: list[tuple[int | None, int, int]], finished: set[int]
+) -> None:
     rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
     planned = list(plan_images(rows, job_seed=5, model_digest="00" * 16, precision="auto"))
     total = sum(len(images) for _, images in planned)
@@ -63,7 +74,10 @@ def test_file_names() -> None:
 def test_golden_identities() -> None:
     """These may never change: they are in every table and picture ever written."""
     assert image_id(**IDENTITY, params=PARAMS) == "b5ef3a2132275a4ebf6c2e442a15bda6"
-    assert image_id(**{**IDENTITY, "prompt": "Zu\u0308rich \N{RED APPLE}"}, params=PARAMS) == "f30aad90e19cb13871b28851bcb043cd"
+    assert (
+        image_id(**{**IDENTITY, "prompt": "Zu\u0308rich \N{RED APPLE}"}, params=PARAMS)
+        == "f30aad90e19cb13871b28851bcb043cd"
+    )
 
 
 def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
@@ -73,8 +87,24 @@ def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
 
 
 def test_everything_that_decides_pixels_decides_identity() -> None:
-    variants = [{}, {"model_digest": "11" * 16}, {"prompt": "x"}, {"negative_prompt": "x"}, {"seed": 8}, {"scale": 7.0}, {"precision": "full"}]
-    params = [PARAMS, SamplingParams(256, 512, 50, "plms", 0.0), SamplingParams(512, 256, 50, "plms", 0.0),
-              SamplingParams(512, 512, 51, "plms", 0.0), SamplingParams(512, 512, 50, "ddim", 0.0), SamplingParams(512, 512, 50, "plms", 0.1)]  # fmt: skip
-    ids = {image_id(**{**IDENTITY, **change}, params=PARAMS) for change in variants} | {image_id(**IDENTITY, params=p) for p in params}
+    variants: list[dict[str, Any]] = [
+        {},
+        {"model_digest": "11" * 16},
+        {"prompt": "x"},
+        {"negative_prompt": "x"},
+        {"seed": 8},
+        {"scale": 7.0},
+        {"precision": "full"},
+    ]
+    params = [
+        PARAMS,
+        SamplingParams(256, 512, 50, "plms", 0.0),
+        SamplingParams(512, 256, 50, "plms", 0.0),
+        SamplingParams(512, 512, 51, "plms", 0.0),
+        SamplingParams(512, 512, 50, "ddim", 0.0),
+        SamplingParams(512, 512, 50, "plms", 0.1),
+    ]
+    ids = {image_id(**{**IDENTITY, **change}, params=PARAMS) for change in variants} | {
+        image_id(**IDENTITY, params=p) for p in params
+    }
     assert len(ids) == len(variants) + len(params) - 1

@@ -45,7 +45,11 @@ def test_three_gpus_are_three_actors_with_a_card_each(
     if visible is None:
         env.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run(
-        [sys.executable, tmp_path / "place.py", tiny_model, tmp_path / "job"], env=env, capture_output=True, text=True, check=False
+        [sys.executable, tmp_path / "place.py", tiny_model, tmp_path / "job"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert f"DEVICES {expected}" in done.stdout
@@ -63,11 +67,15 @@ def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path
 
 def test_asking_for_a_gpu_that_is_not_there(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
-    done = run("submit", "m.csv", "--model", tiny_model, "--device", "cuda", "--inline", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    done = run(
+        "submit", "m.csv", "--model", tiny_model, "--device", "cuda", "--inline", cwd=tmp_path, CUDA_VISIBLE_DEVICES=""
+    )
     assert done.returncode == 2
     assert "torch sees no GPU here" in done.stderr
 
 
 def test_the_telling_line_of_a_ray_error() -> None:
-    error = RuntimeError("The actor died\n\tclass_name: Worker\nTraceback:\n  File \"x.py\", line 3\nValueError: the real cause\n")
+    error = RuntimeError(
+        'The actor died\n\tclass_name: Worker\nTraceback:\n  File "x.py", line 3\nValueError: the real cause\n'
+    )
     assert fault_line(error) == "ValueError: the real cause"

@@ -17,7 +17,9 @@ SCHEMA = results_schema([pa.field("artist", pa.string()), pa.field("status", pa.
 def row(index: int, status: Status = Status.OK) -> dict[str, Any]:
     params = SamplingParams(64, 64, 5, "plms", 0.0)
     extra = {"artist": f"artist {index}", "status": "theirs"}
-    request = ImageRequest(index, index, 1, f"p{index}", "", index, 4.0, params, f"{index:032x}", f"f{index}", extra=extra)
+    request = ImageRequest(
+        index, index, 1, f"p{index}", "", index, 4.0, params, f"{index:032x}", f"f{index}", extra=extra
+    )
     return image_row(request, ImageResult(index, status, started_at=time.time()), RUN)
 
 
@@ -26,11 +28,48 @@ def indexes(folder: Path) -> list[int]:
 
 
 def test_the_columns_are_those_that_were_promised() -> None:
-    assert SCHEMA.names == (
-        "index row sample id prompt negative_prompt seed width height steps sampler scale eta image_id status file_name sha256 "
-        "bytes error_class error_message attempts degraded n_tokens truncated model model_digest precision device_name worker "
-        "node text_s denoise_s decode_s peak_memory_bytes started_at finished_at run_id version artist manifest_status"
-    ).split()
+    assert SCHEMA.names == [
+        "index",
+        "row",
+        "sample",
+        "id",
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "width",
+        "height",
+        "steps",
+        "sampler",
+        "scale",
+        "eta",
+        "image_id",
+        "status",
+        "file_name",
+        "sha256",
+        "bytes",
+        "error_class",
+        "error_message",
+        "attempts",
+        "degraded",
+        "n_tokens",
+        "truncated",
+        "model",
+        "model_digest",
+        "precision",
+        "device_name",
+        "worker",
+        "node",
+        "text_s",
+        "denoise_s",
+        "decode_s",
+        "peak_memory_bytes",
+        "started_at",
+        "finished_at",
+        "run_id",
+        "version",
+        "artist",
+        "manifest_status",
+    ]
 
 
 def test_rows_come_back_sorted_with_their_extra_columns(tmp_path: Path) -> None:
@@ -105,7 +144,9 @@ def test_big_jobs_end_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         writer.append(row(index))
         writer.flush()
     writer.seal()
-    assert [path.name for path in sorted((tmp_path / "results").iterdir())] == [f"part-{n:05d}.parquet" for n in range(3)]
+    assert [path.name for path in sorted((tmp_path / "results").iterdir())] == [
+        f"part-{n:05d}.parquet" for n in range(3)
+    ]
     assert sorted(one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])) == list(range(1, 13))
 
 

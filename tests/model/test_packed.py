@@ -30,7 +30,9 @@ def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
     return torch.cat([codes, finite.view(torch.uint8).view(count, 4)], dim=1)
 
 
-@pytest.mark.skipif(not packed.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch")
+@pytest.mark.skipif(
+    not packed.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
+)
 @settings(deadline=None)
 @given(st.integers(1, 5000), st.sampled_from(packed.GROUPS), st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: int) -> None:

@@ -25,7 +25,9 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Say which version this is.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Say which version this is.")
+    ] = False,
 ) -> None:
     """Turn a table of prompts into pictures with a 2-bit Stable Diffusion, on whatever cheap cards are at hand."""
 

@@ -17,12 +17,39 @@ MANY_IMAGES = 100
 
 
 def submit(
-    manifest: Annotated[Path, typer.Argument(help="A .csv or .parquet table with a prompt column, or a job.toml that names one.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", "--outdir", help="The job folder; outputs/<manifest name> if not given.", show_default=False)] = None,
+    manifest: Annotated[
+        Path, typer.Argument(help="A .csv or .parquet table with a prompt column, or a job.toml that names one.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            "--outdir",
+            help="The job folder; outputs/<manifest name> if not given.",
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="How many workers; one per GPU, or a few on the CPU, if not given.", show_default=False)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            help="How many workers; one per GPU, or a few on the CPU, if not given.",
+            show_default=False,
+        ),
+    ] = None,
     inline: Annotated[bool, typer.Option("--inline", help="One worker in this process, without Ray.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the job's first N images; the same command without it goes on.", show_default=False)] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            min=1,
+            help="Only the job's first N images; the same command without it goes on.",
+            show_default=False,
+        ),
+    ] = None,
     preset: options.Preset = None,
     seed: options.Seed = None,
     negative_prompt: options.NegativePrompt = None,
@@ -62,7 +89,9 @@ def prepare(manifest: Path, output: Path | None, presets: list[Path], flags: dic
     if manifest.suffix == ".toml":
         job_file = manifest
         from_job, manifest, folder = read_job_file(job_file)
-        folder = folder or Path("outputs") / (job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem)
+        folder = folder or Path("outputs") / (
+            job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem
+        )
     layers = [*(read_preset(path) for path in presets), from_job, flags]
     settings = resolve(*layers)
     named = any(layer.get("model") is not None for layer in layers)
@@ -131,7 +160,9 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
     from tinysd_batch.report.text import count, duration
 
     made = summary.counts[Status.OK]
-    console.print(f"{count(made, 'image')} made in {duration(summary.seconds)}, {summary.failed:,} failed", markup=False)
+    console.print(
+        f"{count(made, 'image')} made in {duration(summary.seconds)}, {summary.failed:,} failed", markup=False
+    )
     if summary.invalid_rows:
         console.print(f"{count(summary.invalid_rows, 'manifest row')} could not be made", markup=False)
     console.print(f"Pictures: {job.folder / 'images'}", markup=False, soft_wrap=True)

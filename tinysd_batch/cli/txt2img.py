@@ -13,8 +13,12 @@ DEFAULT_FOLDER = Path("outputs/txt2img-samples")
 
 def txt2img(
     words: Annotated[list[str] | None, typer.Argument(help="The prompt, or more of it.", show_default=False)] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt; loose words are added to it.", show_default=False)] = None,
-    output: Annotated[Path, typer.Option("--outdir", "-o", "--output", help="The folder for the pictures.")] = DEFAULT_FOLDER,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The prompt; loose words are added to it.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--outdir", "-o", "--output", help="The folder for the pictures.")
+    ] = DEFAULT_FOLDER,
     model: options.Model = None,
     seed: options.Seed = None,
     negative_prompt: options.NegativePrompt = None,
@@ -33,10 +37,21 @@ def txt2img(
     """Draw one prompt. Each picture's seed and path are printed; a second run numbers on."""
     text = " ".join([*([prompt] if prompt else []), *(words or [])])
     values: dict[str, Any] = {
-        "model": model, "seed": seed, "negative_prompt": negative_prompt, "height": height, "width": width, "steps": steps,
-        "scale": scale, "sampler": sampler, "eta": eta, "n_iter": n_iter, "n_samples": n_samples, "precision": precision,
-        "device": device, "vram_budget": vram_budget,
-    }  # fmt: skip
+        "model": model,
+        "seed": seed,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "scale": scale,
+        "sampler": sampler,
+        "eta": eta,
+        "n_iter": n_iter,
+        "n_samples": n_samples,
+        "precision": precision,
+        "device": device,
+        "vram_budget": vram_budget,
+    }
     if draw(text, values, output):
         raise typer.Exit(3)
 

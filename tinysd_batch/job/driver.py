@@ -273,7 +273,9 @@ class Speed:
         now = time.monotonic()
         latest = (now - self.since) / images
         self.since = now
-        self.seconds_per_image = latest if self.seconds_per_image is None else 0.7 * self.seconds_per_image + 0.3 * latest
+        self.seconds_per_image = (
+            latest if self.seconds_per_image is None else 0.7 * self.seconds_per_image + 0.3 * latest
+        )
 
     def images_in(self, seconds: float) -> int:
         """How many images the worker makes in so much time; one while its speed is unknown."""

@@ -62,7 +62,7 @@ def default_folder(manifest: Path) -> Path:
 
 
 def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
-    """The settings with the model's own size, steps and scale where none were given; raise UsageError for a bad size."""
+    """The settings, with the model's own size, steps and scale where none were given; UsageError for a bad size."""
     own = {"height": model.native_px, "width": model.native_px, "steps": model.steps, "scale": model.scale}
     filled = settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
     for side in ("height", "width"):

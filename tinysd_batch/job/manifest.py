@@ -16,14 +16,33 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIDE_PX, MAX_STEPS, SAMPLERS, excerpt
+from tinysd_batch.config import (
+    MAX_IMAGES_PER_ROW,
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEED,
+    MAX_SIDE_PX,
+    MAX_STEPS,
+    SAMPLERS,
+    excerpt,
+)
 from tinysd_batch.errors import ManifestError, UsageError
 from tinysd_batch.model.prompts import parse_weighted
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 COLUMNS = (
-    "prompt", "id", "negative_prompt", "seed", "height", "width", "steps", "scale", "sampler", "eta", "n_iter", "n_samples",
-)  # fmt: skip
+    "prompt",
+    "id",
+    "negative_prompt",
+    "seed",
+    "height",
+    "width",
+    "steps",
+    "scale",
+    "sampler",
+    "eta",
+    "n_iter",
+    "n_samples",
+)
 PARQUET_BATCH_ROWS = 1024  # small: a few kilobytes of Parquet can hold gigabytes of repeated prompts
 MAX_CELL_CHARACTERS = 131_072
 
@@ -94,12 +113,7 @@ def check_header(path: Path, names: list[str]) -> list[str]:
 def read_csv(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
     """Rows as text. Bytes that are no UTF-8 arrive as lone surrogates, so that only their row is lost."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    with open_manifest(path) as raw:
-        start = raw.read(4096)
-    if not start.strip():
-        raise ManifestError(f"{path}: the file is empty; the first line names the columns, one of them prompt")
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start.split(b"\n", 1)[0]:
-        raise ManifestError(f"{path}: not UTF-8 (it looks like UTF-16); save the file as UTF-8")
+    check_encoding(path)
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader)]
@@ -107,23 +121,37 @@ def read_csv(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
             raise ManifestError(f"{path}: header: not UTF-8; save the file as UTF-8")
         check_header(path, header)
         number = 0
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                number += 1
-                yield InvalidRow(number, f"line {reader.line_num}: {error}")
-                continue
+        for cells in read_lines(reader):
             if not cells:  # a blank line is no row
                 continue
             number += 1
-            if len(cells) != len(header):
+            if isinstance(cells, str):
+                yield InvalidRow(number, cells)
+            elif len(cells) != len(header):
                 reason = f"line {reader.line_num}: {len(cells)} cells where the header has {len(header)} columns"
                 yield InvalidRow(number, f"{reason}; quote cells that hold commas", prompt=clean_text(cells[0]))
-                continue
-            yield {name: cell for name, cell in zip(header, cells, strict=True) if cell != "" or name == "prompt"}
+            else:
+                yield {name: cell for name, cell in zip(header, cells, strict=True) if cell != "" or name == "prompt"}
+
+
+def check_encoding(path: Path) -> None:
+    with open_manifest(path) as raw:
+        start: bytes = raw.read(4096)
+    if not start.strip():
+        raise ManifestError(f"{path}: the file is empty; the first line names the columns, one of them prompt")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start.split(b"\n", 1)[0]:
+        raise ManifestError(f"{path}: not UTF-8 (it looks like UTF-16); save the file as UTF-8")
+
+
+def read_lines(reader: Any) -> Iterator[list[str] | str]:
+    """The cells of each line, or what is wrong with it."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield f"line {reader.line_num}: {error}"
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
@@ -181,17 +209,20 @@ def check_row(number: int, values: dict[str, Any], defaults: Defaults) -> Row | 
     n_iter = take("n_iter", check_integer, defaults.n_iter, 1, MAX_IMAGES_PER_ROW)
     n_samples = take("n_samples", check_integer, defaults.n_samples, 1, 1024)
     identity = take("id", check_id, None)
-    if n_iter * n_samples > MAX_IMAGES_PER_ROW:
-        faults.append(f"n_iter x n_samples = {n_iter * n_samples}: at most {MAX_IMAGES_PER_ROW} images a row")
-    if seed is not None and seed + n_iter * n_samples - 1 > MAX_SEED:
-        faults.append(f"column seed = {seed}: the last image's seed would pass {MAX_SEED}")
-    if params.eta and params.sampler == "plms":
-        faults.append(f"column eta = {params.eta}: plms adds no noise; use sampler ddim or eta 0")
+    faults += faults_between_columns(seed, n_iter * n_samples, params)
     if faults:
-        kept = {name: clean_text(value) if isinstance(value, str) else value for name, value in extra.items()}
         shown = clean_text(values["prompt"]) if values.get("prompt") is not None else None
-        return InvalidRow(number, "; ".join(faults), prompt=shown, id=identity, extra=kept)
+        return InvalidRow(number, "; ".join(faults), prompt=shown, id=identity, extra=extra)
     return Row(number, prompt, negative, seed, scale, n_iter, n_samples, params, identity, extra)
+
+
+def faults_between_columns(seed: int | None, images: int, params: SamplingParams) -> Iterator[str]:
+    if images > MAX_IMAGES_PER_ROW:
+        yield f"n_iter x n_samples = {images}: at most {MAX_IMAGES_PER_ROW} images a row"
+    if seed is not None and seed + images - 1 > MAX_SEED:
+        yield f"column seed = {seed}: the last image's seed would pass {MAX_SEED}"
+    if params.eta and params.sampler == "plms":
+        yield f"column eta = {params.eta}: plms adds no noise; use sampler ddim or eta 0"
 
 
 def check_prompt(value: Any) -> str | None:

@@ -96,7 +96,7 @@ class InlinePool:
     def idle(self) -> list[str]:
         return ["inline"] if self.worker is not None and self.work is None else []
 
-    def submit(self, worker: str, chunk: Chunk) -> None:
+    def submit(self, worker: str, chunk: Chunk) -> None:  # noqa: ARG002 - there is only one
         assert self.worker is not None
         self.work = self.worker.generate(chunk)
 
@@ -198,7 +198,10 @@ class RayPool:
             if slot.actor is None and slot.start_at <= now:
                 self.boot(slot)
         waiting: dict[Any, Slot] = {
-            reference: slot for slot in self.slots for reference in (slot.booting, slot.working) if reference is not None
+            reference: slot
+            for slot in self.slots
+            for reference in (slot.booting, slot.working)
+            if reference is not None
         }
         if not waiting:
             time.sleep(min(timeout_s, max(0.0, min(slot.start_at for slot in self.slots) - now)))
@@ -246,8 +249,8 @@ class RayPool:
 def cpu_workers(images: int, wanted: int | None, small_model: bool) -> tuple[int, int]:
     """How many workers where there is no GPU, and torch threads for each.
 
-    A small model's tensors are too small to share: it gets a single-threaded worker per core, up to four. A big one gets
-    all cores in one worker, since each holds a copy of torch and the model.
+    A small model's tensors are too small to share: it gets a single-threaded worker per core, up to four. A big one
+    gets all cores in one worker, since each holds a copy of torch and the model.
     """
     cores = usable_cores()
     count = wanted or max(1, min(cores, images, 4 if small_model else 1))
@@ -257,7 +260,9 @@ def cpu_workers(images: int, wanted: int | None, small_model: bool) -> tuple[int
 def fault_line(error: Exception) -> str:
     """The most telling line of a Ray error, which carries whole tracebacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("File ", "ray::", "^", "The actor", "class_name", "actor_id"))]
+    telling = [
+        line for line in lines if not line.startswith(("File ", "ray::", "^", "The actor", "class_name", "actor_id"))
+    ]
     return (telling[-1] if telling else type(error).__name__)[:300]
 
 

@@ -23,9 +23,7 @@ def draw_row(row: Row, setup: WorkerSetup, seed: int) -> Iterator[tuple[ImageReq
     offset = highest_number(setup.job_folder)
     planned = [
         (row, [in_folder(image, offset) for image in images])
-        for row, images in plan_images(
-            [row], job_seed=seed, model_digest=setup.model_digest, precision=setup.precision
-        )
+        for row, images in plan_images([row], job_seed=seed, model_digest=setup.model_digest, precision=setup.precision)
     ]
     requests = {image.index: image for _, images in planned for image in images}
     worker = Worker(setup, "inline")

@@ -22,10 +22,18 @@ if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import Generated
 
 MAX_MESSAGE_CHARACTERS = 2000
-# The columns that travel inside the picture, so that a run which adopts it knows them. No host names: people share pictures.
+# The columns that travel inside the picture, for a run that adopts it. No host names: people share pictures.
 EMBEDDED_COLUMNS = (
-    "n_tokens", "truncated", "precision", "degraded", "device_name", "text_s", "denoise_s", "decode_s", "peak_memory_bytes",
-)  # fmt: skip
+    "n_tokens",
+    "truncated",
+    "precision",
+    "degraded",
+    "device_name",
+    "text_s",
+    "denoise_s",
+    "decode_s",
+    "peak_memory_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +125,16 @@ class Worker:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         now = time.time()
         return ImageResult(
-            request.index, Status.FAILED, error_class=error_class(error), error_message=message[:MAX_MESSAGE_CHARACTERS],
-            device_name=self.model.device_name, worker=self.name, node=platform.node(), started_at=now, finished_at=now,
-        )  # fmt: skip
+            request.index,
+            Status.FAILED,
+            error_class=error_class(error),
+            error_message=message[:MAX_MESSAGE_CHARACTERS],
+            device_name=self.model.device_name,
+            worker=self.name,
+            node=platform.node(),
+            started_at=now,
+            finished_at=now,
+        )
 
     def try_to_make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
         started = time.time()
@@ -144,7 +159,7 @@ class Worker:
     def publish(self, request: ImageRequest, generated: "Generated", position: int, started: float) -> ImageResult:
         from tinysd_batch.images import encode_png, parameters_text, read_metadata
 
-        made = {
+        made: dict[str, Any] = {
             "n_tokens": generated.n_tokens[position],
             "truncated": generated.truncated[position],
             "precision": generated.precision,

@@ -51,9 +51,13 @@ def read_packed_layers(config: Mapping[str, Any], tensors: dict[str, Tensor], wh
     if quantization is None:
         return {}
     if quantization.get("quant_method") != QUANT_METHOD:
-        raise ModelError(f"{where}: quantized by {quantization.get('quant_method')!r}, which this program does not read")
+        raise ModelError(
+            f"{where}: quantized by {quantization.get('quant_method')!r}, which this program does not read"
+        )
     if str(quantization.get("min_reader", FORMAT_VERSION)).split(".")[0] != FORMAT_VERSION.split(".")[0]:
-        raise ModelError(f"{where}: format {quantization['min_reader']} is newer than {FORMAT_VERSION}; update tinysd-batch")
+        raise ModelError(
+            f"{where}: format {quantization['min_reader']} is newer than {FORMAT_VERSION}; update tinysd-batch"
+        )
     return {
         name: take_packed_layer(name, entry["shape"], entry["group_size"], tensors, where)
         for name, entry in quantization["layers"].items()
@@ -73,13 +77,14 @@ def take_packed_layer(
         "qmeta": (torch.int16, (rows, 4)),
     }
     parts = {}
-    for part, (dtype, size) in expected.items():
+    for part, (dtype, shape_wanted) in expected.items():
         tensor = tensors.pop(f"{name}.{part}", None)
         if tensor is None:
             raise ModelError(f"{where}: tensor {name}.{part} is missing")
-        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape_wanted:
             raise ModelError(
-                f"{where}: tensor {name}.{part} is {tensor.dtype} {list(tensor.shape)}, {dtype} {list(size)} was expected"
+                f"{where}: tensor {name}.{part} is {tensor.dtype} {list(tensor.shape)}, "
+                f"{dtype} {list(shape_wanted)} was expected"
             )
         parts[part] = tensor
     return PackedWeight(**parts)
@@ -162,9 +167,7 @@ def read_decoder(folder: Path, dtype: torch.dtype) -> tuple[AutoencoderKL, dict[
         vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
     vae.encoder = vae.quant_conv = None
     tensors = {
-        name: value
-        for name, value in read_tensors(where).items()
-        if not name.startswith(("encoder.", "quant_conv."))
+        name: value for name, value in read_tensors(where).items() if not name.startswith(("encoder.", "quant_conv."))
     }
     host = convert_floats(tensors, dtype)
     check_names(vae, host, where)
@@ -176,5 +179,3 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {str(error).splitlines()[0]}") from None
-
-

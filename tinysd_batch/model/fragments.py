@@ -1,4 +1,4 @@
-"""The four parts of the model that come to the device for their turn: text encoder, UNet encode half, UNet decode half, VAE.
+"""The four parts that come to the device for their turn: text encoder, UNet encode half, UNet decode half, VAE decoder.
 
 Weights are constants, so they move one way only: leaving the device is forgetting, never copying back. A fragment that
 is away has empty tensors in its modules, with which nothing can be computed.
@@ -34,7 +34,7 @@ class Fragment:
     """Modules that are on the device together or not at all."""
 
     def __init__(self, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-        """`tensors` holds every parameter and buffer of `modules` under its dotted name; raises ModelError otherwise."""
+        """`tensors` holds all parameters and buffers of `modules` by dotted name; raises ModelError otherwise."""
         self.name = name
         self.is_onloaded = False
         self.host = [
@@ -94,7 +94,8 @@ class Residency:
         largest = max(together, key=lambda fragment: fragment.nbytes)
         if budget_bytes is not None and largest.nbytes > budget_bytes:
             raise ModelError(
-                f"vram_budget = {budget_bytes / 1e6:.1f} MB: the {largest.name} alone takes {largest.nbytes / 1e6:.1f} MB"
+                f"vram_budget = {budget_bytes / 1e6:.1f} MB: "
+                f"the {largest.name} alone takes {largest.nbytes / 1e6:.1f} MB"
             )
         self.one_at_a_time = budget_bytes is not None and sum(part.nbytes for part in together) > budget_bytes
 

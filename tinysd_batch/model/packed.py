@@ -89,10 +89,11 @@ def unpack_rows_torch(rows: Tensor, out: Tensor) -> Tensor:
 def unpack_rows_fbgemm(rows: Tensor, out: Tensor) -> Tensor:
     """The same by the FBGEMM operator that comes with torch; CPU only, and equal to the bit.
 
-    Both compute code * scale + offset in float32: the product of 2 and 11 bits is exact, so fused or not it rounds once.
+    Both compute code * scale + offset in float32. The product of 2 and 11 bits is exact: fused or not, it rounds once.
     """
-    for part, target in zip(rows.split(UNPACK_ROWS), out.split(UNPACK_ROWS), strict=True):
-        target.copy_(torch.ops.quantized.embedding_bag_2bit_unpack(part))
+    for start in range(0, rows.shape[0], UNPACK_ROWS):
+        part = slice(start, start + UNPACK_ROWS)
+        out[part].copy_(torch.ops.quantized.embedding_bag_2bit_unpack(rows[part]))
     return out
 
 
@@ -186,8 +187,8 @@ class PackedConv2d(PackedLayer):
     """`nn.Conv2d` (one group, zero padding) with a 2-bit weight."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int],
-        padding: tuple[int, int], group_size: int, bias: bool,
+        self, in_channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...],
+        padding: tuple[int, ...], group_size: int, bias: bool,
     ) -> None:  # fmt: skip
         super().__init__(out_channels, in_channels * kernel[0] * kernel[1], group_size, bias)
         self.in_channels = in_channels
@@ -206,9 +207,11 @@ def packed_like(layer: nn.Module, group_size: int) -> PackedLayer:
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.in_features, layer.out_features, group_size, bias)
     assert isinstance(layer, nn.Conv2d), type(layer)
-    assert layer.groups == 1 and layer.padding_mode == "zeros", layer
-    kernel, stride, padding = (tuple(value) for value in (layer.kernel_size, layer.stride, layer.padding))
-    return PackedConv2d(layer.in_channels, layer.out_channels, kernel, stride, padding, group_size, bias)  # type: ignore[arg-type]
+    assert layer.groups == 1, layer
+    assert layer.padding_mode == "zeros", layer
+    kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
+    assert not isinstance(padding, str), padding
+    return PackedConv2d(layer.in_channels, layer.out_channels, kernel, stride, padding, group_size, bias)
 
 
 def keep_unpacked(model: nn.Module) -> None:

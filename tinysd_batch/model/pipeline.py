@@ -60,9 +60,7 @@ class Conditions:
 class TinySD:
     """A Stable Diffusion v1 model on one device, its UNet at 2 bits where the folder holds it so."""
 
-    def __init__(
-        self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None
-    ) -> None:
+    def __init__(self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None) -> None:
         self.info = info
         self.device = device
         self.dtype = dtype
@@ -81,8 +79,10 @@ class TinySD:
         if device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES:
             keep_unpacked(self.unet)
         config = read_json(info.path / "scheduler" / "scheduler_config.json")
-        self.schedule = {
-            name: config[name] for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type") if name in config
+        self.schedule: dict[str, Any] = {
+            name: config[name]
+            for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+            if name in config
         }
 
     @classmethod
@@ -160,14 +160,22 @@ class TinySD:
         scales = self.info.scale if guidance_scale is None else guidance_scale
         counts = {"prompt": length(prompt), "seed": length(seed), "prompt_embeds": length(prompt_embeds)}
         size = max(counts.values())
-        for name, count in {**counts, "negative_prompt": length(negative_prompt), "guidance_scale": length(scales)}.items():
+        for name, count in {
+            **counts,
+            "negative_prompt": length(negative_prompt),
+            "guidance_scale": length(scales),
+        }.items():
             if count not in (1, size):
                 raise UsageError(f"{name}: {count} given for a batch of {size}; give one, or one each")
         self.check_size(height, width)
 
         started = time.monotonic()
         conditions = self.encode(
-            spread(prompt, size), spread(negative_prompt, size), spread(scales, size), prompt_embeds, negative_prompt_embeds
+            spread(prompt, size),
+            spread(negative_prompt, size),
+            spread(scales, size),
+            prompt_embeds,
+            negative_prompt_embeds,
         )
         encoded = time.monotonic()
         generators = [Generator("cpu").manual_seed(int(one)) for one in spread(seed, size)]
@@ -194,7 +202,9 @@ class TinySD:
     def check_size(self, height: int, width: int) -> None:
         for name, value in (("height", height), ("width", width)):
             if value <= 0 or value % self.info.step_px:
-                raise UsageError(f"{name} = {value}: must be a positive multiple of {self.info.step_px} with this model")
+                raise UsageError(
+                    f"{name} = {value}: must be a positive multiple of {self.info.step_px} with this model"
+                )
 
     def encode(
         self, prompts: list[str | None], negatives: list[str], scales: list[float],
@@ -227,7 +237,7 @@ class TinySD:
     ) -> Tensor:  # fmt: skip
         """Unit noise [B, 4, h, w] to latents of an image, float32. Latents and scheduler state are float32 always."""
         scheduler = new_scheduler(sampler, steps, self.schedule)
-        latents = (start * scheduler.init_noise_sigma).to(self.device)
+        latents: Tensor = (start * scheduler.init_noise_sigma).to(self.device)
         with self.residency.holding(self.encode_fragment, self.decode_fragment):
             for step, timestep in enumerate(scheduler.timesteps):
                 noise = self.predict_noise(scheduler.scale_model_input(latents, timestep), timestep, conditions)

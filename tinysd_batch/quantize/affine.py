@@ -11,10 +11,11 @@ BYTE = 255
 
 
 def fit_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset [N, 1] each that make code * scale + offset close to `groups` [N, g], by alternating least squares.
+    """Scale and offset, [N, 1] each, for which code * scale + offset is close to `groups` [N, g].
 
-    Lloyd's algorithm (1982) on affine levels: codes are the nearest levels, then scale and offset are the regression of
-    the weights on their codes. Starts from the groups' range, which alone would be a poor fit at 2 bits.
+    Alternating least squares, which is Lloyd's algorithm (1982) on affine levels: codes are the nearest levels, then
+    scale and offset are the regression of the weights on their codes. Starts from the groups' range, which alone would
+    be a poor fit at 2 bits.
     """
     low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
     scale, offset = (high - low) / (LEVELS - 1), low
@@ -45,7 +46,7 @@ def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor) -> PackedWeight:
-    """Pack a matrix [O, K] with scales and offsets [O, G]: they are rounded as stored, then codes are chosen for them."""
+    """Pack a matrix [O, K] with scales and offsets [O, G]; codes are chosen for these as they are stored."""
     rows, columns = matrix.shape
     groups = scale.shape[1]
     qscale, scale_meta = to_bytes(scale)

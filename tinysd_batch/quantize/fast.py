@@ -13,7 +13,7 @@ from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.model.packed import PackedWeight, group_size_for, to_matrix
 from tinysd_batch.quantize.affine import quantize_matrix
 
-# The first and last layer touch the latents themselves, and the time embedding steers every block: few weights, much harm.
+# First and last layer touch the latents themselves, the time embedding steers every block: few weights, much harm.
 KEPT = ("conv_in", "conv_out", "time_embedding.")
 
 

@@ -63,7 +63,9 @@ def draw_sheet(shown: Sequence[Shown]) -> Image.Image:
 
 def columns_for(pictures: int) -> int:
     """A little wider than high."""
-    return next(columns for columns in range(1, pictures + 1) if columns * columns * 2 >= pictures * 3 or columns == pictures)
+    return next(
+        columns for columns in range(1, pictures + 1) if columns * columns * 2 >= pictures * 3 or columns == pictures
+    )
 
 
 def fit(picture: Image.Image) -> Image.Image:

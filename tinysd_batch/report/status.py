@@ -1,7 +1,7 @@
 """What a job folder says of itself, while the job runs and after."""
 
 import fcntl
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class JobStatus:
     running: bool
     by_status: Counter[str] = field(default_factory=Counter)
     by_worker: Counter[str] = field(default_factory=Counter)
-    seconds_by_worker: Counter[str] = field(default_factory=Counter)
+    seconds_by_worker: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     faults: list[str] = field(default_factory=list)  # the first few, one line each
 
     @property
@@ -44,8 +44,17 @@ def read_status(job_folder: Path) -> JobStatus:
         model=saved["model"]["name"], running=is_locked(job_folder / STATE_FOLDER / "lock"),
     )  # fmt: skip
     columns = [
-        "index", "row", "status", "error_class", "error_message", "device_name", "worker", "text_s", "denoise_s", "decode_s",
-    ]  # fmt: skip
+        "index",
+        "row",
+        "status",
+        "error_class",
+        "error_message",
+        "device_name",
+        "worker",
+        "text_s",
+        "denoise_s",
+        "decode_s",
+    ]
     newest = {(row["row"], row["index"]): row for row in ResultsPaths(job_folder).read_rows(columns)}
     for row in newest.values():
         status.by_status[row["status"]] += 1
@@ -83,10 +92,10 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     console.print(table)
     for worker, images in sorted(status.by_worker.items()):
         each = status.seconds_by_worker[worker] / images
-        console.print(Text(f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour"))
+        console.print(
+            Text(f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour")
+        )
     for fault in status.faults[:MAX_FAULTS]:
         console.print(Text(one_line(fault, 300)), soft_wrap=True)
     if len(status.faults) > MAX_FAULTS:
         console.print(f"and {len(status.faults) - MAX_FAULTS:,} more; results.parquet names them all")
-
-
