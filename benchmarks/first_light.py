@@ -99,7 +99,9 @@ def measure_job_layer(images: int = 1000) -> None:
         manifest = Path(folder) / "m.csv"
         manifest.write_text("prompt\n" + "red apple\n" * images)
         job = open_job(manifest, Path(folder) / "job", Settings())
-        setup = WorkerSetup(job.folder, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None)
+        setup = WorkerSetup(
+            job.folder, job.scratch, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None
+        )
         pool = InlinePool(setup)
         pool.worker = Worker.__new__(Worker)
         pool.worker.setup, pool.worker.name = setup, "trivial"

@@ -13,22 +13,41 @@ def names(folder: Path) -> list[str]:
 
 
 def test_publishing_writes_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
-    assert publish(b"new", tmp_path / "a" / "x", lambda _: False) == b"new"
+    assert publish(b"new", tmp_path / "a" / "x", tmp_path / "tmp", lambda _: False) == b"new"
     assert names(tmp_path / "a") == ["x"]
+    assert names(tmp_path / "tmp") == []
 
 
 def test_the_first_writer_wins(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"same picture, other bytes")
-    assert publish(b"late", path, lambda found: found.startswith(b"same")) == b"same picture, other bytes"
+    assert (
+        publish(b"late", path, tmp_path / "tmp", lambda found: found.startswith(b"same"))
+        == b"same picture, other bytes"
+    )
     assert path.read_bytes() == b"same picture, other bytes"
-    assert names(tmp_path) == ["x"]
+    assert names(tmp_path) == ["tmp", "x"]
+    assert names(tmp_path / "tmp") == []
+
+
+@pytest.mark.parametrize("there", [None, b"same", b"other"])
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bytes | None) -> None:
+    def no_link(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_link)
+    path = tmp_path / "x"
+    if there is not None:
+        path.write_bytes(there)
+    kept = publish(b"new", path, tmp_path / "tmp", lambda found: found == b"same")
+    assert kept == path.read_bytes() == (b"same" if there == b"same" else b"new")
+    assert names(tmp_path / "tmp") == []
 
 
 def test_something_else_under_the_name_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"half a pict")
-    assert publish(b"whole", path, lambda _: False) == b"whole"
+    assert publish(b"whole", path, tmp_path / "tmp", lambda _: False) == b"whole"
     assert path.read_bytes() == b"whole"
 
 
@@ -36,7 +55,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     (tmp_path / "x").symlink_to(victim)
-    publish(b"picture", tmp_path / "x", lambda _: False)
+    publish(b"picture", tmp_path / "x", tmp_path / "tmp", lambda _: False)
     assert victim.read_bytes() == b"precious"
     assert (tmp_path / "x").read_bytes() == b"picture"
     assert not (tmp_path / "x").is_symlink()
@@ -69,5 +88,5 @@ def test_sweeping_removes_only_temporaries(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / f"{TEMPORARY_PREFIX}1").touch()
     (tmp_path / "images" / "seed_1_00001.png").touch()
-    sweep_temporaries(tmp_path)
+    sweep_temporaries(tmp_path / "images", tmp_path / "nowhere")
     assert names(tmp_path / "images") == ["seed_1_00001.png"]

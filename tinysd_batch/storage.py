@@ -15,6 +15,8 @@ NOT_WRITABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
 }  # fmt: skip
 
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -62,28 +64,33 @@ def write_atomically(data: bytes, path: Path) -> None:
         sync_folder(path.parent)
 
 
-def publish(data: bytes, path: Path, is_same: Callable[[bytes], bool]) -> bytes:
+def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> bytes:
     """Put `data` at `path` unless the same thing is there already; return what the file holds now.
 
     `is_same` tells from a file's bytes whether it is the image we wanted to write. The first writer wins: a late one
-    adopts its file, so a file whose hash is in the results table never changes.
+    adopts its file, so a file whose hash is in the results table never changes. `scratch` is a folder on the same file
+    system, for the file while it is being written.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with synced_temporary(data, path.parent) as temporary:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with synced_temporary(data, scratch) as temporary:
             try:
                 os.link(temporary, path, follow_symlinks=False)
-            except FileExistsError:
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, *NO_LINKS):
+                    raise
                 return replace_unless_same(data, temporary, path, is_same)
         sync_folder(path.parent)
     return data
 
 
 def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Callable[[bytes], bool]) -> bytes:
+    """Publish where something may be in the way, one writer at a time."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        there = b"" if path.is_symlink() else path.read_bytes()
+        there = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
         if is_same(there):
             return there
         temporary.replace(path)
@@ -93,10 +100,11 @@ def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Calla
         os.close(folder)
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Remove what killed writers left behind. Only the driver that holds the job's lock may do this."""
-    for leftover in folder.rglob(f"{TEMPORARY_PREFIX}*"):
-        leftover.unlink(missing_ok=True)
+def sweep_temporaries(*folders: Path) -> None:
+    """Remove what killed writers left in these folders. Only the driver that holds the job's lock may do this."""
+    for folder in folders:
+        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class Quiet:
 
 
 def setup_for(job: Job) -> WorkerSetup:
-    return WorkerSetup(job.folder, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None)
+    return WorkerSetup(job.folder, job.scratch, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None)
 
 
 def draw(

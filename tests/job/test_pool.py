@@ -21,7 +21,8 @@ PLACEMENT = """
 
     if __name__ == "__main__":
         info = read_model_info(sys.argv[1])
-        setup = WorkerSetup(Path(sys.argv[2]), info.path, info.name, info.digest, "auto", "auto", None)
+        folder = Path(sys.argv[2])
+        setup = WorkerSetup(folder, folder, info.path, info.name, info.digest, "auto", "auto", None)
         with RayPool(setup, None, 1, ray_init={"num_gpus": 3}) as pool:
             seen = {}
             while len(seen) < 3:

@@ -128,7 +128,8 @@ def pool_for(job: "Job") -> "PoolFactory":
         wanted = 1 if settings.inline else settings.workers
         count, threads = cpu_workers(images, wanted, job.model.is_small)
         setup = WorkerSetup(
-            job_folder=job.folder.resolve(), model_path=job.model.path.resolve(), model_name=job.model.name,
+            job_folder=job.folder.resolve(),
+            scratch=job.scratch.resolve(), model_path=job.model.path.resolve(), model_name=job.model.name,
             model_digest=job.model.digest, device=settings.device, precision=settings.precision,
             vram_budget=settings.vram_budget, threads=threads,
         )  # fmt: skip

@@ -80,7 +80,8 @@ def draw(text: str, values: dict[str, Any], output: Path) -> int:
     typer.echo(f"Model: {info.name}, {info.native_px}x{info.native_px} pixels by nature; seed {seed}")
     _, threads = cpu_workers(1, 1, info.is_small)
     setup = WorkerSetup(
-        job_folder=output.resolve(), model_path=info.path.resolve(), model_name=info.name, model_digest=info.digest,
+        job_folder=output.resolve(),
+        scratch=output.resolve(), model_path=info.path.resolve(), model_name=info.name, model_digest=info.digest,
         device=settings.device, precision=settings.precision, vram_budget=settings.vram_budget, threads=threads,
     )  # fmt: skip
     failed = 0

@@ -85,7 +85,7 @@ def run_job(
     total = min(surveyed.images, limit) if limit else surveyed.images
     with lock(job.state / "lock"):
         save_job(job, surveyed.images, len(surveyed.invalid))
-        sweep_temporaries(job.folder)
+        sweep(job)
         schema = results_schema(read_extra_fields(job.manifest))
         writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
         done = read_finished(job)
@@ -99,11 +99,17 @@ def run_job(
                 with open_pool(summary.left) as pool:
                     Dispatch(job, pool, writer, progress, summary, within(batches, total)).run(should_stop)
         finally:
+            sweep(job)  # a killed worker cannot clean up
             writer.seal()
             progress.durable()
     summary.stopped = bool(summary.left)
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def sweep(job: Job) -> None:
+    paths = ResultsPaths(job.folder)
+    sweep_temporaries(job.folder, job.scratch, paths.journal, paths.parts_folder)
 
 
 def todo(job: Job, finished: set[int]) -> Iterator[MicroBatch]:

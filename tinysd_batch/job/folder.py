@@ -40,6 +40,10 @@ class Job:
     def state(self) -> Path:
         return self.folder / STATE_FOLDER
 
+    @property
+    def scratch(self) -> Path:
+        return self.state / "tmp"
+
     def defaults(self) -> Defaults:
         """What a row that says nothing gets."""
         chosen = self.settings.model_dump(

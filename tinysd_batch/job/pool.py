@@ -5,6 +5,7 @@ so that it is certain which images a dead worker was making.
 """
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -273,6 +274,7 @@ def start_ray(options: dict[str, Any]) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         # Without an explicit address Ray joins whatever cluster it finds on the machine.
         ray.init(
@@ -289,6 +291,8 @@ def start_ray(options: dict[str, Any]) -> Any:
         raise NoWorkerError(
             f"Ray could not start: {fault_line(error)}; `--inline` runs the job in this process, without Ray"
         ) from error
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # Ray puts in its own, which on SIGTERM aborts the process
     protect_token()
     return ray
 

@@ -41,6 +41,7 @@ class WorkerSetup:
     """All a worker is told at birth."""
 
     job_folder: Path
+    scratch: Path  # for pictures while they are written
     model_path: Path
     model_name: str
     model_digest: str
@@ -178,7 +179,9 @@ class Worker:
         data = encode_png(generated.images[position], parameters, self.our_metadata(request, made))
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
-            there = publish(data, path, lambda found: read_metadata(found).get("image_id") == request.image_id)
+            there = publish(
+                data, path, self.setup.scratch, lambda found: read_metadata(found).get("image_id") == request.image_id
+            )
         return self.file_columns(ImageResult(request.index, Status.OK, **made), request, there)
 
     def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
