@@ -212,7 +212,10 @@ class ResultsPaths:
 
     def read_rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         """All rows, sealed first, of the columns asked for; an image may come twice, then the later row counts."""
-        covered = self.covered()
+        try:
+            covered = self.covered()
+        except OSError as error:
+            raise StorageError(f"{self.journal.parent}: cannot be read: {error}") from None
         for file in [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]:
             try:
                 yield from pq.read_table(file, columns=columns).to_pylist()

@@ -1,20 +1,24 @@
 """What a job folder says of itself, while the job runs and after."""
 
+import contextlib
 import fcntl
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinysd_batch.errors import StorageError
 from tinysd_batch.job.folder import STATE_FOLDER, read_job_json
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.text import count, one_line
 
 MAX_FAULTS = 10
+READ_ATTEMPTS = 5
 
 
 @dataclass(slots=True)
@@ -55,7 +59,7 @@ def read_status(job_folder: Path) -> JobStatus:
         "denoise_s",
         "decode_s",
     ]
-    newest = {(row["row"], row["index"]): row for row in ResultsPaths(job_folder).read_rows(columns)}
+    newest = {(row["row"], row["index"]): row for row in read_rows_of_running_job(job_folder, columns)}
     for row in newest.values():
         status.by_status[row["status"]] += 1
         if row["status"] != Status.OK:
@@ -66,6 +70,14 @@ def read_status(job_folder: Path) -> JobStatus:
             status.by_worker[worker] += 1
             status.seconds_by_worker[worker] += sum(row[name] or 0.0 for name in ("text_s", "denoise_s", "decode_s"))
     return status
+
+
+def read_rows_of_running_job(job_folder: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """All rows, read anew when the driver sealed the journal away meanwhile."""
+    for _ in range(READ_ATTEMPTS - 1):
+        with contextlib.suppress(StorageError):
+            return list(ResultsPaths(job_folder).read_rows(columns))
+    return list(ResultsPaths(job_folder).read_rows(columns))
 
 
 def is_locked(path: Path) -> bool:
