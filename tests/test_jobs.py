@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.tools import check_whole, run
 from tinysd_batch.config import read_job_file, read_preset, resolve
@@ -50,3 +51,17 @@ def test_the_broken_job_draws_what_is_right_and_names_the_rest(tmp_path: Path) -
     assert len(invalid) == 10
     for column in ("prompt", "seed", "height", "steps", "sampler", "scale", "n_samples"):
         assert any(column in row["error_message"] for row in invalid), column
+
+
+@pytest.mark.slow
+def test_two_runs_of_the_demo_are_the_same(tmp_path: Path) -> None:
+    """With Ray and in process: same identities, same seeds, same pixels."""
+    runs = []
+    for name, options in (("ray", []), ("inline", ["--inline"])):
+        done = run("submit", ROOT / "jobs" / "demo" / "job.toml", "-o", tmp_path / name, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = check_whole(tmp_path / name, 24)
+        assert (tmp_path / name / "contact_sheet.png").exists()
+        pixels = [Image.open(tmp_path / name / row["file_name"]).tobytes() for row in rows]
+        runs.append([(row["image_id"], row["seed"], picture) for row, picture in zip(rows, pixels, strict=True)])
+    assert runs[0] == runs[1]

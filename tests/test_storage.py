@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tinysd_batch.errors import JobLockedError, StorageError
-from tinysd_batch.storage import TEMPORARY_PREFIX, lock, publish, storage_errors, sweep_temporaries, write_atomically
+from tinysd_batch.storage import TEMPORARY_PREFIX, lock, publish, sweep_temporaries, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -71,9 +71,17 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path) == []
 
 
-def test_other_faults_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError), storage_errors(tmp_path):
-        raise IsADirectoryError(errno.EISDIR, "is a directory")
+def test_pictures_are_not_written_through_a_linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "00000").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="symbolic link"):
+        publish(b"picture", tmp_path / "00000" / "x", tmp_path / "tmp", lambda _: False)
+    assert names(tmp_path / "elsewhere") == []
+
+
+def test_a_fault_of_what_runs_under_the_lock_is_not_a_lock_fault(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError), lock(tmp_path / "_tinysd" / "lock"):
+        raise BlockingIOError
 
 
 def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A job's settings: what may be set, in which bounds, and where each value comes from (preset < job.toml < flag)."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_IMAGES_PER_ROW = 100_000
 EMBEDDED = "embedded"
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class Settings(BaseModel):
@@ -56,8 +58,8 @@ class JobFile(Settings):
 def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
 
@@ -92,6 +94,8 @@ def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
     for preset in job.preset:
         merged |= read_preset(path.parent / preset)
     merged |= {key: value for key, value in values.items() if key not in ("manifest", "output", "preset")}
+    if job.model != EMBEDDED and "model" in values:
+        merged["model"] = str(path.parent / job.model)
     output = path.parent / job.output if job.output else None
     return merged, path.parent / job.manifest, output
 
@@ -108,4 +112,15 @@ def resolve(*layers: dict[str, Any]) -> Settings:
     for layer in layers:
         merged |= {key: value for key, value in layer.items() if value is not None}
     settings: Settings = validate(Settings, merged, "settings")
+    parse_bytes(settings.vram_budget)
     return settings
+
+
+def parse_bytes(amount: str | int | None) -> int | None:
+    """Bytes from a number or text such as `900MB` or `1.5 GiB`; raise UsageError for anything else."""
+    if amount is None or isinstance(amount, int):
+        return amount
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
+    if match is None or match[2] not in UNITS:
+        raise UsageError(f"vram_budget = {amount!r}: give bytes or a number with a unit, such as 900MB")
+    return int(float(match[1]) * UNITS[match[2]])

@@ -11,24 +11,17 @@ from pathlib import Path
 from tinysd_batch.errors import JobLockedError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
-NOT_WRITABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
-}  # fmt: skip
-
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only, forbidden or vanished place into a StorageError that names the path."""
+    """Turn a full, read-only, forbidden, broken or vanished disk into a StorageError that names the path."""
     try:
         yield
     except OSError as error:
-        if error.errno in NOT_WRITABLE:
-            raise StorageError(
-                f"{path}: {os.strerror(error.errno or 0)}; make room or choose another folder, then submit again"
-            ) from error
-        raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(f"{path}: {reason}; make room or choose another folder, then submit again") from error
 
 
 @contextlib.contextmanager
@@ -73,6 +66,8 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.is_symlink():
+            raise StorageError(f"{path.parent}: is a symbolic link; pictures are not written through links")
         scratch.mkdir(parents=True, exist_ok=True)
         with synced_temporary(data, scratch) as temporary:
             try:
@@ -114,14 +109,19 @@ def lock(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        take_lock(handle, path)
         yield
+    finally:
+        os.close(handle)
+
+
+def take_lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = path.read_text().strip() or "unknown"
         raise JobLockedError(
             f"{path.parent.parent}: another tinysd-batch (process {owner}) works on this job; wait for it or stop it"
         ) from None
-    finally:
-        os.close(handle)
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())

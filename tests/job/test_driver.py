@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from tests.tools import check_whole, read_results, write_csv
 from tinysd_batch.config import Settings
-from tinysd_batch.errors import JobMismatchError, StorageError, UsageError
+from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, StorageError, UsageError
 from tinysd_batch.job.driver import Dispatch, Summary, run_job
 from tinysd_batch.job.folder import Job, open_job
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost, WorkerReady
@@ -221,14 +222,17 @@ def test_job_folders_that_cannot_be_used(manifest: Path, tmp_path: Path, tiny_mo
 
 
 class DyingPool:
-    """A real worker behind a pool that loses it whenever it meets a given seed."""
+    """A real worker behind a pool that loses it whenever it meets a deadly seed."""
 
     size = 1
 
-    def __init__(self, setup: WorkerSetup, deadly_seed: int) -> None:
+    def __init__(self, setup: WorkerSetup, deadly_seeds: Container[int]) -> None:
         self.worker = Worker(setup, "w")
-        self.deadly_seed = deadly_seed
+        self.deadly_seeds = deadly_seeds
         self.queue: list[Any] | None = None
+
+    def retire(self, worker: str) -> None:
+        raise NoWorkerError(f"{worker} is retired")
 
     def idle(self) -> list[str]:
         return ["w"] if self.queue is None else []
@@ -241,7 +245,7 @@ class DyingPool:
             self.queue = None
             return [ChunkDone("w")]
         batch = self.queue.pop(0)
-        if any(image.seed == self.deadly_seed and image.index in batch.wanted for image in batch.images):
+        if any(image.seed in self.deadly_seeds and image.index in batch.wanted for image in batch.images):
             self.queue = None
             return [WorkerLost("w", "killed")]
         return [BatchDone("w", self.worker.generate_batch(batch))]
@@ -250,15 +254,68 @@ class DyingPool:
 def test_an_image_that_kills_three_workers_is_quarantined_and_no_other(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from contextlib import nullcontext
-
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    pool = DyingPool(setup_for(job), deadly_seed=8)
+    pool = DyingPool(setup_for(job), deadly_seeds=[8])
     summary = run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
     assert (summary.counts[Status.OK], summary.counts[Status.QUARANTINED], summary.left) == (5, 1, 0)
     rows = {row["index"]: row for row in check_whole(tmp_path / "job", 6) if row["index"]}
     assert (rows[2]["status"], rows[2]["attempts"], rows[2]["error_class"]) == ("quarantined", 3, "worker_died")
     assert rows[1]["attempts"] == 2
+
+
+def test_a_card_on_which_everything_dies_is_retired_and_no_image_blamed(
+    manifest: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    pool = DyingPool(setup_for(job), deadly_seeds=range(2**63))
+    with pytest.raises(NoWorkerError):
+        run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
+    assert [row["status"] for row in read_results(tmp_path / "job")] == ["invalid"]
+    draw(manifest, tmp_path / "job", tiny_model)
+    assert all(row["status"] == "ok" for row in check_whole(tmp_path / "job", 6) if row["index"])
+
+
+def test_a_manifest_that_changes_while_the_job_runs_stops_it(tmp_path: Path, tiny_model: Path) -> None:
+    manifest = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}", "steps": 1} for number in range(150)])
+    content = manifest.read_bytes()
+
+    class Meddler(Quiet):
+        def image(self, request: ImageRequest, result: ImageResult) -> None:
+            manifest.write_bytes(content + b"fox,1\n")
+
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), sampler="ddim"))
+    with pytest.raises(ManifestError, match="changed while the job ran"):
+        run_job(job, lambda _: InlinePool(setup_for(job)), Meddler(), lambda: False)
+    manifest.write_bytes(content)
+    draw(manifest, tmp_path / "job", tiny_model, sampler="ddim")
+    check_whole(tmp_path / "job", 150)
+
+
+def test_a_job_that_another_run_started_meanwhile_is_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    late = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    draw(manifest, tmp_path / "job", tiny_model, seed=2, limit=1)
+    with pytest.raises(JobMismatchError, match="another run started this job meanwhile"):
+        run_job(late, lambda _: InlinePool(setup_for(late)), Quiet(), lambda: False)
+
+
+def test_results_without_their_job_are_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model)
+    (tmp_path / "job" / "job.json").unlink()
+    with pytest.raises(JobMismatchError, match=r"holds results but no job\.json"):
+        draw(manifest, tmp_path / "job", tiny_model)
+
+
+def test_blank_negative_prompts_mean_the_jobs_own(tmp_path: Path, tiny_model: Path) -> None:
+    path = write_csv(tmp_path / "blank.csv", [{"prompt": "cat", "negative_prompt": " "}])
+    draw(path, tmp_path / "job", tiny_model, negative_prompt="worm")
+    assert read_results(tmp_path / "job")[0]["negative_prompt"] == "worm"
+
+
+def test_settings_that_contradict_each_other_start_no_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    for settings in ({"eta": 0.5}, {"negative_prompt": "a:0 b:0"}, {"n_iter": 100_000, "n_samples": 2}):
+        with pytest.raises(UsageError):
+            draw(manifest, tmp_path / "job", tiny_model, **settings)
+    assert not (tmp_path / "job").exists()
 
 
 def test_chunks_grow_with_speed_and_shrink_at_the_end(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:

@@ -114,6 +114,21 @@ def test_one_bad_line_costs_one_row(tmp_path: Path) -> None:
     assert "not UTF-8" in reason(rows[3])
 
 
+def test_an_unclosed_quote_is_told_not_swallowed(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text('prompt\ncat\n"red apple\nblue heart\n')
+    cat, rest = rows_of(path)
+    assert isinstance(cat, Row)
+    assert "check the quotes" in reason(rest)
+
+
+def test_the_prompt_of_a_ragged_row_is_its_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("id,prompt\n7,cat,dog\n")
+    (row,) = rows_of(path)
+    assert row.prompt == "cat"
+
+
 def test_a_cell_over_the_limit_costs_one_row(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text(f"prompt\ncat\n{'x' * 200_000}\nfox\n")
@@ -127,6 +142,8 @@ def test_a_cell_over_the_limit_costs_one_row(tmp_path: Path) -> None:
         (b"\n\n", "the file is empty"),
         (b"text,seed\ncat,1\n", "no column named prompt; found 'text', 'seed'"),
         (b"prompt,prompt\ncat,1\n", "column 'prompt' stands there twice"),
+        (b"\xef\xbb\xbf", "no column named prompt; found nothing"),
+        (b"x" * 200_000 + b",prompt\ncat\n", "header: field larger than field limit"),
         (b"prompt\n", "no rows below the header"),
         ("prompt\ncat\n".encode("utf-16"), "not UTF-8"),
         (b"\xe9t\xe9,prompt\nx,cat\n", "header: not UTF-8"),

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.job import results
 from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
@@ -70,6 +71,17 @@ def test_the_columns_are_those_that_were_promised() -> None:
         "artist",
         "manifest_status",
     ]
+
+
+def test_a_manifest_column_that_would_come_twice_is_refused() -> None:
+    with pytest.raises(ManifestError, match="becomes manifest_index in the results, which is taken"):
+        results_schema([pa.field("manifest_index", pa.string()), pa.field("index", pa.string())])
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    (tmp_path / "results.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match=r"results\.parquet: cannot be read"):
+        ResultsWriter(tmp_path, SCHEMA, 1)
 
 
 def test_rows_come_back_sorted_with_their_extra_columns(tmp_path: Path) -> None:

@@ -45,3 +45,6 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        typer.echo(f"tinysd-batch: {error.filename or 'system'}: {error.strerror or error}", err=True)
+        sys.exit(1)

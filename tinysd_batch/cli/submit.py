@@ -106,11 +106,16 @@ def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console
     from tinysd_batch.report.progress import RunProgress
 
     say_first_lines(job, console)
-    with stop_on_signals() as stop, RunProgress(console, verbose) as progress:
-        if not named_model:
-            progress.on_start = lambda images: warn_of_embedded_model(images, progress.say)
-        summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit)
-        sheet = write_contact_sheet(job.folder)
+    with stop_on_signals() as stop:
+        try:
+            with RunProgress(console, verbose) as progress:
+                if not named_model:
+                    progress.on_start = lambda images: warn_of_embedded_model(images, progress.say)
+                summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit)
+                sheet = write_contact_sheet(job.folder)
+        except KeyboardInterrupt:
+            console.print("Stopped at once. The same command goes on.")
+            return stop.exit_code
     say_last_lines(job, summary, sheet, console)
     if summary.stopped:
         return stop.exit_code if stop else 1
@@ -169,6 +174,7 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
     console.print(f"Pictures: {job.folder / 'images'}", markup=False, soft_wrap=True)
     if sheet:
         console.print(f"Contact sheet: {sheet}", markup=False, soft_wrap=True)
-    console.print(f"Table: {job.folder / 'results.parquet'}", markup=False, soft_wrap=True)
+    table = job.folder / "results.parquet"
+    console.print(f"Table: {table if table.exists() else job.folder / 'results'}", markup=False, soft_wrap=True)
     if summary.stopped:
         console.print(f"Stopped with {count(summary.left, 'image')} left. The same command goes on.", markup=False)

@@ -76,6 +76,8 @@ def draw(text: str, values: dict[str, Any], output: Path) -> int:
     row = check_row(1, {"prompt": text}, Defaults(step_px=info.step_px, **chosen))
     if isinstance(row, InvalidRow):
         raise UsageError(f"the prompt cannot be drawn: {row.reason}")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: is a file; name a folder for the pictures with -o")
     seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
     typer.echo(f"Model: {info.name}, {info.native_px}x{info.native_px} pixels by nature; seed {seed}")
     _, threads = cpu_workers(1, 1, info.is_small)

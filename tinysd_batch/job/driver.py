@@ -8,18 +8,22 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Protocol
 
-from tinysd_batch.job.folder import Job, save_job
+from tinysd_batch.errors import ManifestError
+from tinysd_batch.job.folder import Job, check_still_same_job, save_job, stamp
 from tinysd_batch.job.manifest import read_extra_fields, read_rows
 from tinysd_batch.job.plan import cut_batches, plan_images, split_to_singles
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
 from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Status
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Row, Status
 from tinysd_batch.storage import lock, sweep_temporaries
 
 CHUNK_TARGET_S = 15.0
 MAX_DEATHS = 3  # a worker lost with the same image three times: the image is quarantined
+MAX_FRESH_DEATHS = 4  # a worker lost so often in a row, each time with an image new to it: the worker is retired
 GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
 POLL_S = 0.5
+STAT_EVERY_ROWS = 64
+CHANGED = "changed while the job ran; bring back what it was to go on, or give the new one a folder of its own with -o"
 
 
 class Progress(Protocol):
@@ -84,6 +88,7 @@ def run_job(
     surveyed = survey(job)
     total = min(surveyed.images, limit) if limit else surveyed.images
     with lock(job.state / "lock"):
+        check_still_same_job(job)
         save_job(job, surveyed.images, len(surveyed.invalid))
         sweep(job)
         schema = results_schema(read_extra_fields(job.manifest))
@@ -112,9 +117,17 @@ def sweep(job: Job) -> None:
     sweep_temporaries(job.folder, job.scratch, paths.journal, paths.parts_folder)
 
 
+def read_unchanged_rows(job: Job) -> Iterator[Row | InvalidRow]:
+    """The manifest's rows again, hours later perhaps; raise ManifestError when the file is not what it was."""
+    for number, row in enumerate(read_rows(job.manifest, job.defaults())):
+        if number % STAT_EVERY_ROWS == 0 and stamp(job.manifest) != job.manifest_stamp:
+            raise ManifestError(f"{job.manifest}: {CHANGED}")
+        yield row
+
+
 def todo(job: Job, finished: set[int]) -> Iterator[MicroBatch]:
     planned = plan_images(
-        read_rows(job.manifest, job.defaults()),
+        read_unchanged_rows(job),
         job_seed=job.seed,
         model_digest=job.model.digest,
         precision=job.settings.precision,
@@ -172,6 +185,8 @@ class Dispatch:
         self.summary = summary
         self.batches = batches
         self.retries: deque[MicroBatch] = deque()
+        self.suspects: deque[MicroBatch] = deque()  # tried last, so that good work shows which is to blame
+        self.fresh_deaths: dict[str, int] = {}
         self.in_flight: dict[str, deque[MicroBatch]] = {}
         self.deaths: dict[int, int] = {}  # index -> workers lost while making it
         self.speeds: dict[str, Speed] = {}
@@ -180,6 +195,8 @@ class Dispatch:
         while self.summary.left and not should_stop():
             for worker in self.pool.idle():
                 self.submit(worker)
+            if not self.in_flight and self.pool.idle():
+                raise ManifestError(f"{self.job.manifest}: {CHANGED}")
             self.handle(self.pool.events(POLL_S))
         if self.summary.left:
             self.drain(set(self.in_flight))
@@ -209,8 +226,8 @@ class Dispatch:
             if batch is None:
                 break
             chunk.append(batch)
-            if len(batch.images) == 1 and self.deaths.get(batch.images[0].index):
-                break  # a suspect travels alone
+        if not chunk and self.suspects:
+            chunk.append(self.suspects.popleft())  # a suspect travels alone
         return chunk
 
     def handle(self, events: list[Event]) -> None:
@@ -230,6 +247,7 @@ class Dispatch:
 
     def finish_batch(self, worker: str, results: list[ImageResult]) -> None:
         batch = self.in_flight[worker].popleft()
+        self.fresh_deaths[worker] = 0
         self.speeds[worker].finished(len(batch.images))
         requests = {image.index: image for image in batch.images}
         for result in results:
@@ -248,13 +266,23 @@ class Dispatch:
             return
         suspects = split_to_singles([left.popleft()])
         self.retries.extendleft(reversed(left))
-        for suspect in reversed(suspects):
-            request = suspect.images[0]
-            deaths = self.deaths[request.index] = self.deaths.get(request.index, 0) + 1
-            if deaths < MAX_DEATHS:
-                self.retries.appendleft(suspect)
-            else:
-                self.record(request, quarantined(request, deaths, reason))
+        if not any(self.deaths.get(suspect.images[0].index) for suspect in suspects):
+            self.fresh_deaths[worker] = self.fresh_deaths.get(worker, 0) + 1
+        if self.fresh_deaths.get(worker, 0) >= MAX_FRESH_DEATHS:
+            self.pool.retire(worker)
+        for suspect in suspects:
+            self.accuse(suspect, worker, reason)
+
+    def accuse(self, suspect: MicroBatch, worker: str, reason: str) -> None:
+        """Count a lost worker against an image. Where no image has come out yet, the worker is the likelier culprit."""
+        request = suspect.images[0]
+        deaths = self.deaths[request.index] = self.deaths.get(request.index, 0) + 1
+        if deaths >= MAX_DEATHS and self.summary.counts[Status.OK]:
+            self.record(request, quarantined(request, deaths, reason))
+            return
+        if deaths >= MAX_DEATHS:
+            self.pool.retire(worker)
+        self.suspects.append(suspect)
 
 
 def quarantined(request: ImageRequest, deaths: int, reason: str) -> ImageResult:

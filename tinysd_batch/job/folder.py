@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import tinysd_batch
-from tinysd_batch.config import Settings
-from tinysd_batch.errors import JobMismatchError, UsageError
-from tinysd_batch.job.manifest import Defaults, fingerprint
+from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
+from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
+from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint
+from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.storage import storage_errors, write_atomically
 
@@ -35,6 +36,8 @@ class Job:
     model: ModelInfo
     seed: int
     run_id: str
+    fingerprint: str  # of the manifest
+    manifest_stamp: tuple[int, int]
 
     @property
     def state(self) -> Path:
@@ -67,6 +70,7 @@ def default_folder(manifest: Path) -> Path:
 
 def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
     """The settings, with the model's own size, steps and scale where none were given; UsageError for a bad size."""
+    check_settings(settings)
     own = {"height": model.native_px, "width": model.native_px, "steps": model.steps, "scale": model.scale}
     filled = settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
     for side in ("height", "width"):
@@ -76,6 +80,18 @@ def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
     return filled
 
 
+def check_settings(settings: Settings) -> None:
+    """What no bound of a single setting tells. Raises UsageError."""
+    if settings.eta and settings.sampler == "plms":
+        raise UsageError(f"eta = {settings.eta}: plms adds no noise; use sampler ddim or eta 0")
+    if settings.n_iter * settings.n_samples > MAX_IMAGES_PER_ROW:
+        raise UsageError(f"n_iter x n_samples: at most {MAX_IMAGES_PER_ROW} images a row")
+    try:
+        check_prompt(settings.negative_prompt)
+    except ValueError as error:
+        raise UsageError(f"negative_prompt: {error}") from None
+
+
 def open_job(manifest: Path, folder: Path, settings: Settings) -> Job:
     """The job in `folder`, new or to be resumed.
 
@@ -83,15 +99,38 @@ def open_job(manifest: Path, folder: Path, settings: Settings) -> Job:
     Writes nothing: `save_job` does, once the manifest has been read through.
     """
     check_folder(folder)
+    seen = stamp(manifest)
+    found = fingerprint(manifest)
     model = read_model_info(settings.model)
     filled = fill_in_model_defaults(settings, model)
     saved = read_job_json(folder) if (folder / JOB_FILE).exists() else None
     if saved is None:
         seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
     else:
-        check_same_job(saved, manifest, folder, filled, model)
+        check_same_job(saved, manifest, found, folder, filled, model)
         seed = int(saved["seed"])
-    return Job(folder, manifest, filled, model, seed, run_id=uuid.uuid4().hex[:12])
+    return Job(
+        folder, manifest, filled, model, seed, run_id=uuid.uuid4().hex[:12], fingerprint=found, manifest_stamp=seen
+    )
+
+
+def stamp(manifest: Path) -> tuple[int, int]:
+    """Size and time of the last change: what tells quickly that a file was touched."""
+    try:
+        status = manifest.stat()
+    except OSError as error:
+        raise ManifestError(f"{manifest}: {(error.strerror or str(error)).lower()}") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def check_still_same_job(job: Job) -> None:
+    """Once the lock is held: nobody may have made or changed the job since `open_job` looked at it."""
+    if not (job.folder / JOB_FILE).exists():
+        return
+    saved = read_job_json(job.folder)
+    check_same_job(saved, job.manifest, job.fingerprint, job.folder, job.settings, job.model)
+    if saved["seed"] != job.seed:
+        raise JobMismatchError(f"{job.folder}: another run started this job meanwhile; submit again to go on with it")
 
 
 def check_folder(folder: Path) -> None:
@@ -100,7 +139,8 @@ def check_folder(folder: Path) -> None:
             raise UsageError(f"{path}: is a symbolic link; pictures are not written through links")
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; name a folder for the job with -o")
-    if folder.exists() and not (folder / JOB_FILE).exists() and (folder / "results.parquet").exists():
+    results = ResultsPaths(folder)
+    if not (folder / JOB_FILE).exists() and (results.sealed_files() or results.journal_parts()):
         raise JobMismatchError(f"{folder}: holds results but no {JOB_FILE}; choose another folder with -o")
 
 
@@ -111,14 +151,16 @@ def read_job_json(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder}: not a job folder, it has no {JOB_FILE}; name the folder that submit printed")
     try:
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        saved["settings"], saved["seed"], saved["manifest"]["fingerprint"], saved["model"]["digest"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        saved["settings"].get, saved["manifest"]["fingerprint"], saved["model"]["digest"], int(saved["seed"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: damaged: {type(error).__name__}: {error}") from None
     return saved
 
 
-def check_same_job(saved: dict[str, Any], manifest: Path, folder: Path, settings: Settings, model: ModelInfo) -> None:
-    if saved["manifest"]["fingerprint"] != fingerprint(manifest):
+def check_same_job(
+    saved: dict[str, Any], manifest: Path, found: str, folder: Path, settings: Settings, model: ModelInfo
+) -> None:
+    if saved["manifest"]["fingerprint"] != found:
         raise JobMismatchError(
             f"{folder}: this job belongs to the manifest {saved['manifest']['path']} as it was then, and {manifest} "
             f"differs from it; give the changed manifest a folder of its own with -o"
@@ -158,7 +200,7 @@ def save_job(job: Job, images: int, invalid_rows: int) -> None:
         "images": images,
         "invalid_rows": invalid_rows,
         "model": {"name": job.model.name, "digest": job.model.digest, "path": str(job.model.path)},
-        "manifest": {"path": str(job.manifest.resolve()), "fingerprint": fingerprint(job.manifest)},
+        "manifest": {"path": str(job.manifest.resolve()), "fingerprint": job.fingerprint},
         "settings": job.settings.model_dump(exclude={"seed"}),
     }
     write_atomically((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), path)

@@ -115,8 +115,8 @@ def read_csv(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     check_encoding(path)
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader)]
+        reader = csv.reader(file, strict=True)
+        header = read_header(reader, path)
         if any(has_surrogates(name) for name in header):
             raise ManifestError(f"{path}: header: not UTF-8; save the file as UTF-8")
         check_header(path, header)
@@ -129,9 +129,17 @@ def read_csv(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
                 yield InvalidRow(number, cells)
             elif len(cells) != len(header):
                 reason = f"line {reader.line_num}: {len(cells)} cells where the header has {len(header)} columns"
-                yield InvalidRow(number, f"{reason}; quote cells that hold commas", prompt=clean_text(cells[0]))
+                prompt = dict(zip(header, cells, strict=False)).get("prompt")
+                yield InvalidRow(number, f"{reason}; quote cells that hold commas", prompt=clean_text(prompt or ""))
             else:
-                yield {name: cell for name, cell in zip(header, cells, strict=True) if cell != "" or name == "prompt"}
+                yield given(dict(zip(header, cells, strict=True)))
+
+
+def read_header(reader: Any, path: Path) -> list[str]:
+    try:
+        return [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ManifestError(f"{path}: header: {error}") from None
 
 
 def check_encoding(path: Path) -> None:
@@ -151,7 +159,7 @@ def read_lines(reader: Any) -> Iterator[list[str] | str]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield f"line {reader.line_num}: {error}"
+            yield f"line {reader.line_num}: {error}; check the quotes of this line and those before it"
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
@@ -160,9 +168,14 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any] | InvalidRow]:
             check_header(path, file.schema_arrow.names)
             for batch in file.iter_batches(PARQUET_BATCH_ROWS):
                 for values in batch.to_pylist():
-                    yield {name: value for name, value in values.items() if value is not None or name == "prompt"}
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+                    yield given(values)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ManifestError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The cells that say something; an empty one means the job's setting."""
+    return {name: value for name, value in values.items() if not (value is None or value == "")}
 
 
 def has_surrogates(text: str) -> bool:
@@ -195,7 +208,7 @@ def check_row(number: int, values: dict[str, Any], defaults: Defaults) -> Row | 
     prompt = take("prompt", check_prompt, None)
     if prompt is None and not faults:
         faults.append("column prompt is empty; write a prompt or remove the row")
-    negative = take("negative_prompt", check_prompt, defaults.negative_prompt)
+    negative = take("negative_prompt", check_prompt, None) or defaults.negative_prompt
     seed = take("seed", check_integer, None, 0, MAX_SEED)
     side = (8, MAX_SIDE_PX, defaults.step_px)
     params = SamplingParams(
@@ -246,7 +259,7 @@ def check_prompt(value: Any) -> str | None:
 def check_integer(value: Any, least: int, most: int, multiple_of: int = 1) -> int:
     try:
         number = int(value, 10) if isinstance(value, str) else int(value)
-        if isinstance(value, bool) or (isinstance(value, float) and number != value):
+        if isinstance(value, bool) or (not isinstance(value, str) and number != value):
             raise ValueError
     except (ValueError, OverflowError, TypeError):
         raise ValueError("a whole number was expected") from None
@@ -293,7 +306,7 @@ def read_extra_fields(path: Path) -> list[pa.Field]:
     """The manifest's own columns as the results will hold them: Parquet's plain types kept, all else text."""
     if path.suffix.lower() == ".csv":
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            names = [name.strip() for name in next(csv.reader(file))]
+            names = read_header(csv.reader(file, strict=True), path)
         return [pa.field(name, pa.string()) for name in names if name not in COLUMNS]
     plain_types = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
     return [

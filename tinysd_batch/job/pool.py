@@ -5,6 +5,7 @@ so that it is certain which images a dead worker was making.
 """
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from tinysd_batch.errors import NoWorkerError, TinySDError
+from tinysd_batch.errors import NoWorkerError, TinySDError, UsageError
 from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
 from tinysd_batch.records import ImageResult, MicroBatch
 
@@ -20,6 +21,7 @@ Chunk = list[MicroBatch]
 
 BOOT_ATTEMPTS = 2  # a card on which the model does not load is tried once more, then left out
 MAX_BACKOFF_S = 30.0
+OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
 OBJECT_STORE_BYTES = 80 * 2**20  # only small records travel; Ray's default would take a third of memory
 
 
@@ -74,6 +76,10 @@ class Pool(Protocol):
 
     def submit(self, worker: str, chunk: Chunk) -> None: ...
 
+    def retire(self, worker: str) -> None:
+        """Give up a worker for good."""
+        ...
+
     def events(self, timeout_s: float) -> list[Event]:
         """What has happened, after waiting at most so long. Raises NoWorkerError when no worker is left."""
         ...
@@ -100,6 +106,9 @@ class InlinePool:
     def submit(self, worker: str, chunk: Chunk) -> None:  # noqa: ARG002 - there is only one
         assert self.worker is not None
         self.work = self.worker.generate(chunk)
+
+    def retire(self, worker: str) -> None:
+        raise NoWorkerError(f"the worker {worker} failed for good")
 
     def events(self, timeout_s: float) -> list[Event]:  # noqa: ARG002 - work here is done by waiting for it
         if self.worker is None:
@@ -218,23 +227,30 @@ class RayPool:
         try:
             if slot.booting is not None:
                 description = ray.get(slot.booting)
-                slot.booting, slot.ready = None, True
+                slot.booting, slot.ready, slot.boot_failures = None, True, 0
                 return WorkerReady(slot.name, description)
             return BatchDone(slot.name, ray.get(next(slot.working)))
         except StopIteration:
             slot.working = None
             slot.deaths = 0
             return ChunkDone(slot.name)
-        except TinySDError:
-            raise  # storage is full, the model is unusable: the same on every worker
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, TinySDError):
+                raise error.cause from None  # storage is full, say: the same on every worker
+            return self.lose(slot, error)
         except ray.exceptions.RayError as error:
             return self.lose(slot, error)
+
+    def retire(self, worker: str) -> None:
+        self.slots = [slot for slot in self.slots if slot.name != worker]
 
     def lose(self, slot: Slot, error: Exception) -> WorkerLost:
         """Take the slot's actor as dead, and plan its replacement or give the slot up."""
         import ray
 
         booting = slot.booting is not None
+        if booting and (ours := OUR_ERROR.search(str(error))):
+            raise UsageError(ours[1].strip())  # the model or a setting is wrong, on every worker alike
         ray.kill(slot.actor)
         slot.clear()
         slot.deaths += 1
@@ -243,7 +259,7 @@ class RayPool:
         if booting:
             slot.boot_failures += 1
             if slot.boot_failures >= BOOT_ATTEMPTS:
-                self.slots.remove(slot)
+                self.retire(slot.name)
         return WorkerLost(slot.name, self.last_fault)
 
 
@@ -287,7 +303,7 @@ def start_ray(options: dict[str, Any]) -> Any:
                 **options,
             }
         )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:
         raise NoWorkerError(
             f"Ray could not start: {fault_line(error)}; `--inline` runs the job in this process, without Ray"
         ) from error

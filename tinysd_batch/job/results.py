@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinysd_batch.errors import StorageError
+from tinysd_batch.config import excerpt
+from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 from tinysd_batch.storage import write_atomically
 
@@ -73,7 +74,15 @@ OUR_NAMES = {field.name for field in FIELDS}
 
 def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
     """Our columns, then the manifest's own; one of those that bears a name of ours becomes `manifest_<name>`."""
-    return pa.schema([*FIELDS, *(field.with_name(extra_name(field.name)) for field in extra)])
+    fields = list(FIELDS)
+    for field in extra:
+        fields.append(field.with_name(extra_name(field.name)))
+        if [one.name for one in fields].count(fields[-1].name) > 1:
+            name = excerpt(field.name)
+            raise ManifestError(
+                f"the manifest's column {name} becomes {fields[-1].name} in the results, which is taken"
+            )
+    return pa.schema(fields)
 
 
 def extra_name(name: str) -> str:
@@ -198,11 +207,14 @@ class ResultsPaths:
 
     def covered(self) -> set[str]:
         """Names of journal parts that a sealed file already holds."""
-        return {
-            name
-            for file in self.sealed_files()
-            for name in json.loads((pq.read_schema(file).metadata or {}).get(COVERS, b"[]"))
-        }
+        names: set[str] = set()
+        for file in self.sealed_files():
+            try:
+                metadata = pq.read_schema(file).metadata or {}
+            except (pa.ArrowException, OSError) as error:
+                raise StorageError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+            names |= set(json.loads(metadata.get(COVERS, b"[]")))
+        return names
 
     def drop_covered_journal(self) -> None:
         covered = self.covered()
@@ -212,10 +224,7 @@ class ResultsPaths:
 
     def read_rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         """All rows, sealed first, of the columns asked for; an image may come twice, then the later row counts."""
-        try:
-            covered = self.covered()
-        except OSError as error:
-            raise StorageError(f"{self.journal.parent}: cannot be read: {error}") from None
+        covered = self.covered()
         for file in [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]:
             try:
                 yield from pq.read_table(file, columns=columns).to_pylist()

@@ -96,9 +96,10 @@ class Worker:
         from tinysd_batch.images import read_metadata
 
         path = self.setup.job_folder / request.file_name
-        if path.is_symlink() or not path.exists():
-            return None
-        data = path.read_bytes()
+        with storage_errors(path):
+            if path.is_symlink() or not path.is_file():
+                return None
+            data = path.read_bytes()
         found = read_metadata(data)
         if found.get("image_id") != request.image_id:
             return None

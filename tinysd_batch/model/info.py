@@ -83,7 +83,13 @@ def model_digest(path: Path) -> str:
 
 def read_model_info(model: str) -> ModelInfo:
     """Look at the model that `--model` names. Raises ModelError."""
-    path = resolve_path(model)
+    try:
+        return look_at(resolve_path(model))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{model}: a config.json does not fit: {type(error).__name__}: {error}") from None
+
+
+def look_at(path: Path) -> ModelInfo:
     unet = read_json(path / "unet" / "config.json")
     vae = read_json(path / "vae" / "config.json")
     text = read_json(path / "text_encoder" / "config.json")

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Generator, Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import NotFiniteError, UsageError
 from tinysd_batch.model.checkpoint import read_decoder, read_text_encoder, read_tokenizer, read_unet
 from tinysd_batch.model.fragments import Fragment, Residency
 from tinysd_batch.model.info import ModelInfo, read_json, read_model_info
 from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
-from tinysd_batch.model.precision import choose_device, choose_dtype, device_name, parse_bytes
+from tinysd_batch.model.precision import choose_device, choose_dtype, device_name
 from tinysd_batch.model.samplers import draw_noise, new_scheduler, step_noise
 from tinysd_batch.model.text import encode_prompts
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules

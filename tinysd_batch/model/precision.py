@@ -7,7 +7,6 @@ import torch
 
 from tinysd_batch.errors import UsageError
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 TENSOR_CORES = (7, 0)  # below this compute capability float16 is finite but slow
 
 
@@ -42,13 +41,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def parse_bytes(amount: str | int | None) -> int | None:
-    """Bytes from a number or text such as `900MB` or `1.5 GiB`; raise UsageError for anything else."""
-    if amount is None or isinstance(amount, int):
-        return amount
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
-    if match is None or match[2] not in UNITS:
-        raise UsageError(f"vram_budget = {amount!r}: give bytes or a number with a unit, such as 900MB")
-    return int(float(match[1]) * UNITS[match[2]])

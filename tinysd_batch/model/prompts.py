@@ -5,8 +5,10 @@ import re
 
 from tinysd_batch.errors import UsageError
 
-# Text up to a colon, then a number up to the next space or the end.
-WEIGHTED = re.compile(r"(?P<text>.*?):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?= |$)(?: |$)", re.DOTALL)
+SMALLEST_SUM = 1e-9
+
+# A colon, then a number up to the next space or the end.
+WEIGHT = re.compile(r":([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)(?: |$)")
 
 
 def parse_weighted(prompt: str) -> list[tuple[str, float]]:
@@ -14,17 +16,17 @@ def parse_weighted(prompt: str) -> list[tuple[str, float]]:
 
     Text after the last weight has weight 1, as in the origin. A colon that no number follows is text.
 
-    Raises UsageError when the weights sum to zero.
+    Raises UsageError when the weights sum to zero or are not finite.
     """
     pieces, end = [], 0
-    for match in WEIGHTED.finditer(prompt):
-        pieces.append((match["text"], float(match["weight"])))
+    for match in WEIGHT.finditer(prompt):
+        pieces.append((prompt[end : match.start()], float(match[1])))
         end = match.end()
     if rest := prompt[end:]:
         pieces.append((rest, 1.0))
     if len(pieces) < 2:
         return [(prompt, 1.0)]
-    total = math.fsum(weight for _, weight in pieces)
-    if not math.isfinite(total) or abs(total) < 1e-9:
+    total = sum(weight for _, weight in pieces)
+    if not math.isfinite(total) or abs(total) < SMALLEST_SUM:
         raise UsageError(f"the prompt's weights sum to {total:g}; give weights with a sum above zero")
     return [(text, weight / total) for text, weight in pieces]

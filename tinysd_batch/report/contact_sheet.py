@@ -54,8 +54,11 @@ def draw_sheet(shown: Sequence[Shown]) -> Image.Image:
     font = ImageFont.load_default(FONT_PX)
     for number, one in enumerate(shown):
         x, y = GAP_PX + number % columns * width, GAP_PX + number // columns * height
-        with Image.open(one.path) as picture:
-            fitted = fit(picture.convert("RGB"))
+        try:
+            with Image.open(one.path) as picture:
+                fitted = fit(picture.convert("RGB"))
+        except OSError:
+            continue  # a damaged picture leaves its cell empty; the job is done all the same
         sheet.paste(fitted, (x + (CELL_PX - fitted.width) // 2, y + (CELL_PX - fitted.height) // 2))
         draw.text((x + CELL_PX // 2, y + CELL_PX + 3), shorten(one.caption, font), "black", font, anchor="ma")
     return sheet

@@ -57,7 +57,7 @@ class RunProgress:
         if invalid:
             self.say(f"{count(len(invalid), 'manifest row')} cannot be made:")
             for row in invalid[:FAULTS_SHOWN]:
-                self.say(f"  row {row.number}: {one_line(row.reason, 200)}")
+                self.say(f"  row {row.number}: {one_line(row.reason, 400)}")
             if len(invalid) > FAULTS_SHOWN:
                 self.say(f"  and {len(invalid) - FAULTS_SHOWN:,} more; the results table names them all")
         if finished < total:

@@ -110,4 +110,4 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     for fault in status.faults[:MAX_FAULTS]:
         console.print(Text(one_line(fault, 300)), soft_wrap=True)
     if len(status.faults) > MAX_FAULTS:
-        console.print(f"and {len(status.faults) - MAX_FAULTS:,} more; results.parquet names them all")
+        console.print(f"and {len(status.faults) - MAX_FAULTS:,} more; the results table names them all")
