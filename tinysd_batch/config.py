@@ -1,5 +1,6 @@
 """A job's settings: what may be set, in which bounds, and where each value comes from (preset < job.toml < flag)."""
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -92,12 +93,17 @@ def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
     job = validate(JobFile, values, str(path))
     merged: dict[str, Any] = {}
     for preset in job.preset:
-        merged |= read_preset(path.parent / preset)
+        merged |= read_preset(beside(path, preset))
     merged |= {key: value for key, value in values.items() if key not in ("manifest", "output", "preset")}
     if job.model != EMBEDDED and "model" in values:
-        merged["model"] = str(path.parent / job.model)
-    output = path.parent / job.output if job.output else None
-    return merged, path.parent / job.manifest, output
+        merged["model"] = str(beside(path, job.model))
+    output = beside(path, job.output) if job.output else None
+    return merged, beside(path, job.manifest), output
+
+
+def beside(file: Path, target: str) -> Path:
+    """A path that `file` names relative to itself."""
+    return Path(os.path.normpath(file.parent / target))
 
 
 def read_preset(path: Path) -> dict[str, Any]:
