@@ -12,7 +12,7 @@ from tinysd_batch.model.checkpoint import write_packed_unet
 from tinysd_batch.model.packed import PackedWeight
 from training import captions, checkpoints, unet, vae
 
-STEPS, SCALE = 20, 4.0
+STEPS, SCALE = 20, 2.0
 NAME = "tinysd emoji 64"
 
 
