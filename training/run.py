@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="single-threaded processes to train with")
     parser.add_argument("--vae-minutes", type=float, default=7)
     parser.add_argument("--unet-samples", type=int, default=150_000, help="pictures the UNet sees")
-    parser.add_argument("--finish-samples", type=int, default=18_000, help="pictures the 2-bit finish sees")
+    parser.add_argument("--finish-samples", type=int, default=17_000, help="pictures the 2-bit finish sees")
     parser.add_argument("--decoder-minutes", type=float, default=16)
     arguments = parser.parse_args()
     build = arguments.build
