@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -14,6 +15,10 @@ from tinysd_batch.model.info import embedded_path
 from tinysd_batch.quantize.fast import quantize_folder
 
 TEXT_WIDTH = 32
+
+# A busy machine is no fault of the code: no deadlines, and no complaint about slow drawing of examples.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,7 +33,6 @@ def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
 @pytest.mark.skipif(
     not packed.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
 )
-@settings(deadline=None)
 @given(st.integers(1, 5000), st.sampled_from(packed.GROUPS), st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: int) -> None:
     rows = random_rows(count, group, seed)
@@ -41,7 +40,6 @@ def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: i
     assert torch.equal(packed.unpack_rows_fbgemm(rows, by_fbgemm), packed.unpack_rows_torch(rows, by_torch))
 
 
-@settings(deadline=None)
 @given(SHAPES, st.integers(0, 2**32 - 1))
 def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], seed: int) -> None:
     out, groups, size = shape
