@@ -2,10 +2,12 @@
 
     python benchmarks/first_light.py
 
-- embedded model: seconds per image, in this process, batches of 1 and of 8
+- embedded model: seconds per image, in this process, batches of 1 and of 8, with one thread and with all
 - cold start: from the command to the first picture on disk, in process and with Ray
 - job layer: milliseconds per image on top of a generator that does nothing but make a small picture
-- unpacking: 2-bit weights to float32, FBGEMM against plain torch, medians of alternating runs
+- unpacking: 2-bit weights to float32, FBGEMM against plain torch, into a reused buffer and into fresh memory
+
+Figures are medians of alternating runs.
 """
 
 import os
@@ -48,9 +50,16 @@ def line(what: str, value: str) -> None:
 def measure_model() -> None:
     model = TinySD.from_pretrained("embedded", device="cpu")
     model.generate("cat", 0)
-    one = statistics.median(seconds(lambda: model.generate("red apple", 1)) for _ in range(ROUNDS))
+    times: dict[int, list[float]] = {1: [], usable_cores(): []}
+    for _ in range(ROUNDS):
+        for threads, taken in times.items():
+            torch.set_num_threads(threads)
+            taken.append(seconds(lambda: model.generate("red apple", 1)))
+    torch.set_num_threads(1)  # as a worker does with a model this small
+    one, many = statistics.median(times[1]), statistics.median(times[usable_cores()])
     eight = statistics.median(seconds(lambda: model.generate(["red apple"] * 8, list(range(8)))) for _ in range(ROUNDS))
     line("embedded model, one image, with its own steps and scale", f"{one:.2f} s")
+    line(f"  the same with {usable_cores()} threads", f"{many:.2f} s   ratio to one thread {many / one:.2f}")
     line("embedded model, per image in a batch of 8", f"{eight / 8:.2f} s   ratio to one {eight / 8 / one:.2f}")
 
 
@@ -125,14 +134,16 @@ def measure_unpacking() -> None:
     """One 1280 x 11520 matrix, SD v1's common 3x3 convolution, one thread."""
     rows = quantize_matrix(torch.randn(1280, 11520), 64).rows()
     out = new_output(rows)
-    times: dict[str, list[float]] = {"fbgemm": [], "torch": []}
+    times: dict[str, list[float]] = {"fbgemm": [], "fresh": [], "torch": []}
     for _ in range(2 * ROUNDS + 1):
         times["fbgemm"].append(seconds(lambda: unpack_rows_fbgemm(rows, out)))
+        times["fresh"].append(seconds(lambda: unpack_rows_fbgemm(rows, new_output(rows))))
         times["torch"].append(seconds(lambda: unpack_rows_torch(rows, out)))
-    fbgemm, plain = (statistics.median(times[name]) for name in ("fbgemm", "torch"))
+    fbgemm, fresh, plain = (statistics.median(times[name]) for name in ("fbgemm", "fresh", "torch"))
     for name, value in (("FBGEMM", fbgemm), ("plain torch", plain)):
         line(f"unpacking to float32, {name}, one thread", f"{1280 * 11520 / value / 1e9:.2f} Gweight/s")
     line("  plain torch takes, times FBGEMM", f"{plain / fbgemm:.1f}")
+    line("  FBGEMM into fresh memory takes, times into a reused buffer", f"{fresh / fbgemm:.1f}")
 
 
 def processor() -> str:
@@ -144,7 +155,6 @@ def processor() -> str:
 
 if __name__ == "__main__":
     line("machine", f"{processor()}, {usable_cores()} cores, torch {torch.__version__}")
-    torch.set_num_threads(1)  # as a worker does with a model this small
     measure_model()
     measure_cold_start()
     measure_job_layer()

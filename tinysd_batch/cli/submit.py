@@ -156,7 +156,7 @@ def say_first_lines(job: "Job", console: "Console") -> None:
 def warn_of_embedded_model(images: int, say: Any) -> None:
     if images > MANY_IMAGES:
         say(
-            f"{images:,} images will be drawn by the small model that ships with tinysd-batch, which knows some 290 "
+            f"{images:,} images will be drawn by the small model that ships with tinysd-batch, which knows 286 "
             f"things at 64 pixels; name your own with --model, or this one with --model embedded"
         )
 
