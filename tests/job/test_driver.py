@@ -36,7 +36,10 @@ class Quiet:
 
 
 def setup_for(job: Job) -> WorkerSetup:
-    return WorkerSetup(job.folder, job.scratch, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None)
+    model = job.model
+    return WorkerSetup(
+        job.folder, job.scratch, model.path, model.name, model.digest, "cpu", "auto", None, stop_file=job.stop_file
+    )
 
 
 def draw(

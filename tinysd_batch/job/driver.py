@@ -15,7 +15,7 @@ from tinysd_batch.job.plan import cut_batches, plan_images, split_to_singles
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
 from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Row, Status
-from tinysd_batch.storage import lock, sweep_temporaries
+from tinysd_batch.storage import lock, storage_errors, sweep_temporaries
 
 CHUNK_TARGET_S = 15.0
 MAX_DEATHS = 3  # a worker lost with the same image three times: the image is quarantined
@@ -91,6 +91,7 @@ def run_job(
         check_still_same_job(job)
         save_job(job, surveyed.images, len(surveyed.invalid))
         sweep(job)
+        job.stop_file.unlink(missing_ok=True)
         schema = results_schema(read_extra_fields(job.manifest))
         writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
         done = read_finished(job)
@@ -105,6 +106,7 @@ def run_job(
                     Dispatch(job, pool, writer, progress, summary, within(batches, total)).run(should_stop)
         finally:
             sweep(job)  # a killed worker cannot clean up
+            job.stop_file.unlink(missing_ok=True)
             writer.seal()
             progress.durable()
     summary.stopped = bool(summary.left)
@@ -199,15 +201,15 @@ class Dispatch:
                 raise ManifestError(f"{self.job.manifest}: {CHANGED}")
             self.handle(self.pool.events(POLL_S))
         if self.summary.left:
-            self.drain(set(self.in_flight))
+            self.drain()
 
-    def drain(self, busy: set[str]) -> None:
-        """Wait until each busy worker has delivered the micro-batch it is at, then leave the rest."""
+    def drain(self) -> None:
+        """Have each busy worker finish and deliver the micro-batch it is at, and leave the rest."""
+        with storage_errors(self.job.stop_file):
+            self.job.stop_file.touch()
         deadline = time.monotonic() + GRACE_S
-        while busy and time.monotonic() < deadline:
-            events = self.pool.events(POLL_S)
-            self.handle(events)
-            busy -= {event.worker for event in events}
+        while self.in_flight and time.monotonic() < deadline:
+            self.handle(self.pool.events(POLL_S))
 
     def submit(self, worker: str) -> None:
         chunk = self.cut_chunk(worker)

@@ -47,6 +47,10 @@ class Job:
     def scratch(self) -> Path:
         return self.state / "tmp"
 
+    @property
+    def stop_file(self) -> Path:
+        return self.state / "stop"
+
     def defaults(self) -> Defaults:
         """What a row that says nothing gets."""
         chosen = self.settings.model_dump(

@@ -49,6 +49,7 @@ class WorkerSetup:
     precision: str  # auto, full or autocast
     vram_budget: str | None
     threads: int = 1  # torch's, for work on the CPU
+    stop_file: Path | None = None  # once it is there, no further micro-batch is begun
 
 
 class Worker:
@@ -82,8 +83,13 @@ class Worker:
         }
 
     def generate(self, batches: Sequence[MicroBatch]) -> Iterator[list[ImageResult]]:
-        """Make each micro-batch's wanted images, and yield their results when the files are durable."""
+        """Make each micro-batch's wanted images, and yield their results when the files are durable.
+
+        Ends early, between micro-batches, when the driver asks for it by the stop file: a call in flight hears no call.
+        """
         for batch in batches:
+            if self.setup.stop_file is not None and self.setup.stop_file.exists():
+                return
             yield self.generate_batch(batch)
 
     def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
