@@ -134,7 +134,8 @@ def pool_for(job: "Job") -> "PoolFactory":
         count, threads = cpu_workers(images, wanted, job.model.is_small)
         setup = WorkerSetup(
             job_folder=job.folder.resolve(),
-            scratch=job.scratch.resolve(), stop_file=job.stop_file.resolve(), model_path=job.model.path.resolve(), model_name=job.model.name,
+            scratch=job.scratch.resolve(), stop_file=job.stop_file.resolve(),
+            model_path=job.model.path.resolve(), model_name=job.model.name,
             model_digest=job.model.digest, device=settings.device, precision=settings.precision,
             vram_budget=settings.vram_budget, threads=threads,
         )  # fmt: skip
