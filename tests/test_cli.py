@@ -80,7 +80,7 @@ def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: P
         (["submit", "m.csv", "--preset", "none.toml"], 2, "none.toml: no such file"),
         (["submit", "m.csv", "--preset", "."], 2, "is a directory"),
         (["submit", "m.csv", "--vram-budget", "much"], 2, "vram_budget = 'much'"),
-        (["submit", "m.csv", "--eta", "0.5"], 2, "plms adds no noise"),
+        (["submit", "m.csv", "--eta", "1.5"], 2, "settings: eta = '1.5'"),
         (["submit", "m.csv", "-o", "x" * 300], 1, "File name too long"),
         (["txt2img", "cat", "-o", "m.csv"], 2, "m.csv: is a file"),
         (["status", "."], 2, "not a job folder"),

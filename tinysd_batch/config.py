@@ -4,14 +4,14 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tinysd_batch.errors import UsageError
 
-SAMPLERS = ("plms", "ddim", "euler")
-Sampler = Literal["plms", "ddim", "euler"]
+SAMPLERS = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "unipc")
+TAKE_ETA = ("plms", "ddim")  # the others have no use for it
 
 MAX_STEPS = 1000  # SD v1 knows 1000 noise levels
 MAX_SIDE_PX = 2048
@@ -20,6 +20,15 @@ MAX_PROMPT_CHARACTERS = 10_000
 MAX_IMAGES_PER_ROW = 100_000
 EMBEDDED = "embedded"
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def find_sampler(name: str) -> str:
+    """A sampler's own name from what other programs call it, such as `Euler a` or `DPM++ 2M`; ValueError for none."""
+    plain = re.sub(r"[\s_-]+", "_", name.strip().lower().replace("++", "pp")).removeprefix("k_")
+    own = {known.replace("_", ""): known for known in SAMPLERS}.get(plain.replace("_", ""))
+    if own is None:
+        raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
+    return own
 
 
 class Settings(BaseModel):
@@ -34,7 +43,7 @@ class Settings(BaseModel):
     width: int | None = Field(None, ge=8, le=MAX_SIDE_PX)
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     scale: float | None = Field(None, ge=0, le=100)
-    sampler: Sampler = "plms"
+    sampler: Annotated[str, AfterValidator(find_sampler)] = "plms"
     eta: float = Field(0.0, ge=0, le=1)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES_PER_ROW)
     n_samples: int = Field(1, ge=1, le=1024)
@@ -71,7 +80,8 @@ def validate(kind: type[Settings], values: dict[str, Any], where: str) -> Any:
         return kind(**values)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc'])} = {excerpt(fault['input'])}: {fault['msg']}"
+            f"{'.'.join(str(part) for part in fault['loc'])} = {excerpt(fault['input'])}: "
+            f"{fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()
         )
         raise UsageError(f"{where}: {faults}") from None

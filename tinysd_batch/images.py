@@ -12,7 +12,10 @@ from PIL import Image, PngImagePlugin
 from tinysd_batch.records import ImageRequest
 
 OUR_KEY = "tinysd"
-SAMPLER_LABELS = {"plms": "PLMS", "ddim": "DDIM", "euler": "Euler"}
+SAMPLER_LABELS = {  # as the web UI spells them
+    "plms": "PLMS", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
+}  # fmt: skip
 
 
 def parameters_text(request: ImageRequest, model_name: str, model_digest: str, version: str) -> str:

@@ -55,13 +55,21 @@ def reason(row: Row | InvalidRow) -> str:
         ({"scale": "inf"}, "must be finite"),
         ({"scale": "nan"}, "must be finite"),
         ({"scale": "much"}, "a number was expected"),
-        ({"eta": "0.5"}, "plms adds no noise"),
+        ({"eta": "1.5"}, "column eta = '1.5': must be between 0 and 1"),
         ({"n_samples": "0"}, "must be between 1"),
         ({"n_iter": "100000", "n_samples": "1000"}, "at most 100000 images a row"),
     ],
 )
 def test_a_fault_names_column_value_and_rule(values: dict[str, str], message: str) -> None:
     assert message in reason(check_row(1, {"prompt": "cat", **values}, DEFAULTS))
+
+
+def test_eta_is_kept_where_it_has_an_effect() -> None:
+    rows = [check_row(1, {"prompt": "cat", "eta": "0.5", "sampler": name}, DEFAULTS) for name in ("ddim", "Euler a")]
+    assert [(row.params.sampler, row.params.eta) for row in rows if isinstance(row, Row)] == [
+        ("ddim", 0.5),
+        ("euler_a", 0.0),
+    ]
 
 
 def test_all_faults_of_a_row_are_told() -> None:

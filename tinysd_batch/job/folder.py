@@ -86,8 +86,6 @@ def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
 
 def check_settings(settings: Settings) -> None:
     """What no bound of a single setting tells. Raises UsageError."""
-    if settings.eta and settings.sampler == "plms":
-        raise UsageError(f"eta = {settings.eta}: plms adds no noise; use sampler ddim or eta 0")
     if settings.n_iter * settings.n_samples > MAX_IMAGES_PER_ROW:
         raise UsageError(f"n_iter x n_samples: at most {MAX_IMAGES_PER_ROW} images a row")
     try:

@@ -22,8 +22,9 @@ from tinysd_batch.config import (
     MAX_SEED,
     MAX_SIDE_PX,
     MAX_STEPS,
-    SAMPLERS,
+    TAKE_ETA,
     excerpt,
+    find_sampler,
 )
 from tinysd_batch.errors import ManifestError, UsageError
 from tinysd_batch.model.prompts import parse_weighted
@@ -211,31 +212,31 @@ def check_row(number: int, values: dict[str, Any], defaults: Defaults) -> Row | 
     negative = take("negative_prompt", check_prompt, None) or defaults.negative_prompt
     seed = take("seed", check_integer, None, 0, MAX_SEED)
     side = (8, MAX_SIDE_PX, defaults.step_px)
+    sampler = take("sampler", check_sampler, defaults.sampler)
+    eta = take("eta", check_number, defaults.eta, 0, 1)
     params = SamplingParams(
         width=take("width", check_integer, defaults.width, *side),
         height=take("height", check_integer, defaults.height, *side),
         steps=take("steps", check_integer, defaults.steps, 1, MAX_STEPS),
-        sampler=take("sampler", check_sampler, defaults.sampler),
-        eta=take("eta", check_number, defaults.eta, 0, 1),
+        sampler=sampler,
+        eta=eta if sampler in TAKE_ETA else 0.0,
     )
     scale = take("scale", check_number, defaults.scale, 0, 100)
     n_iter = take("n_iter", check_integer, defaults.n_iter, 1, MAX_IMAGES_PER_ROW)
     n_samples = take("n_samples", check_integer, defaults.n_samples, 1, 1024)
     identity = take("id", check_id, None)
-    faults += faults_between_columns(seed, n_iter * n_samples, params)
+    faults += faults_between_columns(seed, n_iter * n_samples)
     if faults:
         shown = clean_text(values["prompt"]) if values.get("prompt") is not None else None
         return InvalidRow(number, "; ".join(faults), prompt=shown, id=identity, extra=extra)
     return Row(number, prompt, negative, seed, scale, n_iter, n_samples, params, identity, extra)
 
 
-def faults_between_columns(seed: int | None, images: int, params: SamplingParams) -> Iterator[str]:
+def faults_between_columns(seed: int | None, images: int) -> Iterator[str]:
     if images > MAX_IMAGES_PER_ROW:
         yield f"n_iter x n_samples = {images}: at most {MAX_IMAGES_PER_ROW} images a row"
     if seed is not None and seed + images - 1 > MAX_SEED:
         yield f"column seed = {seed}: the last image's seed would pass {MAX_SEED}"
-    if params.eta and params.sampler == "plms":
-        yield f"column eta = {params.eta}: plms adds no noise; use sampler ddim or eta 0"
 
 
 def check_prompt(value: Any) -> str | None:
@@ -283,9 +284,7 @@ def check_number(value: Any, least: float, most: float) -> float:
 
 
 def check_sampler(value: Any) -> str:
-    if value not in SAMPLERS:
-        raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
-    return str(value)
+    return find_sampler(str(value))
 
 
 def check_id(value: Any) -> str:

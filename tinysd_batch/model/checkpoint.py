@@ -179,3 +179,14 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def read_schedule(path: Path) -> dict[str, Any]:
+    """The noise schedule of `scheduler_config.json`: beta_start, beta_end and beta_schedule."""
+    config = read_json(path)
+    if (kind := config.get("prediction_type", "epsilon")) != "epsilon":
+        raise ModelError(f"{path}: prediction_type {kind!r}: only models that predict the noise (epsilon) are read")
+    try:
+        return {name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+    except KeyError as error:
+        raise ModelError(f"{path}: {error} is missing") from None

@@ -3,7 +3,7 @@
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,16 +18,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import NotFiniteError, UsageError
-from tinysd_batch.model.checkpoint import read_decoder, read_text_encoder, read_tokenizer, read_unet
+from tinysd_batch.model.checkpoint import read_decoder, read_schedule, read_text_encoder, read_tokenizer, read_unet
 from tinysd_batch.model.fragments import Fragment, Residency
-from tinysd_batch.model.info import ModelInfo, read_json, read_model_info
+from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
 from tinysd_batch.model.precision import choose_device, choose_dtype, device_name
-from tinysd_batch.model.samplers import draw_noise, new_scheduler, step_noise
+from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample
 from tinysd_batch.model.text import encode_prompts
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
 
-Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 OutputType = Literal["pil", "np", "latent"]
 
@@ -79,12 +78,7 @@ class TinySD:
         self.residency = Residency(self.fragments, device, budget_bytes)
         if device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES:
             keep_unpacked(self.unet)
-        config = read_json(info.path / "scheduler" / "scheduler_config.json")
-        self.schedule: dict[str, Any] = {
-            name: config[name]
-            for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type")
-            if name in config
-        }
+        self.schedule = read_schedule(info.path / "scheduler" / "scheduler_config.json")
 
     @classmethod
     def from_pretrained(
@@ -148,9 +142,10 @@ class TinySD:
             seed: 0 to 2^63 - 1, one for all or one each.
             height, width: pixels, multiples of `info.step_px`; the model's native size if None.
             guidance_scale: one for all or one each; 1 switches guidance off.
-            eta: the share of fresh noise in ddim, 0 to 1.
+            sampler: a name of `tinysd_batch.config.SAMPLERS`.
+            eta: the share of fresh noise in ddim and plms, 0 to 1; the others have none, or as much as they want.
             latents: starting noise [B, 4, h, w] in place of the seeds' own.
-            callback: called after each step with step, timestep and latents.
+            callback: called after each step with step, timestep and latents (heun: after each half of a step).
 
         Raises:
             UsageError: arguments that do not fit together.
@@ -237,16 +232,12 @@ class TinySD:
         generators: Sequence[Generator], callback: Callback | None,
     ) -> Tensor:  # fmt: skip
         """Unit noise [B, 4, h, w] to latents of an image, float32. Latents and scheduler state are float32 always."""
-        scheduler = new_scheduler(sampler, steps, self.schedule)
-        latents: Tensor = (start * scheduler.init_noise_sigma).to(self.device)
+        run = Run(
+            predict=lambda latents, timestep: self.predict_noise(latents, timestep, conditions),
+            steps=steps, schedule=self.schedule, generators=generators, eta=eta, callback=callback or (lambda *_: None),
+        )  # fmt: skip
         with self.residency.holding(self.encode_fragment, self.decode_fragment):
-            for step, timestep in enumerate(scheduler.timesteps):
-                noise = self.predict_noise(scheduler.scale_model_input(latents, timestep), timestep, conditions)
-                extra = step_noise(sampler, eta, generators, latents)
-                latents = scheduler.step(noise, timestep, latents, **extra).prev_sample
-                if callback is not None:
-                    callback(step, timestep, latents)
-        return latents
+            return sample(sampler, run, start.to(self.device))
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """The guided noise prediction [B, 4, h, w], float32: e = e_negative + scale (e_text - e_negative)."""

@@ -1,48 +1,251 @@
-"""Samplers by the origin's names, as diffusers schedulers on SD v1's noise schedule, in float32."""
+"""Samplers: from noise to latents, given something that predicts noise. Float32 throughout.
 
-from collections.abc import Sequence
-from typing import Any
+diffusers' schedulers do the work where they compute what SD v1's own scripts compute. Written out here are
+- ddim and plms: diffusers' timesteps leave out the noisiest ones where the steps do not divide 1000 (600 steps would
+  start at 600, with noise meant for 999), and its plms knows no eta;
+- dpm2 and dpm2_a: diffusers puts their midpoints elsewhere and leaves out an evaluation;
+- lms: diffusers integrates polynomials numerically, by scipy, at some 10 ms a step; their integrals are known.
+"""
 
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Generator, Tensor
 
-from tinysd_batch.errors import UsageError
+from tinysd_batch.config import SAMPLERS
+from tinysd_batch.errors import ModelError, UsageError
 
 TRAIN_STEPS = 1000
+PLMS_WEIGHTS = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # latents [B, 4, h, w] and a timestep, fractional allowed, to their noise
+Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
 
 
-def new_scheduler(sampler: str, steps: int, schedule: dict[str, Any]) -> Any:
-    """A scheduler set to so many steps. `schedule` gives beta_start, beta_end, beta_schedule and prediction_type.
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a sampler is given besides its starting noise."""
 
-    ddim and plms use timesteps 1, 1 + c, 1 + 2c, ... as SD v1 does; with 1000 steps there is no room for the 1.
-    """
-    common = {"num_train_timesteps": TRAIN_STEPS, **schedule}
-    offset = 1 if steps < TRAIN_STEPS else 0
-    match sampler:
-        case "plms":
-            scheduler: Any = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=offset, **common)
-        case "ddim":
-            scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=offset, **common)
-        case "euler":
-            scheduler = EulerDiscreteScheduler(timestep_spacing="linspace", **common)
-        case _:
-            raise UsageError(f"sampler {sampler!r}: no such sampler; one of plms, ddim, euler")
-    scheduler.set_timesteps(steps)
-    return scheduler
+    predict: Predict
+    steps: int  # 1 to 1000
+    schedule: dict[str, Any]  # beta_start, beta_end, beta_schedule
+    generators: Sequence[Generator]  # one per image
+    eta: float = 0.0
+    callback: Callback = lambda *_: None
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Fresh noise in the shape of the latents, each image's from its own generator."""
+        return draw_noise(self.generators, like.shape[1:]).to(like.device)
 
 
-def step_noise(sampler: str, eta: float, generators: Sequence[Generator], like: Tensor) -> dict[str, Any]:
-    """The sampler's extra arguments for one step; each image's noise comes from its own generator."""
-    if eta == 0:
-        return {}
-    if sampler == "plms":
-        raise UsageError("eta: plms adds no noise; use sampler ddim or eta 0")
-    if sampler != "ddim":
-        return {}
-    return {"eta": eta, "variance_noise": draw_noise(generators, like.shape[1:]).to(like.device)}
+def sample(sampler: str, run: Run, noise: Tensor) -> Tensor:
+    """Unit noise [B, 4, h, w] to latents of an image. Raises UsageError for a sampler that is none."""
+    if sampler not in SAMPLERS:
+        raise UsageError(f"sampler {sampler!r}: no such sampler; one of {', '.join(SAMPLERS)}")
+    return FUNCTIONS[sampler](run, noise)
 
 
 def draw_noise(generators: Sequence[Generator], shape: Sequence[int]) -> Tensor:
     """Standard normal noise [B, *shape], float32, row i from generator i. Drawn on the CPU: the same on every card."""
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+
+
+def alphas_cumprod(schedule: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """What is left of an image's variance at each of the 1000 noise levels, from the least noise to the most."""
+    start, end = schedule["beta_start"], schedule["beta_end"]
+    match schedule.get("beta_schedule"):
+        case "scaled_linear":  # SD v1
+            betas = np.linspace(start**0.5, end**0.5, TRAIN_STEPS) ** 2
+        case "linear":
+            betas = np.linspace(start, end, TRAIN_STEPS)
+        case other:
+            raise ModelError(f"beta_schedule {other!r}: scaled_linear or linear was expected")
+    return np.cumprod(1 - betas)
+
+
+def weighted_sum(weights: Sequence[float], predictions: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(predictions[0])
+    for weight, prediction in zip(weights, predictions, strict=True):
+        total += weight * prediction
+    return total
+
+
+# ddim and plms
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A step from one noise level down to the next."""
+
+    time: Tensor
+    next_time: Tensor
+    alpha: float
+    alpha_next: float
+
+
+def levels(run: Run) -> Iterator[Level]:
+    """Timesteps 1 + floor(i * 1000 / steps), from high to low: SD v1's own where the steps divide 1000.
+
+    1000 steps leave no room for the 1. The last step goes to alpha 0, as SD v1's does, not to a clean image.
+    """
+    alphas = alphas_cumprod(run.schedule)
+    times = np.arange(run.steps) * TRAIN_STEPS // run.steps + (1 if run.steps < TRAIN_STEPS else 0)
+    for i in reversed(range(run.steps)):
+        below = max(i - 1, 0)
+        alpha_next = alphas[times[below]] if i else alphas[0]
+        yield Level(torch.tensor(times[i]), torch.tensor(times[below]), float(alphas[times[i]]), float(alpha_next))
+
+
+def step_down(latents: Tensor, noise: Tensor, level: Level, run: Run) -> Tensor:
+    """DDIM's step (Song et al. 2020, equation 12). `eta` of the noise it may put back is drawn afresh."""
+    alpha, alpha_next = level.alpha, level.alpha_next
+    clean = (latents - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    sigma = run.eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
+    below: Tensor = alpha_next**0.5 * clean + (1 - alpha_next - sigma**2) ** 0.5 * noise
+    return below + sigma * run.draw(latents) if run.eta else below
+
+
+def ddim(run: Run, latents: Tensor) -> Tensor:
+    for step, level in enumerate(levels(run)):
+        latents = step_down(latents, run.predict(latents, level.time), level, run)
+        run.callback(step, level.time, latents)
+    return latents
+
+
+def plms(run: Run, latents: Tensor) -> Tensor:
+    """Pseudo linear multistep (Liu et al. 2022, equations 9 to 12); the first step looks ahead instead of back."""
+    history: list[Tensor] = []
+    for step, level in enumerate(levels(run)):
+        noise = run.predict(latents, level.time)
+        history = [noise, *history[:3]]
+        if len(history) == 1:
+            ahead = step_down(latents, noise, level, run)
+            mixed = (noise + run.predict(ahead, level.next_time)) / 2
+        else:
+            mixed = weighted_sum(PLMS_WEIGHTS[len(history)], history)
+        latents = step_down(latents, mixed, level, run)
+        run.callback(step, level.time, latents)
+    return latents
+
+
+# dpm2, dpm2_a and lms, in terms of sigma = sqrt((1 - alpha) / alpha): latents = image + sigma * noise
+
+
+@dataclass(frozen=True, slots=True)
+class Sigmas:
+    """Noise levels spread evenly over the timesteps 999 to 0, and a last one of 0."""
+
+    table: npt.NDArray[np.float64]  # sigma of each timestep
+    times: npt.NDArray[np.float64]
+    levels: list[float]
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        alphas = alphas_cumprod(run.schedule)
+        table = ((1 - alphas) / alphas) ** 0.5
+        times = np.linspace(TRAIN_STEPS - 1, 0, run.steps)
+        return cls(table, times, [*np.interp(times, np.arange(TRAIN_STEPS), table).tolist(), 0.0])
+
+    def predict(self, run: Run, latents: Tensor, sigma: float) -> Tensor:
+        """The noise in latents at this level, whose timestep may lie between two whole ones."""
+        time = np.interp(sigma, self.table, np.arange(TRAIN_STEPS))
+        return run.predict(latents / (sigma**2 + 1) ** 0.5, torch.tensor(time, dtype=torch.float32))
+
+
+def dpm2(run: Run, noise: Tensor) -> Tensor:
+    return second_order(run, noise, ancestral=False)
+
+
+def dpm2_a(run: Run, noise: Tensor) -> Tensor:
+    return second_order(run, noise, ancestral=True)
+
+
+def second_order(run: Run, noise: Tensor, *, ancestral: bool) -> Tensor:
+    """Midpoint steps (Karras et al. 2022, algorithm 2 without churn) with the midpoint halfway in sigma^(1/3).
+
+    Ancestral steps go further down and come back up by fresh noise.
+    """
+    sigmas = Sigmas.of(run)
+    latents = noise * sigmas.levels[0]
+    for step, (sigma, below) in enumerate(pairwise(sigmas.levels)):
+        up = min(below, (below**2 * (sigma**2 - below**2) / sigma**2) ** 0.5) if ancestral else 0.0
+        down = (below**2 - up**2) ** 0.5
+        middle = ((sigma ** (1 / 3) + down ** (1 / 3)) / 2) ** 3
+        halfway = latents + sigmas.predict(run, latents, sigma) * (middle - sigma)
+        latents = latents + sigmas.predict(run, halfway, middle) * (down - sigma)
+        if ancestral:
+            latents = latents + up * run.draw(latents)
+        run.callback(step, torch.tensor(sigmas.times[step]), latents)
+    return latents
+
+
+def lms(run: Run, noise: Tensor) -> Tensor:
+    """Linear multistep of order 4 (Adams-Bashforth on uneven steps)."""
+    sigmas = Sigmas.of(run)
+    latents = noise * sigmas.levels[0]
+    history: list[Tensor] = []
+    for step, sigma in enumerate(sigmas.levels[:-1]):
+        history = [sigmas.predict(run, latents, sigma), *history[:3]]
+        latents = latents + weighted_sum(multistep_weights(sigmas.levels, step, len(history)), history)
+        run.callback(step, torch.tensor(sigmas.times[step]), latents)
+    return latents
+
+
+def multistep_weights(levels: Sequence[float], step: int, order: int) -> list[float]:
+    """How much each of the last `order` predictions counts: integrals of Lagrange's polynomials over the step."""
+    nodes = [levels[step - back] for back in range(order)]
+    weights = []
+    for node in nodes:
+        others = [other for other in nodes if other != node]
+        basis = np.polynomial.Polynomial.fromroots(others) if others else np.polynomial.Polynomial([1.0])
+        integral = basis.integ()
+        weights.append(float((integral(levels[step + 1]) - integral(levels[step])) / basis(node)))
+    return weights
+
+
+# diffusers' schedulers
+
+
+def scheduled(name: str, *, fails_at: int, **options: Any) -> Callable[[Run, Tensor], Tensor]:
+    """A sampler that diffusers' scheduler of this name drives.
+
+    Times are spread evenly ("linspace"), but at `fails_at` steps: there one step would start at the clean end, or 1000
+    steps would take a time twice and divide by zero. "trailing" gives what is meant for just these numbers.
+    """
+
+    def run_scheduler(run: Run, noise: Tensor) -> Tensor:
+        spacing = "trailing" if run.steps == fails_at else "linspace"
+        kind = getattr(diffusers, name)
+        scheduler = kind(num_train_timesteps=TRAIN_STEPS, timestep_spacing=spacing, **options, **run.schedule)
+        scheduler.set_timesteps(run.steps)
+        takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+        extra = {"generator": list(run.generators)} if takes_noise else {}
+        latents: Tensor = noise * scheduler.init_noise_sigma
+        for step, time in enumerate(scheduler.timesteps):
+            predicted = run.predict(scheduler.scale_model_input(latents, time), time)
+            latents = scheduler.step(predicted, time, latents, **extra).prev_sample
+            run.callback(step, time, latents)
+        return latents
+
+    return run_scheduler
+
+
+FUNCTIONS: dict[str, Callable[[Run, Tensor], Tensor]] = {
+    "plms": plms,
+    "ddim": ddim,
+    "euler": scheduled("EulerDiscreteScheduler", fails_at=1),
+    "euler_a": scheduled("EulerAncestralDiscreteScheduler", fails_at=1),
+    "heun": scheduled("HeunDiscreteScheduler", fails_at=1),
+    "dpm2": dpm2,
+    "dpm2_a": dpm2_a,
+    "lms": lms,
+    "dpmpp_2m": scheduled("DPMSolverMultistepScheduler", fails_at=TRAIN_STEPS),
+    "unipc": scheduled("UniPCMultistepScheduler", fails_at=TRAIN_STEPS),
+}
