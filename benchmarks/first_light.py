@@ -92,7 +92,7 @@ class TrivialModel:
     def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: object) -> Generated:
         nothing: list[list[str]] = [[] for _ in prompt]
         pictures = [Image.new("RGB", (64, 64), (number % 256, 0, 0)) for number in seed]
-        return Generated(pictures, [1] * len(prompt), [None] * len(prompt), nothing)
+        return Generated(pictures, [1] * len(prompt), [None] * len(prompt), [None] * len(prompt), nothing)
 
 
 class Silent:

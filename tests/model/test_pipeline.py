@@ -28,6 +28,11 @@ def model(tiny_model: Path) -> TinySD:
     return TinySD.from_pretrained(tiny_model, device="cpu")
 
 
+def embedding(model: TinySD, prompt: str, syntax: str = "seed", *, long_prompts: bool = False) -> torch.Tensor:
+    (condition,) = model.prompts.encode([prompt], [""], [1.0], [syntax], long_prompts=long_prompts)
+    return condition.text
+
+
 def latents(model: TinySD, prompt: object, seed: object, **options: object) -> torch.Tensor:
     images = model.generate(prompt, seed, output_type="latent", **options).images  # type: ignore[arg-type]
     assert isinstance(images, torch.Tensor)
@@ -137,13 +142,14 @@ def test_pictures_arrays_and_latents(model: TinySD) -> None:
 
 
 def test_embeddings_in_place_of_a_prompt(model: TinySD) -> None:
-    conditions = model.encode(["cat"], ["dog"], [2.0], None, None)
-    given = latents(model, None, 1, prompt_embeds=conditions.text, negative_prompt_embeds=conditions.negative)
+    (condition,) = model.prompts.encode(["cat"], ["dog"], [2.0], ["seed"])
+    assert condition.negative is not None
+    given = latents(model, None, 1, prompt_embeds=condition.text[None], negative_prompt_embeds=condition.negative[None])
     assert torch.equal(given, latents(model, "cat", 1, negative_prompt="dog"))
 
 
 def test_weights_average_the_embeddings(model: TinySD) -> None:
-    mixed, cat, dog = (model.encode([p], [""], [1.0], None, None).text for p in ("cat:1 dog:3", "cat", "dog"))
+    mixed, cat, dog = (embedding(model, prompt) for prompt in ("cat:1 dog:3", "cat", "dog"))
     torch.testing.assert_close(mixed, 0.25 * cat + 0.75 * dog)
 
 
@@ -151,6 +157,88 @@ def test_tokens_are_counted_and_the_cut_tail_is_told(model: TinySD) -> None:
     generated = model.generate(["red apple", " ".join(["apple"] * 24)], 1)
     assert generated.n_tokens == [2, 24]
     assert generated.truncated == [None, "apple apple"]
+
+
+def test_emphasis_moves_a_word_and_keeps_the_mean(model: TinySD) -> None:
+    plain, loud = embedding(model, "red apple"), embedding(model, "red (apple:1.5)", "a1111")
+    assert not torch.allclose(plain, loud, atol=1e-3)
+    torch.testing.assert_close(plain.mean(), loud.mean())
+    torch.testing.assert_close(plain, embedding(model, "red (apple:1.0)", "a1111"))
+
+
+LONG = " ".join(["apple"] * 30 + ["frog"])
+
+
+def test_long_prompts_see_what_others_do_not(model: TinySD) -> None:
+    tokens = model.info.max_tokens
+    assert embedding(model, LONG).shape[0] == tokens
+    assert embedding(model, LONG, long_prompts=True).shape[0] == 2 * tokens
+    cut, whole = latents(model, LONG, 1), latents(model, LONG, 1, long_prompts=True)
+    assert not torch.allclose(cut, whole, atol=1e-3)
+    assert torch.equal(latents(model, "cat", 1), latents(model, "cat", 1, long_prompts=True))
+
+
+def test_a_long_neighbour_changes_nothing(model: TinySD) -> None:
+    options = {"long_prompts": True, "negative_prompt": ["dog", "dog", LONG], "guidance_scale": [2.0, 2.0, 1.0]}
+    together = latents(model, ["cat", LONG, "owl"], [1, 2, 3], **options)
+    alone = [
+        latents(model, "cat", 1, negative_prompt="dog"),
+        latents(model, LONG, 2, negative_prompt="dog", long_prompts=True),
+        latents(model, "owl", 3, guidance_scale=1.0),
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_each_prompt_is_encoded_once(model: TinySD) -> None:
+    seen: list[int] = []
+    model.prompts.known.clear()
+    hook = model.text_encoder.register_forward_pre_hook(lambda *_: seen.append(1))
+    model.generate(["cat", "cat", "dog", "cat"], [1, 2, 3, 4], negative_prompt=["", "owl", "dog", ""])
+    model.generate("dog", 5)
+    hook.remove()
+    assert len(seen) == 4  # cat, dog, owl and nothing
+
+
+def test_the_starting_noise_of_another_seed(model: TinySD) -> None:
+    options = {"sampler": "euler_a", "num_inference_steps": 4}
+    own = latents(model, "cat", [1, 2], **options)
+    fixed = latents(model, "cat", [1, 2], noise_seed=1, **options)
+    assert torch.equal(own[0], fixed[0])
+    assert not torch.allclose(fixed[0], fixed[1], atol=1e-3)  # what comes later is the image's own
+    still = latents(model, "cat", [1, 2], noise_seed=1, sampler="ddim")
+    torch.testing.assert_close(still[0], still[1])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 100])
+def test_unet_bs_changes_no_picture(tiny_model: Path, model: TinySD, rows: int) -> None:
+    narrow = TinySD.from_pretrained(tiny_model, device="cpu", unet_bs=rows)
+    sizes: set[int] = set()
+    narrow.unet.conv_in.register_forward_pre_hook(lambda _, arguments: sizes.add(arguments[0].shape[0]))
+    prompts, seeds = ["cat", "dog"], [1, 2]
+    torch.testing.assert_close(latents(narrow, prompts, seeds), latents(model, prompts, seeds), rtol=1e-4, atol=1e-4)
+    assert max(sizes) == min(rows, 4)
+
+
+def test_turbo_unpacks_once_and_changes_no_bit(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinysd_batch.model import packed, pipeline
+
+    monkeypatch.setattr(pipeline, "KEEP_UNPACKED_BYTES", 0)
+    counts: list[int] = []
+    unpack = packed.unpack_rows
+    pictures = []
+    for turbo in (False, True):
+        one = TinySD.from_pretrained(tiny_model, device="cpu", turbo=turbo)
+        calls: list[int] = []
+        monkeypatch.setattr(packed, "unpack_rows", lambda *given, calls=calls: (calls.append(1), unpack(*given))[1])
+        pictures.append(latents(one, "cat", 1, num_inference_steps=3))
+        counts.append(len(calls))
+    assert torch.equal(*pictures)
+    assert counts[0] == 4 * counts[1]
+
+
+def test_turbo_needs_room(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"turbo needs \d"):
+        TinySD.from_pretrained(tiny_model, device="cpu", turbo=True, vram_budget="600kB")
 
 
 def test_the_callback_sees_every_step(model: TinySD) -> None:
@@ -165,6 +253,9 @@ def test_the_callback_sees_every_step(model: TinySD) -> None:
         ({"height": 18}, "height = 18: must be a positive multiple of 4"),
         ({"sampler": "karras"}, "no such sampler"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 given for a batch of 1"),
+        ({"prompt_syntax": "compel"}, "prompt_syntax = 'compel'"),
+        ({"negative_prompt": "a:0 b:0"}, "weights sum to 0"),
+        ({"prompt_embeds": torch.zeros(1, 24, 32), "negative_prompt_embeds": torch.zeros(1, 48, 32)}, "differ"),
     ],
 )
 def test_arguments_that_do_not_fit(model: TinySD, options: dict[str, object], message: str) -> None:

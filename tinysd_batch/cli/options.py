@@ -44,9 +44,17 @@ Scale = Annotated[
         show_default=False,
     ),
 ]
-Sampler = Annotated[str | None, typer.Option("--sampler", help="plms (default), ddim, euler, euler_a, heun, dpm2, dpm2_a, lms, dpmpp_2m or unipc.", show_default=False)]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler",
+        help="plms (default), ddim, euler, euler_a, heun, dpm2, dpm2_a, lms, dpmpp_2m or unipc.",
+        show_default=False,
+    ),
+]
 Eta = Annotated[
-    float | None, typer.Option("--eta", "--ddim_eta", help="Fresh noise in ddim and plms, 0 (default) to 1.", show_default=False)
+    float | None,
+    typer.Option("--eta", "--ddim_eta", help="Fresh noise in ddim and plms, 0 (default) to 1.", show_default=False),
 ]
 NIter = Annotated[int | None, typer.Option("--n_iter", help="Batches for each row (default 1).", show_default=False)]
 NSamples = Annotated[int | None, typer.Option("--n_samples", help="Images in a batch (default 1).", show_default=False)]

@@ -27,7 +27,7 @@ from tinysd_batch.config import (
     find_sampler,
 )
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.model.prompts import parse_weighted
+from tinysd_batch.model.prompts import parse_prompt
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 COLUMNS = (
@@ -251,7 +251,7 @@ def check_prompt(value: Any) -> str | None:
     if not value.strip():
         return None
     try:
-        parse_weighted(value)
+        parse_prompt(value)
     except UsageError as error:
         raise ValueError(str(error)) from None
     return value

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_json
@@ -172,13 +172,6 @@ def read_decoder(folder: Path, dtype: torch.dtype) -> tuple[AutoencoderKL, dict[
     host = convert_floats(tensors, dtype)
     check_names(vae, host, where)
     return vae.eval(), host
-
-
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: not a readable CLIP tokenizer: {str(error).splitlines()[0]}") from None
 
 
 def read_schedule(path: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class ModelInfo:
     name: str
     digest: str  # 32 hex digits over weights, configuration and tokenizer
     native_px: int
+    channels: int  # of the latents
+    factor: int  # pixels per latent, a side
     step_px: int  # height and width must be multiples of this
     steps: int
     scale: float
@@ -100,6 +102,8 @@ def look_at(path: Path) -> ModelInfo:
         name=str(ours.get("name", path.resolve().name)),
         digest=model_digest(path),
         native_px=unet["sample_size"] * factor,
+        channels=unet["in_channels"],
+        factor=factor,
         step_px=factor * 2 ** (len(unet["block_out_channels"]) - 1),
         steps=int(ours.get("steps", SD_V1_STEPS)),
         scale=float(ours.get("scale", SD_V1_SCALE)),

@@ -1,9 +1,10 @@
 """Text to image: encode, denoise, decode, each with only its fragment on the device."""
 
+import contextlib
 import platform
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,17 +15,18 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Generator, Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from tinysd_batch.config import parse_bytes
-from tinysd_batch.errors import NotFiniteError, UsageError
-from tinysd_batch.model.checkpoint import read_decoder, read_schedule, read_text_encoder, read_tokenizer, read_unet
+from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
+from tinysd_batch.model.checkpoint import read_decoder, read_schedule, read_text_encoder, read_unet
 from tinysd_batch.model.fragments import Fragment, Residency
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
 from tinysd_batch.model.precision import choose_device, choose_dtype, device_name
 from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample
-from tinysd_batch.model.text import encode_prompts
+from tinysd_batch.model.text import Condition, PromptEncoder
+from tinysd_batch.model.tokens import read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
@@ -38,6 +40,7 @@ class Generated:
     images: Any  # PIL images; float32 [B, H, W, 3] in 0..1 for "np"; float32 [B, 4, h, w] for "latent"
     n_tokens: list[int | None] = field(default_factory=list)
     truncated: list[str | None] = field(default_factory=list)
+    negative_truncated: list[str | None] = field(default_factory=list)
     degraded: list[list[str]] = field(default_factory=list)
     precision: str = "float32"
     text_s: float = 0.0
@@ -46,37 +49,34 @@ class Generated:
     peak_memory_bytes: int = 0
 
 
-@dataclass(slots=True)
-class Conditions:
-    """What guides the denoising of a batch."""
-
-    text: Tensor  # [B, T, D]
-    negative: Tensor | None  # [B, T, D]; None without guidance
-    scale: Tensor  # [B, 1, 1, 1]
-    n_tokens: list[int | None]
-    truncated: list[str | None]
-
-
 class TinySD:
     """A Stable Diffusion v1 model on one device, its UNet at 2 bits where the folder holds it so."""
 
-    def __init__(self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None) -> None:
+    def __init__(
+        self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None = None, *,
+        turbo: bool = False, unet_bs: int | None = None,
+    ) -> None:  # fmt: skip
         self.info = info
         self.device = device
         self.dtype = dtype
-        self.tokenizer: CLIPTokenizer = read_tokenizer(info.path / "tokenizer")
+        self.unet_bs = unet_bs
         self.text_encoder: CLIPTextModel
         self.unet: UNet2DConditionModel
         self.vae: AutoencoderKL
         self.text_encoder, text = read_text_encoder(info.path / "text_encoder", dtype)
         self.unet, unet = read_unet(info.path / "unet", dtype)
         self.vae, vae = read_decoder(info.path / "vae", dtype)
+        tokenizer = read_tokenizer(info.path / "tokenizer")
+        self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
         self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text)
         self.encode_fragment = Fragment("UNet encode half", half_modules(self.unet, ENCODE_MODULES), unet)
         self.decode_fragment = Fragment("UNet decode half", half_modules(self.unet, DECODE_MODULES), unet)
         self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae)
         self.residency = Residency(self.fragments, device, budget_bytes)
-        if device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES:
+        if turbo:
+            self.check_turbo(budget_bytes)
+        small = device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES
+        if turbo or small:
             keep_unpacked(self.unet)
         self.schedule = read_schedule(info.path / "scheduler" / "scheduler_config.json")
 
@@ -88,6 +88,8 @@ class TinySD:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         vram_budget: str | int | None = None,
+        turbo: bool = False,
+        unet_bs: int | None = None,
     ) -> Self:
         """Read a model folder, or the model that ships with the package.
 
@@ -97,17 +99,32 @@ class TinySD:
             dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); chosen by the device if None.
             vram_budget: bytes, or text such as "900MB". It counts weights only: below what the four fragments take
                 together, they come to the device one at a time.
+            turbo: keep the UNet's weights unpacked while denoising: faster, at 2 to 4 bytes a weight.
+            unet_bs: rows that go through the UNet at once, of the 2 an image takes with guidance; all if None.
 
         Raises:
-            ModelError: the folder, a file or a tensor is missing or wrong, or the budget is below the largest fragment.
+            ModelError: the folder, a file or a tensor is missing or wrong, or the budget is too small.
         """
         chosen = choose_device(device)
-        return cls(read_model_info(str(path)), chosen, choose_dtype(dtype, chosen), parse_bytes(vram_budget))
+        return cls(
+            read_model_info(str(path)), chosen, choose_dtype(dtype, chosen), parse_bytes(vram_budget),
+            turbo=turbo, unet_bs=unet_bs,
+        )  # fmt: skip
 
     @property
     def fragments(self) -> tuple[Fragment, Fragment, Fragment, Fragment]:
         """In the order in which they work."""
         return self.text_fragment, self.encode_fragment, self.decode_fragment, self.vae_fragment
+
+    def check_turbo(self, budget_bytes: int | None) -> None:
+        """Raises ModelError when packed and unpacked weights do not fit the budget together."""
+        width = torch.empty(0, dtype=self.dtype).element_size()
+        needed = sum(part.nbytes for part in self.fragments) + unpacked_bytes(self.unet) // 4 * width
+        if budget_bytes is not None and needed > budget_bytes:
+            raise ModelError(
+                f"turbo needs {needed / 1e6:.1f} MB for weights, the vram_budget is {budget_bytes / 1e6:.1f} MB; "
+                f"leave one of the two out"
+            )
 
     @property
     def device_name(self) -> str:
@@ -120,6 +137,8 @@ class TinySD:
         seed: int | Sequence[int],
         *,
         negative_prompt: str | Sequence[str] = "",
+        prompt_syntax: str | Sequence[str] = "seed",
+        long_prompts: bool = False,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -127,6 +146,7 @@ class TinySD:
         sampler: str = "plms",
         eta: float = 0.0,
         output_type: OutputType = "pil",
+        noise_seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -140,10 +160,14 @@ class TinySD:
         Args:
             prompt: text, a list of texts, or None with `prompt_embeds` [B, T, D] (and `negative_prompt_embeds`).
             seed: 0 to 2^63 - 1, one for all or one each.
+            prompt_syntax: what marks in prompts mean: "seed" (`cat:0.25 dog:0.75`), "a1111" (`(cat:1.2)`) or "none".
+            long_prompts: encode prompts beyond the model's limit in pieces, instead of cutting them. Images whose
+                prompts differ in pieces, or in having guidance, go through the UNet apart.
             height, width: pixels, multiples of `info.step_px`; the model's native size if None.
             guidance_scale: one for all or one each; 1 switches guidance off.
             sampler: a name of `tinysd_batch.config.SAMPLERS`.
             eta: the share of fresh noise in ddim and plms, 0 to 1; the others have none, or as much as they want.
+            noise_seed: draw the starting noise from this seed, and all later noise from `seed` as ever.
             latents: starting noise [B, 4, h, w] in place of the seeds' own.
             callback: called after each step with step, timestep and latents (heun: after each half of a step).
 
@@ -156,37 +180,36 @@ class TinySD:
         scales = self.info.scale if guidance_scale is None else guidance_scale
         counts = {"prompt": length(prompt), "seed": length(seed), "prompt_embeds": length(prompt_embeds)}
         size = max(counts.values())
-        for name, count in {
-            **counts,
-            "negative_prompt": length(negative_prompt),
-            "guidance_scale": length(scales),
-        }.items():
+        others = {"negative_prompt": negative_prompt, "prompt_syntax": prompt_syntax, "guidance_scale": scales}
+        for name, count in {**counts, **{name: length(value) for name, value in others.items()}}.items():
             if count not in (1, size):
                 raise UsageError(f"{name}: {count} given for a batch of {size}; give one, or one each")
         self.check_size(height, width)
 
         started = time.monotonic()
-        conditions = self.encode(
-            spread(prompt, size),
-            spread(negative_prompt, size),
-            spread(scales, size),
-            prompt_embeds,
-            negative_prompt_embeds,
-        )
+        conditions = self.prompts.encode(
+            spread(prompt, size), spread(negative_prompt, size), spread(scales, size), spread(prompt_syntax, size),
+            long_prompts=long_prompts, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+        )  # fmt: skip
         encoded = time.monotonic()
         generators = [Generator("cpu").manual_seed(int(one)) for one in spread(seed, size)]
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        shape = (self.unet.config.in_channels, height // factor, width // factor)
-        start = draw_noise(generators, shape) if latents is None else latents.float()
-        final = self.denoise(start, conditions, steps, sampler, eta, generators, callback)
+        start = self.starting_noise(generators, height, width, noise_seed) if latents is None else latents.float()
+        final = torch.empty_like(start, device=self.device)
+        for rows in rows_together(conditions):
+            final[rows] = self.denoise(
+                start[rows], [conditions[row] for row in rows], steps, sampler, eta,
+                [generators[row] for row in rows], callback,
+            )  # fmt: skip
         denoised = time.monotonic()
         if not final.isfinite().all():
             raise NotFiniteError("the latents are not finite")
         images = final.cpu() if output_type == "latent" else self.decode(final, output_type)
+        read = [(one.tokens, one.negative_tokens) for one in conditions]
         return Generated(
             images=images,
-            n_tokens=conditions.n_tokens,
-            truncated=conditions.truncated,
+            n_tokens=[tokens.n_tokens if tokens else None for tokens, _ in read],
+            truncated=[tokens.truncated if tokens else None for tokens, _ in read],
+            negative_truncated=[tokens.truncated if tokens else None for _, tokens in read],
             degraded=[[] for _ in range(size)],
             precision=str(self.dtype).removeprefix("torch."),
             text_s=encoded - started,
@@ -195,6 +218,17 @@ class TinySD:
             peak_memory_bytes=self.peak_memory_bytes(),
         )
 
+    def starting_noise(
+        self, generators: Sequence[Generator], height: int, width: int, noise_seed: int | Sequence[int] | None
+    ) -> Tensor:
+        """Unit noise [B, 4, h, w]. With a seed of its own the generators' first draw is left out, not put off."""
+        shape = (self.unet.config.in_channels, height // self.info.factor, width // self.info.factor)
+        own = draw_noise(generators, shape)
+        if noise_seed is None:
+            return own
+        seeds = spread(noise_seed, len(generators))
+        return draw_noise([Generator("cpu").manual_seed(int(one)) for one in seeds], shape)
+
     def check_size(self, height: int, width: int) -> None:
         for name, value in (("height", height), ("width", width)):
             if value <= 0 or value % self.info.step_px:
@@ -202,56 +236,44 @@ class TinySD:
                     f"{name} = {value}: must be a positive multiple of {self.info.step_px} with this model"
                 )
 
-    def encode(
-        self, prompts: list[str | None], negatives: list[str], scales: list[float],
-        prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
-    ) -> Conditions:  # fmt: skip
-        """Prompts to embeddings on the device; each distinct text goes through the text encoder once."""
-        guided = any(scale != 1 for scale in scales)
-        texts = [text for text in [*prompts, *(negatives if guided else [])] if text is not None]
+    @contextlib.contextmanager
+    def text_encoder_on_device(self) -> Iterator[torch.device]:
         with self.residency.holding(self.text_fragment), self.residency.using(self.text_fragment):
-            encoded = encode_prompts(self.tokenizer, self.text_encoder, texts, self.info.max_tokens, self.device)
-        known = [encoded[text] if text is not None else None for text in prompts]
-        text = prompt_embeds if prompt_embeds is not None else torch.stack([one.embedding for one in known if one])
-        negative = None
-        if guided:
-            negative = negative_prompt_embeds
-            if negative is None:
-                negative = torch.stack([encoded[one].embedding for one in negatives])
-            negative = negative.to(self.device, self.dtype).expand(len(scales), -1, -1)
-        return Conditions(
-            text=text.to(self.device, self.dtype).expand(len(scales), -1, -1),
-            negative=negative,
-            scale=torch.tensor(scales, dtype=torch.float32, device=self.device).view(-1, 1, 1, 1),
-            n_tokens=[one.n_tokens if one else None for one in known],
-            truncated=[one.truncated if one else None for one in known],
-        )
+            yield self.device
 
     def denoise(
-        self, start: Tensor, conditions: Conditions, steps: int, sampler: str, eta: float,
+        self, start: Tensor, conditions: Sequence[Condition], steps: int, sampler: str, eta: float,
         generators: Sequence[Generator], callback: Callback | None,
     ) -> Tensor:  # fmt: skip
         """Unit noise [B, 4, h, w] to latents of an image, float32. Latents and scheduler state are float32 always."""
-        run = Run(
-            predict=lambda latents, timestep: self.predict_noise(latents, timestep, conditions),
-            steps=steps, schedule=self.schedule, generators=generators, eta=eta, callback=callback or (lambda *_: None),
-        )  # fmt: skip
+        scale = torch.tensor([one.scale for one in conditions], device=self.device).view(-1, 1, 1, 1)
+        negatives = [one.negative for one in conditions if one.negative is not None]
+        guided = bool(negatives)
+        context = torch.stack([*negatives, *(one.text for one in conditions)]).to(self.device, self.dtype)
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            """The guided noise [B, 4, h, w]: e = e_negative + scale (e_text - e_negative)."""
+            if not guided:
+                return self.predict_noise(latents, timestep, context)
+            without, with_text = self.predict_noise(torch.cat([latents, latents]), timestep, context).chunk(2)
+            return without + scale * (with_text - without)
+
+        run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None))
         with self.residency.holding(self.encode_fragment, self.decode_fragment):
             return sample(sampler, run, start.to(self.device))
 
-    def predict_noise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """The guided noise prediction [B, 4, h, w], float32: e = e_negative + scale (e_text - e_negative)."""
-        context, rows = conditions.text, latents
-        if conditions.negative is not None:
-            context, rows = torch.cat([conditions.negative, context]), torch.cat([latents, latents])
+    def predict_noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D], `unet_bs` at a time."""
+        rows = self.unet_bs or len(latents)
+        contexts = torch.split(context, rows)
         with self.residency.using(self.encode_fragment):
-            state = encode_half(self.unet, rows.to(self.dtype), timestep, context)
+            states = [
+                encode_half(self.unet, part.to(self.dtype), timestep, text)
+                for part, text in zip(torch.split(latents, rows), contexts, strict=True)
+            ]
         with self.residency.using(self.decode_fragment):
-            noise = decode_half(self.unet, state, context).float()
-        if conditions.negative is None:
-            return noise
-        without, guided = noise.chunk(2)
-        return without + conditions.scale * (guided - without)
+            parts = [decode_half(self.unet, state, text).float() for state, text in zip(states, contexts, strict=True)]
+        return torch.cat(parts)
 
     def decode(self, latents: Tensor, output_type: OutputType) -> list[Image.Image] | npt.NDArray[np.float32]:
         """Latents to pictures. Raises NotFiniteError for one that is NaN or all one colour."""
@@ -280,6 +302,14 @@ def length(value: object) -> int:
     if isinstance(value, Tensor):
         return value.shape[0]
     return len(value) if isinstance(value, Sequence) and not isinstance(value, str) else 1
+
+
+def rows_together(conditions: Sequence[Condition]) -> list[list[int]]:
+    """The batch's rows, those together that can go through the UNet in one batch."""
+    rows: dict[tuple[int, bool], list[int]] = {}
+    for row, condition in enumerate(conditions):
+        rows.setdefault(condition.kind, []).append(row)
+    return list(rows.values())
 
 
 def spread(value: Any, size: int) -> list[Any]:

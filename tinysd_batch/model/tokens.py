@@ -1,0 +1,99 @@
+"""Prompts as the text encoder takes them: pieces of token ids, each between a begin and an end token.
+
+Without torch: `plan` counts tokens with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.prompts import SubPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """As many tokens as the text encoder takes at once; emphasis 1 for all that are no words."""
+
+    ids: tuple[int, ...]
+    emphasis: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A sub-prompt in pieces."""
+
+    weight: float
+    pieces: tuple[Piece, ...]
+    n_tokens: int  # of the text, kept or not
+    truncated: str | None  # what did not fit
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt as the text encoder takes it: parts that are encoded apart and averaged by weight."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def n_pieces(self) -> int:
+        """Of the longest part; the others are filled up."""
+        return max(len(part.pieces) for part in self.parts)
+
+    @property
+    def n_tokens(self) -> int:
+        """Over all parts, without begin and end tokens, kept or not."""
+        return sum(part.n_tokens for part in self.parts)
+
+    @property
+    def truncated(self) -> str | None:
+        """The tails that the text encoder does not see."""
+        return " … ".join(part.truncated for part in self.parts if part.truncated) or None
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: not a readable CLIP tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def tokenize_prompt(
+    tokenizer: CLIPTokenizer, prompt: Sequence[SubPrompt], max_tokens: int, *, long_prompts: bool
+) -> TokenizedPrompt:
+    """Each part cut to the encoder's limit, or with `long_prompts` into as many pieces as it needs."""
+    return TokenizedPrompt(
+        tuple(tokenize_part(tokenizer, sub, max_tokens, long_prompts=long_prompts) for sub in prompt)
+    )
+
+
+def tokenize_part(tokenizer: CLIPTokenizer, sub: SubPrompt, max_tokens: int, *, long_prompts: bool) -> Part:
+    ids: list[int] = []
+    emphasis: list[float] = []
+    for run in sub.runs:
+        found = tokenizer(run.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        ids += found
+        emphasis += [run.emphasis] * len(found)
+    room = max_tokens - 2
+    end = max(len(ids), 1) if long_prompts else 1
+    pieces = tuple(
+        new_piece(tokenizer, ids[start : start + room], emphasis[start : start + room], max_tokens)
+        for start in range(0, end, room)
+    )
+    rest = [] if long_prompts else ids[room:]
+    return Part(sub.weight, pieces, len(ids), (tokenizer.decode(rest).strip() or None) if rest else None)
+
+
+def new_piece(tokenizer: CLIPTokenizer, ids: list[int], emphasis: list[float], max_tokens: int) -> Piece:
+    padding = max_tokens - 2 - len(ids)
+    return Piece(
+        (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding),
+        (1.0, *emphasis, 1.0, *[1.0] * padding),
+    )
+
+
+def empty_piece(tokenizer: CLIPTokenizer, max_tokens: int) -> Piece:
+    """What stands for no text, and fills up shorter prompts beside longer ones."""
+    return new_piece(tokenizer, [], [], max_tokens)
