@@ -133,7 +133,7 @@ def test_txt2img_numbers_on(tmp_path: Path, tiny_model: Path) -> None:
     )
     assert second.returncode == 0
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert names == ["seed_27_00001.png", "seed_27_00003.png", "seed_28_00002.png"]
+    assert names == ["grid_00001.png", "seed_27_00001.png", "seed_27_00003.png", "seed_28_00002.png"]
     assert "pictures/seed_27_00003.png  seed 27" in second.stdout
 
 

@@ -1,9 +1,14 @@
 import io
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pytest
+import sd_parsers
 from PIL import Image
 
-from tinysd_batch.images import encode_png, parameters_text, read_metadata
+from tinysd_batch.config import SAMPLERS
+from tinysd_batch.images import SAMPLER_LABELS, FileFormat, encode_image, parameters_text, read_entries, read_metadata
 from tinysd_batch.records import ImageRequest, SamplingParams
 
 
@@ -22,17 +27,73 @@ def test_parameters_as_other_tools_read_them() -> None:
     ]
 
 
-def test_pixels_and_metadata_survive() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    data = encode_png(Image.fromarray(pixels), "p\N{SNOWMAN}", {"image_id": "ab", "prompt": "\N{SNOWMAN}\0"})
+def pixels(size: int = 32) -> npt.NDArray[np.uint8]:
+    """Smooth, so that lossy formats can hold it."""
+    ramp = np.linspace(0, 255, size).astype(np.uint8)
+    return np.stack([np.broadcast_to(ramp, (size, size)), np.broadcast_to(ramp[:, None], (size, size))] * 2, axis=2)[
+        ..., :3
+    ].copy()
+
+
+OURS = {"image_id": "ab", "prompt": "\N{SNOWMAN}\0", "made": {"degraded": []}}
+
+
+@pytest.mark.parametrize("name", ["png", "jpg", "webp"])
+def test_pixels_and_metadata_survive(name: str) -> None:
+    data = encode_image(Image.fromarray(pixels()), FileFormat(name, quality=95), "p\N{SNOWMAN}", OURS)
     with Image.open(io.BytesIO(data)) as image:
-        assert np.array_equal(np.asarray(image), pixels)
-        assert image.text["parameters"] == "p\N{SNOWMAN}"  # type: ignore[attr-defined]
-    assert read_metadata(data) == {"image_id": "ab", "prompt": "\N{SNOWMAN}\0"}
+        difference = np.abs(np.asarray(image).astype(int) - pixels())
+    assert difference.max() <= (0 if name == "png" else 12)
+    assert read_entries(data) == ("p\N{SNOWMAN}", OURS)
+    assert read_metadata(data) == OURS
+
+
+@pytest.mark.parametrize("name", ["jpg", "webp"])
+def test_quality_costs_bytes(name: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    sizes = [len(encode_image(noise, FileFormat(name, quality), "", {})) for quality in (10, 50, 95)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2] / 2
+
+
+@pytest.mark.parametrize("name", ["png", "jpg", "webp"])
+def test_without_metadata_nothing_is_told(name: str) -> None:
+    data = encode_image(Image.fromarray(pixels()), FileFormat(name, with_metadata=False), "secret prompt", OURS)
+    assert read_entries(data) == ("", {})
+    with Image.open(io.BytesIO(data)) as image:
+        assert not image.getexif()
+        assert not {"parameters", "tinysd", "exif"} & image.info.keys()
+
+
+@pytest.mark.parametrize("name", ["jpg", "webp"])
+@pytest.mark.parametrize("characters", [10, 5_000, 10_000])
+def test_prompts_too_long_for_exif_leave_the_identity(name: str, characters: int) -> None:
+    prompt = "\N{SNOWMAN}" * characters
+    ours = {"image_id": "ab", "prompt": prompt, "negative_prompt": prompt, "seed": 3}
+    _, found = read_entries(encode_image(Image.fromarray(pixels()), FileFormat(name), prompt + prompt, ours))
+    assert (found["image_id"], found["seed"]) == ("ab", 3)
+    assert found.get("prompt", prompt) == prompt
+
+
+@pytest.mark.parametrize("name", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_other_programs_read_what_made_the_picture(name: str, sampler: str, tmp_path: Path) -> None:
+    params = SamplingParams(width=512, height=768, steps=50, sampler=sampler, eta=0.5)
+    made = ImageRequest(1, 1, 1, "a cat, (big:1.2), 16:9", "blurry: yes", 42, 7.5, params, "ab" * 16, "x.png")
+    parameters = parameters_text(made, "sd, v1", "0123456789abcdef", "0.1.0")
+    path = tmp_path / f"picture.{name}"
+    path.write_bytes(encode_image(Image.fromarray(pixels()), FileFormat(name), parameters, OURS))
+    found = sd_parsers.ParserManager().parse(path)
+    assert found is not None
+    (read,) = found.samplers
+    assert [prompt.value for prompt in found.prompts] == ["a cat, (big:1.2), 16:9"]
+    assert [prompt.value for prompt in found.negative_prompts] == ["blurry: yes"]
+    assert read.name == SAMPLER_LABELS[sampler]
+    assert (read.parameters["seed"], read.parameters["steps"], read.parameters["cfg_scale"]) == ("42", "50", "7.5")
 
 
 def test_files_that_are_not_ours_have_no_metadata() -> None:
-    data = encode_png(Image.new("RGB", (8, 8)), "", {"image_id": "ab"})
+    data = encode_image(Image.new("RGB", (8, 8)), FileFormat(), "", {"image_id": "ab"})
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")
     assert read_metadata(b"") == read_metadata(data[: len(data) // 2]) == read_metadata(plain.getvalue()) == {}

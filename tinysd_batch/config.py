@@ -18,6 +18,7 @@ MAX_SIDE_PX = 2048
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_IMAGES_PER_ROW = 100_000
+MAX_GRID_IMAGES = 100
 EMBEDDED = "embedded"
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -39,6 +40,8 @@ class Settings(BaseModel):
     # What decides the pixels of a row that does not say otherwise.
     model: str = EMBEDDED
     negative_prompt: str = ""
+    prompt_syntax: Literal["seed", "a1111", "none"] = "seed"
+    long_prompts: bool = False
     height: int | None = Field(None, ge=8, le=MAX_SIDE_PX)
     width: int | None = Field(None, ge=8, le=MAX_SIDE_PX)
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
@@ -48,13 +51,29 @@ class Settings(BaseModel):
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES_PER_ROW)
     n_samples: int = Field(1, ge=1, le=1024)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    fixed_code: bool = False
     precision: Literal["auto", "full", "autocast"] = "auto"
+
+    # What becomes of the pictures.
+    format: Literal["png", "jpg", "webp"] = "png"
+    quality: int = Field(90, ge=1, le=100)
+    no_metadata: bool = False
+    skip_save: bool = False
+    skip_grid: bool = False
+    n_rows: int = Field(0, ge=0, le=MAX_GRID_IMAGES)
 
     # How the work is done.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     vram_budget: str | None = None
+    turbo: bool = False
+    unet_bs: int | None = Field(None, ge=1, le=2048)
+    max_batch: int | None = Field(None, ge=1, le=1024)
     workers: int | None = Field(None, ge=1, le=1024)
     inline: bool = False
+
+    # The origin's, which only the model can answer.
+    C: int | None = Field(None, ge=1)
+    f: int | None = Field(None, ge=1)
 
 
 class JobFile(Settings):

@@ -1,21 +1,37 @@
-"""Pictures as files: PNG bytes with what made them written inside.
+"""Pictures as files: PNG, JPEG or WebP bytes with what made them written inside.
 
-Two text entries: `parameters`, as AUTOMATIC1111's web UI writes it and most viewers read it, and `tinysd`, our JSON.
+Two entries: `parameters`, as AUTOMATIC1111's web UI writes it and most viewers read it, and `tinysd`, our JSON. A PNG
+holds both as text; JPEG and WebP hold them as EXIF UserComment, where others look for the first, and MakerNote.
 """
 
 import io
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from tinysd_batch.records import ImageRequest
 
 OUR_KEY = "tinysd"
+PILLOW_NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+PNG_COMPRESSION = 6
+MAX_EXIF_BYTES = 65_000  # a JPEG's segment holds no more
+COMMENT_CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
 SAMPLER_LABELS = {  # as the web UI spells them
     "plms": "PLMS", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
     "dpm2_a": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FileFormat:
+    """How pictures are written."""
+
+    name: str = "png"  # png, jpg or webp
+    quality: int = 90  # of jpg and webp, 1 to 100
+    with_metadata: bool = True
 
 
 def parameters_text(request: ImageRequest, model_name: str, model_digest: str, version: str) -> str:
@@ -41,21 +57,78 @@ def parameters_text(request: ImageRequest, model_name: str, model_digest: str, v
     return "\n".join(lines)
 
 
-def encode_png(image: Image.Image, parameters: str, ours: dict[str, Any]) -> bytes:
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("parameters", parameters)
-    text.add_itxt(OUR_KEY, json.dumps(ours, sort_keys=True, ensure_ascii=False))
+def encode_image(image: Image.Image, kind: FileFormat, parameters: str, ours: dict[str, Any]) -> bytes:
+    """The picture as a file's bytes."""
+    options: dict[str, Any] = {"quality": kind.quality}
+    if kind.name == "png":
+        options = {"compress_level": PNG_COMPRESSION}
+    if kind.with_metadata:
+        options |= png_entries(parameters, ours) if kind.name == "png" else exif_entries(parameters, ours)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=text, compress_level=6)
+    image.save(buffer, PILLOW_NAMES[kind.name], **options)
     return buffer.getvalue()
 
 
+def png_entries(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("parameters", parameters)
+    text.add_itxt(OUR_KEY, json.dumps(ours, sort_keys=True, ensure_ascii=False))
+    return {"pnginfo": text}
+
+
+def exif_entries(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
+    """Both entries as EXIF. Where prompts are too long for it, first `parameters` and then our prompts are left out."""
+    for comment, entry in shorter_and_shorter(parameters, ours):
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif).update(
+            {
+                ExifTags.Base.UserComment: b"UNICODE\0" + comment.encode("utf-16-be", "replace"),
+                ExifTags.Base.MakerNote: json.dumps({OUR_KEY: entry}, sort_keys=True).encode("ascii"),
+            }
+        )
+        data = exif.tobytes()
+        if len(data) <= MAX_EXIF_BYTES:
+            return {"exif": data}
+    return {}
+
+
+def shorter_and_shorter(parameters: str, ours: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield parameters, ours
+    yield "", ours
+    yield "", {name: value for name, value in ours.items() if name not in ("prompt", "negative_prompt")}
+
+
 def read_metadata(data: bytes) -> dict[str, Any]:
-    """Our JSON out of a PNG's bytes; empty where there is none or the file is not a whole picture."""
+    """Our JSON out of a file's bytes; empty where there is none or the file is not a whole picture."""
+    return read_entries(data)[1]
+
+
+def read_entries(data: bytes, size: tuple[int, int] | None = None) -> tuple[str, dict[str, Any]]:
+    """`parameters` and our JSON; both empty where the file is not a whole picture, or not of `size` (width, height).
+
+    A file may have been put there by anybody: the size is looked at before any pixel is unpacked.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=list(PILLOW_NAMES.values())) as image:
+            if size is not None and image.size != size:
+                return "", {}
             image.load()
-            found = json.loads(getattr(image, "text", {}).get(OUR_KEY, "{}"))
-    except (OSError, SyntaxError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+            parameters, ours = entries_of(image)
+            found = json.loads(ours)
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
+        return "", {}
+    return parameters, found if isinstance(found, dict) else {}
+
+
+def entries_of(image: Image.Image) -> tuple[str, str]:
+    if image.format == "PNG":
+        text = getattr(image, "text", {})
+        return str(text.get("parameters", "")), str(text.get(OUR_KEY, "{}"))
+    exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+    comment, note = exif.get(ExifTags.Base.UserComment, b""), exif.get(ExifTags.Base.MakerNote, b"")
+    if not isinstance(comment, bytes) or not isinstance(note, bytes):
+        return "", "{}"
+    encoding = COMMENT_CODES.get(comment[:8])
+    parameters = comment[8:].decode(encoding, "replace") if encoding else ""
+    found = json.loads(note.decode("ascii", "replace") or "{}")
+    return parameters, json.dumps(found.get(OUR_KEY, {}) if isinstance(found, dict) else {})

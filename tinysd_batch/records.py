@@ -37,6 +37,7 @@ class Row:
     n_iter: int
     n_samples: int
     params: SamplingParams
+    prompt_syntax: str = "seed"
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # columns we do not know, kept for the results
 
@@ -66,6 +67,8 @@ class ImageRequest:
     params: SamplingParams
     image_id: str  # 32 hex digits
     file_name: str  # relative to the job folder, POSIX
+    prompt_syntax: str = "seed"
+    noise_seed: int | None = None  # of the starting noise, where it is not `seed`
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -97,6 +100,7 @@ class ImageResult:
     degraded: list[str] = field(default_factory=list)
     n_tokens: int | None = None
     truncated: str | None = None  # the part of the prompt that the text encoder never saw
+    negative_truncated: str | None = None
     precision: str | None = None
     device_name: str | None = None
     worker: str | None = None

@@ -315,7 +315,7 @@ def test_blank_negative_prompts_mean_the_jobs_own(tmp_path: Path, tiny_model: Pa
 
 
 def test_settings_that_contradict_each_other_start_no_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    for settings in ({"eta": 0.5}, {"negative_prompt": "a:0 b:0"}, {"n_iter": 100_000, "n_samples": 2}):
+    for settings in ({"C": 3}, {"f": 16}, {"negative_prompt": "a:0 b:0"}, {"n_iter": 100_000, "n_samples": 2}):
         with pytest.raises(UsageError):
             draw(manifest, tmp_path / "job", tiny_model, **settings)
     assert not (tmp_path / "job").exists()

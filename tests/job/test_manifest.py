@@ -14,6 +14,7 @@ from tinysd_batch.records import InvalidRow, Row
 
 DEFAULTS = Defaults(
     negative_prompt="",
+    prompt_syntax="seed",
     height=64,
     width=64,
     steps=25,

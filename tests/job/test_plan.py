@@ -1,10 +1,12 @@
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.job.identity import image_id
-from tinysd_batch.job.plan import cut_batches, file_name, plan_images, split_to_singles
+from tinysd_batch.job.plan import Common, cut_batches, file_name, plan_images, split_to_singles
 from tinysd_batch.records import ImageRequest, InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=512, height=512, steps=50, sampler="plms", eta=0.0)
@@ -22,9 +24,12 @@ def row(number: int, seed: int | None, n_iter: int, n_samples: int) -> Row:
     return Row(number, f"prompt {number}", "", seed, 7.5, n_iter, n_samples, PARAMS)
 
 
-def images_of(rows: list[Row | InvalidRow], job_seed: int = 100) -> list[ImageRequest]:
-    planned = plan_images(rows, job_seed=job_seed, model_digest="00" * 16, precision="auto")
-    return [image for _, images in planned for image in images]
+def common(seed: int, **more: Any) -> Common:
+    return Common(seed=seed, model_digest="00" * 16, **more)
+
+
+def images_of(rows: list[Row | InvalidRow], job_seed: int = 100, **more: Any) -> list[ImageRequest]:
+    return [image for _, images in plan_images(rows, common(job_seed, **more)) for image in images]
 
 
 SPECS = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 9)), st.integers(1, 4), st.integers(1, 4)), max_size=8)
@@ -35,7 +40,7 @@ def test_batches_hold_every_unfinished_image_once_in_order(
     specs: list[tuple[int | None, int, int]], finished: set[int]
 ) -> None:
     rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
-    planned = list(plan_images(rows, job_seed=5, model_digest="00" * 16, precision="auto"))
+    planned = list(plan_images(rows, common(5)))
     total = sum(len(images) for _, images in planned)
     batches = list(cut_batches(planned, finished))
     wanted = [index for batch in batches for index in sorted(batch.wanted)]
@@ -48,7 +53,7 @@ def test_batches_hold_every_unfinished_image_once_in_order(
 @given(SPECS, st.sets(st.integers(1, 40)))
 def test_an_interruption_changes_no_batch(specs: list[tuple[int | None, int, int]], finished: set[int]) -> None:
     rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
-    planned = list(plan_images(rows, job_seed=5, model_digest="00" * 16, precision="auto"))
+    planned = list(plan_images(rows, common(5)))
     whole = [batch.images for batch in cut_batches(planned, ())]
     assert all(batch.images in whole for batch in cut_batches(planned, finished))
 
@@ -64,7 +69,49 @@ def test_the_job_seed_wraps_around() -> None:
     assert [image.seed for image in images_of([row(1, None, 3, 1)], job_seed=2**63 - 2)] == [2**63 - 2, 2**63 - 1, 0]
 
 
+MIXED = st.lists(
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1.0, 2.0, 7.5]), st.sampled_from([20, 50])),
+    max_size=8,
+)
+
+
+@given(MIXED, st.sets(st.integers(1, 40)), st.integers(1, 6))
+def test_mixed_batches_are_as_wide_as_they_may_be(
+    specs: list[tuple[int, int, float, int]], finished: set[int], max_batch: int
+) -> None:
+    rows = [
+        Row(number, "x", "", None, scale, n_iter, n_samples, replace(PARAMS, steps=steps))
+        for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
+    ]
+    planned = list(plan_images(rows, common(5)))
+    images = [image for _, row_images in planned for image in row_images]
+    batches = list(cut_batches(planned, (), max_batch))
+    assert [image for batch in batches for image in batch.images] == images
+    for batch in batches:
+        assert len({(image.params, image.scale == 1) for image in batch.images}) == 1
+    for one, other in pairwise(batches):
+        first, second = one.images[0], other.images[0]
+        assert (
+            len(one.images) == max_batch or first.params != second.params or (first.scale == 1) != (second.scale == 1)
+        )
+    whole = [batch.images for batch in batches]
+    assert all(batch.images in whole for batch in cut_batches(planned, finished, max_batch))
+
+
+def test_rows_share_a_batch_only_when_told_to() -> None:
+    planned = list(plan_images([row(number, None, 1, 1) for number in range(1, 6)], common(5)))
+    assert [len(batch.images) for batch in cut_batches(planned, ())] == [1, 1, 1, 1, 1]
+    assert [len(batch.images) for batch in cut_batches(planned, (), 2)] == [2, 2, 1]
+
+
+def test_fixed_code_starts_all_from_the_jobs_seed() -> None:
+    images = images_of([row(1, 7, 1, 2), row(2, None, 1, 1)], fixed_code=True)
+    assert [(image.seed, image.noise_seed) for image in images] == [(7, 100), (8, 100), (102, 100)]
+
+
 def test_file_names() -> None:
+    assert file_name(7, 1, "webp") == "images/00000/seed_7_00001.webp"
+
     assert file_name(1234, 55) == "images/00000/seed_1234_00055.png"
     assert file_name(1, 10_000) == "images/00000/seed_1_10000.png"
     assert file_name(1, 10_001) == "images/00001/seed_1_10001.png"
@@ -83,6 +130,7 @@ def test_golden_identities() -> None:
 def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
     composed = image_id(**{**IDENTITY, "prompt": "Z\u00fcrich"}, params=PARAMS)
     assert composed == image_id(**{**IDENTITY, "prompt": "Zu\u0308rich"}, params=PARAMS)
+    assert image_id(**IDENTITY, params=PARAMS, noise_seed=7) == image_id(**IDENTITY, params=PARAMS)
     assert image_id(**{**IDENTITY, "scale": 7}, params=PARAMS) == image_id(**{**IDENTITY, "scale": 7.0}, params=PARAMS)
 
 
@@ -95,6 +143,9 @@ def test_everything_that_decides_pixels_decides_identity() -> None:
         {"seed": 8},
         {"scale": 7.0},
         {"precision": "full"},
+        {"prompt_syntax": "none"},
+        {"long_prompts": True},
+        {"noise_seed": 8},
     ]
     params = [
         PARAMS,

@@ -1,80 +1,114 @@
-"""Options that several commands share, each under the origin's name and today's."""
+"""The options that set something, each under the origin's name and today's; commands that draw take them all."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "--ckpt",
-        help="A model folder; `embedded` is the small one that ships with us, and the default.",
-        show_default=False,
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An option for the field of `config.Settings` that it is named after."""
+
+    kind: type
+    names: tuple[str, ...]
+    help: str
+
+
+SETTINGS = {
+    "model": Setting(
+        str, ("--model", "--ckpt"), "A model folder; `embedded` is the small one that ships with us, and the default."
     ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", help="The first image's seed; random if not given, and kept in the job.", show_default=False
+    "seed": Setting(int, ("--seed",), "The first image's seed; random if not given, printed and kept."),
+    "negative_prompt": Setting(str, ("--negative-prompt",), "What the pictures should not show."),
+    "prompt_syntax": Setting(
+        str, ("--prompt-syntax",), "Marks in prompts: seed (cat:0.25 dog:0.75; default), a1111 ((cat:1.2)) or none."
     ),
-]
-NegativePrompt = Annotated[
-    str | None, typer.Option("--negative-prompt", help="What the pictures should not show.", show_default=False)
-]
-Height = Annotated[
-    int | None, typer.Option("--height", "--H", help="Pixels; the model's own size if not given.", show_default=False)
-]
-Width = Annotated[
-    int | None, typer.Option("--width", "--W", help="Pixels; the model's own size if not given.", show_default=False)
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps", "--ddim_steps", help="Sampling steps; the model's own number if not given.", show_default=False
+    "long_prompts": Setting(
+        bool, ("--long-prompts",), "Encode prompts beyond the model's token limit in pieces, instead of cutting them."
     ),
-]
-Scale = Annotated[
-    float | None,
-    typer.Option(
-        "--scale",
-        "--guidance-scale",
-        help="Guidance scale; 1 switches guidance off; the model's own if not given.",
-        show_default=False,
+    "height": Setting(int, ("--height", "--H"), "Pixels; the model's own size if not given."),
+    "width": Setting(int, ("--width", "--W"), "Pixels; the model's own size if not given."),
+    "steps": Setting(
+        int,
+        ("--steps", "--ddim_steps", "--num-inference-steps"),
+        "Sampling steps, 1 to 1000; the model's own number if not given.",
     ),
-]
-Sampler = Annotated[
-    str | None,
-    typer.Option(
-        "--sampler",
-        help="plms (default), ddim, euler, euler_a, heun, dpm2, dpm2_a, lms, dpmpp_2m or unipc.",
-        show_default=False,
+    "scale": Setting(
+        float,
+        ("--scale", "--guidance-scale", "--cfg-scale"),
+        "Guidance scale; 1 switches guidance off; the model's own if not given.",
     ),
-]
-Eta = Annotated[
-    float | None,
-    typer.Option("--eta", "--ddim_eta", help="Fresh noise in ddim and plms, 0 (default) to 1.", show_default=False),
-]
-NIter = Annotated[int | None, typer.Option("--n_iter", help="Batches for each row (default 1).", show_default=False)]
-NSamples = Annotated[int | None, typer.Option("--n_samples", help="Images in a batch (default 1).", show_default=False)]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        "--precision", help="full (float32), autocast (float16 on GPUs) or auto (default).", show_default=False
+    "sampler": Setting(
+        str,
+        ("--sampler",),
+        "plms (default), ddim, euler, euler_a, heun, dpm2, dpm2_a, lms, dpmpp_2m or unipc.",
     ),
-]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto (default).", show_default=False)]
-VramBudget = Annotated[
-    str | None,
-    typer.Option(
-        "--vram-budget",
-        help="Device memory for weights, such as 900MB; below what they take, the model's parts take turns.",
-        show_default=False,
+    "eta": Setting(float, ("--eta", "--ddim_eta"), "Fresh noise in ddim and plms, 0 (default) to 1."),
+    "n_iter": Setting(int, ("--n_iter", "--n-iter", "--batch-count"), "Batches for each prompt (default 1)."),
+    "n_samples": Setting(int, ("--n_samples", "--n-samples", "--batch-size"), "Images in a batch (default 1)."),
+    "max_batch": Setting(
+        int, ("--max-batch",), "Let up to so many images of neighbouring rows share a batch (default: a row alone)."
     ),
-]
+    "fixed_code": Setting(bool, ("--fixed_code", "--fixed-code"), "Start all images from the same noise."),
+    "precision": Setting(str, ("--precision",), "full (float32), autocast (float16 on GPUs) or auto (default)."),
+    "device": Setting(str, ("--device",), "cpu, cuda or auto (default)."),
+    "vram_budget": Setting(
+        str,
+        ("--vram-budget",),
+        "Device memory for weights, such as 900MB; below what they take, the model's parts take turns.",
+    ),
+    "turbo": Setting(bool, ("--turbo",), "Keep the UNet's weights unpacked while drawing: faster, more memory."),
+    "unet_bs": Setting(
+        int, ("--unet_bs", "--unet-bs"), "Rows through the UNet at once, two an image with guidance (default: all)."
+    ),
+    "format": Setting(str, ("--format",), "png (default), jpg or webp."),
+    "quality": Setting(int, ("--quality",), "Of jpg and webp, 1 to 100 (default 90)."),
+    "no_metadata": Setting(bool, ("--no-metadata",), "Write no prompt, seed or settings into the pictures."),
+    "skip_save": Setting(bool, ("--skip_save", "--skip-save"), "Draw, but write no pictures: to measure speed."),
+    "skip_grid": Setting(bool, ("--skip_grid", "--skip-grid"), "Write no grid, or contact sheet, of the pictures."),
+    "n_rows": Setting(int, ("--n_rows", "--n-rows"), "Rows of the grid (default: as it fits best)."),
+    "C": Setting(int, ("--C",), "Latent channels: checked against the model, which decides."),
+    "f": Setting(int, ("--f",), "Pixels per latent: checked against the model, which decides."),
+}
+
 Preset = Annotated[
     list[Path] | None,
     typer.Option("--preset", help="A TOML file of settings to start from; may be repeated.", show_default=False),
 ]
+FromFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-file", "--from_file", help="A file with a prompt a line, or any manifest.", show_default=False
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each image, with its seed and path.")]
+
+
+def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command an option for each setting. It gets them as a dictionary, None for what was not said."""
+    own = [each for each in inspect.signature(command).parameters.values() if each.name != "settings"]
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                setting.kind | None, typer.Option(*setting.names, help=setting.help, show_default=False)
+            ],
+        )
+        for name, setting in SETTINGS.items()
+    ]
+
+    @functools.wraps(command)
+    def with_settings(**values: Any) -> Any:
+        settings = {name: values.pop(name) for name in SETTINGS}
+        return command(**values, settings=settings)
+
+    with_settings.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    with_settings.__annotations__ = {each.name: each.annotation for each in [*own, *added]}
+    return with_settings

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
+from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,10 +17,16 @@ if TYPE_CHECKING:
 MANY_IMAGES = 100
 
 
+@options.takes_settings
 def submit(
     manifest: Annotated[
-        Path, typer.Argument(help="A .csv or .parquet table with a prompt column, or a job.toml that names one.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="A table with a prompt column, a file with a prompt a line, or a job.toml that names one.",
+            show_default=False,
+        ),
+    ] = None,
+    from_file: options.FromFile = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -30,12 +37,10 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    model: options.Model = None,
     workers: Annotated[
         int | None,
         typer.Option(
             "--workers",
-            min=1,
             help="How many workers; one per GPU, or a few on the CPU, if not given.",
             show_default=False,
         ),
@@ -51,32 +56,26 @@ def submit(
         ),
     ] = None,
     preset: options.Preset = None,
-    seed: options.Seed = None,
-    negative_prompt: options.NegativePrompt = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    steps: options.Steps = None,
-    scale: options.Scale = None,
-    sampler: options.Sampler = None,
-    eta: options.Eta = None,
-    n_iter: options.NIter = None,
-    n_samples: options.NSamples = None,
-    precision: options.Precision = None,
-    device: options.Device = None,
-    vram_budget: options.VramBudget = None,
     verbose: options.Verbose = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
-    flags: dict[str, Any] = {
-        "model": model, "workers": workers, "inline": inline or None, "seed": seed, "negative_prompt": negative_prompt,
-        "height": height, "width": width, "steps": steps, "scale": scale, "sampler": sampler, "eta": eta,
-        "n_iter": n_iter, "n_samples": n_samples, "precision": precision, "device": device, "vram_budget": vram_budget,
-    }  # fmt: skip
     from rich.console import Console
 
-    job, named_model = prepare(manifest, output, preset or [], flags)
+    flags = {**settings, "workers": workers, "inline": inline or None}
+    job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags)
     console = Console(highlight=False)
     raise typer.Exit(run(job, named_model, limit, verbose, console))
+
+
+def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
+    """The origin names its file of prompts by an option; ours is an argument."""
+    if manifest is not None and from_file is not None:
+        raise UsageError(f"{manifest} and --from-file {from_file}: give one of the two")
+    if chosen := manifest or from_file:
+        return chosen
+    raise UsageError("name a manifest: a .csv or .parquet table with a prompt column, or a .txt with a prompt a line")
 
 
 def prepare(manifest: Path, output: Path | None, presets: list[Path], flags: dict[str, Any]) -> tuple["Job", bool]:
@@ -112,7 +111,8 @@ def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console
                 if not named_model:
                     progress.on_start = lambda images: warn_of_embedded_model(images, progress.say)
                 summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit)
-                sheet = write_contact_sheet(job.folder)
+                settings = job.settings
+                sheet = None if settings.skip_grid else write_contact_sheet(job.folder, settings.n_rows)
         except KeyboardInterrupt:
             console.print("Stopped at once. The same command goes on.")
             return stop.exit_code
@@ -132,12 +132,9 @@ def pool_for(job: "Job") -> "PoolFactory":
     def open_pool(images: int) -> InlinePool | RayPool:
         wanted = 1 if settings.inline else settings.workers
         count, threads = cpu_workers(images, wanted, job.model.is_small)
-        setup = WorkerSetup(
-            job_folder=job.folder.resolve(),
-            scratch=job.scratch.resolve(), stop_file=job.stop_file.resolve(),
-            model_path=job.model.path.resolve(), model_name=job.model.name,
-            model_digest=job.model.digest, device=settings.device, precision=settings.precision,
-            vram_budget=settings.vram_budget, threads=threads,
+        setup = WorkerSetup.of(
+            settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
+            stop_file=job.stop_file.resolve(),
         )  # fmt: skip
         return InlinePool(setup) if settings.inline else RayPool(setup, settings.workers, count)
 
@@ -172,7 +169,10 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
     )
     if summary.invalid_rows:
         console.print(f"{count(summary.invalid_rows, 'manifest row')} could not be made", markup=False)
-    console.print(f"Pictures: {job.folder / 'images'}", markup=False, soft_wrap=True)
+    if job.settings.skip_save:
+        console.print(f"No picture was written (--skip_save); {made / max(summary.seconds, 1e-3):.2f} images/s in all")
+    else:
+        console.print(f"Pictures: {job.folder / 'images'}", markup=False, soft_wrap=True)
     if sheet:
         console.print(f"Contact sheet: {sheet}", markup=False, soft_wrap=True)
     table = job.folder / "results.parquet"

@@ -1,96 +1,114 @@
-"""`tinysd-batch txt2img`: one prompt, in this process, as the origin's script."""
+"""`tinysd-batch txt2img`: one prompt, or a file of them, in this process, as the origin's script."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinysd_batch.cli import options
 from tinysd_batch.errors import TinySDError, UsageError
 
+if TYPE_CHECKING:
+    from tinysd_batch.config import Settings
+    from tinysd_batch.job.manifest import Defaults
+    from tinysd_batch.records import ImageRequest, InvalidRow, Row
+
 DEFAULT_FOLDER = Path("outputs/txt2img-samples")
 
 
+@options.takes_settings
 def txt2img(
     words: Annotated[list[str] | None, typer.Argument(help="The prompt, or more of it.", show_default=False)] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="The prompt; loose words are added to it.", show_default=False)
     ] = None,
+    from_file: options.FromFile = None,
     output: Annotated[
         Path, typer.Option("--outdir", "-o", "--output", help="The folder for the pictures.")
     ] = DEFAULT_FOLDER,
-    model: options.Model = None,
-    seed: options.Seed = None,
-    negative_prompt: options.NegativePrompt = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    steps: options.Steps = None,
-    scale: options.Scale = None,
-    sampler: options.Sampler = None,
-    eta: options.Eta = None,
-    n_iter: options.NIter = None,
-    n_samples: options.NSamples = None,
-    precision: options.Precision = None,
-    device: options.Device = None,
-    vram_budget: options.VramBudget = None,
+    preset: options.Preset = None,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Draw one prompt. Each picture's seed and path are printed; a second run numbers on."""
+    from tinysd_batch.config import read_preset, resolve
+
     text = " ".join([*([prompt] if prompt else []), *(words or [])])
-    values: dict[str, Any] = {
-        "model": model,
-        "seed": seed,
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-        "steps": steps,
-        "scale": scale,
-        "sampler": sampler,
-        "eta": eta,
-        "n_iter": n_iter,
-        "n_samples": n_samples,
-        "precision": precision,
-        "device": device,
-        "vram_budget": vram_budget,
-    }
-    if draw(text, values, output):
+    if text and from_file:
+        raise UsageError("a prompt and --from-file: give one of the two")
+    resolved = resolve(*(read_preset(path) for path in preset or []), settings)
+    if draw(text, from_file, resolved, output):
         raise typer.Exit(3)
 
 
-def draw(text: str, values: dict[str, Any], output: Path) -> int:
-    """Draw the prompt's images, print a line for each, and return how many failed."""
+def draw(text: str, from_file: Path | None, settings: "Settings", output: Path) -> int:
+    """Draw the images, print a line for each, and return how many failed."""
     import secrets
 
-    from tinysd_batch.config import resolve
-    from tinysd_batch.job.folder import fill_in_model_defaults
-    from tinysd_batch.job.manifest import Defaults, check_row
+    from tinysd_batch.job.folder import common_of, defaults_of, fill_in_model_defaults
     from tinysd_batch.job.pool import cpu_workers
-    from tinysd_batch.job.single import draw_row
     from tinysd_batch.job.worker import WorkerSetup
     from tinysd_batch.model.info import read_model_info
-    from tinysd_batch.records import InvalidRow, Status
 
-    settings = resolve(values)
-    info = read_model_info(settings.model)
-    settings = fill_in_model_defaults(settings, info)
-    chosen = settings.model_dump(include=set(Defaults.__dataclass_fields__) - {"step_px"})
-    row = check_row(1, {"prompt": text}, Defaults(step_px=info.step_px, **chosen))
-    if isinstance(row, InvalidRow):
-        raise UsageError(f"the prompt cannot be drawn: {row.reason}")
+    model = read_model_info(settings.model)
+    settings = fill_in_model_defaults(settings, model)
+    rows, invalid = read_prompts(text, from_file, defaults_of(settings, model))
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: is a file; name a folder for the pictures with -o")
     seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
-    typer.echo(f"Model: {info.name}, {info.native_px}x{info.native_px} pixels by nature; seed {seed}")
-    _, threads = cpu_workers(1, 1, info.is_small)
-    setup = WorkerSetup(
-        job_folder=output.resolve(),
-        scratch=output.resolve(), model_path=info.path.resolve(), model_name=info.name, model_digest=info.digest,
-        device=settings.device, precision=settings.precision, vram_budget=settings.vram_budget, threads=threads,
-    )  # fmt: skip
-    failed = 0
-    for request, result in draw_row(row, setup, seed):
-        if result.status is Status.OK:
-            typer.echo(f"{output / request.file_name}  seed {request.seed}")
-        else:
+    typer.echo(f"Model: {model.name}, {model.native_px}x{model.native_px} pixels by nature; seed {seed}")
+    _, threads = cpu_workers(1, 1, model.is_small)
+    for row in invalid:
+        typer.echo(f"row {row.number} cannot be drawn: {row.reason}", err=True)
+    setup = WorkerSetup.of(settings, model, job_folder=output.resolve(), scratch=output.resolve(), threads=threads)
+    failed = draw_and_tell(rows, setup, common_of(settings, model, seed), settings, output)
+    return failed + len(invalid)
+
+
+def read_prompts(text: str, from_file: Path | None, defaults: "Defaults") -> tuple[list["Row"], list["InvalidRow"]]:
+    """The prompt as a row, or the file's rows in their order, and those that cannot be drawn."""
+    from tinysd_batch.job.manifest import check_row, read_rows
+    from tinysd_batch.records import InvalidRow
+
+    found = list(read_rows(from_file, defaults)) if from_file else [check_row(1, {"prompt": text}, defaults)]
+    invalid = [row for row in found if isinstance(row, InvalidRow)]
+    if len(invalid) == len(found):
+        raise UsageError(f"{from_file or 'the prompt'} cannot be drawn: {invalid[0].reason}")
+    return [row for row in found if not isinstance(row, InvalidRow)], invalid
+
+
+def draw_and_tell(rows: Sequence["Row"], setup: Any, common: Any, settings: "Settings", output: Path) -> int:
+    import time
+
+    from tinysd_batch.job.single import draw_rows
+    from tinysd_batch.records import Status
+
+    failed, made, started = 0, [], time.monotonic()
+    for request, result in draw_rows(rows, setup, common, settings.max_batch):
+        if result.status is not Status.OK:
             failed += 1
             typer.echo(str(TinySDError(f"seed {request.seed}: {result.error_message}")), err=True)
+            continue
+        made.append(request)
+        path = "not saved" if settings.skip_save else output / request.file_name
+        typer.echo(f"{path}  seed {request.seed}")
+    if settings.skip_save:
+        typer.echo(f"{len(made)} images in {time.monotonic() - started:.1f} s, loading the model included")
+    elif len(made) > 1 and not settings.skip_grid:
+        typer.echo(f"Grid: {write_grid(made, output, settings.n_rows)}")
     return failed
+
+
+def write_grid(made: Sequence["ImageRequest"], output: Path, n_rows: int) -> Path | None:
+    """This run's pictures in one, named after the first."""
+    from tinysd_batch.config import MAX_GRID_IMAGES
+    from tinysd_batch.report.contact_sheet import Shown, write_grid
+    from tinysd_batch.report.text import one_line
+
+    several = len({request.prompt for request in made}) > 1
+    shown = [
+        Shown(output / one.file_name, one_line(one.prompt, 200) if several else f"seed {one.seed}")
+        for one in made[:MAX_GRID_IMAGES]
+    ]
+    return write_grid(shown, output / f"grid_{made[0].index:05d}.png", n_rows)

@@ -128,13 +128,7 @@ def read_unchanged_rows(job: Job) -> Iterator[Row | InvalidRow]:
 
 
 def todo(job: Job, finished: set[int]) -> Iterator[MicroBatch]:
-    planned = plan_images(
-        read_unchanged_rows(job),
-        job_seed=job.seed,
-        model_digest=job.model.digest,
-        precision=job.settings.precision,
-    )
-    return cut_batches(planned, finished)
+    return cut_batches(plan_images(read_unchanged_rows(job), job.common()), finished, job.settings.max_batch)
 
 
 def within(batches: Iterable[MicroBatch], last_index: int) -> Iterator[MicroBatch]:

@@ -5,7 +5,7 @@ import os
 import platform
 import secrets
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ import tinysd_batch
 from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint
+from tinysd_batch.job.plan import Common
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
+from tinysd_batch.model.prompts import parse_prompt
 from tinysd_batch.storage import storage_errors, write_atomically
 
 JOB_FILE = "job.json"
 STATE_FOLDER = "_tinysd"
-# What decides pixels and must not change within a job. `model` is compared by digest, `seed` on its own.
+# What decides pixels and files and must not change within a job. `model` is compared by digest, `seed` on its own.
 DECIDING = (
-    "negative_prompt", "height", "width", "steps", "scale", "sampler", "eta", "n_iter", "n_samples", "precision",
+    "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
+    "n_samples", "fixed_code", "precision", "format", "quality", "no_metadata", "skip_save",
 )  # fmt: skip
 
 
@@ -53,10 +56,11 @@ class Job:
 
     def defaults(self) -> Defaults:
         """What a row that says nothing gets."""
-        chosen = self.settings.model_dump(
-            include={"negative_prompt", "height", "width", "steps", "scale", "sampler", "eta", "n_iter", "n_samples"}
-        )
-        return Defaults(step_px=self.model.step_px, **chosen)
+        return defaults_of(self.settings, self.model)
+
+    def common(self) -> Common:
+        """What all images have in common."""
+        return common_of(self.settings, self.model, self.seed)
 
     def run_columns(self) -> dict[str, Any]:
         """The results columns that are the same for all rows of a run."""
@@ -68,6 +72,19 @@ class Job:
         }
 
 
+def defaults_of(settings: Settings, model: ModelInfo) -> Defaults:
+    """What a row gets that says nothing, from settings without gaps."""
+    chosen = settings.model_dump(include={field.name for field in fields(Defaults)} - {"step_px"})
+    return Defaults(step_px=model.step_px, **chosen)
+
+
+def common_of(settings: Settings, model: ModelInfo, seed: int) -> Common:
+    return Common(
+        seed=seed, model_digest=model.digest, precision=settings.precision, long_prompts=settings.long_prompts,
+        fixed_code=settings.fixed_code, suffix=settings.format,
+    )  # fmt: skip
+
+
 def default_folder(manifest: Path) -> Path:
     return Path("outputs") / manifest.stem
 
@@ -77,6 +94,9 @@ def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
     check_settings(settings)
     own = {"height": model.native_px, "width": model.native_px, "steps": model.steps, "scale": model.scale}
     filled = settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
+    for name, asked, is_so in (("C", settings.C, model.channels), ("f", settings.f, model.factor)):
+        if asked not in (None, is_so):
+            raise UsageError(f"{name} = {asked}: with the model {model.name} it is {is_so}, and cannot be chosen")
     for side in ("height", "width"):
         value = getattr(filled, side)
         if value % model.step_px:
@@ -90,7 +110,8 @@ def check_settings(settings: Settings) -> None:
         raise UsageError(f"n_iter x n_samples: at most {MAX_IMAGES_PER_ROW} images a row")
     try:
         check_prompt(settings.negative_prompt)
-    except ValueError as error:
+        parse_prompt(settings.negative_prompt, settings.prompt_syntax)
+    except (ValueError, UsageError) as error:
         raise UsageError(f"negative_prompt: {error}") from None
 
 
@@ -168,9 +189,9 @@ def check_same_job(
             f"differs from it; give the changed manifest a folder of its own with -o"
         )
     differences = [
-        f"{name}: {saved['settings'].get(name)} in the job, {getattr(settings, name)} now"
+        f"{name}: {was} in the job, {getattr(settings, name)} now"
         for name in DECIDING
-        if saved["settings"].get(name) != getattr(settings, name)
+        if (was := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(settings, name)
     ]
     if saved["model"]["digest"] != model.digest:
         differences.append(f"model: {saved['model']['name']} in the job, {model.name} now (the weights differ)")

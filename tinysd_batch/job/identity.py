@@ -19,6 +19,8 @@ def image_id(
     params: SamplingParams,
     precision: str,
     prompt_syntax: str = "seed",
+    long_prompts: bool = False,
+    noise_seed: int | None = None,
     rng: str = "cpu",
 ) -> str:
     """128 bits of BLAKE2b over canonical JSON of everything that decides the pixels.
@@ -41,5 +43,10 @@ def image_id(
         "precision": precision,
         "rng": rng,
     }
+    # What came later stands only where it has an effect, so that older ids stay what they are.
+    if long_prompts:
+        decides["long_prompts"] = True
+    if noise_seed not in (None, seed):
+        decides["noise_seed"] = noise_seed
     text = json.dumps(decides, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()

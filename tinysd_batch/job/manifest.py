@@ -27,13 +27,14 @@ from tinysd_batch.config import (
     find_sampler,
 )
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.model.prompts import parse_prompt
+from tinysd_batch.model.prompts import SYNTAXES, parse_prompt
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 COLUMNS = (
     "prompt",
     "id",
     "negative_prompt",
+    "prompt_syntax",
     "seed",
     "height",
     "width",
@@ -53,6 +54,7 @@ class Defaults:
     """What a row that says nothing gets: the job's settings over the model's defaults."""
 
     negative_prompt: str
+    prompt_syntax: str
     height: int
     width: int
     steps: int
@@ -210,6 +212,9 @@ def check_row(number: int, values: dict[str, Any], defaults: Defaults) -> Row | 
     if prompt is None and not faults:
         faults.append("column prompt is empty; write a prompt or remove the row")
     negative = take("negative_prompt", check_prompt, None) or defaults.negative_prompt
+    syntax = take("prompt_syntax", check_syntax, defaults.prompt_syntax)
+    for column, text in (("prompt", prompt), ("negative_prompt", negative)):
+        faults += [f"column {column} = {excerpt(text)}: {fault}" for fault in faults_of_marks(text or "", syntax)]
     seed = take("seed", check_integer, None, 0, MAX_SEED)
     side = (8, MAX_SIDE_PX, defaults.step_px)
     sampler = take("sampler", check_sampler, defaults.sampler)
@@ -229,7 +234,7 @@ def check_row(number: int, values: dict[str, Any], defaults: Defaults) -> Row | 
     if faults:
         shown = clean_text(values["prompt"]) if values.get("prompt") is not None else None
         return InvalidRow(number, "; ".join(faults), prompt=shown, id=identity, extra=extra)
-    return Row(number, prompt, negative, seed, scale, n_iter, n_samples, params, identity, extra)
+    return Row(number, prompt, negative, seed, scale, n_iter, n_samples, params, syntax, identity, extra)
 
 
 def faults_between_columns(seed: int | None, images: int) -> Iterator[str]:
@@ -248,13 +253,20 @@ def check_prompt(value: Any) -> str | None:
         raise ValueError("it holds a NUL character")
     if has_surrogates(value):
         raise ValueError("it is not UTF-8; save the file as UTF-8")
-    if not value.strip():
-        return None
+    return value if value.strip() else None
+
+
+def check_syntax(value: Any) -> str:
+    if value not in SYNTAXES:
+        raise ValueError(f"one of {', '.join(SYNTAXES)} was expected")
+    return str(value)
+
+
+def faults_of_marks(prompt: str, syntax: str) -> Iterator[str]:
     try:
-        parse_prompt(value)
+        parse_prompt(prompt, syntax)
     except UsageError as error:
-        raise ValueError(str(error)) from None
-    return value
+        yield str(error)
 
 
 def check_integer(value: Any, least: int, most: int, multiple_of: int = 1) -> int:

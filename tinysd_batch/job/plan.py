@@ -1,6 +1,7 @@
 """From rows to images, and from images to micro-batches. Pure: the same manifest always gives the same plan."""
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from tinysd_batch.config import MAX_SEED
 from tinysd_batch.job.identity import image_id
@@ -9,52 +10,84 @@ from tinysd_batch.records import ImageRequest, InvalidRow, MicroBatch, Row
 IMAGES_PER_FOLDER = 10_000
 
 
-def file_name(seed: int, index: int) -> str:
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all images of a job have in common and no row says."""
+
+    seed: int
+    model_digest: str
+    precision: str = "auto"
+    long_prompts: bool = False
+    fixed_code: bool = False  # every image starts from the noise of the job's seed
+    suffix: str = "png"
+
+
+def file_name(seed: int, index: int, suffix: str = "png") -> str:
     """Where the image lies, relative to the job folder. The 55th image with seed 1234 is `seed_1234_00055.png`."""
-    return f"images/{(index - 1) // IMAGES_PER_FOLDER:05d}/seed_{seed}_{index:05d}.png"
+    return f"images/{(index - 1) // IMAGES_PER_FOLDER:05d}/seed_{seed}_{index:05d}.{suffix}"
 
 
-def plan_images(
-    rows: Iterable[Row | InvalidRow], *, job_seed: int, model_digest: str, precision: str
-) -> Iterator[tuple[Row, list[ImageRequest]]]:
+def plan_images(rows: Iterable[Row | InvalidRow], common: Common) -> Iterator[tuple[Row, list[ImageRequest]]]:
     """Each valid row with its images.
 
     A row makes `n_iter * n_samples` images. With a seed of its own they get seed, seed + 1, ...; without one an image
     gets the job's seed + index - 1 (modulo 2^63).
     """
-    index = 0
+    first = 1
     for row in rows:
-        if isinstance(row, InvalidRow):
-            continue
-        images = []
-        for sample in range(1, row.n_iter * row.n_samples + 1):
-            index += 1
-            seed = row.seed + sample - 1 if row.seed is not None else (job_seed + index - 1) % (MAX_SEED + 1)
-            identity = image_id(
-                model_digest=model_digest, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=seed,
-                scale=row.scale, params=row.params, precision=precision,
-            )  # fmt: skip
-            images.append(
-                ImageRequest(
-                    index=index, row=row.number, sample=sample, prompt=row.prompt, negative_prompt=row.negative_prompt,
-                    seed=seed, scale=row.scale, params=row.params, image_id=identity,
-                    file_name=file_name(seed, index), id=row.id, extra=row.extra,
-                )
-            )  # fmt: skip
-        yield row, images
+        if not isinstance(row, InvalidRow):
+            count = row.n_iter * row.n_samples
+            yield row, [plan_image(row, sample, first + sample - 1, common) for sample in range(1, count + 1)]
+            first += count
 
 
-def cut_batches(planned: Iterable[tuple[Row, list[ImageRequest]]], finished: Container[int]) -> Iterator[MicroBatch]:
-    """Micro-batches of `n_samples` images, in manifest order, without those that are finished already.
+def plan_image(row: Row, sample: int, index: int, common: Common) -> ImageRequest:
+    seed = row.seed + sample - 1 if row.seed is not None else (common.seed + index - 1) % (MAX_SEED + 1)
+    noise_seed = common.seed if common.fixed_code else None
+    identity = image_id(
+        model_digest=common.model_digest, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=seed,
+        scale=row.scale, params=row.params, precision=common.precision, prompt_syntax=row.prompt_syntax,
+        long_prompts=common.long_prompts, noise_seed=noise_seed,
+    )  # fmt: skip
+    return ImageRequest(
+        index=index, row=row.number, sample=sample, prompt=row.prompt, negative_prompt=row.negative_prompt,
+        seed=seed, scale=row.scale, params=row.params, image_id=identity,
+        file_name=file_name(seed, index, common.suffix), prompt_syntax=row.prompt_syntax, noise_seed=noise_seed,
+        id=row.id, extra=row.extra,
+    )  # fmt: skip
 
-    They are cut before finished images are dropped, so an image keeps its company whatever was interrupted.
+
+def cut_batches(
+    planned: Iterable[tuple[Row, list[ImageRequest]]], finished: Container[int], max_batch: int | None = None
+) -> Iterator[MicroBatch]:
+    """Micro-batches in manifest order, without those that are finished already.
+
+    A row's images go `n_samples` at a time. With `max_batch` so many go together, of neighbouring rows too, as far as
+    they go through the same steps. Batches are cut before finished images are dropped, so an image keeps its company
+    whatever was interrupted.
     """
+    together: list[ImageRequest] = []
     for row, images in planned:
-        for start in range(0, len(images), row.n_samples):
-            together = tuple(images[start : start + row.n_samples])
-            wanted = frozenset(image.index for image in together if image.index not in finished)
-            if wanted:
-                yield MicroBatch(together, wanted)
+        for image in images:
+            if together and (len(together) >= (max_batch or row.n_samples) or not alike(together[0], image)):
+                yield from wanted_batch(together, finished)
+                together = []
+            together.append(image)
+        if max_batch is None:
+            yield from wanted_batch(together, finished)
+            together = []
+    yield from wanted_batch(together, finished)
+
+
+def alike(one: ImageRequest, other: ImageRequest) -> bool:
+    """Whether two images can share a batch: the same size, sampler, steps and eta, and guidance on or off."""
+    return one.params == other.params and (one.scale == 1) == (other.scale == 1)
+
+
+def wanted_batch(images: Sequence[ImageRequest], finished: Container[int]) -> Iterator[MicroBatch]:
+    wanted = frozenset(image.index for image in images if image.index not in finished)
+    if wanted:
+        yield MicroBatch(tuple(images), wanted)
 
 
 def split_to_singles(batches: Iterable[MicroBatch]) -> list[MicroBatch]:

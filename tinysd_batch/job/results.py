@@ -36,6 +36,7 @@ FIELDS = [
     pa.field("id", pa.string()),
     pa.field("prompt", pa.string()),
     pa.field("negative_prompt", pa.string()),
+    pa.field("prompt_syntax", pa.string()),
     pa.field("seed", pa.int64()),
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
@@ -54,6 +55,7 @@ FIELDS = [
     pa.field("degraded", pa.list_(pa.string())),
     pa.field("n_tokens", pa.int32()),
     pa.field("truncated", pa.string()),
+    pa.field("negative_truncated", pa.string()),
     pa.field("model", pa.string()),
     pa.field("model_digest", pa.string()),
     pa.field("precision", pa.string()),
@@ -69,6 +71,7 @@ FIELDS = [
     pa.field("run_id", pa.string()),
     pa.field("version", pa.string()),
 ]
+REQUEST_COLUMNS = ("row", "sample", "id", "prompt", "negative_prompt", "prompt_syntax", "seed")
 OUR_NAMES = {field.name for field in FIELDS}
 
 
@@ -96,7 +99,7 @@ def as_time(seconds: float | None) -> datetime | None:
 def image_row(request: ImageRequest, result: ImageResult, run: dict[str, Any]) -> dict[str, Any]:
     """One image as a row of the table; `run` gives model, model_digest, run_id and version."""
     row = {
-        **{name: getattr(request, name) for name in ("row", "sample", "id", "prompt", "negative_prompt", "seed")},
+        **{name: getattr(request, name) for name in REQUEST_COLUMNS},
         **{name: getattr(request.params, name) for name in ("width", "height", "steps", "sampler", "eta")},
         **asdict(result),
         **run,

@@ -1,11 +1,11 @@
-"""One prompt, drawn in this process into a plain folder, as the origin's script does."""
+"""A few prompts, drawn in this process into a plain folder, as the origin's script does."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tinysd_batch.job.plan import cut_batches, plan_images
+from tinysd_batch.job.plan import Common, cut_batches, file_name, plan_images
 from tinysd_batch.job.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, Row
 
@@ -18,20 +18,21 @@ def highest_number(folder: Path) -> int:
     return max((int(match[1]) for name in names if (match := NUMBERED.match(name))), default=0)
 
 
-def draw_row(row: Row, setup: WorkerSetup, seed: int) -> Iterator[tuple[ImageRequest, ImageResult]]:
-    """Draw one row's images into `setup.job_folder`, numbered on from the highest there."""
+def draw_rows(
+    rows: Sequence[Row], setup: WorkerSetup, common: Common, max_batch: int | None
+) -> Iterator[tuple[ImageRequest, ImageResult]]:
+    """Draw the rows' images into `setup.job_folder`, numbered on from the highest there."""
     offset = highest_number(setup.job_folder)
-    planned = [
-        (row, [in_folder(image, offset) for image in images])
-        for row, images in plan_images([row], job_seed=seed, model_digest=setup.model_digest, precision=setup.precision)
-    ]
+    planned = [(row, [in_folder(image, offset) for image in images]) for row, images in plan_images(rows, common)]
     requests = {image.index: image for _, images in planned for image in images}
     worker = Worker(setup, "inline")
-    for results in worker.generate(list(cut_batches(planned, ()))):
+    for results in worker.generate(list(cut_batches(planned, (), max_batch))):
         for result in results:
             yield requests[result.index], result
 
 
 def in_folder(image: ImageRequest, offset: int) -> ImageRequest:
     index = image.index + offset
-    return replace(image, index=index, file_name=f"seed_{image.seed}_{index:05d}.png")
+    return replace(
+        image, index=index, file_name=Path(file_name(image.seed, index, image.file_name.rpartition(".")[2])).name
+    )

@@ -9,12 +9,15 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import tinysd_batch
+from tinysd_batch.config import MAX_SEED, Settings
 from tinysd_batch.errors import StorageError, TinySDError
+from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import publish, storage_errors
 
@@ -22,18 +25,20 @@ if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import Generated
 
 MAX_MESSAGE_CHARACTERS = 2000
+MAX_FILE_BYTES = 100_000_000  # a larger file is not one of ours
 # The columns that travel inside the picture, for a run that adopts it. No host names: people share pictures.
-EMBEDDED_COLUMNS = (
-    "n_tokens",
-    "truncated",
-    "precision",
-    "degraded",
-    "device_name",
-    "text_s",
-    "denoise_s",
-    "decode_s",
-    "peak_memory_bytes",
-)
+EMBEDDED_COLUMNS: dict[str, type | UnionType] = {
+    "n_tokens": int | None,
+    "truncated": str | None,
+    "negative_truncated": str | None,
+    "precision": str,
+    "degraded": list,
+    "device_name": str,
+    "text_s": int | float,
+    "denoise_s": int | float,
+    "decode_s": int | float,
+    "peak_memory_bytes": int,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,25 @@ class WorkerSetup:
     model_digest: str
     device: str  # auto, cpu or cuda
     precision: str  # auto, full or autocast
-    vram_budget: str | None
+    vram_budget: str | None = None
+    turbo: bool = False
+    unet_bs: int | None = None
+    long_prompts: bool = False
+    format: str = "png"
+    quality: int = 90
+    no_metadata: bool = False
+    skip_save: bool = False
     threads: int = 1  # torch's, for work on the CPU
     stop_file: Path | None = None  # once it is there, no further micro-batch is begun
+
+    @classmethod
+    def of(cls, settings: Settings, model: ModelInfo, **more: Any) -> Self:
+        """A worker for these settings and this model; `more` gives the folders and threads."""
+        shared = {field.name for field in fields(cls)} & set(Settings.model_fields)
+        return cls(
+            model_path=model.path.resolve(), model_name=model.name, model_digest=model.digest,
+            **settings.model_dump(include=shared), **more,
+        )  # fmt: skip
 
 
 class Worker:
@@ -70,6 +91,8 @@ class Worker:
             device=None if setup.device == "auto" else setup.device,
             dtype=None if setup.precision == "auto" else setup.precision,
             vram_budget=setup.vram_budget,
+            turbo=setup.turbo,
+            unet_bs=setup.unet_bs,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -99,17 +122,18 @@ class Worker:
 
     def adopt(self, request: ImageRequest) -> ImageResult | None:
         """The result of an image that is on disk already: a run that died after the file and before its row left it."""
-        from tinysd_batch.images import read_metadata
+        from tinysd_batch.images import read_entries
 
         path = self.setup.job_folder / request.file_name
+        size = request.params.width, request.params.height
         with storage_errors(path):
-            if path.is_symlink() or not path.is_file():
+            if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
                 return None
             data = path.read_bytes()
-        found = read_metadata(data)
-        if found.get("image_id") != request.image_id:
+        _, found = read_entries(data, size)
+        made = found.get("made")
+        if found.get("image_id") != request.image_id or not is_record(made):
             return None
-        made = {name: value for name, value in found.get("made", {}).items() if name in EMBEDDED_COLUMNS}
         return self.file_columns(ImageResult(request.index, Status.OK, **made), request, data)
 
     def make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
@@ -155,6 +179,9 @@ class Worker:
             width=params.width,
             num_inference_steps=params.steps,
             guidance_scale=[image.scale for image in images],
+            prompt_syntax=[image.prompt_syntax for image in images],
+            long_prompts=self.setup.long_prompts,
+            noise_seed=[image.seed if image.noise_seed is None else image.noise_seed for image in images],
             sampler=params.sampler,
             eta=params.eta,
         )
@@ -165,11 +192,12 @@ class Worker:
         ]
 
     def publish(self, request: ImageRequest, generated: "Generated", position: int, started: float) -> ImageResult:
-        from tinysd_batch.images import encode_png, parameters_text, read_metadata
+        from tinysd_batch.images import FileFormat, encode_image, parameters_text, read_metadata
 
         made: dict[str, Any] = {
             "n_tokens": generated.n_tokens[position],
             "truncated": generated.truncated[position],
+            "negative_truncated": generated.negative_truncated[position],
             "precision": generated.precision,
             "device_name": self.model.device_name,
             "worker": self.name,
@@ -182,14 +210,19 @@ class Worker:
             "finished_at": time.time(),
             "degraded": generated.degraded[position],
         }
-        parameters = parameters_text(request, self.setup.model_name, self.setup.model_digest, tinysd_batch.__version__)
-        data = encode_png(generated.images[position], parameters, self.our_metadata(request, made))
+        result = ImageResult(request.index, Status.OK, **made)
+        if self.setup.skip_save:
+            return result
+        setup = self.setup
+        parameters = parameters_text(request, setup.model_name, setup.model_digest, tinysd_batch.__version__)
+        kind = FileFormat(setup.format, setup.quality, not setup.no_metadata)
+        data = encode_image(generated.images[position], kind, parameters, self.our_metadata(request, made))
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
             there = publish(
                 data, path, self.setup.scratch, lambda found: read_metadata(found).get("image_id") == request.image_id
             )
-        return self.file_columns(ImageResult(request.index, Status.OK, **made), request, there)
+        return self.file_columns(result, request, there)
 
     def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
         """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
@@ -199,7 +232,10 @@ class Worker:
             "image_id": request.image_id,
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
+            "prompt_syntax": request.prompt_syntax,
+            "long_prompts": self.setup.long_prompts,
             "seed": request.seed,
+            "noise_seed": request.seed if request.noise_seed is None else request.noise_seed,
             "scale": request.scale,
             "width": params.width,
             "height": params.height,
@@ -217,6 +253,17 @@ class Worker:
         result.sha256 = hashlib.sha256(data).hexdigest()
         result.bytes = len(data)
         return result
+
+
+def is_record(made: object) -> TypeGuard[dict[str, Any]]:
+    """Whether what a file holds fits the table: anybody may have written the file."""
+    return (
+        isinstance(made, dict)
+        and made.keys() == EMBEDDED_COLUMNS.keys()
+        and all(isinstance(made[name], kind) for name, kind in EMBEDDED_COLUMNS.items())
+        and all(isinstance(step, str) for step in made["degraded"])
+        and all(abs(value) < MAX_SEED for value in made.values() if isinstance(value, int | float))
+    )
 
 
 def usable_cores() -> int:

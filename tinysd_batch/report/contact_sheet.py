@@ -1,4 +1,4 @@
-"""A contact sheet: the job's pictures in one, with their prompts below."""
+"""A contact sheet, or grid: pictures in one, each with a line below."""
 
 import io
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from tinysd_batch.config import MAX_GRID_IMAGES
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.text import one_line
 from tinysd_batch.storage import write_atomically
 
-MAX_IMAGES = 100
 CELL_PX = 128
 CAPTION_PX = 18
 GAP_PX = 8
@@ -28,25 +28,29 @@ class Shown:
     caption: str
 
 
-def write_contact_sheet(job_folder: Path) -> Path | None:
+def write_contact_sheet(job_folder: Path, n_rows: int = 0) -> Path | None:
     """Write `contact_sheet.png` with the job's first 100 pictures; None where there are none."""
     rows = ResultsPaths(job_folder).read_rows(["index", "prompt", "status", "file_name"])
-    made = {row["index"]: row for row in rows if row["status"] == Status.OK}
+    made = {row["index"]: row for row in rows if row["status"] == Status.OK and row["file_name"]}
     shown = [
         Shown(job_folder / made[index]["file_name"], one_line(made[index]["prompt"], 200))
-        for index in sorted(made)[:MAX_IMAGES]
+        for index in sorted(made)[:MAX_GRID_IMAGES]
     ]
-    there = [one for one in shown if one.path.is_file()]
-    if not there:
+    return write_grid([one for one in shown if one.path.is_file()], job_folder / FILE, n_rows)
+
+
+def write_grid(shown: Sequence[Shown], path: Path, n_rows: int = 0) -> Path | None:
+    """Write the pictures as one, in `n_rows` rows (0: as it fits best); None where there are none."""
+    if not shown:
         return None
     buffer = io.BytesIO()
-    draw_sheet(there).save(buffer, "PNG")
-    write_atomically(buffer.getvalue(), job_folder / FILE)
-    return job_folder / FILE
+    draw_sheet(shown, n_rows).save(buffer, "PNG")
+    write_atomically(buffer.getvalue(), path)
+    return path
 
 
-def draw_sheet(shown: Sequence[Shown]) -> Image.Image:
-    columns = columns_for(len(shown))
+def draw_sheet(shown: Sequence[Shown], n_rows: int = 0) -> Image.Image:
+    columns = -(-len(shown) // n_rows) if n_rows else columns_for(len(shown))
     rows = -(-len(shown) // columns)
     width, height = CELL_PX + GAP_PX, CELL_PX + CAPTION_PX + GAP_PX
     sheet = Image.new("RGB", (columns * width + GAP_PX, rows * height + GAP_PX), "white")
