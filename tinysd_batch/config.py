@@ -42,6 +42,7 @@ class Settings(BaseModel):
     precision: Literal["auto", "full", "autocast"] = "auto"
 
     # How the work is done.
+    strict: bool = False  # refuse columns of the manifest that are not known
     device: Literal["auto", "cpu", "cuda"] = "auto"
     vram_budget: str | None = None
     workers: int | None = Field(None, ge=1, le=1024)
