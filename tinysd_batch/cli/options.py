@@ -65,6 +65,7 @@ VramBudget = Annotated[
         show_default=False,
     ),
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a manifest with columns that are not known.")]
 Preset = Annotated[
     list[Path] | None,
     typer.Option("--preset", help="A TOML file of settings to start from; may be repeated.", show_default=False),

@@ -18,7 +18,11 @@ MANY_IMAGES = 100
 
 def submit(
     manifest: Annotated[
-        Path, typer.Argument(help="A .csv or .parquet table with a prompt column, or a job.toml that names one.")
+        Path,
+        typer.Argument(
+            help="A table with a prompt column (.csv, .tsv, .jsonl, .parquet), a .txt of prompts, any of these also as "
+            ".gz, or a job.toml that names one."
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -64,6 +68,7 @@ def submit(
     precision: options.Precision = None,
     device: options.Device = None,
     vram_budget: options.VramBudget = None,
+    strict: options.Strict = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
@@ -71,6 +76,7 @@ def submit(
         "model": model, "workers": workers, "inline": inline or None, "seed": seed, "negative_prompt": negative_prompt,
         "height": height, "width": width, "steps": steps, "scale": scale, "sampler": sampler, "eta": eta,
         "n_iter": n_iter, "n_samples": n_samples, "precision": precision, "device": device, "vram_budget": vram_budget,
+        "strict": strict or None,
     }  # fmt: skip
     from rich.console import Console
 
