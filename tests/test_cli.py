@@ -1,5 +1,6 @@
 """The program as a user meets it: real processes, exit codes, messages."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,10 @@ def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: P
     ("arguments", "code", "message"),
     [
         (["submit", "none.csv"], 2, "none.csv: no such file"),
-        (["submit", "noprompt.csv"], 2, "noprompt.csv: header: no column named prompt; found 'text'"),
+        (["submit", "noprompt.csv"], 2, "noprompt.csv: header: no column named prompt; found 'words'"),
+        (["submit", "typo.csv", "--strict"], 2, "unknown column 'negatve_prompt' (did you mean negative_prompt?)"),
+        (["submit", "cut.csv.gz"], 2, "cut.csv.gz: damaged or cut off gzip"),
+        (["submit", "..csv"], 2, "..csv: no folder can be named after it; name one with -o"),
         (["submit", "empty.csv"], 2, "empty.csv: the file is empty"),
         (["submit", "utf16.csv"], 2, "utf16.csv: not UTF-8"),
         (["submit", "m.csv", "--model", "nowhere"], 2, "nowhere: no such model"),
@@ -91,7 +95,10 @@ def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: P
 )
 def test_bad_input_is_one_line_on_stderr(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     (tmp_path / "m.csv").write_text("prompt\ncat\n")
-    (tmp_path / "noprompt.csv").write_text("text\ncat\n")
+    (tmp_path / "noprompt.csv").write_text("words\ncat\n")
+    (tmp_path / "typo.csv").write_text("prompt,negatve_prompt\ncat,dog\n")
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"prompt\ncat\n")[:-4])
+    (tmp_path / "..csv").write_text("prompt\ncat\n")
     (tmp_path / "empty.csv").touch()
     (tmp_path / "utf16.csv").write_bytes("prompt\ncat\n".encode("utf-16"))
     (tmp_path / "bad.toml").write_text("= 3")

@@ -11,7 +11,8 @@ import typer
 from tinysd_batch import __version__
 from tinysd_batch.cli import app
 from tinysd_batch.errors import TinySDError
-from tinysd_batch.job.manifest import COLUMNS
+from tinysd_batch.job.columns import SPELLINGS
+from tinysd_batch.job.formats import READERS
 from tinysd_batch.job.results import FIELDS
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +49,14 @@ def test_every_option_has_help() -> None:
             assert getattr(parameter, "help", None), (command.name, parameter.name)
 
 
-@pytest.mark.parametrize("column", [*COLUMNS, *(field.name for field in FIELDS)])
+@pytest.mark.parametrize("column", [*SPELLINGS, *(field.name for field in FIELDS)])
 def test_every_column_is_in_the_readme(column: str) -> None:
     assert f"`{column}`" in README
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_format_is_in_the_readme(suffix: str) -> None:
+    assert f"`{suffix}`" in README
 
 
 def test_every_exit_code_is_in_the_readme() -> None:

@@ -63,6 +63,7 @@ class Settings(BaseModel):
     n_rows: int = Field(0, ge=0, le=MAX_GRID_IMAGES)
 
     # How the work is done.
+    strict: bool = False  # refuse columns of the manifest that are not known
     device: Literal["auto", "cpu", "cuda"] = "auto"
     vram_budget: str | None = None
     turbo: bool = False

@@ -4,9 +4,11 @@ import json
 import shutil
 from collections.abc import Callable, Container
 from contextlib import nullcontext
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -78,6 +80,49 @@ def test_a_job_makes_every_image_and_tells_of_bad_rows(manifest: Path, tmp_path:
     assert first["n_tokens"] == 2
     assert first["precision"] == "float32"
     assert first["finished_at"] >= first["started_at"]
+
+
+def test_the_results_have_every_unknown_key_of_a_jsonl(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"prompt": "cat", "z": [1]}\n{"Text": "dog", "a": 2, "status": "x"}\n{"prompt": "", "b": true}\n')
+    draw(path, tmp_path / "job", tiny_model)
+    rows = check_whole(tmp_path / "job", 2)
+    assert [list(row.values())[-4:] for row in rows] == [
+        ["[1]", None, None, None], [None, "2", "x", None], [None, None, None, "true"],
+    ]  # fmt: skip
+    assert list(rows[0])[-4:] == ["z", "a", "manifest_status", "b"]
+    with pytest.raises(JobMismatchError, match="strict: False in the job, True now"):
+        draw(path, tmp_path / "job", tiny_model, strict=True)
+
+
+def test_the_same_bytes_in_another_format_are_another_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model, limit=1)
+    with pytest.raises(JobMismatchError, match="this job belongs to the manifest"):
+        draw(manifest.rename(tmp_path / "m.txt"), tmp_path / "job", tiny_model)
+
+
+def test_too_many_different_keys_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(f'{{"prompt": "cat", "key {number}": 1}}\n' for number in range(501)))
+    with pytest.raises(ManifestError, match="over 500 different keys"):
+        draw(path, tmp_path / "job", tiny_model)
+
+
+def test_numbers_and_odd_types_of_a_parquet_file_reach_the_results(tmp_path: Path, tiny_model: Path) -> None:
+    kinds = {
+        "half": pa.array([1.5], pa.float16()),
+        "tag": pa.array([3]).dictionary_encode(),
+        "when": pa.array([1], pa.timestamp("ns")),
+        "raw": pa.array([b"\xffa"]),
+        "price": pa.array([Decimal("1.50")]),
+        "nested": pa.array([{"a": [1, None]}]),
+    }
+    pq.write_table(pa.table({"prompt": ["cat"], **kinds}), tmp_path / "m.parquet")
+    draw(tmp_path / "m.parquet", tmp_path / "job", tiny_model)
+    (row,) = check_whole(tmp_path / "job", 1)
+    assert [row[name] for name in kinds] == [
+        1.5, 3, "1970-01-01 00:00:00.000000001", "\\xffa", "1.50", '{"a": [1, null]}',
+    ]  # fmt: skip
 
 
 def test_the_picture_carries_its_settings(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:

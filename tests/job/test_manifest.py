@@ -104,7 +104,7 @@ def test_csv_and_parquet_read_the_same(tmp_path: Path) -> None:
 def test_parquet_keeps_the_types_of_other_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["cat", None], "rank": [3, 4], "tags": [["a"], ["b"]]}), tmp_path / "m.parquet")
     cat, empty = rows_of(tmp_path / "m.parquet")
-    assert cat.extra == {"rank": 3, "tags": "['a']"}
+    assert cat.extra == {"rank": 3, "tags": '["a"]'}
     assert "column prompt is empty" in reason(empty)
 
 
@@ -149,11 +149,11 @@ def test_a_cell_over_the_limit_costs_one_row(tmp_path: Path) -> None:
     [
         (b"", "the file is empty"),
         (b"\n\n", "the file is empty"),
-        (b"text,seed\ncat,1\n", "no column named prompt; found 'text', 'seed'"),
+        (b"words,seed\ncat,1\n", "no column named prompt; found 'words', 'seed'"),
         (b"prompt,prompt\ncat,1\n", "column 'prompt' stands there twice"),
         (b"\xef\xbb\xbf", "no column named prompt; found nothing"),
         (b"x" * 200_000 + b",prompt\ncat\n", "header: field larger than field limit"),
-        (b"prompt\n", "no rows below the header"),
+        (b"prompt\n", "no rows; add one for each prompt"),
         ("prompt\ncat\n".encode("utf-16"), "not UTF-8"),
         (b"\xe9t\xe9,prompt\nx,cat\n", "header: not UTF-8"),
     ],
@@ -169,7 +169,7 @@ def test_faults_of_the_whole_file(tmp_path: Path, content: bytes, message: str) 
     ("name", "message"),
     [
         ("no.csv", "no such file"),
-        ("m.xlsx", "manifests are .csv or .parquet"),
+        ("m.xlsx", "manifests are .csv, .tsv, .jsonl, .ndjson, .parquet, .pq, .txt files"),
         ("bad.parquet", "not a readable Parquet"),
     ],
 )

@@ -76,6 +76,7 @@ SETTINGS = {
     "f": Setting(int, ("--f",), "Pixels per latent: checked against the model, which decides."),
 }
 
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a manifest with columns that are not known.")]
 Preset = Annotated[
     list[Path] | None,
     typer.Option("--preset", help="A TOML file of settings to start from; may be repeated.", show_default=False),

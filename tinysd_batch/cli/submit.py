@@ -22,7 +22,8 @@ def submit(
     manifest: Annotated[
         Path | None,
         typer.Argument(
-            help="A table with a prompt column, a file with a prompt a line, or a job.toml that names one.",
+            help="A table with a prompt column (.csv, .tsv, .jsonl, .parquet), a .txt of prompts, any of these also as "
+            ".gz, or a job.toml that names one.",
             show_default=False,
         ),
     ] = None,
@@ -56,6 +57,7 @@ def submit(
         ),
     ] = None,
     preset: options.Preset = None,
+    strict: options.Strict = False,
     verbose: options.Verbose = False,
     *,
     settings: dict[str, Any],
@@ -63,7 +65,7 @@ def submit(
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
     from rich.console import Console
 
-    flags = {**settings, "workers": workers, "inline": inline or None}
+    flags = {**settings, "workers": workers, "inline": inline or None, "strict": strict or None}
     job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags)
     console = Console(highlight=False)
     raise typer.Exit(run(job, named_model, limit, verbose, console))

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.folder import Job, check_still_same_job, save_job, stamp
-from tinysd_batch.job.manifest import read_extra_fields, read_rows
+from tinysd_batch.job.formats import is_jsonl, read_extra_fields
+from tinysd_batch.job.manifest import read_rows
 from tinysd_batch.job.plan import cut_batches, plan_images, split_to_singles
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
 from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
@@ -23,6 +24,7 @@ MAX_FRESH_DEATHS = 4  # a worker lost so often in a row, each time with an image
 GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
 POLL_S = 0.5
 STAT_EVERY_ROWS = 64
+MAX_KEYS = 500  # different ones of a JSONL file, of which each becomes a column
 CHANGED = "changed while the job ran; bring back what it was to go on, or give the new one a folder of its own with -o"
 
 
@@ -64,17 +66,23 @@ class Survey:
 
     images: int
     invalid: list[InvalidRow]
+    extra: list[str]  # names of the columns we do not know, in the order they came
 
 
 def survey(job: Job) -> Survey:
     """Read the whole manifest once, so that its faults show before anything heavy starts."""
-    images, invalid = 0, []
-    for row in read_rows(job.manifest, job.defaults()):
+    found = Survey(0, [], [])
+    names: dict[str, None] = {}
+    for row in read_rows(job.manifest, job.defaults(), job.settings.strict):
         if isinstance(row, InvalidRow):
-            invalid.append(row)
+            found.invalid.append(row)
         else:
-            images += row.n_iter * row.n_samples
-    return Survey(images, invalid)
+            found.images += row.n_iter * row.n_samples
+        names.update(dict.fromkeys(row.extra))
+        if len(names) > MAX_KEYS and is_jsonl(job.manifest):
+            raise ManifestError(f"{job.manifest}: over {MAX_KEYS} different keys besides the known ones")
+    found.extra.extend(names)
+    return found
 
 
 PoolFactory = Callable[[int], AbstractContextManager[Pool]]
@@ -92,7 +100,7 @@ def run_job(
         save_job(job, surveyed.images, len(surveyed.invalid))
         sweep(job)
         job.stop_file.unlink(missing_ok=True)
-        schema = results_schema(read_extra_fields(job.manifest))
+        schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
         writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
         done = read_finished(job)
         finished = {index for index in done.images if index <= total}
@@ -121,7 +129,7 @@ def sweep(job: Job) -> None:
 
 def read_unchanged_rows(job: Job) -> Iterator[Row | InvalidRow]:
     """The manifest's rows again, hours later perhaps; raise ManifestError when the file is not what it was."""
-    for number, row in enumerate(read_rows(job.manifest, job.defaults())):
+    for number, row in enumerate(read_rows(job.manifest, job.defaults(), job.settings.strict)):
         if number % STAT_EVERY_ROWS == 0 and stamp(job.manifest) != job.manifest_stamp:
             raise ManifestError(f"{job.manifest}: {CHANGED}")
         yield row

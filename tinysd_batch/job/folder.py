@@ -13,6 +13,7 @@ from typing import Any
 import tinysd_batch
 from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
+from tinysd_batch.job.formats import bare_name, format_of, is_jsonl
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint
 from tinysd_batch.job.plan import Common
 from tinysd_batch.job.results import ResultsPaths
@@ -86,7 +87,11 @@ def common_of(settings: Settings, model: ModelInfo, seed: int) -> Common:
 
 
 def default_folder(manifest: Path) -> Path:
-    return Path("outputs") / manifest.stem
+    """Where the job goes if nobody says. Raises UsageError for a name that is none, or looks like an option."""
+    name = bare_name(manifest)
+    if name in ("", ".", "..") or name.startswith("-"):
+        raise UsageError(f"{manifest}: no folder can be named after it; name one with -o")
+    return Path("outputs") / name
 
 
 def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
@@ -183,14 +188,15 @@ def read_job_json(folder: Path) -> dict[str, Any]:
 def check_same_job(
     saved: dict[str, Any], manifest: Path, found: str, folder: Path, settings: Settings, model: ModelInfo
 ) -> None:
-    if saved["manifest"]["fingerprint"] != found:
+    then = Path(saved["manifest"]["path"])
+    if saved["manifest"]["fingerprint"] != found or format_of(then) != format_of(manifest):
         raise JobMismatchError(
-            f"{folder}: this job belongs to the manifest {saved['manifest']['path']} as it was then, and {manifest} "
+            f"{folder}: this job belongs to the manifest {then} as it was then, and {manifest} "
             f"differs from it; give the changed manifest a folder of its own with -o"
         )
     differences = [
         f"{name}: {was} in the job, {getattr(settings, name)} now"
-        for name in DECIDING
+        for name in (*DECIDING, *(["strict"] if is_jsonl(manifest) else []))  # there it decides which rows are good
         if (was := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(settings, name)
     ]
     if saved["model"]["digest"] != model.digest:

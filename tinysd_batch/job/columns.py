@@ -1,0 +1,123 @@
+"""Column names: ours, what other programs call them, and which of a manifest's columns is which."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tinysd_batch.config import excerpt
+
+COLUMNS = (
+    "prompt",
+    "id",
+    "negative_prompt",
+    "prompt_syntax",
+    "seed",
+    "height",
+    "width",
+    "steps",
+    "scale",
+    "sampler",
+    "eta",
+    "n_iter",
+    "n_samples",
+)
+ALIASES = {
+    "prompt": ("text", "caption"),
+    "negative_prompt": ("negative",),
+    "height": ("h",),
+    "width": ("w",),
+    "steps": ("num_inference_steps", "ddim_steps", "step"),
+    "scale": ("cfg_scale", "guidance_scale", "cfg"),
+    "sampler": ("sampler_name",),
+    "eta": ("ddim_eta",),
+    "n_samples": ("num_images", "num_images_per_prompt", "batch_size"),
+}
+SPELLINGS = {name: column for column in COLUMNS for name in (column, *ALIASES.get(column, ()))}
+MAX_NAME_CHARACTERS = 1000
+LIKENESS = 0.8  # of 1, as difflib measures; below it a name is another word rather than a slip
+
+
+class ColumnError(ValueError):
+    """Column names that cannot be used, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a table, or the keys of an object."""
+
+    names: tuple[str, ...]  # in the manifest's order: our name for what we know, the manifest's own for the rest
+    shown: dict[str, str]  # our name -> the manifest's, for messages
+    unknown: tuple[str, ...]
+
+
+@lru_cache(maxsize=64)  # the objects of a JSONL file mostly have the same keys
+def match_columns(names: tuple[str, ...]) -> Columns:
+    """Which column is which. Raises ColumnError."""
+    check_names(names)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if column := SPELLINGS.get(normal(name)):
+            found.setdefault(column, []).append(name)
+    taken = {choose(column, spellings): column for column, spellings in found.items()}
+    return Columns(
+        names=tuple(taken.get(name, name) for name in names),
+        shown={column: name.strip() for name, column in taken.items()},
+        unknown=tuple(name for name in names if name not in taken),
+    )
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if has_surrogates(name):
+            raise ColumnError("not UTF-8; save the file as UTF-8")
+        if "\0" in name or len(name) > MAX_NAME_CHARACTERS:
+            rule = f"at most {MAX_NAME_CHARACTERS} characters, without NUL"
+            raise ColumnError(f"column {excerpt(name)}: a name has {rule}")
+    if len(set(names)) < len(names):
+        doubled = min(name for name in names if names.count(name) > 1)
+        raise ColumnError(f"column {excerpt(doubled)} stands there twice; rename one")
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether half a character is in it: bytes that were no UTF-8, or JSON's \\ud800."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def normal(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def choose(column: str, spellings: list[str]) -> str:
+    """The one that counts. Captions often stand beside prompts, so there the better name wins."""
+    if column == "prompt":
+        order = ("prompt", *ALIASES["prompt"])
+        best = min(order.index(normal(name)) for name in spellings)
+        spellings = [name for name in spellings if normal(name) == order[best]]
+    if len(spellings) > 1:
+        raise ColumnError(f"columns {excerpt(spellings[0])} and {excerpt(spellings[1])} both mean {column}; keep one")
+    return spellings[0]
+
+
+def refuse_unknown(columns: Columns) -> None:
+    """Raise ColumnError when there are columns that nothing is made of."""
+    if columns.unknown:
+        first, more = columns.unknown[:8], len(columns.unknown) - 8
+        meant = near_misses(first)
+        named = ", ".join(excerpt(one) + (f" (did you mean {meant[one]}?)" if one in meant else "") for one in first)
+        counted = f"{named} and {more} more" if more > 0 else named
+        raise ColumnError(f"unknown column {counted}; rename or remove it, or leave out --strict")
+
+
+def near_misses(names: Iterable[str]) -> dict[str, str]:
+    """Unknown names that look like slips -> what was probably meant."""
+    found = {}
+    for name in names:
+        alike = difflib.get_close_matches(normal(name[:MAX_NAME_CHARACTERS]), SPELLINGS, n=1, cutoff=LIKENESS)
+        if alike and normal(name) not in SPELLINGS:
+            found[name] = alike[0]
+    return found
