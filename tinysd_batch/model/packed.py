@@ -111,7 +111,8 @@ class Scratch(threading.local):
         """Room for unpacked rows, float32 [N, g]; the next call may hand out the same memory."""
         needed = rows.shape[0] * (rows.shape[1] - 4) * 4
         if self.buffer is None or self.buffer.numel() < needed or self.buffer.device != rows.device:
-            self.buffer = torch.empty(needed, device=rows.device)
+            with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
+                self.buffer = torch.empty(needed, device=rows.device)
         return self.buffer[:needed].view(rows.shape[0], -1)
 
 
