@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinysd_batch.model.checkpoint import write_packed_unet
+from tinysd_batch.model.checkpoint import write_packed_unet, write_pipeline_index
 from tinysd_batch.model.packed import PackedWeight
 from training import captions, checkpoints, unet, vae
 
@@ -42,7 +42,8 @@ def read_decoder_state(build: Path) -> dict[str, Tensor]:
 def write_shared_parts(build: Path, out: Path) -> None:
     """Everything but the UNet: text encoder, decoder, tokenizer, scheduler, names and defaults."""
     _, text = unet.read_trained(build)
-    write_json(out / "text_encoder" / "config.json", clean_config(text))
+    # Without a dtype, transformers would compute in the file's float16, and diffusers' pipeline in two types.
+    write_json(out / "text_encoder" / "config.json", {**clean_config(text), "dtype": "float32"})
     save_file(half(text), out / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     autoencoder = vae.new_vae()
     autoencoder.load_state_dict(read_decoder_state(build))
@@ -63,14 +64,7 @@ def write_shared_parts(build: Path, out: Path) -> None:
         {"_class_name": "PNDMScheduler", **unet.BETAS, "num_train_timesteps": 1000, "prediction_type": "epsilon",
          "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
     )  # fmt: skip
-    write_json(
-        out / "model_index.json",
-        {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
-         "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
-         "safety_checker": [None, None], "scheduler": ["diffusers", "PNDMScheduler"],
-         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]},
-    )  # fmt: skip
+    write_pipeline_index(out, vae=["tinysd_batch.diffusers", "AutoencoderKLDecoder"])
     write_json(out / "tinysd.json", {"name": NAME, "steps": STEPS, "scale": SCALE})
 
 

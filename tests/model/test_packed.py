@@ -101,6 +101,15 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
     assert not torch.equal(first.matrix(torch.float32), before)
 
 
+def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed.SCRATCH, "buffer", None)
+    layer = packed.packed_like(nn.Linear(64, 8), 64)
+    fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
+    with torch.inference_mode():
+        first = layer.matrix(torch.float32).clone()
+    assert torch.equal(layer.matrix(torch.float32), first)
+
+
 def test_tap_major_order() -> None:
     weight = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)  # out, in, kernel rows, kernel columns
     assert packed.to_matrix(weight)[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]

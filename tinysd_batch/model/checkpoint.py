@@ -5,12 +5,14 @@ damaged or mixed-up file fails by name instead of drawing noise.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import __version__ as diffusers_version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -18,9 +20,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_json
-from tinysd_batch.model.packed import PackedWeight, swap_packed_layers
+from tinysd_batch.model.packed import PackedWeight, stored_layout, swap_packed_layers
 from tinysd_batch.storage import write_atomically
 
+PIPELINE_INDEX = "model_index.json"
 TEXT_WEIGHTS = "model.safetensors"
 QUANT_METHOD = "tinysd"
 FORMAT_VERSION = "1.0"
@@ -50,6 +53,15 @@ def read_packed_layers(config: Mapping[str, Any], tensors: dict[str, Tensor], wh
     quantization = config.get("quantization_config")
     if quantization is None:
         return {}
+    check_format(quantization, where)
+    return {
+        name: take_packed_layer(name, entry["shape"], entry["group_size"], tensors, where)
+        for name, entry in quantization["layers"].items()
+    }
+
+
+def check_format(quantization: Mapping[str, Any], where: Path) -> None:
+    """Raise ModelError unless this is our format, in a version that this program reads."""
     if quantization.get("quant_method") != QUANT_METHOD:
         raise ModelError(
             f"{where}: quantized by {quantization.get('quant_method')!r}, which this program does not read"
@@ -58,36 +70,27 @@ def read_packed_layers(config: Mapping[str, Any], tensors: dict[str, Tensor], wh
         raise ModelError(
             f"{where}: format {quantization['min_reader']} is newer than {FORMAT_VERSION}; update tinysd-batch"
         )
-    return {
-        name: take_packed_layer(name, entry["shape"], entry["group_size"], tensors, where)
-        for name, entry in quantization["layers"].items()
-    }
 
 
 def take_packed_layer(
     name: str, shape: list[int], group_size: int, tensors: dict[str, Tensor], where: Path
 ) -> PackedWeight:
-    rows, columns = shape[0], 1
-    for size in shape[1:]:
-        columns *= size
-    expected = {
-        "qweight": (torch.uint8, (rows, columns // 4)),
-        "qscale": (torch.uint8, (rows, columns // group_size)),
-        "qoff": (torch.uint8, (rows, columns // group_size)),
-        "qmeta": (torch.int16, (rows, 4)),
-    }
     parts = {}
-    for part, (dtype, shape_wanted) in expected.items():
+    for part, (dtype, expected) in stored_layout(shape[0], math.prod(shape[1:]), group_size).items():
         tensor = tensors.pop(f"{name}.{part}", None)
         if tensor is None:
             raise ModelError(f"{where}: tensor {name}.{part} is missing")
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape_wanted:
-            raise ModelError(
-                f"{where}: tensor {name}.{part} is {tensor.dtype} {list(tensor.shape)}, "
-                f"{dtype} {list(shape_wanted)} was expected"
-            )
+        check_tensor(f"{name}.{part}", tensor, dtype, expected, where)
         parts[part] = tensor
     return PackedWeight(**parts)
+
+
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], where: Path) -> None:
+    """Raise ModelError where type or shape is wrong."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ModelError(
+            f"{where}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, {dtype} {list(shape)} was expected"
+        )
 
 
 def read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
@@ -101,13 +104,14 @@ def read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, d
     packed = read_packed_layers(config, tensors, where)
     with KEEP_ON_META:
         unet = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k != "quantization_config"})
-    swap_packed_layers(unet, packed)
+    swap_packed_layers(unet, {name: weight.group_size for name, weight in packed.items()})
     host = convert_floats(tensors, dtype) | {f"{name}.rows": weight.rows() for name, weight in packed.items()}
     check_names(unet, host, where)
     return unet.eval(), host
 
 
-def check_names(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+def check_names(module: nn.Module, tensors: Collection[str], where: Path) -> None:
+    """Raise ModelError unless these are the names of the module's tensors."""
     expected = set(module.state_dict())
     if missing := sorted(expected - set(tensors)):
         raise ModelError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -135,6 +139,19 @@ def write_packed_unet(
     write_atomically(to_safetensors(tensors, metadata={"format": "pt"}), folder / WEIGHTS)
     content = json.dumps({**config, "quantization_config": quantization}, indent=2)
     write_atomically((content + "\n").encode(), folder / "config.json")
+
+
+def write_pipeline_index(folder: Path, **parts: list[str]) -> None:
+    """Write `model_index.json`, by which diffusers loads the folder as a pipeline. `parts` are unlike SD v1's own."""
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "PNDMScheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers_version,
+        "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
+        "safety_checker": [None, None], "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"], **parts,
+    }  # fmt: skip
+    write_atomically((json.dumps(index, indent=2) + "\n").encode(), folder / PIPELINE_INDEX)
 
 
 # Text encoder and autoencoder

@@ -52,6 +52,17 @@ class PackedWeight:
 PACKED_NAMES = tuple(field.name for field in fields(PackedWeight))
 
 
+def stored_layout(rows: int, columns: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    """Type and shape of each tensor that stores a matrix [rows, columns], by the field names of `PackedWeight`."""
+    groups = columns // group_size
+    return {
+        "qweight": (torch.uint8, (rows, columns // 4)),
+        "qscale": (torch.uint8, (rows, groups)),
+        "qoff": (torch.uint8, (rows, groups)),
+        "qmeta": (torch.int16, (rows, 4)),
+    }
+
+
 def group_size_for(columns: int) -> int | None:
     """The largest group that divides a row of so many weights; None where the matrix is too narrow to pack."""
     return next((size for size in GROUPS if columns % size == 0 and columns >= size), None)
@@ -111,7 +122,8 @@ class Scratch(threading.local):
         """Room for unpacked rows, float32 [N, g]; the next call may hand out the same memory."""
         needed = rows.shape[0] * (rows.shape[1] - 4) * 4
         if self.buffer is None or self.buffer.numel() < needed or self.buffer.device != rows.device:
-            self.buffer = torch.empty(needed, device=rows.device)
+            with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
+                self.buffer = torch.empty(needed, device=rows.device)
         return self.buffer[:needed].view(rows.shape[0], -1)
 
 
@@ -158,18 +170,27 @@ class PackedLayer(nn.Module):
         self.out_features = out_features
         self.columns = columns
         self.group_size = group_size
-        shape = (out_features * columns // group_size, group_size // 4 + 4)
-        self.register_buffer("rows", torch.empty(shape, dtype=torch.uint8, device="meta"))
+        self.register_weight()
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.kept: tuple[Tensor, Tensor] | None = None  # the rows it was unpacked from, and the matrix
 
+    def register_weight(self) -> None:
+        """Make empty room for the weight."""
+        shape = (self.out_features * self.columns // self.group_size, self.group_size // 4 + 4)
+        self.register_buffer("rows", torch.empty(shape, dtype=torch.uint8, device="meta"))
+
+    def fbgemm_rows(self) -> Tensor:
+        """The weight as FBGEMM rows, uint8 [O * G, g/4 + 4]."""
+        return self.rows
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight as [O, K], good until another layer is asked for its own."""
-        if self.kept is not None and self.kept[0] is self.rows:
+        rows = self.fbgemm_rows()
+        if self.kept is not None and self.kept[0] is rows:
             return self.kept[1]
-        out = None if self.keeps_unpacked else SCRATCH.output(self.rows)
-        matrix = unpack_rows(self.rows, out).view(self.out_features, self.columns).to(dtype)
-        self.kept = (self.rows, matrix) if self.keeps_unpacked else None
+        out = None if self.keeps_unpacked else SCRATCH.output(rows)
+        matrix = unpack_rows(rows, out).view(self.out_features, self.columns).to(dtype)
+        self.kept = (rows, matrix) if self.keeps_unpacked else None
         return matrix
 
 
@@ -201,17 +222,22 @@ class PackedConv2d(PackedLayer):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
-def packed_like(layer: nn.Module, group_size: int) -> PackedLayer:
-    """An empty packed layer in place of a linear or convolution layer."""
+Kinds = tuple[type[PackedLinear], type[PackedConv2d]]
+KINDS: Kinds = (PackedLinear, PackedConv2d)
+
+
+def packed_like(layer: nn.Module, group_size: int, kinds: Kinds = KINDS) -> PackedLayer:
+    """An empty packed layer of one of these kinds in place of a linear or convolution layer."""
+    linear, convolution = kinds
     bias = getattr(layer, "bias", None) is not None
     if isinstance(layer, nn.Linear):
-        return PackedLinear(layer.in_features, layer.out_features, group_size, bias)
+        return linear(layer.in_features, layer.out_features, group_size, bias)
     assert isinstance(layer, nn.Conv2d), type(layer)
     assert layer.groups == 1, layer
     assert layer.padding_mode == "zeros", layer
     kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
     assert not isinstance(padding, str), padding
-    return PackedConv2d(layer.in_channels, layer.out_channels, kernel, stride, padding, group_size, bias)
+    return convolution(layer.in_channels, layer.out_channels, kernel, stride, padding, group_size, bias)
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -226,11 +252,11 @@ def unpacked_bytes(model: nn.Module) -> int:
     return sum(4 * layer.out_features * layer.columns for layer in model.modules() if isinstance(layer, PackedLayer))
 
 
-def swap_packed_layers(model: nn.Module, weights: Mapping[str, PackedWeight]) -> None:
-    """Replace the layers named in `weights` by empty packed ones, in place."""
-    for name, weight in weights.items():
+def swap_packed_layers(model: nn.Module, group_sizes: Mapping[str, int], kinds: Kinds = KINDS) -> None:
+    """Replace the layers named in `group_sizes` by empty packed ones of these kinds, in place."""
+    for name, group_size in group_sizes.items():
         parent, _, child = name.rpartition(".")
         holder = model.get_submodule(parent)
-        setattr(holder, child, packed_like(getattr(holder, child), weight.group_size))
+        setattr(holder, child, packed_like(getattr(holder, child), group_size, kinds))
         if isinstance(holder, nn.Sequential | nn.ModuleList):
             holder[int(child)] = getattr(holder, child)

@@ -8,7 +8,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import KEEP_ON_META, check_names, read_tensors, write_packed_unet
+from tinysd_batch.model.checkpoint import (
+    KEEP_ON_META,
+    PIPELINE_INDEX,
+    check_names,
+    read_tensors,
+    write_packed_unet,
+    write_pipeline_index,
+)
 from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.model.packed import PackedWeight, group_size_for, to_matrix
 from tinysd_batch.quantize.affine import quantize_matrix
@@ -37,7 +44,7 @@ def quantize_unet(unet: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, t
 
 
 def quantize_folder(source: Path, out: Path) -> None:
-    """Write `out`, a packed copy of the float model folder `source` (diffusers' layout).
+    """Write `out`, a packed copy of the float model folder `source` (diffusers' layout, `model_index.json` or not).
 
     Raises ModelError when a tensor is missing, unexpected or not finite, or when `out` exists.
     """
@@ -55,3 +62,5 @@ def quantize_folder(source: Path, out: Path) -> None:
     others = {name: value.half() for name, value in tensors.items() if name.removesuffix(".weight") not in packed}
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("unet"))
     write_packed_unet(out / "unet", config, packed, others, {"level": "fast"})
+    if not (out / PIPELINE_INDEX).exists():
+        write_pipeline_index(out)

@@ -1,0 +1,222 @@
+"""What `import tinysd_batch.diffusers` promises to people who work with the diffusers library."""
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline, UNet2DConditionModel
+from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
+
+import tinysd_batch.diffusers
+from tests.model.test_checkpoint import LAYER, damage, drop, put
+from tests.tools import environment
+from tinysd_batch import TinySD
+from tinysd_batch.errors import ModelError, UsageError
+from tinysd_batch.model.checkpoint import convert_floats, read_unet
+from tinysd_batch.model.info import WEIGHTS, embedded_path, read_json
+from tinysd_batch.model.packed import PACKED_NAMES, unpack_rows
+
+ROOT = Path(__file__).parents[1]
+DRAWN: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 3.0}
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=["tiny", "embedded"])
+def folder(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
+    return tiny_model if request.param == "tiny" else embedded_path()
+
+
+@pytest.fixture
+def unet_folder(tiny_model: Path) -> Path:
+    return tiny_model / "unet"
+
+
+def new_pipeline(folder: Path) -> Any:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def start_noise(model: TinySD, seed: int) -> torch.Tensor:
+    size = model.unet.config.sample_size
+    return torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def check_same(one: Tensors, other: Tensors) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype, name
+        assert torch.equal(value, other[name]), name
+
+
+# Loading
+
+
+def test_weights_are_those_of_our_own_reader_to_the_bit(folder: Path) -> None:
+    loaded = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    layers = dict(loaded.named_modules())
+    _, host = read_unet(folder / "unet", torch.float32)
+    rows = {name.removesuffix(".rows"): value for name, value in host.items() if name.endswith(".rows")}
+    assert rows
+    for name, value in rows.items():
+        assert torch.equal(unpack_rows(layers[name].fbgemm_rows()), unpack_rows(value)), name
+    floats = {name: value for name, value in host.items() if not name.endswith(".rows")}
+    state = loaded.state_dict()
+    check_same({name: state[name] for name in floats}, floats)
+    assert len(state) == len(floats) + 4 * len(rows)
+    assert not loaded.training
+
+
+def test_a_pipeline_draws_what_we_draw(folder: Path) -> None:
+    pipeline, model = new_pipeline(folder), TinySD.from_pretrained(folder, device="cpu")
+    asked = {"latents": start_noise(model, 7), "negative_prompt": "green", **DRAWN}
+    theirs = pipeline("red apple", output_type="latent", **asked).images
+    ours = model.generate("red apple", 7, negative_prompt="green", output_type="latent", **DRAWN).images
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    picture = np.asarray(pipeline("red apple", **asked).images[0], dtype=int)
+    own = np.asarray(model.generate("red apple", 7, negative_prompt="green", **DRAWN).images[0], dtype=int)
+    assert np.abs(picture - own).max() <= 1, "pixels differ by more than rounding"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_number_format_leaves_packed_integers_alone(unet_folder: Path, dtype: torch.dtype) -> None:
+    stored = load_file(unet_folder / WEIGHTS)
+    loaded = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=dtype).state_dict()
+    check_same(loaded, convert_floats(stored, dtype))
+    assert loaded[f"{LAYER}.qmeta"].dtype == torch.int16
+
+
+# Saving
+
+
+def test_saved_in_the_files_own_format_it_is_the_same_file(folder: Path, tmp_path: Path) -> None:
+    UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float16).save_pretrained(tmp_path)
+    check_same(load_file(tmp_path / WEIGHTS), load_file(folder / "unet" / WEIGHTS))
+    quantization = read_json(tmp_path / "config.json")["quantization_config"]
+    assert quantization == read_json(folder / "unet" / "config.json")["quantization_config"]
+
+
+def test_a_saved_pipeline_loads_again_in_diffusers_and_here(folder: Path, tmp_path: Path) -> None:
+    first = new_pipeline(folder)
+    first.save_pretrained(tmp_path)
+    again = new_pipeline(tmp_path)
+    for part in ("unet", "vae", "text_encoder"):
+        check_same(getattr(again, part).state_dict(), getattr(first, part).state_dict())
+    stored, saved = load_file(folder / "unet" / WEIGHTS), load_file(tmp_path / "unet" / WEIGHTS)
+    for name, value in stored.items():
+        assert torch.equal(value.float(), saved[name].float()), name
+        assert value.dtype == saved[name].dtype or not name.endswith(PACKED_NAMES), name
+    check_same(read_unet(tmp_path / "unet", torch.float32)[1], read_unet(folder / "unet", torch.float32)[1])
+    shutil.copy(folder / "tinysd.json", tmp_path)
+    ours = [TinySD.from_pretrained(path, device="cpu") for path in (folder, tmp_path)]
+    drawn = [model.generate("red apple", 1, num_inference_steps=2, output_type="np").images for model in ours]
+    assert np.array_equal(*drawn)
+
+
+def test_saved_in_several_files_it_loads_again(unet_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(unet_folder)
+    unet.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    check_same(UNet2DConditionModel.from_pretrained(tmp_path).state_dict(), unet.state_dict())
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    tensors = load_file(first)
+    name = next(name for name in tensors if name.endswith("qweight"))
+    save_file({**tensors, name: tensors[name].float()}, first)
+    with pytest.raises(ModelError, match=f"{tmp_path}: tensor {name} is torch.float32"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop(f"{LAYER}.qscale"), rf"1 tensors are missing, the first is {LAYER}.qscale"),
+        (drop("conv_in.bias"), r"1 tensors are missing, the first is conv_in.bias"),
+        (put(f"{LAYER}.qweight", torch.zeros(3, 3, dtype=torch.uint8)), rf"{LAYER}.qweight is torch.uint8 \[3, 3\]"),
+        (put(f"{LAYER}.qmeta", torch.zeros(64, 4)), rf"{LAYER}.qmeta is torch.float32 \[64, 4\], torch.int16"),
+        (put("conv_in.bias", torch.zeros(5)), r"conv_in.bias is torch.float32 \[5\], torch.float32 \[32\]"),
+        (put("stray", torch.zeros(1)), r"1 unexpected tensors, the first is stray"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(
+    tiny_model: Path, tmp_path: Path, change: Callable[[Tensors], None], message: str
+) -> None:
+    model = damage(tiny_model, tmp_path / "model", change)
+    with pytest.raises(ModelError, match=rf"{model}/unet/{WEIGHTS}: .*{message}"):
+        StableDiffusionPipeline.from_pretrained(model)
+
+
+def test_a_newer_format_is_refused(unet_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(unet_folder, tmp_path / "unet")
+    config = read_json(unet_folder / "config.json")
+    config["quantization_config"]["min_reader"] = "2.0"
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"{WEIGHTS}: format 2\.0 is newer than 1\.0; update tinysd-batch"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(unet_folder: Path) -> None:
+    with pytest.raises(UsageError, match="device cuda: torch sees no GPU here"):
+        UNet2DConditionModel.from_pretrained(unet_folder, device_map="cuda")
+
+
+def test_waiting_on_disk_is_refused(unet_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot wait on disk"):
+        UNet2DConditionModel.from_pretrained(unet_folder, device_map={"": "disk"}, offload_folder=tmp_path)
+
+
+def test_a_float_model_is_not_packed_while_it_loads(float_model: Path) -> None:
+    with pytest.raises(UsageError, match="quantize_folder writes a packed folder"):
+        UNet2DConditionModel.from_pretrained(
+            float_model / "unet", quantization_config=tinysd_batch.diffusers.TinySDConfig(layers={})
+        )
+
+
+def test_the_embedded_models_autoencoder_decodes_only() -> None:
+    pipeline = new_pipeline(embedded_path()).to("cpu")  # raises where weights are missing
+    with pytest.raises(UsageError, match="has no encoder"):
+        AutoPipelineForImage2Image.from_pipe(pipeline)("red apple", image=torch.zeros(1, 3, 64, 64))
+
+
+# Versions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["oldest", "newest"])
+def test_both_ends_of_the_version_range(end: str, tmp_path: Path) -> None:
+    """The tests above with diffusers, and what it needs, from the package index; the rest from this environment."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (wanted,) = (one for one in map(Requirement, project["dependencies"]) if one.name == "diffusers")
+    (lowest,) = (bound.version for bound in wanted.specifier if bound.operator == ">=")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    asked = f"diffusers=={lowest}" if end == "oldest" else str(wanted)
+    installed = subprocess.run(
+        [python, "-m", "pip", "install", "--upgrade", asked], capture_output=True, text=True, check=False
+    )
+    if "Retrying" in installed.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert installed.returncode == 0, installed.stderr
+    code = "import diffusers; print(diffusers.__version__)"
+    env = environment(PYTHONPATH=str(ROOT))
+    version = subprocess.run([python, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    assert wanted.specifier.contains(version)
+    assert end == "newest" or version.startswith(lowest)
+    tests = [str(python), "-m", "pytest", __file__, "-m", "not slow", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(tests, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"diffusers {version}: {done.stdout[-5000:]}"
