@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from tinysd_batch import __version__
+from tinysd_batch.cli.export import export
+from tinysd_batch.cli.plan import plan
 from tinysd_batch.cli.status import status
 from tinysd_batch.cli.submit import submit
 from tinysd_batch.cli.txt2img import txt2img
@@ -13,8 +15,10 @@ from tinysd_batch.errors import TinySDError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(submit)
-app.command()(txt2img)
+app.command()(plan)
 app.command()(status)
+app.command()(export)
+app.command()(txt2img)
 
 
 def print_version(wanted: bool) -> None:

@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 MANY_IMAGES = 100
 
 
+Manifest = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A table with a prompt column (.csv, .tsv, .jsonl, .parquet), a .txt of prompts, any of these also as "
+        ".gz, or a job.toml that names one.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", "--outdir", help="The job folder; outputs/<manifest name> if not given.", show_default=False
+    ),
+]
+
+
 @options.takes_settings
 def submit(
-    manifest: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A table with a prompt column (.csv, .tsv, .jsonl, .parquet), a .txt of prompts, any of these also as "
-            ".gz, or a job.toml that names one.",
-            show_default=False,
-        ),
-    ] = None,
+    manifest: Manifest = None,
     from_file: options.FromFile = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            "--outdir",
-            help="The job folder; outputs/<manifest name> if not given.",
-            show_default=False,
-        ),
-    ] = None,
+    output: Output = None,
     workers: Annotated[
         int | None,
         typer.Option(

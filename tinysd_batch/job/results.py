@@ -225,8 +225,8 @@ class ResultsPaths:
             if part.stem in covered:
                 part.unlink()
 
-    def read_rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """All rows, sealed first, of the columns asked for; an image may come twice, then the later row counts."""
+    def read_rows(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+        """All rows, sealed first, of the columns asked for, or of all; of an image's rows the last one counts."""
         covered = self.covered()
         for file in [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]:
             try:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinysd_batch.errors import StorageError
+from tinysd_batch.errors import StorageError, UsageError
+from tinysd_batch.images import read_entries
 from tinysd_batch.job.folder import STATE_FOLDER, read_job_json
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.records import Status
@@ -19,6 +20,9 @@ from tinysd_batch.report.text import count, one_line
 
 MAX_FAULTS = 10
 READ_ATTEMPTS = 5
+FIRST_TOLD = (
+    "prompt", "negative_prompt", "seed", "width", "height", "steps", "sampler", "scale", "eta", "model",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -111,3 +115,22 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
         console.print(Text(one_line(fault, 300)), soft_wrap=True)
     if len(status.faults) > MAX_FAULTS:
         console.print(f"and {len(status.faults) - MAX_FAULTS:,} more; the results table names them all")
+
+
+def print_image(path: Path, console: Console) -> None:
+    """What the picture says of itself. Raises UsageError when it says nothing."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    parameters, found = read_entries(data)
+    if not found and not parameters:
+        raise UsageError(f"{path}: no settings are written in it, or it is no whole PNG, JPEG or WebP picture")
+    made = found.pop("made", {})
+    told = {name: found.pop(name) for name in FIRST_TOLD if name in found} | found
+    for name, value in {**told, **(made if isinstance(made, dict) else {})}.items():
+        if value not in (None, "", []):
+            console.print(Text(f"{one_line(name, 40):<20} {one_line(str(value), 1000)}"), soft_wrap=True)
+    if not told:
+        for line in parameters.splitlines():
+            console.print(Text(one_line(line, 1000)), soft_wrap=True)

@@ -5,8 +5,18 @@ from tinysd_batch.records import Status
 PROBLEMS = (Status.FAILED, Status.INVALID, Status.QUARANTINED)
 
 
-def count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+def count(number: int, thing: str, things: str = "") -> str:
+    return f"{number:,} " + (thing if number == 1 else things or f"{thing}s")
+
+
+def size(number: int) -> str:
+    """`812 bytes`, `45 kB`, `1.2 GB`."""
+    amount, unit = float(number), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.1f} {unit}" if unit != "bytes" and amount < 10 else f"{amount:.0f} {unit}"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,17 @@
+"""`tinysd-batch export`: the results table for programs that read no Parquet."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    job: Annotated[Path, typer.Argument(help="The job folder that submit printed.")],
+    table: Annotated[Path, typer.Argument(help="The file to write: .csv, .tsv or .jsonl.")],
+) -> None:
+    """Write a job's results as CSV, TSV or JSON lines."""
+    from tinysd_batch.report.export import export_table
+
+    rows = export_table(job, table)
+    typer.echo(f"{table}: {rows:,} rows")
