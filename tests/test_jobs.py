@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from tests.tools import check_whole, run
-from tinysd_batch.config import read_job_file, read_preset, resolve
+from tinysd_batch.config import SAMPLERS, read_job_file, read_preset, resolve
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.manifest import read_rows
 from tinysd_batch.records import InvalidRow, Row
@@ -51,6 +52,41 @@ def test_the_broken_job_draws_what_is_right_and_names_the_rest(tmp_path: Path) -
     assert len(invalid) == 10
     for column in ("prompt", "seed", "height", "steps", "sampler", "scale", "n_samples"):
         assert any(column in row["error_message"] for row in invalid), column
+
+
+def run_job(name: str, tmp_path: Path, images: int, *options: str) -> list[dict[str, Any]]:
+    done = run("submit", ROOT / "jobs" / name / "job.toml", "-o", tmp_path / name, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / name / "contact_sheet.png").exists()
+    return check_whole(tmp_path / name, images)
+
+
+def bytes_of(job: Path, row: dict[str, Any]) -> bytes:
+    with Image.open(job / row["file_name"]) as image:
+        return image.tobytes()
+
+
+def test_the_long_prompts_job_reads_to_the_end(tmp_path: Path) -> None:
+    rows = run_job("long-prompts", tmp_path, 6)
+    assert all(row["n_tokens"] > 40 and row["truncated"] is None for row in rows)
+    assert len({bytes_of(tmp_path / "long-prompts", row) for row in rows}) == 6  # they differ in their last words only
+
+
+@pytest.mark.slow
+def test_the_weighted_job_turns_an_apple_into_a_lemon(tmp_path: Path) -> None:
+    rows = run_job("weighted", tmp_path, 12)
+    greens = []
+    for row in rows[2:7]:
+        with Image.open(tmp_path / "weighted" / row["file_name"]) as image:
+            greens.append(image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))[1])  # type: ignore[index]
+    assert greens == sorted(greens)
+
+
+@pytest.mark.slow
+def test_the_samplers_job_draws_with_each(tmp_path: Path) -> None:
+    rows = run_job("samplers", tmp_path, 33)
+    assert {row["sampler"] for row in rows} == set(SAMPLERS)
+    assert len({bytes_of(tmp_path / "samplers", row) for row in rows}) == 33
 
 
 @pytest.mark.slow

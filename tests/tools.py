@@ -1,7 +1,9 @@
 """What several tests need: writing inputs, running the program, reading what it left."""
 
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from tinysd_batch.cli import main
 from tinysd_batch.storage import TEMPORARY_PREFIX
 
 
@@ -41,6 +44,21 @@ def run(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.C
     return subprocess.run(
         command(*arguments), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=200, check=False
     )
+
+
+def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the program in this process: much quicker, since torch is loaded already."""
+    words = [str(argument) for argument in arguments]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before, sys.argv = sys.argv, ["tinysd-batch", *words]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def read_results(job: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -18,6 +19,7 @@ CAPTION_PX = 18
 GAP_PX = 8
 FONT_PX = 11
 FILE = "contact_sheet.png"
+TOLD = ("sampler", "steps", "scale", "eta", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,22 @@ class Shown:
 
 def write_contact_sheet(job_folder: Path, n_rows: int = 0) -> Path | None:
     """Write `contact_sheet.png` with the job's first 100 pictures; None where there are none."""
-    rows = ResultsPaths(job_folder).read_rows(["index", "prompt", "status", "file_name"])
+    rows = ResultsPaths(job_folder).read_rows(["index", "status", "file_name", "prompt", *TOLD])
     made = {row["index"]: row for row in rows if row["status"] == Status.OK and row["file_name"]}
-    shown = [
-        Shown(job_folder / made[index]["file_name"], one_line(made[index]["prompt"], 200))
-        for index in sorted(made)[:MAX_GRID_IMAGES]
-    ]
+    first = [made[index] for index in sorted(made)[:MAX_GRID_IMAGES]]
+    shown = [Shown(job_folder / row["file_name"], text) for row, text in zip(first, captions(first), strict=True)]
     return write_grid([one for one in shown if one.path.is_file()], job_folder / FILE, n_rows)
+
+
+def captions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Each picture's prompt, or where that is always the same, the settings that differ."""
+    if len({row["prompt"] for row in rows}) > 1:
+        return [one_line(row["prompt"], 200) for row in rows]
+    differ = [name for name in TOLD if len({row[name] for row in rows}) > 1]
+    told = [name for name in differ if name != "seed"] or ["seed"]
+    return [
+        ", ".join(str(row[name]) if name == "sampler" else f"{name} {row[name]:g}" for name in told) for row in rows
+    ]
 
 
 def write_grid(shown: Sequence[Shown], path: Path, n_rows: int = 0) -> Path | None:
