@@ -44,8 +44,9 @@ lint: $(VENV)/installed-dev ## Style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-benchmark: $(VENV)/installed ## Measure the embedded model and the job layer
-	$(BIN)/python benchmarks/first_light.py
+benchmark: $(VENV)/installed ## Measure the embedded model, the job layer, and how alike pictures of a seed are
+	$(BIN)/python -m benchmarks.first_light
+	$(BIN)/python -m benchmarks.same_seed
 
 train: $(VENV)/installed ## Make the embedded model anew (hours)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'

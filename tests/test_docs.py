@@ -1,6 +1,9 @@
 """README, ARCHITECTURE and CHANGELOG speak of the program that is here."""
 
+import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,3 +87,30 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_changelog_knows_this_version() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_tests_that_the_architecture_names_exist() -> None:
+    """The table of what became of the origin's promises and defects."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")))
+    there = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 25
+    assert named <= there
+
+
+def test_the_package_imports_only_what_it_declares() -> None:
+    declared = {
+        re.split(r"[<>=]", name)[0]
+        for name in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    }
+    modules = {"pillow": "PIL"}
+    allowed = {modules.get(name, name) for name in declared} | {"tinysd_batch"} | sys.stdlib_module_names
+    for file in (ROOT / "tinysd_batch").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert {name.split(".")[0] for name in names} <= allowed, (file, names)

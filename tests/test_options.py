@@ -1,6 +1,7 @@
 """Every option of the origin's script, and of ours, does what it says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,19 @@ def test_the_origins_command(draw: Any) -> None:
     (made,) = pictures.values()
     assert list(pictures) == ["seed_27_00001.png"]
     assert (made["prompt"], made["height"], made["width"], made["seed"]) == (prompt, 64, 32, 27)
+
+
+def test_nothing_is_written_beside_the_pictures(draw: Any, tmp_path: Path) -> None:
+    draw("cat", "--seed", 1)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == [
+        (FOLDER / "seed_1_00001.png").as_posix()
+    ]
+
+
+def test_the_users_choice_of_cards_stands(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    draw("cat")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_weighted_prompts_need_no_quotes(draw: Any) -> None:

@@ -28,6 +28,9 @@ def model(tiny_model: Path) -> TinySD:
     return TinySD.from_pretrained(tiny_model, device="cpu")
 
 
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+
+
 def embedding(model: TinySD, prompt: str, syntax: str = "seed", *, long_prompts: bool = False) -> torch.Tensor:
     (condition,) = model.prompts.encode([prompt], [""], [1.0], [syntax], long_prompts=long_prompts)
     return condition.text
@@ -99,6 +102,22 @@ def test_scale_one_needs_no_negative_prompt(model: TinySD) -> None:
     latents(model, "cat", 1, guidance_scale=2.0)
     hook.remove()
     assert batches == {1, 2}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_scale_one_works_with_every_sampler_and_weights(model: TinySD, sampler: str) -> None:
+    alone = latents(model, "cat:1 dog:2", 1, guidance_scale=1.0, sampler=sampler, num_inference_steps=3)
+    mixed = latents(model, "cat:1 dog:2", [1, 2], guidance_scale=[1.0, 3.0], sampler=sampler, num_inference_steps=3)
+    torch.testing.assert_close(alone[0], mixed[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(mixed[0], mixed[1], atol=1e-3)
+
+
+def test_in_memory_the_unet_is_about_as_large_as_on_disk(tiny_model: Path, model: TinySD) -> None:
+    on_disk = (tiny_model / "unet" / UNET_FILE).stat().st_size
+    in_memory = model.encode_fragment.nbytes + model.decode_fragment.nbytes
+    floats = 4 * sum(value.numel() for value in load_file(tiny_model.parent / "float" / "unet" / UNET_FILE).values())
+    assert in_memory < 1.5 * on_disk
+    assert in_memory < floats / 4
 
 
 def test_fragments_taking_turns_change_no_bit(tiny_model: Path, model: TinySD) -> None:
