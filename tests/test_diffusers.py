@@ -209,8 +209,6 @@ def test_both_ends_of_the_version_range(end: str, tmp_path: Path) -> None:
     installed = subprocess.run(
         [python, "-m", "pip", "install", "--upgrade", asked], capture_output=True, text=True, check=False
     )
-    if "Retrying" in installed.stderr:
-        pytest.skip("the package index cannot be reached")
     assert installed.returncode == 0, installed.stderr
     code = "import diffusers; print(diffusers.__version__)"
     env = environment(PYTHONPATH=str(ROOT))
