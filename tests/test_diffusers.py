@@ -27,7 +27,7 @@ from tinysd_batch.model.info import WEIGHTS, embedded_path, read_json
 from tinysd_batch.model.packed import PACKED_NAMES, unpack_rows
 
 ROOT = Path(__file__).parents[1]
-DRAWN: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 3.0}
+DRAWN: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
 Tensors = dict[str, torch.Tensor]
 
 
