@@ -29,7 +29,7 @@ from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
 from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
-from tinysd_batch.model.packed import new_output, unpack_rows_fbgemm, unpack_rows_torch
+from tinysd_batch.model.packing import unpack, unpack_rows_torch
 from tinysd_batch.model.pipeline import Generated
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
@@ -132,13 +132,13 @@ def write_synced(folder: Path, payloads: Sequence[bytes]) -> None:
 
 def measure_unpacking() -> None:
     """One 1280 x 11520 matrix, SD v1's common 3x3 convolution, one thread."""
-    rows = quantize_matrix(torch.randn(1280, 11520), 64).rows()
-    out = new_output(rows)
+    weight = quantize_matrix(torch.randn(1280, 11520), 64)
+    out = torch.empty(weight.shape)
     times: dict[str, list[float]] = {"fbgemm": [], "fresh": [], "torch": []}
     for _ in range(2 * ROUNDS + 1):
-        times["fbgemm"].append(seconds(lambda: unpack_rows_fbgemm(rows, out)))
-        times["fresh"].append(seconds(lambda: unpack_rows_fbgemm(rows, new_output(rows))))
-        times["torch"].append(seconds(lambda: unpack_rows_torch(rows, out)))
+        times["fbgemm"].append(seconds(lambda: unpack(weight, out)))
+        times["fresh"].append(seconds(lambda: unpack(weight, torch.empty(weight.shape))))
+        times["torch"].append(seconds(lambda: unpack(weight, out, unpack_rows_torch)))
     fbgemm, fresh, plain = (statistics.median(times[name]) for name in ("fbgemm", "fresh", "torch"))
     for name, value in (("FBGEMM", fbgemm), ("plain torch", plain)):
         line(f"unpacking to float32, {name}, one thread", f"{1280 * 11520 / value / 1e9:.2f} Gweight/s")

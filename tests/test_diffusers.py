@@ -24,9 +24,9 @@ from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.checkpoint import convert_floats, read_unet
 from tinysd_batch.model.info import WEIGHTS, embedded_path, read_json
-from tinysd_batch.model.packed import PACKED_NAMES, unpack_rows
 
 ROOT = Path(__file__).parents[1]
+PACKED_NAMES = ("qweight", "qscale", "qoff", "qmeta")
 DRAWN: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
 Tensors = dict[str, torch.Tensor]
 
@@ -64,16 +64,9 @@ def check_same(one: Tensors, other: Tensors) -> None:
 
 def test_weights_are_those_of_our_own_reader_to_the_bit(folder: Path) -> None:
     loaded = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    layers = dict(loaded.named_modules())
     _, host = read_unet(folder / "unet", torch.float32)
-    rows = {name.removesuffix(".rows"): value for name, value in host.items() if name.endswith(".rows")}
-    assert rows
-    for name, value in rows.items():
-        assert torch.equal(unpack_rows(layers[name].fbgemm_rows()), unpack_rows(value)), name
-    floats = {name: value for name, value in host.items() if not name.endswith(".rows")}
-    state = loaded.state_dict()
-    check_same({name: state[name] for name in floats}, floats)
-    assert len(state) == len(floats) + 4 * len(rows)
+    assert any(name.endswith(".qweight") for name in host)
+    check_same(dict(loaded.state_dict()), host)
     assert not loaded.training
 
 

@@ -14,7 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -23,41 +22,12 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import QUANT_METHOD, check_format, check_names, check_tensor
-from tinysd_batch.model.packed import (
-    PACKED_NAMES,
-    PackedConv2d,
-    PackedLayer,
-    PackedLinear,
-    PackedWeight,
-    stored_layout,
-    swap_packed_layers,
-)
+from tinysd_batch.model.packed import swap_packed_layers
+from tinysd_batch.model.packing import Layout
 from tinysd_batch.model.precision import choose_device
 
 # diffusers finds out how to load `AutoencoderKLDecoder` by the base classes that it sees in this module.
 __all__ = ["AutoencoderKLDecoder", "ModelMixin", "TinySDConfig", "TinySDQuantizer"]
-
-
-class StoredLayer(PackedLayer):
-    """A packed layer that holds the tensors of the file, so that its state is what is loaded and saved.
-
-    Rows for unpacking are made at each use and forgotten: small beside the floats that they become.
-    """
-
-    def register_weight(self) -> None:
-        for name, (dtype, shape) in stored_layout(self.out_features, self.columns, self.group_size).items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
-
-    def fbgemm_rows(self) -> Tensor:
-        return PackedWeight(**{name: getattr(self, name) for name in PACKED_NAMES}).rows()
-
-
-class StoredLinear(StoredLayer, PackedLinear):
-    """`nn.Linear` with a 2-bit weight, as stored."""
-
-
-class StoredConv2d(StoredLayer, PackedConv2d):
-    """`nn.Conv2d` with a 2-bit weight, as stored."""
 
 
 class Method(StrEnum):
@@ -110,8 +80,8 @@ class TinySDQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers is 
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        sizes = {name: entry["group_size"] for name, entry in self.quantization_config.layers.items()}
-        swap_packed_layers(model, sizes, (StoredLinear, StoredConv2d))
+        layers = self.quantization_config.layers
+        swap_packed_layers(model, {name: Layout.of_entry(entry) for name, entry in layers.items()})
         check_names(model, self.loaded_keys, self.where)
         self.expected = model.state_dict()
         model.config.quantization_config = self.quantization_config  # diffusers saves it from there

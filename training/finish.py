@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinysd_batch.model.packed import PackedWeight, to_matrix
+from tinysd_batch.model.packing import PackedWeight, to_matrix
 from tinysd_batch.quantize.affine import LEVELS, fit_groups, pack_matrix
 from tinysd_batch.quantize.fast import layers_to_pack
 from training import captions, checkpoints, cpu, unet, vae

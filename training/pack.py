@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinysd_batch.model.checkpoint import write_packed_unet, write_pipeline_index
-from tinysd_batch.model.packed import PackedWeight
+from tinysd_batch.model.packing import PackedWeight
 from training import captions, checkpoints, unet, vae
 
 STEPS, SCALE = 20, 2.0

@@ -5,20 +5,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tinysd_batch.model import packed
+from tinysd_batch.model import packing
+from tinysd_batch.model.packed import PackedLayer, keep_unpacked, packed_like
+from tinysd_batch.model.packing import Layout, RowWeight, Weight
 from tinysd_batch.quantize.affine import quantize_matrix
 
-SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(packed.GROUPS))
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(packing.GROUPS))
 
 
 @given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_codes_survive_packing(rows: int, quads: int, seed: int) -> None:
     codes = torch.randint(0, 4, (rows, quads * 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(packed.unpack_2bit(packed.pack_2bit(codes)), codes)
+    assert torch.equal(packing.unpack_2bit(packing.pack_2bit(codes)), codes)
 
 
 def test_the_first_code_lies_in_the_lowest_bits() -> None:
-    assert packed.pack_2bit(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)).tolist() == [[0b00_11_10_01]]
+    assert packing.pack_2bit(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)).tolist() == [[0b00_11_10_01]]
 
 
 def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
@@ -31,13 +33,13 @@ def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.skipif(
-    not packed.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
+    not packing.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
 )
-@given(st.integers(1, 5000), st.sampled_from(packed.GROUPS), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 5000), st.sampled_from(packing.GROUPS), st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: int) -> None:
     rows = random_rows(count, group, seed)
-    by_fbgemm, by_torch = packed.new_output(rows), packed.new_output(rows)
-    assert torch.equal(packed.unpack_rows_fbgemm(rows, by_fbgemm), packed.unpack_rows_torch(rows, by_torch))
+    by_fbgemm, by_torch = torch.empty(count, group), torch.empty(count, group)
+    assert torch.equal(packing.unpack_rows_fbgemm(rows, by_fbgemm), packing.unpack_rows_torch(rows, by_torch))
 
 
 @given(SHAPES, st.integers(0, 2**32 - 1))
@@ -45,20 +47,51 @@ def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], see
     out, groups, size = shape
     matrix = torch.randn(out, groups * size, generator=torch.Generator().manual_seed(seed))
     weight = quantize_matrix(matrix, size)
-    scale, offset = packed.affine_parameters(weight)
-    codes = packed.unpack_2bit(weight.qweight).view(out, groups, size).float()
+    scale, offset = packing.affine_parameters(weight)
+    codes = packing.unpack_2bit(weight.qweight).view(out, groups, size).float()
     expected = codes * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
-    assert torch.equal(packed.unpack_rows(weight.rows()).view(out, groups, size), expected)
+    assert torch.equal(dense(weight).view(out, groups, size), expected)
 
 
-def fill(layer: packed.PackedLayer, weight: packed.PackedWeight, bias: torch.Tensor | None) -> None:
-    layer.rows = weight.rows()
+def random_row_weight(rows: int, columns: int, bits: int, seed: int) -> RowWeight:
+    """As the origin's checkpoint may hold it."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8, generator=generator)
+    zero = torch.randint(0, 2**bits, (rows,), generator=generator).to(torch.uint8)
+    delta = torch.randn(rows, generator=generator).abs() * 10 ** torch.randn(rows, generator=generator)
+    return RowWeight(codes, zero, delta.view(torch.int32), bits)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([2, 8]), st.integers(0, 2**32 - 1))
+def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int, bits: int, seed: int) -> None:
+    weight = random_row_weight(rows, 4 * quads, bits, seed)
+    codes = packing.unpack_2bit(weight.qweight) if bits == 2 else weight.qweight
+    expected = (codes.float() - weight.qzero.float()[:, None]) * weight.qdelta.view(torch.float32)[:, None]
+    assert torch.equal(dense(weight), expected)
+
+
+@given(st.integers(1, 400), st.sampled_from([64, 640, 5760]), st.integers(0, 2**32 - 1))
+def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: int) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    for weight in (quantize_matrix(matrix, 64), random_row_weight(rows, columns, 2, seed)):
+        by_torch = packing.unpack(weight, torch.empty(rows, columns), packing.unpack_rows_torch)
+        assert torch.equal(dense(weight), by_torch)
+
+
+@given(st.sampled_from([Layout(2, 64), Layout(2, 16), Layout(2, None), Layout(8, None)]))
+def test_a_layout_survives_the_configuration(layout: Layout) -> None:
+    assert Layout.of_entry(layout.entry((8, 64))) == layout
+
+
+def fill(layer: PackedLayer, weight: Weight, bias: torch.Tensor | None) -> None:
+    for name, tensor in weight.tensors().items():
+        setattr(layer, name, tensor)
     if bias is not None:
         layer.bias = nn.Parameter(bias)
 
 
-def dense(weight: packed.PackedWeight, out: int) -> torch.Tensor:
-    return packed.unpack_rows(weight.rows()).view(out, -1)
+def dense(weight: Weight) -> torch.Tensor:
+    return packing.unpack(weight, torch.empty(weight.shape))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -66,32 +99,32 @@ def test_packed_linear_is_a_linear_layer_on_the_unpacked_weight(bias: bool) -> N
     torch.manual_seed(1)
     linear = nn.Linear(96, 20, bias=bias)
     weight = quantize_matrix(linear.weight.detach(), 32)
-    layer = packed.packed_like(linear, 32)
+    layer = packed_like(linear, weight.layout)
     fill(layer, weight, linear.bias.detach() if bias else None)
     x = torch.randn(3, 5, 96)
-    assert torch.equal(layer(x), F.linear(x, dense(weight, 20), linear.bias))
+    assert torch.equal(layer(x), F.linear(x, dense(weight), linear.bias))
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
 def test_packed_convolution_is_a_convolution_with_the_unpacked_weight(kernel: int, stride: int, padding: int) -> None:
     torch.manual_seed(2)
     conv = nn.Conv2d(64, 24, kernel, stride, padding)
-    weight = quantize_matrix(packed.to_matrix(conv.weight.detach()), 64)
-    layer = packed.packed_like(conv, 64)
+    weight = quantize_matrix(packing.to_matrix(conv.weight.detach()), 64)
+    layer = packed_like(conv, weight.layout)
     fill(layer, weight, conv.bias.detach() if conv.bias is not None else None)
     x = torch.randn(2, 64, 9, 7)
-    kernels = dense(weight, 24).view(24, kernel, kernel, 64).permute(0, 3, 1, 2)
+    kernels = dense(weight).view(24, kernel, kernel, 64).permute(0, 3, 1, 2)
     expected = F.conv2d(x, kernels.contiguous(), conv.bias, stride, padding)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
     torch.manual_seed(3)
-    first, second = (packed.packed_like(nn.Linear(64, 8), 64) for _ in range(2))
+    first, second = (packed_like(nn.Linear(64, 8), Layout(2, 64)) for _ in range(2))
     for layer in (first, second):
         fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     assert first.matrix(torch.float32).data_ptr() == second.matrix(torch.float32).data_ptr()
-    packed.keep_unpacked(first)
+    keep_unpacked(first)
     kept = first.matrix(torch.float32)
     before = kept.clone()
     second.matrix(torch.float32)
@@ -102,8 +135,8 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed.SCRATCH, "buffer", None)
-    layer = packed.packed_like(nn.Linear(64, 8), 64)
+    monkeypatch.setattr(packing.SCRATCH, "buffer", None)
+    layer = packed_like(nn.Linear(64, 8), Layout(2, 64))
     fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     with torch.inference_mode():
         first = layer.matrix(torch.float32).clone()
@@ -112,9 +145,9 @@ def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.M
 
 def test_tap_major_order() -> None:
     weight = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)  # out, in, kernel rows, kernel columns
-    assert packed.to_matrix(weight)[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert packing.to_matrix(weight)[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
 
 
 @pytest.mark.parametrize(("columns", "size"), [(576, 64), (288, 32), (144, 16), (36, None), (8, None)])
 def test_group_size_is_the_largest_that_divides(columns: int, size: int | None) -> None:
-    assert packed.group_size_for(columns) == size
+    assert packing.group_size_for(columns) == size

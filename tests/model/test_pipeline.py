@@ -239,16 +239,16 @@ def test_unet_bs_changes_no_picture(tiny_model: Path, model: TinySD, rows: int) 
 
 
 def test_turbo_unpacks_once_and_changes_no_bit(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinysd_batch.model import packed, pipeline
+    from tinysd_batch.model import packed, packing, pipeline
 
     monkeypatch.setattr(pipeline, "KEEP_UNPACKED_BYTES", 0)
     counts: list[int] = []
-    unpack = packed.unpack_rows
+    unpack = packing.unpack
     pictures = []
     for turbo in (False, True):
         one = TinySD.from_pretrained(tiny_model, device="cpu", turbo=turbo)
         calls: list[int] = []
-        monkeypatch.setattr(packed, "unpack_rows", lambda *given, calls=calls: (calls.append(1), unpack(*given))[1])
+        monkeypatch.setattr(packed, "unpack", lambda *given, calls=calls: (calls.append(1), unpack(*given))[1])
         pictures.append(latents(one, "cat", 1, num_inference_steps=3))
         counts.append(len(calls))
     assert torch.equal(*pictures)

@@ -1,6 +1,6 @@
 import torch
 
-from tinysd_batch.model.packed import affine_parameters, unpack_rows
+from tinysd_batch.model.packing import affine_parameters, unpack
 from tinysd_batch.quantize.affine import fit_groups, nearest_codes, quantize_matrix
 
 
@@ -13,7 +13,7 @@ def test_a_matrix_that_fits_two_bits_comes_back_nearly_exact() -> None:
     codes = torch.randint(0, 4, (8, 128), generator=generator)
     scale = torch.rand(8, 2, generator=generator).repeat_interleave(64, dim=1) + 0.5
     matrix = codes * scale - 1.0
-    assert relative_error(matrix, unpack_rows(quantize_matrix(matrix, 64).rows()).view(8, 128)) < 1e-4
+    assert relative_error(matrix, unpack(quantize_matrix(matrix, 64), torch.empty(8, 128))) < 1e-4
 
 
 def test_least_squares_beats_the_range_by_far_on_gaussian_weights() -> None:
@@ -29,7 +29,7 @@ def test_least_squares_beats_the_range_by_far_on_gaussian_weights() -> None:
 
 def test_constant_and_zero_groups_are_exact() -> None:
     matrix = torch.cat([torch.zeros(2, 64), torch.full((2, 64), 0.75)])
-    assert torch.equal(unpack_rows(quantize_matrix(matrix, 64).rows()).view(4, 64), matrix)
+    assert torch.equal(unpack(quantize_matrix(matrix, 64), torch.empty(4, 64)), matrix)
 
 
 def test_stored_scales_are_close_to_the_fitted_ones() -> None:

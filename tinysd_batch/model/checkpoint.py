@@ -20,7 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_json
-from tinysd_batch.model.packed import PackedWeight, stored_layout, swap_packed_layers
+from tinysd_batch.model.packed import swap_packed_layers
+from tinysd_batch.model.packing import Layout, Weight
 from tinysd_batch.storage import write_atomically
 
 PIPELINE_INDEX = "model_index.json"
@@ -48,16 +49,20 @@ def convert_floats(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
 # The UNet
 
 
-def read_packed_layers(config: Mapping[str, Any], tensors: dict[str, Tensor], where: Path) -> dict[str, PackedWeight]:
-    """Take the packed layers that the configuration lists out of `tensors`; raise ModelError naming a bad tensor."""
+def read_layouts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Layout]:
+    """The packed layers that the configuration lists; raise ModelError naming a tensor that does not fit."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return {}
     check_format(quantization, where)
-    return {
-        name: take_packed_layer(name, entry["shape"], entry["group_size"], tensors, where)
-        for name, entry in quantization["layers"].items()
-    }
+    layouts = {}
+    for name, entry in quantization["layers"].items():
+        layouts[name] = layout = Layout.of_entry(entry)
+        for part, (dtype, shape) in layout.tensors(entry["shape"][0], math.prod(entry["shape"][1:])).items():
+            if f"{name}.{part}" not in tensors:
+                raise ModelError(f"{where}: tensor {name}.{part} is missing")
+            check_tensor(f"{name}.{part}", tensors[f"{name}.{part}"], dtype, shape, where)
+    return layouts
 
 
 def check_format(quantization: Mapping[str, Any], where: Path) -> None:
@@ -70,19 +75,6 @@ def check_format(quantization: Mapping[str, Any], where: Path) -> None:
         raise ModelError(
             f"{where}: format {quantization['min_reader']} is newer than {FORMAT_VERSION}; update tinysd-batch"
         )
-
-
-def take_packed_layer(
-    name: str, shape: list[int], group_size: int, tensors: dict[str, Tensor], where: Path
-) -> PackedWeight:
-    parts = {}
-    for part, (dtype, expected) in stored_layout(shape[0], math.prod(shape[1:]), group_size).items():
-        tensor = tensors.pop(f"{name}.{part}", None)
-        if tensor is None:
-            raise ModelError(f"{where}: tensor {name}.{part} is missing")
-        check_tensor(f"{name}.{part}", tensor, dtype, expected, where)
-        parts[part] = tensor
-    return PackedWeight(**parts)
 
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], where: Path) -> None:
@@ -101,11 +93,11 @@ def read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, d
     where = folder / WEIGHTS
     config = read_json(folder / "config.json")
     tensors = read_tensors(where)
-    packed = read_packed_layers(config, tensors, where)
+    layouts = read_layouts(config, tensors, where)
     with KEEP_ON_META:
         unet = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k != "quantization_config"})
-    swap_packed_layers(unet, {name: weight.group_size for name, weight in packed.items()})
-    host = convert_floats(tensors, dtype) | {f"{name}.rows": weight.rows() for name, weight in packed.items()}
+    swap_packed_layers(unet, layouts)
+    host = convert_floats(tensors, dtype)
     check_names(unet, host, where)
     return unet.eval(), host
 
@@ -120,14 +112,11 @@ def check_names(module: nn.Module, tensors: Collection[str], where: Path) -> Non
 
 
 def write_packed_unet(
-    folder: Path, config: Mapping[str, Any], packed: Mapping[str, tuple[PackedWeight, tuple[int, ...]]],
+    folder: Path, config: Mapping[str, Any], packed: Mapping[str, tuple[Weight, tuple[int, ...]]],
     others: Mapping[str, Tensor], notes: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Write `config.json` and weights of a packed UNet. `packed` gives each layer's weight and original shape."""
-    layers = {
-        name: {"bits": 2, "group_size": weight.group_size, "shape": list(shape)}
-        for name, (weight, shape) in sorted(packed.items())
-    }
+    layers = {name: weight.layout.entry(shape) for name, (weight, shape) in sorted(packed.items())}
     quantization = {
         "quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "min_reader": FORMAT_VERSION,
         "layout": "tap-major", **notes, "layers": layers,

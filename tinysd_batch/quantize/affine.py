@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packed import PackedWeight, affine_parameters, pack_2bit
+from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_2bit
 
 LEVELS = 4
 ITERATIONS = 20

@@ -17,7 +17,7 @@ from tinysd_batch.model.checkpoint import (
     write_pipeline_index,
 )
 from tinysd_batch.model.info import WEIGHTS, read_json
-from tinysd_batch.model.packed import PackedWeight, group_size_for, to_matrix
+from tinysd_batch.model.packing import PackedWeight, group_size_for, to_matrix
 from tinysd_batch.quantize.affine import quantize_matrix
 
 # First and last layer touch the latents themselves, the time embedding steers every block: few weights, much harm.

@@ -1,0 +1,244 @@
+"""Weights at 2 bits: how they are stored, on disk and in memory alike, and how they become floats again.
+
+A weight is a matrix [O, K]; a convolution's K runs tap by tap (kernel row, kernel column, input channel), so that an
+unpacked matrix is a channels-last kernel without a copy. There are two ways of storing one.
+
+Ours, in G = K / g groups of g weights a row:
+
+    weight = code * scale + offset            code 0..3, scale and offset float16, one pair per group
+
+`qweight` uint8 [O, K/4] holds the codes (code j of a row in byte j // 4, bits 2 (j % 4) and up), `qscale` and `qoff`
+uint8 [O, G] with `qmeta` int16 [O, 4] the rest: the bits of four float16 numbers (scale_min, scale_step, offset_min,
+offset_step) that turn the bytes into scales and offsets.
+
+The origin's, a row at a time, at 2 or 8 bits, which keeps every number of its checkpoint:
+
+    weight = (code - zero) * delta            zero a whole number, delta float32, one pair per row
+
+`qweight` uint8 [O, K/4] or [O, K], `qzero` uint8 [O], `qdelta` int32 [O]: the bits of float32 numbers. All tensors are
+integers, because loaders cast floating ones.
+
+To unpack, some rows at a time are brought into FBGEMM's format, uint8 [N, g/4 + 4]: a group's codes, then its scale and
+offset as float16. So packed weights stay what the file holds, and several processes can share the file's pages.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+GROUPS = (64, 32, 16)
+UNPACK_GROUPS = 8192  # unpacked at a time: floats that stay in the processor's cache
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a matrix is stored: in groups, or row by row where `group_size` is None."""
+
+    bits: int
+    group_size: int | None
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of each tensor that stores a matrix [rows, columns]."""
+        codes = (torch.uint8, (rows, columns * self.bits // 8))
+        if self.group_size is None:
+            return {"qweight": codes, "qzero": (torch.uint8, (rows,)), "qdelta": (torch.int32, (rows,))}
+        groups = (torch.uint8, (rows, columns // self.group_size))
+        return {"qweight": codes, "qscale": groups, "qoff": groups, "qmeta": (torch.int16, (rows, 4))}
+
+    def weight(self, tensors: Mapping[str, Tensor]) -> "Weight":
+        """The weight that tensors of these names store."""
+        if self.group_size is None:
+            return RowWeight(**tensors, bits=self.bits)
+        return PackedWeight(**tensors)
+
+    def entry(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """What `config.json` says of a layer."""
+        how = {"kind": "row"} if self.group_size is None else {"group_size": self.group_size}
+        return {"bits": self.bits, **how, "shape": list(shape)}
+
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any]) -> Self:
+        """Raises KeyError for an entry that is none."""
+        return cls(entry["bits"], None if entry.get("kind") == "row" else entry["group_size"])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A matrix at 2 bits in groups; field names are the tensors' names after the layer's."""
+
+    qweight: Tensor  # uint8 [O, K/4]
+    qscale: Tensor  # uint8 [O, G]
+    qoff: Tensor  # uint8 [O, G]
+    qmeta: Tensor  # int16 [O, 4], float16 bits
+
+    @property
+    def group_size(self) -> int:
+        return self.qweight.shape[1] * 4 // self.qscale.shape[1]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(2, self.group_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, K]"""
+        return self.qweight.shape[0], self.qweight.shape[1] * 4
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def cut(self, rows: slice) -> "PackedWeight":
+        return PackedWeight(*(tensor[rows] for tensor in self.tensors().values()))
+
+    def rows(self) -> Tensor:
+        """FBGEMM rows, uint8 [O * G, g/4 + 4]."""
+        return fbgemm_rows(self.qweight.view(-1, self.group_size // 4), *affine_parameters(self))
+
+
+@dataclass(frozen=True, slots=True)
+class RowWeight:
+    """A matrix as the origin stores it, at 2 or 8 bits with one delta and zero a row."""
+
+    qweight: Tensor  # uint8 [O, K/4] or [O, K]
+    qzero: Tensor  # uint8 [O]
+    qdelta: Tensor  # int32 [O], float32 bits
+
+    bits: int = 2
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.bits, None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, K]"""
+        return self.qweight.shape[0], self.qweight.shape[1] * 8 // self.bits
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"qweight": self.qweight, "qzero": self.qzero, "qdelta": self.qdelta}
+
+    def cut(self, rows: slice) -> "RowWeight":
+        return RowWeight(self.qweight[rows], self.qzero[rows], self.qdelta[rows], self.bits)
+
+    def rows(self) -> Tensor:
+        """FBGEMM rows, uint8 [O, K/4 + 4], of the codes less their zero: float16 could not hold the delta."""
+        return fbgemm_rows(self.qweight, torch.ones_like(self.qzero).half(), -self.qzero.half())
+
+
+Weight = PackedWeight | RowWeight
+Decode = Callable[[Tensor, Tensor], Tensor]  # FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g], which it is given
+
+
+def group_size_for(columns: int) -> int | None:
+    """The largest group that divides a row of so many weights; None where the matrix is too narrow to pack."""
+    return next((size for size in GROUPS if columns % size == 0 and columns >= size), None)
+
+
+def to_matrix(weight: Tensor) -> Tensor:
+    """A linear [O, K] or convolution [O, I, kh, kw] weight as a matrix [O, K], tap-major."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def pack_2bit(codes: Tensor) -> Tensor:
+    """uint8 codes 0..3 [..., K] to uint8 [..., K/4], the first code in the lowest bits."""
+    assert codes.dtype == torch.uint8, codes.dtype
+    assert codes.shape[-1] % 4 == 0, codes.shape
+    quads = codes.view(*codes.shape[:-1], -1, 4)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def unpack_2bit(packed: Tensor) -> Tensor:
+    """The inverse of `pack_2bit`: uint8 [..., K/4] to uint8 [..., K]."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 3).flatten(-2)
+
+
+def affine_parameters(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Scale and offset of every group, float16 [O, G] each."""
+    meta = weight.qmeta.view(torch.float16).float()  # [O, 4]
+    scale = meta[:, 0:1] + weight.qscale.float() * meta[:, 1:2]
+    offset = meta[:, 2:3] + weight.qoff.float() * meta[:, 3:4]
+    return scale.half(), offset.half()
+
+
+def fbgemm_rows(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """uint8 [N, g/4] with N float16 scales and offsets as uint8 [N, g/4 + 4]."""
+    parameters = torch.stack([scale, offset], dim=-1).view(-1, 2)
+    return torch.cat([codes, parameters.view(torch.uint8)], dim=1)
+
+
+# Unpacking
+
+
+def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
+    """A weight as float32 [O, K], written to `out`, by the fastest way there is on its device, or by `decode`."""
+    if isinstance(weight, RowWeight) and weight.bits == 8:
+        out.copy_(weight.qweight).sub_(weight.qzero.float()[:, None])
+    else:
+        width = weight.group_size if isinstance(weight, PackedWeight) else weight.shape[1]
+        step = max(1, UNPACK_GROUPS * GROUPS[0] // weight.shape[1])
+        for start in range(0, weight.shape[0], step):
+            part = slice(start, start + step)
+            (decode or unpack_rows)(weight.cut(part).rows(), out[part].view(-1, width))
+    if isinstance(weight, RowWeight):
+        out.mul_(weight.qdelta.view(torch.float32)[:, None])
+    return out
+
+
+def unpack_rows(rows: Tensor, out: Tensor) -> Tensor:
+    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g]."""
+    if rows.device.type == "cpu" and has_fbgemm():
+        return unpack_rows_fbgemm(rows, out)
+    return unpack_rows_torch(rows, out)
+
+
+def unpack_rows_torch(rows: Tensor, out: Tensor) -> Tensor:
+    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g] in `out`, in plain torch, on any device."""
+    parameters = rows[:, -4:].contiguous().view(torch.float16).float()  # [N, 2]
+    out.copy_(unpack_2bit(rows[:, :-4]))
+    return out.mul_(parameters[:, 0:1]).add_(parameters[:, 1:2])
+
+
+def unpack_rows_fbgemm(rows: Tensor, out: Tensor) -> Tensor:
+    """The same by the FBGEMM operator that comes with torch; CPU only, and equal to the bit.
+
+    Both compute code * scale + offset in float32. The product of 2 and 11 bits is exact: fused or not, it rounds once.
+    """
+    return out.copy_(torch.ops.quantized.embedding_bag_2bit_unpack(rows))
+
+
+@cache
+def has_fbgemm() -> bool:
+    """Whether the FBGEMM operator is there and decodes a known row as we do; it is no documented interface."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (3, 16), dtype=torch.uint8, generator=generator)
+    parameters = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16)
+    golden = torch.cat([codes, parameters.view(torch.uint8)], dim=1)
+    try:
+        return torch.equal(
+            unpack_rows_fbgemm(golden, torch.empty(3, 64)), unpack_rows_torch(golden, torch.empty(3, 64))
+        )
+    except (AttributeError, RuntimeError):
+        return False
+
+
+class Scratch(threading.local):
+    """One buffer per thread in which layers unpack in turn: fresh memory for each would cost more than unpacking."""
+
+    buffer: Tensor | None = None
+
+    def output(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Room for a matrix, float32 [rows, columns]; the next call may hand out the same memory."""
+        needed = rows * columns
+        if self.buffer is None or self.buffer.numel() < needed or self.buffer.device != device:
+            with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
+                self.buffer = torch.empty(needed, device=device)
+        return self.buffer[:needed].view(rows, columns)
+
+
+SCRATCH = Scratch()
