@@ -56,9 +56,10 @@ def read_origin_unet(tensors: Mapping[str, Tensor], where: str, dtype: torch.dty
     reader = Reader(mine, where, prefix)
     with KEEP_ON_META:
         model = UNet2DConditionModel.from_config(unet_config(reader))
+    places = model.state_dict()
     unet = OriginUNet(dict(model.config))
     for name, source in ldm_names(mine, unet.config).items():
-        place = model.state_dict().get(name)
+        place = places.get(name)
         if place is None:
             raise ModelError(f"{where}: tensor {prefix}{source} is unexpected")
         layer, _, leaf = source.rpartition(".")
@@ -67,7 +68,7 @@ def read_origin_unet(tensors: Mapping[str, Tensor], where: str, dtype: torch.dty
         else:
             unet.others[name] = reader.take(source, tuple(place.shape)).to(dtype)
     made = set(unet.others) | {f"{name}.weight" for name in unet.packed}
-    if missing := sorted(set(model.state_dict()) - made):
+    if missing := sorted(set(places) - made):
         raise ModelError(f"{where}: {len(missing)} tensors of the UNet are missing; the first is, by diffusers' name, "
                          f"{missing[0]}")  # fmt: skip
     reader.check_all_taken()
