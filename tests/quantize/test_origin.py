@@ -52,8 +52,8 @@ def test_written_and_read_again_it_predicts_the_same_noise(
 ) -> None:
     unet = read_origin_unet(checkpoint, "origin.pth")
     write_packed_unet(tmp_path, unet.config, unet.packed, unet.others, {})
-    model, host = read_unet(tmp_path, torch.float32)
-    Fragment("UNet", {"": model}, host).onload(torch.device("cpu"))
+    model, host = read_unet(tmp_path)
+    Fragment("UNet", {"": model}, host, torch.float32).onload(torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(3, 4, height, width, generator=generator)
     context = torch.randn(3, 77, CONTEXT, generator=generator)

@@ -42,10 +42,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def convert_floats(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-
-
 # The UNet
 
 
@@ -85,8 +81,8 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[
         )
 
 
-def read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
-    """The UNet on the meta device, packed layers swapped in, and the host tensors that fill it.
+def read_unet(folder: Path) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
+    """The UNet on the meta device, packed layers swapped in, and the file's tensors, mapped, that fill it.
 
     Raises ModelError for any tensor that is missing, unexpected or of the wrong shape.
     """
@@ -97,9 +93,8 @@ def read_unet(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, d
     with KEEP_ON_META:
         unet = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k != "quantization_config"})
     swap_packed_layers(unet, layouts)
-    host = convert_floats(tensors, dtype)
-    check_names(unet, host, where)
-    return unet.eval(), host
+    check_names(unet, tensors, where)
+    return unet.eval(), tensors
 
 
 def check_names(module: nn.Module, tensors: Collection[str], where: Path) -> None:
@@ -146,8 +141,8 @@ def write_pipeline_index(folder: Path, **parts: list[str]) -> None:
 # Text encoder and autoencoder
 
 
-def read_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[CLIPTextModel, dict[str, Tensor]]:
-    """The text encoder on the meta device and its host tensors."""
+def read_text_encoder(folder: Path) -> tuple[CLIPTextModel, dict[str, Tensor]]:
+    """The text encoder on the meta device and the file's tensors."""
     where = folder / TEXT_WEIGHTS
     config = CLIPTextConfig(**read_json(folder / "config.json"))
     with KEEP_ON_META:
@@ -155,10 +150,9 @@ def read_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[CLIPTextModel, 
     # Files of transformers before 5 keep the tower one name further down.
     tensors = {name.removeprefix("text_model."): value for name, value in read_tensors(where).items()}
     tensors.pop("embeddings.position_ids", None)
-    host = convert_floats(tensors, dtype)
-    check_names(encoder, host, where)
-    host |= {name: positions(value) for name, value in encoder.named_buffers() if name.endswith("position_ids")}
-    return encoder.eval(), host
+    check_names(encoder, tensors, where)
+    tensors |= {name: positions(value) for name, value in encoder.named_buffers() if name.endswith("position_ids")}
+    return encoder.eval(), tensors
 
 
 def positions(like: Tensor) -> Tensor:
@@ -166,8 +160,8 @@ def positions(like: Tensor) -> Tensor:
     return torch.arange(like.shape[-1]).expand(like.shape).clone()
 
 
-def read_decoder(folder: Path, dtype: torch.dtype) -> tuple[AutoencoderKL, dict[str, Tensor]]:
-    """The autoencoder without its encoder, on the meta device, and its host tensors."""
+def read_decoder(folder: Path) -> tuple[AutoencoderKL, dict[str, Tensor]]:
+    """The autoencoder without its encoder, on the meta device, and the file's tensors."""
     where = folder / WEIGHTS
     with KEEP_ON_META:
         vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
@@ -175,9 +169,8 @@ def read_decoder(folder: Path, dtype: torch.dtype) -> tuple[AutoencoderKL, dict[
     tensors = {
         name: value for name, value in read_tensors(where).items() if not name.startswith(("encoder.", "quant_conv."))
     }
-    host = convert_floats(tensors, dtype)
-    check_names(vae, host, where)
-    return vae.eval(), host
+    check_names(vae, tensors, where)
+    return vae.eval(), tensors
 
 
 def read_schedule(path: Path) -> dict[str, Any]:

@@ -21,7 +21,13 @@ class HostTensor:
 
     module: nn.Module
     name: str
-    value: Tensor
+    value: Tensor  # as the file holds it, mapped
+    dtype: torch.dtype  # on the device
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        return self.value.numel() * self.dtype.itemsize
 
     def put(self, tensor: Tensor) -> None:
         if self.name in self.module._buffers:
@@ -33,26 +39,31 @@ class HostTensor:
 class Fragment:
     """Modules that are on the device together or not at all."""
 
-    def __init__(self, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-        """`tensors` holds all parameters and buffers of `modules` by dotted name; raises ModelError otherwise."""
+    def __init__(
+        self, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        """`tensors` holds all parameters and buffers of `modules` by dotted name; raises ModelError otherwise.
+
+        Floats become `dtype` on their way to the device, so that the host holds no more than the file's own pages.
+        """
         self.name = name
         self.is_onloaded = False
-        self.host = [
-            HostTensor(owner, leaf, take(tensors, f"{prefix}.{path}" if prefix else path, value))
-            for prefix, module in modules.items()
-            for path, owner, leaf, value in named_places(module)
-        ]
+        self.host = []
+        for prefix, module in modules.items():
+            for path, owner, leaf, place in named_places(module):
+                value = take(tensors, f"{prefix}.{path}" if prefix else path, place)
+                self.host.append(HostTensor(owner, leaf, value, dtype if value.is_floating_point() else value.dtype))
         self.clear()
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.value.nbytes for tensor in self.host)
+        return sum(tensor.nbytes for tensor in self.host)
 
     def onload(self, device: torch.device) -> None:
-        """Bring the weights to the device; on the CPU that is the host's memory itself, without a copy."""
+        """Bring the weights to the device; on the CPU that is the file's memory itself where the type is right."""
         if not self.is_onloaded:
             for tensor in self.host:
-                tensor.put(tensor.value.to(device, non_blocking=True))
+                tensor.put(tensor.value.to(device, tensor.dtype, non_blocking=True))
             self.is_onloaded = True
 
     def offload(self) -> None:
@@ -63,7 +74,7 @@ class Fragment:
 
     def clear(self) -> None:
         for tensor in self.host:
-            tensor.put(torch.empty(0, dtype=tensor.value.dtype))
+            tensor.put(torch.empty(0, dtype=tensor.dtype))
             if isinstance(tensor.module, PackedLayer):
                 tensor.module.kept = None
 

@@ -63,15 +63,15 @@ class TinySD:
         self.text_encoder: CLIPTextModel
         self.unet: UNet2DConditionModel
         self.vae: AutoencoderKL
-        self.text_encoder, text = read_text_encoder(info.path / "text_encoder", dtype)
-        self.unet, unet = read_unet(info.path / "unet", dtype)
-        self.vae, vae = read_decoder(info.path / "vae", dtype)
+        self.text_encoder, text = read_text_encoder(info.path / "text_encoder")
+        self.unet, unet = read_unet(info.path / "unet")
+        self.vae, vae = read_decoder(info.path / "vae")
         tokenizer = read_tokenizer(info.path / "tokenizer")
         self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
-        self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text)
-        self.encode_fragment = Fragment("UNet encode half", half_modules(self.unet, ENCODE_MODULES), unet)
-        self.decode_fragment = Fragment("UNet decode half", half_modules(self.unet, DECODE_MODULES), unet)
-        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae)
+        self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype)
+        self.encode_fragment = Fragment("UNet encode half", half_modules(self.unet, ENCODE_MODULES), unet, dtype)
+        self.decode_fragment = Fragment("UNet decode half", half_modules(self.unet, DECODE_MODULES), unet, dtype)
+        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype)
         self.residency = Residency(self.fragments, device, budget_bytes)
         if turbo:
             self.check_turbo(budget_bytes)
