@@ -3,11 +3,12 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tinysd_batch.config import MAX_GRID_IMAGES
+from tinysd_batch.config import MAX_GRID_IMAGES, MAX_SIDE_PX
+from tinysd_batch.images import open_picture
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.text import one_line
@@ -31,12 +32,18 @@ class Shown:
 def write_contact_sheet(job_folder: Path, n_rows: int = 0) -> Path | None:
     """Write `contact_sheet.png` with the job's first 100 pictures; None where there are none."""
     rows = ResultsPaths(job_folder).read_rows(["index", "prompt", "status", "file_name"])
-    made = {row["index"]: row for row in rows if row["status"] == Status.OK and row["file_name"]}
+    made = {row["index"]: row for row in rows if row["status"] == Status.OK and is_ours(row["file_name"])}
     shown = [
-        Shown(job_folder / made[index]["file_name"], one_line(made[index]["prompt"], 200))
+        Shown(job_folder / made[index]["file_name"], one_line(made[index]["prompt"] or "", 200))
         for index in sorted(made)[:MAX_GRID_IMAGES]
     ]
     return write_grid([one for one in shown if one.path.is_file()], job_folder / FILE, n_rows)
+
+
+def is_ours(file_name: str | None) -> bool:
+    """Whether it lies where this job's pictures do; the table may have come from elsewhere."""
+    parts = PurePosixPath(file_name or "").parts
+    return parts[:1] == ("images",) and ".." not in parts
 
 
 def write_grid(shown: Sequence[Shown], path: Path, n_rows: int = 0) -> Path | None:
@@ -59,7 +66,9 @@ def draw_sheet(shown: Sequence[Shown], n_rows: int = 0) -> Image.Image:
     for number, one in enumerate(shown):
         x, y = GAP_PX + number % columns * width, GAP_PX + number // columns * height
         try:
-            with Image.open(one.path) as picture:
+            with open_picture(one.path) as picture:
+                if max(picture.size) > MAX_SIDE_PX:
+                    continue
                 fitted = fit(picture.convert("RGB"))
         except OSError:
             continue  # a damaged picture leaves its cell empty; the job is done all the same
