@@ -1,6 +1,5 @@
 """The program as a user meets it: real processes, exit codes, messages."""
 
-import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -59,56 +58,6 @@ def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: P
     again = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "job", cwd=tmp_path)
     assert again.returncode == 3
     assert "row 2: invalid: column seed" in run("status", "job", cwd=tmp_path).stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["submit", "none.csv"], 2, "none.csv: no such file"),
-        (["submit", "noprompt.csv"], 2, "noprompt.csv: header: no column named prompt; found 'words'"),
-        (["submit", "typo.csv", "--strict"], 2, "unknown column 'negatve_prompt' (did you mean negative_prompt?)"),
-        (["submit", "cut.csv.gz"], 2, "cut.csv.gz: damaged or cut off gzip"),
-        (["submit", "..csv"], 2, "..csv: no folder can be named after it; name one with -o"),
-        (["submit", "empty.csv"], 2, "empty.csv: the file is empty"),
-        (["submit", "utf16.csv"], 2, "utf16.csv: not UTF-8"),
-        (["submit", "m.csv", "--model", "nowhere"], 2, "nowhere: no such model"),
-        (["submit", "m.csv", "--height", "100"], 2, "height = 100: must be a multiple of 16"),
-        (["submit", "m.csv", "--steps", "0"], 2, "settings: steps = '0'"),
-        (["submit", "m.csv", "--steps", "1000000000"], 2, "settings: steps = '1000000000'"),
-        (["submit", "m.csv", "--sampler", "karras"], 2, "settings: sampler = 'karras'"),
-        (["submit", "m.csv", "--scale", "nan"], 2, "settings: scale = 'nan'"),
-        (["submit", "m.csv", "--n_samples", "0"], 2, "settings: n_samples = '0'"),
-        (["submit", "m.csv", "-o", "m.csv"], 2, "m.csv: is a file"),
-        (["submit", "bad.toml"], 2, "bad.toml: not valid TOML"),
-        (["submit", "misspelt.toml"], 2, "misspelt.toml: stepps"),
-        (["submit", "m.csv", "--preset", "none.toml"], 2, "none.toml: no such file"),
-        (["submit", "m.csv", "--preset", "."], 2, "is a directory"),
-        (["submit", "m.csv", "--vram-budget", "much"], 2, "vram_budget = 'much'"),
-        (["submit", "m.csv", "--eta", "1.5"], 2, "settings: eta = '1.5'"),
-        (["submit", "m.csv", "-o", "x" * 300], 1, "File name too long"),
-        (["txt2img", "cat", "-o", "m.csv"], 2, "m.csv: is a file"),
-        (["status", "."], 2, "not a job folder"),
-        (["txt2img"], 2, "the prompt cannot be drawn: column prompt is empty"),
-        (["txt2img", "--prompt", "a:0 b:0"], 2, "weights sum to 0"),
-        (["txt2img", "cat", "--vram-budget", "much"], 2, "vram_budget = 'much'"),
-    ],
-)
-def test_bad_input_is_one_line_on_stderr(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
-    (tmp_path / "m.csv").write_text("prompt\ncat\n")
-    (tmp_path / "noprompt.csv").write_text("words\ncat\n")
-    (tmp_path / "typo.csv").write_text("prompt,negatve_prompt\ncat,dog\n")
-    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"prompt\ncat\n")[:-4])
-    (tmp_path / "..csv").write_text("prompt\ncat\n")
-    (tmp_path / "empty.csv").touch()
-    (tmp_path / "utf16.csv").write_bytes("prompt\ncat\n".encode("utf-16"))
-    (tmp_path / "bad.toml").write_text("= 3")
-    (tmp_path / "misspelt.toml").write_text('manifest = "m.csv"\nstepps = 3\n')
-    before = sorted(path.name for path in tmp_path.iterdir())
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,11 +1,13 @@
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tinysd_batch.errors import JobLockedError, StorageError
-from tinysd_batch.storage import TEMPORARY_PREFIX, lock, publish, sweep_temporaries, write_atomically
+from tinysd_batch.storage import TEMPORARY_PREFIX, lock, publish, read_file, sweep_temporaries, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -82,6 +84,43 @@ def test_pictures_are_not_written_through_a_linked_folder(tmp_path: Path) -> Non
 def test_a_fault_of_what_runs_under_the_lock_is_not_a_lock_fault(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError), lock(tmp_path / "_tinysd" / "lock"):
         raise BlockingIOError
+
+
+def test_a_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(StorageError, match="symbolic links"), lock(tmp_path / "lock"):
+        pytest.fail("locked through a link")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_lock_that_was_given_up_meanwhile_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that takes its job back removes the lock; who opened it before holds nothing."""
+    path = tmp_path / "_tinysd" / "lock"
+    original = os.open
+
+    def open_late(*arguments: Any, **options: Any) -> int:
+        handle = original(*arguments, **options)
+        path.unlink()
+        return handle
+
+    monkeypatch.setattr(os, "open", open_late)
+    with pytest.raises(JobLockedError, match="just given this job up"), lock(path):
+        pytest.fail("locked what is gone")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(OSError, match=r"Is a directory|Not a regular file"):
+        read_file(tmp_path / "x")
+
+
+def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1234")
+    assert read_file(tmp_path / "x", 4) == b"1234"
+    with pytest.raises(OSError, match="Over 3 bytes"):
+        read_file(tmp_path / "x", 3)
 
 
 def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tinysd_batch.errors import UsageError
+from tinysd_batch.storage import read_file
 
 SAMPLERS = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "unipc")
 TAKE_ETA = ("plms", "ddim")  # the others have no use for it
@@ -19,6 +20,7 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_IMAGES_PER_ROW = 100_000
 MAX_GRID_IMAGES = 100
+MAX_TOML_BYTES = 1_000_000
 EMBEDDED = "embedded"
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -35,7 +37,7 @@ def find_sampler(name: str) -> str:
 class Settings(BaseModel):
     """Everything a job can be told besides its rows. None means: the model's own default."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     # What decides the pixels of a row that does not say otherwise.
     model: str = EMBEDDED
@@ -87,10 +89,12 @@ class JobFile(Settings):
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(path, MAX_TOML_BYTES).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UsageError(f"{path}: not valid TOML: nested too deep") from None
+    except ValueError as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -105,6 +109,11 @@ def validate(kind: type[Settings], values: dict[str, Any], where: str) -> Any:
             for fault in error.errors()
         )
         raise UsageError(f"{where}: {faults}") from None
+
+
+def printable(text: str) -> str:
+    """Text that anybody may have written, fit for a terminal: no control characters, no changes of direction."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def excerpt(value: object, length: int = 60) -> str:
@@ -133,6 +142,8 @@ def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
 
 def beside(file: Path, target: str) -> Path:
     """A path that `file` names relative to itself."""
+    if "\0" in target:
+        raise UsageError(f"{file}: {excerpt(target)}: a path holds no NUL")
     return Path(os.path.normpath(file.parent / target))
 
 
@@ -159,4 +170,4 @@ def parse_bytes(amount: str | int | None) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
     if match is None or match[2] not in UNITS:
         raise UsageError(f"vram_budget = {amount!r}: give bytes or a number with a unit, such as 900MB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(min(float(match[1]) * UNITS[match[2]], MAX_SEED))

@@ -6,7 +6,9 @@ holds both as text; JPEG and WebP hold them as EXIF UserComment, where others lo
 
 import io
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from tinysd_batch.records import ImageRequest
 OUR_KEY = "tinysd"
 PILLOW_NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 PNG_COMPRESSION = 6
+MAX_SHOWN_PX = 8192  # a side; nobody's pictures of ours are larger
 MAX_EXIF_BYTES = 65_000  # a JPEG's segment holds no more
 COMMENT_CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
 SAMPLER_LABELS = {  # as the web UI spells them
@@ -98,24 +101,40 @@ def shorter_and_shorter(parameters: str, ours: dict[str, Any]) -> Iterator[tuple
     yield "", {name: value for name, value in ours.items() if name not in ("prompt", "negative_prompt")}
 
 
+@contextmanager
+def open_picture(file: Any, kinds: Collection[str] = tuple(PILLOW_NAMES)) -> Iterator[Image.Image]:
+    """A picture of these formats (png, jpg, webp) that anybody may have made. Raises OSError for whatever is wrong.
+
+    Before its pixels are unpacked, `size` must be looked at.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=[PILLOW_NAMES[kind] for kind in kinds]) as image:
+                yield image
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - on malformed files Pillow raises whatever its parsers meet
+        raise OSError(f"no whole picture: {error}") from None
+
+
 def read_metadata(data: bytes) -> dict[str, Any]:
     """Our JSON out of a file's bytes; empty where there is none or the file is not a whole picture."""
     return read_entries(data)[1]
 
 
-def read_entries(data: bytes, size: tuple[int, int] | None = None) -> tuple[str, dict[str, Any]]:
-    """`parameters` and our JSON; both empty where the file is not a whole picture, or not of `size` (width, height).
-
-    A file may have been put there by anybody: the size is looked at before any pixel is unpacked.
-    """
+def read_entries(
+    data: bytes, size: tuple[int, int] | None = None, kinds: Collection[str] = tuple(PILLOW_NAMES)
+) -> tuple[str, dict[str, Any]]:
+    """`parameters` and our JSON; both empty where the file is not a whole picture, or not of `size` (width, height)."""
     try:
-        with Image.open(io.BytesIO(data), formats=list(PILLOW_NAMES.values())) as image:
-            if size is not None and image.size != size:
+        with open_picture(io.BytesIO(data), kinds) as image:
+            if image.size != (size or image.size) or max(image.size) > MAX_SHOWN_PX:
                 return "", {}
             image.load()
             parameters, ours = entries_of(image)
             found = json.loads(ours)
-    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
+    except OSError:
         return "", {}
     return parameters, found if isinstance(found, dict) else {}
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from tinysd_batch.errors import JobLockedError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
+MAX_FILE_BYTES = 100_000_000  # a larger picture is not one of ours
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
 
 
@@ -22,6 +24,24 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(f"{path}: {reason}; make room or choose another folder, then submit again") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError for what is no file: a folder, or a pipe or device, whose reading may never end."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def read_file(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """What a file holds that anybody may have put there. Raises OSError, also for more than `most_bytes`."""
+    check_regular(path)
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise OSError(errno.EFBIG, f"Over {most_bytes:,} bytes", str(path))
+    return data
 
 
 @contextlib.contextmanager
@@ -85,7 +105,9 @@ def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Calla
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        there = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        there = b""
+        if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_FILE_BYTES:
+            there = path.read_bytes()
         if is_same(there):
             return there
         temporary.replace(path)
@@ -107,7 +129,9 @@ def lock(path: Path) -> Iterator[None]:
     """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if path.exists():
+            check_regular(path)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         take_lock(handle, path)
         yield
@@ -123,5 +147,8 @@ def take_lock(handle: int, path: Path) -> None:
         raise JobLockedError(
             f"{path.parent.parent}: another tinysd-batch (process {owner}) works on this job; wait for it or stop it"
         ) from None
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode())
+    if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+        raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
+    with storage_errors(path):
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())

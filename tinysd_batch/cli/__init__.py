@@ -1,5 +1,6 @@
 """The command line. Each command parses, calls one function, prints, and exits; heavy imports happen inside."""
 
+import io
 import sys
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from tinysd_batch.cli.plan import plan
 from tinysd_batch.cli.status import status
 from tinysd_batch.cli.submit import submit
 from tinysd_batch.cli.txt2img import txt2img
-from tinysd_batch.errors import TinySDError
+from tinysd_batch.config import printable
+from tinysd_batch.errors import StorageError, TinySDError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(submit)
@@ -38,10 +40,13 @@ def options(
 
 def main() -> None:
     """Run a command; an error of ours is one line on stderr and its own exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a prompt that the terminal cannot show ends no job
     try:
         app()
     except TinySDError as error:
-        typer.echo(f"tinysd-batch: {error}", err=True)
+        typer.echo(printable(f"tinysd-batch: {error}"), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("tinysd-batch: stopped", err=True)
@@ -50,5 +55,5 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        typer.echo(f"tinysd-batch: {error.filename or 'system'}: {error.strerror or error}", err=True)
-        sys.exit(1)
+        typer.echo(printable(f"tinysd-batch: {error.filename or 'system'}: {error.strerror or error}"), err=True)
+        sys.exit(StorageError.exit_code if error.filename else 1)

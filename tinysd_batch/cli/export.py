@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tinysd_batch.config import printable
+
 
 def export(
     job: Annotated[Path, typer.Argument(help="The job folder that submit printed.")],
@@ -14,4 +16,4 @@ def export(
     from tinysd_batch.report.export import export_table
 
     rows = export_table(job, table)
-    typer.echo(f"{table}: {rows:,} rows")
+    typer.echo(printable(f"{table}: {rows:,} rows"))

@@ -90,8 +90,10 @@ def prepare(manifest: Path, output: Path | None, presets: list[Path], flags: dic
     if manifest.suffix == ".toml":
         job_file = manifest
         from_job, manifest, folder = read_job_file(job_file)
-        folder = folder or Path("outputs") / (
-            job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem
+        folder = (
+            output
+            or folder
+            or default_folder(job_file, job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem)
         )
     layers = [*(read_preset(path) for path in presets), from_job, flags]
     settings = resolve(*layers)
@@ -144,13 +146,15 @@ def pool_for(job: "Job") -> "PoolFactory":
 
 
 def say_first_lines(job: "Job", console: "Console") -> None:
+    from tinysd_batch.report.text import say
+
     settings = job.settings
-    console.print(
+    say(
+        console,
         f"Model: {job.model.name}, {job.model.native_px}x{job.model.native_px} pixels by nature; drawing "
         f"{settings.width}x{settings.height}, {settings.steps} steps of {settings.sampler}, scale {settings.scale:g}",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
-    console.print(f"Job: {job.folder}, seed {job.seed}", markup=False, soft_wrap=True)
+    )
+    say(console, f"Job: {job.folder}, seed {job.seed}")
 
 
 def warn_of_embedded_model(images: int, say: Any) -> None:
@@ -163,7 +167,7 @@ def warn_of_embedded_model(images: int, say: Any) -> None:
 
 def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: "Console") -> None:
     from tinysd_batch.records import Status
-    from tinysd_batch.report.text import count, duration
+    from tinysd_batch.report.text import count, duration, say
 
     made = summary.counts[Status.OK]
     console.print(
@@ -174,10 +178,10 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
     if job.settings.skip_save:
         console.print(f"No picture was written (--skip_save); {made / max(summary.seconds, 1e-3):.2f} images/s in all")
     else:
-        console.print(f"Pictures: {job.folder / 'images'}", markup=False, soft_wrap=True)
+        say(console, f"Pictures: {job.folder / 'images'}")
     if sheet:
-        console.print(f"Contact sheet: {sheet}", markup=False, soft_wrap=True)
+        say(console, f"Contact sheet: {sheet}")
     table = job.folder / "results.parquet"
-    console.print(f"Table: {table if table.exists() else job.folder / 'results'}", markup=False, soft_wrap=True)
+    say(console, f"Table: {table if table.exists() else job.folder / 'results'}")
     if summary.stopped:
         console.print(f"Stopped with {count(summary.left, 'image')} left. The same command goes on.", markup=False)

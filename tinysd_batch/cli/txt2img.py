@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
-from tinysd_batch.errors import TinySDError, UsageError
+from tinysd_batch.config import printable
+from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
     from tinysd_batch.config import Settings
@@ -60,7 +61,7 @@ def draw(text: str, from_file: Path | None, settings: "Settings", output: Path) 
     typer.echo(f"Model: {model.name}, {model.native_px}x{model.native_px} pixels by nature; seed {seed}")
     _, threads = cpu_workers(1, 1, model.is_small)
     for row in invalid:
-        typer.echo(f"row {row.number} cannot be drawn: {row.reason}", err=True)
+        typer.echo(printable(f"row {row.number} cannot be drawn: {row.reason}"), err=True)
     setup = WorkerSetup.of(settings, model, job_folder=output.resolve(), scratch=output.resolve(), threads=threads)
     failed = draw_and_tell(rows, setup, common_of(settings, model, seed), settings, output)
     return failed + len(invalid)
@@ -88,15 +89,15 @@ def draw_and_tell(rows: Sequence["Row"], setup: Any, common: Any, settings: "Set
     for request, result in draw_rows(rows, setup, common, settings.max_batch):
         if result.status is not Status.OK:
             failed += 1
-            typer.echo(str(TinySDError(f"seed {request.seed}: {result.error_message}")), err=True)
+            typer.echo(printable(f"seed {request.seed}: {result.error_message}"), err=True)
             continue
         made.append(request)
         path = "not saved" if settings.skip_save else output / request.file_name
-        typer.echo(f"{path}  seed {request.seed}")
+        typer.echo(printable(f"{path}  seed {request.seed}"))
     if settings.skip_save:
         typer.echo(f"{len(made)} images in {time.monotonic() - started:.1f} s, loading the model included")
     elif len(made) > 1 and not settings.skip_grid:
-        typer.echo(f"Grid: {write_grid(made, output, settings.n_rows)}")
+        typer.echo(printable(f"Grid: {write_grid(made, output, settings.n_rows)}"))
     return failed
 
 

@@ -35,6 +35,7 @@ ALIASES = {
 }
 SPELLINGS = {name: column for column in COLUMNS for name in (column, *ALIASES.get(column, ()))}
 MAX_NAME_CHARACTERS = 1000
+MAX_COLUMNS = 1000
 LIKENESS = 0.8  # of 1, as difflib measures; below it a name is another word rather than a slip
 
 
@@ -68,6 +69,8 @@ def match_columns(names: tuple[str, ...]) -> Columns:
 
 
 def check_names(names: tuple[str, ...]) -> None:
+    if len(names) > MAX_COLUMNS:
+        raise ColumnError(f"{len(names)} columns, at most {MAX_COLUMNS}; leave out what is not needed")
     for name in names:
         if has_surrogates(name):
             raise ColumnError("not UTF-8; save the file as UTF-8")

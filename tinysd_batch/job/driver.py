@@ -8,8 +8,16 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Protocol
 
-from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.folder import Job, check_still_same_job, save_job, stamp
+from tinysd_batch.errors import ManifestError, UsageError
+from tinysd_batch.job.folder import (
+    JOB_FILE,
+    Job,
+    check_still_same_job,
+    missing_folders,
+    save_job,
+    stamp,
+    take_back,
+)
 from tinysd_batch.job.formats import is_jsonl, read_extra_fields
 from tinysd_batch.job.manifest import read_rows
 from tinysd_batch.job.plan import cut_batches, plan_images, split_to_singles
@@ -94,31 +102,46 @@ def run_job(
     """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make."""
     started = time.monotonic()
     surveyed = survey(job)
-    total = min(surveyed.images, limit) if limit else surveyed.images
+    new_folders = missing_folders(job.folder)
     with lock(job.state / "lock"):
         check_still_same_job(job)
-        save_job(job, surveyed.images, len(surveyed.invalid))
-        sweep(job)
-        job.stop_file.unlink(missing_ok=True)
-        schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
-        writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
-        done = read_finished(job)
-        finished = {index for index in done.images if index <= total}
-        summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
-        write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
-        progress.started(total, len(finished), surveyed.invalid)
+        is_new = not (job.folder / JOB_FILE).exists()
         try:
-            if summary.left:
-                batches = takewhile(lambda batch: batch.images[0].index <= total, todo(job, finished))
-                with open_pool(summary.left) as pool:
-                    Dispatch(job, pool, writer, progress, summary, within(batches, total)).run(should_stop)
-        finally:
-            sweep(job)  # a killed worker cannot clean up
-            job.stop_file.unlink(missing_ok=True)
-            writer.seal()
-            progress.durable()
-    summary.stopped = bool(summary.left)
+            summary = run_locked(job, surveyed, open_pool, progress, should_stop, limit)
+        except UsageError:
+            if is_new and not read_finished(job).images:
+                take_back(job, new_folders)
+            raise
     summary.seconds = time.monotonic() - started
+    return summary
+
+
+def run_locked(
+    job: Job, surveyed: Survey, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool],
+    limit: int | None,
+) -> Summary:  # fmt: skip
+    total = min(surveyed.images, limit) if limit else surveyed.images
+    sweep(job)
+    job.stop_file.unlink(missing_ok=True)
+    schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
+    writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
+    done = read_finished(job)
+    finished = {index for index in done.images if 1 <= index <= total}
+    summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
+    save_job(job, surveyed.images, len(surveyed.invalid))
+    write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
+    progress.started(total, len(finished), surveyed.invalid)
+    try:
+        if summary.left:
+            batches = takewhile(lambda batch: batch.images[0].index <= total, todo(job, finished))
+            with open_pool(summary.left) as pool:
+                Dispatch(job, pool, writer, progress, summary, within(batches, total)).run(should_stop)
+    finally:
+        sweep(job)  # a killed worker cannot clean up
+        job.stop_file.unlink(missing_ok=True)
+        writer.seal()
+        progress.durable()
+    summary.stopped = bool(summary.left)
     return summary
 
 

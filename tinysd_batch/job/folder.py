@@ -1,5 +1,6 @@
 """The job folder: `job.json` says what the job is, so that the same command goes on and another one is refused."""
 
+import contextlib
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tinysd_batch
-from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
+from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_SEED, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
 from tinysd_batch.job.formats import bare_name, format_of, is_jsonl
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint
@@ -19,10 +20,11 @@ from tinysd_batch.job.plan import Common
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.prompts import parse_prompt
-from tinysd_batch.storage import storage_errors, write_atomically
+from tinysd_batch.storage import read_file, storage_errors, write_atomically
 
 JOB_FILE = "job.json"
 STATE_FOLDER = "_tinysd"
+MAX_JOB_BYTES = 10_000_000
 # What decides pixels and files and must not change within a job. `model` is compared by digest, `seed` on its own.
 DECIDING = (
     "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
@@ -86,9 +88,9 @@ def common_of(settings: Settings, model: ModelInfo, seed: int) -> Common:
     )  # fmt: skip
 
 
-def default_folder(manifest: Path) -> Path:
+def default_folder(manifest: Path, name: str | None = None) -> Path:
     """Where the job goes if nobody says. Raises UsageError for a name that is none, or looks like an option."""
-    name = bare_name(manifest)
+    name = bare_name(manifest) if name is None else name
     if name in ("", ".", "..") or name.startswith("-"):
         raise UsageError(f"{manifest}: no folder can be named after it; name one with -o")
     return Path("outputs") / name
@@ -126,8 +128,9 @@ def open_job(manifest: Path, folder: Path, settings: Settings) -> Job:
     Raises JobMismatchError when the folder holds another manifest's job, or one whose pixels other settings decided.
     Writes nothing: `save_job` does, once the manifest has been read through.
     """
-    check_folder(folder)
+    format_of(manifest)
     seen = stamp(manifest)
+    check_folder(folder)
     found = fingerprint(manifest)
     model = read_model_info(settings.model)
     filled = fill_in_model_defaults(settings, model)
@@ -136,7 +139,7 @@ def open_job(manifest: Path, folder: Path, settings: Settings) -> Job:
         seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
     else:
         check_same_job(saved, manifest, found, folder, filled, model)
-        seed = int(saved["seed"])
+        seed = saved["seed"]
     return Job(
         folder, manifest, filled, model, seed, run_id=uuid.uuid4().hex[:12], fingerprint=found, manifest_stamp=seen
     )
@@ -146,8 +149,10 @@ def stamp(manifest: Path) -> tuple[int, int]:
     """Size and time of the last change: what tells quickly that a file was touched."""
     try:
         status = manifest.stat()
+    except FileNotFoundError:
+        raise ManifestError(f"{manifest}: no such file") from None
     except OSError as error:
-        raise ManifestError(f"{manifest}: {(error.strerror or str(error)).lower()}") from None
+        raise ManifestError(f"{manifest}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     return status.st_size, status.st_mtime_ns
 
 
@@ -162,12 +167,13 @@ def check_still_same_job(job: Job) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    for path in (folder, folder / "images", folder / STATE_FOLDER):
+    """The folder itself may be a link, to a larger disk say; what is in it may not lead elsewhere."""
+    state, results = folder / STATE_FOLDER, ResultsPaths(folder)
+    for path in (folder, folder / "images", state, state / "tmp", results.journal, results.parts_folder):
         if path.is_symlink() and path != folder:
             raise UsageError(f"{path}: is a symbolic link; pictures are not written through links")
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; name a folder for the job with -o")
-    results = ResultsPaths(folder)
     if not (folder / JOB_FILE).exists() and (results.sealed_files() or results.journal_parts()):
         raise JobMismatchError(f"{folder}: holds results but no {JOB_FILE}; choose another folder with -o")
 
@@ -178,11 +184,26 @@ def read_job_json(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"{folder}: not a job folder, it has no {JOB_FILE}; name the folder that submit printed")
     try:
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        saved["settings"].get, saved["manifest"]["fingerprint"], saved["model"]["digest"], int(saved["seed"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+        saved: dict[str, Any] = json.loads(read_file(path, MAX_JOB_BYTES).decode("utf-8"))
+        check_saved(saved)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: damaged: {type(error).__name__}: {error}; put the right one back, or name another folder with -o"
+        ) from None
     return saved
+
+
+def check_saved(saved: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError where `job.json` is not as `save_job` writes it."""
+    texts = (
+        saved["created_at"], saved["model"]["name"], saved["model"]["digest"],
+        saved["manifest"]["path"], saved["manifest"]["fingerprint"],
+    )  # fmt: skip
+    numbers = saved["seed"], saved["images"], saved["invalid_rows"]
+    if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("an entry is of another type than was written")
+    if not all(type(number) is int and 0 <= number <= MAX_SEED for number in numbers):
+        raise ValueError("seed, images or invalid_rows is no number of theirs")
 
 
 def check_same_job(
@@ -232,4 +253,20 @@ def save_job(job: Job, images: int, invalid_rows: int) -> None:
         "manifest": {"path": str(job.manifest.resolve()), "fingerprint": job.fingerprint},
         "settings": job.settings.model_dump(exclude={"seed"}),
     }
-    write_atomically((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names that are no UTF-8 become JSON's escapes
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those around it that are not there yet, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def take_back(job: Job, new_folders: list[Path]) -> None:
+    """Remove what a run wrote that ended before its first picture, so that it may start with other settings."""
+    paths = ResultsPaths(job.folder)
+    for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, job.state / "lock"):
+        file.unlink(missing_ok=True)
+    for folder in (paths.parts_folder, paths.journal, job.scratch, job.state, *new_folders):
+        with contextlib.suppress(OSError):  # not empty, or never made
+            folder.rmdir()

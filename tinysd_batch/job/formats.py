@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from tinysd_batch.config import MAX_PROMPT_CHARACTERS, excerpt
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.columns import ColumnError, Columns, has_surrogates, match_columns, refuse_unknown
+from tinysd_batch.storage import check_regular
 
 MAX_CELL_CHARACTERS = 131_072
 MAX_RECORD_CHARACTERS = 262_144  # of one line, or of one CSV row over several lines
@@ -86,11 +87,12 @@ def bare_name(path: Path) -> str:
 
 def open_manifest(path: Path) -> Any:
     try:
+        check_regular(path)
         return path.open("rb")
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
 
 
 @contextmanager

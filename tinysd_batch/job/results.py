@@ -6,8 +6,10 @@ A sealed file names the journal parts it holds, so a crash between sealing and d
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
-from tinysd_batch.storage import write_atomically
+from tinysd_batch.storage import check_regular, write_atomically
 
 SCHEMA_VERSION = "1"
 ONE_FILE_ROWS = 100_000  # jobs up to this many rows end as one results.parquet
@@ -27,6 +29,7 @@ SEAL_ROWS = 131_072
 FLUSH_EVERY_S = 1.0
 FLUSH_ROWS = 4096
 COVERS = b"tinysd_covers"
+PART_NAME = re.compile(r"\d{8,12}", re.ASCII)  # a journal part's
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 FIELDS = [
@@ -139,7 +142,7 @@ class ResultsWriter:
         # Names that a sealed file covers must not come again: they would be taken for leftovers and deleted.
         used = {part.stem for part in self.paths.journal_parts()} | self.paths.covered()
         self.sequence = 1 + max((int(name) for name in used), default=0)
-        self.journal_rows = sum(pq.read_metadata(part).num_rows for part in self.paths.journal_parts())
+        self.journal_rows = sum(read_footer(part).num_rows for part in self.paths.journal_parts())
 
     def append(self, row: dict[str, Any]) -> None:
         self.buffer.append(row)
@@ -169,10 +172,10 @@ class ResultsWriter:
         parts = self.paths.journal_parts()
         if not parts:
             return
-        rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
-        if not self.big and self.paths.one_file.exists():
-            rows = pq.read_table(self.paths.one_file).to_pylist() + rows
-        table = pa.Table.from_pylist(sorted(newest_of_each(rows), key=order_key), self.schema)
+        older = [self.paths.one_file] if not self.big and self.paths.one_file.exists() else []
+        rows = [row for file in [*older, *parts] for row in read_table(file)]
+        with damaged_table(self.paths.one_file):
+            table = pa.Table.from_pylist(sorted(newest_of_each(rows), key=order_key), self.schema)
         covers = json.dumps([part.stem for part in parts]).encode()
         table = table.replace_schema_metadata({COVERS: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
         write_atomically(to_parquet(table), self.next_part() if self.big else self.paths.one_file)
@@ -194,6 +197,46 @@ def to_parquet(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
+@contextmanager
+def damaged_table(file: Path) -> Iterator[None]:
+    """Whatever a damaged or foreign table makes pyarrow do becomes a StorageError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise StorageError(
+            f"{file}: cannot be read: {reason}; move it away and submit again: pictures that are there are taken over"
+        ) from None
+
+
+def read_footer(file: Path) -> Any:
+    """Raises StorageError."""
+    with damaged_table(file):
+        check_regular(file)
+        with file.open("rb") as opened:  # pyarrow takes no names that are no UTF-8
+            return pq.read_metadata(opened)
+
+
+def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """Raises StorageError."""
+    with damaged_table(file):
+        check_columns(read_footer(file).schema.to_arrow_schema())
+        with file.open("rb") as opened:
+            table = pq.read_table(opened, columns=columns)
+        if any(table[name].null_count for name in ("row", "status") if name in table.column_names):
+            raise ValueError("a row has no number or no status")
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+
+
+def check_columns(schema: pa.Schema) -> None:
+    """Raises ValueError where one of our columns is missing or holds something else."""
+    for field in FIELDS:
+        position = schema.get_field_index(field.name)
+        if position < 0 or schema.field(position).type != field.type:
+            raise ValueError(f"column {field.name} is not the {field.type} that was written")
+
+
 class ResultsPaths:
     """Where results and journal of a job lie, and how to read them together."""
 
@@ -206,17 +249,15 @@ class ResultsPaths:
         return ([self.one_file] if self.one_file.exists() else []) + sorted(self.parts_folder.glob("part-*.parquet"))
 
     def journal_parts(self) -> list[Path]:
-        return sorted(self.journal.glob("*.parquet"))
+        return sorted(part for part in self.journal.glob("*.parquet") if PART_NAME.fullmatch(part.stem))
 
     def covered(self) -> set[str]:
         """Names of journal parts that a sealed file already holds."""
         names: set[str] = set()
         for file in self.sealed_files():
-            try:
-                metadata = pq.read_schema(file).metadata or {}
-            except (pa.ArrowException, OSError) as error:
-                raise StorageError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
-            names |= set(json.loads(metadata.get(COVERS, b"[]")))
+            with damaged_table(file):
+                listed = json.loads((read_footer(file).metadata or {}).get(COVERS, b"[]"))
+                names |= {name for name in listed if PART_NAME.fullmatch(name)}
         return names
 
     def drop_covered_journal(self) -> None:
@@ -229,7 +270,4 @@ class ResultsPaths:
         """All rows, sealed first, of the columns asked for, or of all; of an image's rows the last one counts."""
         covered = self.covered()
         for file in [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]:
-            try:
-                yield from pq.read_table(file, columns=columns).to_pylist()
-            except (pa.ArrowException, OSError) as error:
-                raise StorageError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+            yield from read_table(file, columns)

@@ -9,7 +9,7 @@ from tinysd_batch.job.plan import Common, cut_batches, file_name, plan_images
 from tinysd_batch.job.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, Row
 
-NUMBERED = re.compile(r"seed_\d+_(\d+)\.")
+NUMBERED = re.compile(r"seed_\d+_(\d{1,15})\.", re.ASCII)
 
 
 def highest_number(folder: Path) -> int:

@@ -15,17 +15,18 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import tinysd_batch
-from tinysd_batch.config import MAX_SEED, Settings
+from tinysd_batch.config import MAX_SEED, Settings, printable
 from tinysd_batch.errors import StorageError, TinySDError
+from tinysd_batch.job.columns import has_surrogates
 from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
-from tinysd_batch.storage import publish, storage_errors
+from tinysd_batch.storage import MAX_FILE_BYTES, publish, storage_errors
 
 if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import Generated
 
 MAX_MESSAGE_CHARACTERS = 2000
-MAX_FILE_BYTES = 100_000_000  # a larger file is not one of ours
+MAX_COUNT = 2**31 - 1  # of tokens, as the table holds it
 # The columns that travel inside the picture, for a run that adopts it. No host names: people share pictures.
 EMBEDDED_COLUMNS: dict[str, type | UnionType] = {
     "n_tokens": int | None,
@@ -122,17 +123,13 @@ class Worker:
 
     def adopt(self, request: ImageRequest) -> ImageResult | None:
         """The result of an image that is on disk already: a run that died after the file and before its row left it."""
-        from tinysd_batch.images import read_entries
-
         path = self.setup.job_folder / request.file_name
-        size = request.params.width, request.params.height
         with storage_errors(path):
             if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
                 return None
             data = path.read_bytes()
-        _, found = read_entries(data, size)
-        made = found.get("made")
-        if found.get("image_id") != request.image_id or not is_record(made):
+        made = record_in(data, request)
+        if made is None:
             return None
         return self.file_columns(ImageResult(request.index, Status.OK, **made), request, data)
 
@@ -192,7 +189,7 @@ class Worker:
         ]
 
     def publish(self, request: ImageRequest, generated: "Generated", position: int, started: float) -> ImageResult:
-        from tinysd_batch.images import FileFormat, encode_image, parameters_text, read_metadata
+        from tinysd_batch.images import FileFormat, encode_image, parameters_text
 
         made: dict[str, Any] = {
             "n_tokens": generated.n_tokens[position],
@@ -219,9 +216,7 @@ class Worker:
         data = encode_image(generated.images[position], kind, parameters, self.our_metadata(request, made))
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
-            there = publish(
-                data, path, self.setup.scratch, lambda found: read_metadata(found).get("image_id") == request.image_id
-            )
+            there = publish(data, path, self.setup.scratch, lambda found: record_in(found, request) is not None)
         return self.file_columns(result, request, there)
 
     def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
@@ -255,6 +250,16 @@ class Worker:
         return result
 
 
+def record_in(data: bytes, request: ImageRequest) -> dict[str, Any] | None:
+    """What a file says of how it was made, if it is the picture asked for in size and format, by its own word."""
+    from tinysd_batch.images import read_entries
+
+    suffix = request.file_name.rpartition(".")[2]
+    _, found = read_entries(data, (request.params.width, request.params.height), [suffix])
+    made = found.get("made")
+    return made if found.get("image_id") == request.image_id and is_record(made) else None
+
+
 def is_record(made: object) -> TypeGuard[dict[str, Any]]:
     """Whether what a file holds fits the table: anybody may have written the file."""
     return (
@@ -262,8 +267,17 @@ def is_record(made: object) -> TypeGuard[dict[str, Any]]:
         and made.keys() == EMBEDDED_COLUMNS.keys()
         and all(isinstance(made[name], kind) for name, kind in EMBEDDED_COLUMNS.items())
         and all(isinstance(step, str) for step in made["degraded"])
-        and all(abs(value) < MAX_SEED for value in made.values() if isinstance(value, int | float))
+        and all(printable(text) == text for text in [*made["degraded"], made["precision"], made["device_name"]])
+        and not any(isinstance(value, bool) or is_unstorable(value) for value in made.values())
+        and abs(made["n_tokens"] or 0) <= MAX_COUNT
     )
+
+
+def is_unstorable(value: object) -> bool:
+    """Numbers too large, or half characters, which the table cannot hold."""
+    if isinstance(value, str):
+        return has_surrogates(value)
+    return isinstance(value, int | float) and not abs(value) < MAX_SEED
 
 
 def usable_cores() -> int:

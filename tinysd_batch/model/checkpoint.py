@@ -4,9 +4,11 @@ A packed UNet's `config.json` carries a `quantization_config` that lists every p
 damaged or mixed-up file fails by name instead of drawing noise.
 """
 
+import inspect
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +20,67 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.model.packed import swap_packed_layers
 from tinysd_batch.model.packing import Layout, Weight
-from tinysd_batch.storage import write_atomically
+from tinysd_batch.storage import check_regular, write_atomically
 
 PIPELINE_INDEX = "model_index.json"
 TEXT_WEIGHTS = "model.safetensors"
 QUANT_METHOD = "tinysd"
+BETA_SCHEDULES = ("scaled_linear", "linear")
 FORMAT_VERSION = "1.0"
 KEEP_ON_META = torch.device("meta")
+MAX_LAYERS = 100  # of any kind; SD v1's most are the text encoder's 12
+# All that decides what a text encoder computes. Others could name code to be fetched from elsewhere.
+TEXT_SETTINGS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped; raise ModelError when it is missing or damaged."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; the model folder is not complete") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+@contextmanager
+def building_from(config: Path) -> Iterator[None]:
+    """Whatever a stranger's configuration makes a constructor do becomes a ModelError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the libraries do not say what they raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(f"{config}: no model can be built from it: {type(error).__name__}: {reason}") from None
+
+
+def read_config(path: Path, model: type[nn.Module]) -> dict[str, Any]:
+    """What a class of diffusers takes out of a `config.json`, and no more. Raises ModelError for too many layers."""
+    known = inspect.signature(model.__init__).parameters
+    config = {name: value for name, value in read_json(path).items() if name in known and name != "self"}
+    for name, value in config.items():
+        check_layers(path, name, value)
+    return config
+
+
+def check_layers(path: Path, name: str, value: Any) -> None:
+    """Each layer costs time and memory, weights or not."""
+    counts = value if isinstance(value, list) else [value]
+    if len(counts) > MAX_LAYERS or (
+        "layers" in name and any(isinstance(one, int) and one > MAX_LAYERS for one in counts)
+    ):
+        raise ModelError(f"{path}: {name} = {excerpt(value)}: at most {MAX_LAYERS} were expected")
 
 
 # The UNet
@@ -87,12 +128,11 @@ def read_unet(folder: Path) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
     Raises ModelError for any tensor that is missing, unexpected or of the wrong shape.
     """
     where = folder / WEIGHTS
-    config = read_json(folder / "config.json")
     tensors = read_tensors(where)
-    layouts = read_layouts(config, tensors, where)
-    with KEEP_ON_META:
-        unet = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k != "quantization_config"})
-    swap_packed_layers(unet, layouts)
+    with building_from(folder / "config.json"), KEEP_ON_META:
+        unet = UNet2DConditionModel.from_config(read_config(folder / "config.json", UNet2DConditionModel))
+    with building_from(folder / "config.json"):
+        swap_packed_layers(unet, read_layouts(read_json(folder / "config.json"), tensors, where))
     check_names(unet, tensors, where)
     return unet.eval(), tensors
 
@@ -144,9 +184,10 @@ def write_pipeline_index(folder: Path, **parts: list[str]) -> None:
 def read_text_encoder(folder: Path) -> tuple[CLIPTextModel, dict[str, Tensor]]:
     """The text encoder on the meta device and the file's tensors."""
     where = folder / TEXT_WEIGHTS
-    config = CLIPTextConfig(**read_json(folder / "config.json"))
-    with KEEP_ON_META:
-        encoder = CLIPTextModel(config)
+    config = read_json(folder / "config.json")
+    check_layers(folder / "config.json", "num_hidden_layers", config.get("num_hidden_layers"))
+    with building_from(folder / "config.json"), KEEP_ON_META:
+        encoder = CLIPTextModel(CLIPTextConfig(**{name: config[name] for name in TEXT_SETTINGS if name in config}))
     # Files of transformers before 5 keep the tower one name further down.
     tensors = {name.removeprefix("text_model."): value for name, value in read_tensors(where).items()}
     tensors.pop("embeddings.position_ids", None)
@@ -163,8 +204,8 @@ def positions(like: Tensor) -> Tensor:
 def read_decoder(folder: Path) -> tuple[AutoencoderKL, dict[str, Tensor]]:
     """The autoencoder without its encoder, on the meta device, and the file's tensors."""
     where = folder / WEIGHTS
-    with KEEP_ON_META:
-        vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
+    with building_from(folder / "config.json"), KEEP_ON_META:
+        vae = AutoencoderKL.from_config(read_config(folder / "config.json", AutoencoderKL))
     vae.encoder = vae.quant_conv = None
     tensors = {
         name: value for name, value in read_tensors(where).items() if not name.startswith(("encoder.", "quant_conv."))
@@ -178,7 +219,9 @@ def read_schedule(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if (kind := config.get("prediction_type", "epsilon")) != "epsilon":
         raise ModelError(f"{path}: prediction_type {kind!r}: only models that predict the noise (epsilon) are read")
-    try:
-        return {name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")}
-    except KeyError as error:
-        raise ModelError(f"{path}: {error} is missing") from None
+    for name in ("beta_start", "beta_end"):
+        if not isinstance(value := config.get(name), float) or not 0 < value < 1:
+            raise ModelError(f"{path}: {name} = {excerpt(value)}: a number between 0 and 1 was expected")
+    if (kind := config.get("beta_schedule")) not in BETA_SCHEDULES:
+        raise ModelError(f"{path}: beta_schedule = {excerpt(kind)}: one of {', '.join(BETA_SCHEDULES)} was expected")
+    return {name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")}

@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS, excerpt, printable
 from tinysd_batch.errors import ModelError
+from tinysd_batch.storage import read_file
 
 SD_V1_STEPS = 50
 SD_V1_SCALE = 7.5
 SMALL_UNET_BYTES = 50_000_000
 OUR_FILE = "tinysd.json"  # name and defaults; absent from folders that other tools made
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+MAX_JSON_BYTES = 50_000_000
+MAX_NAME_CHARACTERS = 100
+MAX_LEVELS = 8  # of a UNet or an autoencoder; SD v1 has four
 PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 CONVERT_HINT = "a packed folder, as `tinysd_batch.quantize.fast.quantize_folder` writes it, is needed"
 
@@ -48,7 +54,11 @@ def embedded_path() -> Path:
 def resolve_path(model: str) -> Path:
     """The folder a `--model` value names; raise ModelError where there is no usable model."""
     path = embedded_path() if model == "embedded" else Path(model)
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise ModelError(f"{model}: {(error.strerror or str(error)).lower()}") from None
+    if not is_there:
         raise ModelError(f"{model}: no such model; give a model folder, or `embedded` for the one that ships with us")
     if path.is_file():
         raise ModelError(f"{model}: this is a single checkpoint file; {CONVERT_HINT}")
@@ -60,10 +70,12 @@ def resolve_path(model: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(read_file(path, MAX_JSON_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; the model folder is not complete") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(loaded, dict):
         raise ModelError(f"{path}: an object was expected")
@@ -75,7 +87,7 @@ def model_digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in PARTS:
         for file in sorted((path / part).iterdir()):
-            if file.suffix in (".safetensors", ".json", ".txt"):
+            if file.suffix in (".safetensors", ".json", ".txt") and file.is_file():
                 digest.update(f"{part}/{file.name}\0{file.stat().st_size}\0".encode())
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 20):
@@ -87,26 +99,44 @@ def read_model_info(model: str) -> ModelInfo:
     """Look at the model that `--model` names. Raises ModelError."""
     try:
         return look_at(resolve_path(model))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{model}: a config.json does not fit: {type(error).__name__}: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None
 
 
 def look_at(path: Path) -> ModelInfo:
-    unet = read_json(path / "unet" / "config.json")
-    vae = read_json(path / "vae" / "config.json")
-    text = read_json(path / "text_encoder" / "config.json")
+    unet = path / "unet" / "config.json"
+    vae = path / "vae" / "config.json"
+    text = path / "text_encoder" / "config.json"
     ours = read_json(path / OUR_FILE) if (path / OUR_FILE).exists() else {}
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = 2 ** (levels(vae) - 1)
     return ModelInfo(
         path=path,
-        name=str(ours.get("name", path.resolve().name)),
+        name=printable(str(ours.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
         digest=model_digest(path),
-        native_px=unet["sample_size"] * factor,
-        channels=unet["in_channels"],
+        native_px=number(unet, "sample_size", 1, MAX_SIDE_PX // factor) * factor,
+        channels=number(unet, "in_channels", 1, 1024),
         factor=factor,
-        step_px=factor * 2 ** (len(unet["block_out_channels"]) - 1),
-        steps=int(ours.get("steps", SD_V1_STEPS)),
-        scale=float(ours.get("scale", SD_V1_SCALE)),
-        max_tokens=text["max_position_embeddings"],
+        step_px=factor * 2 ** (levels(unet) - 1),
+        steps=number(path / OUR_FILE, "steps", 1, MAX_STEPS) if "steps" in ours else SD_V1_STEPS,
+        scale=float(number(path / OUR_FILE, "scale", 0, 100, float)) if "scale" in ours else SD_V1_SCALE,
+        max_tokens=number(text, "max_position_embeddings", 3, 10_000),
         unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
     )
+
+
+def levels(config: Path) -> int:
+    """How many sizes an image passes through, each half the one before."""
+    found = read_json(config).get("block_out_channels")
+    if not isinstance(found, list) or not 1 <= len(found) <= MAX_LEVELS:
+        raise ModelError(f"{config}: block_out_channels = {excerpt(found)}: a list of 1 to {MAX_LEVELS} was expected")
+    return len(found)
+
+
+def number(config: Path, name: str, least: int, most: int, kind: type[int] | type[float] = int) -> Any:
+    """A number that the rest of the program relies upon. Raises ModelError."""
+    value = read_json(config).get(name)
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not math.isfinite(value):
+        raise ModelError(f"{config}: {name} = {excerpt(value)}: a number was expected")
+    if not least <= value <= most:
+        raise ModelError(f"{config}: {name} = {excerpt(value)}: must be between {least} and {most}")
+    return value

@@ -26,7 +26,7 @@ from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
 from tinysd_batch.model.precision import choose_device, choose_dtype, device_name
 from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample
 from tinysd_batch.model.text import Condition, PromptEncoder
-from tinysd_batch.model.tokens import read_tokenizer
+from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
@@ -67,6 +67,7 @@ class TinySD:
         self.unet, unet = read_unet(info.path / "unet")
         self.vae, vae = read_decoder(info.path / "vae")
         tokenizer = read_tokenizer(info.path / "tokenizer")
+        check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
         self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
         self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype)
         self.encode_fragment = Fragment("UNet encode half", half_modules(self.unet, ENCODE_MODULES), unet, dtype)

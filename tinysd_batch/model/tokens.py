@@ -9,8 +9,9 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.prompts import SubPrompt
+from tinysd_batch.model.prompts import Run, SubPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,24 @@ class TokenizedPrompt:
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Raises ModelError. Without its files the library would quietly make do with a vocabulary of three."""
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
+            raise ModelError(f"{folder / name}: missing; the model folder is not complete")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: not a readable CLIP tokenizer: {str(error).splitlines()[0]}") from None
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenize_part(tokenizer, SubPrompt(1.0, (Run("a"),)), 3, long_prompts=True)  # does it work?
+    except Exception as error:  # noqa: BLE001 - from Rust they come as no class but this
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{folder}: not a readable CLIP tokenizer: {reason}") from None
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: CLIPTokenizer, known: int, folder: Path) -> None:
+    """Raises ModelError where there are tokens that the text encoder has no embedding for."""
+    token, number = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if number >= known:
+        raise ModelError(f"{folder}: token {excerpt(token)} is number {number}, the text encoder knows {known}")
 
 
 def tokenize_prompt(

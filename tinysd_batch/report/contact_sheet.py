@@ -3,12 +3,13 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tinysd_batch.config import MAX_GRID_IMAGES
+from tinysd_batch.config import MAX_GRID_IMAGES, MAX_SIDE_PX
+from tinysd_batch.images import open_picture
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.text import one_line
@@ -33,21 +34,29 @@ class Shown:
 def write_contact_sheet(job_folder: Path, n_rows: int = 0) -> Path | None:
     """Write `contact_sheet.png` with the job's first 100 pictures; None where there are none."""
     rows = ResultsPaths(job_folder).read_rows(["index", "status", "file_name", "prompt", *TOLD])
-    made = {row["index"]: row for row in rows if row["status"] == Status.OK and row["file_name"]}
+    made = {row["index"]: row for row in rows if row["status"] == Status.OK and is_ours(row["file_name"])}
     first = [made[index] for index in sorted(made)[:MAX_GRID_IMAGES]]
     shown = [Shown(job_folder / row["file_name"], text) for row, text in zip(first, captions(first), strict=True)]
     return write_grid([one for one in shown if one.path.is_file()], job_folder / FILE, n_rows)
 
 
+def is_ours(file_name: str | None) -> bool:
+    """Whether it lies where this job's pictures do; the table may have come from elsewhere."""
+    parts = PurePosixPath(file_name or "").parts
+    return parts[:1] == ("images",) and ".." not in parts
+
+
 def captions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Each picture's prompt, or where that is always the same, the settings that differ."""
     if len({row["prompt"] for row in rows}) > 1:
-        return [one_line(row["prompt"], 200) for row in rows]
+        return [one_line(row["prompt"] or "", 200) for row in rows]
     differ = [name for name in TOLD if len({row[name] for row in rows}) > 1]
     told = [name for name in differ if name != "seed"] or ["seed"]
-    return [
-        ", ".join(str(row[name]) if name == "sampler" else f"{name} {row[name]:g}" for name in told) for row in rows
-    ]
+    return [", ".join(setting(name, row[name]) for name in told) for row in rows]
+
+
+def setting(name: str, value: Any) -> str:
+    return one_line(str(value)) if name == "sampler" or value is None else f"{name} {value:g}"
 
 
 def write_grid(shown: Sequence[Shown], path: Path, n_rows: int = 0) -> Path | None:
@@ -70,7 +79,9 @@ def draw_sheet(shown: Sequence[Shown], n_rows: int = 0) -> Image.Image:
     for number, one in enumerate(shown):
         x, y = GAP_PX + number % columns * width, GAP_PX + number // columns * height
         try:
-            with Image.open(one.path) as picture:
+            with open_picture(one.path) as picture:
+                if max(picture.size) > MAX_SIDE_PX:
+                    continue
                 fitted = fit(picture.convert("RGB"))
         except OSError:
             continue  # a damaged picture leaves its cell empty; the job is done all the same

@@ -13,7 +13,7 @@ from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.storage import storage_errors, write_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-FORMULA_MARKS = ("=", "+", "-", "@", "\t", "\r", "\n")
+FORMULA_MARKS = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - the wide ones count in some of these programs
 
 
 def export_table(job_folder: Path, path: Path) -> int:
@@ -44,7 +44,8 @@ def to_json_lines(rows: list[dict[str, Any]]) -> str:
 
 def to_csv(rows: list[dict[str, Any]], separator: str) -> str:
     sheet = io.StringIO()
-    writer = csv.writer(sheet, delimiter=separator, lineterminator="\n")
+    # All text is quoted: left to itself, `csv` leaves carriage returns bare, behind which a new row would begin.
+    writer = csv.writer(sheet, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     names = list(rows[0]) if rows else []
     writer.writerow([cell(name) for name in names])
     writer.writerows([cell(row.get(name)) for name in names] for row in rows)
@@ -57,5 +58,5 @@ def cell(value: Any) -> Any:
     Manifests may come from anybody, and Excel and its like run what begins with these marks (OWASP, CSV injection).
     """
     if isinstance(value, list):
-        return " ".join(str(part) for part in value)
+        value = " ".join(str(part) for part in value)
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_MARKS) else value

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from tinysd_batch.config import Settings
 from tinysd_batch.job.columns import near_misses
@@ -20,7 +19,7 @@ from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.model.prompts import SubPrompt, parse_prompt
 from tinysd_batch.model.tokens import TokenizedPrompt, read_tokenizer, tokenize_prompt
 from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.report.text import count, one_line, size
+from tinysd_batch.report.text import count, one_line, say, size
 
 MAX_FAULTS = 1000  # kept for --json
 SHOWN = 10  # faults, cut prompts and weighted prompts, unless all are asked for
@@ -181,7 +180,7 @@ class PlanPrinter:
     def say(self, kind: str, line: str) -> None:
         self.told[kind] += 1
         if self.verbose or (kind != "plain" and self.told[kind] <= SHOWN):
-            self.console.print(Text(line), soft_wrap=True)
+            say(self.console, line)
 
     def plan(self, job: Job, plan: Plan) -> None:
         hidden = sum(max(0, number - SHOWN) for kind, number in self.told.items() if kind != "plain")
@@ -208,7 +207,7 @@ class PlanPrinter:
             ) + (f" and {len(plan.carried_columns) - SHOWN:,} more" if len(plan.carried_columns) > SHOWN else "")
         lines["Job folder"] = str(job.folder)
         for name, line in lines.items():
-            self.console.print(Text(f"{name:<11} {line}"), soft_wrap=True)
+            say(self.console, f"{name:<11} {line}")
 
 
 def told(counter: Counter[str]) -> str:

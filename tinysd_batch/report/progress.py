@@ -7,11 +7,10 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
-from tinysd_batch.report.text import count, one_line
+from tinysd_batch.report.text import count, one_line, say
 
 PLAIN_LINE_EVERY_S = 10.0
 FAULTS_SHOWN = 10
@@ -45,8 +44,8 @@ class RunProgress:
         self.bar.stop()
 
     def say(self, line: str) -> None:
-        """A line above the bar. Manifest text must have gone through `one_line`."""
-        self.bar.console.print(Text(line), soft_wrap=True)
+        """A line above the bar."""
+        say(self.bar.console, line)
 
     def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None:
         self.total, self.done = total, finished

@@ -9,14 +9,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.images import read_entries
 from tinysd_batch.job.folder import STATE_FOLDER, read_job_json
 from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.records import Status
-from tinysd_batch.report.text import count, one_line
+from tinysd_batch.report.text import count, one_line, say
+from tinysd_batch.storage import check_regular, read_file
 
 MAX_FAULTS = 10
 READ_ATTEMPTS = 5
@@ -48,7 +48,7 @@ def read_status(job_folder: Path) -> JobStatus:
     """Raises UsageError when the folder is no job."""
     saved = read_job_json(job_folder)
     status = JobStatus(
-        images=saved.get("images", 0), invalid_rows=saved.get("invalid_rows", 0), seed=saved["seed"],
+        images=saved["images"], invalid_rows=saved["invalid_rows"], seed=saved["seed"],
         model=saved["model"]["name"], running=is_locked(job_folder / STATE_FOLDER / "lock"),
     )  # fmt: skip
     columns = [
@@ -88,6 +88,7 @@ def is_locked(path: Path) -> bool:
     """Whether a driver holds the job's lock now."""
     if not path.exists():
         return False
+    check_regular(path)
     with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -98,7 +99,7 @@ def is_locked(path: Path) -> bool:
 
 def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     state = "running" if status.running else "finished" if status.left <= 0 else "stopped"
-    console.print(f"{job_folder}: {state}, model {status.model}, seed {status.seed}", markup=False, highlight=False)
+    say(console, f"{job_folder}: {state}, model {status.model}, seed {status.seed}")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name in Status:
         if status.by_status[name]:
@@ -108,11 +109,9 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     console.print(table)
     for worker, images in sorted(status.by_worker.items()):
         each = status.seconds_by_worker[worker] / images
-        console.print(
-            Text(f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour")
-        )
+        say(console, f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour")
     for fault in status.faults[:MAX_FAULTS]:
-        console.print(Text(one_line(fault, 300)), soft_wrap=True)
+        say(console, one_line(fault, 300))
     if len(status.faults) > MAX_FAULTS:
         console.print(f"and {len(status.faults) - MAX_FAULTS:,} more; the results table names them all")
 
@@ -120,7 +119,7 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
 def print_image(path: Path, console: Console) -> None:
     """What the picture says of itself. Raises UsageError when it says nothing."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     parameters, found = read_entries(data)
@@ -130,7 +129,7 @@ def print_image(path: Path, console: Console) -> None:
     told = {name: found.pop(name) for name in FIRST_TOLD if name in found} | found
     for name, value in {**told, **(made if isinstance(made, dict) else {})}.items():
         if value not in (None, "", []):
-            console.print(Text(f"{one_line(name, 40):<20} {one_line(str(value), 1000)}"), soft_wrap=True)
+            say(console, f"{one_line(name, 40):<20} {one_line(str(value), 1000)}")
     if not told:
         for line in parameters.splitlines():
-            console.print(Text(one_line(line, 1000)), soft_wrap=True)
+            say(console, one_line(line, 1000))

@@ -1,6 +1,12 @@
 """Words for people: counts, times, one-line texts."""
 
+from typing import TYPE_CHECKING
+
+from tinysd_batch.config import printable
 from tinysd_batch.records import Status
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROBLEMS = (Status.FAILED, Status.INVALID, Status.QUARANTINED)
 
@@ -31,5 +37,12 @@ def duration(seconds: float) -> str:
 
 def one_line(text: str, length: int = 60) -> str:
     """Text that came with a manifest, fit for a terminal: no control characters, not too long."""
-    shown = "".join(character if character.isprintable() else " " for character in text)
+    shown = printable(text)
     return shown if len(shown) <= length else shown[: length - 1] + "…"
+
+
+def say(console: "Console", line: str) -> None:
+    """Print a line as it is: no markup, no colours, and nothing in it that moves the terminal."""
+    from rich.text import Text
+
+    console.print(Text(printable(line)), soft_wrap=True)
