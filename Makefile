@@ -31,7 +31,7 @@ demo: $(VENV)/installed ## Draw the twelve prompts of jobs/demo with the embedde
 	$(BIN)/tinysd-batch submit jobs/demo/job.toml --verbose
 
 test: $(VENV)/installed-dev ## The default tests, in under 5 minutes
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-rest: $(VENV)/installed-dev ## The slow tests and those that kill processes
 	$(BIN)/pytest -m 'slow or chaos'
