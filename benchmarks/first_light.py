@@ -92,7 +92,8 @@ class TrivialModel:
     def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: object) -> Generated:
         nothing: list[list[str]] = [[] for _ in prompt]
         pictures = [Image.new("RGB", (64, 64), (number % 256, 0, 0)) for number in seed]
-        return Generated(pictures, [1] * len(prompt), [None] * len(prompt), [None] * len(prompt), nothing)
+        nones: list[str | None] = [None] * len(prompt)
+        return Generated(pictures, [1] * len(prompt), nones, nones, nothing, ["float32"] * len(prompt))
 
 
 class Silent:

@@ -369,4 +369,4 @@ def test_export(manifest: Path, tmp_path: Path, tiny_model: Path, suffix: str) -
     else:
         assert len(text.splitlines()) == 6
         assert "'=1+1" in text
-        assert ("," if suffix == "csv" else "\t") + "\"'-2\"" in text
+        assert ("," if suffix == "csv" else "\t") + '"\'-2"' in text

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tinysd_batch import TinySD
@@ -285,3 +286,36 @@ def test_arguments_that_do_not_fit(model: TinySD, options: dict[str, object], me
 def test_a_picture_that_is_not_finite_is_no_picture(model: TinySD) -> None:
     with pytest.raises(NotFiniteError):
         model.generate("cat", 1, latents=torch.full((1, 4, 8, 8), float("nan")))
+
+
+def loud_model(model_folder: Path, tmp_path: Path, part: str, tensor: str, factor: float) -> TinySD:
+    """A model in float16 of which one layer's result is too large for float16, and not for float32."""
+    shutil.copytree(model_folder, tmp_path / "loud")
+    path = tmp_path / "loud" / part / UNET_FILE
+    tensors = load_file(path)
+    tensors[tensor] = tensors[tensor].float() * factor
+    save_file(tensors, path)
+    return TinySD.from_pretrained(tmp_path / "loud", device="cpu", dtype=torch.float16)
+
+
+def test_what_float16_cannot_hold_is_denoised_again_in_float32(float_model: Path, tmp_path: Path) -> None:
+    loud = loud_model(float_model, tmp_path, "unet", "mid_block.resnets.0.conv1.weight", 3e5)
+    made = loud.generate(["cat", "dog"], [1, 2], output_type="latent", num_inference_steps=2)
+    assert made.precision == ["float32", "float32"]
+    assert made.degraded == [["denoised_in_float32"]] * 2
+    assert loud.dtype is torch.float16
+    full = TinySD.from_pretrained(tmp_path / "loud", device="cpu", dtype="full")
+    again = latents(full, ["cat", "dog"], [1, 2], num_inference_steps=2)
+    torch.testing.assert_close(made.images, again, rtol=0.01, atol=0.01)  # the prompts were encoded in float16
+
+
+def test_what_float16_cannot_hold_is_decoded_again_in_float32(float_model: Path, tmp_path: Path) -> None:
+    loud = loud_model(float_model, tmp_path, "vae", "decoder.mid_block.resnets.0.conv1.weight", 3e5)
+    made = loud.generate("cat", 1, output_type="np", num_inference_steps=2)
+    assert (made.precision, made.degraded) == (["float16"], [["decoded_in_float32"]])
+    assert np.isfinite(made.images).all()
+
+
+def test_float16_is_kept_where_it_holds(float_model: Path) -> None:
+    made = TinySD.from_pretrained(float_model, device="cpu", dtype=torch.float16).generate("cat", 1)
+    assert (made.precision, made.degraded) == (["float16"], [[]])

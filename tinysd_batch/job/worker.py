@@ -195,7 +195,7 @@ class Worker:
             "n_tokens": generated.n_tokens[position],
             "truncated": generated.truncated[position],
             "negative_truncated": generated.negative_truncated[position],
-            "precision": generated.precision,
+            "precision": generated.precision[position],
             "device_name": self.model.device_name,
             "worker": self.name,
             "node": platform.node(),

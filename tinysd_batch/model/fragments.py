@@ -15,7 +15,7 @@ from tinysd_batch.errors import ModelError
 from tinysd_batch.model.packed import PackedLayer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HostTensor:
     """A weight on the host and the place in its module where it goes."""
 
@@ -58,6 +58,11 @@ class Fragment:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.host)
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """What floats become when they next come to the device."""
+        for tensor in self.host:
+            tensor.dtype = dtype if tensor.value.is_floating_point() else tensor.dtype
 
     def onload(self, device: torch.device) -> None:
         """Bring the weights to the device; on the CPU that is the file's memory itself where the type is right."""

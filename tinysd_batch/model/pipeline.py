@@ -30,6 +30,8 @@ from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
+DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
+Redone = dict[int, list[str]]  # row -> what had to be done again
 OutputType = Literal["pil", "np", "latent"]
 
 
@@ -42,11 +44,27 @@ class Generated:
     truncated: list[str | None] = field(default_factory=list)
     negative_truncated: list[str | None] = field(default_factory=list)
     degraded: list[list[str]] = field(default_factory=list)
-    precision: str = "float32"
+    precision: list[str] = field(default_factory=list)  # of the UNet
     text_s: float = 0.0
     denoise_s: float = 0.0
     decode_s: float = 0.0
     peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What is asked of a batch, besides its prompts checked and filled in."""
+
+    conditions: Sequence[Condition]
+    seeds: Sequence[int]
+    height: int
+    width: int
+    steps: int
+    sampler: str
+    eta: float
+    noise_seed: int | Sequence[int] | None
+    latents: Tensor | None
+    callback: Callback | None
 
 
 class TinySD:
@@ -193,42 +211,79 @@ class TinySD:
             long_prompts=long_prompts, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
         encoded = time.monotonic()
-        generators = [Generator("cpu").manual_seed(int(one)) for one in spread(seed, size)]
-        start = self.starting_noise(generators, height, width, noise_seed) if latents is None else latents.float()
-        final = torch.empty_like(start, device=self.device)
-        for rows in rows_together(conditions):
-            final[rows] = self.denoise(
-                start[rows], [conditions[row] for row in rows], steps, sampler, eta,
-                [generators[row] for row in rows], callback,
-            )  # fmt: skip
+        drawing = Drawing(
+            conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, latents, callback
+        )
+        final, redone = self.draw_latents(drawing)
         denoised = time.monotonic()
-        if not final.isfinite().all():
-            raise NotFiniteError("the latents are not finite")
-        images = final.cpu() if output_type == "latent" else self.decode(final, output_type)
+        images = final.cpu() if output_type == "latent" else self.decode(final, output_type, redone)
         read = [(one.tokens, one.negative_tokens) for one in conditions]
         return Generated(
             images=images,
             n_tokens=[tokens.n_tokens if tokens else None for tokens, _ in read],
             truncated=[tokens.truncated if tokens else None for tokens, _ in read],
             negative_truncated=[tokens.truncated if tokens else None for _, tokens in read],
-            degraded=[[] for _ in range(size)],
-            precision=str(self.dtype).removeprefix("torch."),
+            degraded=[redone.get(row, []) for row in range(size)],
+            precision=["float32" if DENOISED in redone.get(row, []) else name_of(self.dtype) for row in range(size)],
             text_s=encoded - started,
             denoise_s=denoised - encoded,
             decode_s=time.monotonic() - denoised,
             peak_memory_bytes=self.peak_memory_bytes(),
         )
 
-    def starting_noise(
-        self, generators: Sequence[Generator], height: int, width: int, noise_seed: int | Sequence[int] | None
-    ) -> Tensor:
+    def draw_latents(self, drawing: "Drawing") -> tuple[Tensor, Redone]:
+        """Final latents of the whole batch, float32. Images that float16 could not hold are drawn again in float32.
+
+        Raises NotFiniteError for one that float32 cannot hold either.
+        """
+        rows = range(len(drawing.seeds))
+        final = self.draw_rows(drawing, rows)
+        lost = rows_that(~final.isfinite().flatten(1).all(dim=1))
+        if lost and self.dtype is not torch.float32:
+            with self.in_float32():
+                final[lost] = self.draw_rows(drawing, lost)
+        if not final.isfinite().all():
+            raise NotFiniteError("the latents are not finite")
+        return final, {row: [DENOISED] for row in lost}
+
+    def draw_rows(self, drawing: "Drawing", rows: Sequence[int]) -> Tensor:
+        """Final latents of these rows, [len(rows), 4, h, w], each from its own seed."""
+        generators = [Generator("cpu").manual_seed(int(drawing.seeds[row])) for row in rows]
+        start = self.starting_noise(drawing, rows, generators)
+        conditions = [drawing.conditions[row] for row in rows]
+        final = torch.empty_like(start, device=self.device)
+        for some in rows_together(conditions):
+            final[some] = self.denoise(
+                start[some], [conditions[row] for row in some], drawing.steps, drawing.sampler, drawing.eta,
+                [generators[row] for row in some], drawing.callback,
+            )  # fmt: skip
+        return final
+
+    def starting_noise(self, drawing: "Drawing", rows: Sequence[int], generators: Sequence[Generator]) -> Tensor:
         """Unit noise [B, 4, h, w]. With a seed of its own the generators' first draw is left out, not put off."""
-        shape = (self.unet.config.in_channels, height // self.info.factor, width // self.info.factor)
+        if drawing.latents is not None:
+            return drawing.latents[list(rows)].float()
+        shape = (self.unet.config.in_channels, drawing.height // self.info.factor, drawing.width // self.info.factor)
         own = draw_noise(generators, shape)
-        if noise_seed is None:
+        if drawing.noise_seed is None:
             return own
-        seeds = spread(noise_seed, len(generators))
-        return draw_noise([Generator("cpu").manual_seed(int(one)) for one in seeds], shape)
+        seeds = spread(drawing.noise_seed, len(drawing.seeds))
+        return draw_noise([Generator("cpu").manual_seed(int(seeds[row])) for row in rows], shape)
+
+    @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 for once."""
+        usual = self.dtype
+        self.set_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            self.set_dtype(usual)
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        for fragment in self.fragments:
+            fragment.set_dtype(dtype)
 
     def check_size(self, height: int, width: int) -> None:
         for name, value in (("height", height), ("width", width)):
@@ -276,19 +331,32 @@ class TinySD:
             parts = [decode_half(self.unet, state, text).float() for state, text in zip(states, contexts, strict=True)]
         return torch.cat(parts)
 
-    def decode(self, latents: Tensor, output_type: OutputType) -> list[Image.Image] | npt.NDArray[np.float32]:
-        """Latents to pictures. Raises NotFiniteError for one that is NaN or all one colour."""
-        with self.residency.holding(self.vae_fragment), self.residency.using(self.vae_fragment):
-            scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-            pixels = torch.cat([self.vae.decode(one, return_dict=False)[0].float().cpu() for one in scaled.split(1)])
-        if not pixels.isfinite().all():
-            raise NotFiniteError("the picture is not finite")
-        values = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # [B, H, W, 3]
-        if (values.amax(dim=(1, 2, 3)) == values.amin(dim=(1, 2, 3))).any():
-            raise NotFiniteError("the picture is one flat colour")
+    def decode(
+        self, latents: Tensor, output_type: OutputType, redone: Redone
+    ) -> list[Image.Image] | npt.NDArray[np.float32]:
+        """Latents to pictures; those that float16 could not hold once more in float32, which `redone` is told.
+
+        Raises NotFiniteError for one that is NaN or all one colour even so.
+        """
+        values = self.decode_values(latents)
+        lost = rows_that(no_picture(values))
+        if lost and self.dtype is not torch.float32:
+            with self.in_float32():
+                values[lost] = self.decode_values(latents[lost])
+            for row in lost:
+                redone.setdefault(row, []).append(DECODED)
+        if no_picture(values).any():
+            raise NotFiniteError("the picture is not finite, or one flat colour")
         if output_type == "np":
             return values.numpy()
         return [Image.fromarray(one) for one in (values * 255).round().to(torch.uint8).numpy()]
+
+    def decode_values(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] to colours in 0..1, float32 [B, H, W, 3], on the host."""
+        with self.residency.holding(self.vae_fragment), self.residency.using(self.vae_fragment):
+            scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
+            pixels = torch.cat([self.vae.decode(one, return_dict=False)[0].float().cpu() for one in scaled.split(1)])
+        return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     def peak_memory_bytes(self) -> int:
         """Torch's peak on a GPU; on the CPU the process's highest resident size."""
@@ -303,6 +371,21 @@ def length(value: object) -> int:
     if isinstance(value, Tensor):
         return value.shape[0]
     return len(value) if isinstance(value, Sequence) and not isinstance(value, str) else 1
+
+
+def rows_that(which: Tensor) -> list[int]:
+    """The rows for which a truth value [B] holds."""
+    return [row for row, holds in enumerate(which.tolist()) if holds]
+
+
+def no_picture(values: Tensor) -> Tensor:
+    """Which of [B, H, W, 3] are NaN, infinite or one flat colour: bool [B]."""
+    flat = values.flatten(1)
+    return ~flat.isfinite().all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def rows_together(conditions: Sequence[Condition]) -> list[list[int]]:
