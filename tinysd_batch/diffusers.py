@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import QUANT_METHOD, check_format, check_names, check_tensor
+from tinysd_batch.model.devices import choose_device
 from tinysd_batch.model.packed import swap_packed_layers
 from tinysd_batch.model.packing import Layout
-from tinysd_batch.model.precision import choose_device
 
 # diffusers finds out how to load `AutoencoderKLDecoder` by the base classes that it sees in this module.
 __all__ = ["AutoencoderKLDecoder", "ModelMixin", "TinySDConfig", "TinySDQuantizer"]

@@ -20,10 +20,11 @@ from transformers import CLIPTextModel
 from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
 from tinysd_batch.model.checkpoint import read_decoder, read_schedule, read_text_encoder, read_unet
+from tinysd_batch.model.devices import choose_device, device_name
 from tinysd_batch.model.fragments import Fragment, Residency
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
-from tinysd_batch.model.precision import choose_device, choose_dtype, device_name
+from tinysd_batch.model.precision import choose_dtype
 from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer

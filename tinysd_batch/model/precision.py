@@ -1,6 +1,5 @@
-"""Which device, which number format, how many bytes."""
+"""Which number format to compute in."""
 
-import platform
 import re
 
 import torch
@@ -8,16 +7,6 @@ import torch
 from tinysd_batch.errors import UsageError
 
 TENSOR_CORES = (7, 0)  # below this compute capability float16 is finite but slow
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU; raise UsageError for one that is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: torch sees no GPU here; use device cpu, or install a CUDA build of torch")
-    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -35,9 +24,3 @@ def is_good_at_half(device: torch.device) -> bool:
     """GTX 16xx cards compute float16 convolutions wrongly; older cards compute them slowly."""
     broken = re.search(r"GTX 16\d\d", torch.cuda.get_device_name(device)) is not None
     return torch.cuda.get_device_capability(device) >= TENSOR_CORES and not broken
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
