@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from tests.origin import CONTEXT, dequantized, unet_checkpoint
 from tinysd_batch.config import SAMPLERS, find_sampler
 from tinysd_batch.errors import ModelError, UsageError
-from tinysd_batch.model.samplers import Run, alphas_cumprod, draw_noise, sample
+from tinysd_batch.model.samplers import Run, Sigmas, alphas_cumprod, draw_noise, levels, new_scheduler, sample
 
 SD_V1 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALPHAS = alphas_cumprod(SD_V1)
@@ -162,18 +162,53 @@ def check_steps(name: str, steps: int) -> None:
     assert latents.isfinite().all()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 37, 101, 333, 501, 999, 1000])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_s_steps_are_s_steps(name: str, steps: int) -> None:
-    check_steps(name, steps)
+OWN = ("plms", "ddim", "dpm2", "dpm2_a", "lms")
+THEIRS = {
+    "euler": ("EulerDiscreteScheduler", 1),
+    "euler_a": ("EulerAncestralDiscreteScheduler", 1),
+    "heun": ("HeunDiscreteScheduler", 1),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", 1000),
+    "unipc": ("UniPCMultistepScheduler", 1000),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", SAMPLERS)
+SOME = (*range(1, 30), *range(41, 990, 97), 990, 998, 999, 1000)  # drawn to the end; all would take many minutes
+
+
+def new_run(steps: int) -> Run:
+    return Run(toy, steps, SD_V1, [])
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_every_number_of_steps(name: str) -> None:
     for steps in range(1, 1001):
+        if name in ("plms", "ddim"):
+            times = [int(level.time) for level in levels(new_run(steps))]
+            assert times[0] >= 999 - 1000 / steps
+        else:
+            times = Sigmas.of(new_run(steps)).times.tolist()
+            assert times[0] == 999
+        assert len(set(times)) == steps
+        assert (times, min(times) >= 0) == (sorted(times, reverse=True), True)
+    for steps in SOME:
         check_steps(name, steps)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_every_number_of_steps_by_diffusers(name: str) -> None:
+    per_step, besides = EVALUATIONS.get(name, (1, 0))
+    for steps in range(1, 1001):
+        times = new_scheduler(*THEIRS[name], steps, SD_V1).timesteps
+        assert len(times) == per_step * steps + besides
+        assert len(times.unique()) == steps
+        assert (float(times[0]), float(times.max())) == (999, 999)
+        assert times.min() >= 0
+    for steps in SOME:
+        check_steps(name, steps)
+
+
+def test_each_sampler_is_tested_with_every_number_of_steps() -> None:
+    assert {*OWN, *THEIRS} == set(SAMPLERS)
 
 
 def test_the_origins_times_where_it_has_any() -> None:

@@ -8,6 +8,7 @@ diffusers' schedulers do the work where they compute what SD v1's own scripts co
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -199,32 +200,41 @@ def lms(run: Run, noise: Tensor) -> Tensor:
 
 
 def multistep_weights(levels: Sequence[float], step: int, order: int) -> list[float]:
-    """How much each of the last `order` predictions counts: integrals of Lagrange's polynomials over the step."""
+    """How much each of the last `order` predictions counts: integrals of Lagrange's polynomials over the step.
+
+    Two of Gauss's points integrate a cubic exactly.
+    """
+    start, end = levels[step], levels[step + 1]
+    points = [(start + end + sign * (end - start) / 3**0.5) / 2 for sign in (-1, 1)]
     nodes = [levels[step - back] for back in range(order)]
     weights = []
     for node in nodes:
         others = [other for other in nodes if other != node]
-        basis = np.polynomial.Polynomial.fromroots(others) if others else np.polynomial.Polynomial([1.0])
-        integral = basis.integ()
-        weights.append(float((integral(levels[step + 1]) - integral(levels[step])) / basis(node)))
+        basis = (math.prod((point - other) / (node - other) for other in others) for point in points)
+        weights.append(sum(basis) * (end - start) / 2)
     return weights
 
 
 # diffusers' schedulers
 
 
-def scheduled(name: str, *, fails_at: int, **options: Any) -> Callable[[Run, Tensor], Tensor]:
-    """A sampler that diffusers' scheduler of this name drives.
+def new_scheduler(name: str, fails_at: int, steps: int, schedule: dict[str, Any]) -> Any:
+    """diffusers' scheduler of this name, set to so many steps.
 
     Times are spread evenly ("linspace"), but at `fails_at` steps: there one step would start at the clean end, or 1000
     steps would take a time twice and divide by zero. "trailing" gives what is meant for just these numbers.
     """
+    spacing = "trailing" if steps == fails_at else "linspace"
+    scheduler = getattr(diffusers, name)(num_train_timesteps=TRAIN_STEPS, timestep_spacing=spacing, **schedule)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def scheduled(name: str, *, fails_at: int) -> Callable[[Run, Tensor], Tensor]:
+    """A sampler that diffusers' scheduler of this name drives."""
 
     def run_scheduler(run: Run, noise: Tensor) -> Tensor:
-        spacing = "trailing" if run.steps == fails_at else "linspace"
-        kind = getattr(diffusers, name)
-        scheduler = kind(num_train_timesteps=TRAIN_STEPS, timestep_spacing=spacing, **options, **run.schedule)
-        scheduler.set_timesteps(run.steps)
+        scheduler = new_scheduler(name, fails_at, run.steps, run.schedule)
         takes_noise = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": list(run.generators)} if takes_noise else {}
         latents: Tensor = noise * scheduler.init_noise_sigma
