@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from tests import ldm, origin
 from tests.quantize.conftest import Save
-from tests.tools import run_here, write_json
+from tests.tools import command, environment, run_here, write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_model_info
@@ -394,3 +396,16 @@ def test_inspect(checkpoint: Path, tmp_path: Path) -> None:
         assert kind in run_here("inspect", path, cwd=tmp_path).stdout
     (unet,) = (part for part in told["parts"] if part["name"] == "unet")
     assert 2.2 < unet["layers"]["convolution"]["bits"] < 2.6
+
+
+def test_a_killed_quantizer_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("quantize", checkpoint, "model"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("unet: packing")
+    assert [path.name.startswith(TEMPORARY_PREFIX) for path in tmp_path.iterdir()] == [True]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    process.stderr.close()
+    assert not list(tmp_path.iterdir())
