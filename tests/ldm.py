@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tinysd_batch.quantize.clip_tokenizer import VOCABULARY
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
-TEXT_WIDTH = 64
+TEXT_WIDTH = 32
 
 
 @dataclass(frozen=True)

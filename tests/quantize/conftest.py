@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import ldm
+from tinysd_batch.quantize.fast import quantize_model
+from tinysd_batch.quantize.folder import convert_model
+from tinysd_batch.quantize.sources import Options
 
 Save = Callable[..., Path]
 
@@ -31,6 +34,22 @@ def checkpoint(tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("checkpoint") / "mine.safetensors"
     save_file(tensors, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def floats(checkpoint: Path) -> Path:
+    """The checkpoint as a float folder."""
+    out = checkpoint.parent / "floats"
+    convert_model(checkpoint, out, Options(), None, lambda _: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def packed(checkpoint: Path) -> Path:
+    """The checkpoint at 2 bits."""
+    out = checkpoint.parent / "packed"
+    quantize_model(checkpoint, out, Options(), lambda _: None)
+    return out
 
 
 @pytest.fixture

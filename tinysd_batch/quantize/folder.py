@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_pipeline_index
-from tinysd_batch.model.info import WEIGHTS
+from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.quantize.model_folder import DECODER_ONLY, ModelFolder
 from tinysd_batch.quantize.single_file import SingleFile
 from tinysd_batch.quantize.sources import Options, Part, Say, Source, as_stored, has_encoder, stored_dtype, write_json
@@ -59,17 +59,28 @@ def tell_left_out(model: Source, say: Say) -> None:
 
 
 def write_others(model: Source, folder: Path, wanted: torch.dtype | None, say: Say) -> None:
-    """Everything but the UNet."""
+    """Everything but the UNet, which is there already. Raises ModelError where the parts do not go together."""
+    unet = read_json(folder / "unet" / "config.json")
     vae = model.vae()
+    check_fit(vae, "latent_channels", unet, "in_channels")
     parts = {} if has_encoder(vae) else {"vae": DECODER_ONLY}
     write_part(vae, folder / "vae", WEIGHTS, wanted, say)
     del vae
     text = model.text_encoder()
+    check_fit(text, "hidden_size", unet, "cross_attention_dim")
     # Under the old name older libraries find them, too; transformers 5 and we read both.
     named = {f"text_model.{name}": value for name, value in text.tensors.items()}
     write_part(Part(text.config, named, text.where), folder / "text_encoder", TEXT_WEIGHTS, wanted, say)
     model.write_rest(folder)
     write_pipeline_index(folder, **parts)
+
+
+def check_fit(part: Part, name: str, unet: Mapping[str, Any], unet_name: str) -> None:
+    if part.config.get(name) != unet.get(unet_name):
+        raise ModelError(
+            f"{part.where}: does not go with this UNet: {name} is {part.config.get(name)}, "
+            f"the UNet's {unet_name} {unet.get(unet_name)}"
+        )
 
 
 def write_part(part: Part, folder: Path, file: str, wanted: torch.dtype | None, say: Say) -> None:

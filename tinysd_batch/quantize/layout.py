@@ -16,6 +16,7 @@ TEXT_HEAD_WIDTH = 64
 NORM_GROUPS = 32
 SAMPLE_SIZE = 64  # latents a side, of which SD v1 saw most
 PIXELS = 512
+VAE_SCALE = 0.18215
 BETAS = (0.00085, 0.012)
 SCHEDULER = {
     "_class_name": "PNDMScheduler", "beta_start": BETAS[0], "beta_end": BETAS[1], "beta_schedule": "scaled_linear",
@@ -75,7 +76,7 @@ def vae_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
         "block_out_channels": widths_of(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight", where),
         "layers_per_block": 2,
         "norm_num_groups": NORM_GROUPS,
-        "scaling_factor": 0.18215,
+        "scaling_factor": VAE_SCALE,
         "down_block_types": ["DownEncoderBlock2D"] * STAGES,
         "up_block_types": ["UpDecoderBlock2D"] * STAGES,
     }

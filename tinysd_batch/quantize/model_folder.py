@@ -10,7 +10,7 @@ from tinysd_batch.model.info import OUR_FILE, read_json
 from tinysd_batch.quantize.checkpoint_files import open_tensors
 from tinysd_batch.quantize.clip_tokenizer import VOCABULARY, write_tokenizer
 from tinysd_batch.quantize.kinds import kind_of_configs
-from tinysd_batch.quantize.layout import SCHEDULER
+from tinysd_batch.quantize.layout import SCHEDULER, VAE_SCALE
 from tinysd_batch.quantize.sources import (
     Found,
     Options,
@@ -139,5 +139,7 @@ def read_vae_folder(path: Path, options: Options) -> Part:
     part = Part(part.config, modern_attention(part.tensors), part.where)
     if (found := part.config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ModelError(f"{folder}: this is {found}; an AutoencoderKL is needed")
+    if (scale := part.config.get("scaling_factor", VAE_SCALE)) != VAE_SCALE:
+        raise ModelError(f"{folder}: its scaling_factor is {scale}; that of SD v1's autoencoder is {VAE_SCALE}")
     check_vae(part)
     return part
