@@ -70,7 +70,9 @@ def write_others(model: Source, folder: Path, wanted: torch.dtype | None, say: S
     check_fit(text, "hidden_size", unet, "cross_attention_dim")
     # Under the old name older libraries find them, too; transformers 5 and we read both.
     named = {f"text_model.{name}": value for name, value in text.tensors.items()}
-    write_part(Part(text.config, named, text.where), folder / "text_encoder", TEXT_WEIGHTS, wanted, say)
+    # transformers 5 would load float16 as float16, while diffusers loads all else as float32, unless told otherwise.
+    config = {name: value for name, value in text.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+    write_part(Part(config, named, text.where), folder / "text_encoder", TEXT_WEIGHTS, wanted, say)
     model.write_rest(folder)
     write_pipeline_index(folder, **parts)
 
