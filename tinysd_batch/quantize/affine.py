@@ -1,9 +1,11 @@
 """Fit codes, scales and offsets of 2-bit groups to a weight matrix, without data."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packing import PACKED_NAMES, PackedWeight, affine_parameters, pack_2bit
+from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_2bit
 
 LEVELS = 4
 ITERATIONS = 20
@@ -65,7 +67,7 @@ def quantize_matrix(matrix: Tensor, group_size: int) -> PackedWeight:
     """A float matrix [O, K] at 2 bits in groups of `group_size` along K, some rows at a time to need little memory."""
     step = max(AT_ONCE // matrix.shape[1], 1)
     parts = [quantize_rows(matrix[start : start + step].float(), group_size) for start in range(0, len(matrix), step)]
-    return PackedWeight(*(torch.cat([getattr(part, name) for part in parts]) for name in PACKED_NAMES))
+    return PackedWeight(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(PackedWeight)))
 
 
 def quantize_rows(rows: Tensor, group_size: int) -> PackedWeight:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import OUR_FILE, model_digest, read_json
-from tinysd_batch.model.packed import PACKED_NAMES
+from tinysd_batch.model.packing import PackedWeight, RowWeight
 from tinysd_batch.quantize.checkpoint_files import Contents, open_tensors
 from tinysd_batch.quantize.kinds import EMA, SD_V1, TEXT, UNET, VAE, Kind, kind_of, kind_of_configs
 from tinysd_batch.quantize.model_folder import STEMS, weights_file
@@ -21,6 +21,8 @@ PREFIXES = {UNET: "unet", VAE: "vae", TEXT: "text_encoder", EMA: "EMA copies"}
 OTHERS = "others"
 BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution", 4: "convolution"}
 NO_WEIGHTS = "position_ids"
+PACKED_NAMES = {each.name for kind in (PackedWeight, RowWeight) for each in fields(kind)}
+CODES = "qweight"
 
 
 @dataclass(slots=True)
@@ -122,12 +124,14 @@ def count_part(name: str, tensors: Mapping[str, Tensor], packed: Mapping[str, An
     for tensor_name, value in tensors.items():
         layer, _, leaf = tensor_name.rpartition(".")
         shape = list(value.shape)
-        if leaf in PACKED_NAMES and layer in packed:
+        is_packed = leaf in PACKED_NAMES and layer in packed
+        if is_packed:
             shape = packed[layer]["shape"]
         title = class_of(tensor_name, len(shape))
         each = found.classes.setdefault(title, Class(title))
         each.bytes += value.numel() * value.element_size()
-        if leaf not in PACKED_NAMES[1:] and leaf != NO_WEIGHTS:  # scales and offsets cost bytes, but are no weights
+        # Scales and offsets cost bytes, but are no weights.
+        if leaf != NO_WEIGHTS and (leaf == CODES or not is_packed):
             each.weights += math.prod(shape)
     return found
 

@@ -1,11 +1,13 @@
 """Float model folders in diffusers' layout, of any age."""
 
 from pathlib import Path
+from typing import Any
 
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import PIPELINE_INDEX
+from tinysd_batch.model.checkpoint import PIPELINE_INDEX, TEXT_SETTINGS, read_config
 from tinysd_batch.model.info import OUR_FILE, read_json
 from tinysd_batch.quantize.checkpoint_files import open_tensors
 from tinysd_batch.quantize.clip_tokenizer import VOCABULARY, write_tokenizer
@@ -29,6 +31,7 @@ ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 # diffusers' names of an autoencoder's attention before 0.18.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+TEXT_KINDS = ("architectures", "model_type")
 DECODER_ONLY = ["tinysd_batch.diffusers", "AutoencoderKLDecoder"]
 
 
@@ -106,7 +109,16 @@ def read_part(folder: Path, kind: str, options: Options) -> Part:
     contents = open_tensors(where, allow_pickle=options.allow_pickle)
     if contents.others:
         raise ModelError(f"{where}: {contents.others[0]!r} is no tensor")
-    return Part(read_json(folder / "config.json"), contents.tensors, where)
+    return Part(known_settings(folder / "config.json", kind), contents.tensors, where)
+
+
+def known_settings(path: Path, kind: str) -> dict[str, Any]:
+    """What decides the part's layers and what they compute: other entries could name code to be fetched."""
+    config = read_json(path)
+    if kind == "text_encoder":
+        return {name: config[name] for name in (*TEXT_KINDS, *TEXT_SETTINGS) if name in config}
+    model = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[kind]
+    return {"_class_name": config.get("_class_name", model.__name__), **read_config(path, model)}
 
 
 def weights_file(folder: Path, kind: str) -> Path:
