@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StorageError(f"{path}: {reason}; make room or choose another folder, then submit again") from error
+        raise StorageError(f"{path}: {reason}; make room or choose another folder, then try again") from error
 
 
 def check_regular(path: Path) -> None:
@@ -152,3 +153,19 @@ def take_lock(handle: int, path: Path) -> None:
     with storage_errors(path):
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` at the end; after an error nothing of it is left. `path` must not exist."""
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.absolute().parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync_folder(file)
+        temporary.rename(path)
+        sync_folder(path.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from tinysd_batch import __version__
+from tinysd_batch.cli.convert import convert
 from tinysd_batch.cli.export import export
+from tinysd_batch.cli.inspect import inspect
 from tinysd_batch.cli.plan import plan
+from tinysd_batch.cli.quantize import quantize
 from tinysd_batch.cli.status import status
 from tinysd_batch.cli.submit import submit
 from tinysd_batch.cli.txt2img import txt2img
@@ -21,6 +24,9 @@ app.command()(plan)
 app.command()(status)
 app.command()(export)
 app.command()(txt2img)
+app.command()(quantize)
+app.command()(convert)
+app.command()(inspect)
 
 
 def print_version(wanted: bool) -> None:

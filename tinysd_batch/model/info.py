@@ -21,7 +21,7 @@ MAX_JSON_BYTES = 50_000_000
 MAX_NAME_CHARACTERS = 100
 MAX_LEVELS = 8  # of a UNet or an autoencoder; SD v1 has four
 PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
-CONVERT_HINT = "a packed folder, as `tinysd_batch.quantize.fast.quantize_folder` writes it, is needed"
+CONVERT_HINT = "make a model folder of it with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ def resolve_path(model: str) -> Path:
     if not is_there:
         raise ModelError(f"{model}: no such model; give a model folder, or `embedded` for the one that ships with us")
     if path.is_file():
-        raise ModelError(f"{model}: this is a single checkpoint file; {CONVERT_HINT}")
+        raise ModelError(f"{model}: this is a single checkpoint file; {CONVERT_HINT.format(model)}")
     missing = [part for part in PARTS if not (path / part).is_dir()]
     if missing:
-        raise ModelError(f"{model}: not a model folder, it has no {', '.join(missing)}; {CONVERT_HINT}")
+        raise ModelError(f"{model}: not a model folder, it has no {', '.join(missing)}")
     return path
 
 

@@ -1,5 +1,7 @@
 """Fit codes, scales and offsets of 2-bit groups to a weight matrix, without data."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_2bi
 
 LEVELS = 4
 ITERATIONS = 20
+AT_ONCE = 2**18  # weights: what is worked on stays in the processor's cache
 BYTE = 255
 
 
@@ -61,7 +64,12 @@ def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor) -> PackedWeight:
 
 
 def quantize_matrix(matrix: Tensor, group_size: int) -> PackedWeight:
-    """A float matrix [O, K] at 2 bits in groups of `group_size` along K."""
-    rows = matrix.shape[0]
-    scale, offset = fit_groups(matrix.float().reshape(-1, group_size))
-    return pack_matrix(matrix.float(), scale.view(rows, -1), offset.view(rows, -1))
+    """A float matrix [O, K] at 2 bits in groups of `group_size` along K, some rows at a time to need little memory."""
+    step = max(AT_ONCE // matrix.shape[1], 1)
+    parts = [quantize_rows(matrix[start : start + step].float(), group_size) for start in range(0, len(matrix), step)]
+    return PackedWeight(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(PackedWeight)))
+
+
+def quantize_rows(rows: Tensor, group_size: int) -> PackedWeight:
+    scale, offset = fit_groups(rows.reshape(-1, group_size))
+    return pack_matrix(rows, scale.view(len(rows), -1), offset.view(len(rows), -1))

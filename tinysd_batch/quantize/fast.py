@@ -1,24 +1,18 @@
 """Level `fast`: quantize a UNet without data, in seconds to minutes."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
+import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import (
-    KEEP_ON_META,
-    PIPELINE_INDEX,
-    check_names,
-    read_tensors,
-    write_packed_unet,
-    write_pipeline_index,
-)
-from tinysd_batch.model.info import WEIGHTS, read_json
+from tinysd_batch.model.checkpoint import write_packed_unet
 from tinysd_batch.model.packing import PackedWeight, group_size_for, to_matrix
 from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
+from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet
+from tinysd_batch.storage import new_folder, storage_errors
 
 # First and last layer touch the latents themselves, the time embedding steers every block: few weights, much harm.
 KEPT = ("conv_in", "conv_out", "time_embedding.")
@@ -48,19 +42,33 @@ def quantize_folder(source: Path, out: Path) -> None:
 
     Raises ModelError when a tensor is missing, unexpected or not finite, or when `out` exists.
     """
-    if out.exists():
-        raise ModelError(f"{out}: exists; name a folder that does not")
-    config = read_json(source / "unet" / "config.json")
-    tensors = read_tensors(source / "unet" / WEIGHTS)
-    with KEEP_ON_META:
-        unet = UNet2DConditionModel.from_config(config)
-    check_names(unet, tensors, source / "unet" / WEIGHTS)
-    for name, tensor in tensors.items():
+    quantize_model(source, out, Options(), lambda _: None)
+
+
+def quantize_model(source: Path, out: Path, options: Options, say: Say) -> None:
+    """Write `out`, a packed folder of the float model `source`: its UNet at 2 bits, the other parts as float16.
+
+    A layer's floats are in memory at a time. `say` is told what is being done. Raises ModelError as
+    `folder.convert_model` does.
+    """
+    refuse_existing(out)
+    model = open_source(source, options)
+    with storage_errors(out), new_folder(out) as folder:
+        pack_unet(model.unet(), folder / "unet", say)
+        write_others(model, folder, torch.float16, say)
+    tell_left_out(model, say)
+
+
+def pack_unet(part: Part, folder: Path, say: Say) -> None:
+    unet = check_unet(part)
+    for name, tensor in part.tensors.items():
         if not tensor.isfinite().all():
-            raise ModelError(f"{source}: tensor {name} is not finite")
-    packed = quantize_unet(unet, tensors)
-    others = {name: value.half() for name, value in tensors.items() if name.removesuffix(".weight") not in packed}
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("unet"))
-    write_packed_unet(out / "unet", config, packed, others, {"level": "fast"})
-    if not (out / PIPELINE_INDEX).exists():
-        write_pipeline_index(out)
+            raise ModelError(f"{part.where}: tensor {name} is not finite")
+    say(f"unet: packing {sum(value.numel() for value in part.tensors.values()) / 1e6:,.1f} M weights")
+    packed = quantize_unet(unet, part.tensors)
+    others = {
+        name: as_stored(name, value, torch.float16, part.where)
+        for name, value in part.tensors.items()
+        if name.removesuffix(".weight") not in packed
+    }
+    write_packed_unet(folder, part.config, packed, others, {"level": "fast"})

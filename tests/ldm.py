@@ -1,0 +1,174 @@
+"""SD v1 checkpoints in the names of their first authors (LDM), made from random diffusers models.
+
+The names are worked out here the other way round than diffusers' converters do, which the program uses, and those of
+the UNet are held against the layer list in `origin.py`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tinysd_batch.quantize.clip_tokenizer import VOCABULARY
+
+UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+TEXT_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of the parts; the default is SD v1 itself."""
+
+    unet: int = 320
+    vae: int = 128
+    text: int = 768
+    text_layers: int = 12
+    vocabulary: int = VOCABULARY
+
+
+SMALL = Sizes(unet=32, vae=32, text=TEXT_WIDTH, text_layers=2)
+
+
+def new_unet(sizes: Sizes) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=64, block_out_channels=tuple(sizes.unet * factor for factor in (1, 2, 4, 4)), attention_head_dim=8,
+        cross_attention_dim=sizes.text,
+    )  # fmt: skip
+
+
+def new_vae(sizes: Sizes) -> AutoencoderKL:
+    return AutoencoderKL(
+        latent_channels=4, block_out_channels=tuple(sizes.vae * factor for factor in (1, 2, 4, 4)), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
+    )  # fmt: skip
+
+
+def new_text_encoder(sizes: Sizes) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=sizes.vocabulary, hidden_size=sizes.text, intermediate_size=4 * sizes.text,
+            num_hidden_layers=sizes.text_layers, num_attention_heads=max(sizes.text // 64, 1),
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three parts of a model, as diffusers and transformers have them."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+
+    def ldm_tensors(self) -> dict[str, Tensor]:
+        """All tensors, in the names and shapes of a single file."""
+        tensors = {UNET + unet_name(name): value for name, value in self.unet.state_dict().items()}
+        for name, value in self.vae.state_dict().items():
+            old = vae_name(name)
+            is_kernel = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", old)
+            tensors[VAE + old] = value[:, :, None, None] if is_kernel else value
+        return tensors | {CLIP + name: value for name, value in self.text_encoder.state_dict().items()}
+
+
+def random_models(sizes: Sizes = SMALL, seed: int = 0) -> Models:
+    torch.manual_seed(seed)
+    models = Models(new_unet(sizes), new_vae(sizes), new_text_encoder(sizes))
+    with torch.no_grad():  # norms and biases would all be alike: a mix-up of two would not be seen
+        for module in (models.unet, models.vae, models.text_encoder):
+            for parameter in module.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+    return models
+
+
+def replace_all(name: str, rules: Mapping[str, str]) -> str:
+    for pattern, new in rules.items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+RESIDUAL = {
+    r"\.norm1\.": ".in_layers.0.", r"\.conv1\.": ".in_layers.2.", r"\.time_emb_proj\.": ".emb_layers.1.",
+    r"\.norm2\.": ".out_layers.0.", r"\.conv2\.": ".out_layers.3.", r"\.conv_shortcut\.": ".skip_connection.",
+}  # fmt: skip
+ENDS = {
+    r"^conv_in\.": "input_blocks.0.0.", r"^time_embedding\.linear_1\.": "time_embed.0.",
+    r"^time_embedding\.linear_2\.": "time_embed.2.", r"^conv_norm_out\.": "out.0.", r"^conv_out\.": "out.2.",
+}  # fmt: skip
+
+
+def unet_name(name: str) -> str:
+    """LDM's name of a UNet tensor."""
+    if found := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name):
+        side, stage, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+        if kind == "downsamplers":
+            return f"input_blocks.{3 * stage + 3}.0.op.{rest.removeprefix('conv.')}"
+        if kind == "upsamplers":
+            return f"output_blocks.{3 * stage + 2}.{2 if stage else 1}.{rest}"
+        at = f"input_blocks.{3 * stage + layer + 1}" if side == "down" else f"output_blocks.{3 * stage + layer}"
+        return f"{at}.0{replace_all('.' + rest, RESIDUAL)}" if kind == "resnets" else f"{at}.1.{rest}"
+    if found := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
+        if found[1] == "attentions":
+            return f"middle_block.1.{found[3]}"
+        return f"middle_block.{2 * int(found[2])}{replace_all('.' + found[3], RESIDUAL)}"
+    return replace_all(name, ENDS)
+
+
+ATTENTION = {
+    r"group_norm\.": "norm.", r"to_q\.": "q.", r"to_k\.": "k.", r"to_v\.": "v.", r"to_out\.0\.": "proj_out."
+}  # fmt: skip
+
+
+def vae_name(name: str) -> str:
+    """LDM's name of an autoencoder tensor."""
+    name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    if found := re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
+        if found[2] == "attentions":
+            return f"{found[1]}.mid.attn_1.{replace_all(found[4], ATTENTION)}"
+        return f"{found[1]}.mid.block_{int(found[3]) + 1}.{found[4]}"
+    if found := re.match(r"(encoder\.down|decoder\.up)_blocks\.(\d)\.(resnets|down|up)(?:samplers)?\.(\d)\.(.*)", name):
+        stage = int(found[2]) if found[1] == "encoder.down" else 3 - int(found[2])
+        if found[3] == "resnets":
+            return f"{found[1]}.{stage}.block.{found[4]}.{found[5]}"
+        return f"{found[1]}.{stage}.{found[3]}sample.{found[5]}"
+    return name
+
+
+def full_size_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor, without memory for any."""
+    with torch.device("meta"):
+        models = Models(new_unet(sizes), new_vae(sizes), new_text_encoder(sizes))
+    for name, value in models.ldm_tensors().items():
+        yield name, tuple(value.shape)
+
+
+def schedule_buffers() -> dict[str, Tensor]:
+    """Some of what SD v1's training left in its files."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas = (1 - betas).cumprod(0)
+    return {
+        "betas": betas, "alphas_cumprod": alphas, "sqrt_alphas_cumprod": alphas.sqrt(), "logvar": torch.zeros(1000),
+        "posterior_mean_coef1": torch.zeros(1000),
+    }  # fmt: skip
+
+
+def ema_copies(tensors: Mapping[str, Tensor], change: float = 0.0) -> dict[str, Tensor]:
+    """What `model_ema` holds: the UNet's tensors, their names without dots, and two counters."""
+    copies = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): value + change
+        for name, value in tensors.items()
+        if name.startswith(UNET)
+    }
+    return copies | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+
+
+def same_tensors(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bool:
+    """Whether these are the module's tensors, to the bit."""
+    mine = module.state_dict()
+    return mine.keys() == tensors.keys() and all(
+        value.dtype == dtype and torch.equal(value, mine[name].to(dtype)) for name, value in tensors.items()
+    )

@@ -1,0 +1,76 @@
+"""A small SD v1 checkpoint, written as the many programs that make them do."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests import ldm
+from tinysd_batch.quantize.fast import quantize_model
+from tinysd_batch.quantize.folder import convert_model
+from tinysd_batch.quantize.sources import Options
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def models() -> ldm.Models:
+    return ldm.random_models()
+
+
+@pytest.fixture(scope="session")
+def tensors(models: ldm.Models) -> dict[str, Tensor]:
+    """In LDM's names."""
+    return {name: value.contiguous() for name, value in models.ldm_tensors().items()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "mine.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def floats(checkpoint: Path) -> Path:
+    """The checkpoint as a float folder."""
+    out = checkpoint.parent / "floats"
+    convert_model(checkpoint, out, Options(), None, lambda _: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def packed(checkpoint: Path) -> Path:
+    """The checkpoint at 2 bits."""
+    out = checkpoint.parent / "packed"
+    quantize_model(checkpoint, out, Options(), lambda _: None)
+    return out
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Write tensors to a file, by its ending as safetensors or pickle; `beside` goes around a `state_dict`."""
+
+    def write(tensors: dict[str, Any], name: str = "changed.safetensors", beside: dict[str, Any] | None = None) -> Path:
+        path = tmp_path / name
+        if path.suffix == ".safetensors":
+            save_file(tensors, path)
+        else:
+            torch.save(tensors if beside is None else {"state_dict": tensors, **beside}, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

@@ -1,0 +1,430 @@
+"""SD v1 single files and folders become model folders, to the bit."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests import ldm, origin
+from tests.quantize.conftest import Save
+from tests.tools import command, environment, run_here, write_json
+from tinysd_batch import TinySD
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.info import WEIGHTS, read_model_info
+from tinysd_batch.quantize.fast import quantize_model
+from tinysd_batch.quantize.folder import convert_model
+from tinysd_batch.quantize.sources import Options
+from tinysd_batch.storage import TEMPORARY_PREFIX
+
+Tensors = dict[str, Tensor]
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def convert(source: Path, out: Path, dtype: str | None = None, **options: Any) -> list[str]:
+    """Convert and return what was said."""
+    said: list[str] = []
+    convert_model(source, out, Options(**options), dtype, said.append)
+    return said
+
+
+def text_tensors(out: Path) -> Tensors:
+    loaded = load_file(out / "text_encoder" / "model.safetensors")
+    return {name.removeprefix("text_model."): value for name, value in loaded.items()}
+
+
+def check_same(out: Path, models: ldm.Models, dtype: torch.dtype = torch.float32) -> None:
+    """Assert that a converted folder holds the models' weights, to the bit."""
+    assert ldm.same_tensors(models.unet, load_file(out / "unet" / WEIGHTS), dtype)
+    assert ldm.same_tensors(models.vae, load_file(out / "vae" / WEIGHTS), dtype)
+    assert ldm.same_tensors(models.text_encoder, text_tensors(out), dtype)
+
+
+def test_the_names_of_these_tests_are_the_origins(tensors: Tensors) -> None:
+    named = {name.removeprefix(ldm.UNET).rpartition(".")[0] for name in tensors if name.startswith(ldm.UNET)}
+    assert named == {layer.name for layer in origin.unet_layers(32)}
+    # SD v1's own file: 686 tensors of the UNet, 248 of the autoencoder.
+    assert [sum(name.startswith(prefix) for name in tensors) for prefix in (ldm.UNET, ldm.VAE)] == [686, 248]
+
+
+def test_a_single_file_becomes_a_folder_that_draws(
+    checkpoint: Path, models: ldm.Models, tmp_path: Path, no_network: None
+) -> None:
+    out = tmp_path / "new" / "model"
+    said = convert(checkpoint, out)
+    assert said[0] == "unet: 686 tensors, 8.5 M weights"
+    check_same(out, models)
+    info = read_model_info(str(out))
+    assert (info.name, info.native_px, info.step_px, info.max_tokens) == ("mine", 512, 64, 77)
+    drawn = TinySD.from_pretrained(out).generate(
+        "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
+    )
+    assert drawn.images.isfinite().all()
+    assert drawn.n_tokens == [2]
+
+
+def test_diffusers_draws_the_same(floats: Path, no_network: None) -> None:
+    theirs = StableDiffusionPipeline.from_pretrained(floats, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    model = TinySD.from_pretrained(floats, device="cpu")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {
+        "height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent",
+        "latents": noise,
+    }  # fmt: skip
+    expected = theirs("a red apple, 4k", **settings).images
+    drawn = model.generate("a red apple, 4k", 1, **settings).images
+    assert torch.allclose(torch.as_tensor(drawn), expected, atol=1e-4)
+
+
+def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm.Models) -> None:
+    unet = UNet2DConditionModel.from_pretrained(floats / "unet", local_files_only=True)
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 77, ldm.TEXT_WIDTH, generator=generator)
+    with torch.no_grad():
+        mine, theirs = (model(noisy, 500, text).sample for model in (unet.eval(), models.unet.eval()))
+    assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_types_of_numbers(tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
+    path = save({name: value.to(dtype) for name, value in tensors.items()})
+    convert(path, tmp_path / "model")
+    written = load_file(tmp_path / "model" / "unet" / WEIGHTS)["conv_in.weight"]
+    kept = torch.float32 if dtype == torch.float64 else torch.float16
+    assert torch.equal(written, models.unet.state_dict()["conv_in.weight"].to(dtype).to(kept))
+    assert written.dtype == kept
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("fp16", torch.float16), ("fp32", torch.float32)])
+def test_the_type_can_be_chosen(
+    checkpoint: Path, models: ldm.Models, tmp_path: Path, word: str, dtype: torch.dtype
+) -> None:
+    convert(checkpoint, tmp_path / "model", word)
+    check_same(tmp_path / "model", models, dtype)
+
+
+def test_numbers_too_large_for_float16(tensors: Tensors, save: Save, tmp_path: Path) -> None:
+    path = save(tensors | {f"{ldm.UNET}out.2.bias": torch.full((4,), 1e6)})
+    with pytest.raises(ModelError, match=r"conv_out\.bias has numbers too large for float16; say --dtype fp32"):
+        convert(path, tmp_path / "model", "fp16")
+    convert(path, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [("old.ckpt", {"epoch": 3, "global_step": 7, "optimizer_states": [{"state": {}}]}), ("old.pth", None)],
+)
+def test_pickles(
+    tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, name: str, beside: dict[str, Any] | None
+) -> None:
+    path = save(tensors, name, beside)
+    with pytest.raises(ModelError, match=r"a pickle, which can run code; .* --allow-pickle"):
+        convert(path, tmp_path / "model")
+    said = convert(path, tmp_path / "model", allow_pickle=True)
+    check_same(tmp_path / "model", models)
+    assert said[3:] == ([] if beside is None else ["left out: 3 of training"])
+
+
+def test_averaged_copies(tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path) -> None:
+    copies = ldm.ema_copies(tensors, change=1.0)
+    path = save(tensors | copies | ldm.schedule_buffers())
+    said = convert(path, tmp_path / "plain")
+    assert said[-1] == "left out: 688 EMA copies, 5 of the noise schedule"
+    check_same(tmp_path / "plain", models)
+    assert convert(path, tmp_path / "ema", ema=True)[-1] == "left out: 5 of the noise schedule"
+    converted = load_file(tmp_path / "ema" / "unet" / WEIGHTS)
+    for name, value in models.unet.state_dict().items():
+        assert torch.equal(converted[name], value + 1.0), name
+    del copies["model_ema.diffusion_modelmiddle_block1norm" + "weight"]
+    with pytest.raises(ModelError, match=r"--ema: the copies are not complete, model_ema.*norm.* is missing"):
+        convert(save(tensors | copies), tmp_path / "torn", ema=True)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "positions"),
+    [
+        ("cond_stage_model.transformer.", None),
+        ("cond_stage_model.transformer.", torch.arange(77)[None].half()),
+        ("cond_stage_model.transformer.text_model.", torch.arange(77)[None]),
+    ],
+)
+def test_names_of_clip(
+    tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, prefix: str, positions: Tensor | None
+) -> None:
+    renamed = {name.replace(ldm.CLIP, prefix): value for name, value in tensors.items()}
+    if positions is not None:
+        renamed[f"{prefix}embeddings.position_ids"] = positions
+    convert(save(renamed), tmp_path / "model")
+    check_same(tmp_path / "model", models)
+
+
+def test_old_autoencoders_have_matrices_for_attention(
+    tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path
+) -> None:
+    flat = {name: value[:, :, 0, 0] if "attn_1" in name and value.dim() == 4 else value
+            for name, value in tensors.items()}  # fmt: skip
+    convert(save({name: value.contiguous() for name, value in flat.items()}), tmp_path / "model")
+    check_same(tmp_path / "model", models)
+
+
+@pytest.mark.parametrize("kind", ["ldm", "prefixed", "pickle", "diffusers", "folder", "model", "checkpoint"])
+def test_an_autoencoder_from_elsewhere(
+    tensors: Tensors, models: ldm.Models, checkpoint: Path, save: Save, tmp_path: Path, kind: str
+) -> None:
+    mine = save({name: value for name, value in tensors.items() if not name.startswith(ldm.VAE)})
+    with pytest.raises(ModelError, match="no autoencoder is in it; name one with --vae"):
+        convert(mine, tmp_path / "model")
+    part = {name.removeprefix(ldm.VAE): value for name, value in tensors.items() if name.startswith(ldm.VAE)}
+    if kind in ("folder", "model"):
+        vae = tmp_path / "other"
+        models.vae.save_pretrained(vae / "vae" if kind == "model" else vae)
+    elif kind == "checkpoint":
+        vae = checkpoint
+    elif kind == "prefixed":
+        vae = save({ldm.VAE + name: value for name, value in part.items()}, "vae.safetensors")
+    elif kind == "diffusers":
+        vae = save({name: value.contiguous() for name, value in models.vae.state_dict().items()}, "vae.safetensors")
+    else:
+        beside = {"epoch": 1}
+        vae = save(part, "vae.ckpt", beside) if kind == "pickle" else save(part, "vae.safetensors")
+    convert(mine, tmp_path / "model", vae=vae, allow_pickle=kind == "pickle")
+    check_same(tmp_path / "model", models)
+
+
+def test_parts_that_do_not_go_together(tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path) -> None:
+    text = ldm.new_text_encoder(replace(ldm.SMALL, text=64)).state_dict()
+    other = {ldm.CLIP + name: value for name, value in text.items()}
+    with pytest.raises(ModelError, match=r"hidden_size is 64, the UNet's cross_attention_dim 32"):
+        convert(save(tensors | other), tmp_path / "model")
+    models.vae.save_pretrained(tmp_path / "xl")
+    config = tmp_path / "xl" / "config.json"
+    write_json(config, {**json.loads(config.read_text()), "scaling_factor": 0.13025})
+    with pytest.raises(ModelError, match=r"scaling_factor is 0\.13025; that of SD v1's autoencoder is 0\.18215"):
+        convert(save(tensors), tmp_path / "model", vae=tmp_path / "xl")
+
+
+def change(tensors: Tensors, name: str, value: Tensor | None) -> Tensors:
+    return {each: other for each, other in {**tensors, name: value}.items() if other is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (f"{ldm.UNET}out.2.bias", None, r"1 tensors are missing, the first is conv_out\.bias"),
+        (f"{ldm.UNET}input_blocks.0.0.weight", None, r"tensor conv_in\.weight is missing"),
+        (f"{ldm.UNET}input_blocks.3.0.op.bias", None, r"down_blocks\.0\.downsamplers\.0\.conv\.bias is missing"),
+        (f"{ldm.UNET}output_blocks.2.1.conv.bias", None, r"output_blocks\.2\.1\.conv\.bias is missing"),
+        (f"{ldm.UNET}middle_block.1.norm.bias", torch.zeros(3), r"norm\.bias has shape \[3\], \[128\] was expected"),
+        (f"{ldm.UNET}out.2.bias", torch.full((4,), torch.nan), r"conv_out\.bias is not finite"),
+        (f"{ldm.UNET}out.2.bias", torch.zeros(4, dtype=torch.int32), r"conv_out\.bias is torch\.int32; floats"),
+        (f"{ldm.UNET}stray.weight", torch.ones(1), r"1 unexpected tensors, the first is model\.diffusion_model\.stray"),
+        ("stray", torch.ones(1), r"1 unexpected names, the first is 'stray'"),
+        (f"{ldm.VAE}decoder.conv_out.bias", None, r"the first is decoder\.conv_out\.bias"),
+        (f"{ldm.VAE}post_quant_conv.weight", None, r"tensor post_quant_conv\.weight is missing"),
+        (f"{ldm.VAE}decoder.mid.attn_1.q.weight", torch.ones(1), r"dimensions|shape"),
+        (f"{ldm.CLIP}final_layer_norm.bias", None, r"the first is final_layer_norm\.bias"),
+        (f"{ldm.CLIP}embeddings.token_embedding.weight", torch.ones(9, 32), r"9 tokens; CLIP's tokenizer has 49,408"),
+        ("betas", torch.linspace(0.0001, 0.02, 1000), "noise schedule .* is not SD v1's"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_stays(
+    tensors: Tensors, save: Save, tmp_path: Path, name: str, value: Tensor | None, message: str
+) -> None:
+    path = save(change(tensors, name, value))
+    with pytest.raises(ModelError, match=message):
+        convert(path, tmp_path / "model")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_existing_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    for work in (convert, lambda source, out: quantize_model(source, out, Options(), lambda _: None)):
+        with pytest.raises(ModelError, match="exists; name a folder that does not"):
+            work(checkpoint, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(models: ldm.Models, tmp_path: Path) -> Path:
+    """As people published them in 2022: old names in the text encoder, no `model_index.json`."""
+    folder = tmp_path / "folder"
+    models.unet.save_pretrained(folder / "unet")
+    models.vae.save_pretrained(folder / "vae")
+    (folder / "text_encoder").mkdir()
+    write_json(folder / "text_encoder" / "config.json", models.text_encoder.config.to_dict())
+    text = {f"text_model.{name}": value.contiguous() for name, value in models.text_encoder.state_dict().items()}
+    text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(text, folder / "text_encoder" / "model.safetensors")
+    return folder
+
+
+def test_a_folder(folder: Path, models: ldm.Models, tmp_path: Path, no_network: None) -> None:
+    assert convert(folder, tmp_path / "model")[-1] == "left out: 1 position ids"
+    check_same(tmp_path / "model", models)
+    assert TinySD.from_pretrained(tmp_path / "model").info.name == "folder"
+    convert(tmp_path / "model", tmp_path / "again", "fp16")
+    check_same(tmp_path / "again", models, torch.float16)
+
+
+def test_a_folder_of_half_precision(folder: Path, models: ldm.Models, tmp_path: Path) -> None:
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        file = folder / part / f"{stem}.safetensors"
+        halves = {name: value.half() if value.is_floating_point() else value for name, value in load_file(file).items()}
+        save_file(halves, folder / part / f"{stem}.fp16.safetensors")
+        file.unlink()
+    convert(folder, tmp_path / "model")
+    check_same(tmp_path / "model", models, torch.float16)
+
+
+def test_a_folder_of_pickles_and_old_attention(folder: Path, models: ldm.Models, tmp_path: Path) -> None:
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        file = folder / part / f"{stem}.safetensors"
+        tensors = load_file(file)
+        if part == "vae":
+            for new, name in old.items():
+                tensors = {each.replace(f".{new}.", f".{name}."): value for each, value in tensors.items()}
+        torch.save(tensors, folder / part / f"{'pytorch_' if stem == 'model' else ''}{stem}.bin")
+        file.unlink()
+    with pytest.raises(ModelError, match="--allow-pickle"):
+        convert(folder, tmp_path / "model")
+    convert(folder, tmp_path / "model", allow_pickle=True)
+    check_same(tmp_path / "model", models)
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "message"),
+    [
+        ("unet", {"in_channels": 9}, "Stable Diffusion for inpainting"),
+        ("unet", {"cross_attention_dim": 1024}, "Stable Diffusion v2"),
+        ("unet", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        ("unet", {"_class_name": "ControlNetModel"}, "ControlNet"),
+        ("unet", {"quantization_config": {}}, "a packed model: it is quantized already"),
+        ("unet", {"layers_per_block": 10**9}, r"layers_per_block = '1000000000': at most 100"),
+        ("unet", {"block_out_channels": "wide"}, "layers|does not fit|expected"),
+        ("text_encoder", {"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000; at most 64"),
+        ("scheduler", {"prediction_type": "v_prediction"}, "a model that predicts v"),
+    ],
+)
+def test_folders_of_other_models(folder: Path, tmp_path: Path, part: str, entry: dict[str, Any], message: str) -> None:
+    config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config.parent.mkdir(exist_ok=True)
+    write_json(config, {**(json.loads(config.read_text()) if config.exists() else {}), **entry})
+    with pytest.raises(ModelError, match=message):
+        convert(folder, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, message in [(tmp_path / "empty", "it has no unet"), (tmp_path / "nowhere", "no such file or folder")]:
+        with pytest.raises(ModelError, match=message):
+            convert(path, tmp_path / "model")
+    shutil.move(folder / "unet" / WEIGHTS, folder / "unet" / "x.safetensors")
+    with pytest.raises(ModelError, match=r"unet: no weights; diffusion_pytorch_model\.safetensors was expected"):
+        convert(folder, tmp_path / "model")
+
+
+# Quantizing, looking inside, and the commands
+
+
+def test_a_single_file_at_two_bits(checkpoint: Path, models: ldm.Models, tmp_path: Path, no_network: None) -> None:
+    done = run_here("quantize", checkpoint, "model", "--level", "fast", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "unet: packing 8.5 M weights" in done.stderr
+    drawn = TinySD.from_pretrained(tmp_path / "model").generate(
+        "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
+    )
+    assert drawn.images.isfinite().all()
+    assert ldm.same_tensors(models.vae, load_file(tmp_path / "model" / "vae" / WEIGHTS), torch.float16)
+    assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def test_a_file_is_quantized_as_its_folder_is(floats: Path, packed: Path, tmp_path: Path) -> None:
+    quantize_model(floats, tmp_path / "two", Options(), lambda _: None)
+    one, two = (load_file(folder / "unet" / WEIGHTS) for folder in (packed, tmp_path / "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "{}", "out", "--level", "calib"], "--level calib: not there yet"),
+        (["quantize", "{}", "out", "--level", "best"], "--level best: fast was expected"),
+        (["convert", "{}", "out", "--dtype", "int8"], "--dtype int8: fp16 or fp32 was expected"),
+        (["convert", "{}", "."], ".: exists; name a folder that does not"),
+        (["convert", "{}", "/proc/none/out"], "/proc/none/out: "),
+        (["inspect", "nowhere"], "nowhere: No such file"),
+        (["txt2img", "cat", "--model", "{}"], "`tinysd-batch quantize {} OUT` (2 bits), or `convert` (float)"),
+    ],
+)
+def test_commands_that_fail_say_why(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = run_here(*(word.format(checkpoint) for word in arguments), cwd=tmp_path)
+    assert done.returncode in (2, 5)
+    assert message.format(checkpoint) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect(checkpoint: Path, floats: Path, packed: Path, models: ldm.Models, tmp_path: Path) -> None:
+    weights = {
+        name: sum(value.numel() for value in getattr(models, name).state_dict().values())
+        for name in ("unet", "vae", "text_encoder")
+    }
+    for path, kind in ((checkpoint, "Stable Diffusion v1"), (floats, "float folder"), (packed, "a packed model")):
+        done = run_here("inspect", path, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert kind in told["kind"]
+        assert {part["name"]: part["weights"] for part in told["parts"]} == weights
+        assert kind in run_here("inspect", path, cwd=tmp_path).stdout
+    (unet,) = (part for part in told["parts"] if part["name"] == "unet")
+    assert 2.2 < unet["layers"]["convolution"]["bits"] < 2.6
+
+
+def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    def allow_small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    done = subprocess.run(
+        command("convert", checkpoint, "model"), cwd=tmp_path, env=environment(), preexec_fn=allow_small_files,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 5
+    assert "model: File too large; make room or choose another folder" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_quantizer_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("quantize", checkpoint, "model"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("unet: packing")
+    assert [path.name.startswith(TEMPORARY_PREFIX) for path in tmp_path.iterdir()] == [True]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    process.stderr.close()
+    assert not list(tmp_path.iterdir())

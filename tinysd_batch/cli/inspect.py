@@ -1,0 +1,28 @@
+"""`tinysd-batch inspect`: what is in a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinysd_batch.cli.convert import AllowPickle
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model folder or a checkpoint file.")],
+    allow_pickle: AllowPickle = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what a model is and what it holds: parts, weights, bits and bytes, type, digest."""
+    import json
+
+    from rich.console import Console
+
+    from tinysd_batch.quantize.inspect import inspect_model
+    from tinysd_batch.report.model import inspection_as_dict, print_inspection
+
+    found = inspect_model(path, allow_pickle=allow_pickle)
+    if as_json:
+        typer.echo(json.dumps(inspection_as_dict(found)))
+    else:
+        print_inspection(found, Console(highlight=False))

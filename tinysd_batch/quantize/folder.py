@@ -1,0 +1,119 @@
+"""Write float model folders in diffusers' layout: self-contained, whole or not there, and a tensor at a time."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_pipeline_index
+from tinysd_batch.model.info import WEIGHTS, read_json
+from tinysd_batch.quantize.model_folder import DECODER_ONLY, ModelFolder
+from tinysd_batch.quantize.single_file import SingleFile
+from tinysd_batch.quantize.sources import Options, Part, Say, Source, as_stored, has_encoder, stored_dtype, write_json
+from tinysd_batch.storage import new_folder, storage_errors
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+NAMES = {torch.float16: "F16", torch.float32: "F32"}
+
+
+def open_source(path: Path, options: Options) -> Source:
+    """A single file or a model folder. Raises ModelError where it is neither, or of a kind that is not read."""
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder")
+    if path.is_file():
+        return SingleFile(path, options)
+    if not (path / "unet").is_dir():
+        raise ModelError(f"{path}: not a model folder, it has no unet; name one in diffusers' layout, or a single file")
+    return ModelFolder(path, options)
+
+
+def convert_model(source: Path, out: Path, options: Options, dtype: str | None, say: Say) -> None:
+    """Write `out`, a float model folder with everything of `source` that drawing needs.
+
+    `dtype` is fp16, fp32 or None: as stored, and float16 for what is stored as bfloat16 or float8. `say` is told what
+    is being done. Raises ModelError where a tensor is missing, unexpected, of the wrong shape or not finite, and where
+    `out` exists; of a new `out` nothing is left then.
+    """
+    refuse_existing(out)
+    model = open_source(source, options)
+    wanted = DTYPES[dtype] if dtype else None
+    with storage_errors(out), new_folder(out) as folder:
+        write_part(model.unet(), folder / "unet", WEIGHTS, wanted, say)
+        write_others(model, folder, wanted, say)
+    tell_left_out(model, say)
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ModelError(f"{out}: exists; name a folder that does not")
+
+
+def tell_left_out(model: Source, say: Say) -> None:
+    if model.found.left_out:
+        say(f"left out: {model.found}")
+
+
+def write_others(model: Source, folder: Path, wanted: torch.dtype | None, say: Say) -> None:
+    """Everything but the UNet, which is there already. Raises ModelError where the parts do not go together."""
+    unet = read_json(folder / "unet" / "config.json")
+    vae = model.vae()
+    check_fit(vae, "latent_channels", unet, "in_channels")
+    parts = {} if has_encoder(vae) else {"vae": DECODER_ONLY}
+    write_part(vae, folder / "vae", WEIGHTS, wanted, say)
+    del vae
+    text = model.text_encoder()
+    check_fit(text, "hidden_size", unet, "cross_attention_dim")
+    # Under the old name older libraries find them, too; transformers 5 and we read both.
+    named = {f"text_model.{name}": value for name, value in text.tensors.items()}
+    # transformers 5 would load float16 as float16, while diffusers loads all else as float32, unless told otherwise.
+    config = {name: value for name, value in text.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+    write_part(Part(config, named, text.where), folder / "text_encoder", TEXT_WEIGHTS, wanted, say)
+    model.write_rest(folder)
+    write_pipeline_index(folder, **parts)
+
+
+def check_fit(part: Part, name: str, unet: Mapping[str, Any], unet_name: str) -> None:
+    if part.config.get(name) != unet.get(unet_name):
+        raise ModelError(
+            f"{part.where}: does not go with this UNet: {name} is {part.config.get(name)}, "
+            f"the UNet's {unet_name} {unet.get(unet_name)}"
+        )
+
+
+def write_part(part: Part, folder: Path, file: str, wanted: torch.dtype | None, say: Say) -> None:
+    count = sum(tensor.numel() for tensor in part.tensors.values())
+    say(f"{folder.name}: {len(part.tensors):,} tensors, {count / 1e6:,.1f} M weights")
+    write_json(folder / "config.json", part.config)
+    write_tensors(part.tensors, folder / file, wanted, part.where)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, wanted: torch.dtype | None, where: Path) -> None:
+    """Write a safetensors file with one tensor in memory at a time, where the library would want all of them.
+
+    Raises ModelError where a tensor is not finite.
+    """
+    types = {name: stored_dtype(tensor.dtype, wanted) for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # as the library has it: widest first
+    with path.open("wb") as file:
+        file.write(header_of(tensors, types, order))
+        for name in order:
+            value = as_stored(name, tensors[name], wanted, where)
+            file.write(value.view(-1).view(torch.uint8).numpy().data)
+
+
+def header_of(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype], order: list[str]) -> bytes:
+    """The length of the header, and the header: JSON, filled up to eight bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in order:
+        end = start + tensors[name].numel() * types[name].itemsize
+        entries[name] = {"dtype": NAMES[types[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,142 @@
+"""What is in a model: parts, weights, bits and bytes, told from headers without reading the weights."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.info import OUR_FILE, model_digest, read_json
+from tinysd_batch.model.packing import PackedWeight, RowWeight
+from tinysd_batch.quantize.checkpoint_files import Contents, open_tensors
+from tinysd_batch.quantize.kinds import EMA, SD_V1, TEXT, UNET, VAE, Kind, kind_of, kind_of_configs
+from tinysd_batch.quantize.model_folder import STEMS, weights_file
+
+PREFIXES = {UNET: "unet", VAE: "vae", TEXT: "text_encoder", EMA: "EMA copies"}
+OTHERS = "others"
+BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution", 4: "convolution"}
+NO_WEIGHTS = "position_ids"
+PACKED_NAMES = {each.name for kind in (PackedWeight, RowWeight) for each in fields(kind)}
+CODES = "qweight"
+
+
+@dataclass(slots=True)
+class Class:
+    """Layers of one sort in a part."""
+
+    name: str  # linear, convolution, embedding, norms and biases
+    weights: int = 0
+    bytes: int = 0
+
+    @property
+    def bits(self) -> float:
+        """Per weight, with what quantization stores beside it."""
+        return 8 * self.bytes / self.weights if self.weights else 0.0
+
+
+@dataclass(slots=True)
+class PartFound:
+    """A part of a model."""
+
+    name: str
+    tensors: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)  # tensors of each
+    classes: dict[str, Class] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        return sum(each.weights for each in self.classes.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.classes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` says of a model."""
+
+    path: str
+    name: str
+    kind: str
+    refused: str | None  # why neither convert nor quantize takes it
+    digest: str  # of a folder as jobs record it; of a file its SHA-256
+    parts: list[PartFound]
+
+
+def inspect_model(path: Path, *, allow_pickle: bool = False) -> Inspection:
+    """Look into a model folder or a checkpoint file. Raises ModelError where that cannot be read at all."""
+    if path.is_dir():
+        return inspect_folder(path, allow_pickle=allow_pickle)
+    contents = open_tensors(path, allow_pickle=allow_pickle)
+    kind = kind_of(contents)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Inspection(str(path), path.stem, kind.name, kind.reason, digest, parts_of_file(contents))
+
+
+def parts_of_file(contents: Contents) -> list[PartFound]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in contents.tensors.items():
+        part = next((part for prefix, part in PREFIXES.items() if name.startswith(prefix)), OTHERS)
+        parts.setdefault(part, {})[name] = value
+    order = [*PREFIXES.values(), OTHERS]
+    return [count_part(name, parts[name], {}) for name in order if name in parts]
+
+
+def inspect_folder(path: Path, *, allow_pickle: bool) -> Inspection:
+    if not (path / "unet" / "config.json").exists():
+        raise ModelError(f"{path}: not a model folder, it has no unet/config.json")
+    unet = read_json(path / "unet" / "config.json")
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    kind = kind_of_configs(unet, read_json(scheduler) if scheduler.exists() else {})
+    packed = unet.get("quantization_config", {}).get("layers", {})
+    parts = []
+    for name in STEMS:
+        if (path / name).is_dir():
+            tensors = open_tensors(weights_file(path / name, name), allow_pickle=allow_pickle).tensors
+            parts.append(count_part(name, tensors, packed if name == "unet" else {}))
+    ours = read_json(path / OUR_FILE) if (path / OUR_FILE).exists() else {}
+    name = str(ours.get("name", path.resolve().name))
+    return Inspection(str(path), name, folder_kind(kind), kind.reason, digest_of(path), parts)
+
+
+def folder_kind(kind: Kind) -> str:
+    return f"{SD_V1}'s architecture, float folder" if kind.name == SD_V1 else kind.name
+
+
+def digest_of(path: Path) -> str:
+    """As jobs record it; empty where the folder is not complete."""
+    try:
+        return model_digest(path)
+    except FileNotFoundError:
+        return ""
+
+
+def count_part(name: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Any]) -> PartFound:
+    """Count a part's tensors. `packed` lists the packed layers with their shapes."""
+    found = PartFound(name, len(tensors), dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())))
+    for tensor_name, value in tensors.items():
+        layer, _, leaf = tensor_name.rpartition(".")
+        shape = list(value.shape)
+        is_packed = leaf in PACKED_NAMES and layer in packed
+        if is_packed:
+            shape = packed[layer]["shape"]
+        title = class_of(tensor_name, len(shape))
+        each = found.classes.setdefault(title, Class(title))
+        each.bytes += value.numel() * value.element_size()
+        # Scales and offsets cost bytes, but are no weights.
+        if leaf != NO_WEIGHTS and (leaf == CODES or not is_packed):
+            each.weights += math.prod(shape)
+    return found
+
+
+def class_of(name: str, dimensions: int) -> str:
+    if name.endswith(("token_embedding.weight", "position_embedding.weight")):
+        return "embedding"
+    return BY_DIMENSIONS.get(dimensions, OTHERS)
