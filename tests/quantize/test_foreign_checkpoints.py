@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tests import ldm, origin
+from tests import ldm
 from tests.quantize.conftest import Save
 from tests.tools import run_here
 from tinysd_batch.errors import ModelError
@@ -81,11 +81,6 @@ def test_other_models_are_refused_by_name(save: Save, message: str) -> None:
     path = save(OTHER_MODELS[message])
     check_refused(path, f"this is {message}")
     assert inspect_model(path).refused
-
-
-def test_the_origins_checkpoint_is_known_and_not_read_yet(save: Save) -> None:
-    check_refused(save(origin.unet_checkpoint()), "this is the origin's 2-bit checkpoint: it is not read yet")
-    check_refused(save(origin.unet_checkpoint(), "full_int2_sd.pth"), "this is the origin's 2-bit checkpoint")
 
 
 def test_a_pickled_textual_inversion(save: Save) -> None:

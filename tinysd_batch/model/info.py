@@ -59,7 +59,10 @@ def resolve_path(model: str) -> Path:
     except OSError as error:
         raise ModelError(f"{model}: {(error.strerror or str(error)).lower()}") from None
     if not is_there:
-        raise ModelError(f"{model}: no such model; give a model folder, or `embedded` for the one that ships with us")
+        raise ModelError(
+            f"{model}: no such model; give a model folder, or `embedded` for the one that ships with us "
+            f"(README, Your own model, says where checkpoints come from and how to bring them in)"
+        )
     if path.is_file():
         raise ModelError(f"{model}: this is a single checkpoint file; {CONVERT_HINT.format(model)}")
     missing = [part for part in PARTS if not (path / part).is_dir()]

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_pipeline_index
+from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
 from tinysd_batch.model.info import WEIGHTS, read_json
+from tinysd_batch.quantize.checkpoint_files import open_tensors
 from tinysd_batch.quantize.model_folder import DECODER_ONLY, ModelFolder
-from tinysd_batch.quantize.single_file import SingleFile
+from tinysd_batch.quantize.origin import is_origin
+from tinysd_batch.quantize.single_file import OriginFile, SingleFile
 from tinysd_batch.quantize.sources import Options, Part, Say, Source, as_stored, has_encoder, stored_dtype, write_json
 from tinysd_batch.storage import new_folder, storage_errors
 
@@ -26,7 +28,8 @@ def open_source(path: Path, options: Options) -> Source:
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
     if path.is_file():
-        return SingleFile(path, options)
+        names = open_tensors(path, allow_pickle=options.allow_pickle).tensors
+        return OriginFile(path, options) if is_origin(names) else SingleFile(path, options)
     if not (path / "unet").is_dir():
         raise ModelError(f"{path}: not a model folder, it has no unet; name one in diffusers' layout, or a single file")
     return ModelFolder(path, options)
@@ -35,6 +38,7 @@ def open_source(path: Path, options: Options) -> Source:
 def convert_model(source: Path, out: Path, options: Options, dtype: str | None, say: Say) -> None:
     """Write `out`, a float model folder with everything of `source` that drawing needs.
 
+    The UNet of the origin's checkpoint stays at 2 bits, every number kept.
     `dtype` is fp16, fp32 or None: as stored, and float16 for what is stored as bfloat16 or float8. `say` is told what
     is being done. Raises ModelError where a tensor is missing, unexpected, of the wrong shape or not finite, and where
     `out` exists; of a new `out` nothing is left then.
@@ -43,7 +47,13 @@ def convert_model(source: Path, out: Path, options: Options, dtype: str | None, 
     model = open_source(source, options)
     wanted = DTYPES[dtype] if dtype else None
     with storage_errors(out), new_folder(out) as folder:
-        write_part(model.unet(), folder / "unet", WEIGHTS, wanted, say)
+        if isinstance(model, OriginFile):
+            unet = model.packed_unet(wanted)
+            say(f"unet: {len(unet.packed):,} layers at 2 and 8 bits as they are, {len(unet.others):,} other tensors")
+            write_packed_unet(folder / "unet", unet.config, unet.packed, unet.others, {"level": "origin"})
+            del unet
+        else:
+            write_part(model.unet(), folder / "unet", WEIGHTS, wanted, say)
         write_others(model, folder, wanted, say)
     tell_left_out(model, say)
 

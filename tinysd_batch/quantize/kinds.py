@@ -14,6 +14,7 @@ TEXT = "cond_stage_model."
 EMA = "model_ema."
 SD_V1 = "Stable Diffusion v1"
 AUTOENCODER = "autoencoder"
+ORIGIN = "the origin's 2-bit checkpoint"
 
 SD_V1_CHANNELS = 4
 SD2_CONTEXT = 1024
@@ -46,8 +47,10 @@ def beginning(*marks: str) -> Callable[[str], bool]:
 
 # The first rule that one of the names fits decides.
 RULES: tuple[tuple[Callable[[str], bool], Kind], ...] = (
-    # Here the reader of the origin's own checkpoint will come in.
-    (anywhere(".weight_quantizer.delta"), Kind("the origin's 2-bit checkpoint", "it is not read yet")),
+    (
+        anywhere(".weight_quantizer.delta"),
+        Kind(ORIGIN, "it is at 2 bits already; `tinysd-batch convert` takes it over as it is"),
+    ),
     (
         anywhere("lora_up", "lora_down", "lora_A", "lora_B", "lora_unet_", "lora_te", "hada_w", "lokr_", "oft_blocks"),
         Kind("LoRA or LyCORIS", ADDITION),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -15,7 +16,7 @@ from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import OUR_FILE
 from tinysd_batch.quantize.checkpoint_files import Contents, open_tensors
 from tinysd_batch.quantize.clip_tokenizer import write_tokenizer
-from tinysd_batch.quantize.kinds import AUTOENCODER, EMA, SD_V1, TEXT, UNET, VAE, kind_of
+from tinysd_batch.quantize.kinds import AUTOENCODER, EMA, ORIGIN, SD_V1, TEXT, UNET, VAE, kind_of
 from tinysd_batch.quantize.layout import (
     SCHEDULER,
     UNET_LAYERS,
@@ -26,6 +27,7 @@ from tinysd_batch.quantize.layout import (
     vae_config,
 )
 from tinysd_batch.quantize.model_folder import modern_attention, read_vae_folder
+from tinysd_batch.quantize.origin import OriginUNet, read_origin_unet
 from tinysd_batch.quantize.sources import (
     Found,
     Options,
@@ -72,15 +74,16 @@ def spare_kind(name: str) -> str | None:
 class SingleFile:
     """An SD v1 checkpoint file. Raises ModelError where it is something else, or incomplete."""
 
+    reads = SD_V1
+
     def __init__(self, path: Path, options: Options) -> None:
         self.path = path
         self.options = options
         self.name = path.stem
         self.found = Found()
         contents = self.open()
-        if (kind := kind_of(contents)).reason:
+        if (kind := kind_of(contents)).name != self.reads:
             raise ModelError(f"{path}: this is {kind.name}: {kind.reason}")
-        assert kind.name == SD_V1, kind
         check_schedule(contents.tensors, path)
         self.sort(contents)
 
@@ -193,3 +196,16 @@ def read_vae(path: Path, options: Options) -> Part:
     if not any(name.startswith(VAE) for name in contents.tensors):
         raise ModelError(f"{path}: no autoencoder is in it")
     return vae_part(contents.tensors, path)
+
+
+class OriginFile(SingleFile):
+    """The origin's `full_int2_sd.pth`: autoencoder and text encoder as in any file of SD v1, the UNet at 2 bits."""
+
+    reads = ORIGIN
+
+    def unet(self) -> Part:
+        """Raises ModelError always: these are no floats."""
+        raise ModelError(f"{self.path}: the UNet is at 2 bits already")
+
+    def packed_unet(self, dtype: torch.dtype | None) -> OriginUNet:
+        return read_origin_unet(self.open().tensors, str(self.path), dtype or torch.float32)

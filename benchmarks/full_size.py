@@ -1,0 +1,233 @@
+"""Stable Diffusion v1 at its own size with random weights: time and memory of 512x512 on the processor.
+
+    python -m benchmarks.full_size                draw one picture in 4 steps; print time and peak memory of each phase
+    python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios
+
+The model is made on the first run (0.6 GB, in outputs/random-sd-v1, or --model FOLDER): codes of 2 bits drawn at random
+with scales that keep activations in bounds. Pictures are noise; time and memory are those of any SD v1 model. Every
+measurement runs in a process of its own; processor seconds and the peak of resident memory are the kernel's figures.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODEL = Path("outputs/random-sd-v1")
+STEPS = 4
+PAIRS = 3
+GIB = 2**30
+SD_V1_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD_V1_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
+}  # fmt: skip
+SD_V1_TEXT: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "hidden_act": "quick_gelu", "max_position_embeddings": 77, "vocab_size": 49408, "bos_token_id": 49406,
+    "eos_token_id": 49407, "pad_token_id": 49407,
+}  # fmt: skip
+
+
+# Making the model
+
+
+def make_model(folder: Path) -> None:
+    """A packed model folder at SD v1's sizes with random weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
+    from tinysd_batch.model.info import WEIGHTS
+    from tinysd_batch.quantize.clip_tokenizer import write_tokenizer
+    from tinysd_batch.quantize.fast import layers_to_pack
+
+    print(f"making {folder}", file=sys.stderr)
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_UNET)
+        vae, text = AutoencoderKL(**SD_V1_VAE), CLIPTextModel(CLIPTextConfig(**SD_V1_TEXT))
+    sizes = layers_to_pack(unet)
+    packed = {name: random_packed(unet.get_submodule(name), size, generator) for name, size in sizes.items()}
+    places = {f"{name}.weight" for name in packed}
+    others = random_tensors({name: one for name, one in unet.state_dict().items() if name not in places}, generator)
+    write_packed_unet(folder / "unet", dict(unet.config), packed, others, {"level": "random"})
+    for part, module, config in (("vae", vae, dict(vae.config)), ("text_encoder", text, text.config.to_dict())):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text(json.dumps(config, indent=2))
+        file = folder / part / (WEIGHTS if part == "vae" else TEXT_WEIGHTS)
+        save_file(random_tensors(module.state_dict(), generator), file, metadata={"format": "pt"})
+    write_tokenizer(folder / "tokenizer", SD_V1_TEXT["max_position_embeddings"])
+    (folder / "scheduler").mkdir()
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "PNDMScheduler", **schedule})
+    )
+    (folder / "tinysd.json").write_text(json.dumps({"name": "random SD v1"}))
+    write_pipeline_index(folder)
+
+
+def random_packed(layer: nn.Module, group_size: int, generator: torch.Generator) -> tuple[Any, tuple[int, ...]]:
+    """Codes at random; a scale by which the layer keeps the spread of what it is given."""
+    from tinysd_batch.model.packing import PackedWeight
+
+    assert isinstance(layer.weight, Tensor)
+    shape = tuple(layer.weight.shape)
+    rows, columns = shape[0], layer.weight[0].numel()
+    scale = 0.9 * columns**-0.5  # the codes 0..3 spread by 1.118
+    meta = torch.tensor([scale, 0.0, -1.5 * scale, 0.0], dtype=torch.float16).repeat(rows, 1)
+    codes = torch.randint(0, 256, (rows, columns // 4), dtype=torch.uint8, generator=generator)
+    nothing = torch.zeros(rows, columns // group_size, dtype=torch.uint8)
+    return PackedWeight(codes, nothing, nothing.clone(), meta.view(torch.int16)), shape
+
+
+def random_tensors(like: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """float16; norms 1, biases 0, the rest spread by its fan-in."""
+    made = {}
+    for name, place in like.items():
+        if place.dim() < 2:
+            made[name] = torch.full(place.shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.float16)
+        else:
+            fan_in = place[0].numel()
+            made[name] = (torch.randn(place.shape, generator=generator) * 0.9 * fan_in**-0.5).half()
+    return made
+
+
+# Measuring, in processes of their own
+
+
+def processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_gib() -> float:
+    """The peak of resident memory. Not from getrusage, which counts in what the parent process held."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
+
+
+def draw_ours(model: Path, steps: int, size: int, decode: bool) -> dict[str, float]:
+    """A picture by the engine, or its denoising alone."""
+    from tinysd_batch.model.pipeline import TinySD
+
+    imported = peak_gib()
+    started = time.monotonic()
+    ours = TinySD.from_pretrained(model, device="cpu", dtype="full")
+    loaded = time.monotonic() - started, peak_gib()
+    times: list[float] = []
+    made = ours.generate(
+        "a lake", 1, num_inference_steps=steps, sampler="ddim", height=size, width=size, negative_prompt="",
+        guidance_scale=7.5, output_type="np" if decode else "latent", callback=lambda *_: times.append(processor_s()),
+    )  # fmt: skip
+    return {
+        "imports_gib": imported, "load_s": loaded[0], "load_gib": loaded[1], "text_s": made.text_s,
+        "denoise_s": made.denoise_s, "decode_s": made.decode_s, "peak_gib": peak_gib(),
+        "step_processor_s": statistics.median(after - before for before, after in pairwise(times)),
+    }  # fmt: skip
+
+
+def step_diffusers(dtype: torch.dtype, steps: int, size: int) -> dict[str, float]:
+    """Guided steps by diffusers' own UNet, dense, channels-last."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_UNET)
+    unet = unet.to(dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.fill_(0.001)
+    unet = unet.to(memory_format=torch.channels_last).eval()
+    latents = torch.randn(2, 4, size // 8, size // 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    context = torch.randn(2, 77, 768, dtype=dtype)
+    times = []
+    with torch.no_grad():
+        for step in range(steps):
+            before = processor_s()
+            unet(latents, 999 - step, context)
+            times.append(processor_s() - before)
+    return {"step_processor_s": statistics.median(times[1:]), "peak_gib": peak_gib()}
+
+
+def in_a_process(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.full_size", "--child", kind, "--model", str(arguments.model)]
+    command += ["--steps", str(arguments.steps), "--size", str(arguments.size), "--threads", str(arguments.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    if arguments.child in ("picture", "ours"):
+        found = draw_ours(arguments.model, arguments.steps, arguments.size, decode=arguments.child == "picture")
+    else:
+        found = step_diffusers(getattr(torch, arguments.child), arguments.steps, arguments.size)
+    print(json.dumps(found))
+
+
+def picture(arguments: argparse.Namespace) -> None:
+    found = in_a_process("picture", arguments)
+    folder = arguments.model / "unet" / "diffusion_pytorch_model.safetensors"
+    size, threads = arguments.size, arguments.threads
+    print(f"SD v1, random weights, {size}x{size}, {arguments.steps} steps, {threads} threads")
+    print(f"{'UNet on disk':<44}{folder.stat().st_size / 1e6:.0f} MB")
+    print(f"{'loading':<44}{found['load_s']:.1f} s")
+    print(f"{'text':<44}{found['text_s']:.1f} s")
+    print(f"{'denoising, a guided step':<44}{found['denoise_s'] / arguments.steps:.1f} s")
+    print(f"{'decoding':<44}{found['decode_s']:.1f} s")
+    for name, of in (("imports_gib", "imports alone"), ("load_gib", "after loading"), ("peak_gib", "whole picture")):
+        print(f"{'peak resident memory, ' + of:<44}{found[name]:.2f} GiB")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    kinds = ("ours", "bfloat16", "float32")
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.pairs):
+        for kind in kinds:
+            found[kind].append(in_a_process(kind, arguments))
+    for kind in kinds:
+        seconds = statistics.median(one["step_processor_s"] for one in found[kind])
+        peak = max(one["peak_gib"] for one in found[kind])
+        name = "ours, 2 bits, float32" if kind == "ours" else f"diffusers, dense {kind}"
+        print(f"{name:<32}{seconds:7.1f} processor seconds a guided step, peak {peak:.2f} GiB")
+    for kind in kinds[1:]:
+        pairs = zip(found["ours"], found[kind], strict=True)
+        ratios = sorted(ours["step_processor_s"] / theirs["step_processor_s"] for ours, theirs in pairs)
+        print(f"ours takes {statistics.median(ratios):.2f} times {kind} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    if not arguments.model.exists():
+        make_model(arguments.model)
+    compare(arguments) if arguments.compare else picture(arguments)
+
+
+if __name__ == "__main__":
+    main()
