@@ -164,6 +164,7 @@ def test_a_file_where_the_folder_of_folders_would_be(
     check_refused(capfd, here, [*command.split(), "--model", tiny_model], 5, "outputs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 3000])
 def test_a_disk_without_room(here: Path, tiny_model: Path, limit: int) -> None:
     """The lock meets it, or the picture; the job goes on when there is room."""

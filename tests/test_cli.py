@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import check_whole, command, environment, read_results, run, write_csv
+from tests.tools import check_whole, command, environment, read_results, run, run_here, write_csv
 
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "PIL", "numpy")
 
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> No
 
 
 def test_txt2img_numbers_on(tmp_path: Path, tiny_model: Path) -> None:
-    first = run(
+    first = run_here(
         "txt2img",
         "red",
         "apple",
@@ -84,7 +84,7 @@ def test_txt2img_numbers_on(tmp_path: Path, tiny_model: Path) -> None:
         cwd=tmp_path,
     )
     assert first.returncode == 0, first.stderr
-    second = run(
+    second = run_here(
         "txt2img", "--prompt", "red apple", "--model", tiny_model, "--seed", "27", "-o", "pictures", cwd=tmp_path
     )
     assert second.returncode == 0

@@ -66,6 +66,7 @@ def bytes_of(job: Path, row: dict[str, Any]) -> bytes:
         return image.tobytes()
 
 
+@pytest.mark.slow
 def test_the_long_prompts_job_reads_to_the_end(tmp_path: Path) -> None:
     rows = run_job("long-prompts", tmp_path, 6)
     assert all(row["n_tokens"] > 40 and row["truncated"] is None for row in rows)

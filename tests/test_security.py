@@ -260,6 +260,7 @@ def test_error_messages_pass_no_escapes_on(here: Path, capfd: Capture, arguments
     assert is_harmless(stdout + stderr)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_show_a_prompt_ends_no_job(here: Path) -> None:
     (here / "m.csv").write_text("prompt\ncat \N{SNOWMAN}\n", encoding="utf-8")
     name = os.fsdecode(b"m\xff.csv")  # no UTF-8
@@ -582,6 +583,7 @@ def plant_code(model: Path) -> None:
     put("model_index.json", json.dumps({"_class_name": ["pipeline", "P"], "unet": ["os", "system"]}).encode())(model)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_model_folder_is_executed(here: Path, tiny_model: Path, tmp_path: Path) -> None:
     """In a process of its own, that imports afresh, and that opens no connection."""
     shutil.copytree(tiny_model, here / "planted")

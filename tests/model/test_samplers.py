@@ -172,7 +172,7 @@ THEIRS = {
 }
 
 
-SOME = (*range(1, 30), *range(41, 990, 97), 990, 998, 999, 1000)  # drawn to the end; all would take many minutes
+SOME = (*range(1, 20), 37, 101, 333, 501, 999, 1000)  # drawn to the end; all would take many minutes
 
 
 def new_run(steps: int) -> Run:
@@ -183,7 +183,7 @@ def new_run(steps: int) -> Run:
 def test_every_number_of_steps(name: str) -> None:
     for steps in range(1, 1001):
         if name in ("plms", "ddim"):
-            times = [int(level.time) for level in levels(new_run(steps))]
+            times = [level.time for level in levels(new_run(steps))]
             assert times[0] >= 999 - 1000 / steps
         else:
             times = Sigmas.of(new_run(steps)).times.tolist()

@@ -404,6 +404,7 @@ def test_inspect(checkpoint: Path, floats: Path, packed: Path, models: ldm.Model
     assert 2.2 < unet["layers"]["convolution"]["bits"] < 2.6
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     def allow_small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
@@ -417,6 +418,7 @@ def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_quantizer_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("quantize", checkpoint, "model"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True

@@ -85,8 +85,8 @@ def weighted_sum(weights: Sequence[float], predictions: Sequence[Tensor]) -> Ten
 class Level:
     """A step from one noise level down to the next."""
 
-    time: Tensor
-    next_time: Tensor
+    time: int
+    next_time: int
     alpha: float
     alpha_next: float
 
@@ -101,7 +101,7 @@ def levels(run: Run) -> Iterator[Level]:
     for i in reversed(range(run.steps)):
         below = max(i - 1, 0)
         alpha_next = alphas[times[below]] if i else alphas[0]
-        yield Level(torch.tensor(times[i]), torch.tensor(times[below]), float(alphas[times[i]]), float(alpha_next))
+        yield Level(int(times[i]), int(times[below]), float(alphas[times[i]]), float(alpha_next))
 
 
 def step_down(latents: Tensor, noise: Tensor, level: Level, run: Run) -> Tensor:
@@ -115,8 +115,9 @@ def step_down(latents: Tensor, noise: Tensor, level: Level, run: Run) -> Tensor:
 
 def ddim(run: Run, latents: Tensor) -> Tensor:
     for step, level in enumerate(levels(run)):
-        latents = step_down(latents, run.predict(latents, level.time), level, run)
-        run.callback(step, level.time, latents)
+        time = torch.tensor(level.time)
+        latents = step_down(latents, run.predict(latents, time), level, run)
+        run.callback(step, time, latents)
     return latents
 
 
@@ -124,15 +125,16 @@ def plms(run: Run, latents: Tensor) -> Tensor:
     """Pseudo linear multistep (Liu et al. 2022, equations 9 to 12); the first step looks ahead instead of back."""
     history: list[Tensor] = []
     for step, level in enumerate(levels(run)):
-        noise = run.predict(latents, level.time)
+        time = torch.tensor(level.time)
+        noise = run.predict(latents, time)
         history = [noise, *history[:3]]
         if len(history) == 1:
             ahead = step_down(latents, noise, level, run)
-            mixed = (noise + run.predict(ahead, level.next_time)) / 2
+            mixed = (noise + run.predict(ahead, torch.tensor(level.next_time))) / 2
         else:
             mixed = weighted_sum(PLMS_WEIGHTS[len(history)], history)
         latents = step_down(latents, mixed, level, run)
-        run.callback(step, level.time, latents)
+        run.callback(step, time, latents)
     return latents
 
 
