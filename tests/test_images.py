@@ -8,7 +8,7 @@ import sd_parsers
 from PIL import Image
 
 from tinysd_batch.config import SAMPLERS
-from tinysd_batch.images import SAMPLER_LABELS, FileFormat, encode_image, parameters_text, read_entries, read_metadata
+from tinysd_batch.images import SAMPLER_LABELS, FileFormat, encode_image, parameters_text, read_entries
 from tinysd_batch.records import ImageRequest, SamplingParams
 
 
@@ -45,7 +45,6 @@ def test_pixels_and_metadata_survive(name: str) -> None:
         difference = np.abs(np.asarray(image).astype(int) - pixels())
     assert difference.max() <= (0 if name == "png" else 12)
     assert read_entries(data) == ("p\N{SNOWMAN}", OURS)
-    assert read_metadata(data) == OURS
 
 
 @pytest.mark.parametrize("name", ["jpg", "webp"])
@@ -100,4 +99,5 @@ def test_files_that_are_not_ours_have_no_metadata() -> None:
     data = encode_image(Image.new("RGB", (8, 8)), FileFormat(), "", {"image_id": "ab"})
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")
-    assert read_metadata(b"") == read_metadata(data[: len(data) // 2]) == read_metadata(plain.getvalue()) == {}
+    files = b"", data[: len(data) // 2], plain.getvalue()
+    assert [read_entries(file)[1] for file in files] == [{}, {}, {}]

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.tools import check_whole, environment, read_results, run_here, write_csv
 from tinysd_batch.cli.options import SETTINGS
 from tinysd_batch.config import Settings
-from tinysd_batch.images import read_metadata
+from tinysd_batch.images import read_entries
 
 FOLDER = Path("outputs/txt2img-samples")
 
@@ -28,7 +28,7 @@ def draw(tmp_path: Path, tiny_model: Path) -> Any:
         done = run_here("txt2img", "--ckpt", tiny_model, *arguments, cwd=tmp_path)
         assert done.returncode == expect, done.stderr
         pictures = sorted((tmp_path / FOLDER).glob("seed_*"))
-        return {path.name: read_metadata(path.read_bytes()) for path in pictures}, done.stdout + done.stderr
+        return {path.name: read_entries(path.read_bytes())[1] for path in pictures}, done.stdout + done.stderr
 
     return txt2img
 

@@ -118,11 +118,6 @@ def open_picture(file: Any, kinds: Collection[str] = tuple(PILLOW_NAMES)) -> Ite
         raise OSError(f"no whole picture: {error}") from None
 
 
-def read_metadata(data: bytes) -> dict[str, Any]:
-    """Our JSON out of a file's bytes; empty where there is none or the file is not a whole picture."""
-    return read_entries(data)[1]
-
-
 def read_entries(
     data: bytes, size: tuple[int, int] | None = None, kinds: Collection[str] = tuple(PILLOW_NAMES)
 ) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ diffusers' schedulers do the work where they compute what SD v1's own scripts co
 - ddim and plms: diffusers' timesteps leave out the noisiest ones where the steps do not divide 1000 (600 steps would
   start at 600, with noise meant for 999), and its plms knows no eta;
 - dpm2 and dpm2_a: diffusers puts their midpoints elsewhere and leaves out an evaluation;
-- lms: diffusers integrates polynomials numerically, by scipy, at some 10 ms a step; their integrals are known.
+- lms: diffusers integrates polynomials numerically, by scipy, at every step; their integrals are known.
 """
 
 import inspect
