@@ -38,8 +38,7 @@ def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
 @given(st.integers(1, 5000), st.sampled_from(packing.GROUPS), st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: int) -> None:
     rows = random_rows(count, group, seed)
-    by_fbgemm, by_torch = torch.empty(count, group), torch.empty(count, group)
-    assert torch.equal(packing.unpack_rows_fbgemm(rows, by_fbgemm), packing.unpack_rows_torch(rows, by_torch))
+    assert torch.equal(packing.unpack_rows_fbgemm(rows), packing.unpack_rows_torch(rows))
 
 
 @given(SHAPES, st.integers(0, 2**32 - 1))
@@ -90,6 +89,11 @@ def fill(layer: PackedLayer, weight: Weight, bias: torch.Tensor | None) -> None:
         layer.bias = nn.Parameter(bias)
 
 
+def matrix(layer: PackedLayer) -> torch.Tensor:
+    ((whole, _),) = layer.parts(torch.float32)
+    return whole
+
+
 def dense(weight: Weight) -> torch.Tensor:
     return packing.unpack(weight, torch.empty(weight.shape))
 
@@ -123,15 +127,15 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
     first, second = (packed_like(nn.Linear(64, 8), Layout(2, 64)) for _ in range(2))
     for layer in (first, second):
         fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
-    assert first.matrix(torch.float32).data_ptr() == second.matrix(torch.float32).data_ptr()
+    assert matrix(first).data_ptr() == matrix(second).data_ptr()
     keep_unpacked(first)
-    kept = first.matrix(torch.float32)
+    kept = matrix(first)
     before = kept.clone()
-    second.matrix(torch.float32)
-    assert first.matrix(torch.float32) is kept
+    matrix(second)
+    assert matrix(first) is kept
     assert torch.equal(kept, before)
     fill(first, quantize_matrix(torch.randn(8, 64), 64), None)
-    assert not torch.equal(first.matrix(torch.float32), before)
+    assert not torch.equal(matrix(first), before)
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +143,40 @@ def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.M
     layer = packed_like(nn.Linear(64, 8), Layout(2, 64))
     fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     with torch.inference_mode():
-        first = layer.matrix(torch.float32).clone()
-    assert torch.equal(layer.matrix(torch.float32), first)
+        first = matrix(layer).clone()
+    assert torch.equal(matrix(layer), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_matrix_larger_than_the_buffer_is_used_in_parts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    linear, conv = nn.Linear(64, 50), nn.Conv2d(64, 50, 3, padding=1)
+    maps = torch.randn(2, 64, 5, 5).to(dtype)
+    whole: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
+    for results, room in ((whole, packing.SCRATCH_BYTES), (parts, 7 * 64 * 4)):
+        monkeypatch.setattr(packing, "SCRATCH_BYTES", room)
+        for layer, x in ((linear, maps.flatten(2).mT), (conv, maps)):
+            weight = quantize_matrix(packing.to_matrix(layer.weight.detach()), 64)
+            packed = packed_like(layer, weight.layout)
+            fill(packed, weight, layer.bias.detach().to(dtype))  # type: ignore[union-attr]
+            results.append(packed(x).float())
+            assert (len(list(packed.parts(dtype))) > 1) == (results is parts)
+    torch.testing.assert_close(parts, whole, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [Layout(2, 64), Layout(2, None), Layout(8, None)])
+def test_unpacking_to_half_precision_rounds_once(layout: Layout, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        name: torch.randint(0, 100, shape, generator=generator).to(kind)
+        for name, (kind, shape) in layout.tensors(6, 128).items()
+    }
+    if layout.group_size is None:
+        tensors["qdelta"] = torch.rand(6, generator=generator).view(torch.int32)
+    weight = layout.weight(tensors)
+    assert torch.equal(packing.unpack(weight, torch.empty(6, 128, dtype=dtype)), dense(weight).to(dtype))
 
 
 def test_tap_major_order() -> None:

@@ -121,36 +121,6 @@ def test_in_memory_the_unet_is_about_as_large_as_on_disk(tiny_model: Path, model
     assert in_memory < floats / 4
 
 
-def test_fragments_taking_turns_change_no_bit(tiny_model: Path, model: TinySD) -> None:
-    largest = max(fragment.nbytes for fragment in model.fragments)
-    tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=largest)
-    assert torch.equal(latents(tight, "cat", 1), latents(model, "cat", 1))
-    assert tight.residency.one_at_a_time
-    assert not model.residency.one_at_a_time
-
-
-def test_nothing_stays_on_the_device_and_only_one_fragment_at_a_time(tiny_model: Path, model: TinySD) -> None:
-    largest = max(fragment.nbytes for fragment in model.fragments)
-    tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=largest)
-    seen: set[int] = set()
-    for module in (tight.text_encoder, tight.unet.conv_in, tight.unet.conv_out, tight.vae.decoder):
-        module.register_forward_pre_hook(lambda *_: seen.add(sum(part.is_onloaded for part in tight.fragments)))
-    tight.generate("cat", 1)
-    assert seen == {1}
-    assert not any(part.is_onloaded for part in tight.fragments)
-
-
-def test_a_fragment_that_is_away_cannot_compute(model: TinySD) -> None:
-    for layer, x in ((model.unet.conv_in, torch.zeros(1, 4, 8, 8)), (model.unet.conv_out, torch.zeros(1, 32, 8, 8))):
-        with pytest.raises(RuntimeError):
-            layer(x)
-
-
-def test_a_budget_below_the_largest_fragment_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match="alone takes"):
-        TinySD.from_pretrained(tiny_model, vram_budget="1kB")
-
-
 def test_pictures_arrays_and_latents(model: TinySD) -> None:
     generated = model.generate("cat", [1, 2])
     assert [image.size for image in generated.images] == [(16, 16)] * 2

@@ -60,7 +60,7 @@ SETTINGS = {
     "vram_budget": Setting(
         str,
         ("--vram-budget",),
-        "Device memory for weights, such as 900MB; below what they take, the model's parts take turns.",
+        "Device memory for weights, such as 900MB; where that is too little for a part, it passes piece by piece.",
     ),
     "turbo": Setting(bool, ("--turbo",), "Keep the UNet's weights unpacked while drawing: faster, more memory."),
     "unet_bs": Setting(

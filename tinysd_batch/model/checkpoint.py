@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers import __version__ as diffusers_version
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -23,9 +22,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_json
+from tinysd_batch.model.mapped import MappedTensors
 from tinysd_batch.model.packed import swap_packed_layers
 from tinysd_batch.model.packing import Layout, Weight
-from tinysd_batch.storage import check_regular, write_atomically
+from tinysd_batch.model.vae import use_factor_norms
+from tinysd_batch.storage import write_atomically
 
 PIPELINE_INDEX = "model_index.json"
 TEXT_WEIGHTS = "model.safetensors"
@@ -39,18 +40,6 @@ TEXT_SETTINGS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped; raise ModelError when it is missing or damaged."""
-    try:
-        check_regular(path)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; the model folder is not complete") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 @contextmanager
@@ -122,13 +111,13 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[
         )
 
 
-def read_unet(folder: Path) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
+def read_unet(folder: Path) -> tuple[UNet2DConditionModel, MappedTensors]:
     """The UNet on the meta device, packed layers swapped in, and the file's tensors, mapped, that fill it.
 
     Raises ModelError for any tensor that is missing, unexpected or of the wrong shape.
     """
     where = folder / WEIGHTS
-    tensors = read_tensors(where)
+    tensors = MappedTensors.read(where)
     with building_from(folder / "config.json"), KEEP_ON_META:
         unet = UNet2DConditionModel.from_config(read_config(folder / "config.json", UNet2DConditionModel))
     with building_from(folder / "config.json"):
@@ -181,7 +170,7 @@ def write_pipeline_index(folder: Path, **parts: list[str]) -> None:
 # Text encoder and autoencoder
 
 
-def read_text_encoder(folder: Path) -> tuple[CLIPTextModel, dict[str, Tensor]]:
+def read_text_encoder(folder: Path) -> tuple[CLIPTextModel, MappedTensors]:
     """The text encoder on the meta device and the file's tensors."""
     where = folder / TEXT_WEIGHTS
     config = read_json(folder / "config.json")
@@ -189,10 +178,11 @@ def read_text_encoder(folder: Path) -> tuple[CLIPTextModel, dict[str, Tensor]]:
     with building_from(folder / "config.json"), KEEP_ON_META:
         encoder = CLIPTextModel(CLIPTextConfig(**{name: config[name] for name in TEXT_SETTINGS if name in config}))
     # Files of transformers before 5 keep the tower one name further down.
-    tensors = {name.removeprefix("text_model."): value for name, value in read_tensors(where).items()}
+    tensors = MappedTensors.read(where)
+    tensors.rename(lambda name: name.removeprefix("text_model."))
     tensors.pop("embeddings.position_ids", None)
     check_names(encoder, tensors, where)
-    tensors |= {name: positions(value) for name, value in encoder.named_buffers() if name.endswith("position_ids")}
+    tensors.update({name: positions(value) for name, value in encoder.named_buffers() if name.endswith("position_ids")})
     return encoder.eval(), tensors
 
 
@@ -201,15 +191,17 @@ def positions(like: Tensor) -> Tensor:
     return torch.arange(like.shape[-1]).expand(like.shape).clone()
 
 
-def read_decoder(folder: Path) -> tuple[AutoencoderKL, dict[str, Tensor]]:
+def read_decoder(folder: Path) -> tuple[AutoencoderKL, MappedTensors]:
     """The autoencoder without its encoder, on the meta device, and the file's tensors."""
     where = folder / WEIGHTS
     with building_from(folder / "config.json"), KEEP_ON_META:
         vae = AutoencoderKL.from_config(read_config(folder / "config.json", AutoencoderKL))
+        if kinds := {type(block).__name__ for block in vae.decoder.up_blocks} - {"UpDecoderBlock2D"}:
+            raise ModelError(f"{folder / 'config.json'}: up_block_types: {', '.join(kinds)} is not read")
     vae.encoder = vae.quant_conv = None
-    tensors = {
-        name: value for name, value in read_tensors(where).items() if not name.startswith(("encoder.", "quant_conv."))
-    }
+    use_factor_norms(vae)
+    tensors = MappedTensors.read(where)
+    tensors.rename(lambda name: None if name.startswith(("encoder.", "quant_conv.")) else name)
     check_names(vae, tensors, where)
     return vae.eval(), tensors
 

@@ -1,18 +1,21 @@
 """The four parts that come to the device for their turn: text encoder, UNet encode half, UNet decode half, VAE decoder.
 
-Weights are constants, so they move one way only: leaving the device is forgetting, never copying back. A fragment that
-is away has empty tensors in its modules, with which nothing can be computed.
+A fragment is made of pieces, modules that work one after the other, so that it can be there as a whole or pass through
+the device piece by piece. Weights are constants, so they move one way only: leaving the device is forgetting, never
+copying back. What is away has empty tensors in its modules, with which nothing can be computed.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.mapped import MappedTensors
 from tinysd_batch.model.packed import PackedLayer
+
+ALIGNMENT = 256  # bytes, of tensors that share a buffer
 
 
 @dataclass(slots=True)
@@ -29,35 +32,99 @@ class HostTensor:
         """On the device."""
         return self.value.numel() * self.dtype.itemsize
 
+    @property
+    def is_onloaded(self) -> bool:
+        here: Tensor = getattr(self.module, self.name)
+        return here.numel() > 0
+
     def put(self, tensor: Tensor) -> None:
         if self.name in self.module._buffers:
             self.module._buffers[self.name] = tensor
         else:
             self.module._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
 
+    def clear(self) -> None:
+        self.put(torch.empty(0, dtype=self.dtype))
+        if isinstance(self.module, PackedLayer):
+            self.module.kept = None
+
+
+@dataclass(slots=True)
+class Piece:
+    """Tensors that come to the device together."""
+
+    tensors: list[HostTensor] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """In a buffer, with the gaps between tensors."""
+        return sum(aligned(tensor.nbytes) for tensor in self.tensors)
+
+    def views(self, buffer: Tensor) -> Iterator[tuple[HostTensor, Tensor]]:
+        """Each tensor and its place in a buffer of bytes."""
+        start = 0
+        for tensor in self.tensors:
+            place = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.value.shape)
+            start += aligned(tensor.nbytes)
+            yield tensor, place
+
+    def onload(self, device: torch.device) -> None:
+        """Bring the tensors to the device; on the CPU that is the file's memory itself where the type is right."""
+        for tensor in self.tensors:
+            tensor.put(tensor.value.to(device, tensor.dtype, non_blocking=True))
+
+    def offload(self) -> None:
+        """Forget the device's copy."""
+        for tensor in self.tensors:
+            tensor.clear()
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
 
 class Fragment:
-    """Modules that are on the device together or not at all."""
+    """Modules that work together, and their weights on the host."""
 
     def __init__(
-        self, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> None:
+        self, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype,
+        order: Sequence[nn.Module] = (),
+    ) -> None:  # fmt: skip
         """`tensors` holds all parameters and buffers of `modules` by dotted name; raises ModelError otherwise.
 
         Floats become `dtype` on their way to the device, so that the host holds no more than the file's own pages.
+        `order` is the one in which modules work (`order_of_use`): each module of it that passes makes a piece. What is
+        left, little enough, is the standing piece.
         """
         self.name = name
-        self.is_onloaded = False
-        self.host = []
+        self.file = tensors if isinstance(tensors, MappedTensors) else None
+        self.standing = Piece()
+        self.by_module = {module: Piece() for module in order if passes(module)}
         for prefix, module in modules.items():
             for path, owner, leaf, place in named_places(module):
                 value = take(tensors, f"{prefix}.{path}" if prefix else path, place)
-                self.host.append(HostTensor(owner, leaf, value, dtype if value.is_floating_point() else value.dtype))
-        self.clear()
+                kind = dtype if value.is_floating_point() else value.dtype
+                self.by_module.get(owner, self.standing).tensors.append(HostTensor(owner, leaf, value, kind))
+        self.by_module = {module: piece for module, piece in self.by_module.items() if piece.tensors}
+        for piece in self.pieces:
+            piece.offload()
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [self.standing, *self.by_module.values()]
+
+    @property
+    def host(self) -> Iterator[HostTensor]:
+        return (tensor for piece in self.pieces for tensor in piece.tensors)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.host)
+
+    @property
+    def is_onloaded(self) -> bool:
+        """Whether any of it is on the device."""
+        return any(tensor.is_onloaded for tensor in self.host)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """What floats become when they next come to the device."""
@@ -65,23 +132,23 @@ class Fragment:
             tensor.dtype = dtype if tensor.value.is_floating_point() else tensor.dtype
 
     def onload(self, device: torch.device) -> None:
-        """Bring the weights to the device; on the CPU that is the file's memory itself where the type is right."""
-        if not self.is_onloaded:
-            for tensor in self.host:
-                tensor.put(tensor.value.to(device, tensor.dtype, non_blocking=True))
-            self.is_onloaded = True
+        for piece in self.pieces:
+            piece.onload(device)
 
     def offload(self) -> None:
-        """Forget the device's copy."""
-        if self.is_onloaded:
-            self.clear()
-            self.is_onloaded = False
+        """Forget the device's copy, and let go of the file's pages."""
+        for piece in self.pieces:
+            piece.offload()
+        if self.file is not None:
+            self.file.release(tensor.value for tensor in self.host)
 
-    def clear(self) -> None:
-        for tensor in self.host:
-            tensor.put(torch.empty(0, dtype=tensor.dtype))
-            if isinstance(tensor.module, PackedLayer):
-                tensor.module.kept = None
+
+def passes(module: nn.Module) -> bool:
+    """Whether a module's tensors may come as late as when it is called.
+
+    Not where others are called within, and not those of embeddings, at whose shapes transformers looks before.
+    """
+    return not any(module.children()) and not isinstance(module, nn.Embedding)
 
 
 def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -100,39 +167,18 @@ def take(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> Tensor:
     return tensors[name]
 
 
-class Residency:
-    """Decides who stays on the device. Without a budget, or with room for all, fragments stay until told to go."""
-
-    def __init__(self, fragments: Iterable[Fragment], device: torch.device, budget_bytes: int | None) -> None:
-        """Raises ModelError when a single fragment is larger than the budget."""
-        self.device = device
-        together = list(fragments)
-        largest = max(together, key=lambda fragment: fragment.nbytes)
-        if budget_bytes is not None and largest.nbytes > budget_bytes:
-            raise ModelError(
-                f"vram_budget = {budget_bytes / 1e6:.1f} MB: "
-                f"the {largest.name} alone takes {largest.nbytes / 1e6:.1f} MB"
-            )
-        self.one_at_a_time = budget_bytes is not None and sum(part.nbytes for part in together) > budget_bytes
-
-    @contextlib.contextmanager
-    def holding(self, *fragments: Fragment) -> Iterator[None]:
-        """These fragments are there for a whole phase, or with a tight budget each only while `using` it."""
-        try:
-            if not self.one_at_a_time:
-                for fragment in fragments:
-                    fragment.onload(self.device)
-            yield
-        finally:
-            for fragment in fragments:
-                fragment.offload()
-
-    @contextlib.contextmanager
-    def using(self, fragment: Fragment) -> Iterator[None]:
-        """The fragment is there now."""
-        fragment.onload(self.device)
-        try:
-            yield
-        finally:
-            if self.one_at_a_time:
-                fragment.offload()
+def order_of_use(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
+    """The modules within `modules` in the order in which `run` first calls them; cheap on the meta device."""
+    order: dict[nn.Module, None] = {}
+    handles = [
+        inner.register_forward_pre_hook(lambda module, _: order.setdefault(module))
+        for module in modules
+        for inner in module.modules()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)

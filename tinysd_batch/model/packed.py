@@ -1,12 +1,12 @@
 """Linear and convolution layers whose weights stay packed and become floats when they are used."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinysd_batch.model.packing import SCRATCH, Layout, Weight, unpack
+from tinysd_batch.model.packing import SCRATCH, Layout, Weight, rows_at_once, unpack
 
 
 class PackedLayer(nn.Module):
@@ -29,17 +29,29 @@ class PackedLayer(nn.Module):
     def weight_as_stored(self) -> Weight:
         return self.layout.weight(dict(self.named_buffers(recurse=False)))
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as [O, K], good until another layer is asked for its own."""
-        if self.kept is not None and self.kept[0] is self.qweight:
-            return self.kept[1]
-        if self.keeps_unpacked:
-            room = torch.empty(self.out_features, self.columns, device=self.qweight.device)
+    def parts(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The weight as matrices [rows, K] and their biases, each good until the next is asked for."""
+        if self.qweight.is_meta:
+            yield torch.empty(self.out_features, self.columns, dtype=dtype, device="meta"), self.bias
+        elif self.keeps_unpacked:
+            yield self.whole(dtype), self.bias
         else:
-            room = SCRATCH.output(self.out_features, self.columns, self.qweight.device)
-        matrix = unpack(self.weight_as_stored(), room).to(dtype)
-        self.kept = (self.qweight, matrix) if self.keeps_unpacked else None
-        return matrix
+            weight, step = self.weight_as_stored(), rows_at_once(self.columns, dtype)
+            for start in range(0, self.out_features, step):
+                rows = slice(start, min(start + step, self.out_features))
+                room = SCRATCH.output(rows.stop - start, self.columns, dtype, self.qweight.device)
+                yield unpack(weight.cut(rows), room), None if self.bias is None else self.bias[rows]
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The weight as [O, K], in memory of its own that is kept until the fragment leaves."""
+        if self.kept is None or self.kept[0] is not self.qweight:
+            room = torch.empty(self.out_features, self.columns, dtype=dtype, device=self.qweight.device)
+            self.kept = self.qweight, unpack(self.weight_as_stored(), room)
+        return self.kept[1]
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class PackedLinear(PackedLayer):
@@ -49,7 +61,7 @@ class PackedLinear(PackedLayer):
         super().__init__(out_features, in_features, layout, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(x.dtype), self.bias)
+        return joined([F.linear(x, weight, bias) for weight, bias in self.parts(x.dtype)], -1)
 
 
 class PackedConv2d(PackedLayer):
@@ -66,8 +78,11 @@ class PackedConv2d(PackedLayer):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.matrix(x.dtype).view(self.out_features, *self.kernel, self.in_channels).permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+        return joined([self.convolve(x, weight, bias) for weight, bias in self.parts(x.dtype)], 1)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kernels = weight.view(-1, *self.kernel, self.in_channels).permute(0, 3, 1, 2)
+        return F.conv2d(x, kernels, bias, self.stride, self.padding)
 
 
 def packed_like(layer: nn.Module, layout: Layout) -> PackedLayer:

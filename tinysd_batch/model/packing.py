@@ -33,6 +33,7 @@ from torch import Tensor
 
 GROUPS = (64, 32, 16)
 UNPACK_GROUPS = 8192  # unpacked at a time: floats that stay in the processor's cache
+SCRATCH_BYTES = 32 * 2**20  # larger matrices are unpacked and multiplied in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class RowWeight:
 
 
 Weight = PackedWeight | RowWeight
-Decode = Callable[[Tensor, Tensor], Tensor]  # FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g], which it is given
+Decode = Callable[[Tensor], Tensor]  # FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g]
 
 
 def group_size_for(columns: int) -> int | None:
@@ -176,40 +177,46 @@ def fbgemm_rows(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
-    """A weight as float32 [O, K], written to `out`, by the fastest way there is on its device, or by `decode`."""
-    if isinstance(weight, RowWeight) and weight.bits == 8:
-        out.copy_(weight.qweight).sub_(weight.qzero.float()[:, None])
-    else:
-        width = weight.group_size if isinstance(weight, PackedWeight) else weight.shape[1]
-        step = max(1, UNPACK_GROUPS * GROUPS[0] // weight.shape[1])
-        for start in range(0, weight.shape[0], step):
-            part = slice(start, start + step)
-            (decode or unpack_rows)(weight.cut(part).rows(), out[part].view(-1, width))
-    if isinstance(weight, RowWeight):
-        out.mul_(weight.qdelta.view(torch.float32)[:, None])
+    """A weight as [O, K], written to `out`, by the fastest way there is on its device, or by `decode`.
+
+    Computed in float32 and rounded once, to the type of `out`.
+    """
+    step = max(1, UNPACK_GROUPS * GROUPS[0] // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
+        out[part].copy_(floats(weight.cut(part), decode or unpack_rows))
     return out
 
 
-def unpack_rows(rows: Tensor, out: Tensor) -> Tensor:
+def floats(weight: Weight, decode: Decode) -> Tensor:
+    """A weight as float32 [O, K]."""
+    if isinstance(weight, PackedWeight):
+        return decode(weight.rows()).view(weight.shape)
+    delta = weight.qdelta.view(torch.float32)[:, None]
+    if weight.bits == 8:
+        return weight.qweight.float().sub_(weight.qzero.float()[:, None]).mul_(delta)
+    return decode(weight.rows()).mul_(delta)
+
+
+def unpack_rows(rows: Tensor) -> Tensor:
     """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g]."""
     if rows.device.type == "cpu" and has_fbgemm():
-        return unpack_rows_fbgemm(rows, out)
-    return unpack_rows_torch(rows, out)
+        return unpack_rows_fbgemm(rows)
+    return unpack_rows_torch(rows)
 
 
-def unpack_rows_torch(rows: Tensor, out: Tensor) -> Tensor:
-    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g] in `out`, in plain torch, on any device."""
+def unpack_rows_torch(rows: Tensor) -> Tensor:
+    """FBGEMM rows uint8 [N, g/4 + 4] to float32 [N, g], in plain torch, on any device."""
     parameters = rows[:, -4:].contiguous().view(torch.float16).float()  # [N, 2]
-    out.copy_(unpack_2bit(rows[:, :-4]))
-    return out.mul_(parameters[:, 0:1]).add_(parameters[:, 1:2])
+    return unpack_2bit(rows[:, :-4]).float().mul_(parameters[:, 0:1]).add_(parameters[:, 1:2])
 
 
-def unpack_rows_fbgemm(rows: Tensor, out: Tensor) -> Tensor:
+def unpack_rows_fbgemm(rows: Tensor) -> Tensor:
     """The same by the FBGEMM operator that comes with torch; CPU only, and equal to the bit.
 
     Both compute code * scale + offset in float32. The product of 2 and 11 bits is exact: fused or not, it rounds once.
     """
-    return out.copy_(torch.ops.quantized.embedding_bag_2bit_unpack(rows))
+    return torch.as_tensor(torch.ops.quantized.embedding_bag_2bit_unpack(rows))
 
 
 @cache
@@ -220,9 +227,7 @@ def has_fbgemm() -> bool:
     parameters = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16)
     golden = torch.cat([codes, parameters.view(torch.uint8)], dim=1)
     try:
-        return torch.equal(
-            unpack_rows_fbgemm(golden, torch.empty(3, 64)), unpack_rows_torch(golden, torch.empty(3, 64))
-        )
+        return torch.equal(unpack_rows_fbgemm(golden), unpack_rows_torch(golden))
     except (AttributeError, RuntimeError):
         return False
 
@@ -232,13 +237,18 @@ class Scratch(threading.local):
 
     buffer: Tensor | None = None
 
-    def output(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Room for a matrix, float32 [rows, columns]; the next call may hand out the same memory."""
-        needed = rows * columns
+    def output(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for a matrix [rows, columns]; the next call may hand out the same memory."""
+        needed = rows * columns * dtype.itemsize
         if self.buffer is None or self.buffer.numel() < needed or self.buffer.device != device:
             with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
-                self.buffer = torch.empty(needed, device=device)
-        return self.buffer[:needed].view(rows, columns)
+                self.buffer = torch.empty(max(needed, SCRATCH_BYTES), dtype=torch.uint8, device=device)
+        return self.buffer[:needed].view(dtype).view(rows, columns)
 
 
 SCRATCH = Scratch()
+
+
+def rows_at_once(columns: int, dtype: torch.dtype) -> int:
+    """How many rows of a matrix the scratch buffer holds."""
+    return max(1, SCRATCH_BYTES // (columns * dtype.itemsize))

@@ -21,14 +21,17 @@ from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
 from tinysd_batch.model.checkpoint import read_decoder, read_schedule, read_text_encoder, read_unet
 from tinysd_batch.model.devices import choose_device, device_name
-from tinysd_batch.model.fragments import Fragment, Residency
+from tinysd_batch.model.embedding import keep_vocabulary_on_host
+from tinysd_batch.model.fragments import Fragment, order_of_use
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
 from tinysd_batch.model.precision import choose_dtype
+from tinysd_batch.model.residency import Residency
 from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
+from tinysd_batch.model.vae import decode_latents, decode_one
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
@@ -88,11 +91,15 @@ class TinySD:
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
         self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
-        self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype)
-        self.encode_fragment = Fragment("UNet encode half", half_modules(self.unet, ENCODE_MODULES), unet, dtype)
-        self.decode_fragment = Fragment("UNet decode half", half_modules(self.unet, DECODE_MODULES), unet, dtype)
-        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype)
-        self.residency = Residency(self.fragments, device, budget_bytes)
+        halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
+        order = order_of_use([self.text_encoder, self.unet, self.vae], self.rehearse)
+        keep_vocabulary_on_host(self.text_encoder, text, dtype)
+        self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype, order)
+        self.encode_fragment = Fragment("UNet encode half", halves[0], unet, dtype, order)
+        self.decode_fragment = Fragment("UNet decode half", halves[1], unet, dtype, order)
+        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order)
+        phases = ((self.text_fragment,), (self.encode_fragment, self.decode_fragment), (self.vae_fragment,))
+        self.residency = Residency(phases, device, budget_bytes)
         if turbo:
             self.check_turbo(budget_bytes)
         small = device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES
@@ -117,8 +124,8 @@ class TinySD:
             path: a packed or plain folder in diffusers' layout, or "embedded".
             device: "cpu", "cuda", "cuda:1"; the first GPU where there is one if None.
             dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); chosen by the device if None.
-            vram_budget: bytes, or text such as "900MB". It counts weights only: below what the four fragments take
-                together, they come to the device one at a time.
+            vram_budget: bytes, or text such as "900MB". It counts weights only: below what text encoder, UNet or
+                autoencoder take, what does not fit passes through the device piece by piece.
             turbo: keep the UNet's weights unpacked while denoising: faster, at 2 to 4 bytes a weight.
             unet_bs: rows that go through the UNet at once, of the 2 an image takes with guidance; all if None.
 
@@ -135,6 +142,15 @@ class TinySD:
     def fragments(self) -> tuple[Fragment, Fragment, Fragment, Fragment]:
         """In the order in which they work."""
         return self.text_fragment, self.encode_fragment, self.decode_fragment, self.vae_fragment
+
+    def rehearse(self) -> None:
+        """Every part at work once, on the meta device, which only counts shapes: so the order of work is learnt."""
+        with torch.device("meta"):
+            text = self.text_encoder(torch.zeros(1, self.info.max_tokens, dtype=torch.long)).last_hidden_state
+            side = self.info.step_px // self.info.factor
+            latents = torch.empty(1, self.info.channels, side, side)
+            state = encode_half(self.unet, latents, torch.zeros(()), text)
+            decode_one(self.vae, decode_half(self.unet, state, text))
 
     def check_turbo(self, budget_bytes: int | None) -> None:
         """Raises ModelError when packed and unpacked weights do not fit the budget together."""
@@ -283,6 +299,7 @@ class TinySD:
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.text_encoder.embeddings.token_embedding.dtype = dtype
         for fragment in self.fragments:
             fragment.set_dtype(dtype)
 
@@ -295,7 +312,7 @@ class TinySD:
 
     @contextlib.contextmanager
     def text_encoder_on_device(self) -> Iterator[torch.device]:
-        with self.residency.holding(self.text_fragment), self.residency.using(self.text_fragment):
+        with self.residency.holding(self.text_fragment):
             yield self.device
 
     def denoise(
@@ -323,14 +340,13 @@ class TinySD:
         """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D], `unet_bs` at a time."""
         rows = self.unet_bs or len(latents)
         contexts = torch.split(context, rows)
-        with self.residency.using(self.encode_fragment):
-            states = [
-                encode_half(self.unet, part.to(self.dtype), timestep, text)
-                for part, text in zip(torch.split(latents, rows), contexts, strict=True)
-            ]
-        with self.residency.using(self.decode_fragment):
-            parts = [decode_half(self.unet, state, text).float() for state, text in zip(states, contexts, strict=True)]
-        return torch.cat(parts)
+        states = [
+            encode_half(self.unet, part.to(self.dtype), timestep, text)
+            for part, text in zip(torch.split(latents, rows), contexts, strict=True)
+        ]
+        return torch.cat(
+            [decode_half(self.unet, state, text).float() for state, text in zip(states, contexts, strict=True)]
+        )
 
     def decode(
         self, latents: Tensor, output_type: OutputType, redone: Redone
@@ -354,9 +370,9 @@ class TinySD:
 
     def decode_values(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to colours in 0..1, float32 [B, H, W, 3], on the host."""
-        with self.residency.holding(self.vae_fragment), self.residency.using(self.vae_fragment):
+        with self.residency.holding(self.vae_fragment):
             scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-            pixels = torch.cat([self.vae.decode(one, return_dict=False)[0].float().cpu() for one in scaled.split(1)])
+            pixels = decode_latents(self.vae, scaled)
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     def peak_memory_bytes(self) -> int:

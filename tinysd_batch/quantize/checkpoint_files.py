@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import read_tensors
+from tinysd_batch.model.mapped import MappedTensors
 
 # Full SD v1 checkpoints, with optimizer states, need about a megabyte of either.
 MAX_HEADER = 16 * 2**20
@@ -88,7 +88,7 @@ def open_safetensors(path: Path, head: bytes) -> Contents:
     if length > MAX_HEADER:
         raise ModelError(f"{path}: damaged: its header claims {length:,} bytes; at most {MAX_HEADER:,} are read")
     try:
-        return Contents(read_tensors(path))
+        return Contents(MappedTensors.read(path))
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # types that torch does not know
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
 

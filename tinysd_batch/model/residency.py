@@ -1,0 +1,220 @@
+"""Who is on the device, and when: fragments for a whole phase, or piece by piece through two buffers.
+
+While a piece is at work in one buffer the next is copied into the other, on a stream of its own where the device has
+streams. On the CPU the "device" is a buffer in memory: the same code copies, waits for nothing, and is tested.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.fragments import Fragment, HostTensor, Piece
+
+COPIED_WHOLE_BYTES = 32 * 2**20  # on the CPU without a budget, a phase that would need more new memory is streamed
+
+Passing = tuple[Piece, list[nn.Module]]  # what passes through a buffer together, and who needs it
+
+
+class Residency:
+    """Brings fragments to the device for their phases, within a budget of bytes for weights."""
+
+    def __init__(self, phases: Sequence[Sequence[Fragment]], device: torch.device, budget_bytes: int | None) -> None:
+        """`phases` are the fragments that work together. Raises ModelError for a budget below what streaming takes."""
+        self.device = device
+        self.budget_bytes = budget_bytes
+        self.arenas: dict[Fragment, Arena] = {}
+        for phase in phases:
+            least = sum(part.standing.nbytes for part in phase) + 2 * largest_piece(phase)
+            if budget_bytes is not None and self.streams(phase) and least > budget_bytes:
+                raise ModelError(
+                    f"vram_budget = {budget_bytes / 1e6:.1f} MB: the {phase[0].name} needs {least / 1e6:.1f} MB "
+                    f"for weights, even when they pass through the smallest buffers"
+                )
+
+    def streams(self, fragments: Sequence[Fragment]) -> bool:
+        """Whether these fragments pass through the device piece by piece."""
+        if self.budget_bytes is not None:
+            return sum(fragment.nbytes for fragment in fragments) > self.budget_bytes
+        copied = sum(tensor.nbytes for part in fragments for tensor in part.host if not lies_ready(tensor))
+        return self.device.type == "cpu" and copied > COPIED_WHOLE_BYTES
+
+    @contextlib.contextmanager
+    def holding(self, *fragments: Fragment) -> Iterator[None]:
+        """These fragments can be computed with."""
+        try:
+            if self.streams(fragments):
+                with self.streaming(fragments):
+                    yield
+            else:
+                for fragment in fragments:
+                    fragment.onload(self.device)
+                yield
+        finally:
+            for fragment in fragments:
+                fragment.offload()
+
+    @contextlib.contextmanager
+    def streaming(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+        """Each piece comes when the first of its modules is about to work."""
+        standing, passing = self.split(fragments)
+        for tensor in standing:
+            tensor.put(tensor.value.to(self.device, tensor.dtype))
+        stream = Stream([piece for piece, _ in passing], self.device, self.arena(fragments[0], passing))
+        handles = [
+            module.register_forward_pre_hook(lambda *_, number=number: stream.need(number))
+            for number, (_, modules) in enumerate(passing)
+            for module in modules
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            stream.close()
+
+    def split(self, fragments: Sequence[Fragment]) -> tuple[list[HostTensor], list[Passing]]:
+        """What stays on the device, and what passes through in buffers of the largest piece's size.
+
+        With a budget, as much stays as fits beside the buffers, spread evenly so that copies hide behind work. Without
+        one, on the CPU, what the file holds as it is needed takes no memory to stay.
+        """
+        buffer_bytes = largest_piece(fragments)
+        standing = [tensor for part in fragments for tensor in part.standing.tensors]
+        pieces = [item for part in fragments for item in part.by_module.items()]
+        if self.budget_bytes is None:
+            standing += [tensor for _, piece in pieces for tensor in piece.tensors if lies_ready(tensor)]
+            pieces = [
+                (module, Piece([one for one in piece.tensors if not lies_ready(one)])) for module, piece in pieces
+            ]
+            return standing, gather([item for item in pieces if item[1].tensors], buffer_bytes)
+        room = self.budget_bytes - sum(part.standing.nbytes for part in fragments) - 2 * buffer_bytes
+        share = room / sum(piece.nbytes for _, piece in pieces)
+        passing, seen, staying = [], 0, 0
+        for module, piece in pieces:
+            seen += piece.nbytes
+            if staying + piece.nbytes <= share * seen:
+                staying += piece.nbytes
+                standing += piece.tensors
+            else:
+                passing.append((module, piece))
+        return standing, gather(passing, buffer_bytes)
+
+    def arena(self, first: Fragment, passing: Sequence[Passing]) -> "Arena | None":
+        """Page-locked memory from which copies overlap with work; the CPU takes tensors from the file's pages."""
+        if self.device.type != "cuda":
+            return None
+        pieces = [piece for piece, _ in passing]
+        known = self.arenas.get(first)
+        if known is None or known.nbytes != sum(piece.nbytes for piece in pieces):
+            known = self.arenas[first] = Arena.of(pieces)
+        return known
+
+
+def lies_ready(tensor: HostTensor) -> bool:
+    """Whether the file holds the tensor in the type in which it is needed."""
+    return tensor.dtype is tensor.value.dtype
+
+
+def largest_piece(fragments: Sequence[Fragment]) -> int:
+    return max((piece.nbytes for part in fragments for piece in part.by_module.values()), default=0)
+
+
+def gather(pieces: Sequence[tuple[nn.Module, Piece]], limit: int) -> list[Passing]:
+    """Neighbours put together as long as they fit a buffer of `limit` bytes."""
+    passing: list[Passing] = []
+    for module, piece in pieces:
+        if not passing or passing[-1][0].nbytes + piece.nbytes > limit:
+            passing.append((Piece(), []))
+        passing[-1][0].tensors.extend(piece.tensors)
+        passing[-1][1].append(module)
+    return passing
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """All pieces in page-locked host memory, one after the other, as the device wants them."""
+
+    memory: Tensor
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], *, pinned: bool = True) -> "Arena":
+        memory = torch.empty(sum(piece.nbytes for piece in pieces), dtype=torch.uint8, pin_memory=pinned)
+        starts, end = [], 0
+        for piece in pieces:
+            starts.append(end)
+            for tensor, place in piece.views(memory[end:]):
+                place.copy_(tensor.value)
+            end += piece.nbytes
+        return cls(memory, tuple(starts))
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.numel()
+
+    def piece(self, number: int, nbytes: int) -> Tensor:
+        return self.memory[self.starts[number] :][:nbytes]
+
+
+def new_event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+class Stream:
+    """Two buffers on the device through which pieces pass in a circle."""
+
+    def __init__(self, pieces: Sequence[Piece], device: torch.device, arena: Arena | None) -> None:
+        self.pieces = pieces
+        self.arena = arena
+        size = max((piece.nbytes for piece in pieces), default=0)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.holds: list[int | None] = [None, None]  # which piece a buffer has, or is being given
+        self.at_work = 0  # which buffer
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.copied = [new_event() for _ in range(2)] if self.copying else []
+        self.used = [new_event() for _ in range(2)] if self.copying else []
+
+    def need(self, number: int) -> None:
+        """Have a piece in its modules, and send for the one after it."""
+        if self.holds[self.at_work] == number:
+            return
+        self.leave()
+        self.at_work = 1 - self.at_work
+        if self.holds[self.at_work] != number:  # the first, or out of turn
+            self.fetch(number, self.at_work)
+        if self.copying is not None:
+            torch.cuda.current_stream().wait_event(self.copied[self.at_work])
+        for tensor, place in self.pieces[number].views(self.buffers[self.at_work]):
+            tensor.put(place)
+        self.fetch((number + 1) % len(self.pieces), 1 - self.at_work)
+
+    def fetch(self, number: int, slot: int) -> None:
+        """Copy a piece into a buffer, after the work that still reads it."""
+        piece, buffer = self.pieces[number], self.buffers[slot]
+        self.holds[slot] = number
+        if self.arena is None or self.copying is None:
+            for tensor, place in piece.views(buffer):
+                place.copy_(tensor.value)
+            return
+        with torch.cuda.stream(self.copying):
+            self.copying.wait_event(self.used[slot])
+            buffer[: piece.nbytes].copy_(self.arena.piece(number, piece.nbytes), non_blocking=True)
+            self.copied[slot].record(self.copying)
+
+    def leave(self) -> None:
+        """Empty the modules of the piece at work."""
+        number = self.holds[self.at_work]
+        if number is not None:
+            for tensor in self.pieces[number].tensors:
+                tensor.clear()
+        if self.copying is not None:
+            self.used[self.at_work].record(torch.cuda.current_stream())
+
+    def close(self) -> None:
+        """Wait for copies under way, so that the buffers' memory can serve others."""
+        if self.copying is not None:
+            torch.cuda.current_stream().wait_stream(self.copying)
