@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from tinysd_batch import TinySD
+from tinysd_batch.model.packing import has_kernels
+from tinysd_batch.model.precision import choose_dtype, probe
+from tinysd_batch.model.residency import largest_piece
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -20,9 +23,19 @@ def test_the_same_picture_as_on_the_cpu(dtype: str, tolerance: float) -> None:
 
 def test_a_tight_budget_changes_no_bit_and_leaves_the_card_empty(tiny_model: Path) -> None:
     roomy = TinySD.from_pretrained(tiny_model, device="cuda")
-    tight = TinySD.from_pretrained(
-        tiny_model, device="cuda", vram_budget=max(fragment.nbytes for fragment in roomy.fragments)
-    )
-    pictures = [model.generate("cat", 1, output_type="np").images for model in (roomy, tight)]
+    least = 2 * largest_piece(roomy.fragments) + sum(part.standing.nbytes for part in roomy.fragments)
+    tight = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget=least)
+    assert tight.residency.streams(tight.fragments[1:3])
+    pictures = [model.generate("cat", [1, 2], output_type="np").images for model in (roomy, tight)]
     assert (pictures[0] == pictures[1]).all()
     assert not any(fragment.is_onloaded for fragment in tight.fragments)
+
+
+def test_this_card_compiles_kernels_that_unpack_to_the_bit() -> None:
+    assert has_kernels(torch.device("cuda", torch.cuda.current_device()))
+
+
+def test_the_probe_tells_whether_half_precision_pays() -> None:
+    found = probe(torch.device("cuda"), torch.float16)
+    assert found.speedup > 0
+    assert found.is_right or choose_dtype(None, torch.device("cuda")) is torch.float32

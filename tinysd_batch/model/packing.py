@@ -18,8 +18,9 @@ The origin's, a row at a time, at 2 or 8 bits, which keeps every number of its c
 `qweight` uint8 [O, K/4] or [O, K], `qzero` uint8 [O], `qdelta` int32 [O]: the bits of float32 numbers. All tensors are
 integers, because loaders cast floating ones.
 
-To unpack, some rows at a time are brought into FBGEMM's format, uint8 [N, g/4 + 4]: a group's codes, then its scale and
-offset as float16. So packed weights stay what the file holds, and several processes can share the file's pages.
+To unpack on the CPU, some rows at a time are brought into FBGEMM's format, uint8 [N, g/4 + 4]: a group's codes, then
+its scale and offset as float16. So packed weights stay what the file holds, and several processes can share the file's
+pages. On CUDA a kernel reads them as they are.
 """
 
 import threading
@@ -30,6 +31,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from tinysd_batch.model import kernels
 
 GROUPS = (64, 32, 16)
 UNPACK_GROUPS = 8192  # unpacked at a time: floats that stay in the processor's cache
@@ -181,6 +184,8 @@ def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
 
     Computed in float32 and rounded once, to the type of `out`.
     """
+    if decode is None and out.is_cuda and weight.layout.bits == 2 and has_kernels(out.device):
+        return unpack_by_kernel(weight, out)
     step = max(1, UNPACK_GROUPS * GROUPS[0] // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         part = slice(start, start + step)
@@ -217,6 +222,36 @@ def unpack_rows_fbgemm(rows: Tensor) -> Tensor:
     Both compute code * scale + offset in float32. The product of 2 and 11 bits is exact: fused or not, it rounds once.
     """
     return torch.as_tensor(torch.ops.quantized.embedding_bag_2bit_unpack(rows))
+
+
+def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
+    """A weight at 2 bits as [O, K] in `out`, on CUDA; equal to the bit to what plain torch makes of it."""
+    if isinstance(weight, PackedWeight):
+        kernels.launch("unpack_groups", weight.tensors(), out, weight.group_size // 4)
+    else:
+        kernels.launch("unpack_rows", weight.tensors(), out)
+    return out
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels compile for this card and unpack known weights as plain torch does."""
+    generator = torch.Generator().manual_seed(0)
+    floats = torch.rand(2, 4, generator=generator).to(device)
+    codes, bytes_ = (torch.randint(0, 256, (2, n), dtype=torch.uint8, generator=generator).to(device) for n in (32, 2))
+    grouped = PackedWeight(codes, bytes_, bytes_.flip(0), floats.half().view(torch.int16))
+    rows = RowWeight(codes, bytes_[:, 0] & 3, floats[:, 0].contiguous().view(torch.int32))
+    try:
+        return all(
+            torch.equal(
+                unpack_by_kernel(weight, torch.empty(2, 128, dtype=dtype, device=device)),
+                unpack(weight, torch.empty(2, 128, dtype=dtype, device=device), unpack_rows_torch),
+            )
+            for weight in (grouped, rows)
+            for dtype in kernels.OUTS
+        )
+    except Exception:  # noqa: BLE001 - torch's door is not documented; without kernels plain torch unpacks
+        return False
 
 
 @cache

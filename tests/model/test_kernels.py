@@ -1,0 +1,81 @@
+"""The CUDA kernels' arithmetic, compiled for the processor: the same source with the card's instructions spelt in C.
+
+What only a card can tell is in test_gpu.py.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinysd_batch.model import kernels, packing
+from tinysd_batch.model.packing import Layout, PackedWeight, Weight
+
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here to compile the kernels with")
+
+# A float is widened to double for products and sums: exact there, and rounded once on the way back, as on the card.
+PROCESSOR = """
+#include <cstring>
+#define __device__ static
+#define __global__
+struct Three { int x; };
+static Three blockIdx, blockDim, threadIdx;
+static float __fmul_rn(float a, float b) { return (float)((double)a * b); }
+static float __fadd_rn(float a, float b) { return (float)((double)a + b); }
+static float of_half(unsigned short bits) { _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
+static unsigned short to_half(float f) { _Float16 h = (_Float16)f; unsigned short b; memcpy(&b, &h, 2); return b; }
+static unsigned int bits_of(float f) { unsigned int b; memcpy(&b, &f, 4); return b; }
+"""
+LOOPS = """
+extern "C" void all_groups(void* codes, void* scales, void* offsets, void* meta, void* out, int n, int row, int group) {
+    blockDim.x = 1;
+    for (blockIdx.x = 0; blockIdx.x < n + 3; blockIdx.x++)
+        unpack_groups((unsigned char*)codes, (unsigned char*)scales, (unsigned char*)offsets,
+                      (unsigned short*)meta, (OUT*)out, n, row, group);
+}
+extern "C" void all_rows(void* codes, void* zeros, void* deltas, void* out, int n, int row) {
+    blockDim.x = 1;
+    for (blockIdx.x = 0; blockIdx.x < n + 3; blockIdx.x++)
+        unpack_rows((unsigned char*)codes, (unsigned char*)zeros, (float*)deltas, (OUT*)out, n, row);
+}
+"""
+
+
+def compiled(folder: Path, dtype: torch.dtype) -> ctypes.CDLL:
+    assert COMPILER is not None
+    (folder / "kernels.cpp").write_text(kernels.source(dtype, PROCESSOR) + LOOPS)
+    library = folder / f"{dtype}.so"
+    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", "-o", library, folder / "kernels.cpp"], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def random_weight(layout: Layout) -> Weight:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, generator=generator).to(kind)
+        for name, (kind, shape) in layout.tensors(37, 192).items()
+    }
+    if layout.group_size is None:
+        tensors["qdelta"] = torch.rand(37, generator=generator).view(torch.int32)
+    return layout.weight(tensors)
+
+
+@pytest.mark.parametrize("dtype", kernels.OUTS, ids=str)
+@pytest.mark.parametrize("layout", [Layout(2, 64), Layout(2, 16), Layout(2, None)], ids=str)
+def test_kernels_unpack_to_the_bit_as_plain_torch_does(tmp_path: Path, layout: Layout, dtype: torch.dtype) -> None:
+    weight, library = random_weight(layout), compiled(tmp_path, dtype)
+    found = torch.zeros(weight.shape, dtype=dtype)
+    tensors: list[Tensor] = [*weight.tensors().values(), found]
+    sizes = [weight.qweight.numel(), weight.qweight.shape[1]]
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    if isinstance(weight, PackedWeight):
+        library.all_groups(*pointers, *sizes, weight.group_size // 4)
+    else:
+        library.all_rows(*pointers, *sizes)
+    expected = packing.unpack(weight, torch.empty(weight.shape, dtype=dtype), packing.unpack_rows_torch)
+    assert torch.equal(found, expected)
