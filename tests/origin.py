@@ -34,11 +34,11 @@ def residual(at: str, width_in: int, width: int, time: int) -> Iterator[Layer]:
         yield Layer(f"{at}.skip_connection", "float", (width, width_in, 1, 1))
 
 
-def transformer(at: str, width: int) -> Iterator[Layer]:
+def transformer(at: str, width: int, context: int) -> Iterator[Layer]:
     block = f"{at}.transformer_blocks.0"
     yield Layer(f"{at}.norm", "norm", (width,))
     yield Layer(f"{at}.proj_in", "q2", (width, width, 1, 1))
-    for name, columns in (("attn1", width), ("attn2", CONTEXT)):
+    for name, columns in (("attn1", width), ("attn2", context)):
         yield Layer(f"{block}.{name}.to_q", "q2", (width, width), bias=False)
         yield Layer(f"{block}.{name}.to_k", "q2", (width, columns), bias=False)
         yield Layer(f"{block}.{name}.to_v", "q2", (width, columns), bias=False)
@@ -50,8 +50,8 @@ def transformer(at: str, width: int) -> Iterator[Layer]:
     yield Layer(f"{at}.proj_out", "q2", (width, width, 1, 1))
 
 
-def unet_layers(base: int) -> Iterator[Layer]:
-    """Every layer of SD v1's UNet, `base` channels wide (SD v1: 320)."""
+def unet_layers(base: int, context: int) -> Iterator[Layer]:
+    """Every layer of SD v1's UNet, `base` channels wide (SD v1: 320), for `context` numbers a token (SD v1: 768)."""
     time = 4 * base
     widths = [base * factor for factor in MULTIPLIERS]
     yield Layer("time_embed.0", "q8", (time, base))
@@ -62,7 +62,7 @@ def unet_layers(base: int) -> Iterator[Layer]:
         for _ in range(2):
             yield from residual(f"input_blocks.{number}.0", channels, width, time)
             if stage < 3:
-                yield from transformer(f"input_blocks.{number}.1", width)
+                yield from transformer(f"input_blocks.{number}.1", width, context)
             channels, number = width, number + 1
             skips.append(channels)
         if stage < 3:
@@ -70,7 +70,7 @@ def unet_layers(base: int) -> Iterator[Layer]:
             skips.append(channels)
             number += 1
     yield from residual("middle_block.0", channels, channels, time)
-    yield from transformer("middle_block.1", channels)
+    yield from transformer("middle_block.1", channels, context)
     yield from residual("middle_block.2", channels, channels, time)
     for number in range(12):
         stage = 3 - number // 3
@@ -78,18 +78,18 @@ def unet_layers(base: int) -> Iterator[Layer]:
         yield from residual(f"output_blocks.{number}.0", channels + skips.pop(), width, time)
         channels = width
         if stage < 3:
-            yield from transformer(f"output_blocks.{number}.1", width)
+            yield from transformer(f"output_blocks.{number}.1", width, context)
         if number % 3 == 2 and stage > 0:
             yield Layer(f"output_blocks.{number}.{2 if stage < 3 else 1}.conv", "q2", (width, width, 3, 3))
     yield Layer("out.0", "norm", (base,))
     yield Layer("out.2", "q8", (4, base, 3, 3))
 
 
-def unet_checkpoint(base: int = 32, seed: int = 0) -> dict[str, Tensor]:
+def unet_checkpoint(base: int = 32, seed: int = 0, context: int = CONTEXT) -> dict[str, Tensor]:
     """The UNet's tensors by the names the origin's file has."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for layer in unet_layers(base):
+    for layer in unet_layers(base, context):
         name, rows = PREFIX + layer.name, layer.shape[0]
         column = (rows,) + (1,) * (len(layer.shape) - 1)
         spread = math.prod(layer.shape[1:]) ** -0.5

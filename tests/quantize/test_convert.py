@@ -51,7 +51,7 @@ def check_same(out: Path, models: ldm.Models, dtype: torch.dtype = torch.float32
 
 def test_the_names_of_these_tests_are_the_origins(tensors: Tensors) -> None:
     named = {name.removeprefix(ldm.UNET).rpartition(".")[0] for name in tensors if name.startswith(ldm.UNET)}
-    assert named == {layer.name for layer in origin.unet_layers(32)}
+    assert named == {layer.name for layer in origin.unet_layers(32, origin.CONTEXT)}
     # SD v1's own file: 686 tensors of the UNet, 248 of the autoencoder.
     assert [sum(name.startswith(prefix) for name in tensors) for prefix in (ldm.UNET, ldm.VAE)] == [686, 248]
 

@@ -1,18 +1,21 @@
-"""A checkpoint of SD v1's own size: 2.1 GB of arbitrary float16 weights."""
+"""Checkpoints of SD v1's own size: 2.1 GB of arbitrary float16 weights, and the origin's with random codes."""
 
 import json
 import math
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from tests import ldm
+from tests import ldm, origin
 from tests.tools import command, environment
+from tinysd_batch import TinySD
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PARTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
@@ -36,13 +39,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.unlink()
 
 
-def peak_memory(*arguments: object) -> int:
-    """Run the program and return the most memory it had, in MB, without the files that it had mapped."""
+def peak_memory(*arguments: object, entry: str = "RssAnon") -> int:
+    """Run the program and return the most memory it had, in MB: RssAnon without, VmHWM with the files it had mapped."""
     process = subprocess.Popen(command(*arguments), env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
-        most = max([most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))])
+        most = max([most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{entry}:"))])
         time.sleep(0.02)
     assert process.returncode == 0
     return most // 1000
@@ -63,3 +66,57 @@ def test_quantizing_takes_little_memory(checkpoint: Path, tmp_path: Path) -> Non
     assert peak_memory("quantize", checkpoint, tmp_path / "model") < 1500
     assert weights(tmp_path / "model") == PARTS
     assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 260_000_000
+
+
+@pytest.fixture(scope="module")
+def origins_tensors() -> dict[str, torch.Tensor]:
+    return origin.unet_checkpoint(base=320, context=768)
+
+
+@pytest.fixture(scope="module")
+def origins_file(tmp_path_factory: pytest.TempPathFactory, origins_tensors: dict[str, torch.Tensor]) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("origin") / "full_int2_sd.pth"
+    others = {
+        name: 0.02 * torch.randn(shape) if len(shape) > 1 else torch.ones(shape)
+        for name, shape in ldm.full_size_shapes(ldm.Sizes())
+        if not name.startswith(ldm.UNET)
+    }
+    torch.save({**origins_tensors, **others}, path)
+    yield path
+    path.unlink()
+
+
+def test_the_origins_file_predicts_the_noise_of_its_mathematics(
+    origins_file: Path, origins_tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    peak = peak_memory("convert", origins_file, tmp_path / "model", "--allow-pickle", entry="VmHWM")
+    assert peak < 1.5 * origins_file.stat().st_size / 1e6
+    ours = TinySD.from_pretrained(tmp_path / "model", device="cpu", dtype="full")
+    with torch.device("meta"):
+        unet = ldm.new_unet(ldm.Sizes())
+    floats = convert_ldm_unet_checkpoint(origin.dequantized(origins_tensors), dict(unet.config))
+    unet.load_state_dict(floats, assign=True)
+    generator = torch.Generator().manual_seed(3)
+    for rows, height, width, when in ((1, 8, 8, 981.0), (3, 8, 16, 535.955)):
+        latents = torch.randn(rows, 4, height, width, generator=generator)
+        context = torch.randn(rows, 77, 768, generator=generator)
+        with torch.no_grad(), ours.residency.holding(ours.encode_fragment, ours.decode_fragment):
+            found = ours.predict_noise(latents, torch.tensor(when), context)
+            expected = unet.eval()(latents, torch.tensor(when), context).sample
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_loading_takes_little_more_than_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    """A packed model in memory: the file's own pages, as far as they are looked at, and at most 100 MB."""
+    subprocess.run(command("quantize", checkpoint, tmp_path / "model"), check=True, capture_output=True)
+    size = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*.safetensors"))
+    script = f"""
+from tinysd_batch.model.pipeline import TinySD
+def peak():
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
+before = peak()
+TinySD.from_pretrained({str(tmp_path / "model")!r}, device="cpu", dtype="full")
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < size + 100e6

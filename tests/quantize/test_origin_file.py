@@ -80,6 +80,19 @@ def test_the_autoencoder_is_kept_to_the_bit(folder: Path) -> None:
         assert torch.equal(vae[name], value), name
 
 
+def test_its_text_states_and_decoded_latents_are_the_models_own(folder: Path) -> None:
+    model = TinySD.from_pretrained(folder, device="cpu")
+    (condition,) = model.prompts.encode(["a lake at dawn"], [""], [1.0], ["none"])
+    ids = model.prompts.tokenizer("a lake at dawn", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        text = MODELS.text_encoder.eval()(ids).last_hidden_state[0]
+        pixels = MODELS.vae.eval().decode(latents / 0.18215).sample
+    torch.testing.assert_close(condition.text, text, rtol=1e-3, atol=1e-3)
+    expected = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(model.decode_values(latents), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_its_layers_keep_their_bits(folder: Path) -> None:
     layers = read_json(folder / "unet" / "config.json")["quantization_config"]["layers"]
     assert [sum(layer["bits"] == bits for layer in layers.values()) for bits in (2, 8)] == [261, 4]

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers import __version__ as diffusers_version
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_json
-from tinysd_batch.model.mapped import MappedTensors
+from tinysd_batch.model.mapped import MappedTensors, write_tensors
 from tinysd_batch.model.packed import swap_packed_layers
 from tinysd_batch.model.packing import Layout, Weight
 from tinysd_batch.model.vae import use_factor_norms
@@ -145,11 +144,11 @@ def write_packed_unet(
         "quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "min_reader": FORMAT_VERSION,
         "layout": "tap-major", **notes, "layers": layers,
     }  # fmt: skip
-    tensors = {name: value.contiguous() for name, value in others.items()}
+    tensors = dict(others)
     for name, (weight, _) in packed.items():
-        tensors |= {f"{name}.{part}": value.contiguous() for part, value in weight.tensors().items()}
+        tensors |= {f"{name}.{part}": value for part, value in weight.tensors().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(to_safetensors(tensors, metadata={"format": "pt"}), folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, tensors, {name: one.dtype for name, one in tensors.items()}, tensors.__getitem__)
     content = json.dumps({**config, "quantization_config": quantization}, indent=2)
     write_atomically((content + "\n").encode(), folder / "config.json")
 

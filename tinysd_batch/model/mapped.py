@@ -1,11 +1,15 @@
-"""Safetensors files mapped into memory: read when used, shared by all processes, handed back when told."""
+"""Safetensors files: read by mapping them into memory, written a tensor at a time.
+
+What is mapped is read when it is used, shared by all processes, and handed back when told.
+"""
 
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable
+import struct
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +24,7 @@ DTYPES = {
     "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LENGTH = 8  # bytes that say how long the header is
 
 
@@ -93,3 +98,34 @@ def view(mapping: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int]) -
         data = bytearray(mapping[start : start + count * dtype.itemsize])
         return torch.frombuffer(data, dtype=dtype).view(shape)
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=start).view(shape)
+
+
+# Writing
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], as_stored: Callable[[str], Tensor]
+) -> None:
+    """Write a safetensors file with one tensor in memory at a time, where the library would want all of them.
+
+    `as_stored` gives a tensor by name, of its shape in `tensors` and its type in `dtypes`.
+    """
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # as the library has it: widest first
+    with path.open("wb") as file:
+        file.write(header_of(tensors, dtypes, order))
+        for name in order:
+            file.write(as_stored(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def header_of(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], order: list[str]) -> bytes:
+    """The length of the header, and the header: JSON, filled up to eight bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in order:
+        end = start + tensors[name].numel() * dtypes[name].itemsize
+        shape = list(tensors[name].shape)
+        entries[name] = {"dtype": NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_LENGTH)
+    return struct.pack("<Q", len(text)) + text

@@ -1,17 +1,15 @@
 """Write float model folders in diffusers' layout: self-contained, whole or not there, and a tensor at a time."""
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
 from tinysd_batch.model.info import WEIGHTS, read_json
+from tinysd_batch.model.mapped import write_tensors
 from tinysd_batch.quantize.checkpoint_files import open_tensors
 from tinysd_batch.quantize.model_folder import DECODER_ONLY, ModelFolder
 from tinysd_batch.quantize.origin import is_origin
@@ -20,7 +18,6 @@ from tinysd_batch.quantize.sources import Options, Part, Say, Source, as_stored,
 from tinysd_batch.storage import new_folder, storage_errors
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-NAMES = {torch.float16: "F16", torch.float32: "F32"}
 
 
 def open_source(path: Path, options: Options) -> Source:
@@ -96,34 +93,11 @@ def check_fit(part: Part, name: str, unet: Mapping[str, Any], unet_name: str) ->
 
 
 def write_part(part: Part, folder: Path, file: str, wanted: torch.dtype | None, say: Say) -> None:
+    """Configuration and weights. Raises ModelError where a tensor is not finite."""
     count = sum(tensor.numel() for tensor in part.tensors.values())
     say(f"{folder.name}: {len(part.tensors):,} tensors, {count / 1e6:,.1f} M weights")
     write_json(folder / "config.json", part.config)
-    write_tensors(part.tensors, folder / file, wanted, part.where)
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, wanted: torch.dtype | None, where: Path) -> None:
-    """Write a safetensors file with one tensor in memory at a time, where the library would want all of them.
-
-    Raises ModelError where a tensor is not finite.
-    """
-    types = {name: stored_dtype(tensor.dtype, wanted) for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # as the library has it: widest first
-    with path.open("wb") as file:
-        file.write(header_of(tensors, types, order))
-        for name in order:
-            value = as_stored(name, tensors[name], wanted, where)
-            file.write(value.view(-1).view(torch.uint8).numpy().data)
-
-
-def header_of(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype], order: list[str]) -> bytes:
-    """The length of the header, and the header: JSON, filled up to eight bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in order:
-        end = start + tensors[name].numel() * types[name].itemsize
-        entries[name] = {"dtype": NAMES[types[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    dtypes = {name: stored_dtype(tensor.dtype, wanted) for name, tensor in part.tensors.items()}
+    write_tensors(
+        folder / file, part.tensors, dtypes, lambda name: as_stored(name, part.tensors[name], wanted, part.where)
+    )
