@@ -2,6 +2,7 @@
 
     python -m benchmarks.full_size                draw one picture in 4 steps; print time and peak memory of each phase
     python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios
+    python -m benchmarks.full_size --share        memory of one worker and of three beside each other
 
 The model is made on the first run (0.6 GB, in outputs/random-sd-v1, or --model FOLDER): codes of 2 bits drawn at random
 with scales that keep activations in bounds. Pictures are noise; time and memory are those of any SD v1 model. Every
@@ -160,19 +161,65 @@ def step_diffusers(dtype: torch.dtype, steps: int, size: int) -> dict[str, float
     return {"step_processor_s": statistics.median(times[1:]), "peak_gib": peak_gib()}
 
 
+def command(kind: str, arguments: argparse.Namespace) -> list[str]:
+    words = [sys.executable, "-m", "benchmarks.full_size", "--child", kind, "--model", str(arguments.model)]
+    return [*words, "--steps", str(arguments.steps), "--size", str(arguments.size), "--threads", str(arguments.threads)]
+
+
 def in_a_process(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.full_size", "--child", kind, "--model", str(arguments.model)]
-    command += ["--steps", str(arguments.steps), "--size", str(arguments.size), "--threads", str(arguments.threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command(kind, arguments), capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+def wait_while_denoising(model: Path) -> None:
+    """Say so when a first step is done, and go on when told."""
+    from tinysd_batch.model.pipeline import TinySD
+
+    def callback(step: int, *_: object) -> None:
+        if step == 0:
+            print("denoising", flush=True)
+            sys.stdin.readline()
+
+    ours = TinySD.from_pretrained(model, device="cpu", dtype="full")
+    ours.generate("a lake", 1, num_inference_steps=2, height=64, width=64, output_type="latent", callback=callback)
+
+
+def share(arguments: argparse.Namespace) -> None:
+    """The proportional set size counts a page that n processes share as an n-th of it in each."""
+    print(f"{'workers':<10}{'MiB each':>10}{'of it files':>14}{'MiB together':>14}")
+    for count in (1, 3):
+        workers = [
+            subprocess.Popen(
+                command("waiting", arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(count)
+        ]  # fmt: skip
+        for worker in workers:
+            assert worker.stdout is not None
+            worker.stdout.readline()
+        found = [proportional_mib(worker.pid) for worker in workers]
+        for worker in workers:
+            worker.communicate("go on\n")
+        each, files = (statistics.mean(values) for values in zip(*found, strict=True))
+        print(f"{count:<10}{each:>10.0f}{files:>14.0f}{count * each:>14.0f}")
+
+
+def proportional_mib(pid: int) -> tuple[float, float]:
+    """Of a process: all, and what belongs to files."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    total, files = (int(text.partition(f"\n{name}:")[2].split()[0]) / 1024 for name in ("Pss", "Pss_File"))
+    return total, files
+
+
 def child(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
+    if arguments.child == "waiting":
+        wait_while_denoising(arguments.model)
+        return
     if arguments.child in ("picture", "ours"):
         found = draw_ours(arguments.model, arguments.steps, arguments.size, decode=arguments.child == "picture")
     else:
@@ -218,6 +265,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--share", action="store_true")
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -226,7 +274,8 @@ def main() -> None:
         return
     if not arguments.model.exists():
         make_model(arguments.model)
-    compare(arguments) if arguments.compare else picture(arguments)
+    run = compare if arguments.compare else share if arguments.share else picture
+    run(arguments)
 
 
 if __name__ == "__main__":
