@@ -47,6 +47,15 @@ def submit(
         ),
     ] = None,
     inline: Annotated[bool, typer.Option("--inline", help="One worker in this process, without Ray.")] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT",
+            help="A Ray cluster to work on, as `ray start` printed it, or auto for the one this machine belongs to.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -69,7 +78,7 @@ def submit(
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
     from rich.console import Console
 
-    flags = {**settings, "workers": workers, "inline": inline or None, "strict": strict or None}
+    flags = {**settings, "workers": workers, "inline": inline or None, "address": address, "strict": strict or None}
     job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
     console = Console(highlight=False)
     raise typer.Exit(run(job, named_model, limit, retry_failed, verbose, console))
@@ -146,7 +155,9 @@ def pool_for(job: "Job") -> "PoolFactory":
             settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
             stop_file=job.stop_file.resolve(),
         )  # fmt: skip
-        return InlinePool(setup) if settings.inline else RayPool(setup, settings.workers, count)
+        if settings.inline:
+            return InlinePool(setup)
+        return RayPool(setup, settings.workers, count, {"address": settings.address} if settings.address else {})
 
     return open_pool
 
@@ -186,11 +197,12 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
         console.print(f"{count(summary.invalid_rows, 'manifest row')} could not be made", markup=False)
     if job.settings.skip_save:
         console.print(f"No picture was written (--skip_save); {made / max(summary.seconds, 1e-3):.2f} images/s in all")
-    else:
+    elif (job.folder / "images").exists():
         say(console, f"Pictures: {job.folder / 'images'}")
     if sheet:
         say(console, f"Contact sheet: {sheet}")
-    table = job.folder / "results.parquet"
-    say(console, f"Table: {table if table.exists() else job.folder / 'results'}")
+    for table in (job.folder / "results.parquet", job.folder / "results"):
+        if table.exists():
+            say(console, f"Table: {table}")
     if summary.stopped:
         console.print(f"Stopped with {count(summary.left, 'image')} left. The same command goes on.", markup=False)

@@ -167,6 +167,7 @@ class Run:
                 if retry_failed or done.doubled:
                     writer.drop_superseded()
                 self.progress.durable()
+        self.held.check()
         summary.stopped = bool(summary.left)
         return summary
 

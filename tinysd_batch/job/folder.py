@@ -144,6 +144,8 @@ def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
 
 def check_settings(settings: Settings) -> None:
     """What no bound of a single setting tells. Raises UsageError."""
+    if settings.inline and settings.address:
+        raise UsageError(f"--inline and --address {settings.address}: give one of the two")
     if settings.n_iter * settings.n_samples > MAX_IMAGES_PER_ROW:
         raise UsageError(f"n_iter x n_samples: at most {MAX_IMAGES_PER_ROW} images a row")
     try:
