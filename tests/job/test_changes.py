@@ -1,8 +1,10 @@
 """A manifest that grows, one that changes, and images that failed: what submit does, as its user sees it."""
 
+import functools
 import gzip
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -13,6 +15,7 @@ import pytest
 from tests.tools import check_whole, read_results, run_here
 from tinysd_batch.job import results
 from tinysd_batch.job.worker import Worker
+from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import ImageResult
 
 QUICK = ("--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_grid")
@@ -20,8 +23,13 @@ PROMPTS = ("apple", "cta", "owl", "apple")
 Program = Callable[..., CompletedProcess[str]]
 
 
+loaded = functools.cache(TinySD.from_pretrained)  # each run would load the model anew, which is not what is tested
+
+
 @pytest.fixture
-def submit(tmp_path: Path, tiny_model: Path) -> Program:
+def submit(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    monkeypatch.setattr(TinySD, "from_pretrained", loaded)
+
     def program(*arguments: object, command: str = "submit") -> CompletedProcess[str]:
         inline = ("--inline",) if command == "submit" else ()
         return run_here(command, *QUICK, "--model", tiny_model, *inline, *arguments, cwd=tmp_path)
@@ -139,6 +147,17 @@ def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Pro
     assert rows[0]["reused"] is None
     assert (tmp_path / "new" / rows[4]["file_name"]).samefile(tmp_path / "job" / old[3]["file_name"])
     assert rows[4]["file_name"].endswith("_00005.png")
+
+
+def test_pictures_are_copied_where_they_cannot_be_linked(manifest: Path, tmp_path: Path, submit: Program) -> None:
+    shared_memory = Path("/dev/shm")
+    if not shared_memory.exists() or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs two file systems")
+    with tempfile.TemporaryDirectory(dir=shared_memory) as elsewhere:
+        submit(manifest, "-o", f"{elsewhere}/job", "--limit", 2)
+        submit(manifest, "-o", "new", "--reuse", f"{elsewhere}/job", "--limit", 2)
+    check_whole(tmp_path / "new", 2)
+    assert drawn(tmp_path / "new") == []
 
 
 def test_the_new_job_stands_on_its_own(manifest: Path, tmp_path: Path, submit: Program) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, read_kept_lines
+from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, parse_line, read_kept_lines
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)
@@ -81,6 +81,15 @@ def test_rows_are_read_as_they_were_kept_and_no_further_than_asked(tmp_path: Pat
     keeper.save(tmp_path)
     assert list(read_kept_lines(tmp_path, 2)) == [as_line(one) for one in kept]
     assert list(read_kept_lines(tmp_path, 1)) == [as_line(kept[0])]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "[]", "{}", "7", '{"id": 1, "extra": {}}', '{"id": null, "extra": {}, "seed": 1, "n_iter": "x"}', "[" * 9999],
+)
+def test_what_is_no_row_is_named(line: str) -> None:
+    with pytest.raises(StorageError, match="not a row of a job"):
+        parse_line(line)
 
 
 def test_damaged_rows_are_named(tmp_path: Path) -> None:

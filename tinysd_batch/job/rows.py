@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Self
 
-from tinysd_batch.config import excerpt
+from tinysd_batch.config import MAX_SEED, excerpt
 from tinysd_batch.errors import StorageError
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 from tinysd_batch.storage import check_regular, write_atomically
@@ -78,6 +78,22 @@ def read_kept_lines(state: Path, count: int) -> Iterator[str]:
         raise StorageError(
             f"{path}: cannot be read: {reason}; bring the manifest back to what it was, or name another folder with -o"
         ) from None
+
+
+def parse_line(line: str) -> Kept:
+    """A kept row again. Raises StorageError for what `as_line` did not write: job folders may come from anybody."""
+    try:
+        kept = json.loads(line)
+        if not (isinstance(kept["extra"], dict) and isinstance(kept["id"], str | None)):
+            raise TypeError("id or extra")
+        if not kept.get("invalid"):
+            images = [kept["n_iter"], kept["n_samples"]]
+            seed = [] if kept["seed"] is None else [kept["seed"]]
+            if not all(type(number) is int and 0 <= number <= MAX_SEED for number in images + seed):
+                raise TypeError("n_iter, n_samples or seed")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise StorageError(f"{ROWS_FILE}: not a row of a job: {error}; name another folder with -o") from None
+    return dict(kept)
 
 
 @dataclass(slots=True)
@@ -155,7 +171,7 @@ def common_end(one: "array[int]", other: "array[int]") -> int:
 
 def difference(old: str, new: str) -> str:
     """`prompt 'cta' is now 'cat', seed 7 is now nothing`"""
-    before, after = flat(json.loads(old)), flat(json.loads(new))
+    before, after = flat(parse_line(old)), flat(parse_line(new))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if after.get("invalid"):
         return f"is faulty now: prompt {shown(after.get('prompt'))}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from tinysd_batch.config import MAX_SEED
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.rows import kept_form, read_kept_lines
+from tinysd_batch.job.rows import kept_form, parse_line, read_kept_lines
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.storage import read_file, write_atomically
 
@@ -45,7 +45,7 @@ def read_old_rows(state: Path, saved: dict[str, Any]) -> Iterator[SeededRow]:
     given = read_seeds(state) if saved["reuse"] else {}
     index = 1
     for number, line in enumerate(read_kept_lines(state, saved["manifest"]["rows"]), start=1):
-        kept = json.loads(line)
+        kept = parse_line(line)
         if kept.get("invalid"):
             continue
         own = kept["seed"] is not None
