@@ -18,7 +18,7 @@ from tests.chaos.test_kills import is_worker
 from tests.tools import check_whole, command, environment, run, run_here, write_csv
 from tinysd_batch.job import guardian
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 BOXES = ("one", "two", "three")
 # Stands in for ssh: every box is this machine, with a home of its own.
