@@ -131,13 +131,13 @@ def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Pro
     submit(manifest, "-o", "job")
     fixed = write(tmp_path / "fixed.csv", "new", "apple", "cat", "owl", "apple")
     planned = submit(fixed, "-o", "new", "--reuse", "job", command="plan")
-    assert "3 can be taken over" in planned.stdout
+    assert "3 can be reused" in planned.stdout
     assert "2 are to be drawn" in planned.stdout
     assert not (tmp_path / "new").exists()
     done = submit(fixed, "-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
     assert "2 images made" in done.stdout
-    assert "3 taken over" in done.stdout
+    assert "3 reused" in done.stdout
     assert drawn(tmp_path / "new") == [1, 3]
     rows, old = check_whole(tmp_path / "new", 5), read_results(tmp_path / "job")
     assert [rows[at]["seed"] for at in (1, 3, 4)] == [old[at]["seed"] for at in (0, 2, 3)]
@@ -169,7 +169,7 @@ def test_the_new_job_stands_on_its_own(manifest: Path, tmp_path: Path, submit: P
     shutil.rmtree(tmp_path / "job")
     write(fixed, "apple", "cat", "owl", "apple", "fox")
     done = submit(fixed, "-o", "new")
-    assert "not a job folder" in done.stdout  # no more pictures are taken over
+    assert "not a job folder" in done.stdout  # no more pictures are reused
     check_whole(tmp_path / "new", 5)
     assert seeds(tmp_path / "new")[:2] == there
     submit(write(tmp_path / "third.csv", "owl", "apple"), "-o", "third", "--reuse", "new")
@@ -204,7 +204,7 @@ def test_what_was_drawn_otherwise_is_not_taken_over(tmp_path: Path, submit: Prog
     manifest = write(tmp_path / "m.csv", "apple", "owl")
     submit(manifest, "-o", "job")
     done = submit(manifest, "-o", "steps", "--reuse", "job", "--steps", 3)
-    assert "Nothing can be taken over" in done.stdout
+    assert "Nothing can be reused" in done.stdout
     assert "steps: 1 there, 3 here" in done.stdout
     assert "format: png there, jpg here" in submit(manifest, "-o", "jpg", "--reuse", "job", "--format", "jpg").stdout
     other = tmp_path / "other"

@@ -189,7 +189,7 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
     from tinysd_batch.report.text import count, duration, say
 
     made = summary.counts[Status.OK]
-    reused = f", {summary.reused:,} taken over" if summary.reused else ""
+    reused = f", {summary.reused:,} reused" if summary.reused else ""
     console.print(
         f"{count(made, 'image')} made in {duration(summary.seconds)}{reused}, {summary.failed:,} failed", markup=False
     )

@@ -22,7 +22,7 @@ from tinysd_batch.job.formats import is_jsonl, read_extra_fields
 from tinysd_batch.job.plan import cut_batches, plan_images, split_to_singles
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
 from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
-from tinysd_batch.job.reuse import take_over
+from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Row, Status
 from tinysd_batch.storage import Lock, lock, storage_errors, sweep_temporaries
@@ -155,7 +155,7 @@ class Run:
         save_job(job, surveyed.images, len(surveyed.invalid), surveyed.kept)
         write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
         try:
-            self.take_over(summary, finished, writer)
+            self.reuse(summary, finished, writer)
             self.progress.started(total, len(finished), surveyed.invalid)
             if summary.left and not self.should_stop():
                 self.draw(open_pool, summary, finished, writer)
@@ -178,13 +178,13 @@ class Run:
         done.images -= done.failed
         done.failed.clear()
 
-    def take_over(self, summary: Summary, finished: set[int], writer: ResultsWriter) -> None:
-        """Take finished pictures over from the job that `--reuse` named."""
+    def reuse(self, summary: Summary, finished: set[int], writer: ResultsWriter) -> None:
+        """Take pictures over from the job that `--reuse` named."""
         if self.job.reuse is None or not summary.left:
             return
         images = (image for _, images in plan_images(self.job.read_rows(), self.job.common()) for image in images)
         wanted = (image for image in images if image.index <= summary.total and image.index not in finished)
-        taken = take_over(self.job, self.job.reuse, wanted, writer, self.progress, self.should_stop)
+        taken = reuse_pictures(self.job, self.job.reuse, wanted, writer, self.progress, self.should_stop)
         finished |= taken
         summary.reused = len(taken)
         summary.finished_before += len(taken)

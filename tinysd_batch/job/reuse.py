@@ -37,7 +37,7 @@ class Notes(Protocol):
     def note(self, line: str) -> None: ...
 
 
-def take_over(
+def reuse_pictures(
     job: Job, old: Path, wanted: Iterable[ImageRequest], writer: ResultsWriter, notes: Notes,
     should_stop: Callable[[], bool],
 ) -> set[int]:  # fmt: skip
@@ -50,7 +50,7 @@ def take_over(
         check_reusable(old, job.folder)
         saved = read_job_json(old)
     except UsageError as error:
-        notes.note(f"No more pictures are taken over: {error}")
+        notes.note(f"No more pictures are reused: {error}")
         return set()
     taken: set[int] = set()
     broken = 0
@@ -67,9 +67,9 @@ def take_over(
 
 def tell(job: Job, old: Path, why_none: str, taken: int, broken: int, notes: Notes) -> None:
     if taken:
-        notes.note(f"Taken over from {old}: {taken:,} image{'s' * (taken != 1)}")
+        notes.note(f"Reused from {old}: {taken:,} image{'s' * (taken != 1)}")
     elif job.known is None:
-        notes.note(f"Nothing can be taken over from {old}: {why_none or 'no image is the same'}")
+        notes.note(f"Nothing can be reused from {old}: {why_none or 'no image is the same'}")
     if broken:
         notes.note(f"Drawn again: {broken:,} whose file in {old} is missing or not what its table says")
 

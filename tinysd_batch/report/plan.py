@@ -221,7 +221,7 @@ def reuse_words(job: Job, plan: Plan) -> str:
     if job.reuse is None:
         return ""
     left = plan.images - plan.finished - plan.reusable
-    return f"; {plan.reusable:,} can be taken over from {job.reuse}, {left:,} are to be drawn"
+    return f"; {plan.reusable:,} can be reused from {job.reuse}, {left:,} are to be drawn"
 
 
 def told(counter: Counter[str]) -> str:
