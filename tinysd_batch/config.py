@@ -34,6 +34,16 @@ def find_sampler(name: str) -> str:
     return own
 
 
+def check_address(address: str) -> str:
+    """Where a Ray cluster is, as `ray start` printed it; ValueError for what is no such place."""
+    host, _, port = address.rpartition(":")
+    if address != "auto" and not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError("auto or HOST:PORT was expected, as `ray start` prints it")
+    if "/" in host:
+        raise ValueError("HOST:PORT was expected, without ray:// before it")
+    return address
+
+
 class Settings(BaseModel):
     """Everything a job can be told besides its rows. None means: the model's own default."""
 
@@ -73,6 +83,7 @@ class Settings(BaseModel):
     max_batch: int | None = Field(None, ge=1, le=1024)
     workers: int | None = Field(None, ge=1, le=1024)
     inline: bool = False
+    address: Annotated[str, AfterValidator(check_address)] | None = None  # of a Ray cluster
 
     # The origin's, which only the model can answer.
     C: int | None = Field(None, ge=1)

@@ -4,16 +4,22 @@ import contextlib
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tinysd_batch.errors import JobLockedError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_FILE_BYTES = 100_000_000  # a larger picture is not one of ours
+MAX_HOLDER_BYTES = 1000
+LOCK_ATTEMPTS = 4
+LOCK_WAIT_S = 0.05
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
 
 
@@ -101,6 +107,21 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
     return data
 
 
+def share(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> None:
+    """Make `path` the same file as `source`, or a copy where file systems do not allow that.
+
+    The folder is not synced: the caller does that once for many. `is_same` is `publish`'s, for what is there already.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.is_symlink():
+            raise StorageError(f"{path.parent}: is a symbolic link; pictures are not written through links")
+        try:
+            os.link(source, path, follow_symlinks=False)
+        except OSError:
+            publish(read_file(source), path, scratch, is_same)
+
+
 def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Callable[[bytes], bool]) -> bytes:
     """Publish where something may be in the way, one writer at a time."""
     folder = os.open(path.parent, os.O_RDONLY)
@@ -125,8 +146,30 @@ def sweep_temporaries(*folders: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+class Lock:
+    """A lock file that this process holds, for as long as nobody takes it away by removing the file."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        self.handle = handle
+        self.path = path
+
+    def is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.handle), self.path.stat(follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def check(self) -> None:
+        """Raise JobLockedError once another process may have the job: a driver that stood still must write nothing."""
+        if not self.is_ours():
+            raise JobLockedError(
+                f"{self.path.parent.parent}: the lock of this job was taken away while we worked on it; nothing "
+                f"more is written. What is done is safe, and the same command goes on"
+            )
+
+
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[Lock]:
     """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,24 +178,49 @@ def lock(path: Path) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         take_lock(handle, path)
-        yield
+        yield Lock(handle, path)
     finally:
         os.close(handle)
 
 
 def take_lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = path.read_text().strip() or "unknown"
-        raise JobLockedError(
-            f"{path.parent.parent}: another tinysd-batch (process {owner}) works on this job; wait for it or stop it"
-        ) from None
-    if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if attempt == LOCK_ATTEMPTS - 1:
+                raise held_by_another(path) from None
+        time.sleep(LOCK_WAIT_S)  # `status` holds it for a moment, too
+    if not Lock(handle, path).is_ours():
         raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
+    since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     with storage_errors(path):
         os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        os.write(handle, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
+
+
+def held_by_another(path: Path) -> JobLockedError:
+    """The error that says who holds a lock, by the holder's own word."""
+    told = read_file(path, MAX_HOLDER_BYTES).decode("utf-8", "replace").strip() or "where, it does not say"
+    return JobLockedError(
+        f"{path.parent.parent}: another tinysd-batch ({told}) works on this job; wait for it or stop it"
+    )
+
+
+def check_unlocked(path: Path) -> None:
+    """Raise JobLockedError while another process holds `path`. Takes nothing and writes nothing."""
+    with storage_errors(path):
+        if not path.exists():
+            return
+        check_regular(path)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise held_by_another(path) from None
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -54,9 +54,7 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    """Ray's two agents notice within a minute or two that everybody has left; all else must be gone at once."""
-    agents = [process for process in processes if process.is_running() and "Agent" in process.name()]
-    _, alive = psutil.wait_procs([process for process in processes if process not in agents], timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive, [process.name() for process in alive]
 
 

@@ -32,6 +32,7 @@ class Quiet:
     def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
     def worker(self, event: WorkerReady | WorkerLost) -> None: ...
     def durable(self) -> None: ...
+    def note(self, line: str) -> None: ...
 
     def image(self, request: ImageRequest, result: ImageResult) -> None:
         self.made.append(request.index)
@@ -253,8 +254,8 @@ def test_another_model_and_another_manifest_are_refused(manifest: Path, tmp_path
     (other / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(JobMismatchError, match="the weights differ"):
         draw(manifest, tmp_path / "job", other)
-    manifest.write_text(manifest.read_text() + "fox,1,1,e\n")
-    with pytest.raises(JobMismatchError, match="belongs to the manifest"):
+    manifest.write_text(manifest.read_text().replace("owl", "fox"))
+    with pytest.raises(JobMismatchError, match="row 4: prompt 'owl' is now 'fox'"):
         draw(manifest, tmp_path / "job", tiny_model)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools import environment, run, write_csv
-from tinysd_batch.job.pool import fault_line
+from tinysd_batch.job.cluster import fault_line
 
 pytestmark = pytest.mark.timeout(200)
 

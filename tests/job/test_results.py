@@ -70,6 +70,7 @@ def test_the_columns_are_those_that_were_promised() -> None:
         "finished_at",
         "run_id",
         "version",
+        "reused",
         "artist",
         "manifest_status",
     ]

@@ -87,6 +87,14 @@ FromFile = Annotated[
         "--from-file", "--from_file", help="A file with a prompt a line, or any manifest.", show_default=False
     ),
 ]
+Reuse = Annotated[
+    Path | None,
+    typer.Option(
+        "--reuse",
+        help="A job folder: the new job takes over its pictures where they would come out the same, and its seeds.",
+        show_default=False,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each image, with its seed and path.")]
 
 

@@ -14,6 +14,7 @@ def plan(
     manifest: Manifest = None,
     from_file: options.FromFile = None,
     output: Output = None,
+    reuse: options.Reuse = None,
     preset: options.Preset = None,
     strict: options.Strict = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each row of the manifest.")] = False,
@@ -28,7 +29,8 @@ def plan(
 
     from tinysd_batch.report.plan import PlanPrinter, make_plan, plan_as_dict
 
-    job, _ = prepare(one_manifest(manifest, from_file), output, preset or [], {**settings, "strict": strict or None})
+    flags = {**settings, "strict": strict or None}
+    job, _ = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
     printer = PlanPrinter(Console(highlight=False, quiet=as_json), verbose)
     planned = make_plan(job, printer.row)
     printer.plan(job, planned)

@@ -1,16 +1,21 @@
 """Ctrl-C once finishes what is in flight; twice leaves at once."""
 
+import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPING = b"\nStopping when the pictures in work are done; a second time leaves at once.\n"
+
 
 class StopRequest:
-    """Whether, and by which signal, the run was asked to stop."""
+    """Whether, and by which signal, the run was asked to stop. A terminal that is gone gets no more output."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -20,20 +25,36 @@ class StopRequest:
         return 128 + (self.signal or 0)
 
     def receive(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            write_to_nowhere(self.terminals)
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        with contextlib.suppress(OSError):
+            os.write(2, STOPPING)  # a handler may not print: it may have interrupted a print
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
+    """SIGINT, SIGTERM and, unless nohup had it ignored from the start, SIGHUP, which a closed ssh session sends."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request.receive) for number in heard}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def write_to_nowhere(streams: list[int]) -> None:
+    """Let output to these vanish: writing to a terminal that is closed is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 @contextmanager

@@ -47,6 +47,15 @@ def submit(
         ),
     ] = None,
     inline: Annotated[bool, typer.Option("--inline", help="One worker in this process, without Ray.")] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT",
+            help="A Ray cluster to work on, as `ray start` printed it, or auto for the one this machine belongs to.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -56,6 +65,10 @@ def submit(
             show_default=False,
         ),
     ] = None,
+    reuse: options.Reuse = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try images again that failed or were quarantined.")
+    ] = False,
     preset: options.Preset = None,
     strict: options.Strict = False,
     verbose: options.Verbose = False,
@@ -65,10 +78,10 @@ def submit(
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
     from rich.console import Console
 
-    flags = {**settings, "workers": workers, "inline": inline or None, "strict": strict or None}
-    job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags)
+    flags = {**settings, "workers": workers, "inline": inline or None, "address": address, "strict": strict or None}
+    job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
     console = Console(highlight=False)
-    raise typer.Exit(run(job, named_model, limit, verbose, console))
+    raise typer.Exit(run(job, named_model, limit, retry_failed, verbose, console))
 
 
 def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
@@ -80,7 +93,9 @@ def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
     raise UsageError("name a manifest: a .csv or .parquet table with a prompt column, or a .txt with a prompt a line")
 
 
-def prepare(manifest: Path, output: Path | None, presets: list[Path], flags: dict[str, Any]) -> tuple["Job", bool]:
+def prepare(
+    manifest: Path, output: Path | None, presets: list[Path], flags: dict[str, Any], reuse: Path | None = None
+) -> tuple["Job", bool]:
     """The job, and whether its model was named: preset < job.toml < flag."""
     from tinysd_batch.config import read_job_file, read_preset, resolve
     from tinysd_batch.job.folder import default_folder, open_job
@@ -98,10 +113,10 @@ def prepare(manifest: Path, output: Path | None, presets: list[Path], flags: dic
     layers = [*(read_preset(path) for path in presets), from_job, flags]
     settings = resolve(*layers)
     named = any(layer.get("model") is not None for layer in layers)
-    return open_job(manifest, output or folder or default_folder(manifest), settings), named
+    return open_job(manifest, output or folder or default_folder(manifest), settings, reuse), named
 
 
-def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console: "Console") -> int:
+def run(job: "Job", named_model: bool, limit: int | None, retry_failed: bool, verbose: bool, console: "Console") -> int:
     """Run the job and return the exit code."""
     from tinysd_batch.cli.signals import stop_on_signals
     from tinysd_batch.job.driver import run_job
@@ -114,7 +129,7 @@ def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console
             with RunProgress(console, verbose) as progress:
                 if not named_model:
                     progress.on_start = lambda images: warn_of_embedded_model(images, progress.say)
-                summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit)
+                summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit, retry_failed=retry_failed)
                 settings = job.settings
                 sheet = None if settings.skip_grid else write_contact_sheet(job.folder, settings.n_rows)
         except KeyboardInterrupt:
@@ -140,13 +155,15 @@ def pool_for(job: "Job") -> "PoolFactory":
             settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
             stop_file=job.stop_file.resolve(),
         )  # fmt: skip
-        return InlinePool(setup) if settings.inline else RayPool(setup, settings.workers, count)
+        if settings.inline:
+            return InlinePool(setup)
+        return RayPool(setup, settings.workers, count, {"address": settings.address} if settings.address else {})
 
     return open_pool
 
 
 def say_first_lines(job: "Job", console: "Console") -> None:
-    from tinysd_batch.report.text import say
+    from tinysd_batch.report.text import count, say
 
     settings = job.settings
     say(
@@ -155,6 +172,8 @@ def say_first_lines(job: "Job", console: "Console") -> None:
         f"{settings.width}x{settings.height}, {settings.steps} steps of {settings.sampler}, scale {settings.scale:g}",
     )
     say(console, f"Job: {job.folder}, seed {job.seed}")
+    if job.appended_rows:
+        say(console, f"The manifest has grown by {count(job.appended_rows, 'row')}")
 
 
 def warn_of_embedded_model(images: int, say: Any) -> None:
@@ -170,18 +189,20 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
     from tinysd_batch.report.text import count, duration, say
 
     made = summary.counts[Status.OK]
+    reused = f", {summary.reused:,} reused" if summary.reused else ""
     console.print(
-        f"{count(made, 'image')} made in {duration(summary.seconds)}, {summary.failed:,} failed", markup=False
+        f"{count(made, 'image')} made in {duration(summary.seconds)}{reused}, {summary.failed:,} failed", markup=False
     )
     if summary.invalid_rows:
         console.print(f"{count(summary.invalid_rows, 'manifest row')} could not be made", markup=False)
     if job.settings.skip_save:
         console.print(f"No picture was written (--skip_save); {made / max(summary.seconds, 1e-3):.2f} images/s in all")
-    else:
+    elif (job.folder / "images").exists():
         say(console, f"Pictures: {job.folder / 'images'}")
     if sheet:
         say(console, f"Contact sheet: {sheet}")
-    table = job.folder / "results.parquet"
-    say(console, f"Table: {table if table.exists() else job.folder / 'results'}")
+    for table in (job.folder / "results.parquet", job.folder / "results"):
+        if table.exists():
+            say(console, f"Table: {table}")
     if summary.stopped:
         console.print(f"Stopped with {count(summary.left, 'image')} left. The same command goes on.", markup=False)

@@ -19,12 +19,13 @@ from tinysd_batch.job.folder import (
     take_back,
 )
 from tinysd_batch.job.formats import is_jsonl, read_extra_fields
-from tinysd_batch.job.manifest import read_rows
 from tinysd_batch.job.plan import cut_batches, plan_images, split_to_singles
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
 from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
+from tinysd_batch.job.reuse import reuse_pictures
+from tinysd_batch.job.rows import RowKeeper
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Row, Status
-from tinysd_batch.storage import lock, storage_errors, sweep_temporaries
+from tinysd_batch.storage import Lock, lock, storage_errors, sweep_temporaries
 
 CHUNK_TARGET_S = 15.0
 MAX_DEATHS = 3  # a worker lost with the same image three times: the image is quarantined
@@ -42,6 +43,10 @@ class Progress(Protocol):
     def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
     def worker(self, event: WorkerReady | WorkerLost) -> None: ...
     def image(self, request: ImageRequest, result: ImageResult) -> None: ...
+    def note(self, line: str) -> None:
+        """Something worth knowing about the whole run."""
+        ...
+
     def durable(self) -> None:
         """All images told of so far will survive anything."""
         ...
@@ -56,6 +61,7 @@ class Summary:
     invalid_rows: int
     counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))  # of this run
     failed_before: int = 0
+    reused: int = 0  # of `finished_before`, taken over from another job in this run
     stopped: bool = False
     seconds: float = 0.0
 
@@ -75,13 +81,16 @@ class Survey:
     images: int
     invalid: list[InvalidRow]
     extra: list[str]  # names of the columns we do not know, in the order they came
+    kept: RowKeeper | None  # all rows, if the job folder does not hold them all
 
 
 def survey(job: Job) -> Survey:
     """Read the whole manifest once, so that its faults show before anything heavy starts."""
-    found = Survey(0, [], [])
+    found = Survey(0, [], [], RowKeeper() if job.rows_to_keep else None)
     names: dict[str, None] = {}
-    for row in read_rows(job.manifest, job.defaults(), job.settings.strict):
+    for row in job.read_own_rows():
+        if found.kept is not None:
+            found.kept.add(row)
         if isinstance(row, InvalidRow):
             found.invalid.append(row)
         else:
@@ -97,17 +106,22 @@ PoolFactory = Callable[[int], AbstractContextManager[Pool]]
 
 
 def run_job(
-    job: Job, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool], limit: int | None = None
-) -> Summary:
-    """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make."""
+    job: Job, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool], limit: int | None = None,
+    *, retry_failed: bool = False,
+) -> Summary:  # fmt: skip
+    """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make.
+
+    `retry_failed`: images that failed or were quarantined are not finished.
+    """
     started = time.monotonic()
     surveyed = survey(job)
     new_folders = missing_folders(job.folder)
-    with lock(job.state / "lock"):
+    with lock(job.state / "lock") as held:
         check_still_same_job(job)
         is_new = not (job.folder / JOB_FILE).exists()
+        run = Run(job, surveyed, held, progress, should_stop)
         try:
-            summary = run_locked(job, surveyed, open_pool, progress, should_stop, limit)
+            summary = run.make(open_pool, limit, retry_failed)
         except UsageError:
             if is_new and not read_finished(job).images:
                 take_back(job, new_folders)
@@ -116,33 +130,70 @@ def run_job(
     return summary
 
 
-def run_locked(
-    job: Job, surveyed: Survey, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool],
-    limit: int | None,
-) -> Summary:  # fmt: skip
-    total = min(surveyed.images, limit) if limit else surveyed.images
-    sweep(job)
-    job.stop_file.unlink(missing_ok=True)
-    schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
-    writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
-    done = read_finished(job)
-    finished = {index for index in done.images if 1 <= index <= total}
-    summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
-    save_job(job, surveyed.images, len(surveyed.invalid))
-    write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
-    progress.started(total, len(finished), surveyed.invalid)
-    try:
-        if summary.left:
-            batches = takewhile(lambda batch: batch.images[0].index <= total, todo(job, finished))
-            with open_pool(summary.left) as pool:
-                Dispatch(job, pool, writer, progress, summary, within(batches, total)).run(should_stop)
-    finally:
-        sweep(job)  # a killed worker cannot clean up
+@dataclass(slots=True)
+class Run:
+    """One run of a job, under the job's lock."""
+
+    job: Job
+    surveyed: Survey
+    held: Lock
+    progress: Progress
+    should_stop: Callable[[], bool]
+
+    def make(self, open_pool: PoolFactory, limit: int | None, retry_failed: bool) -> Summary:
+        job, surveyed = self.job, self.surveyed
+        total = min(surveyed.images, limit) if limit else surveyed.images
+        sweep(job)
         job.stop_file.unlink(missing_ok=True)
-        writer.seal()
-        progress.durable()
-    summary.stopped = bool(summary.left)
-    return summary
+        schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
+        writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid), self.held.check)
+        done = read_finished(job)
+        if retry_failed:
+            self.forget_failed(done)
+        finished = {index for index in done.images if 1 <= index <= total}
+        summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
+        save_job(job, surveyed.images, len(surveyed.invalid), surveyed.kept)
+        write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
+        try:
+            self.reuse(summary, finished, writer)
+            self.progress.started(total, len(finished), surveyed.invalid)
+            if summary.left and not self.should_stop():
+                self.draw(open_pool, summary, finished, writer)
+        finally:
+            if self.held.is_ours():
+                sweep(job)  # a killed worker cannot clean up
+                job.stop_file.unlink(missing_ok=True)
+                writer.seal()
+                if retry_failed or done.doubled:
+                    writer.drop_superseded()
+                self.progress.durable()
+        self.held.check()
+        summary.stopped = bool(summary.left)
+        return summary
+
+    def forget_failed(self, done: "Finished") -> None:
+        failed = len(done.failed)
+        images = f"{failed:,} failed image{'s' * (failed != 1)}"
+        self.progress.note(f"Trying {images} again" if failed else "No failed image to try again")
+        done.images -= done.failed
+        done.failed.clear()
+
+    def reuse(self, summary: Summary, finished: set[int], writer: ResultsWriter) -> None:
+        """Take pictures over from the job that `--reuse` named."""
+        if self.job.reuse is None or not summary.left:
+            return
+        images = (image for _, images in plan_images(self.job.read_rows(), self.job.common()) for image in images)
+        wanted = (image for image in images if image.index <= summary.total and image.index not in finished)
+        taken = reuse_pictures(self.job, self.job.reuse, wanted, writer, self.progress, self.should_stop)
+        finished |= taken
+        summary.reused = len(taken)
+        summary.finished_before += len(taken)
+
+    def draw(self, open_pool: PoolFactory, summary: Summary, finished: set[int], writer: ResultsWriter) -> None:
+        batches = takewhile(lambda batch: batch.images[0].index <= summary.total, todo(self.job, finished))
+        with open_pool(summary.left) as pool:
+            work = within(batches, summary.total)
+            Dispatch(self.job, pool, writer, self.progress, summary, work).run(self.should_stop)
 
 
 def sweep(job: Job) -> None:
@@ -152,7 +203,7 @@ def sweep(job: Job) -> None:
 
 def read_unchanged_rows(job: Job) -> Iterator[Row | InvalidRow]:
     """The manifest's rows again, hours later perhaps; raise ManifestError when the file is not what it was."""
-    for number, row in enumerate(read_rows(job.manifest, job.defaults(), job.settings.strict)):
+    for number, row in enumerate(job.read_rows()):
         if number % STAT_EVERY_ROWS == 0 and stamp(job.manifest) != job.manifest_stamp:
             raise ManifestError(f"{job.manifest}: {CHANGED}")
         yield row
@@ -177,17 +228,19 @@ class Finished:
     images: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
     invalid_rows: set[int] = field(default_factory=set)
+    doubled: bool = False  # images were tried again, and their older rows are still there
 
 
 def read_finished(job: Job) -> Finished:
+    """Of an image's rows the newest counts, which is read last."""
     finished = Finished()
     for row in ResultsPaths(job.folder).read_rows(["index", "row", "status"]):
         if row["index"] is None:
             finished.invalid_rows.add(row["row"])
         else:
+            finished.doubled = finished.doubled or row["index"] in finished.images
             finished.images.add(row["index"])
-            if row["status"] != Status.OK:
-                finished.failed.add(row["index"])
+            (finished.failed.discard if row["status"] == Status.OK else finished.failed.add)(row["index"])
     return finished
 
 

@@ -6,7 +6,8 @@ import os
 import platform
 import secrets
 import uuid
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import tinysd_batch
 from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_SEED, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
 from tinysd_batch.job.formats import bare_name, format_of, is_jsonl
-from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint
+from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_rows
 from tinysd_batch.job.plan import Common
 from tinysd_batch.job.results import ResultsPaths
+from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, read_kept_lines
+from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, read_seeds, save_seeds
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.prompts import parse_prompt
-from tinysd_batch.storage import read_file, storage_errors, write_atomically
+from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.storage import check_unlocked, read_file, storage_errors, write_atomically
 
 JOB_FILE = "job.json"
 STATE_FOLDER = "_tinysd"
@@ -30,6 +34,14 @@ DECIDING = (
     "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
     "n_samples", "fixed_code", "precision", "format", "quality", "no_metadata", "skip_save",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What `job.json` says of the manifest."""
+
+    fingerprint: str
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,10 @@ class Job:
     run_id: str
     fingerprint: str  # of the manifest
     manifest_stamp: tuple[int, int]
+    known: Known | None = None  # None: a new job
+    appended_rows: int = 0  # since the last run
+    reuse: Path | None = None  # the job that pictures are taken over from
+    given_seeds: dict[int, int] = field(default_factory=dict)  # row -> its first image's seed, as `reuse` had it
 
     @property
     def state(self) -> Path:
@@ -64,6 +80,21 @@ class Job:
     def common(self) -> Common:
         """What all images have in common."""
         return common_of(self.settings, self.model, self.seed)
+
+    @property
+    def rows_to_keep(self) -> bool:
+        """Whether the manifest's rows are not all kept in the folder yet."""
+        return self.known is None or self.known.fingerprint != self.fingerprint
+
+    def read_rows(self) -> Iterator[Row | InvalidRow]:
+        """The manifest's rows, with the seeds that another job gave them."""
+        for row in self.read_own_rows():
+            given = self.given_seeds.get(row.number)
+            yield replace(row, seed=given) if given is not None and isinstance(row, Row) else row
+
+    def read_own_rows(self) -> Iterator[Row | InvalidRow]:
+        """The manifest's rows as they stand there."""
+        return read_rows(self.manifest, self.defaults(), self.settings.strict)
 
     def run_columns(self) -> dict[str, Any]:
         """The results columns that are the same for all rows of a run."""
@@ -113,6 +144,8 @@ def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
 
 def check_settings(settings: Settings) -> None:
     """What no bound of a single setting tells. Raises UsageError."""
+    if settings.inline and settings.address:
+        raise UsageError(f"--inline and --address {settings.address}: give one of the two")
     if settings.n_iter * settings.n_samples > MAX_IMAGES_PER_ROW:
         raise UsageError(f"n_iter x n_samples: at most {MAX_IMAGES_PER_ROW} images a row")
     try:
@@ -122,8 +155,8 @@ def check_settings(settings: Settings) -> None:
         raise UsageError(f"negative_prompt: {error}") from None
 
 
-def open_job(manifest: Path, folder: Path, settings: Settings) -> Job:
-    """The job in `folder`, new or to be resumed.
+def open_job(manifest: Path, folder: Path, settings: Settings, reuse: Path | None = None) -> Job:
+    """The job in `folder`, new or to be resumed. A new one may take pictures over from the job `reuse`.
 
     Raises JobMismatchError when the folder holds another manifest's job, or one whose pixels other settings decided.
     Writes nothing: `save_job` does, once the manifest has been read through.
@@ -135,14 +168,52 @@ def open_job(manifest: Path, folder: Path, settings: Settings) -> Job:
     model = read_model_info(settings.model)
     filled = fill_in_model_defaults(settings, model)
     saved = read_job_json(folder) if (folder / JOB_FILE).exists() else None
-    if saved is None:
-        seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
-    else:
-        check_same_job(saved, manifest, found, folder, filled, model)
-        seed = saved["seed"]
-    return Job(
-        folder, manifest, filled, model, seed, run_id=uuid.uuid4().hex[:12], fingerprint=found, manifest_stamp=seen
-    )
+    if saved is not None:
+        check_same_settings(saved, manifest, folder, filled, model)
+    job = Job(
+        folder, manifest, filled, model, run_id=uuid.uuid4().hex[:12], fingerprint=found, manifest_stamp=seen,
+        seed=settings.seed if settings.seed is not None else secrets.randbelow(2**31),
+    )  # fmt: skip
+    job = start_from(job, reuse) if saved is None else go_on_with(job, saved, reuse)
+    if stamp(manifest) != seen:
+        raise ManifestError(f"{manifest}: changed while it was read; try again")
+    return job
+
+
+def start_from(job: Job, reuse: Path | None) -> Job:
+    """A new job, with the seeds that the job `reuse` gave to the same rows."""
+    if reuse is None:
+        return job
+    check_reusable(reuse, job.folder)
+    given = find_seeds(reuse / STATE_FOLDER, read_job_json(reuse), job.read_own_rows())
+    return replace(job, reuse=reuse.resolve(), given_seeds=given)
+
+
+def go_on_with(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
+    """The job as it was saved, and grown if rows were appended. Raises JobMismatchError for any other change."""
+    began_with = Path(saved["reuse"]) if saved["reuse"] is not None else None
+    if reuse is not None and reuse.resolve() != began_with:
+        raise JobMismatchError(
+            f"{job.folder}: this job was begun {f'with --reuse {began_with}' if began_with else 'without --reuse'}; "
+            f"name a new folder with -o"
+        )
+    known = Known(saved["manifest"]["fingerprint"], saved["manifest"]["rows"])
+    given = read_seeds(job.state) if began_with else {}
+    job = replace(job, seed=saved["seed"], known=known, reuse=began_with, given_seeds=given)
+    return replace(job, appended_rows=count_appended(job, known)) if job.rows_to_keep else job
+
+
+def count_appended(job: Job, known: Known) -> int:
+    """How many rows the manifest has grown by. Raises JobMismatchError, with the difference, where rows changed."""
+    rows_now = (as_line(row) for row in job.read_own_rows())
+    change = Change.between(read_kept_lines(job.state, known.rows), rows_now)
+    if change.appended is None:
+        raise JobMismatchError(
+            f"{job.folder}: {job.manifest} is not the manifest that this job was started with: {change}. Rows may be "
+            f"added at the end only; for another change make a new job, and let it take over what is the same: "
+            f"-o NEW_FOLDER --reuse {job.folder}"
+        )
+    return change.appended
 
 
 def stamp(manifest: Path) -> tuple[int, int]:
@@ -161,9 +232,20 @@ def check_still_same_job(job: Job) -> None:
     if not (job.folder / JOB_FILE).exists():
         return
     saved = read_job_json(job.folder)
-    check_same_job(saved, job.manifest, job.fingerprint, job.folder, job.settings, job.model)
-    if saved["seed"] != job.seed:
+    check_same_settings(saved, job.manifest, job.folder, job.settings, job.model)
+    seen = {job.fingerprint} | ({job.known.fingerprint} if job.known else set())
+    reuse = str(job.reuse) if job.reuse else None
+    if saved["seed"] != job.seed or saved["manifest"]["fingerprint"] not in seen or saved["reuse"] != reuse:
         raise JobMismatchError(f"{job.folder}: another run started this job meanwhile; submit again to go on with it")
+
+
+def check_reusable(reuse: Path, folder: Path) -> None:
+    """Raises UsageError where `reuse` is no job, or the job itself, and JobLockedError while it runs."""
+    read_job_json(reuse)
+    check_folder(reuse)
+    if reuse.resolve() == folder.resolve():
+        raise UsageError(f"--reuse {reuse}: is the folder of the new job, too; name another for that with -o")
+    check_unlocked(reuse / STATE_FOLDER / "lock")
 
 
 def check_folder(folder: Path) -> None:
@@ -199,21 +281,23 @@ def check_saved(saved: dict[str, Any]) -> None:
         saved["created_at"], saved["model"]["name"], saved["model"]["digest"],
         saved["manifest"]["path"], saved["manifest"]["fingerprint"],
     )  # fmt: skip
-    numbers = saved["seed"], saved["images"], saved["invalid_rows"]
+    numbers = saved["seed"], saved["images"], saved["invalid_rows"], saved["manifest"]["rows"]
     if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
         raise TypeError("an entry is of another type than was written")
+    if not isinstance(saved["reuse"], str | None):
+        raise TypeError("reuse is no text")
     if not all(type(number) is int and 0 <= number <= MAX_SEED for number in numbers):
-        raise ValueError("seed, images or invalid_rows is no number of theirs")
+        raise ValueError("seed, images, invalid_rows or rows is no number of theirs")
 
 
-def check_same_job(
-    saved: dict[str, Any], manifest: Path, found: str, folder: Path, settings: Settings, model: ModelInfo
+def check_same_settings(
+    saved: dict[str, Any], manifest: Path, folder: Path, settings: Settings, model: ModelInfo
 ) -> None:
     then = Path(saved["manifest"]["path"])
-    if saved["manifest"]["fingerprint"] != found or format_of(then) != format_of(manifest):
+    if format_of(then) != format_of(manifest):
         raise JobMismatchError(
-            f"{folder}: this job belongs to the manifest {then} as it was then, and {manifest} "
-            f"differs from it; give the changed manifest a folder of its own with -o"
+            f"{folder}: this job belongs to the manifest {then}, and {manifest} is read in another way; "
+            f"give it a folder of its own with -o"
         )
     differences = [
         f"{name}: {was} in the job, {getattr(settings, name)} now"
@@ -231,11 +315,18 @@ def check_same_job(
         )
 
 
-def save_job(job: Job, images: int, invalid_rows: int) -> None:
-    """Write `job.json`, keeping the time of the first run."""
+def save_job(job: Job, images: int, invalid_rows: int, kept: RowKeeper | None) -> None:
+    """Write `job.json`, keeping the time of the first run; before it the rows and seeds that it speaks of.
+
+    A run that is killed in between leaves more rows than `job.json` counts, and those are not looked at.
+    """
     path = job.folder / JOB_FILE
     with storage_errors(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
+    if kept is not None:
+        kept.save(job.state)
+    if job.known is None and job.reuse is not None:
+        save_seeds(job.given_seeds, job.state)
     created = read_job_json(job.folder)["created_at"] if path.exists() else datetime.now(UTC).isoformat()
     content = {
         "version": tinysd_batch.__version__,
@@ -250,7 +341,12 @@ def save_job(job: Job, images: int, invalid_rows: int) -> None:
         "images": images,
         "invalid_rows": invalid_rows,
         "model": {"name": job.model.name, "digest": job.model.digest, "path": str(job.model.path)},
-        "manifest": {"path": str(job.manifest.resolve()), "fingerprint": job.fingerprint},
+        "manifest": {
+            "path": str(job.manifest.resolve()),
+            "fingerprint": job.fingerprint,
+            "rows": kept.count if kept is not None else job.known.rows if job.known else 0,
+        },
+        "reuse": str(job.reuse) if job.reuse else None,
         "settings": job.settings.model_dump(exclude={"seed"}),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -265,7 +361,8 @@ def missing_folders(folder: Path) -> list[Path]:
 def take_back(job: Job, new_folders: list[Path]) -> None:
     """Remove what a run wrote that ended before its first picture, so that it may start with other settings."""
     paths = ResultsPaths(job.folder)
-    for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, job.state / "lock"):
+    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE, "lock")]
+    for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, *state):
         file.unlink(missing_ok=True)
     for folder in (paths.parts_folder, paths.journal, job.scratch, job.state, *new_folders):
         with contextlib.suppress(OSError):  # not empty, or never made

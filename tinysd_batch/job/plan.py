@@ -42,7 +42,7 @@ def plan_images(rows: Iterable[Row | InvalidRow], common: Common) -> Iterator[tu
 
 
 def plan_image(row: Row, sample: int, index: int, common: Common) -> ImageRequest:
-    seed = row.seed + sample - 1 if row.seed is not None else (common.seed + index - 1) % (MAX_SEED + 1)
+    seed = (row.seed + sample - 1 if row.seed is not None else common.seed + index - 1) % (MAX_SEED + 1)
     noise_seed = common.seed if common.fixed_code else None
     identity = image_id(
         model_digest=common.model_digest, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=seed,

@@ -4,16 +4,14 @@ A pool holds no work. The driver submits a chunk to an idle worker and reads eve
 so that it is certain which images a dead worker was making.
 """
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 from tinysd_batch.errors import NoWorkerError, TinySDError, UsageError
+from tinysd_batch.job.cluster import fault_line, start_ray, stop_ray
 from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
 from tinysd_batch.records import ImageResult, MicroBatch
 
@@ -22,7 +20,6 @@ Chunk = list[MicroBatch]
 BOOT_ATTEMPTS = 2  # a card on which the model does not load is tried once more, then left out
 MAX_BACKOFF_S = 30.0
 OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
-OBJECT_STORE_BYTES = 80 * 2**20  # only small records travel; Ray's default would take a third of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +156,7 @@ class RayPool:
         ray = start_ray(self.ray_init)
         gpus = int(ray.cluster_resources().get("GPU", 0)) if self.setup.device != "cpu" else 0
         if self.setup.device == "cuda" and gpus == 0:
-            ray.shutdown()
+            stop_ray()
             raise NoWorkerError("--device cuda, but Ray sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")
         self.on_gpu = gpus > 0
         count = min(self.wanted or gpus, gpus) if self.on_gpu else self.wanted or self.cpu_workers
@@ -172,7 +169,7 @@ class RayPool:
         for slot in self.slots:
             if slot.actor is not None:
                 ray.kill(slot.actor)
-        ray.shutdown()
+        stop_ray()
 
     @property
     def size(self) -> int:
@@ -272,49 +269,3 @@ def cpu_workers(images: int, wanted: int | None, small_model: bool) -> tuple[int
     cores = usable_cores()
     count = wanted or max(1, min(cores, images, 4 if small_model else 1))
     return count, 1 if small_model else max(1, cores // count)
-
-
-def fault_line(error: Exception) -> str:
-    """The most telling line of a Ray error, which carries whole tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if not line.startswith(("File ", "ray::", "^", "The actor", "class_name", "actor_id"))
-    ]
-    return (telling[-1] if telling else type(error).__name__)[:300]
-
-
-def start_ray(options: dict[str, Any]) -> Any:
-    """Start a Ray of our own on this machine, closed to strangers; raise NoWorkerError where that is not possible."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # every Ray port runs code for whoever holds the token
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        # Without an explicit address Ray joins whatever cluster it finds on the machine.
-        ray.init(
-            **{
-                "address": "local",
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "log_to_driver": False,
-                "logging_level": "ERROR",
-                **options,
-            }
-        )
-    except Exception as error:
-        raise NoWorkerError(
-            f"Ray could not start: {fault_line(error)}; `--inline` runs the job in this process, without Ray"
-        ) from error
-    for number, handler in handlers.items():
-        signal.signal(number, handler)  # Ray puts in its own, which on SIGTERM aborts the process
-    protect_token()
-    return ray
-
-
-def protect_token() -> None:
-    """Ray writes its token file readable by everybody; keep it to its owner."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists() and token.stat().st_uid == os.getuid():
-        token.chmod(0o600)

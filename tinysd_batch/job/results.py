@@ -8,7 +8,7 @@ A sealed file names the journal parts it holds, so a crash between sealing and d
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -73,6 +73,7 @@ FIELDS = [
     pa.field("finished_at", TIMESTAMP),
     pa.field("run_id", pa.string()),
     pa.field("version", pa.string()),
+    pa.field("reused", pa.string()),
 ]
 REQUEST_COLUMNS = ("row", "sample", "id", "prompt", "negative_prompt", "prompt_syntax", "seed")
 OUR_NAMES = {field.name for field in FIELDS}
@@ -132,13 +133,19 @@ def order_key(row: dict[str, Any]) -> tuple[int, int]:
 class ResultsWriter:
     """Collects rows, makes them durable about once a second, and seals them at the end."""
 
-    def __init__(self, job_folder: Path, schema: pa.Schema, total_rows: int) -> None:
+    def __init__(
+        self, job_folder: Path, schema: pa.Schema, total_rows: int, may_write: Callable[[], None] = lambda: None
+    ) -> None:
+        """`may_write` raises where another driver has taken the job."""
         self.paths = ResultsPaths(job_folder)
+        self.may_write = may_write
         self.schema = schema
         self.big = total_rows > ONE_FILE_ROWS
         self.buffer: list[dict[str, Any]] = []
         self.last_flush = time.monotonic()
         self.paths.drop_covered_journal()
+        if self.big:
+            self.paths.make_one_file_a_part()
         # Names that a sealed file covers must not come again: they would be taken for leftovers and deleted.
         used = {part.stem for part in self.paths.journal_parts()} | self.paths.covered()
         self.sequence = 1 + max((int(name) for name in used), default=0)
@@ -157,6 +164,7 @@ class ResultsWriter:
         self.last_flush = time.monotonic()
         if not self.buffer:
             return False
+        self.may_write()
         table = pa.Table.from_pylist(self.buffer, self.schema)
         write_atomically(to_parquet(table), self.paths.journal / f"{self.sequence:08d}.parquet")
         self.journal_rows += len(self.buffer)
@@ -169,6 +177,7 @@ class ResultsWriter:
     def seal(self) -> None:
         """Move the journal into the results: one sorted file, or for big jobs one more part."""
         self.flush()
+        self.may_write()
         parts = self.paths.journal_parts()
         if not parts:
             return
@@ -183,7 +192,26 @@ class ResultsWriter:
         self.journal_rows = 0
 
     def next_part(self) -> Path:
-        return self.paths.parts_folder / f"part-{len(self.paths.sealed_files()):05d}.parquet"
+        return self.paths.part(len(self.paths.sealed_files()))
+
+    def drop_superseded(self) -> None:
+        """Leave the newest row of each image only: in a big job, one tried again has its older row in a sealed part.
+
+        Newer parts count, and each is rewritten whole, so a crash in between leaves rows to drop, and none missing.
+        """
+        newer: set[tuple[int, int]] = set()
+        for part in reversed(self.paths.sealed_files()):
+            keys = [order_key(row) for row in read_table(part, ["row", "index"])]
+            if not newer.isdisjoint(keys):
+                self.may_write()
+                self.rewrite(part, newer)
+            newer.update(keys)
+
+    def rewrite(self, part: Path, without: set[tuple[int, int]]) -> None:
+        kept = [row for row in read_table(part) if order_key(row) not in without]
+        with damaged_table(part):
+            table = pa.Table.from_pylist(kept, self.schema)
+        write_atomically(to_parquet(table.replace_schema_metadata(read_footer(part).metadata)), part)
 
 
 def newest_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -247,6 +275,15 @@ class ResultsPaths:
 
     def sealed_files(self) -> list[Path]:
         return ([self.one_file] if self.one_file.exists() else []) + sorted(self.parts_folder.glob("part-*.parquet"))
+
+    def part(self, number: int) -> Path:
+        return self.parts_folder / f"part-{number:05d}.parquet"
+
+    def make_one_file_a_part(self) -> None:
+        """A job that has grown big goes on in parts, and its first results become the first of them."""
+        if self.one_file.exists():
+            self.parts_folder.mkdir(exist_ok=True)
+            self.one_file.replace(self.part(0))
 
     def journal_parts(self) -> list[Path]:
         return sorted(part for part in self.journal.glob("*.parquet") if PART_NAME.fullmatch(part.stem))

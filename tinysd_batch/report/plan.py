@@ -14,8 +14,8 @@ from tinysd_batch.config import Settings
 from tinysd_batch.job.columns import near_misses
 from tinysd_batch.job.driver import read_finished
 from tinysd_batch.job.folder import JOB_FILE, Job
-from tinysd_batch.job.manifest import read_rows
 from tinysd_batch.job.plan import cut_batches, plan_images
+from tinysd_batch.job.reuse import count_reusable
 from tinysd_batch.model.prompts import SubPrompt, parse_prompt
 from tinysd_batch.model.tokens import TokenizedPrompt, read_tokenizer, tokenize_prompt
 from tinysd_batch.records import InvalidRow, Row
@@ -60,6 +60,7 @@ class Plan:
     images: int = 0
     batches: int = 0
     finished: int = 0  # images that an earlier run made
+    reusable: int = 0  # others that the job named by --reuse has
     sizes: Counter[str] = field(default_factory=Counter)
     samplings: Counter[str] = field(default_factory=Counter)
     longest_prompt_tokens: int = 0
@@ -84,7 +85,7 @@ def make_plan(job: Job, on_row: Callable[[PlannedRow | InvalidRow], None]) -> Pl
     reader = PromptReader(job)
 
     def rows() -> Iterator[Row]:
-        for row in read_rows(job.manifest, job.defaults(), job.settings.strict):
+        for row in job.read_rows():
             plan.rows += 1
             carried.update(dict.fromkeys(row.extra))
             if isinstance(row, InvalidRow):
@@ -98,10 +99,15 @@ def make_plan(job: Job, on_row: Callable[[PlannedRow | InvalidRow], None]) -> Pl
                 on_row(planned)
                 yield row
 
-    plan.batches = sum(1 for _ in cut_batches(plan_images(rows(), job.common()), (), job.settings.max_batch))
-    if (job.folder / JOB_FILE).exists():
-        plan.finished = len(read_finished(job).images)
-        plan.disk_bytes = round(plan.disk_bytes * (1 - plan.finished / max(plan.images, 1)))
+    finished = read_finished(job).images if (job.folder / JOB_FILE).exists() else set()
+    plan.finished = len(finished)
+    wanted: set[str] = set()
+    for batch in cut_batches(plan_images(rows(), job.common()), (), job.settings.max_batch):
+        plan.batches += 1
+        if job.reuse is not None:
+            wanted.update(image.image_id for image in batch.images if image.index not in finished)
+    plan.reusable = count_reusable(job, wanted)
+    plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
     plan.carried_columns = list(carried)
     plan.near_misses = near_misses(carried)
     return plan
@@ -190,7 +196,8 @@ class PlanPrinter:
             "Rows": f"{plan.rows:,}"
             + (f", of which {plan.invalid_rows:,} cannot be made" if plan.invalid_rows else ""),
             "Images": f"{plan.images:,} in {count(plan.batches, 'batch', 'batches')}"
-            + (f"; {plan.finished:,} are there already" if plan.finished else ""),
+            + (f"; {plan.finished:,} are there already" if plan.finished else "")
+            + reuse_words(job, plan),
             "Model": f"{job.model.name}, digest {job.model.digest[:10]}",
             "Sizes": told(plan.sizes),
             "Sampling": told(plan.samplings),
@@ -208,6 +215,13 @@ class PlanPrinter:
         lines["Job folder"] = str(job.folder)
         for name, line in lines.items():
             say(self.console, f"{name:<11} {line}")
+
+
+def reuse_words(job: Job, plan: Plan) -> str:
+    if job.reuse is None:
+        return ""
+    left = plan.images - plan.finished - plan.reusable
+    return f"; {plan.reusable:,} can be reused from {job.reuse}, {left:,} are to be drawn"
 
 
 def told(counter: Counter[str]) -> str:

@@ -92,5 +92,8 @@ class RunProgress:
             return ""
         return f"{(self.made - 1) / max(now - self.first_image_at, 1e-3):.2f} images/s"
 
+    def note(self, line: str) -> None:
+        self.say(line)
+
     def durable(self) -> None:
         """Nothing to show: the bar counts images that are on disk."""

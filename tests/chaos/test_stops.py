@@ -1,0 +1,192 @@
+"""Every way in which a driver is stopped, and what it leaves behind."""
+
+import fcntl
+import os
+import platform
+import pty
+import random
+import signal
+import subprocess
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.chaos.test_kills import IMAGES, family, manifest, pictures, start, wait_for_pictures
+from tests.tools import check_whole, command, environment, read_results, run, run_here, write_csv
+from tinysd_batch.job.worker import Worker
+from tinysd_batch.records import ImageResult
+
+__all__ = ["manifest"]  # a fixture
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+MODES = pytest.mark.parametrize("mode", ["--inline", "--workers=2"])
+
+
+def finish(folder: Path, model: Path, *more: str, images: int = IMAGES) -> list[dict[str, Any]]:
+    last = run("submit", "m.csv", "--model", model, "-o", "job", "--inline", *more, cwd=folder)
+    assert last.returncode == 0, last.stdout + last.stderr
+    return check_whole(folder / "job", images)
+
+
+def test_nothing_outlives_a_killed_driver(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Ray's workers would go on for seconds, its agents for a minute."""
+    process = start(tmp_path, tiny_model, "--workers=2")
+    wait_for_pictures(tmp_path / "job", 3, process)
+    children = family(process)
+    assert {"raylet", "gcs_server"} < {child.name() for child in children}
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, [child.name() for child in alive]
+    finish(tmp_path, tiny_model)
+
+
+def test_nothing_outlives_a_driver_killed_while_ray_starts(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    process = start(tmp_path, tiny_model, "--workers=2")
+    children: list[psutil.Process] = []
+    while "raylet" not in {child.name() for child in children}:
+        children = family(process)
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, [child.name() for child in alive]
+
+
+def start_in_terminal(folder: Path, model: Path, mode: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, leader of a session on a terminal of its own, and the terminal's other end."""
+    master, slave = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command("submit", "m.csv", "--model", model, "-o", "job", mode), cwd=folder, env=environment(), stdin=slave,
+        stdout=slave, stderr=slave, preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(slave)
+    return process, master
+
+
+@MODES
+def test_a_closed_terminal_is_a_clean_stop(manifest: Path, tmp_path: Path, tiny_model: Path, mode: str) -> None:
+    process, terminal = start_in_terminal(tmp_path, tiny_model, mode)
+    job = tmp_path / "job"
+    while pictures(job) < 3:
+        assert process.poll() is None
+        os.read(terminal, 65536)
+    children = family(process)  # type: ignore[arg-type]
+    os.close(terminal)
+    assert process.wait(timeout=120) == 129
+    assert len(read_results(job)) == pictures(job) >= 3
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert all(row["status"] == "ok" for row in finish(tmp_path, tiny_model))
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    process = subprocess.Popen(
+        ["nohup", *command("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline")], cwd=tmp_path,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for_pictures(tmp_path / "job", 1, process)
+    os.killpg(process.pid, signal.SIGHUP)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    check_whole(tmp_path / "job", IMAGES)
+
+
+@MODES
+def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_model: Path, mode: str) -> None:
+    """Also in the middle of a picture: what was told as done is in the table, and nothing runs on."""
+    job = tmp_path / "job"
+    write_csv(
+        tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 40 if number < 4 else 1000} for number in range(8)]
+    )
+    process = start(tmp_path, tiny_model, mode)
+    wait_for_pictures(job, 4, process)
+    children = family(process)
+    time.sleep(3)  # the workers are at pictures of a thousand steps now
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, "the first waits for the picture"
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "a second time leaves at once" in out
+    assert "Stopped at once. The same command goes on." in out
+    assert "Traceback" not in out
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert len(read_results(job)) == 4
+
+
+def test_a_second_driver_is_told_who_has_the_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    first = start(tmp_path, tiny_model, "--inline")
+    wait_for_pictures(tmp_path / "job", 1, first)
+    second = run("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline", cwd=tmp_path)
+    assert second.returncode == 4
+    assert f"process {first.pid} on {platform.node()} since 20" in second.stderr
+    reuse = run("submit", "m.csv", "--model", tiny_model, "-o", "new", "--reuse", "job", "--inline", cwd=tmp_path)
+    assert reuse.returncode == 4
+    assert not (tmp_path / "new").exists()
+    first.kill()
+    first.communicate()
+
+
+def test_a_driver_that_lost_its_lock_while_it_stood_still_writes_nothing(
+    manifest: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    job = tmp_path / "job"
+    first = start(tmp_path, tiny_model, "--inline")
+    wait_for_pictures(job, 2, first)
+    first.send_signal(signal.SIGSTOP)
+    (job / "_tinysd" / "lock").unlink()
+    finish(tmp_path, tiny_model)
+    before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+    first.send_signal(signal.SIGCONT)
+    out, _ = first.communicate(timeout=120)
+    assert first.returncode == 4, out
+    assert "the lock of this job was taken away" in out
+    assert {path: path.read_bytes() for path in job.rglob("*") if path.is_file()} == before
+    check_whole(job, IMAGES)
+
+
+def test_failed_images_are_tried_again_through_kills(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end each has one row, whichever run wrote it."""
+    write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 30} for number in range(IMAGES)])
+    original = Worker.try_to_make
+
+    def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
+        if images[0].index % 4:
+            raise RuntimeError("cursed")
+        return original(self, images, wanted)
+
+    with monkeypatch.context() as curse:
+        curse.setattr(Worker, "try_to_make", poisoned)
+        done = run_here("submit", "m.csv", "--model", tiny_model, "-o", "job", "--seed", 1, "--inline", cwd=tmp_path)
+    assert done.returncode == 3
+    job = tmp_path / "job"
+    there = pictures(job)
+    assert there == IMAGES // 4
+    seed = random.randrange(10**6)
+    print(f"kill seed {seed}")
+    draw, kills = random.Random(seed), 0
+    for more in (2, 4, 4):
+        process = start(tmp_path, tiny_model, "--inline", "--retry-failed")
+        wait_for_pictures(job, pictures(job) + more, process)
+        time.sleep(draw.random() * 1.5)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills == 3, "the job was too quick to be killed three times"
+    rows = finish(tmp_path, tiny_model, "--retry-failed")
+    assert all(row["status"] == "ok" for row in rows)
+    first_run = [row["index"] for row in rows if row["run_id"] == rows[3]["run_id"]]
+    assert first_run == list(range(4, IMAGES + 1, 4)), "what was well was left alone"

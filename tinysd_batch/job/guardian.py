@@ -1,0 +1,59 @@
+"""Ends the Ray processes of a driver that died without doing so itself, by kill -9 say.
+
+Without it Ray's workers go on for seconds and its agents for a minute. It is a process of its own, which lives on for
+the moment that takes. Ray's processes are known by a word in their environment, which all that Ray starts for us
+inherits, or by an open file, mostly a log, in the folder of our Ray session: some overwrite their environment.
+
+It is run by its path with nothing but the standard library, which starts in milliseconds.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+MARK = "TINYSD_BATCH_DRIVER"  # the variable; its value is one driver's own
+PATIENCE_S = 10.0
+PAUSE_S = 0.05
+
+
+def ours(mark: str, folders: list[str]) -> Iterator[int]:
+    """Ids of our user's processes whose environment holds the mark, or that have a file of these folders open."""
+    needle = f"{MARK}={mark}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone
+            if needle in (process / "environ").read_bytes().split(b"\0") or opens(process, folders):
+                yield int(process.name)
+
+
+def opens(process: Path, folders: list[str]) -> bool:
+    """Whether it is Ray's, by the title that Ray gave it (somebody may read a log), and has such a file open."""
+    is_rays = (process / "comm").read_text().startswith("ray::")
+    return is_rays and any(str(file.readlink()).startswith(tuple(folders)) for file in (process / "fd").iterdir())
+
+
+def end(mark: str, folders: list[str]) -> None:
+    """Kill them, and those that they start meanwhile."""
+    until = time.monotonic() + PATIENCE_S
+    quiet = 0
+    while quiet < 2 and time.monotonic() < until:
+        found = list(ours(mark, folders))
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        quiet = 0 if found else quiet + 1
+        time.sleep(PAUSE_S)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    folders = [os.fsdecode(line.rstrip(b"\n")) + "/" for line in sys.stdin.buffer]  # until the driver is no more
+    end(sys.argv[1], folders)
+
+
+if __name__ == "__main__":
+    main()
