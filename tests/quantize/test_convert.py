@@ -372,7 +372,7 @@ def test_a_file_is_quantized_as_its_folder_is(floats: Path, packed: Path, tmp_pa
     ("arguments", "message"),
     [
         (["quantize", "{}", "out", "--recipe", "r.toml"], "--recipe: fast uses no data; say --level calib too"),
-        (["quantize", "{}", "out", "--level", "best"], "--level best: fast or calib was expected"),
+        (["quantize", "{}", "out", "--level", "best"], "--level best: one of fast, calib, distill was expected"),
         (["convert", "{}", "out", "--dtype", "int8"], "--dtype int8: fp16 or fp32 was expected"),
         (["convert", "{}", "."], ".: exists; name a folder that does not"),
         (["convert", "{}", "/proc/none/out"], "/proc/none/out: "),

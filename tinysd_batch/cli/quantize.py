@@ -12,14 +12,15 @@ from tinysd_batch.errors import UsageError
 if TYPE_CHECKING:
     from tinysd_batch.quantize.sources import Options
 
-LEVELS = ("fast", "calib")
+LEVELS = ("fast", "calib", "distill")
 
 
 def quantize(
     source: Source,
     out: Out,
     level: Annotated[
-        str, typer.Option("--level", help="fast: without data, minutes. calib: with the model's own drawings, hours.")
+        str,
+        typer.Option("--level", help="fast: without data. calib: with the model's own drawings. distill: and tuned."),
     ] = "fast",
     recipe: Annotated[
         Path | None,
@@ -31,10 +32,8 @@ def quantize(
     vae: Vae = None,
 ) -> None:
     """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits."""
-    if level == "distill":
-        raise UsageError(f"--level {level}: not there yet; only {' and '.join(LEVELS)} are")
     if level not in LEVELS:
-        raise UsageError(f"--level {level}: {' or '.join(LEVELS)} was expected")
+        raise UsageError(f"--level {level}: one of {', '.join(LEVELS)} was expected")
     if recipe is not None and level == "fast":
         raise UsageError("--recipe: fast uses no data; say --level calib too")
     how = options(allow_pickle, ema, vae)
@@ -44,11 +43,11 @@ def quantize(
 
             quantize_model(source, out, how, tell)
         else:
-            calibrate(source, out, how, recipe, device)
+            calibrate(source, out, how, recipe, device, tune=level == "distill")
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
 
 
-def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device: str) -> None:
+def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device: str, *, tune: bool) -> None:
     """Quantize with data, then measure and report."""
     from tinysd_batch.model.devices import choose_device
     from tinysd_batch.quantize.calib import quantize_calibrated
@@ -60,7 +59,7 @@ def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device
 
     recipe = read_recipe(file)
     chosen = choose_device(None if device == "auto" else device)
-    done = quantize_calibrated(source, out, how, recipe, chosen, tell)
+    done = quantize_calibrated(source, out, how, recipe, chosen, tell, tune=tune)
     tell(f"measuring on {len(recipe.held_out)} held-out prompts")
     errors = measure(out, done.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
     summary = summarize(out, done.layers, done.seconds, str(chosen), recipe)

@@ -1,4 +1,4 @@
-"""Level `calib`: quantize a UNet with the model's own trajectories as data, in minutes to hours."""
+"""Levels `calib` and `distill`: quantize a UNet with the model's own trajectories as data, in minutes to hours."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tinysd_batch.model.checkpoint import KEEP_ON_META, write_packed_unet
+from tinysd_batch.errors import UsageError
+from tinysd_batch.model.checkpoint import KEEP_ON_META, read_schedule, write_packed_unet
 from tinysd_batch.model.packing import to_matrix
+from tinysd_batch.model.samplers import alphas_cumprod
 from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use
+from tinysd_batch.quantize.distill import Examples, Tuned, distill
 from tinysd_batch.quantize.fast import check_finite, layers_to_pack
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.hessian import layer_of
@@ -24,6 +27,7 @@ from tinysd_batch.storage import new_folder, storage_errors
 TELL_EVERY_S = 10.0
 HESSIANS = 5  # of the widest layer in memory at once: its own, factors and inverses
 TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
+A_LAYER, A_COLUMN = 2e10, 1e7  # what even small ones take, in multiplications
 MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
 
 
@@ -37,9 +41,9 @@ class Calibrated:
 
 
 def quantize_calibrated(
-    source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say
+    source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *, tune: bool = False
 ) -> Calibrated:
-    """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`.
+    """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
 
     A layer is on disk as soon as it is finished, in `OUT.work`: stopped in any way, the same call goes on. Raises
     ModelError as `fast.quantize_model` does, and where that folder was begun with another source or recipe.
@@ -59,7 +63,11 @@ def quantize_calibrated(
             write_others(model, folder, torch.float16, say)
             calibrating, held_out = draw_all(part, folder, recipe, device, work, say)
             solved = solve(part, recipe, device, calibrating, held_out, work, say)
-            write_calibrated(part, folder / "unet", solved)
+            tuned = tune_all(part, folder, recipe, device, calibrating, solved, say) if tune else None
+            if tuned is None:
+                write_calibrated(part, folder / "unet", solved, {}, "calib")
+            else:
+                write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, "distill")
         seconds = before + time.monotonic() - started
         tell_left_out(model, say)
         done = Calibrated({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds)
@@ -120,17 +128,37 @@ def pairs(rows: Rows, device: torch.device, use: Use) -> Iterator[Pair]:
             yield Pair(state, state.copy(), use)
 
 
-def write_calibrated(part: Part, folder: Path, solved: Mapping[str, Solved]) -> None:
-    """The packed UNet: what calibration made, and the rest as float16."""
+def tune_all(
+    part: Part, folder: Path, recipe: Recipe, device: torch.device, drawn: Trajectories, solved: Mapping[str, Solved],
+    say: Say,
+) -> Tuned | None:  # fmt: skip
+    """Distillation on the calibration prompts' trajectories; None, and a word, where it did not help."""
+    alphas = alphas_cumprod(read_schedule(folder / "scheduler" / "scheduler_config.json"))
+    sigmas = torch.tensor(((1 - alphas) / alphas) ** 0.5, dtype=torch.float32)
+    prompts = torch.arange(len(drawn.context))
+    chosen = prompts % TUNE_EVERY == TUNE_EVERY // 2
+    examples, tuning = (Examples.of(drawn, prompts[at], sigmas) for at in (~chosen, chosen))
+    if not len(tuning.times):
+        raise UsageError(f"distill needs {TUNE_EVERY // 2 + 1} prompts in the recipe or more; it has {len(prompts)}")
+    tuned = distill(part, solved, examples, tuning, recipe, device, say)
+    if tuned is None:
+        say("tuning did not help; what calibration found is kept")
+    return tuned
+
+
+def write_calibrated(
+    part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor], level: str
+) -> None:
+    """The packed UNet: what calibration made, tensors that distillation changed, and the rest as float16."""
     shapes = {name: tuple(part.tensors[f"{name}.weight"].shape) for name in solved}
     others = {
-        name: as_stored(name, value, torch.float16, part.where)
+        name: changed.get(name, as_stored(name, value, torch.float16, part.where))
         for name, value in part.tensors.items()
         if name.removesuffix(".weight") not in solved
     }
     others |= {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
     packed = {name: (one.weight, shapes[name]) for name, one in solved.items()}
-    write_packed_unet(folder, part.config, packed, others, {"level": "calib"})
+    write_packed_unet(folder, part.config, packed, others, {"level": level})
 
 
 # What it will take
@@ -175,7 +203,7 @@ def costs(unet: nn.Module, sizes: Mapping[str, int], recipe: Recipe) -> dict[str
         rows, columns = to_matrix(layer_of(unet, name).weight).shape
         width = min(columns, recipe.block)
         per_column = width * (recipe.tokens / 4 + width + (recipe.sweeps + 1) * rows)
-        found[name] = columns * per_column + 1e8
+        found[name] = columns * (per_column + A_COLUMN) + A_LAYER
     return found
 
 

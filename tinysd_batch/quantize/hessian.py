@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
 
-RIDGES = (1.0, 5.0, 25.0, 125.0)  # times the recipe's damping
+RIDGES = (1.0, 10.0, 100.0)  # times the recipe's damping
+ENOUGH = 4  # tokens for each column: with fewer, damping grows
 MOST_DAMPING = 5  # times that damping is raised tenfold
 
 Layer = nn.Linear | nn.Conv2d
@@ -51,36 +52,34 @@ class Moments:
         """The problem for a float weight [O, K]. Uses up the moments.
 
         The target makes up for the gaps, as far as ridge regression can tell them from x: with the ridge, of `damping`
-        and larger ones as shares of the Hessian's mean diagonal, that does best on `tuning` tokens. The Hessian is
-        damped alike. Without tokens the target is the float weight. With a bias the means are its business, so moments
-        are taken around them.
+        and larger ones as shares of the Hessian's mean diagonal, that does best on `tuning` tokens. Without tokens the
+        target is the float weight. The Hessian is damped as well, more where tokens are few. With a bias the means are
+        its business, so moments are taken around them.
         """
         mean_x, mean_gap = self.sum_x / self.count, self.sum_gap / self.count
         hessian, cross = self.square.div_(self.count), self.cross.div_(self.count)
         if has_bias:
             hessian.addr_(mean_x, mean_x, alpha=-1)
             cross.addr_(mean_x, mean_gap, alpha=-1)
-        if tuning is None:
-            damp(hessian, damping)
-            return Problem(weight, hessian, mean_x, mean_gap)
-        x, gap = tuning
-        if has_bias:
-            x, gap = x - mean_x, gap - mean_gap
-        shift, ridge = best_ridge(hessian, cross, x, gap, damping)
-        damp(hessian, ridge)
-        return Problem(weight + shift.T, hessian, mean_x, mean_gap)
+        target = weight
+        if tuning is not None:
+            x, gap = tuning
+            if has_bias:
+                x, gap = x - mean_x, gap - mean_gap
+            target = weight + best_shift(hessian, cross, x, gap, damping).T
+        damp(hessian, damping * max(1.0, ENOUGH * len(mean_x) / self.count))
+        return Problem(target, hessian, mean_x, mean_gap)
 
 
-def best_ridge(hessian: Tensor, cross: Tensor, x: Tensor, gap: Tensor, least: float) -> tuple[Tensor, float]:
-    """The shift [K, O] that tells gaps [N, O] from x [N, K] best, of several ridges' and none, and the ridge."""
-    best, found, chosen = gap.square().sum(), torch.zeros_like(cross), RIDGES[-1] * least
+def best_shift(hessian: Tensor, cross: Tensor, x: Tensor, gap: Tensor, least: float) -> Tensor:
+    """The shift [K, O] that tells gaps [N, O] from x [N, K] best, of several ridges' and none."""
+    best, found = gap.square().sum(), torch.zeros_like(cross)
     for factor in RIDGES:
-        damped = hessian.clone()
-        shift = torch.cholesky_solve(cross, damp(damped, factor * least))
+        shift = torch.cholesky_solve(cross, damp(hessian.clone(), factor * least))
         error = (x @ shift - gap).square().sum()
         if error < best:
-            best, found, chosen = error, shift, factor * least
-    return found, chosen
+            best, found = error, shift
+    return found
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:

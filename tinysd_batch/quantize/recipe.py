@@ -27,6 +27,8 @@ class Recipe(BaseModel):
     tokens: int = Field(32_768, ge=256, le=2**24)  # of a layer's inputs that count, at most
     damping: float = Field(0.01, gt=0, le=1)  # share of the Hessian's mean diagonal that is added to it, at least
     sweeps: int = Field(3, ge=1, le=100)  # of coordinate descent
+    tune_steps: int = Field(400, ge=1, le=10**6)  # of level distill
+    batch: int = Field(32, ge=1, le=4096)  # rows in each of them
     block: int = Field(11_520, ge=64, le=2**17)  # inputs of a layer whose Hessian is exact, at most
 
 
