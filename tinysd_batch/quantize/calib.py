@@ -173,7 +173,7 @@ def plan(part: Part, recipe: Recipe) -> str:
     widest = max(min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layers_to_pack(unet))
     hessians = HESSIANS * 4 * widest**2
     return (
-        f"calibrating on {rows:,} rows: up to {(states + hessians) / 1e9:.1f} GB of memory "
+        f"calibrating on {rows:,} rows: some {(states + hessians) / 1e9:.1f} GB of memory beside the program itself "
         f"({states / 1e9:.1f} for the rows, {hessians / 1e9:.1f} for the widest layer)"
     )
 
