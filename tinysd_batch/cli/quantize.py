@@ -1,6 +1,7 @@
 """`tinysd-batch quantize`: a model of the user's own at 2 bits."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -8,24 +9,62 @@ from tinysd_batch.cli.convert import AllowPickle, Ema, Out, Source, Vae, options
 from tinysd_batch.cli.signals import end_on_sigterm
 from tinysd_batch.errors import UsageError
 
-LATER = ("calib", "distill")
+if TYPE_CHECKING:
+    from tinysd_batch.quantize.sources import Options
+
+LEVELS = ("fast", "calib", "distill")
 
 
 def quantize(
     source: Source,
     out: Out,
-    level: Annotated[str, typer.Option("--level", help="fast: without data. Others are to come.")] = "fast",
+    level: Annotated[
+        str,
+        typer.Option("--level", help="fast: without data. calib: with the model's own drawings. distill: and tuned."),
+    ] = "fast",
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="What calib draws and how hard it tries (TOML).", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where calib computes: cpu, cuda or auto.")] = "auto",
     allow_pickle: AllowPickle = False,
     ema: Ema = False,
     vae: Vae = None,
 ) -> None:
     """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits."""
-    if level in LATER:
-        raise UsageError(f"--level {level}: not there yet; only fast is")
-    if level != "fast":
-        raise UsageError(f"--level {level}: fast was expected")
-    from tinysd_batch.quantize.fast import quantize_model
-
+    if level not in LEVELS:
+        raise UsageError(f"--level {level}: one of {', '.join(LEVELS)} was expected")
+    if recipe is not None and level == "fast":
+        raise UsageError("--recipe: fast uses no data; say --level calib too")
+    how = options(allow_pickle, ema, vae)
     with end_on_sigterm():
-        quantize_model(source, out, options(allow_pickle, ema, vae), tell)
+        if level == "fast":
+            from tinysd_batch.quantize.fast import quantize_model
+
+            quantize_model(source, out, how, tell)
+        else:
+            calibrate(source, out, how, recipe, device, tune=level == "distill")
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
+
+
+def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device: str, *, tune: bool) -> None:
+    """Quantize with data, then measure and report."""
+    from tinysd_batch.model.devices import choose_device
+    from tinysd_batch.quantize.calib import quantize_calibrated
+    from tinysd_batch.quantize.measure import measure
+    from tinysd_batch.quantize.recipe import read_recipe
+    from tinysd_batch.quantize.summary import summarize
+    from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS
+    from tinysd_batch.report.quantization import write_report
+
+    recipe = read_recipe(file)
+    chosen = choose_device(None if device == "auto" else device)
+    done = quantize_calibrated(source, out, how, recipe, chosen, tell, tune=tune)
+    tell(f"measuring on {len(recipe.held_out)} held-out prompts")
+    errors = measure(out, done.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
+    summary = summarize(out, done.layers, done.seconds, str(chosen), recipe)
+    report = write_report(out, summary, errors, recipe.held_out)
+    tell(
+        f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "
+        f"final latents {errors.final_db:.1f} dB, pictures {errors.psnr_db:.1f} dB; {report}"
+    )

@@ -61,9 +61,7 @@ def quantize_model(source: Path, out: Path, options: Options, say: Say) -> None:
 
 def pack_unet(part: Part, folder: Path, say: Say) -> None:
     unet = check_unet(part)
-    for name, tensor in part.tensors.items():
-        if not tensor.isfinite().all():
-            raise ModelError(f"{part.where}: tensor {name} is not finite")
+    check_finite(part)
     say(f"unet: packing {sum(value.numel() for value in part.tensors.values()) / 1e6:,.1f} M weights")
     packed = quantize_unet(unet, part.tensors)
     others = {
@@ -72,3 +70,9 @@ def pack_unet(part: Part, folder: Path, say: Say) -> None:
         if name.removesuffix(".weight") not in packed
     }
     write_packed_unet(folder, part.config, packed, others, {"level": "fast"})
+
+
+def check_finite(part: Part) -> None:
+    for name, tensor in part.tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelError(f"{part.where}: tensor {name} is not finite")

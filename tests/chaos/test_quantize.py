@@ -1,0 +1,68 @@
+"""A calibration that is killed goes on where it was, and ends in the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.quantize.test_calib import EMBEDDED, small_unet
+from tests.tools import command, environment, run
+from tinysd_batch.model.info import WEIGHTS
+from tinysd_batch.storage import TEMPORARY_PREFIX
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+LAYERS = 78
+RECIPE = """
+steps = 2
+scale = 2.0
+points = 2
+tokens = 1024
+prompts = ["red apple", "blue heart"]
+held_out = ["lion", "bell"]
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small float model."""
+    folder = tmp_path / "floats"
+    shutil.copytree(EMBEDDED, folder)
+    shutil.rmtree(folder / "unet")
+    small_unet().save_pretrained(folder / "unet")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+def arguments(source: Path, out: Path) -> list[object]:
+    return ["quantize", source, out, "--level", "calib", "--recipe", source.parent / "recipe.toml", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_calibration_goes_on(source: Path, tmp_path: Path, signal_number: int) -> None:
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(*arguments(source, out)), env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.DEVNULL
+    )
+    layers = tmp_path / "killed.work" / "layers"
+    while len(list(layers.glob("*.safetensors"))) < 20:
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.01)
+    os.kill(process.pid, signal_number)
+    process.wait()
+    assert not out.exists()
+    there = {path: path.stat().st_mtime_ns for path in layers.glob("*.safetensors")}
+    assert 20 <= len(there) < LAYERS
+    said = run(*arguments(source, out), OMP_NUM_THREADS="1")
+    assert said.returncode == 0, said.stderr
+    assert f"going on: {len(there)} of {LAYERS} layers are there" in said.stderr
+    whole = tmp_path / "whole"
+    assert run(*arguments(source, whole), OMP_NUM_THREADS="1").returncode == 0
+    assert (out / "unet" / WEIGHTS).read_bytes() == (whole / "unet" / WEIGHTS).read_bytes()
+    assert json.loads((out / "report" / "report.json").read_text())["final_latents_sqnr_db"] > 0
+    assert not (tmp_path / "killed.work").exists()
+    assert not [path for path in tmp_path.rglob(f"{TEMPORARY_PREFIX}*") if signal_number == signal.SIGTERM]

@@ -1,0 +1,190 @@
+"""Quantizing with data: a small float model, calibrated by its own drawings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tools import run_here
+from tinysd_batch.errors import ModelError, UsageError
+from tinysd_batch.model.info import WEIGHTS, read_model_info
+from tinysd_batch.model.packing import unpack
+from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.quantize.calib import quantize_calibrated
+from tinysd_batch.quantize.fast import layers_to_pack, quantize_folder
+from tinysd_batch.quantize.folder import open_source
+from tinysd_batch.quantize.gptq import Part, gptq
+from tinysd_batch.quantize.hessian import column_parts
+from tinysd_batch.quantize.measure import measure
+from tinysd_batch.quantize.recipe import Recipe, read_recipe
+from tinysd_batch.quantize.refine import refine
+from tinysd_batch.quantize.sources import Options
+from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, draw
+from tinysd_batch.quantize.units import Walker, units_of
+from tinysd_batch.quantize.work import open_work
+
+EMBEDDED = Path(__file__).parents[2] / "tinysd_batch" / "embedded" / "model"
+RECIPE = """
+steps = 2
+scale = 2.0
+points = 2
+tokens = 2048
+sweeps = 2
+prompts = ["red apple", "blue heart", "cat", "dog", "green car", "yellow sun"]
+held_out = ["lion", "bell"]
+"""
+CPU = torch.device("cpu")
+
+
+def small_unet() -> UNet2DConditionModel:
+    """Of random weights; its predictions depend on latents, time and text."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=256,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small float model."""
+    folder = tmp_path_factory.mktemp("source") / "floats"
+    shutil.copytree(EMBEDDED, folder)
+    shutil.rmtree(folder / "unet")
+    small_unet().save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def hessian_of(columns: int, seed: int) -> torch.Tensor:
+    x = torch.randn(4 * columns, columns, generator=torch.Generator().manual_seed(seed))
+    x = x @ torch.randn(columns, columns, generator=torch.Generator().manual_seed(seed + 1))
+    hessian = x.T @ x / len(x)
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    return hessian
+
+
+def error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
+    difference = weight - other
+    return float(((difference @ hessian) * difference).sum())
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(16, 32, 16), (8, 128, 64), (5, 96, 32)]))
+@settings(max_examples=20, deadline=None)
+def test_a_layer_errs_less_than_without_data(seed: int, sizes: tuple[int, int, int]) -> None:
+    rows, columns, group_size = sizes
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    hessian = hessian_of(columns, seed)
+    fit = gptq(weight, hessian, group_size)
+    after_gptq = error(weight, fit.matrix(), hessian)
+    part = Part(torch.arange(columns // group_size), weight, hessian, fit)
+    packed = unpack(refine([part], 3), torch.empty(rows, columns))
+    without_data = unpack(quantize_matrix(weight, group_size), torch.empty(rows, columns))
+    assert error(weight, packed, hessian) < 1.02 * after_gptq
+    assert error(weight, packed, hessian) < error(weight, without_data, hessian)
+
+
+def test_a_matrix_that_fits_two_bits_stays() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(0, 4, (8, 128), generator=generator) * 0.5 - 1.0
+    part = Part(torch.arange(2), weight, hessian_of(128, 1), gptq(weight, hessian_of(128, 1), 64))
+    packed = unpack(refine([part], 2), torch.empty(8, 128))
+    assert float((packed - weight).abs().max()) < 0.01
+
+
+def test_parts_of_a_wide_layer_cover_it_once() -> None:
+    layer = torch.nn.Conv2d(192, 4, 3)
+    parts = column_parts(layer, 64, 64 * 9)
+    assert len(parts) == 3
+    assert sorted(torch.cat(parts).tolist()) == list(range(192 * 9 // 64))
+    assert parts[0].tolist() == [3 * tap for tap in range(9)]  # a part is some channels with all their taps
+    assert [part.tolist() for part in column_parts(layer, 64, 10_000)] == [list(range(27))]
+
+
+def test_walking_unit_by_unit_is_the_unet() -> None:
+    unet = small_unet().eval()
+    generator = torch.Generator().manual_seed(1)
+    latents, context = (torch.randn(*shape, generator=generator) for shape in ((3, 4, 16, 16), (3, 5, 256)))
+    times = torch.tensor([1.0, 500.0, 999.0])
+    walked = Walker(unet.config, unet.state_dict(), CPU).predict(latents, times, context, 2)
+    with torch.no_grad():
+        assert torch.allclose(walked, unet(latents, times, context).sample, atol=1e-5)
+    assert [unit.kind for unit in units_of(unet)].count("resnet") == 8
+
+
+def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Path, tmp_path: Path) -> None:
+    said = run_here("quantize", source, tmp_path / "out", "--level", "calib", "--recipe", recipe_file, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "layers, about" in said.stderr
+    assert "held-out" in said.stderr
+    report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    quantize_folder(source, tmp_path / "fast")
+    recipe = read_recipe(recipe_file)
+    assert not (tmp_path / "out.work").exists()
+    files = [tmp_path / name / "unet" / WEIGHTS for name in ("out", "fast")]
+    assert files[0].stat().st_size <= files[1].stat().st_size + 2000  # the same but for headers
+    part = open_source(source, Options()).unet()
+    held = draw(Walker(part.config, part.tensors, CPU), source, recipe, recipe.held_out, HELD_OUT_SEEDS)
+    fast = measure(tmp_path / "fast", held, HELD_OUT_SEEDS, recipe.scale, CPU)
+    assert report["noise_sqnr_db"] > fast.mean_noise_db + 2
+    assert report["final_latents_sqnr_db"] > fast.final_db + 1
+    assert report["classes"]
+    assert sum(layer["bytes"] for layer in report["layers"]) <= report["unet_bytes"]
+    assert {layer["name"] for layer in report["layers"] if layer["bits"] == 2} == set(layers_to_pack(small_unet()))
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "lion; bell" in page
+    assert read_model_info(str(tmp_path / "out")).unet_bytes == report["unet_bytes"]
+
+
+def test_what_was_begun_with_another_recipe_is_not_gone_on_with(
+    source: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = read_recipe(recipe_file)
+    with open_work(tmp_path / "out", {"source": "other", "recipe": recipe.model_dump()}):
+        pass
+    with pytest.raises(ModelError, match=r"out\.work: was begun with another source; delete it to begin anew"):
+        quantize_calibrated(source, tmp_path / "out", Options(), recipe, CPU, lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompts = ['a', 'b']", "held_out"),
+        ("prompts = ['a', 'b']\nheld_out = ['b', 'c']", "'b' is both among prompts and held_out"),
+        ("prompts = ['a', 'b']\nheld_out = ['c', 'd']\nstep = 3", "step = '3'"),
+        ("prompts = ['a', 'b']\nheld_out = ['c', 'd']\ndamping = 0.0", "damping = '0.0'"),
+        ("prompts = [", "not valid TOML"),
+    ],
+)
+def test_faults_in_recipes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"recipe\.toml: .*" + message):
+        read_recipe(path)
+
+
+def test_the_recipes_that_ship_are_whole() -> None:
+    assert isinstance(read_recipe(None), Recipe)
+    for path in (Path(__file__).parents[2] / "configs" / "quantize").glob("*.toml"):
+        assert len(read_recipe(path).prompts) > 100
+
+
+@pytest.mark.parametrize("level", ["best", "Calib"])
+def test_unknown_levels_are_refused(source: Path, tmp_path: Path, level: str) -> None:
+    said = run_here("quantize", source, tmp_path / "out", "--level", level, cwd=tmp_path)
+    assert said.returncode == 2
+    assert f"--level {level}: " in said.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,241 @@
+"""Levels `calib` and `distill`: quantize a UNet with the model's own trajectories as data, in minutes to hours."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tinysd_batch.errors import UsageError
+from tinysd_batch.model.checkpoint import KEEP_ON_META, read_schedule, write_packed_unet
+from tinysd_batch.model.packing import to_matrix
+from tinysd_batch.model.samplers import alphas_cumprod
+from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use
+from tinysd_batch.quantize.distill import Examples, Tuned, distill
+from tinysd_batch.quantize.fast import check_finite, layers_to_pack
+from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
+from tinysd_batch.quantize.hessian import layer_of
+from tinysd_batch.quantize.recipe import Recipe
+from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
+from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, spread_points
+from tinysd_batch.quantize.units import State, Walker, rows_at_once
+from tinysd_batch.quantize.work import Work, digest_of, open_work
+from tinysd_batch.storage import new_folder, storage_errors
+
+TELL_EVERY_S = 10.0
+HESSIANS = 5  # of the widest layer in memory at once: its own, factors and inverses
+TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
+A_LAYER, A_COLUMN = 2e10, 1e7  # what even small ones take, in multiplications
+MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What the report is made of."""
+
+    layers: dict[str, float]  # SQNR in dB of each layer's output, on held-out rows
+    held_out: Trajectories
+    seconds: float
+
+
+def quantize_calibrated(
+    source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *, tune: bool = False
+) -> Calibrated:
+    """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
+
+    A layer is on disk as soon as it is finished, in `OUT.work`: stopped in any way, the same call goes on. Raises
+    ModelError as `fast.quantize_model` does, and where that folder was begun with another source or recipe.
+    """
+    refuse_existing(out)
+    model = open_source(source, options)
+    part = model.unet()
+    check_unet(part)
+    check_finite(part)
+    say(plan(part, recipe))
+    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump()}
+    started = time.monotonic()
+    with storage_errors(out), open_work(out, identity) as work:
+        before = work.seconds()
+        with new_folder(out) as folder:
+            write_json(folder / "unet" / "config.json", part.config)
+            write_others(model, folder, torch.float16, say)
+            calibrating, held_out = draw_all(part, folder, recipe, device, work, say)
+            solved = solve(part, recipe, device, calibrating, held_out, work, say)
+            tuned = tune_all(part, folder, recipe, device, calibrating, solved, say) if tune else None
+            if tuned is None:
+                write_calibrated(part, folder / "unet", solved, {}, "calib")
+            else:
+                write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, "distill")
+        seconds = before + time.monotonic() - started
+        tell_left_out(model, say)
+        done = Calibrated({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds)
+        work.remove()
+    return done
+
+
+def draw_all(
+    part: Part, folder: Path, recipe: Recipe, device: torch.device, work: Work, say: Say
+) -> tuple[Trajectories, Trajectories]:
+    """The float model's trajectories, of the calibration prompts and of the held-out ones."""
+    walker = Walker(part.config, part.tensors, device)
+
+    def drawn(name: str, prompts: list[str], seed: int) -> Trajectories:
+        say(f"drawing {len(prompts):,} {name} prompts in {recipe.steps} steps by the float model")
+        return work.trajectories(name, lambda: draw(walker, folder, recipe, prompts, seed))
+
+    calibrating = drawn("calibration", recipe.prompts, recipe.seed)
+    return calibrating, drawn("held-out", recipe.held_out, recipe.seed + HELD_OUT_SEEDS)
+
+
+def solve(
+    part: Part, recipe: Recipe, device: torch.device, calibrating: Trajectories, held_out: Trajectories, work: Work,
+    say: Say,
+) -> dict[str, Solved]:  # fmt: skip
+    """All layers; what an earlier run finished is taken over."""
+    source, target = (Walker(part.config, part.tensors, device) for _ in range(2))
+    sizes = layers_to_pack(source.unet)
+    known = work.layers()
+    if known:
+        say(f"going on: {len(known):,} of {len(sizes):,} layers are there")
+    progress = Progress(costs(source.unet, sizes, recipe), work, say, set(known), work.seconds())
+    tuning, calibrating_rows = split(spread_points(calibrating, recipe.points), 2 * recipe.points)
+    rows = [
+        *pairs(calibrating_rows, device, "moments"),
+        *pairs(tuning, device, "tuning"),
+        *pairs(spread_points(held_out, MAX_HELD_POINTS), device, "held out"),
+    ]
+    run = Calibration(source, target, sizes, recipe, known, progress.keep)
+    run.run(rows)
+    return run.solved
+
+
+def split(rows: Rows, of_a_prompt: int) -> tuple[Rows, Rows]:
+    """The rows of one prompt in eight, and the others. Of very few prompts the first are none."""
+    prompt = torch.arange(len(rows.latents)) // of_a_prompt
+    chosen = prompt % TUNE_EVERY == TUNE_EVERY // 2
+    first, others = (Rows(rows.latents[at], rows.times[at], rows.context[at]) for at in (chosen, ~chosen))
+    return first, others
+
+
+def pairs(rows: Rows, device: torch.device, use: Use) -> Iterator[Pair]:
+    """Rows on their way, some together."""
+    step = rows_at_once(rows.latents)
+    for parts in zip(*(torch.split(one, step) for one in (rows.latents, rows.times, rows.context)), strict=True):
+        if len(parts[0]):
+            state = State.of(*(part.to(device) for part in parts))
+            yield Pair(state, state.copy(), use)
+
+
+def tune_all(
+    part: Part, folder: Path, recipe: Recipe, device: torch.device, drawn: Trajectories, solved: Mapping[str, Solved],
+    say: Say,
+) -> Tuned | None:  # fmt: skip
+    """Distillation on the calibration prompts' trajectories; None, and a word, where it did not help."""
+    alphas = alphas_cumprod(read_schedule(folder / "scheduler" / "scheduler_config.json"))
+    sigmas = torch.tensor(((1 - alphas) / alphas) ** 0.5, dtype=torch.float32)
+    prompts = torch.arange(len(drawn.context))
+    chosen = prompts % TUNE_EVERY == TUNE_EVERY // 2
+    examples, tuning = (Examples.of(drawn, prompts[at], sigmas) for at in (~chosen, chosen))
+    if not len(tuning.times):
+        raise UsageError(f"distill needs {TUNE_EVERY // 2 + 1} prompts in the recipe or more; it has {len(prompts)}")
+    tuned = distill(part, solved, examples, tuning, recipe, device, say)
+    if tuned is None:
+        say("tuning did not help; what calibration found is kept")
+    return tuned
+
+
+def write_calibrated(
+    part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor], level: str
+) -> None:
+    """The packed UNet: what calibration made, tensors that distillation changed, and the rest as float16."""
+    shapes = {name: tuple(part.tensors[f"{name}.weight"].shape) for name in solved}
+    others = {
+        name: changed.get(name, as_stored(name, value, torch.float16, part.where))
+        for name, value in part.tensors.items()
+        if name.removesuffix(".weight") not in solved
+    }
+    others |= {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
+    packed = {name: (one.weight, shapes[name]) for name, one in solved.items()}
+    write_packed_unet(folder, part.config, packed, others, {"level": level})
+
+
+# What it will take
+
+
+def plan(part: Part, recipe: Recipe) -> str:
+    """How many rows, and the most memory they and the widest layer take."""
+    rows = 2 * recipe.points * len(recipe.prompts) + 2 * MAX_HELD_POINTS * len(recipe.held_out)
+    states = 2 * rows * bytes_of_a_row(part)
+    with KEEP_ON_META:
+        unet = Walker(part.config, {}, KEEP_ON_META).unet
+    widest = max(min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layers_to_pack(unet))
+    hessians = HESSIANS * 4 * widest**2
+    return (
+        f"calibrating on {rows:,} rows: some {(states + hessians) / 1e9:.1f} GB of memory beside the program itself "
+        f"({states / 1e9:.1f} for the rows, {hessians / 1e9:.1f} for the widest layer)"
+    )
+
+
+def bytes_of_a_row(part: Part) -> int:
+    """What a row takes where it takes most, told from a walk without numbers."""
+    walker = Walker(part.config, {}, KEEP_ON_META)
+    config = walker.unet.config
+    side = config.sample_size
+    with KEEP_ON_META, torch.no_grad():
+        state = State.of(
+            torch.empty(1, config.in_channels, side, side),
+            torch.empty(1),
+            torch.empty(1, 8, config.cross_attention_dim),
+        )
+        most = 0
+        for unit in walker.units:
+            unit.run(walker.unet, state)
+            most = max(most, state.nbytes())
+    return most
+
+
+def costs(unet: nn.Module, sizes: Mapping[str, int], recipe: Recipe) -> dict[str, float]:
+    """What each layer takes, in multiplications: its Hessian, its inverse, its sweeps."""
+    found = {}
+    for name in sizes:
+        rows, columns = to_matrix(layer_of(unet, name).weight).shape
+        width = min(columns, recipe.block)
+        per_column = width * (recipe.tokens / 4 + width + (recipe.sweeps + 1) * rows)
+        found[name] = columns * (per_column + A_COLUMN) + A_LAYER
+    return found
+
+
+@dataclass(slots=True)
+class Progress:
+    """Keeps each finished layer, and tells now and then how long the others will take."""
+
+    costs: dict[str, float]
+    work: Work
+    say: Say
+    done: set[str]
+    earlier: float  # seconds that earlier runs took
+    started: float = field(default_factory=time.monotonic)
+    told: float = 0.0
+    spent: float = 0.0  # cost of what this run did
+
+    def keep(self, name: str, solved: Solved) -> None:
+        self.work.keep_layer(name, solved)
+        self.done.add(name)
+        self.spent += self.costs[name]
+        now = time.monotonic()
+        self.work.keep_seconds(self.earlier + now - self.started)
+        if now - self.told >= TELL_EVERY_S or len(self.done) == len(self.costs):
+            self.told = now
+            left = sum(cost for other, cost in self.costs.items() if other not in self.done)
+            seconds = (now - self.started) / self.spent * left
+            self.say(
+                f"{len(self.done):,} of {len(self.costs):,} layers, about {spoken(seconds)} left; "
+                f"{name}: {solved.sqnr_db:.1f} dB"
+            )
+
+
+def spoken(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -1,0 +1,133 @@
+"""What calibration needs to know of a layer: its inputs' second moments, and how far its output is off."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinysd_batch.errors import ModelError
+
+RIDGES = (1.0, 10.0, 100.0)  # times the recipe's damping
+ENOUGH = 4  # tokens for each column: with fewer, damping grows
+MOST_DAMPING = 5  # times that damping is raised tenfold
+
+Layer = nn.Linear | nn.Conv2d
+Tokens = tuple[Tensor, Tensor]  # a layer's inputs [N, K], and gaps [N, O]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A layer's least squares problem: the weights [O, K] near `target` in the metric `hessian` [K, K]."""
+
+    target: Tensor
+    hessian: Tensor
+    mean_x: Tensor  # [K]
+    mean_gap: Tensor  # [O]
+
+
+class Moments:
+    """Sums over tokens x [K] of a layer's inputs in the quantized model, and gaps [O] to what it should say.
+
+    A gap is the float model's output (for layers that close a residual connection: plus what the stream is off by)
+    less what the layer's float weight makes of x.
+    """
+
+    def __init__(self, columns: int, rows: int, device: torch.device) -> None:
+        self.count = 0
+        self.square = torch.zeros(columns, columns, device=device)  # x x^T
+        self.cross = torch.zeros(columns, rows, device=device)  # x gap^T
+        self.sum_x = torch.zeros(columns, device=device)
+        self.sum_gap = torch.zeros(rows, device=device)
+
+    def add(self, x: Tensor, gap: Tensor) -> None:
+        """Tokens [N, K] and their gaps [N, O]."""
+        self.count += len(x)
+        self.square.addmm_(x.T, x)
+        self.cross.addmm_(x.T, gap)
+        self.sum_x += x.sum(dim=0)
+        self.sum_gap += gap.sum(dim=0)
+
+    def problem(self, weight: Tensor, tuning: Tokens | None, *, has_bias: bool, damping: float) -> Problem:
+        """The problem for a float weight [O, K]. Uses up the moments.
+
+        The target makes up for the gaps, as far as ridge regression can tell them from x: with the ridge, of `damping`
+        and larger ones as shares of the Hessian's mean diagonal, that does best on `tuning` tokens. Without tokens the
+        target is the float weight. The Hessian is damped as well, more where tokens are few. With a bias the means are
+        its business, so moments are taken around them.
+        """
+        mean_x, mean_gap = self.sum_x / self.count, self.sum_gap / self.count
+        hessian, cross = self.square.div_(self.count), self.cross.div_(self.count)
+        if has_bias:
+            hessian.addr_(mean_x, mean_x, alpha=-1)
+            cross.addr_(mean_x, mean_gap, alpha=-1)
+        target = weight
+        if tuning is not None:
+            x, gap = tuning
+            if has_bias:
+                x, gap = x - mean_x, gap - mean_gap
+            target = weight + best_shift(hessian, cross, x, gap, damping).T
+        damp(hessian, damping * max(1.0, ENOUGH * len(mean_x) / self.count))
+        return Problem(target, hessian, mean_x, mean_gap)
+
+
+def best_shift(hessian: Tensor, cross: Tensor, x: Tensor, gap: Tensor, least: float) -> Tensor:
+    """The shift [K, O] that tells gaps [N, O] from x [N, K] best, of several ridges' and none."""
+    best, found = gap.square().sum(), torch.zeros_like(cross)
+    for factor in RIDGES:
+        shift = torch.cholesky_solve(cross, damp(hessian.clone(), factor * least))
+        error = (x @ shift - gap).square().sum()
+        if error < best:
+            best, found = error, shift
+    return found
+
+
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    """Add `damping` of its mean diagonal to the Hessian, in place, more if need be; its Cholesky factor."""
+    mean = hessian.diagonal().mean().clamp(min=1e-8)
+    for _ in range(MOST_DAMPING):
+        hessian.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            return torch.as_tensor(factor)
+        damping *= 10
+    raise ModelError("the inputs of a layer are not finite in calibration; is the source a whole model?")
+
+
+def column_parts(layer: Layer, group_size: int, most: int) -> list[Tensor]:
+    """The groups of a layer's rows in parts of at most `most` columns: neighbouring input channels, with all taps."""
+    taps = layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
+    columns = layer.weight[0].numel()
+    groups = torch.arange(columns // group_size).view(taps, -1) if columns // taps % group_size == 0 else None
+    if columns <= most or groups is None:
+        return [torch.arange(columns // group_size)]
+    count = -(-columns // most)
+    return [part.flatten() for part in groups.tensor_split(count, dim=1)]
+
+
+def tokens_of(layer: Layer, x: Tensor) -> Tensor:
+    """A layer's input as the tokens that its matrix multiplies, [R, L, K]; a convolution's K is tap-major."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(len(x), -1, x.shape[-1])
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    if taps == 1 and layer.stride == (1, 1) and sides(layer) == (0, 0):
+        return x.flatten(2).transpose(1, 2)
+    columns = F.unfold(x, layer.kernel_size, 1, sides(layer), layer.stride)  # [R, C taps, L]
+    return columns.view(len(x), x.shape[1], taps, -1).permute(0, 3, 2, 1).flatten(2)
+
+
+def sides(layer: nn.Conv2d) -> tuple[int, ...]:
+    assert not isinstance(layer.padding, str), layer
+    return layer.padding
+
+
+def layer_of(unet: nn.Module, name: str) -> Layer:
+    """A linear or convolution layer by its name."""
+    layer = unet.get_submodule(name)
+    assert isinstance(layer, nn.Linear | nn.Conv2d), (name, type(layer))
+    return layer
+
+
+def tokens_out(y: Tensor) -> Tensor:
+    """A layer's output in the same order of tokens, [R, L, O]."""
+    return y.flatten(2).transpose(1, 2) if y.dim() == 4 else y.reshape(len(y), -1, y.shape[-1])

@@ -1,0 +1,113 @@
+"""What a packed UNet consists of: each layer's sort, bits and bytes."""
+
+import math
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinysd_batch.model.checkpoint import read_tensors
+from tinysd_batch.model.info import WEIGHTS, read_json, read_model_info
+from tinysd_batch.quantize.recipe import Recipe
+
+# By a part of the name; the first that fits decides.
+KINDS = (
+    ("time_emb", "time projections"), ("conv_in", "first and last"), ("conv_out", "first and last"),
+    ("conv_shortcut", "shortcuts"), (".resnets.", "resnet convolutions"), ("samplers.", "resampling"),
+    ("attn2.to_k", "text keys and values"), ("attn2.to_v", "text keys and values"), ("attn", "attention"),
+    (".ff.", "feed-forward"), ("proj_", "block projections"),
+)  # fmt: skip
+FLOATS = "norms and biases"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFound:
+    """A layer's weight."""
+
+    name: str
+    kind: str
+    weights: int
+    bytes: int
+    bits: int
+    sqnr_db: float | None  # None where it was not calibrated
+
+
+@dataclass(slots=True)
+class ClassFound:
+    """All layers of one sort."""
+
+    name: str
+    weights: int = 0
+    bytes: int = 0
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.bytes / self.weights
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A packed model, and what making it took."""
+
+    name: str
+    level: str
+    layers: list[LayerFound]
+    classes: list[ClassFound]
+    unet_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+    recipe: dict[str, Any]
+
+
+def kind_of_layer(name: str) -> str:
+    return next((kind for part, kind in KINDS if part in name), "others")
+
+
+def read_layers(unet: Path, sqnr_db: Mapping[str, float]) -> list[LayerFound]:
+    """Every weight of a packed UNet's folder; norms and biases together as one."""
+    entries = read_json(unet / "config.json")["quantization_config"]["layers"]
+    counts: dict[str, int] = {name: math.prod(entry["shape"]) for name, entry in entries.items()}
+    sizes: dict[str, int] = {}
+    for name, tensor in read_tensors(unet / WEIGHTS).items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "bias" or (tensor.dim() < 2 and layer not in entries):
+            layer = FLOATS
+        if layer not in entries:
+            counts[layer] = counts.get(layer, 0) + tensor.numel()
+        sizes[layer] = sizes.get(layer, 0) + tensor.numel() * tensor.element_size()
+    return [
+        LayerFound(
+            name, FLOATS if name == FLOATS else kind_of_layer(name), counts[name], size,
+            entries[name]["bits"] if name in entries else 16, sqnr_db.get(name),
+        )
+        for name, size in sizes.items()
+    ]  # fmt: skip
+
+
+def classes_of(layers: list[LayerFound]) -> list[ClassFound]:
+    """Largest first."""
+    found: dict[str, ClassFound] = {}
+    for layer in layers:
+        each = found.setdefault(layer.kind, ClassFound(layer.kind))
+        each.weights += layer.weights
+        each.bytes += layer.bytes
+    return sorted(found.values(), key=lambda each: -each.bytes)
+
+
+def summarize(out: Path, sqnr_db: Mapping[str, float], seconds: float, device: str, recipe: Recipe) -> Summary:
+    """Of the packed model in `out`, which this process has just made."""
+    layers = read_layers(out / "unet", sqnr_db)
+    config = read_json(out / "unet" / "config.json")["quantization_config"]
+    return Summary(
+        name=read_model_info(str(out)).name,
+        level=config["level"],
+        layers=layers,
+        classes=classes_of(layers),
+        unet_bytes=(out / "unet" / WEIGHTS).stat().st_size,
+        seconds=seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        device=device,
+        recipe={**recipe.model_dump(exclude={"prompts", "held_out"}), "prompts": len(recipe.prompts)},
+    )

@@ -1,0 +1,95 @@
+"""What calibration has finished, on disk beside the folder to be written, so that a stopped run goes on."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint import read_tensors
+from tinysd_batch.model.packing import PackedWeight
+from tinysd_batch.quantize.calibrate import Solved
+from tinysd_batch.quantize.trajectories import Trajectories
+from tinysd_batch.storage import lock, sweep_temporaries, write_atomically
+
+VERSION = 1  # of the method: what another one left is not gone on with
+INDEX = "work.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The folder `OUT.work`."""
+
+    path: Path
+
+    def trajectories(self, name: str, make: Callable[[], Trajectories]) -> Trajectories:
+        """Read what was drawn before, or draw it now and keep it."""
+        path = self.path / f"{name}.safetensors"
+        if not path.exists():
+            drawn = make()
+            write_atomically(to_safetensors({each.name: getattr(drawn, each.name) for each in fields(drawn)}), path)
+        return Trajectories(**read_tensors(path))
+
+    def keep_layer(self, name: str, solved: Solved) -> None:
+        tensors = dict(solved.weight.tensors())
+        tensors["sqnr_db"] = torch.tensor(solved.sqnr_db)
+        if solved.bias is not None:
+            tensors["bias"] = solved.bias
+        write_atomically(to_safetensors(tensors), self.path / "layers" / f"{name}.safetensors")
+
+    def layers(self) -> dict[str, Solved]:
+        """The layers that are finished."""
+        found = {}
+        for path in sorted((self.path / "layers").glob("*.safetensors")):
+            tensors = {name: value.clone() for name, value in read_tensors(path).items()}
+            sqnr_db, bias = float(tensors.pop("sqnr_db")), tensors.pop("bias", None)
+            found[path.stem] = Solved(PackedWeight(**tensors), bias, sqnr_db)
+        return found
+
+    def seconds(self) -> float:
+        """What earlier runs took."""
+        path = self.path / "seconds.json"
+        return float(json.loads(path.read_text())) if path.exists() else 0.0
+
+    def keep_seconds(self, seconds: float) -> None:
+        write_atomically(json.dumps(seconds).encode(), self.path / "seconds.json")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def open_work(out: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
+    """The work folder beside `out`, for one process at a time. `identity` says what is being made of what.
+
+    Raises ModelError where it was begun with something else, and JobLockedError where another process has it.
+    """
+    work = Work(out.absolute().parent / f"{out.name}.work")
+    with lock(work.path / "state" / "lock"):
+        path = work.path / INDEX
+        wanted = {"version": VERSION, **identity}
+        if path.exists() and (found := json.loads(path.read_text())) != wanted:
+            other = next(name for name in wanted if found.get(name) != wanted[name])
+            raise ModelError(
+                f"{work.path}: was begun with another {other}; delete it to begin anew, or name another OUT"
+            )
+        sweep_temporaries(work.path, work.path / "layers")
+        write_atomically(json.dumps(wanted).encode(), path)
+        yield work
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b of names and numbers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""The report on a calibrated model: `report.json` for machines, `index.html` and `pictures.png` to look at."""
+
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tinysd_batch.quantize.measure import Errors
+from tinysd_batch.quantize.summary import Summary
+from tinysd_batch.storage import write_atomically
+
+FOLDER = "report"
+MOST_SHOWN = 16
+CELL_PX = 128
+GAP_PX = 4
+DIFFERENCE_GAIN = 3  # differences are shown so many times as large
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } th { text-align: left } th, td { padding: .15rem .8rem .15rem 0 }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100% }
+.bar { display: inline-block; height: .7rem; background: #4a7bb5 } h1 { font-size: 1.5rem } h2 { font-size: 1.15rem }
+"""
+
+
+def write_report(out: Path, summary: Summary, errors: Errors, prompts: Sequence[str]) -> Path:
+    """Write `report/` into a model folder; its page is returned."""
+    folder = out / FOLDER
+    write_atomically(png_of(picture_sheet(errors)), folder / "pictures.png")
+    content = as_dict(summary, errors, prompts)
+    write_atomically((json.dumps(content, indent=1) + "\n").encode(), folder / "report.json")
+    write_atomically(page(content).encode(), folder / "index.html")
+    return folder / "index.html"
+
+
+def as_dict(summary: Summary, errors: Errors, prompts: Sequence[str]) -> dict[str, Any]:
+    layers = [
+        {"name": one.name, "class": one.kind, "weights": one.weights, "bits": one.bits, "bytes": one.bytes,
+         "sqnr_db": None if one.sqnr_db is None else round(one.sqnr_db, 2)}
+        for one in summary.layers
+    ]  # fmt: skip
+    return {
+        "name": summary.name, "level": summary.level, "unet_bytes": summary.unet_bytes,
+        "seconds": round(summary.seconds, 1), "peak_memory_bytes": summary.peak_memory_bytes,
+        "device": summary.device, "recipe": summary.recipe,
+        "noise_sqnr_db": round(errors.mean_noise_db, 2), "final_latents_sqnr_db": round(errors.final_db, 2),
+        "pictures_psnr_db": round(errors.psnr_db, 2), "prompts": list(prompts),
+        "along_the_trajectory": [
+            {"time": time, "noise_sqnr_db": round(noise, 2), "latents_sqnr_db": round(latents, 2)}
+            for time, noise, latents in zip(errors.times, errors.noise_db, errors.latents_db, strict=True)
+        ],
+        "classes": [
+            {"name": one.name, "weights": one.weights, "bytes": one.bytes, "bits": round(one.bits, 3)}
+            for one in summary.classes
+        ],
+        "layers": layers,
+    }  # fmt: skip
+
+
+def picture_sheet(errors: Errors) -> Image.Image:
+    """A row for each of the first pictures: float, packed, difference; several rows side by side."""
+    rows = [
+        np.concatenate([cell(one) for one in (floats, packed, difference(floats, packed))], axis=1)
+        for floats, packed in zip(errors.floats[:MOST_SHOWN], errors.packed[:MOST_SHOWN], strict=True)
+    ]
+    rows += [np.ones_like(rows[0])] * (len(rows) % 2)
+    lines = [np.concatenate([left, np.ones_like(left[:, : 4 * GAP_PX]), right], axis=1)
+             for left, right in zip(rows[::2], rows[1::2], strict=True)]  # fmt: skip
+    return Image.fromarray((np.concatenate(lines) * 255).round().astype(np.uint8))
+
+
+def difference(floats: npt.NDArray[np.float32], packed: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Grey where both agree."""
+    shown: npt.NDArray[np.float32] = np.clip(0.5 + DIFFERENCE_GAIN / 2 * (packed - floats), 0, 1)
+    return shown
+
+
+def cell(picture: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A picture at the sheet's size, with a margin."""
+    image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((CELL_PX, CELL_PX))
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    return np.pad(pixels, ((0, GAP_PX), (0, GAP_PX), (0, 0)), constant_values=1)
+
+
+def png_of(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+# The page
+
+
+def page(content: Mapping[str, Any]) -> str:
+    worst = sorted((one for one in content["layers"] if one["sqnr_db"] is not None), key=lambda one: one["sqnr_db"])
+    minutes, seconds = divmod(round(content["seconds"]), 60)
+    facts = [
+        ("UNet on disk", f"{content['unet_bytes'] / 1e6:,.1f} MB"),
+        ("guided noise prediction, mean over times", f"{content['noise_sqnr_db']:.2f} dB"),
+        ("final latents", f"{content['final_latents_sqnr_db']:.2f} dB"),
+        ("pictures (PSNR)", f"{content['pictures_psnr_db']:.2f} dB"),
+        ("time", f"{minutes}:{seconds:02} on {content['device']}"),
+        ("peak memory, with mapped files", f"{content['peak_memory_bytes'] / 1e9:.2f} GB"),
+    ]
+    classes = [
+        (one["name"], f"{one['weights'] / 1e6:,.2f} M", f"{one['bits']:.2f}", f"{one['bytes']:,}")
+        for one in content["classes"]
+    ]
+    times = [
+        (f"{one['time']:.0f}", f"{one['noise_sqnr_db']:.1f}", f"{one['latents_sqnr_db']:.1f}")
+        for one in content["along_the_trajectory"]
+    ]
+    layers = [(one["name"], one["class"], f"{one['bits']}", f"{one['sqnr_db']:.1f}") for one in worst]
+    title = html.escape(f"{content['name']}: level {content['level']}")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+<p>Measured on {len(content["prompts"])} prompts and seeds that calibration never saw. Decibels are signal to noise:
+power of what the float model says over power of the difference; larger is better, 10 more is a tenth of the error.</p>
+{table((), facts)}
+<h2>Pictures</h2>
+<p>Float, packed, and {DIFFERENCE_GAIN} times the difference (grey: none).</p>
+<p><img src="pictures.png" alt="Held-out prompts drawn by the float and by the packed model"></p>
+<p>{html.escape("; ".join(content["prompts"][:MOST_SHOWN]))}</p>
+<h2>Bytes by sort of layer</h2>
+{table(("layers", "weights", "bits each", "bytes"), classes)}
+<h2>Along the trajectory</h2>
+<p>Noise: predicted where the float model went. Latents: after the step, each model on its own way.</p>
+{table(("time", "noise dB", "latents dB"), times)}
+<h2>Layers, worst first</h2>
+<p>Of each layer's output on held-out prompts, in the packed model, against the float model's.</p>
+{table(("layer", "sort", "bits", "dB"), layers)}
+</body></html>
+"""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column is words, the others are numbers."""
+    top = "".join(f"<th{number_class(at)}>{html.escape(name)}</th>" for at, name in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(f"<td{number_class(at)}>{html.escape(text)}</td>" for at, text in enumerate(row)) + "</tr>\n"
+        for row in rows
+    )
+    return f"<table><tr>{top}</tr>\n{body}</table>"
+
+
+def number_class(column: int) -> str:
+    return ' class="number"' if column else ""
