@@ -5,6 +5,7 @@ streams. On the CPU the "device" is a buffer in memory: the same code copies, wa
 """
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,8 @@ class Residency:
         finally:
             for fragment in fragments:
                 fragment.offload()
+            if self.device.type == "cpu":
+                return_freed_memory()
 
     @contextlib.contextmanager
     def streaming(self, fragments: Sequence[Fragment]) -> Iterator[None]:
@@ -114,6 +117,12 @@ class Residency:
         if known is None or known.nbytes != sum(piece.nbytes for piece in pieces):
             known = self.arenas[first] = Arena.of(pieces)
         return known
+
+
+def return_freed_memory() -> None:
+    """Hand the system what this phase has freed, which glibc would keep for itself."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lies_ready(tensor: HostTensor) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.model.checkpoint import read_tensors
 from tinysd_batch.model.info import WEIGHTS, read_json, read_model_info
+from tinysd_batch.model.mapped import MappedTensors
 from tinysd_batch.quantize.recipe import Recipe
 
 # By a part of the name; the first that fits decides.
@@ -70,7 +70,7 @@ def read_layers(unet: Path, sqnr_db: Mapping[str, float]) -> list[LayerFound]:
     entries = read_json(unet / "config.json")["quantization_config"]["layers"]
     counts: dict[str, int] = {name: math.prod(entry["shape"]) for name, entry in entries.items()}
     sizes: dict[str, int] = {}
-    for name, tensor in read_tensors(unet / WEIGHTS).items():
+    for name, tensor in MappedTensors.read(unet / WEIGHTS).items():
         layer, _, leaf = name.rpartition(".")
         if leaf == "bias" or (tensor.dim() < 2 and layer not in entries):
             layer = FLOATS

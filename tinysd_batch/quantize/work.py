@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import read_tensors
+from tinysd_batch.model.mapped import MappedTensors
 from tinysd_batch.model.packing import PackedWeight
 from tinysd_batch.quantize.calibrate import Solved
 from tinysd_batch.quantize.trajectories import Trajectories
@@ -36,7 +36,7 @@ class Work:
         if not path.exists():
             drawn = make()
             write_atomically(to_safetensors({each.name: getattr(drawn, each.name) for each in fields(drawn)}), path)
-        return Trajectories(**read_tensors(path))
+        return Trajectories(**MappedTensors.read(path))
 
     def keep_layer(self, name: str, solved: Solved) -> None:
         tensors = dict(solved.weight.tensors())
@@ -49,7 +49,7 @@ class Work:
         """The layers that are finished."""
         found = {}
         for path in sorted((self.path / "layers").glob("*.safetensors")):
-            tensors = {name: value.clone() for name, value in read_tensors(path).items()}
+            tensors = {name: value.clone() for name, value in MappedTensors.read(path).items()}
             sqnr_db, bias = float(tensors.pop("sqnr_db")), tensors.pop("bias", None)
             found[path.stem] = Solved(PackedWeight(**tensors), bias, sqnr_db)
         return found
