@@ -113,9 +113,7 @@ def measure_job_layer(images: int = 1000) -> None:
             job.folder, job.scratch, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None
         )
         pool = InlinePool(setup)
-        pool.worker = Worker.__new__(Worker)
-        pool.worker.setup, pool.worker.name = setup, "trivial"
-        pool.worker.model = TrivialModel()  # type: ignore[assignment]
+        pool.worker = Worker(setup, "trivial", TrivialModel())  # type: ignore[arg-type]
         elapsed = seconds(lambda: run_job(job, lambda _: pool, Silent(), lambda: False))
         payloads = [path.read_bytes() for path in (job.folder / "images").rglob("*.png")]
         writes = seconds(lambda: write_synced(Path(folder), payloads))

@@ -3,17 +3,26 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import os
+import random
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from tinysd_batch.errors import JobLockedError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_FILE_BYTES = 100_000_000  # a larger picture is not one of ours
+ATTEMPTS = 6  # at a write that fails by what may pass, with 0.5, 1, 2, 4 and 8 seconds between, give or take a half
+TRANSIENT = {
+    errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
 
 
@@ -25,6 +34,32 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(f"{path}: {reason}; make room or choose another folder, then try again") from error
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a StorageError's cause may pass by itself: a network file system that is away for a while, say."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in TRANSIENT
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def patiently(write: Callable[P, R]) -> Callable[P, R]:
+    """Have a write that can be repeated wait and try again, before it raises what may be transient."""
+
+    @functools.wraps(write)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> R:
+        for attempt in range(ATTEMPTS - 1):
+            try:
+                return write(*args, **kwargs)
+            except StorageError as error:
+                if not is_transient(error):
+                    raise
+            time.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+        return write(*args, **kwargs)
+
+    return tried
 
 
 def check_regular(path: Path) -> None:
@@ -69,6 +104,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@patiently
 def write_atomically(data: bytes, path: Path) -> None:
     """Put `data` at `path`, replacing what is there. Readers see the old file or the new one, never a part."""
     with storage_errors(path):
@@ -78,6 +114,7 @@ def write_atomically(data: bytes, path: Path) -> None:
         sync_folder(path.parent)
 
 
+@patiently
 def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> bytes:
     """Put `data` at `path` unless the same thing is there already; return what the file holds now.
 
