@@ -62,7 +62,7 @@ POLICY = {
     Fault.STORAGE: Policy(Action.STOP, Charged.NOBODY),
     Fault.DEVICE_BROKEN: Policy(Action.SUSPECT, Charged.IMAGE),  # the worker's process ends itself
     Fault.WORKER_DIED: Policy(Action.SUSPECT, Charged.IMAGE),
-    Fault.HUNG: Policy(Action.SUSPECT, Charged.IMAGE),  # no answer by the deadline: see `job.deadline`
+    Fault.HUNG: Policy(Action.SUSPECT, Charged.IMAGE),  # no answer by the deadline: see `scheduler.Patience`
     Fault.HOST_OUT_OF_MEMORY: Policy(Action.FEWER, Charged.NODE),
     Fault.NODE_LOST: Policy(Action.REQUEUE, Charged.NOBODY),
 }

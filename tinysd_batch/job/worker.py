@@ -83,29 +83,17 @@ class Worker:
 
     def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
         """Loads the model `setup` names, unless one is given."""
-        if setup.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
-        import torch
-
-        from tinysd_batch.model.pipeline import TinySD
-
-        torch.set_num_threads(setup.threads)
         self.setup = setup
         self.name = name
         self.limits: defaultdict[Shape, Limit] = defaultdict(Limit)
-        self.model = model or TinySD.from_pretrained(
-            setup.model_path,
-            device=None if setup.device == "auto" else setup.device,
-            dtype=None if setup.precision == "auto" else setup.precision,
-            vram_budget=setup.vram_budget,
-            turbo=setup.turbo,
-            unet_bs=setup.unet_bs,
-        )
+        self.model = model or load_model(setup)
 
     def describe(self) -> dict[str, Any]:
-        """What the driver shows and checks: versions, device, process."""
+        """What the driver shows and checks: version, model, precision, device, process."""
         return {
             "version": tinysd_batch.__version__,
+            "model_digest": self.model.info.digest,
+            "precision": str(self.model.dtype).removeprefix("torch."),
             "device_name": self.model.device_name,
             "node": platform.node(),
             "pid": os.getpid(),
@@ -123,21 +111,13 @@ class Worker:
             yield self.generate_batch(batch)
 
     def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
-        adopted = [result for image in batch.images if image.index in batch.wanted if (result := self.adopt(image))]
+        """Results of the wanted images. A batch of which none is wanted is a trial: drawn, and thrown away."""
+        if not batch.wanted:
+            return self.make(batch.images, batch.wanted) or [ImageResult(batch.images[0].index, Status.OK)]
+        wanted = [image for image in batch.images if image.index in batch.wanted]
+        adopted = [result for image in wanted if (result := adopt(self.setup.job_folder, image))]
         missing = batch.wanted - {result.index for result in adopted}
         return adopted + (self.make(batch.images, missing) if missing else [])
-
-    def adopt(self, request: ImageRequest) -> ImageResult | None:
-        """The result of an image that is on disk already: a run that died after the file and before its row left it."""
-        path = self.setup.job_folder / request.file_name
-        with storage_errors(path):
-            if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-                return None
-            data = path.read_bytes()
-        made = record_in(data, request)
-        if made is None:
-            return None
-        return self.file_columns(ImageResult(request.index, Status.OK, **made), request, data)
 
     def make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
         """Generate and publish; where that fails, do what `failures.POLICY` says, so that one image costs only itself.
@@ -251,7 +231,7 @@ class Worker:
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
             there = publish(data, path, self.setup.scratch, lambda found: record_in(found, request) is not None)
-        return self.file_columns(result, request, there)
+        return file_columns(result, request, there)
 
     def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
         """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
@@ -277,11 +257,42 @@ class Worker:
             "made": {name: made[name] for name in EMBEDDED_COLUMNS},
         }
 
-    def file_columns(self, result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
-        result.file_name = request.file_name
-        result.sha256 = hashlib.sha256(data).hexdigest()
-        result.bytes = len(data)
-        return result
+
+def load_model(setup: WorkerSetup) -> "TinySD":
+    """Raises UsageError for a model or a device that cannot be used."""
+    if setup.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
+    import torch
+
+    from tinysd_batch.model.pipeline import TinySD
+
+    torch.set_num_threads(setup.threads)
+    return TinySD.from_pretrained(
+        setup.model_path,
+        device=None if setup.device == "auto" else setup.device,
+        dtype=None if setup.precision == "auto" else setup.precision,
+        vram_budget=setup.vram_budget,
+        turbo=setup.turbo,
+        unet_bs=setup.unet_bs,
+    )
+
+
+def adopt(job_folder: Path, request: ImageRequest) -> ImageResult | None:
+    """The result of an image that is on disk already: a worker that died after the file and before its row left it."""
+    path = job_folder / request.file_name
+    with storage_errors(path):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+            return None
+        data = path.read_bytes()
+    made = record_in(data, request)
+    return None if made is None else file_columns(ImageResult(request.index, Status.OK, **made), request, data)
+
+
+def file_columns(result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
+    result.file_name = request.file_name
+    result.sha256 = hashlib.sha256(data).hexdigest()
+    result.bytes = len(data)
+    return result
 
 
 def record_in(data: bytes, request: ImageRequest) -> dict[str, Any] | None:
