@@ -23,6 +23,7 @@ TRANSIENT = {
     errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
+TAKE_OVER_S = 10.0  # a write takes less
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
 
 
@@ -162,34 +163,109 @@ def sweep_temporaries(*folders: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+class Held:
+    """A job's lock in our hands. `guard` surrounds every write that another driver could take for its own."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        self.handle = handle
+        self.path = path
+        self.depth = 0
+
+    def is_ours(self) -> bool:
+        return self.path.exists() and os.path.samestat(os.fstat(self.handle), self.path.stat())
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Nobody takes the job over meanwhile; raise JobLockedError when somebody has, while we were stopped, say."""
+        with contextlib.ExitStack() as gate:
+            if self.depth == 0:
+                gate.enter_context(gate_of(self.path, wait_s=None))
+                if not self.is_ours():
+                    raise JobLockedError(
+                        f"{self.path.parent.parent}: another tinysd-batch (process {owner_of(self.path)}) has taken "
+                        f"this job over; this one writes nothing more"
+                    )
+            self.depth += 1
+            try:
+                yield
+            finally:
+                self.depth -= 1
+
+
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it."""
+def gate_of(path: Path, wait_s: float | None) -> Iterator[None]:
+    """Hold the folder of the lock `path` for the time of a write. Raises JobLockedError after `wait_s`, if given."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        deadline = None if wait_s is None else time.monotonic() + wait_s
+        while deadline is not None and not try_flock(folder):
+            if time.monotonic() > deadline:
+                owner = owner_of(path)
+                raise JobLockedError(
+                    f"{path.parent.parent}: process {owner} is in the middle of a write; end it (kill -9 {owner}) first"
+                )
+            time.sleep(0.1)
+        if deadline is None:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def try_flock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def owner_of(path: Path) -> str:
+    return path.read_text().strip() or "unknown"
+
+
+@contextlib.contextmanager
+def lock(path: Path, take_over: bool = False) -> Iterator[Held]:
+    """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it.
+
+    With `take_over` it is taken from one that has it, who finds out before its next write.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            check_regular(path)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        handle = open_lock(path)
     try:
-        take_lock(handle, path)
-        yield
+        if not try_flock(handle):
+            if not take_over:
+                raise JobLockedError(
+                    f"{path.parent.parent}: another tinysd-batch (process {owner_of(path)}) works on this job; wait "
+                    f"for it, stop it, or where that cannot be, take the job from it with --take-over"
+                )
+            theirs, handle = handle, take_from_owner(path)
+            os.close(theirs)
+        held = Held(handle, path)
+        if not held.is_ours():
+            raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
+        with storage_errors(path):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
+        yield held
     finally:
         os.close(handle)
 
 
-def take_lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = path.read_text().strip() or "unknown"
-        raise JobLockedError(
-            f"{path.parent.parent}: another tinysd-batch (process {owner}) works on this job; wait for it or stop it"
-        ) from None
-    if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-        raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
-    with storage_errors(path):
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+def open_lock(path: Path) -> int:
+    if path.exists():
+        check_regular(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def take_from_owner(path: Path) -> int:
+    """Put a lock of our own in the place of another's, between two of its writes."""
+    with gate_of(path, TAKE_OVER_S), storage_errors(path):
+        path.unlink(missing_ok=True)
+        handle = open_lock(path)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
 
 
 @contextlib.contextmanager

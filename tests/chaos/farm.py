@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.02)
     parser.add_argument("--patience", type=float, default=120.0)
+    parser.add_argument("--take-over", action="store_true")
     given = parser.parse_args()
     setattr(dispatch, "Patience", functools.partial(Patience, given.patience, 10.0, given.patience))  # noqa: B010
     job = open_job(given.manifest, given.job, Settings(height=64, width=64, seed=1))
@@ -86,8 +87,9 @@ def main() -> int:
     with stop_on_signals() as stop, RunProgress(Console(highlight=False), verbose=False) as progress:
         try:
             summary = run_job(
-                job, lambda _: CursedPool(setup, given.workers, given.seconds), progress, lambda: bool(stop)
-            )
+                job, lambda _: CursedPool(setup, given.workers, given.seconds), progress, lambda: bool(stop),
+                take_over=given.take_over,
+            )  # fmt: skip
         except TinySDError as error:
             print(error, file=sys.stderr)
             return error.exit_code

@@ -56,6 +56,10 @@ def submit(
             show_default=False,
         ),
     ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Take the job from another tinysd-batch that has it and does not answer."),
+    ] = False,
     preset: options.Preset = None,
     strict: options.Strict = False,
     verbose: options.Verbose = False,
@@ -68,7 +72,7 @@ def submit(
     flags = {**settings, "workers": workers, "inline": inline or None, "strict": strict or None}
     job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags)
     console = Console(highlight=False)
-    raise typer.Exit(run(job, named_model, limit, verbose, console))
+    raise typer.Exit(run(job, named_model, limit, verbose, console, take_over))
 
 
 def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
@@ -101,7 +105,9 @@ def prepare(manifest: Path, output: Path | None, presets: list[Path], flags: dic
     return open_job(manifest, output or folder or default_folder(manifest), settings), named
 
 
-def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console: "Console") -> int:
+def run(
+    job: "Job", named_model: bool, limit: int | None, verbose: bool, console: "Console", take_over: bool = False
+) -> int:
     """Run the job and return the exit code."""
     from tinysd_batch.cli.signals import stop_on_signals
     from tinysd_batch.job.driver import run_job
@@ -114,7 +120,7 @@ def run(job: "Job", named_model: bool, limit: int | None, verbose: bool, console
             with RunProgress(console, verbose) as progress:
                 if not named_model:
                     progress.on_start = lambda images: warn_of_embedded_model(images, progress.say)
-                summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit)
+                summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit, take_over)
                 settings = job.settings
                 sheet = None if settings.skip_grid else write_contact_sheet(job.folder, settings.n_rows)
         except KeyboardInterrupt:

@@ -106,7 +106,7 @@ class Dispatch:
 
     def drain(self) -> None:
         """Have each busy worker finish and deliver the micro-batch it is at, and leave the rest."""
-        with storage_errors(self.job.stop_file):
+        with self.writer.guard(), storage_errors(self.job.stop_file):
             self.job.stop_file.touch()
         deadline = self.clock() + GRACE_S
         while self.flights and self.clock() < deadline:

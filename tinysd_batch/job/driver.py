@@ -23,7 +23,7 @@ from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.job.pool import Pool
 from tinysd_batch.job.results import ResultsPaths, ResultsWriter, invalid_row, results_schema
 from tinysd_batch.records import InvalidRow, MicroBatch, Row, Status
-from tinysd_batch.storage import lock, sweep_temporaries
+from tinysd_batch.storage import Held, lock, sweep_temporaries
 
 __all__ = ["PoolFactory", "Progress", "Summary", "run_job"]
 
@@ -60,17 +60,21 @@ PoolFactory = Callable[[int], AbstractContextManager[Pool]]
 
 
 def run_job(
-    job: Job, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool], limit: int | None = None
-) -> Summary:
-    """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make."""
+    job: Job, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool], limit: int | None = None,
+    take_over: bool = False,
+) -> Summary:  # fmt: skip
+    """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make.
+
+    With `take_over` the job is taken from a driver that has it and does not give it up.
+    """
     started = time.monotonic()
     surveyed = survey(job)
     new_folders = missing_folders(job.folder)
-    with lock(job.state / "lock"):
+    with lock(job.state / "lock", take_over) as held:
         check_still_same_job(job)
         is_new = not (job.folder / JOB_FILE).exists()
         try:
-            summary = run_locked(job, surveyed, open_pool, progress, should_stop, limit)
+            summary = run_locked(job, surveyed, open_pool, progress, should_stop, limit, held)
         except UsageError:
             if is_new and not read_finished(job).images:
                 take_back(job, new_folders)
@@ -81,13 +85,13 @@ def run_job(
 
 def run_locked(
     job: Job, surveyed: Survey, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool],
-    limit: int | None,
+    limit: int | None, held: Held,
 ) -> Summary:  # fmt: skip
     total = min(surveyed.images, limit) if limit else surveyed.images
     sweep(job)
     job.stop_file.unlink(missing_ok=True)
     schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
-    writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid))
+    writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid), held.guard)
     done = read_finished(job)
     finished = {index for index in done.images if 1 <= index <= total}
     summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
@@ -100,9 +104,10 @@ def run_locked(
             with open_pool(summary.left) as pool:
                 Dispatch(job, pool, writer, progress, summary, within(batches, total)).run(should_stop)
     finally:
-        sweep(job)  # a killed worker cannot clean up
-        job.stop_file.unlink(missing_ok=True)
-        writer.seal()
+        with held.guard():
+            sweep(job)  # a killed worker cannot clean up
+            job.stop_file.unlink(missing_ok=True)
+            writer.seal()
         progress.durable()
     summary.stopped = bool(summary.left)
     return summary

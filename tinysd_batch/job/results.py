@@ -8,8 +8,8 @@ A sealed file names the journal parts it holds, so a crash between sealing and d
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,7 +132,12 @@ def order_key(row: dict[str, Any]) -> tuple[int, int]:
 class ResultsWriter:
     """Collects rows, makes them durable about once a second, and seals them at the end."""
 
-    def __init__(self, job_folder: Path, schema: pa.Schema, total_rows: int) -> None:
+    def __init__(
+        self, job_folder: Path, schema: pa.Schema, total_rows: int,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        """`guard` surrounds every write, and raises where another driver has taken the job over."""
+        self.guard = guard
         self.paths = ResultsPaths(job_folder)
         self.schema = schema
         self.big = total_rows > ONE_FILE_ROWS
@@ -158,7 +163,9 @@ class ResultsWriter:
         if not self.buffer:
             return False
         table = pa.Table.from_pylist(self.buffer, self.schema)
-        write_atomically(to_parquet(table, compression="none"), self.paths.journal / f"{self.sequence:08d}.parquet")
+        with self.guard():
+            part = self.paths.journal / f"{self.sequence:08d}.parquet"
+            write_atomically(to_parquet(table, compression="none"), part)
         self.journal_rows += len(self.buffer)
         self.sequence += 1
         self.buffer.clear()
@@ -178,8 +185,9 @@ class ResultsWriter:
             table = pa.Table.from_pylist(sorted(newest_of_each(rows), key=order_key), self.schema)
         covers = json.dumps([part.stem for part in parts]).encode()
         table = table.replace_schema_metadata({COVERS: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
-        write_atomically(to_parquet(table), self.next_part() if self.big else self.paths.one_file)
-        self.paths.drop_covered_journal()
+        with self.guard():
+            write_atomically(to_parquet(table), self.next_part() if self.big else self.paths.one_file)
+            self.paths.drop_covered_journal()
         self.journal_rows = 0
 
     def next_part(self) -> Path:
