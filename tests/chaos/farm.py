@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ class CursedModel(TrivialModel):
 
 
 class CursedProcess(TrivialProcess):
+    """With `FARM_APART` in the environment it has the storage of another machine."""
+
     model_class = CursedModel
+
+    def __init__(self, setup: WorkerSetup, name: str) -> None:
+        super().__init__(replace(setup, scratch=Path(os.environ.get("FARM_APART", setup.scratch))), name)
 
 
 class CursedPool(TrivialPool):

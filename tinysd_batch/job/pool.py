@@ -31,6 +31,8 @@ LOOK_EVERY_S = 5.0  # for cards that came and went
 WORKER_WAIT_S = 600.0  # for cards to join a cluster that has none
 BROKEN_EXIT_CODE = 70
 OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
+EXIT_DETAIL = re.compile(r"Worker exit detail: (.+?)(?:\. Some common causes|$)", re.MULTILINE)
+NOT_TELLING = ("File ", "ray::", "^", "The actor", "class_name", "actor_id", "pid:", "namespace:", "ip:", "name:")
 OBJECT_STORE_BYTES = 80 * 2**20  # only small records travel; Ray's default would take a third of memory
 
 
@@ -411,11 +413,12 @@ def cpu_workers(images: int, wanted: int | None, small_model: bool) -> tuple[int
 
 
 def fault_line(error: Exception) -> str:
-    """The most telling line of a Ray error, which carries whole tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if not line.startswith(("File ", "ray::", "^", "The actor", "class_name", "actor_id"))
-    ]
+    """The most telling line of a Ray error, which carries whole tracebacks, or Ray's explanation of a death."""
+    text = str(error)
+    if detail := EXIT_DETAIL.search(text):
+        return f"its process died: {detail[1].strip()}"[:300]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(NOT_TELLING)]
     return (telling[-1] if telling else type(error).__name__)[:300]
 
 
