@@ -43,6 +43,9 @@ class CursedModel(TrivialModel):
     """Does what the prompt says."""
 
     def generate(self, prompt: Sequence[str], seed: Sequence[int], **more: Any) -> Any:
+        if count := os.environ.get("FARM_COUNT"):  # a byte for each image begun
+            with Path(count).open("ab", buffering=0) as file:
+                file.write(b"." * len(prompt))
         for text in prompt:
             self.suffer(text)
         return super().generate(prompt, seed, **more)

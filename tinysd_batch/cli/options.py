@@ -72,6 +72,9 @@ SETTINGS = {
     "skip_save": Setting(bool, ("--skip_save", "--skip-save"), "Draw, but write no pictures: to measure speed."),
     "skip_grid": Setting(bool, ("--skip_grid", "--skip-grid"), "Write no grid, or contact sheet, of the pictures."),
     "n_rows": Setting(int, ("--n_rows", "--n-rows"), "Rows of the grid (default: as it fits best)."),
+    "worker_wait": Setting(
+        float, ("--worker-wait",), "Seconds to wait for a cluster that has no GPU for us (default 600)."
+    ),
     "C": Setting(int, ("--C",), "Latent channels: checked against the model, which decides."),
     "f": Setting(int, ("--f",), "Pixels per latent: checked against the model, which decides."),
 }

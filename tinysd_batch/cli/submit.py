@@ -146,7 +146,9 @@ def pool_for(job: "Job") -> "PoolFactory":
             settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
             stop_file=job.stop_file.resolve(),
         )  # fmt: skip
-        return InlinePool(setup) if settings.inline else RayPool(setup, settings.workers, count)
+        if settings.inline:
+            return InlinePool(setup)
+        return RayPool(setup, settings.workers, count, worker_wait_s=settings.worker_wait)
 
     return open_pool
 

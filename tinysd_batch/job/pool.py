@@ -28,7 +28,6 @@ BOOT_S = 1800.0  # for which a model may load
 MAX_BACKOFF_S = 30.0
 MAX_HOST_LOSSES = 3  # of a machine's last worker, for want of the machine's memory, in a row
 LOOK_EVERY_S = 5.0  # for cards that came and went
-WORKER_WAIT_S = 600.0  # for cards to join a cluster that has none
 BROKEN_EXIT_CODE = 70
 OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
 EXIT_DETAIL = re.compile(r"Worker exit detail: (.+?)(?:\. Some common causes|$)", re.MULTILINE)
@@ -196,7 +195,7 @@ class RayPool:
 
     def __init__(
         self, setup: WorkerSetup, workers: int | None, cpu_workers: int, ray_init: dict[str, Any] | None = None,
-        worker_wait_s: float = WORKER_WAIT_S,
+        worker_wait_s: float = 600.0,
     ) -> None:  # fmt: skip
         self.setup = setup
         self.wanted = workers
@@ -326,10 +325,11 @@ class RayPool:
         try:
             if slot.booting is not None:
                 return self.welcome(slot, ray.get(slot.booting))
-            return BatchDone(slot.name, ray.get(next(slot.working)))
+            results = ray.get(next(slot.working))
+            slot.deaths = 0
+            return BatchDone(slot.name, results)
         except StopIteration:
             slot.working = None
-            slot.deaths = 0
             return ChunkDone(slot.name)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, BrokenWorkerError):
