@@ -2,7 +2,7 @@
 
     python -m tests.chaos.soak [--kills 200] [--seed 1]
 
-Jobs run one after the other on three workers; every tenth kill or so is the driver's. Each job is run to its end and
+Jobs run one after the other on four workers; one kill in fifteen or so is the driver's. Each job is run to its end and
 checked: every image there once, every hash right, nothing left over, nothing drawn again but what kills had cost.
 """
 
@@ -21,7 +21,7 @@ from tests.chaos.test_faults import ROOT, manifest, plain
 from tests.tools import check_whole, environment
 
 IMAGES = 600
-WORKERS = 3
+WORKERS = 4
 IMAGE_S = 0.1
 
 
@@ -55,11 +55,11 @@ class Soak:
     def kill_at_random(self, process: subprocess.Popen[str]) -> None:
         """Until the job ends, all kills are delivered or the driver is killed itself, with some work between kills."""
         while process.poll() is None and self.killed.total() < self.kills:
-            self.wait_for_pictures(process, self.chance.randint(1, 4))
+            self.wait_for_pictures(process, self.chance.randint(1, 2))
             time.sleep(self.chance.uniform(0.0, 0.3))
             family = relatives(process)
             workers = [one for one in family if is_worker(one)]
-            if self.chance.random() < 0.1 and workers and process.poll() is None:
+            if self.chance.random() < 0.07 and workers and process.poll() is None:
                 process.kill()
                 self.killed["driver"] += 1
                 psutil.wait_procs([one for one in family if "Agent" not in name_of(one)], timeout=30)
