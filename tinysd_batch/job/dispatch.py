@@ -285,7 +285,7 @@ class Dispatch:
         paused, self.looked_at = now - self.looked_at, now
         for worker, flight in list(self.flights.items()):
             if paused > PAUSE_S:
-                flight.since += paused
+                flight.since = min(now, flight.since + paused)
             speed = self.speeds[worker].value if worker in self.speeds else None
             work = work_of(flight.batches[0]) if flight.batches else 0.0
             allowed = self.patience.allows(work, speed)
@@ -307,7 +307,9 @@ class Dispatch:
             self.backlog.give_back([batch])
 
     def lose_trial(self, event: WorkerLost) -> None:
-        if POLICY[event.fault].action is Action.SUSPECT and self.blame.trial_lost(event.worker):
+        if event.for_good or POLICY[event.fault].action is not Action.SUSPECT:
+            return
+        if self.blame.trial_lost(event.worker):
             reason = f"lost on good images too, the last time: {event.reason}"
             self.pool.retire(event.worker, reason)
             self.progress.worker(replace(event, reason=reason, for_good=True))
