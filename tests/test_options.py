@@ -210,8 +210,8 @@ def test_long_prompts_are_read_to_the_end(draw: Any, tmp_path: Path) -> None:
 
 
 def test_every_setting_can_be_set_by_an_option() -> None:
-    """Workers, inline and strict are submit's own."""
-    assert set(SETTINGS) | {"workers", "inline", "strict"} == set(Settings.model_fields)
+    """Workers, inline, address and strict are submit's own."""
+    assert set(SETTINGS) | {"workers", "inline", "address", "strict"} == set(Settings.model_fields)
 
 
 # submit, plan, status and export
