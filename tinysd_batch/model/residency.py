@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.fragments import Fragment, HostTensor, Piece
+from tinysd_batch.model.mapped import MappedTensors
 
 COPIED_WHOLE_BYTES = 32 * 2**20  # on the CPU without a budget, a phase that would need more new memory is streamed
 
@@ -63,7 +64,8 @@ class Residency:
         standing, passing = self.split(fragments)
         for tensor in standing:
             tensor.put(tensor.value.to(self.device, tensor.dtype))
-        stream = Stream([piece for piece, _ in passing], self.device, self.arena(fragments[0], passing))
+        files = [part.file for part in fragments if part.file is not None]
+        stream = Stream([piece for piece, _ in passing], self.device, self.arena(fragments[0], passing), files)
         handles = [
             module.register_forward_pre_hook(lambda *_, number=number: stream.need(number))
             for number, (_, modules) in enumerate(passing)
@@ -167,9 +169,13 @@ def new_event() -> torch.cuda.Event:
 class Stream:
     """Two buffers on the device through which pieces pass in a circle."""
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device, arena: Arena | None) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], device: torch.device, arena: Arena | None, files: Sequence[MappedTensors] = ()
+    ) -> None:
+        """Without an arena tensors come from their files, whose pages are let go of as soon as they are copied."""
         self.pieces = pieces
         self.arena = arena
+        self.files = files
         size = max((piece.nbytes for piece in pieces), default=0)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.holds: list[int | None] = [None, None]  # which piece a buffer has, or is being given
@@ -199,6 +205,8 @@ class Stream:
         if self.arena is None or self.copying is None:
             for tensor, place in piece.views(buffer):
                 place.copy_(tensor.value)
+            for file in self.files:
+                file.release(tensor.value for tensor in piece.tensors)
             return
         with torch.cuda.stream(self.copying):
             self.copying.wait_event(self.used[slot])

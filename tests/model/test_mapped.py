@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.mapped import DTYPES, MappedTensors, write_tensors
+
+STATUS = Path("/proc/self/status")
+
+
+def resident_mb() -> float:
+    """Of files that this process has mapped."""
+    return int(STATUS.read_text().partition("RssFile:")[2].split()[0]) / 1000
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"layer.{number}": torch.randn(1_000_001, generator=generator) for number in range(8)}  # 4 MB each
+    save_file({**tensors, "scalar": torch.tensor(3.0), "none": torch.empty(0, 4)}, tmp_path / "some.safetensors")
+    return tmp_path / "some.safetensors"
+
+
+def test_tensors_are_the_files(path: Path) -> None:
+    expected, found = load_file(path), MappedTensors.read(path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="only Linux tells what of files is in memory")
+@pytest.mark.parametrize("some", [True, False])
+def test_what_is_released_leaves_memory_and_comes_back(path: Path, some: bool) -> None:
+    tensors = MappedTensors.read(path)
+    before = resident_mb()
+    sums = {name: value.sum() for name, value in tensors.items()}
+    assert resident_mb() > before + 25
+    tensors.release(list(tensors.values())[:6] if some else None)
+    assert resident_mb() < before + 10
+    assert {name: value.sum() for name, value in tensors.items()} == sums
+
+
+def test_renaming_leaves_out_what_has_no_name(path: Path) -> None:
+    tensors = MappedTensors.read(path)
+    third = tensors["layer.3"]
+    tensors.rename(lambda name: "third" if name == "layer.3" else None)
+    assert tensors.keys() == {"third"}
+    assert tensors["third"] is third
+
+
+def test_what_is_written_is_read_by_the_library(tmp_path: Path) -> None:
+    kinds = [dtype for dtype in DTYPES.values() if dtype.itemsize > 1]
+    tensors = {str(dtype): torch.arange(6).view(2, 3).to(dtype) for dtype in kinds}
+    tensors["turned"] = torch.arange(6.0).view(2, 3).T
+    dtypes = {name: value.dtype for name, value in tensors.items()}
+    write_tensors(tmp_path / "a.safetensors", tensors, dtypes, tensors.__getitem__)
+    found = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in tensors.items())
+
+
+def test_a_file_that_is_missing_or_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="missing"):
+        MappedTensors.read(tmp_path / "no.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        MappedTensors.read(tmp_path / "cut.safetensors")
