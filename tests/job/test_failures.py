@@ -18,7 +18,7 @@ from tests.tools import check_whole, write_csv
 from tinysd_batch import storage
 from tinysd_batch.errors import BrokenWorkerError, NotFiniteError, StorageError, UsageError
 from tinysd_batch.job.failures import POLICY, Action, Charged, Fault, error_class, fault_of, loss_of
-from tinysd_batch.job.savings import Limit, pieces
+from tinysd_batch.job.savings import LADDER, Limit, pieces
 from tinysd_batch.model import pipeline, unet
 from tinysd_batch.records import Status
 
@@ -210,6 +210,21 @@ def test_a_full_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError):
         storage.publish(b"x", tmp_path / "x", tmp_path / "tmp", lambda _: False)
+
+
+def test_every_saving_is_known_to_the_model_and_changes_no_picture(tiny_model: Path) -> None:
+    model = pipeline.TinySD.from_pretrained(tiny_model, device="cpu")
+
+    def pixels() -> Any:
+        return np.asarray(model.generate("fox", seed=1).images[0]).astype(int)
+
+    plain = pixels()
+    for saving in LADDER:
+        assert saving.changes(model)
+        with Limit(savings=[saving]).applied(model):
+            assert not saving.changes(model)
+            assert abs(pixels() - plain).max() <= 1
+        assert saving.changes(model)
 
 
 def test_a_model_that_knows_no_saving_is_left_as_it_is() -> None:
