@@ -252,11 +252,8 @@ def holder_of(path: Path) -> str:
     return told or "which one, it does not say"
 
 
-def held_by_another(path: Path) -> JobLockedError:
-    return JobLockedError(
-        f"{path.parent.parent}: another tinysd-batch ({holder_of(path)}) works on this job; wait for it, stop it, or "
-        f"where that cannot be, take the job from it with --take-over"
-    )
+def held_by_another(path: Path, advice: str) -> JobLockedError:
+    return JobLockedError(f"{path.parent.parent}: another tinysd-batch ({holder_of(path)}) works on this job; {advice}")
 
 
 @contextlib.contextmanager
@@ -271,7 +268,8 @@ def lock(path: Path, take_over: bool = False) -> Iterator[Lock]:
     try:
         if not try_for_a_moment(handle):
             if not take_over:
-                raise held_by_another(path)
+                advice = "wait for it, stop it, or where that cannot be, take the job from it with --take-over"
+                raise held_by_another(path, advice)
             theirs, handle = handle, take_from_holder(path)
             os.close(theirs)
         held = Lock(handle, path)
@@ -312,7 +310,6 @@ def take_from_holder(path: Path) -> int:
         new.unlink(missing_ok=True)  # of one that was killed here
         handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        sign(handle, path)
         new.replace(path)
     return handle
 
@@ -327,7 +324,7 @@ def check_unlocked(path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise held_by_another(path) from None
+        raise held_by_another(path, "wait for it or stop it") from None
     finally:
         os.close(handle)
 
