@@ -21,18 +21,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from benchmarks.trivial import Silent, TrivialModel
 from tinysd_batch import TinySD
 from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.pool import InlinePool
 from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
 from tinysd_batch.model.packing import unpack, unpack_rows_torch
-from tinysd_batch.model.pipeline import Generated
 from tinysd_batch.quantize.affine import quantize_matrix
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
 
 ROUNDS = 5
 
@@ -84,26 +82,6 @@ def measure_cold_start() -> None:
         line(f"cold start to the first picture, {name}", f"{median:.1f} s")
 
 
-class TrivialModel:
-    """Stands for a model that takes no time at all."""
-
-    device_name = "none"
-
-    def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: object) -> Generated:
-        nothing: list[list[str]] = [[] for _ in prompt]
-        pictures = [Image.new("RGB", (64, 64), (number % 256, 0, 0)) for number in seed]
-        nones: list[str | None] = [None] * len(prompt)
-        return Generated(pictures, [1] * len(prompt), nones, nones, nothing, ["float32"] * len(prompt))
-
-
-class Silent:
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
-    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
-    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
-    def durable(self) -> None: ...
-    def note(self, line: str) -> None: ...
-
-
 def measure_job_layer(images: int = 1000) -> None:
     """Planning, encoding, publishing with fsync, journal and table, on the disk of the temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
@@ -114,9 +92,7 @@ def measure_job_layer(images: int = 1000) -> None:
             job.folder, job.scratch, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None
         )
         pool = InlinePool(setup)
-        pool.worker = Worker.__new__(Worker)
-        pool.worker.setup, pool.worker.name = setup, "trivial"
-        pool.worker.model = TrivialModel()  # type: ignore[assignment]
+        pool.worker = Worker(setup, "trivial", TrivialModel())  # type: ignore[arg-type]
         elapsed = seconds(lambda: run_job(job, lambda _: pool, Silent(), lambda: False))
         payloads = [path.read_bytes() for path in (job.folder / "images").rglob("*.png")]
         writes = seconds(lambda: write_synced(Path(folder), payloads))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tinysd_batch import storage
 from tinysd_batch.errors import JobLockedError, StorageError
 from tinysd_batch.storage import TEMPORARY_PREFIX, lock, publish, read_file, sweep_temporaries, write_atomically
 
@@ -129,6 +130,23 @@ def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:
         pytest.fail("locked twice")
     with lock(path):
         pass
+
+
+def test_a_job_is_taken_over_between_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "_tinysd" / "lock"
+    monkeypatch.setattr(storage, "TAKE_OVER_S", 0.3)
+    with lock(path) as old:
+        with old.guard(), pytest.raises(JobLockedError, match="in the middle of a write"), lock(path, take_over=True):
+            pytest.fail("took over in the middle of a write")
+        with old.guard(), old.guard():
+            pass
+        with lock(path, take_over=True) as new:
+            with new.guard():
+                pass
+            with pytest.raises(JobLockedError, match=rf"\(process {os.getpid()} on .* has taken this"), old.guard():
+                pytest.fail("wrote into another's job")
+            with pytest.raises(JobLockedError, match="take the job from it with --take-over"), lock(path):
+                pytest.fail("locked twice")
 
 
 def test_sweeping_removes_only_temporaries(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class Settings(BaseModel):
     workers: int | None = Field(None, ge=1, le=1024)
     inline: bool = False
     address: Annotated[str, AfterValidator(check_address)] | None = None  # of a Ray cluster
+    worker_wait: float = Field(600.0, ge=0)  # seconds without any worker on a cluster, before the job gives up
 
     # The origin's, which only the model can answer.
     C: int | None = Field(None, ge=1)

@@ -46,5 +46,9 @@ class NoWorkerError(TinySDError):
     exit_code = 6
 
 
+class BrokenWorkerError(NoWorkerError):
+    """A worker's process can draw no more, since its device's context is broken; a new process may."""
+
+
 class NotFiniteError(TinySDError):
     """An image came out as NaN, infinite or one flat colour."""

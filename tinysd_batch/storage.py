@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import platform
+import random
 import shutil
 import stat
 import time
@@ -12,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from tinysd_batch.errors import JobLockedError, StorageError
 
@@ -20,6 +23,12 @@ MAX_FILE_BYTES = 100_000_000  # a larger picture is not one of ours
 MAX_HOLDER_BYTES = 1000
 LOCK_ATTEMPTS = 4
 LOCK_WAIT_S = 0.05
+ATTEMPTS = 6  # at a write that fails by what may pass, with 0.5, 1, 2, 4 and 8 seconds between, give or take a half
+TRANSIENT = {
+    errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
+TAKE_OVER_S = 10.0  # a write takes less
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
 
 
@@ -31,6 +40,32 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(f"{path}: {reason}; make room or choose another folder, then try again") from error
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a StorageError's cause may pass by itself: a network file system that is away for a while, say."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in TRANSIENT
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def patiently(write: Callable[P, R]) -> Callable[P, R]:
+    """Have a write that can be repeated wait and try again, before it raises what may be transient."""
+
+    @functools.wraps(write)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> R:
+        for attempt in range(ATTEMPTS - 1):
+            try:
+                return write(*args, **kwargs)
+            except StorageError as error:
+                if not is_transient(error):
+                    raise
+            time.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+        return write(*args, **kwargs)
+
+    return tried
 
 
 def check_regular(path: Path) -> None:
@@ -75,6 +110,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@patiently
 def write_atomically(data: bytes, path: Path) -> None:
     """Put `data` at `path`, replacing what is there. Readers see the old file or the new one, never a part."""
     with storage_errors(path):
@@ -84,6 +120,7 @@ def write_atomically(data: bytes, path: Path) -> None:
         sync_folder(path.parent)
 
 
+@patiently
 def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> bytes:
     """Put `data` at `path` unless the same thing is there already; return what the file holds now.
 
@@ -147,11 +184,12 @@ def sweep_temporaries(*folders: Path) -> None:
 
 
 class Lock:
-    """A lock file that this process holds, for as long as nobody takes it away by removing the file."""
+    """A job's lock in our hands. `guard` surrounds every write that another driver could take for its own."""
 
     def __init__(self, handle: int, path: Path) -> None:
         self.handle = handle
         self.path = path
+        self.depth = 0
 
     def is_ours(self) -> bool:
         try:
@@ -159,53 +197,121 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    def check(self) -> None:
-        """Raise JobLockedError once another process may have the job: a driver that stood still must write nothing."""
-        if not self.is_ours():
-            raise JobLockedError(
-                f"{self.path.parent.parent}: the lock of this job was taken away while we worked on it; nothing "
-                f"more is written. What is done is safe, and the same command goes on"
-            )
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Nobody takes the job over meanwhile; raise JobLockedError when somebody has, while we were stopped, say."""
+        with contextlib.ExitStack() as gate:
+            if self.depth == 0:
+                gate.enter_context(gate_of(self.path, wait_s=None))
+                if not self.is_ours():
+                    raise JobLockedError(
+                        f"{self.path.parent.parent}: another tinysd-batch ({holder_of(self.path)}) has taken this job "
+                        f"over; this one writes nothing more. What is done is safe, and the same command goes on"
+                    )
+            self.depth += 1
+            try:
+                yield
+            finally:
+                self.depth -= 1
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[Lock]:
-    """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it."""
+def gate_of(path: Path, wait_s: float | None) -> Iterator[None]:
+    """Hold the folder of the lock `path` for the time of a write. Raises JobLockedError after `wait_s`, if given."""
+    with storage_errors(path.parent):
+        folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        deadline = None if wait_s is None else time.monotonic() + wait_s
+        while deadline is not None and not try_flock(folder):
+            if time.monotonic() > deadline:
+                raise JobLockedError(
+                    f"{path.parent.parent}: another tinysd-batch ({holder_of(path)}) is in the middle of a write; end "
+                    f"it with kill -9 first"
+                )
+            time.sleep(0.1)
+        if deadline is None:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def try_flock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def holder_of(path: Path) -> str:
+    """Who holds a lock, by the holder's own word."""
+    told = ""
+    with contextlib.suppress(OSError):
+        told = read_file(path, MAX_HOLDER_BYTES).decode("utf-8", "replace").strip()
+    return told or "which one, it does not say"
+
+
+def held_by_another(path: Path, advice: str) -> JobLockedError:
+    return JobLockedError(f"{path.parent.parent}: another tinysd-batch ({holder_of(path)}) works on this job; {advice}")
+
+
+@contextlib.contextmanager
+def lock(path: Path, take_over: bool = False) -> Iterator[Lock]:
+    """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it.
+
+    With `take_over` it is taken from one that has it, who finds out before its next write.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            check_regular(path)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        handle = open_lock(path)
     try:
-        take_lock(handle, path)
-        yield Lock(handle, path)
+        if not try_for_a_moment(handle):
+            if not take_over:
+                advice = "wait for it, stop it, or where that cannot be, take the job from it with --take-over"
+                raise held_by_another(path, advice)
+            theirs, handle = handle, take_from_holder(path)
+            os.close(theirs)
+        held = Lock(handle, path)
+        if not held.is_ours():
+            raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
+        sign(handle, path)
+        yield held
     finally:
         os.close(handle)
 
 
-def take_lock(handle: int, path: Path) -> None:
-    for attempt in range(LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if attempt == LOCK_ATTEMPTS - 1:
-                raise held_by_another(path) from None
-        time.sleep(LOCK_WAIT_S)  # `status` holds it for a moment, too
-    if not Lock(handle, path).is_ours():
-        raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
+def open_lock(path: Path) -> int:
+    if path.exists():
+        check_regular(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def try_for_a_moment(handle: int) -> bool:
+    """`status` holds it for a moment, too."""
+    for _ in range(LOCK_ATTEMPTS - 1):
+        if try_flock(handle):
+            return True
+        time.sleep(LOCK_WAIT_S)
+    return try_flock(handle)
+
+
+def sign(handle: int, path: Path) -> None:
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     with storage_errors(path):
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
 
 
-def held_by_another(path: Path) -> JobLockedError:
-    """The error that says who holds a lock, by the holder's own word."""
-    told = read_file(path, MAX_HOLDER_BYTES).decode("utf-8", "replace").strip() or "where, it does not say"
-    return JobLockedError(
-        f"{path.parent.parent}: another tinysd-batch ({told}) works on this job; wait for it or stop it"
-    )
+def take_from_holder(path: Path) -> int:
+    """Put a lock of our own in the place of another's, between two of its writes. It is ours before it is there."""
+    new = path.with_name(f"{path.name}.new")
+    with gate_of(path, TAKE_OVER_S), storage_errors(path):
+        new.unlink(missing_ok=True)  # of one that was killed here
+        handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        new.replace(path)
+    return handle
 
 
 def check_unlocked(path: Path) -> None:
@@ -218,7 +324,7 @@ def check_unlocked(path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise held_by_another(path) from None
+        raise held_by_another(path, "wait for it or stop it") from None
     finally:
         os.close(handle)
 

@@ -16,7 +16,8 @@ from PIL import Image
 from tests.tools import check_whole, read_results, write_csv
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, StorageError, UsageError
-from tinysd_batch.job.driver import Dispatch, Summary, run_job
+from tinysd_batch.job.dispatch import Dispatch
+from tinysd_batch.job.driver import Summary, run_job
 from tinysd_batch.job.folder import Job, open_job
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost, WorkerReady
 from tinysd_batch.job.worker import Worker, WorkerSetup
@@ -273,15 +274,17 @@ def test_job_folders_that_cannot_be_used(manifest: Path, tmp_path: Path, tiny_mo
 class DyingPool:
     """A real worker behind a pool that loses it whenever it meets a deadly seed."""
 
-    size = 1
-
     def __init__(self, setup: WorkerSetup, deadly_seeds: Container[int]) -> None:
         self.worker = Worker(setup, "w")
         self.deadly_seeds = deadly_seeds
         self.queue: list[Any] | None = None
+        self.losses = 0
 
-    def retire(self, worker: str) -> None:
-        raise NoWorkerError(f"{worker} is retired")
+    def workers(self) -> list[str]:
+        return ["w"]
+
+    def retire(self, worker: str, reason: str) -> None:
+        raise NoWorkerError(f"{worker} is retired: {reason}")
 
     def idle(self) -> list[str]:
         return ["w"] if self.queue is None else []
@@ -294,8 +297,10 @@ class DyingPool:
             self.queue = None
             return [ChunkDone("w")]
         batch = self.queue.pop(0)
-        if any(image.seed in self.deadly_seeds and image.index in batch.wanted for image in batch.images):
+        alone = not batch.wanted
+        if any(image.seed in self.deadly_seeds and (alone or image.index in batch.wanted) for image in batch.images):
             self.queue = None
+            self.losses += 1
             return [WorkerLost("w", "killed")]
         return [BatchDone("w", self.worker.generate_batch(batch))]
 
@@ -317,8 +322,9 @@ def test_a_card_on_which_everything_dies_is_retired_and_no_image_blamed(
 ) -> None:
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
     pool = DyingPool(setup_for(job), deadly_seeds=range(2**63))
-    with pytest.raises(NoWorkerError):
+    with pytest.raises(NoWorkerError, match="lost on good images too, the last time: killed"):
         run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
+    assert pool.losses == 4
     assert [row["status"] for row in read_results(tmp_path / "job")] == ["invalid"]
     draw(manifest, tmp_path / "job", tiny_model)
     assert all(row["status"] == "ok" for row in check_whole(tmp_path / "job", 6) if row["index"])
@@ -367,22 +373,20 @@ def test_settings_that_contradict_each_other_start_no_job(manifest: Path, tmp_pa
     assert not (tmp_path / "job").exists()
 
 
-def test_chunks_grow_with_speed_and_shrink_at_the_end(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_chunks_grow_with_speed_and_shrink_at_the_end(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}"} for number in range(40)])
     job = open_job(path, tmp_path / "many", Settings(model=str(tiny_model)))
     sizes: list[int] = []
-    original = Dispatch.cut_chunk
+    original = Dispatch.submit
 
-    def counted(self: Dispatch, worker: str) -> Any:
-        chunk = original(self, worker)
+    def counted(self: Dispatch, worker: str, chunk: Any) -> None:
         sizes.append(len(chunk))
-        return chunk
+        original(self, worker, chunk)
 
-    Dispatch.cut_chunk = counted  # type: ignore[method-assign]
-    try:
-        run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)
-    finally:
-        Dispatch.cut_chunk = original  # type: ignore[method-assign]
+    monkeypatch.setattr(Dispatch, "submit", counted)
+    run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)
     assert sizes[0] == 1
     assert max(sizes) > 4
     assert sizes[-1] == 1

@@ -80,3 +80,11 @@ def test_the_telling_line_of_a_ray_error() -> None:
         'The actor died\n\tclass_name: Worker\nTraceback:\n  File "x.py", line 3\nValueError: the real cause\n'
     )
     assert fault_line(error) == "ValueError: the real cause"
+    error = RuntimeError(
+        "The actor died unexpectedly before finishing this task.\n\tpid: 3\n\tip: 192.0.2.2\n"
+        "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. "
+        "End of file. Some common causes include: (1) the process was killed by the OOM killer\n\tip: 192.0.2.2"
+    )
+    assert fault_line(error) == (
+        "its process died: Worker unexpectedly exits with a connection error code 2. End of file"
+    )

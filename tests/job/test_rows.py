@@ -37,7 +37,7 @@ def lines(*prompts: str) -> list[str]:
         ("m n a b c d e", "rows 1 to 2 are new, before 5 of the old ones"),
         ("a b c", "rows 4 to 5 are gone"),
         ("a c d e", "row 2 is gone"),
-        ("a x y z c d e", "from row 2 on 3 rows are in the place of 1; row 2: prompt 'b' is now 'x'"),
+        ("a x y z c d e", "from row 2 on 1 row became 3; row 2: prompt 'b' is now 'x'"),
     ],
 )  # fmt: skip
 def test_what_is_told_of_a_change(now: str, told: str) -> None:

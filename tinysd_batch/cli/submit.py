@@ -56,6 +56,15 @@ def submit(
             show_default=False,
         ),
     ] = None,
+    worker_wait: Annotated[
+        float | None,
+        typer.Option(
+            "--worker-wait",
+            metavar="SECONDS",
+            help="How long to wait for a GPU where a cluster has none left; 600 if not given.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -69,6 +78,10 @@ def submit(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try images again that failed or were quarantined.")
     ] = False,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Take the job from another tinysd-batch that has it and does not answer."),
+    ] = False,
     preset: options.Preset = None,
     strict: options.Strict = False,
     verbose: options.Verbose = False,
@@ -78,10 +91,14 @@ def submit(
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
     from rich.console import Console
 
-    flags = {**settings, "workers": workers, "inline": inline or None, "address": address, "strict": strict or None}
+    flags = {
+        **settings, "workers": workers, "inline": inline or None, "address": address, "worker_wait": worker_wait,
+        "strict": strict or None,
+    }  # fmt: skip
     job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
     console = Console(highlight=False)
-    raise typer.Exit(run(job, named_model, limit, retry_failed, verbose, console))
+    how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over}
+    raise typer.Exit(run(job, named_model, how, verbose, console))
 
 
 def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
@@ -116,8 +133,8 @@ def prepare(
     return open_job(manifest, output or folder or default_folder(manifest), settings, reuse), named
 
 
-def run(job: "Job", named_model: bool, limit: int | None, retry_failed: bool, verbose: bool, console: "Console") -> int:
-    """Run the job and return the exit code."""
+def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, console: "Console") -> int:
+    """Run the job and return the exit code. `how` goes to `run_job`."""
     from tinysd_batch.cli.signals import stop_on_signals
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.report.contact_sheet import write_contact_sheet
@@ -129,7 +146,7 @@ def run(job: "Job", named_model: bool, limit: int | None, retry_failed: bool, ve
             with RunProgress(console, verbose) as progress:
                 if not named_model:
                     progress.on_start = lambda images: warn_of_embedded_model(images, progress.say)
-                summary = run_job(job, pool_for(job), progress, lambda: bool(stop), limit, retry_failed=retry_failed)
+                summary = run_job(job, pool_for(job), progress, lambda: bool(stop), **how)
                 settings = job.settings
                 sheet = None if settings.skip_grid else write_contact_sheet(job.folder, settings.n_rows)
         except KeyboardInterrupt:
@@ -157,7 +174,8 @@ def pool_for(job: "Job") -> "PoolFactory":
         )  # fmt: skip
         if settings.inline:
             return InlinePool(setup)
-        return RayPool(setup, settings.workers, count, {"address": settings.address} if settings.address else {})
+        ray_init = {"address": settings.address} if settings.address else {}
+        return RayPool(setup, settings.workers, count, ray_init, settings.worker_wait)
 
     return open_pool
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ CONNECT_S = 10.0
 HOW_TO_JOIN = "the driver needs the cluster's token (~/.ray/auth_token), and a `ray start` on its own machine"
 HOW_TO_START = "`ray start` starts one, see configs/clusters/ssh.sh"
 OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_DETAIL = re.compile(r"Worker exit detail: (.+?)(?:\. Some common causes|$)", re.MULTILINE)
+NOT_TELLING = ("File ", "ray::", "^", "The actor", "class_name", "actor_id", "pid:", "namespace:", "ip:", "name:")
 guards: list[subprocess.Popen[bytes]] = []
 
 
@@ -157,11 +160,12 @@ def why_not(address: str, error: Exception) -> str:
 
 
 def fault_line(error: Exception) -> str:
-    """The most telling line of a Ray error, which carries whole tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if not line.startswith(("File ", "ray::", "^", "The actor", "class_name", "actor_id"))
-    ]
+    """The most telling line of a Ray error, which carries whole tracebacks, or Ray's explanation of a death."""
+    text = str(error)
+    if detail := EXIT_DETAIL.search(text):
+        return f"its process died: {detail[1].strip()}"[:300]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(NOT_TELLING)]
     return (telling[-1] if telling else type(error).__name__)[:300]
 
 

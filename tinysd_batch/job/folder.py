@@ -191,7 +191,7 @@ def start_from(job: Job, reuse: Path | None) -> Job:
 
 def go_on_with(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
     """The job as it was saved, and grown if rows were appended. Raises JobMismatchError for any other change."""
-    began_with = Path(saved["reuse"]) if saved["reuse"] is not None else None
+    began_with = Path(saved["reuse"]) if saved.get("reuse") is not None else None
     if reuse is not None and reuse.resolve() != began_with:
         raise JobMismatchError(
             f"{job.folder}: this job was begun {f'with --reuse {began_with}' if began_with else 'without --reuse'}; "
@@ -235,7 +235,7 @@ def check_still_same_job(job: Job) -> None:
     check_same_settings(saved, job.manifest, job.folder, job.settings, job.model)
     seen = {job.fingerprint} | ({job.known.fingerprint} if job.known else set())
     reuse = str(job.reuse) if job.reuse else None
-    if saved["seed"] != job.seed or saved["manifest"]["fingerprint"] not in seen or saved["reuse"] != reuse:
+    if saved["seed"] != job.seed or saved["manifest"]["fingerprint"] not in seen or saved.get("reuse") != reuse:
         raise JobMismatchError(f"{job.folder}: another run started this job meanwhile; submit again to go on with it")
 
 
@@ -284,7 +284,7 @@ def check_saved(saved: dict[str, Any]) -> None:
     numbers = saved["seed"], saved["images"], saved["invalid_rows"], saved["manifest"]["rows"]
     if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
         raise TypeError("an entry is of another type than was written")
-    if not isinstance(saved["reuse"], str | None):
+    if not isinstance(saved.get("reuse"), str | None):
         raise TypeError("reuse is no text")
     if not all(type(number) is int and 0 <= number <= MAX_SEED for number in numbers):
         raise ValueError("seed, images, invalid_rows or rows is no number of theirs")

@@ -3,9 +3,9 @@
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tinysd_batch.config import MAX_SEED
+from tinysd_batch.config import MAX_SEED, Settings
 from tinysd_batch.job.identity import image_id
-from tinysd_batch.records import ImageRequest, InvalidRow, MicroBatch, Row
+from tinysd_batch.records import ImageRequest, InvalidRow, MicroBatch, Row, SamplingParams
 
 IMAGES_PER_FOLDER = 10_000
 
@@ -98,3 +98,13 @@ def split_to_singles(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
         for image in batch.images
         if image.index in batch.wanted
     ]
+
+
+def neutral_image(settings: Settings) -> ImageRequest:
+    """A picture that no row asked for: what shows whether a worker can draw at all. Its index is 0, it has no file."""
+    assert settings.width is not None
+    assert settings.height is not None
+    assert settings.steps is not None
+    assert settings.scale is not None
+    params = SamplingParams(settings.width, settings.height, settings.steps, settings.sampler, settings.eta)
+    return ImageRequest(0, 0, 1, "a red apple", "", 1, settings.scale, params, image_id="", file_name="")

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,18 +134,20 @@ class ResultsWriter:
     """Collects rows, makes them durable about once a second, and seals them at the end."""
 
     def __init__(
-        self, job_folder: Path, schema: pa.Schema, total_rows: int, may_write: Callable[[], None] = lambda: None
-    ) -> None:
-        """`may_write` raises where another driver has taken the job."""
+        self, job_folder: Path, schema: pa.Schema, total_rows: int,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        """`guard` surrounds every write, and raises where another driver has taken the job over."""
+        self.guard = guard
         self.paths = ResultsPaths(job_folder)
-        self.may_write = may_write
         self.schema = schema
         self.big = total_rows > ONE_FILE_ROWS
         self.buffer: list[dict[str, Any]] = []
         self.last_flush = time.monotonic()
-        self.paths.drop_covered_journal()
-        if self.big:
-            self.paths.make_one_file_a_part()
+        with self.guard():
+            self.paths.drop_covered_journal()
+            if self.big:
+                self.paths.make_one_file_a_part()
         # Names that a sealed file covers must not come again: they would be taken for leftovers and deleted.
         used = {part.stem for part in self.paths.journal_parts()} | self.paths.covered()
         self.sequence = 1 + max((int(name) for name in used), default=0)
@@ -164,9 +166,10 @@ class ResultsWriter:
         self.last_flush = time.monotonic()
         if not self.buffer:
             return False
-        self.may_write()
         table = pa.Table.from_pylist(self.buffer, self.schema)
-        write_atomically(to_parquet(table), self.paths.journal / f"{self.sequence:08d}.parquet")
+        with self.guard():
+            part = self.paths.journal / f"{self.sequence:08d}.parquet"
+            write_atomically(to_parquet(table, compression="none"), part)
         self.journal_rows += len(self.buffer)
         self.sequence += 1
         self.buffer.clear()
@@ -177,7 +180,6 @@ class ResultsWriter:
     def seal(self) -> None:
         """Move the journal into the results: one sorted file, or for big jobs one more part."""
         self.flush()
-        self.may_write()
         parts = self.paths.journal_parts()
         if not parts:
             return
@@ -187,8 +189,9 @@ class ResultsWriter:
             table = pa.Table.from_pylist(sorted(newest_of_each(rows), key=order_key), self.schema)
         covers = json.dumps([part.stem for part in parts]).encode()
         table = table.replace_schema_metadata({COVERS: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
-        write_atomically(to_parquet(table), self.next_part() if self.big else self.paths.one_file)
-        self.paths.drop_covered_journal()
+        with self.guard():
+            write_atomically(to_parquet(table), self.next_part() if self.big else self.paths.one_file)
+            self.paths.drop_covered_journal()
         self.journal_rows = 0
 
     def next_part(self) -> Path:
@@ -203,7 +206,6 @@ class ResultsWriter:
         for part in reversed(self.paths.sealed_files()):
             keys = [order_key(row) for row in read_table(part, ["row", "index"])]
             if not newer.isdisjoint(keys):
-                self.may_write()
                 self.rewrite(part, newer)
             newer.update(keys)
 
@@ -211,7 +213,9 @@ class ResultsWriter:
         kept = [row for row in read_table(part) if order_key(row) not in without]
         with damaged_table(part):
             table = pa.Table.from_pylist(kept, self.schema)
-        write_atomically(to_parquet(table.replace_schema_metadata(read_footer(part).metadata)), part)
+        table = table.replace_schema_metadata(read_footer(part).metadata)
+        with self.guard():
+            write_atomically(to_parquet(table), part)
 
 
 def newest_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,9 +223,10 @@ def newest_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({order_key(row): row for row in rows}.values())
 
 
-def to_parquet(table: pa.Table) -> bytes:
+def to_parquet(table: pa.Table, compression: str = "zstd") -> bytes:
+    """Compressing takes more than half of the time for a few rows, which do not live long."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression=compression)
     return bytes(sink.getvalue())
 
 
@@ -248,9 +253,11 @@ def read_footer(file: Path) -> Any:
 def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """Raises StorageError."""
     with damaged_table(file):
-        check_columns(read_footer(file).schema.to_arrow_schema())
-        with file.open("rb") as opened:
-            table = pq.read_table(opened, columns=columns)
+        check_regular(file)
+        with file.open("rb") as opened:  # pyarrow takes no names that are no UTF-8
+            parquet = pq.ParquetFile(opened)
+            check_columns(parquet.schema_arrow)
+            table = parquet.read(columns=columns, use_threads=parquet.metadata.num_rows > FLUSH_ROWS)
         if any(table[name].null_count for name in ("row", "status") if name in table.column_names):
             raise ValueError("a row has no number or no status")
         rows: list[dict[str, Any]] = table.to_pylist()

@@ -118,7 +118,7 @@ def take_group(
     job: Job, old: Path, group: list[tuple[dict[str, Any], ImageRequest]], writer: ResultsWriter
 ) -> set[int]:
     """Take some pictures over; their rows may be written once the folders are synced."""
-    good = [(row, request) for row, request in group if take_file(job, old, row, request)]
+    good = [(row, request) for row, request in group if take_file(job, old, row, request, writer)]
     for folder in {(job.folder / request.file_name).parent for _, request in good}:
         with storage_errors(folder):
             sync_folder(folder)
@@ -129,7 +129,7 @@ def take_group(
     return {request.index for _, request in good}
 
 
-def take_file(job: Job, old: Path, row: dict[str, Any], request: ImageRequest) -> bool:
+def take_file(job: Job, old: Path, row: dict[str, Any], request: ImageRequest, writer: ResultsWriter) -> bool:
     """Share the picture's file, if it is what the old table says. Its name is made anew, not read there."""
     source = old / file_name(row["seed"], row["index"], job.settings.format)
     try:
@@ -138,7 +138,8 @@ def take_file(job: Job, old: Path, row: dict[str, Any], request: ImageRequest) -
         return False
     if not has_hash(data, row["sha256"]):
         return False
-    share(source, job.folder / request.file_name, job.scratch, lambda found: has_hash(found, row["sha256"]))
+    with writer.guard():
+        share(source, job.folder / request.file_name, job.scratch, lambda found: has_hash(found, row["sha256"]))
     return True
 
 

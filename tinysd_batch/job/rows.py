@@ -143,7 +143,8 @@ class Change:
         told = [f"row {number}: {difference(old, new)}" for number, old, new in self.first]
         if before == after or 2 * self.changed <= min(before, after):
             return "; ".join([*told, *self.more()])
-        return f"from row {self.same_at_start + 1} on {after} rows are in the place of {before}; {told[0]}"
+        words = f"from row {self.same_at_start + 1} on {before} row{'s' * (before != 1)} became {after}"
+        return f"{words}; {told[0]}"
 
     def more(self) -> Iterator[str]:
         if self.changed > len(self.first):

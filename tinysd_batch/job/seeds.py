@@ -42,7 +42,7 @@ def find_seeds(old_state: Path, saved: dict[str, Any], rows: Iterable[Row | Inva
 
 def read_old_rows(state: Path, saved: dict[str, Any]) -> Iterator[SeededRow]:
     """The valid rows of a job with the seeds they were given. Raises StorageError."""
-    given = read_seeds(state) if saved["reuse"] else {}
+    given = read_seeds(state) if saved.get("reuse") else {}
     index = 1
     for number, line in enumerate(read_kept_lines(state, saved["manifest"]["rows"]), start=1):
         kept = parse_line(line)

@@ -4,10 +4,12 @@ The single door from the job to the model. Pixels never leave this process: imag
 only their records travel back.
 """
 
+import gc
 import hashlib
 import os
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,14 +18,16 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import tinysd_batch
 from tinysd_batch.config import MAX_SEED, Settings, printable
-from tinysd_batch.errors import StorageError, TinySDError
+from tinysd_batch.errors import BrokenWorkerError
 from tinysd_batch.job.columns import has_surrogates
+from tinysd_batch.job.failures import POLICY, Action, Fault, error_class, fault_of
+from tinysd_batch.job.savings import BATCH_HALVED, BATCH_SPLIT, Limit, Shape, pieces, shape_of
 from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import MAX_FILE_BYTES, publish, storage_errors
 
 if TYPE_CHECKING:
-    from tinysd_batch.model.pipeline import Generated
+    from tinysd_batch.model.pipeline import Generated, TinySD
 
 MAX_MESSAGE_CHARACTERS = 2000
 MAX_COUNT = 2**31 - 1  # of tokens, as the table holds it
@@ -77,29 +81,19 @@ class WorkerSetup:
 class Worker:
     """Made once per card; lives as long as its process."""
 
-    def __init__(self, setup: WorkerSetup, name: str) -> None:
-        if setup.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
-        import torch
-
-        from tinysd_batch.model.pipeline import TinySD
-
-        torch.set_num_threads(setup.threads)
+    def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
+        """Loads the model `setup` names, unless one is given."""
         self.setup = setup
         self.name = name
-        self.model = TinySD.from_pretrained(
-            setup.model_path,
-            device=None if setup.device == "auto" else setup.device,
-            dtype=None if setup.precision == "auto" else setup.precision,
-            vram_budget=setup.vram_budget,
-            turbo=setup.turbo,
-            unet_bs=setup.unet_bs,
-        )
+        self.limits: defaultdict[Shape, Limit] = defaultdict(Limit)
+        self.model = model or load_model(setup)
 
     def describe(self) -> dict[str, Any]:
-        """What the driver shows and checks: versions, device, process."""
+        """What the driver shows and checks: version, model, precision, device, process."""
         return {
             "version": tinysd_batch.__version__,
+            "model_digest": self.model.info.digest,
+            "precision": str(self.model.dtype).removeprefix("torch."),
             "device_name": self.model.device_name,
             "node": platform.node(),
             "pid": os.getpid(),
@@ -117,47 +111,67 @@ class Worker:
             yield self.generate_batch(batch)
 
     def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
-        adopted = [result for image in batch.images if image.index in batch.wanted if (result := self.adopt(image))]
+        """Results of the wanted images. A batch of which none is wanted is a trial: drawn, and thrown away."""
+        if not batch.wanted:
+            return self.make(batch.images, batch.wanted) or [ImageResult(batch.images[0].index, Status.OK)]
+        wanted = [image for image in batch.images if image.index in batch.wanted]
+        adopted = [result for image in wanted if (result := adopt(self.setup.job_folder, image))]
         missing = batch.wanted - {result.index for result in adopted}
         return adopted + (self.make(batch.images, missing) if missing else [])
 
-    def adopt(self, request: ImageRequest) -> ImageResult | None:
-        """The result of an image that is on disk already: a run that died after the file and before its row left it."""
-        path = self.setup.job_folder / request.file_name
-        with storage_errors(path):
-            if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-                return None
-            data = path.read_bytes()
-        made = record_in(data, request)
-        if made is None:
-            return None
-        return self.file_columns(ImageResult(request.index, Status.OK, **made), request, data)
-
     def make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
-        """Generate and publish; where a batch fails, its images are tried one by one, so one costs only itself."""
+        """Generate and publish; where that fails, do what `failures.POLICY` says, so that one image costs only itself.
+
+        Raises StorageError, and BrokenWorkerError when this process can draw no more.
+        """
+        limit = self.limits[shape_of(images[0])]
+        parts = pieces(images, limit.batch)
+        if len(parts) > 1:
+            return self.make_apart(parts, wanted, BATCH_HALVED)
         try:
-            return self.try_to_make(images, wanted)
-        except StorageError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever one image does to the model is a row of the table
-            if len(images) == 1:
-                return [self.failed(images[0], error)]
-        results = []
-        for image in images:
-            if image.index in wanted:
-                results += self.make([image], wanted)
+            with limit.applied(self.model):
+                return self.try_to_make(images, wanted)
+        except Exception as error:
+            fault = fault_of(error)
+            action = POLICY[fault].action
+            if action in (Action.STOP, Action.WAIT):  # the storage has waited already
+                raise
+            if action is Action.SUSPECT:
+                raise BrokenWorkerError(f"{self.name}: the device is in a broken state: {first_line(error)}") from None
+            told = error_class(error), first_line(error)
+        # The error is gone here, and with it its hold on the tensors of the attempt.
+        return self.make_otherwise(images, wanted, fault, limit, told)
+
+    def make_otherwise(
+        self, images: Sequence[ImageRequest], wanted: frozenset[int], fault: Fault, limit: Limit, told: tuple[str, str]
+    ) -> list[ImageResult]:
+        """Try again with less memory, or image by image; or give one up."""
+        if fault is Fault.OUT_OF_MEMORY:
+            free_memory()
+            if limit.lower(len(images), self.model):
+                return self.make(images, wanted)
+        if len(images) == 1:
+            return [self.failed(images[0], *told)]
+        return self.make_apart([[image] for image in images], wanted, BATCH_SPLIT)
+
+    def make_apart(
+        self, parts: Sequence[Sequence[ImageRequest]], wanted: frozenset[int], why: str
+    ) -> list[ImageResult]:
+        results: list[ImageResult] = []
+        for part in parts:
+            if some := wanted & {image.index for image in part}:
+                results += self.make(part, some)
         for result in results:
-            result.degraded.append("batch_split")
+            result.degraded += [why] if why not in result.degraded else []
         return results
 
-    def failed(self, request: ImageRequest, error: Exception) -> ImageResult:
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    def failed(self, request: ImageRequest, kind: str, message: str) -> ImageResult:
         now = time.time()
         return ImageResult(
             request.index,
             Status.FAILED,
-            error_class=error_class(error),
-            error_message=message[:MAX_MESSAGE_CHARACTERS],
+            error_class=kind,
+            error_message=message,
             device_name=self.model.device_name,
             worker=self.name,
             node=platform.node(),
@@ -205,7 +219,7 @@ class Worker:
             "peak_memory_bytes": generated.peak_memory_bytes,
             "started_at": started,
             "finished_at": time.time(),
-            "degraded": generated.degraded[position],
+            "degraded": generated.degraded[position] + self.limits[shape_of(request)].names(),
         }
         result = ImageResult(request.index, Status.OK, **made)
         if self.setup.skip_save:
@@ -217,7 +231,7 @@ class Worker:
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
             there = publish(data, path, self.setup.scratch, lambda found: record_in(found, request) is not None)
-        return self.file_columns(result, request, there)
+        return file_columns(result, request, there)
 
     def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
         """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
@@ -243,11 +257,42 @@ class Worker:
             "made": {name: made[name] for name in EMBEDDED_COLUMNS},
         }
 
-    def file_columns(self, result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
-        result.file_name = request.file_name
-        result.sha256 = hashlib.sha256(data).hexdigest()
-        result.bytes = len(data)
-        return result
+
+def load_model(setup: WorkerSetup) -> "TinySD":
+    """Raises UsageError for a model or a device that cannot be used."""
+    if setup.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
+    import torch
+
+    from tinysd_batch.model.pipeline import TinySD
+
+    torch.set_num_threads(setup.threads)
+    return TinySD.from_pretrained(
+        setup.model_path,
+        device=None if setup.device == "auto" else setup.device,
+        dtype=None if setup.precision == "auto" else setup.precision,
+        vram_budget=setup.vram_budget,
+        turbo=setup.turbo,
+        unet_bs=setup.unet_bs,
+    )
+
+
+def adopt(job_folder: Path, request: ImageRequest) -> ImageResult | None:
+    """The result of an image that is on disk already: a worker that died after the file and before its row left it."""
+    path = job_folder / request.file_name
+    with storage_errors(path):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+            return None
+        data = path.read_bytes()
+    made = record_in(data, request)
+    return None if made is None else file_columns(ImageResult(request.index, Status.OK, **made), request, data)
+
+
+def file_columns(result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
+    result.file_name = request.file_name
+    result.sha256 = hashlib.sha256(data).hexdigest()
+    result.bytes = len(data)
+    return result
 
 
 def record_in(data: bytes, request: ImageRequest) -> dict[str, Any] | None:
@@ -285,10 +330,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def error_class(error: Exception) -> str:
-    """A failure's class as the table names it."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "out_of_memory"
-    if isinstance(error, TinySDError):
-        return {"NotFiniteError": "not_finite"}.get(type(error).__name__, "refused")
-    return type(error).__name__
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:MAX_MESSAGE_CHARACTERS]
+
+
+def free_memory() -> None:
+    """Let go of what a failed attempt left, on the device too."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -67,7 +67,8 @@ class RunProgress:
             self.say(f"Worker {event.worker}: ready on {event.description['device_name']}")
             self.bar.update(self.task, description="drawing")
         else:
-            self.say(f"Worker {event.worker}: lost ({one_line(event.reason, 120)}); its images go to another")
+            then = "; it is given up" if event.for_good else ""
+            self.say(f"Worker {event.worker}: lost ({one_line(event.reason, 250)}){then}; its images go to another")
 
     def image(self, request: ImageRequest, result: ImageResult) -> None:
         self.done += 1

@@ -1,0 +1,70 @@
+"""A stand-in for the model that takes as long as it is told, so that the job layer around it can be measured and hurt.
+
+Everything else is real: workers, pictures with their settings inside, their files, the table.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from PIL import Image
+
+from tinysd_batch.job.pool import RayPool, WorkerLost, WorkerProcess, WorkerReady
+from tinysd_batch.job.worker import WorkerSetup
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
+
+SIDE_PX = 64
+SECONDS_MARK = "trivial:"  # in `WorkerSetup.model_name`: how long an image takes
+
+
+class TrivialModel:
+    """Draws one flat colour per seed, in so many seconds."""
+
+    device_name = "none"
+    dtype = "float32"
+
+    def __init__(self, seconds: float = 0.0, digest: str = "") -> None:
+        self.seconds = seconds
+        self.info = SimpleNamespace(digest=digest)
+
+    def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: Any) -> Any:
+        end = time.perf_counter() + self.seconds * len(prompt)
+        pictures = [Image.new("RGB", (SIDE_PX, SIDE_PX), tuple(number.to_bytes(8, "big")[-3:])) for number in seed]
+        nones: list[str | None] = [None] * len(prompt)
+        time.sleep(max(0.0, end - time.perf_counter()))
+        return SimpleNamespace(
+            images=pictures, n_tokens=[1] * len(prompt), truncated=nones, negative_truncated=nones,
+            degraded=[[] for _ in prompt], precision=["float32"] * len(prompt), text_s=0.0, denoise_s=self.seconds,
+            decode_s=0.0, peak_memory_bytes=0,
+        )  # fmt: skip
+
+
+class TrivialProcess(WorkerProcess):
+    """A worker process with the stand-in."""
+
+    model_class: type[TrivialModel] = TrivialModel
+
+    def __init__(self, setup: WorkerSetup, name: str) -> None:
+        seconds = float(setup.model_name.removeprefix(SECONDS_MARK))
+        super().__init__(setup, name, self.model_class(seconds, setup.model_digest))  # type: ignore[arg-type]
+
+
+class TrivialPool(RayPool):
+    """Ray's real actors, with the stand-in in them; an image takes them `seconds`."""
+
+    process = TrivialProcess
+
+    def __init__(self, setup: WorkerSetup, workers: int, seconds: float = 0.0, **more: Any) -> None:
+        super().__init__(replace(setup, model_name=f"{SECONDS_MARK}{seconds}"), workers, workers, **more)
+
+
+class Silent:
+    """A progress that nobody sees."""
+
+    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
+    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
+    def note(self, line: str) -> None: ...
+    def durable(self) -> None: ...

@@ -1,0 +1,94 @@
+"""How much work a worker gets at a time. Pure: speeds in, work out.
+
+Work is counted in units that take a worker equally long: pixels through the UNet. A chunk is some 15 seconds for the
+worker that asks, less towards the end, so that all end together; nothing for one so slow that it would end last.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tinysd_batch.records import ImageRequest, MicroBatch
+
+CHUNK_S = 15.0
+DECODE_PASSES = 4  # decoding takes as long as so many passes through the UNet, about
+TWO_PASSES = ("heun", "dpm2", "dpm2_a")  # samplers that ask the UNet twice a step
+NEWEST = 0.3  # how much the latest measurement counts against all before it
+
+
+def work_of(batch: MicroBatch) -> float:
+    """Megapixels through the UNet for all images of the batch, those that ride along too."""
+    return sum(work_of_image(image) for image in batch.images)
+
+
+def work_of_image(image: ImageRequest) -> float:
+    params = image.params
+    passes = params.steps * (2 if params.sampler in TWO_PASSES else 1) * (1 if image.scale == 1 else 2)
+    return params.width * params.height * (passes + DECODE_PASSES) / 1e6
+
+
+@dataclass(slots=True)
+class Speed:
+    """A worker's work per second as measured, newer measurements counting more; None before the first."""
+
+    value: float | None = None
+
+    def measure(self, work: float, seconds: float) -> None:
+        latest = work / max(seconds, 1e-6)
+        if self.value is None:
+            self.value = latest
+        else:  # seconds per work are averaged, not work per second: one lucky batch must not count double
+            self.value = 1 / ((1 - NEWEST) / self.value + NEWEST / latest)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A worker as the scheduler sees it."""
+
+    speed: float | None
+    busy_s: float = 0.0  # until it has done what it holds
+
+
+def work_for(asking: Standing, others: Sequence[Standing], left: float, unit: float) -> float:
+    """How much of the work `left` the idle worker gets now, in whole units (a micro-batch); 0 to leave it out.
+
+    A worker of unknown speed gets one unit.
+    """
+    if left <= 0:
+        return 0.0
+    if asking.speed is None:
+        return unit
+    known = [other.speed for other in others if other.speed is not None]
+    mean = sum([asking.speed, *known]) / (1 + len(known))
+    fleet = [(asking.speed, asking.busy_s), *((other.speed or mean, other.busy_s) for other in others)]
+    mine = math.floor(when_all_is_done(fleet, left, unit) * asking.speed / unit + 1e-6)
+    if mine < 1:
+        return 0.0
+    return unit * max(1, min(mine // 2, math.floor(CHUNK_S * asking.speed / unit)))
+
+
+def when_all_is_done(fleet: Sequence[tuple[float, float]], left: float, unit: float) -> float:
+    """Seconds until workers of these speeds, each busy for so long yet, could have done all that is left."""
+    units = math.ceil(left / unit - 1e-6)
+
+    def done_by(seconds: float) -> int:
+        return sum(math.floor(max(0.0, seconds - busy) * speed / unit + 1e-9) for speed, busy in fleet)
+
+    low, high = 0.0, min(busy + units * unit / speed for speed, busy in fleet) * (1 + 1e-6)
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if done_by(middle) >= units else (middle, high)
+    return high
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker may take for one micro-batch before it counts as hung."""
+
+    least_s: float = 120.0
+    times: float = 10.0  # what its measured speed says
+    first_s: float = 3600.0  # while its speed is unknown
+
+    def allows(self, work: float, speed: float | None) -> float:
+        """Seconds."""
+        return self.first_s if speed is None else max(self.least_s, self.times * work / speed)
