@@ -11,11 +11,13 @@ from tests.tools import check_whole, run
 from tinysd_batch.config import SAMPLERS, read_job_file, read_preset, resolve
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.manifest import read_rows
+from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.records import InvalidRow, Row
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "jobs").glob("*/job.toml"))
-PRESETS = sorted((ROOT / "configs").rglob("*.toml"))
+RECIPES = sorted((ROOT / "configs" / "quantize").glob("*.toml"))
+PRESETS = sorted(set((ROOT / "configs").rglob("*.toml")) - set(RECIPES))
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.parent.name)
@@ -32,6 +34,11 @@ def test_every_preset_is_valid_and_named_somewhere(path: Path) -> None:
     read_preset(path)
     name = path.relative_to(ROOT).as_posix()
     assert any(name in text.read_text(encoding="utf-8") for text in [*JOBS, ROOT / "README.md"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path: Path) -> None:
+    assert read_recipe(path).prompts
 
 
 def test_the_demo_has_twelve_rows() -> None:

@@ -159,6 +159,12 @@ def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
                 yield f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, value
 
 
+def check_places(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError for a tensor of a module that is missing or of the wrong shape."""
+    for path, _, _, place in named_places(module):
+        take(tensors, path, place)
+
+
 def take(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> Tensor:
     if name not in tensors:
         raise ModelError(f"tensor {name} is missing from the model; it needs shape {list(place.shape)}")

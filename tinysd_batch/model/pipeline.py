@@ -19,10 +19,10 @@ from transformers import CLIPTextModel
 
 from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
-from tinysd_batch.model.checkpoint import read_decoder, read_schedule, read_text_encoder, read_unet
+from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
 from tinysd_batch.model.devices import choose_device, device_name
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
-from tinysd_batch.model.fragments import Fragment, order_of_use
+from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
 from tinysd_batch.model.precision import choose_dtype
@@ -92,7 +92,10 @@ class TinySD:
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
         self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
         halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
-        order = order_of_use([self.text_encoder, self.unet, self.vae], self.rehearse)
+        for module, tensors in ((self.text_encoder, text), (self.unet, unet), (self.vae, vae)):
+            check_places(module, tensors)
+        with building_from(info.path):
+            order = order_of_use([self.text_encoder, self.unet, self.vae], self.rehearse)
         keep_vocabulary_on_host(self.text_encoder, text, dtype)
         self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype, order)
         self.encode_fragment = Fragment("UNet encode half", halves[0], unet, dtype, order)
