@@ -160,7 +160,7 @@ class Run:
 def sweep(job: Job) -> None:
     """Remove unfinished files, and the file that tells workers to stop."""
     paths = ResultsPaths(job.folder)
-    sweep_temporaries(job.folder, job.scratch, paths.journal, paths.parts_folder)
+    sweep_temporaries(job.folder, job.state, job.scratch, paths.journal, paths.parts_folder)
     job.stop_file.unlink(missing_ok=True)
 
 
