@@ -495,6 +495,7 @@ def change_table(job: Path, **values: object) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
+@pytest.mark.slow
 def test_hostile_rows(here: Path, capfd: Capture, values: dict[str, object], code: int) -> None:
     (here / "m.csv").write_text("prompt\ncat\ndog\n")
     assert submit(capfd, "m.csv", "--limit", 1)[0] == 0
@@ -526,6 +527,7 @@ def test_the_contact_sheet_leaves_hostile_pictures_out(here: Path, capfd: Captur
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "-1.parquet", "9" * 200 + ".parquet", "٣٣٣٣٣٣٣٣.parquet"])
+@pytest.mark.slow
 def test_strange_names_in_the_journal_are_left_alone(here: Path, capfd: Capture, name: str) -> None:
     (here / "m.csv").write_text("prompt\ncat\ndog\n")
     assert submit(capfd, "m.csv", "--limit", 1)[0] == 0
@@ -537,6 +539,7 @@ def test_strange_names_in_the_journal_are_left_alone(here: Path, capfd: Capture,
 
 
 @pytest.mark.parametrize("covers", [b"3", b"[3]", b'["x"]', b'["../../../job"]', b"{", b"[" * 100_000])
+@pytest.mark.slow
 def test_a_table_that_says_it_covers_strange_parts(here: Path, capfd: Capture, covers: bytes) -> None:
     (here / "m.csv").write_text("prompt\ncat\ndog\n")
     assert submit(capfd, "m.csv", "--limit", 1)[0] == 0

@@ -331,7 +331,7 @@ def test_a_card_on_which_everything_dies_is_retired_and_no_image_blamed(
 
 
 def test_a_manifest_that_changes_while_the_job_runs_stops_it(tmp_path: Path, tiny_model: Path) -> None:
-    manifest = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}", "steps": 1} for number in range(150)])
+    manifest = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}", "steps": 1} for number in range(70)])
     content = manifest.read_bytes()
 
     class Meddler(Quiet):
@@ -343,7 +343,7 @@ def test_a_manifest_that_changes_while_the_job_runs_stops_it(tmp_path: Path, tin
         run_job(job, lambda _: InlinePool(setup_for(job)), Meddler(), lambda: False)
     manifest.write_bytes(content)
     draw(manifest, tmp_path / "job", tiny_model, sampler="ddim")
-    check_whole(tmp_path / "job", 150)
+    check_whole(tmp_path / "job", 70)
 
 
 def test_a_job_that_another_run_started_meanwhile_is_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -373,6 +373,7 @@ def test_settings_that_contradict_each_other_start_no_job(manifest: Path, tmp_pa
     assert not (tmp_path / "job").exists()
 
 
+@pytest.mark.slow
 def test_chunks_grow_with_speed_and_shrink_at_the_end(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ def test_the_same_picture_as_on_the_cpu(dtype: str, tolerance: float) -> None:
 
 
 def test_a_tight_budget_changes_no_bit_and_leaves_the_card_empty(tiny_model: Path) -> None:
-    roomy = TinySD.from_pretrained(tiny_model, device="cuda")
+    roomy = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="1GB")
     least = 2 * largest_piece(roomy.fragments) + sum(part.standing.nbytes for part in roomy.fragments)
     tight = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget=least)
     assert tight.residency.streams(tight.fragments[1:3])

@@ -9,6 +9,7 @@ from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model import residency
 from tinysd_batch.model.fragments import Fragment
+from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.model.residency import Arena, largest_piece
 
 SHARES = [0.0, 0.1, 0.5, 0.9, 0.999]  # of the way from the least budget to one that holds everything
@@ -16,7 +17,8 @@ SHARES = [0.0, 0.1, 0.5, 0.9, 0.999]  # of the way from the least budget to one 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> TinySD:
-    return TinySD.from_pretrained(tiny_model, device="cpu")
+    """With room for everything, and pieces all the same."""
+    return TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
 
 
 def least_budget(model: TinySD) -> int:
@@ -69,8 +71,9 @@ def test_pieces_that_are_needed_again_come_again(tiny_model: Path, model: TinySD
 
 
 def test_what_the_file_holds_otherwise_is_streamed_without_a_budget(
-    float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    float_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ModelInfo, "is_small", False)
     half = TinySD.from_pretrained(float_model, device="cpu", dtype=torch.bfloat16)
     whole = picture(half)
     monkeypatch.setattr(residency, "COPIED_WHOLE_BYTES", 0)

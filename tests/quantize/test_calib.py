@@ -124,6 +124,7 @@ def test_walking_unit_by_unit_is_the_unet() -> None:
     assert [unit.kind for unit in units_of(unet)].count("resnet") == 8
 
 
+@pytest.mark.slow
 def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Path, tmp_path: Path) -> None:
     said = run_here("quantize", source, tmp_path / "out", "--level", "calib", "--recipe", recipe_file, cwd=tmp_path)
     assert said.returncode == 0, said.stderr

@@ -44,6 +44,7 @@ def examples(count: int, seed: int) -> Examples:
     return Examples(latents, times, context, noise, torch.ones(count))
 
 
+@pytest.mark.slow
 def test_tuning_lowers_the_error_and_leaves_the_codes(part: Part, solved: dict[str, Solved]) -> None:
     recipe = Recipe(prompts=["a", "b"], held_out=["c", "d"], tune_steps=15, batch=4)
     tuned = distill(part, solved, examples(32, 1), examples(16, 2), recipe, CPU, lambda _: None)

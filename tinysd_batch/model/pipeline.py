@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel
 
 from tinysd_batch.config import parse_bytes
@@ -94,8 +94,10 @@ class TinySD:
         halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
         for module, tensors in ((self.text_encoder, text), (self.unet, unet), (self.vae, vae)):
             check_places(module, tensors)
-        with building_from(info.path):
-            order = order_of_use([self.text_encoder, self.unet, self.vae], self.rehearse)
+        order: list[nn.Module] = []
+        if budget_bytes is not None or not info.is_small:  # else nothing is ever streamed
+            with building_from(info.path):
+                order = order_of_use([self.text_encoder, self.unet, self.vae], self.rehearse)
         keep_vocabulary_on_host(self.text_encoder, text, dtype)
         self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype, order)
         self.encode_fragment = Fragment("UNet encode half", halves[0], unet, dtype, order)

@@ -58,8 +58,8 @@ class Residency:
         finally:
             for fragment in fragments:
                 fragment.offload()
-            if self.device.type == "cpu":
-                return_freed_memory()
+            if self.device.type == "cpu" and sum(part.nbytes for part in fragments) > COPIED_WHOLE_BYTES:
+                return_freed_memory()  # of small models it is not worth taking back
 
     @contextlib.contextmanager
     def streaming(self, fragments: Sequence[Fragment]) -> Iterator[None]:
