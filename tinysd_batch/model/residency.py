@@ -90,6 +90,8 @@ class Residency:
         buffer_bytes = largest_piece(fragments)
         standing = [tensor for part in fragments for tensor in part.standing.tensors]
         pieces = [item for part in fragments for item in part.by_module.items()]
+        if not pieces:  # of a small model, whose order of work nobody learnt
+            return standing, []
         if self.budget_bytes is None:
             standing += [tensor for _, piece in pieces for tensor in piece.tensors if lies_ready(tensor)]
             pieces = [
