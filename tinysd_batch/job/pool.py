@@ -353,9 +353,14 @@ class RayPool:
             raise UsageError(ours[1].strip())
 
     def is_dead(self, node_id: str | None) -> bool:
+        """Whether a node has left the cluster. A Ray of our own is not asked: one that is ending does not answer."""
         import ray
 
-        return node_id is not None and not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+        return (
+            self.on_cluster
+            and node_id is not None
+            and not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+        )
 
     def kill(self, worker: str, reason: str, fault: Fault) -> WorkerLost:
         return self.lose(self.slot(worker), fault, reason)
