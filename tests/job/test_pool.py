@@ -66,6 +66,17 @@ def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_ray_may_have_been_imported_before(tmp_path: Path) -> None:
+    """Ray reads its mode of authentication on import, which a caller of ours may have done."""
+    script = "import ray; from tinysd_batch.job.cluster import *; start_ray({'num_cpus': 1}); stop_ray(); print('END')"
+    env = {name: value for name, value in environment().items() if name != "RAY_AUTH_MODE"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "END" in done.stdout, done.stderr
+
+
 def test_asking_for_a_gpu_that_is_not_there(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     done = run(

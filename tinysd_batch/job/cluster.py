@@ -37,8 +37,11 @@ def start_ray(options: dict[str, Any]) -> Any:
     wanted_open = os.environ.setdefault("RAY_AUTH_MODE", "token") != "token"  # by the user's own word
     if address != LOCAL:
         check_answers(address)
+    knows_mode = "ray" not in sys.modules
     import ray
 
+    if not knows_mode:  # Ray reads the variable on import, and once only
+        ray._raylet.Config.initialize("")
     # Without an explicit address Ray joins whatever cluster it finds on the machine.
     own = {"address": LOCAL, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
