@@ -223,7 +223,8 @@ def test_turbo_unpacks_once_and_changes_no_bit(tiny_model: Path, monkeypatch: py
         pictures.append(latents(one, "cat", 1, num_inference_steps=3))
         counts.append(len(calls))
     assert torch.equal(*pictures)
-    assert counts[0] == 4 * counts[1]
+    layers = sum(isinstance(layer, packed.PackedLayer) for layer in one.unet.modules())
+    assert counts[0] - counts[1] == 3 * layers > 0
 
 
 def test_turbo_needs_room(tiny_model: Path) -> None:

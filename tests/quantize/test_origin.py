@@ -58,7 +58,8 @@ def test_written_and_read_again_it_predicts_the_same_noise(
     latents = torch.randn(3, 4, height, width, generator=generator)
     context = torch.randn(3, 77, CONTEXT, generator=generator)
     with torch.no_grad():
-        ours = decode_half(model, encode_half(model, latents, torch.tensor(time), context), context)
+        embedding = model.time_embedding(model.time_proj(torch.tensor([time])))
+        ours = decode_half(model, encode_half(model, latents, embedding, context), context)
         theirs = plain(latents, torch.tensor(time), context).sample
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 

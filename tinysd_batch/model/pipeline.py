@@ -23,11 +23,12 @@ from tinysd_batch.model.checkpoint import building_from, read_decoder, read_sche
 from tinysd_batch.model.devices import choose_device, device_name
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
+from tinysd_batch.model.hoist import Attended, Hoisted
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
 from tinysd_batch.model.precision import choose_dtype
 from tinysd_batch.model.residency import Residency
-from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample
+from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
@@ -91,9 +92,10 @@ class TinySD:
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
         self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
-        halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
         for module, tensors in ((self.text_encoder, text), (self.unet, unet), (self.vae, vae)):
             check_places(module, tensors)
+        self.hoisted = Hoisted(self.unet, unet)
+        halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
         order: list[nn.Module] = []
         if budget_bytes is not None or not info.is_small:  # else nothing is ever streamed
             with building_from(info.path):
@@ -153,8 +155,9 @@ class TinySD:
             text = self.text_encoder(torch.zeros(1, self.info.max_tokens, dtype=torch.long)).last_hidden_state
             side = self.info.step_px // self.info.factor
             latents = torch.empty(1, self.info.channels, side, side)
-            state = encode_half(self.unet, latents, torch.zeros(()), text)
-            decode_one(self.vae, decode_half(self.unet, state, text))
+            self.hoisted.pretend(1, text.shape[1], latents.dtype)
+            state = encode_half(self.unet, latents, torch.empty(1), torch.zeros(1, 1, 1, dtype=torch.long))
+            decode_one(self.vae, decode_half(self.unet, state, torch.zeros(1, 1, 1, dtype=torch.long)))
 
     def check_turbo(self, budget_bytes: int | None) -> None:
         """Raises ModelError when packed and unpacked weights do not fit the budget together."""
@@ -327,13 +330,15 @@ class TinySD:
         scale = torch.tensor([one.scale for one in conditions], device=self.device).view(-1, 1, 1, 1)
         negatives = [one.negative for one in conditions if one.negative is not None]
         guided = bool(negatives)
-        context = torch.stack([*negatives, *(one.text for one in conditions)]).to(self.device, self.dtype)
+        self.hoisted.expect(times_of(sampler, steps, self.schedule))
+        context = torch.stack([*negatives, *(one.text for one in conditions)])
+        attended = self.hoisted.read(context, self.device, self.dtype)
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             """The guided noise [B, 4, h, w]: e = e_negative + scale (e_text - e_negative)."""
             if not guided:
-                return self.predict_noise(latents, timestep, context)
-            without, with_text = self.predict_noise(torch.cat([latents, latents]), timestep, context).chunk(2)
+                return self.predict(latents, timestep, attended)
+            without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended).chunk(2)
             return without + scale * (with_text - without)
 
         run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None))
@@ -341,15 +346,22 @@ class TinySD:
             return sample(sampler, run, start.to(self.device))
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D], `unet_bs` at a time."""
+        """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D]."""
+        return self.predict(latents, timestep, self.hoisted.read(context, self.device, self.dtype))
+
+    def predict(self, latents: Tensor, timestep: Tensor, attended: Attended) -> Tensor:
+        """The same where the prompts were read before; `unet_bs` rows at a time."""
+        self.hoisted.at(float(timestep), self.device, self.dtype)
+        self.hoisted.attend(attended)
+        embedding = torch.zeros(1, device=self.device, dtype=self.dtype)
         rows = self.unet_bs or len(latents)
-        contexts = torch.split(context, rows)
+        prompts = torch.split(attended.rows.view(-1, 1, 1), rows)
         states = [
-            encode_half(self.unet, part.to(self.dtype), timestep, text)
-            for part, text in zip(torch.split(latents, rows), contexts, strict=True)
+            encode_half(self.unet, part.to(self.dtype), embedding, which)
+            for part, which in zip(torch.split(latents, rows), prompts, strict=True)
         ]
         return torch.cat(
-            [decode_half(self.unet, state, text).float() for state, text in zip(states, contexts, strict=True)]
+            [decode_half(self.unet, state, which).float() for state, which in zip(states, prompts, strict=True)]
         )
 
     def decode(

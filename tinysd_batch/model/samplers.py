@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Self
 
@@ -51,6 +52,23 @@ def sample(sampler: str, run: Run, noise: Tensor) -> Tensor:
     if sampler not in SAMPLERS:
         raise UsageError(f"sampler {sampler!r}: no such sampler; one of {', '.join(SAMPLERS)}")
     return FUNCTIONS[sampler](run, noise)
+
+
+@lru_cache(maxsize=32)
+def learn_times(sampler: str, steps: int, schedule: tuple[tuple[str, Any], ...]) -> tuple[float, ...]:
+    seen: list[float] = []
+
+    def predict(latents: Tensor, time: Tensor) -> Tensor:
+        seen.append(float(time))
+        return torch.zeros_like(latents)
+
+    sample(sampler, Run(predict, steps, dict(schedule), [Generator().manual_seed(0)]), torch.zeros(1, 1, 1, 1))
+    return tuple(seen)
+
+
+def times_of(sampler: str, steps: int, schedule: dict[str, Any]) -> tuple[float, ...]:
+    """All timesteps for which a sampler will ask, in order: it is run on a single number."""
+    return learn_times(sampler, steps, tuple(schedule.items()))
 
 
 def draw_noise(generators: Sequence[Generator], shape: Sequence[int]) -> Tensor:

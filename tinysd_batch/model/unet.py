@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-ENCODE_MODULES = ("conv_in", "time_embedding", "down_blocks", "mid_block")
+ENCODE_MODULES = ("conv_in", "down_blocks", "mid_block")
 DECODE_MODULES = ("up_blocks", "conv_norm_out", "conv_out")
 
 
@@ -19,17 +19,19 @@ class Halfway:
 
     hidden: Tensor  # [2B, C, h / 2^n, w / 2^n]
     skips: list[Tensor]
-    time_embedding: Tensor  # [2B, 4 C0]
+    embedding: Tensor
 
 
 def half_modules(unet: UNet2DConditionModel, names: tuple[str, ...]) -> dict[str, nn.Module]:
     return {name: getattr(unet, name) for name in names}
 
 
-def encode_half(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, context: Tensor) -> Halfway:
-    """Latents [2B, 4, h, w], one timestep (fractional allowed) and text [2B, T, D] to the middle of the UNet."""
-    timesteps = timestep.to(latents.device).expand(latents.shape[0])
-    embedding = unet.time_embedding(unet.time_proj(timesteps).to(latents.dtype))
+def encode_half(unet: UNet2DConditionModel, latents: Tensor, embedding: Tensor, context: Tensor) -> Halfway:
+    """Latents [2B, 4, h, w] to the middle of the UNet.
+
+    `embedding` of the timestep [2B or 1, 4 C0] and `context` [2B, T, D] are what the UNet's layers want: with those of
+    `hoist` in their places a number of no meaning, and the rows of prompts [2B, 1, 1].
+    """
     hidden = unet.conv_in(latents)
     skips = [hidden]
     for block in unet.down_blocks:
@@ -50,7 +52,7 @@ def decode_half(unet: UNet2DConditionModel, state: Halfway, context: Tensor) -> 
         skips = tuple(state.skips[-count:])
         del state.skips[-count:]
         if getattr(block, "has_cross_attention", False):
-            hidden = block(hidden, skips, state.time_embedding, encoder_hidden_states=context)
+            hidden = block(hidden, skips, state.embedding, encoder_hidden_states=context)
         else:
-            hidden = block(hidden, skips, state.time_embedding)
+            hidden = block(hidden, skips, state.embedding)
     return torch.as_tensor(unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden))))
