@@ -84,7 +84,7 @@ class Hoisted:
             self.expect([time])
         values = self.times[time]
         # One copy to the device, not one for each resnet.
-        moved = torch.cat(values, dim=1).to(device, dtype).split([value.shape[1] for value in values], dim=1)
+        moved = torch.split(torch.cat(values, dim=1).to(device, dtype), [value.shape[1] for value in values], dim=1)
         for (_, known), value in zip(self.of_time, moved, strict=True):
             known.value = value
 
