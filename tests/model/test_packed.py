@@ -8,6 +8,7 @@ from torch import nn
 from tinysd_batch.model import packing
 from tinysd_batch.model.packed import PackedLayer, keep_unpacked, packed_like
 from tinysd_batch.model.packing import Layout, RowWeight, Weight
+from tinysd_batch.model.parts import USUAL_BYTES, in_parts_of
 from tinysd_batch.quantize.affine import quantize_matrix
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(packing.GROUPS))
@@ -139,7 +140,7 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing.SCRATCH, "buffer", None)
+    monkeypatch.setattr(packing.SCRATCH, "buffers", {})
     layer = packed_like(nn.Linear(64, 8), Layout(2, 64))
     fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     with torch.inference_mode():
@@ -148,20 +149,20 @@ def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_matrix_larger_than_the_buffer_is_used_in_parts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     linear, conv = nn.Linear(64, 50), nn.Conv2d(64, 50, 3, padding=1)
     maps = torch.randn(2, 64, 5, 5).to(dtype)
     whole: list[torch.Tensor] = []
     parts: list[torch.Tensor] = []
-    for results, room in ((whole, packing.SCRATCH_BYTES), (parts, 7 * 64 * 4)):
-        monkeypatch.setattr(packing, "SCRATCH_BYTES", room)
+    for results, room in ((whole, USUAL_BYTES), (parts, 7 * 64 * 4)):
         for layer, x in ((linear, maps.flatten(2).mT), (conv, maps)):
             weight = quantize_matrix(packing.to_matrix(layer.weight.detach()), 64)
             packed = packed_like(layer, weight.layout)
             fill(packed, weight, layer.bias.detach().to(dtype))  # type: ignore[union-attr]
-            results.append(packed(x).float())
-            assert (len(list(packed.parts(dtype))) > 1) == (results is parts)
+            with in_parts_of(room):
+                results.append(packed(x).float())
+                assert (len(list(packed.parts(dtype))) > 1) == (results is parts)
     torch.testing.assert_close(parts, whole, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-2)
 
 

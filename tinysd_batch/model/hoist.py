@@ -49,6 +49,10 @@ class Hoisted:
         self.time_proj, self.time_embedding = unet.time_proj, unet.time_embedding
         unet.time_embedding = None
         self.resnets = [one for one in unet.modules() if isinstance(one, ResnetBlock2D)]
+        self.activations = [resnet.nonlinearity for resnet in self.resnets]
+        for resnet in self.resnets:
+            if isinstance(resnet.nonlinearity, nn.SiLU):  # in place, now that the embedding no longer passes it
+                resnet.nonlinearity = nn.SiLU(inplace=True)
         paths = {module: path for path, module in unet.named_modules()}
         taken = {"time_embedding": self.time_embedding}
 
@@ -73,8 +77,8 @@ class Hoisted:
         with self.at_work():
             embedding = self.time_embedding(self.time_proj(torch.tensor(different)))
             layers = [
-                torch.as_tensor(layer(resnet.nonlinearity(embedding))).unsqueeze(1).unbind()
-                for resnet, (layer, _) in zip(self.resnets, self.of_time, strict=True)
+                torch.as_tensor(layer(activate(embedding))).unsqueeze(1).unbind()
+                for activate, (layer, _) in zip(self.activations, self.of_time, strict=True)
             ]
         self.times = {time: [layer[number] for layer in layers] for number, time in enumerate(different)}
 

@@ -31,22 +31,21 @@ class PackedLayer(nn.Module):
 
     def parts(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The weight as matrices [rows, K] and their biases, each good until the next is asked for."""
-        if self.qweight.is_meta:
-            yield torch.empty(self.out_features, self.columns, dtype=dtype, device="meta"), self.bias
-        elif self.keeps_unpacked:
+        if self.keeps_unpacked:
             yield self.whole(dtype), self.bias
         else:
             weight, step = self.weight_as_stored(), rows_at_once(self.columns, dtype)
             for start in range(0, self.out_features, step):
                 rows = slice(start, min(start + step, self.out_features))
                 room = SCRATCH.output(rows.stop - start, self.columns, dtype, self.qweight.device)
-                yield unpack(weight.cut(rows), room), None if self.bias is None else self.bias[rows]
+                matrix = room if room.is_meta else unpack(weight.cut(rows), room)
+                yield matrix, None if self.bias is None else self.bias[rows]
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weight as [O, K], in memory of its own that is kept until the fragment leaves."""
         if self.kept is None or self.kept[0] is not self.qweight:
             room = torch.empty(self.out_features, self.columns, dtype=dtype, device=self.qweight.device)
-            self.kept = self.qweight, unpack(self.weight_as_stored(), room)
+            self.kept = self.qweight, room if room.is_meta else unpack(self.weight_as_stored(), room)
         return self.kept[1]
 
 

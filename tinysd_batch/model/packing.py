@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.model import kernels
+from tinysd_batch.model.parts import part_bytes
 
 GROUPS = (64, 32, 16)
 UNPACK_GROUPS = 8192  # unpacked at a time: floats that stay in the processor's cache
-SCRATCH_BYTES = 32 * 2**20  # larger matrices are unpacked and multiplied in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,17 +268,19 @@ def has_fbgemm() -> bool:
 
 
 class Scratch(threading.local):
-    """One buffer per thread in which layers unpack in turn: fresh memory for each would cost more than unpacking."""
+    """A buffer per thread and device in which layers unpack in turn: fresh memory for each would be dear."""
 
-    buffer: Tensor | None = None
+    def __init__(self) -> None:
+        self.buffers: dict[torch.device, Tensor] = {}
 
     def output(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for a matrix [rows, columns]; the next call may hand out the same memory."""
         needed = rows * columns * dtype.itemsize
-        if self.buffer is None or self.buffer.numel() < needed or self.buffer.device != device:
+        if device not in self.buffers or self.buffers[device].numel() < needed:
+            self.buffers.pop(device, None)
             with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
-                self.buffer = torch.empty(max(needed, SCRATCH_BYTES), dtype=torch.uint8, device=device)
-        return self.buffer[:needed].view(dtype).view(rows, columns)
+                self.buffers[device] = torch.empty(needed, dtype=torch.uint8, device=device)
+        return self.buffers[device][:needed].view(dtype).view(rows, columns)
 
 
 SCRATCH = Scratch()
@@ -286,4 +288,4 @@ SCRATCH = Scratch()
 
 def rows_at_once(columns: int, dtype: torch.dtype) -> int:
     """How many rows of a matrix the scratch buffer holds."""
-    return max(1, SCRATCH_BYTES // (columns * dtype.itemsize))
+    return max(1, part_bytes() // (columns * dtype.itemsize))

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel
 
 from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
+from tinysd_batch.model.attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
 from tinysd_batch.model.devices import choose_device, device_name
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
@@ -95,6 +96,7 @@ class TinySD:
         for module, tensors in ((self.text_encoder, text), (self.unet, unet), (self.vae, vae)):
             check_places(module, tensors)
         self.hoisted = Hoisted(self.unet, unet)
+        self.attention = work_in_parts(self.unet, self.vae, fused=has_fused_attention(device, dtype))
         halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
         order: list[nn.Module] = []
         if budget_bytes is not None or not info.is_small:  # else nothing is ever streamed

@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-STRIP_BYTES = 32 * 2**20  # of a strip in float32
+from tinysd_batch.model.parts import part_bytes
+
 HALO = 1  # rows that a 3x3 convolution sees beyond its own
 
 Factors = tuple[Tensor, Tensor]
@@ -46,7 +47,7 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def strip_rows(channels: int, width: int) -> int:
     """How many rows of a map make a strip."""
-    return max(1, STRIP_BYTES // (4 * channels * width))
+    return max(1, part_bytes() // (4 * channels * width))
 
 
 def use_factor_norms(vae: AutoencoderKL) -> None:
