@@ -47,3 +47,16 @@ def test_statistics_of_a_map_far_from_zero() -> None:
     mean, variance = strips.channel_statistics(x.float())
     torch.testing.assert_close(mean, x.mean(dim=(0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(variance, x.var(dim=(0, 2, 3), correction=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("strip_bytes", [20_000, 2**25])
+def test_maps_kept_as_float16_are_within_a_255th(
+    whole: AutoencoderKL, in_strips: AutoencoderKL, strip_bytes: int
+) -> None:
+    latents = torch.randn(2, 4, 12, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), in_parts_of(strip_bytes):
+        expected = whole.decode(latents).sample
+        found = strips.decode_latents(in_strips, latents, torch.float16)
+    assert found.dtype is torch.float32
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().max() < 2 / 255

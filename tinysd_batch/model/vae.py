@@ -60,40 +60,31 @@ def use_factor_norms(vae: AutoencoderKL) -> None:
             setattr(owner, name, FactorNorm(norm.num_groups, norm.num_channels, norm.eps))
 
 
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents [B, 4, h, w], scaled, to pixels in -1..1, [B, 3, H, W] float32 on the host; an image at a time."""
-    return torch.cat([decode_one(vae, one).float().cpu() for one in torch.split(latents, 1)])
+def decode_latents(vae: AutoencoderKL, latents: Tensor, kept: torch.dtype | None = None) -> Tensor:
+    """Latents [B, 4, h, w], scaled, to pixels in -1..1, [B, 3, H, W] float32 on the host; an image at a time.
+
+    Large maps are kept in the type `kept`, if it is not that of the latents, in which all is computed.
+    """
+    return torch.cat([decode_one(vae, one, kept).float().cpu() for one in torch.split(latents, 1)])
 
 
-def decode_one(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    decoder = vae.decoder
+def decode_one(vae: AutoencoderKL, latents: Tensor, kept: torch.dtype | None = None) -> Tensor:
+    decoder, maps = vae.decoder, Maps(latents.dtype, kept or latents.dtype)
     if vae.post_quant_conv is not None:
         latents = vae.post_quant_conv(latents)
-    x = decoder.conv_in(latents).contiguous(memory_format=torch.channels_last)
+    x = decoder.conv_in(latents).to(maps.kept, memory_format=torch.channels_last)
     first, *others = decoder.mid_block.resnets
-    x = residual(first, x)
+    x = maps.residual(first, x)
     for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
         if attention is not None:
-            x = attention(x).contiguous(memory_format=torch.channels_last)
-        x = residual(resnet, x)
+            x = attention(x.to(maps.computed)).to(maps.kept, memory_format=torch.channels_last)
+        x = maps.residual(resnet, x)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            x = residual(resnet, x)
+            x = maps.residual(resnet, x)
         for upsampler in block.upsamplers or ():
-            x = collect(doubled(x), upsampler.conv)
-    return collect(normed(decoder.conv_norm_out, decoder.conv_act, x), decoder.conv_out)
-
-
-def residual(block: ResnetBlock2D, x: Tensor) -> Tensor:
-    """conv2(act(norm2(conv1(act(norm1(x)))))) plus x or its shortcut, in the memory of x."""
-    inner = collect(normed(block.norm1, block.nonlinearity, x), block.conv1)
-    base = x if block.conv_shortcut is None else shortened(block.conv_shortcut, x)
-    for top, bottom, strip in strips(normed(block.norm2, block.nonlinearity, inner), block.conv2):
-        base[:, :, top:bottom] += strip
-    return base if block.output_scale_factor == 1 else base.div_(block.output_scale_factor)
-
-
-# Strips
+            x = maps.collect(maps.doubled(x), upsampler.conv)
+    return maps.collect(maps.normed(decoder.conv_norm_out, decoder.conv_act, x), decoder.conv_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,58 +96,69 @@ class Rows:
     width: int
     take: Callable[[int, int], Tensor]  # first row and the row after the last to [1, C, rows, width]
 
-
-def normed(norm: nn.Module, act: nn.Module, x: Tensor) -> Rows:
-    """act(norm(x)), computed in float32."""
-    scale, shift = norm(x)
-
-    def take(first: int, last: int) -> Tensor:
-        return torch.as_tensor(act(torch.addcmul(shift, x[:, :, first:last].float(), scale))).to(x.dtype)
-
-    return Rows(x.shape[1], x.shape[2], x.shape[3], take)
+    def strips(self, conv: nn.Module) -> Iterator[tuple[int, int, Tensor]]:
+        """A 3x3 convolution in parts: first row, the row after the last, [1, C, rows, width]."""
+        step = strip_rows(self.channels, self.width)
+        for top in range(0, self.height, step):
+            bottom = min(top + step, self.height)
+            first, last = max(0, top - HALO), min(self.height, bottom + HALO)
+            yield top, bottom, conv(self.take(first, last))[:, :, top - first : bottom - first]
 
 
-def doubled(x: Tensor) -> Rows:
-    """x twice as high and wide, each value four times."""
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """Feature maps kept in one type and computed with, strip by strip, in another."""
 
-    def take(first: int, last: int) -> Tensor:
-        above = first // 2
-        taller = F.interpolate(x[:, :, above : -(-last // 2)], scale_factor=2.0, mode="nearest")
-        return taller[:, :, first - 2 * above : last - 2 * above]
+    computed: torch.dtype
+    kept: torch.dtype
 
-    return Rows(x.shape[1], 2 * x.shape[2], 2 * x.shape[3], take)
+    def residual(self, block: ResnetBlock2D, x: Tensor) -> Tensor:
+        """conv2(act(norm2(conv1(act(norm1(x)))))) plus x or its shortcut, in the memory of x."""
+        inner = self.collect(self.normed(block.norm1, block.nonlinearity, x), block.conv1)
+        base = x if block.conv_shortcut is None else self.shortened(block.conv_shortcut, x)
+        for top, bottom, strip in self.normed(block.norm2, block.nonlinearity, inner).strips(block.conv2):
+            base[:, :, top:bottom] += strip
+        return base if block.output_scale_factor == 1 else base.div_(block.output_scale_factor)
 
+    def normed(self, norm: nn.Module, act: nn.Module, x: Tensor) -> Rows:
+        """act(norm(x)), computed in float32."""
+        scale, shift = norm(x)
 
-def strips(rows: Rows, conv: nn.Module) -> Iterator[tuple[int, int, Tensor]]:
-    """A 3x3 convolution in parts: first row, the row after the last, [1, C, rows, width]."""
-    step = strip_rows(rows.channels, rows.width)
-    for top in range(0, rows.height, step):
-        bottom = min(top + step, rows.height)
-        first, last = max(0, top - HALO), min(rows.height, bottom + HALO)
-        yield top, bottom, conv(rows.take(first, last))[:, :, top - first : bottom - first]
+        def take(first: int, last: int) -> Tensor:
+            return torch.as_tensor(act(torch.addcmul(shift, x[:, :, first:last].float(), scale))).to(self.computed)
 
+        return Rows(x.shape[1], x.shape[2], x.shape[3], take)
 
-def collect(rows: Rows, conv: nn.Module) -> Tensor:
-    """A convolution's strips put together, [1, C, height, width]."""
-    whole: Tensor | None = None
-    for top, bottom, strip in strips(rows, conv):
-        if whole is None:
-            shape = (1, strip.shape[1], rows.height, rows.width)
-            whole = torch.empty(shape, dtype=strip.dtype, device=strip.device, memory_format=torch.channels_last)
-        whole[:, :, top:bottom] = strip
-    assert whole is not None, rows.height
-    return whole
+    def doubled(self, x: Tensor) -> Rows:
+        """x twice as high and wide, each value four times."""
 
+        def take(first: int, last: int) -> Tensor:
+            above = first // 2
+            taller = F.interpolate(x[:, :, above : -(-last // 2)], scale_factor=2.0, mode="nearest")
+            return taller[:, :, first - 2 * above : last - 2 * above].to(self.computed)
 
-def shortened(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of x [1, C, H, W], written into the memory of x where that has room."""
-    channels, height, width = x.shape[1:]
-    if conv.out_channels > channels:
-        return torch.as_tensor(conv(x)).contiguous(memory_format=torch.channels_last)
-    room = x.permute(0, 2, 3, 1).view(-1)
-    end = 0
-    for strip in torch.split(x, strip_rows(channels, width), dim=2):  # each is read before its place is written
-        made = conv(strip).permute(0, 2, 3, 1).reshape(-1)
-        start, end = end, end + len(made)
-        room[start:end] = made
-    return room[:end].view(1, height, width, conv.out_channels).permute(0, 3, 1, 2)
+        return Rows(x.shape[1], 2 * x.shape[2], 2 * x.shape[3], take)
+
+    def collect(self, rows: Rows, conv: nn.Module) -> Tensor:
+        """A convolution's strips put together, [1, C, height, width]."""
+        whole: Tensor | None = None
+        for top, bottom, strip in rows.strips(conv):
+            if whole is None:
+                shape = (1, strip.shape[1], rows.height, rows.width)
+                whole = torch.empty(shape, dtype=self.kept, device=strip.device, memory_format=torch.channels_last)
+            whole[:, :, top:bottom] = strip
+        assert whole is not None, rows.height
+        return whole
+
+    def shortened(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """A 1x1 convolution of x [1, C, H, W], written into the memory of x where that has room."""
+        channels, height, width = x.shape[1:]
+        if conv.out_channels > channels:
+            return torch.as_tensor(conv(x.to(self.computed))).to(self.kept, memory_format=torch.channels_last)
+        room = x.permute(0, 2, 3, 1).view(-1)
+        end = 0
+        for strip in torch.split(x, strip_rows(channels, width), dim=2):  # each is read before its place is written
+            made = conv(strip.to(self.computed)).permute(0, 2, 3, 1).reshape(-1)
+            start, end = end, end + len(made)
+            room[start:end] = made
+        return room[:end].view(1, height, width, conv.out_channels).permute(0, 3, 1, 2)
