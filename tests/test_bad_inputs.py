@@ -96,7 +96,7 @@ SETTINGS = [
     ("--unet_bs 0", "settings: unet_bs = '0'"),
     ("--max-batch 0", "settings: max_batch = '0'"),
     ("--vram-budget much", "vram_budget = 'much'"),
-    ("--vram-budget -5MB", "vram_budget = '-5MB'"),
+    ("--vram-budget 5XB", "vram_budget = '5XB'"),
     ("--negative-prompt a:0--b:0", "negative_prompt: "),
     ("--model nowhere", "nowhere: no such model"),
     (f"--model {'x' * 300}", "file name too long"),

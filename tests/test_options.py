@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from tests.tools import check_whole, environment, read_results, run_here, write_csv
+from tests.tools import check_whole, read_results, run_here, write_csv
 from tinysd_batch.cli.options import SETTINGS
 from tinysd_batch.config import Settings
 from tinysd_batch.images import read_entries
@@ -335,18 +334,19 @@ def test_plan_counts_what_is_there_already(manifest: Path, tmp_path: Path, tiny_
     assert "4 in 3 batches; 1 are there already" in done.stdout
 
 
-def test_plan_loads_no_torch(manifest: Path, tiny_model: Path) -> None:
-    code = (
-        "import sys, tinysd_batch.cli as cli\n"
-        f"sys.argv = ['tinysd-batch', 'plan', {str(manifest)!r}, '--model', {str(tiny_model)!r}]\n"
-        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
-        "print('HEAVY:', [name for name in ('torch', 'diffusers', 'ray') if name in sys.modules])"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
-    ).stdout
-    assert "Images      4" in out
-    assert "HEAVY: []" in out
+def test_plan_and_a_dry_run_tell_the_memory_of_each_phase(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    planned = run_here("plan", "m.csv", "--model", tiny_model, "--device", "cpu", cwd=tmp_path).stdout
+    assert "for 2 images of 16x16 at a time (float32 on cpu)" in " ".join(planned.split())
+    rehearsal = "txt2img", "cat", "--dry-run", "--model", tiny_model, "--device"
+    tight = run_here(*rehearsal, "cpu", "--vram-budget", "700kB", cwd=tmp_path).stdout
+    assert re.search(r"UNet +\d+ kB: .+ of weights stay, the rest passes through \d+ kB", tight)
+    card = run_here(*rehearsal, "cuda", "--vram-budget", "900MB", cwd=tmp_path).stdout
+    assert "float16 on cuda" in card
+    assert "350 MB assumed for CUDA itself" in card
+    none = run_here(*rehearsal, "cpu", "--vram-budget", "10kB", cwd=tmp_path)
+    assert none.returncode == 2
+    assert "vram_budget = 0.0 MB: drawing 16x16 takes at least" in none.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv"]
 
 
 def test_plan_warns_of_a_full_disk(

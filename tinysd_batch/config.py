@@ -171,15 +171,26 @@ def resolve(*layers: dict[str, Any]) -> Settings:
     for layer in layers:
         merged |= {key: value for key, value in layer.items() if value is not None}
     settings: Settings = validate(Settings, merged, "settings")
-    parse_bytes(settings.vram_budget)
+    parse_budget(settings.vram_budget, MAX_SEED)
     return settings
 
 
-def parse_bytes(amount: str | int | None) -> int | None:
-    """Bytes from a number or text such as `900MB` or `1.5 GiB`; raise UsageError for anything else."""
+def parse_budget(amount: str | int | None, total: int | None) -> int | None:
+    """Bytes from a number or text: `900MB`, `1.5 GiB`, `0.5` of the `total` bytes, or `-500MB`, all but so much.
+
+    Raises UsageError for anything else, and where `total` would have to be known.
+    """
     if amount is None or isinstance(amount, int):
         return amount
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
-    if match is None or match[2] not in UNITS:
-        raise UsageError(f"vram_budget = {amount!r}: give bytes or a number with a unit, such as 900MB")
-    return int(min(float(match[1]) * UNITS[match[2]], MAX_SEED))
+    match = re.fullmatch(r"\s*(-?)(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
+    if match is None or match[3] not in UNITS or not float(match[2]):
+        raise UsageError(
+            f"vram_budget = {amount!r}: give a number with a unit, such as 900MB, a share of the device's memory, such "
+            f"as 0.5, or what is to be left of it, such as -500MB"
+        )
+    number = float(match[2])
+    is_share = not match[3] and number <= 1
+    if total is None and (match[1] or is_share):
+        raise UsageError(f"vram_budget = {amount!r}: the card is not here, so its memory is not known; give megabytes")
+    wanted = min(number * (total if is_share and total else UNITS[match[3]]), MAX_SEED)
+    return int(total - wanted if match[1] and total else wanted)

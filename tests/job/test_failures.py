@@ -102,7 +102,7 @@ def too_large_above(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(model, sample, *rest)
 
-    monkeypatch.setattr(pipeline, "encode_half", encode_half)
+    monkeypatch.setattr(unet, "encode_half", encode_half)
     return refused
 
 
@@ -148,7 +148,7 @@ def test_what_no_saving_helps_is_named_and_costs_itself(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(model, sample, *rest)
 
-    monkeypatch.setattr(pipeline, "encode_half", encode_half)
+    monkeypatch.setattr(unet, "encode_half", encode_half)
     path = write_csv(tmp_path / "m.csv", [{"prompt": "a", "width": 16}, {"prompt": "b", "width": 32}])
     draw(path, tmp_path / "job", tiny_model)
     good, large = check_whole(tmp_path / "job", 2)
@@ -169,7 +169,7 @@ def test_a_broken_device_fails_no_image(
         raise torch.AcceleratorError("CUDA error: device-side assert triggered\nmore")
 
     with monkeypatch.context() as card:
-        card.setattr(pipeline, "encode_half", assertion)
+        card.setattr(unet, "encode_half", assertion)
         with pytest.raises(BrokenWorkerError, match="device-side assert triggered"):
             draw(manifest, tmp_path / "job", tiny_model)
     draw(manifest, tmp_path / "job", tiny_model)

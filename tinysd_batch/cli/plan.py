@@ -22,7 +22,7 @@ def plan(
     *,
     settings: dict[str, Any],
 ) -> None:
-    """Check a manifest without drawing: rows, images, faults, weights, tokens, disk. Writes nothing, loads no model."""
+    """Check a manifest without drawing: rows, images, faults, weights, tokens, disk, memory. Writes nothing."""
     import json
 
     from rich.console import Console

@@ -29,6 +29,7 @@ def txt2img(
         Path, typer.Option("--outdir", "-o", "--output", help="The folder for the pictures.")
     ] = DEFAULT_FOLDER,
     preset: options.Preset = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what memory it takes, and draw nothing.")] = False,
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -39,8 +40,28 @@ def txt2img(
     if text and from_file:
         raise UsageError("a prompt and --from-file: give one of the two")
     resolved = resolve(*(read_preset(path) for path in preset or []), settings)
-    if draw(text, from_file, resolved, output):
+    if dry_run:
+        tell_memory(text, from_file, resolved)
+    elif draw(text, from_file, resolved, output):
         raise typer.Exit(3)
+
+
+def tell_memory(text: str, from_file: Path | None, settings: "Settings") -> None:
+    """Of the largest batch, phase by phase."""
+    from tinysd_batch.job.folder import defaults_of, fill_in_model_defaults
+    from tinysd_batch.model.info import read_model_info
+    from tinysd_batch.report.memory import Batch, plan_memory
+
+    model = read_model_info(settings.model)
+    settings = fill_in_model_defaults(settings, model)
+    rows, _ = read_prompts(text, from_file, defaults_of(settings, model))
+    batches = [
+        Batch(max(row.n_samples, settings.max_batch or 1), row.params.width, row.params.height, row.scale != 1)
+        for row in rows
+    ]
+    largest = max(batches, key=lambda batch: batch.rows * batch.width * batch.height)
+    for name, line in plan_memory(settings, largest).lines().items():
+        typer.echo(f"{name:<14} {line}")
 
 
 def draw(text: str, from_file: Path | None, settings: "Settings", output: Path) -> int:

@@ -33,9 +33,14 @@ class HostTensor:
         return self.value.numel() * self.dtype.itemsize
 
     @property
-    def is_onloaded(self) -> bool:
+    def place(self) -> Tensor:
+        """What the module has of it: itself, or an empty tensor."""
         here: Tensor = getattr(self.module, self.name)
-        return here.numel() > 0
+        return here
+
+    @property
+    def is_onloaded(self) -> bool:
+        return self.place.numel() > 0
 
     def put(self, tensor: Tensor) -> None:
         if self.name in self.module._buffers:
@@ -134,6 +139,11 @@ class Fragment:
     def onload(self, device: torch.device) -> None:
         for piece in self.pieces:
             piece.onload(device)
+
+    def pretend(self) -> None:
+        """Tensors of the right sizes and types without numbers, for a walk on the meta device."""
+        for tensor in self.host:
+            tensor.put(torch.empty(tensor.value.shape, dtype=tensor.dtype, device="meta"))
 
     def offload(self) -> None:
         """Forget the device's copy, and let go of the file's pages."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.packed import PackedLayer
+from tinysd_batch.model.packing import SCRATCH
 
 HOST = torch.device("cpu")
 
@@ -39,6 +40,11 @@ class Attended:
 
     rows: Tensor  # [R], of each row of the batch: which of the prompts is its own
     values: list[Tensor]  # of each layer [U, T, C], for U different prompts, on the device
+
+    @property
+    def prompts(self) -> int:
+        """How many different ones."""
+        return len(self.values[0]) if self.values else 0
 
 
 class Hoisted:
@@ -115,6 +121,7 @@ class Hoisted:
             yield
         finally:
             self.fragment.offload()
+            SCRATCH.release(HOST)
 
     def attend(self, attended: Attended) -> None:
         """Have every cross-attention use these."""

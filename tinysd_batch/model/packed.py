@@ -38,14 +38,13 @@ class PackedLayer(nn.Module):
             for start in range(0, self.out_features, step):
                 rows = slice(start, min(start + step, self.out_features))
                 room = SCRATCH.output(rows.stop - start, self.columns, dtype, self.qweight.device)
-                matrix = room if room.is_meta else unpack(weight.cut(rows), room)
-                yield matrix, None if self.bias is None else self.bias[rows]
+                yield unpack(weight.cut(rows), room), None if self.bias is None else self.bias[rows]
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weight as [O, K], in memory of its own that is kept until the fragment leaves."""
         if self.kept is None or self.kept[0] is not self.qweight:
             room = torch.empty(self.out_features, self.columns, dtype=dtype, device=self.qweight.device)
-            self.kept = self.qweight, room if room.is_meta else unpack(self.weight_as_stored(), room)
+            self.kept = self.qweight, unpack(self.weight_as_stored(), room)
         return self.kept[1]
 
 
@@ -97,16 +96,19 @@ def packed_like(layer: nn.Module, layout: Layout) -> PackedLayer:
     return PackedConv2d(layer.in_channels, layer.out_channels, kernel, stride, padding, layout, bias)
 
 
+def packed_layers(model: nn.Module) -> Iterator[PackedLayer]:
+    return (layer for layer in model.modules() if isinstance(layer, PackedLayer))
+
+
 def keep_unpacked(model: nn.Module) -> None:
     """Let all packed layers unpack once and keep the floats."""
-    for layer in model.modules():
-        if isinstance(layer, PackedLayer):
-            layer.keeps_unpacked = True
+    for layer in packed_layers(model):
+        layer.keeps_unpacked = True
 
 
 def unpacked_bytes(model: nn.Module) -> int:
     """What the packed layers would take as float32."""
-    return sum(4 * layer.out_features * layer.columns for layer in model.modules() if isinstance(layer, PackedLayer))
+    return sum(4 * layer.out_features * layer.columns for layer in packed_layers(model))
 
 
 def swap_packed_layers(model: nn.Module, layouts: Mapping[str, Layout]) -> None:

@@ -187,6 +187,9 @@ def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
     if decode is None and out.is_cuda and weight.layout.bits == 2 and has_kernels(out.device):
         return unpack_by_kernel(weight, out)
     step = max(1, UNPACK_GROUPS * GROUPS[0] // weight.shape[1])
+    if out.is_meta:  # numbers without values, but what takes memory meanwhile is to be seen
+        torch.empty(min(step, weight.shape[0]), weight.shape[1], device=out.device)
+        return out
     for start in range(0, weight.shape[0], step):
         part = slice(start, start + step)
         out[part].copy_(floats(weight.cut(part), decode or unpack_rows))
@@ -281,6 +284,9 @@ class Scratch(threading.local):
             with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
                 self.buffers[device] = torch.empty(needed, dtype=torch.uint8, device=device)
         return self.buffers[device][:needed].view(dtype).view(rows, columns)
+
+    def release(self, device: torch.device) -> None:
+        self.buffers.pop(device, None)
 
 
 SCRATCH = Scratch()

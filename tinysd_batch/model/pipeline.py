@@ -17,22 +17,23 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel
 
-from tinysd_batch.config import parse_bytes
+from tinysd_batch.config import parse_budget
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
 from tinysd_batch.model.attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
-from tinysd_batch.model.devices import choose_device, device_name
+from tinysd_batch.model.devices import choose_device, device_name, total_bytes
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
 from tinysd_batch.model.hoist import Attended, Hoisted
 from tinysd_batch.model.info import ModelInfo, read_model_info
-from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
+from tinysd_batch.model.memory import Planner, Shape, kept_type
+from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
 from tinysd_batch.model.precision import choose_dtype
 from tinysd_batch.model.residency import Residency
 from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
-from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, decode_half, encode_half, half_modules
+from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
 from tinysd_batch.model.vae import decode_latents, decode_one
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
@@ -107,13 +108,13 @@ class TinySD:
         self.encode_fragment = Fragment("UNet encode half", halves[0], unet, dtype, order)
         self.decode_fragment = Fragment("UNet decode half", halves[1], unet, dtype, order)
         self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order)
-        phases = ((self.text_fragment,), (self.encode_fragment, self.decode_fragment), (self.vae_fragment,))
-        self.residency = Residency(phases, device, budget_bytes)
-        if turbo:
-            self.check_turbo(budget_bytes)
+        self.residency = Residency(device)
+        self.memory = Planner(self, budget_bytes)
         small = device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES
         if turbo or small:
             keep_unpacked(self.unet)
+        if budget_bytes is not None:
+            self.check_budget()
         self.schedule = read_schedule(info.path / "scheduler" / "scheduler_config.json")
 
     @classmethod
@@ -134,17 +135,18 @@ class TinySD:
             device: "cpu", "cuda", "cuda:1"; the first GPU where there is one if None.
             dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); if None half precision where the
                 device, measured, gives right results in it and is faster.
-            vram_budget: bytes, or text such as "900MB". It counts weights only: below what text encoder, UNet or
-                autoencoder take, what does not fit passes through the device piece by piece.
+            vram_budget: device memory for everything: bytes, or text such as "900MB", "0.5" (of the device's memory) or
+                "-500MB" (all but so much). What does not fit passes through the device piece by piece, and work is
+                done in smaller parts (`model.memory.phases` says how).
             turbo: keep the UNet's weights unpacked while denoising: faster, at 2 to 4 bytes a weight.
             unet_bs: rows that go through the UNet at once, of the 2 an image takes with guidance; all if None.
 
         Raises:
-            ModelError: the folder, a file or a tensor is missing or wrong, or the budget is too small.
+            ModelError: the folder, a file or a tensor is missing or wrong, or no picture fits the budget.
         """
         chosen, info = choose_device(device), read_model_info(str(path))
         number = choose_dtype(dtype, chosen, is_small=info.is_small)
-        return cls(info, chosen, number, parse_bytes(vram_budget), turbo=turbo, unet_bs=unet_bs)
+        return cls(info, chosen, number, parse_budget(vram_budget, total_bytes(chosen)), turbo=turbo, unet_bs=unet_bs)
 
     @property
     def fragments(self) -> tuple[Fragment, Fragment, Fragment, Fragment]:
@@ -158,18 +160,16 @@ class TinySD:
             side = self.info.step_px // self.info.factor
             latents = torch.empty(1, self.info.channels, side, side)
             self.hoisted.pretend(1, text.shape[1], latents.dtype)
-            state = encode_half(self.unet, latents, torch.empty(1), torch.zeros(1, 1, 1, dtype=torch.long))
-            decode_one(self.vae, decode_half(self.unet, state, torch.zeros(1, 1, 1, dtype=torch.long)))
+            decode_one(self.vae, predict(self.unet, latents, torch.zeros(1, dtype=torch.long), None, latents.dtype))
 
-    def check_turbo(self, budget_bytes: int | None) -> None:
-        """Raises ModelError when packed and unpacked weights do not fit the budget together."""
-        width = torch.empty(0, dtype=self.dtype).element_size()
-        needed = sum(part.nbytes for part in self.fragments) + unpacked_bytes(self.unet) // 4 * width
-        if budget_bytes is not None and needed > budget_bytes:
-            raise ModelError(
-                f"turbo needs {needed / 1e6:.1f} MB for weights, the vram_budget is {budget_bytes / 1e6:.1f} MB; "
-                f"leave one of the two out"
-            )
+    def check_budget(self) -> None:
+        """Raises ModelError where not even one picture of the model's own size fits."""
+        side = self.info.native_px
+        try:
+            self.memory.phases(Shape(1, side, side, self.info.max_tokens))
+        except UsageError as error:
+            hint = "; leave turbo out" if any(layer.keeps_unpacked for layer in packed_layers(self.unet)) else ""
+            raise ModelError(f"{error}{hint}") from None
 
     @property
     def device_name(self) -> str:
@@ -217,7 +217,7 @@ class TinySD:
             callback: called after each step with step, timestep and latents (heun: after each half of a step).
 
         Raises:
-            UsageError: arguments that do not fit together.
+            UsageError: arguments that do not fit together, or a picture that does not fit the budget.
             NotFiniteError: the latents or an image came out as NaN, infinite or one flat colour.
         """
         height, width = height or self.info.native_px, width or self.info.native_px
@@ -321,7 +321,7 @@ class TinySD:
 
     @contextlib.contextmanager
     def text_encoder_on_device(self) -> Iterator[torch.device]:
-        with self.residency.holding(self.text_fragment):
+        with self.memory.working(self.memory.phase(self.memory.encoding())):
             yield self.device
 
     def denoise(
@@ -336,35 +336,34 @@ class TinySD:
         context = torch.stack([*negatives, *(one.text for one in conditions)])
         attended = self.hoisted.read(context, self.device, self.dtype)
 
+        height, width = (self.info.factor * side for side in start.shape[2:])
+        phase = self.memory.phase(
+            self.memory.denoising(Shape(len(context), height, width, context.shape[1], attended.prompts))
+        )
+
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             """The guided noise [B, 4, h, w]: e = e_negative + scale (e_text - e_negative)."""
             if not guided:
-                return self.predict(latents, timestep, attended)
-            without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended).chunk(2)
+                return self.predict(latents, timestep, attended, way.rows)
+            without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended, way.rows).chunk(2)
             return without + scale * (with_text - without)
 
         run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None))
-        with self.residency.holding(self.encode_fragment, self.decode_fragment):
-            return sample(sampler, run, start.to(self.device))
+        try:
+            with self.memory.working(phase) as way:
+                return sample(sampler, run, start.to(self.device))
+        finally:
+            self.hoisted.forget()
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D]."""
-        return self.predict(latents, timestep, self.hoisted.read(context, self.device, self.dtype))
+        return self.predict(latents, timestep, self.hoisted.read(context, self.device, self.dtype), self.unet_bs)
 
-    def predict(self, latents: Tensor, timestep: Tensor, attended: Attended) -> Tensor:
-        """The same where the prompts were read before; `unet_bs` rows at a time."""
+    def predict(self, latents: Tensor, timestep: Tensor, attended: Attended, rows: int | None) -> Tensor:
+        """The same where the prompts were read before, so many rows at a time."""
         self.hoisted.at(float(timestep), self.device, self.dtype)
         self.hoisted.attend(attended)
-        embedding = torch.zeros(1, device=self.device, dtype=self.dtype)
-        rows = self.unet_bs or len(latents)
-        prompts = torch.split(attended.rows.view(-1, 1, 1), rows)
-        states = [
-            encode_half(self.unet, part.to(self.dtype), embedding, which)
-            for part, which in zip(torch.split(latents, rows), prompts, strict=True)
-        ]
-        return torch.cat(
-            [decode_half(self.unet, state, which).float() for state, which in zip(states, prompts, strict=True)]
-        )
+        return predict(self.unet, latents, attended.rows, rows, self.dtype)
 
     def decode(
         self, latents: Tensor, output_type: OutputType, redone: Redone
@@ -388,9 +387,11 @@ class TinySD:
 
     def decode_values(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to colours in 0..1, float32 [B, H, W, 3], on the host."""
-        with self.residency.holding(self.vae_fragment):
+        height, width = (self.info.factor * side for side in latents.shape[2:])
+        phase = self.memory.phase(self.memory.decoding(Shape(1, height, width, 0)))
+        with self.memory.working(phase) as way:
             scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-            pixels = decode_latents(self.vae, scaled)
+            pixels = decode_latents(self.vae, scaled, kept_type(way))
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     def peak_memory_bytes(self) -> int:

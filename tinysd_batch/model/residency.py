@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinysd_batch.errors import ModelError
 from tinysd_batch.model.fragments import Fragment, HostTensor, Piece
 from tinysd_batch.model.mapped import MappedTensors
 
@@ -22,25 +21,20 @@ Passing = tuple[Piece, list[nn.Module]]  # what passes through a buffer together
 
 
 class Residency:
-    """Brings fragments to the device for their phases, within a budget of bytes for weights."""
+    """Brings fragments to the device for their phases."""
 
-    def __init__(self, phases: Sequence[Sequence[Fragment]], device: torch.device, budget_bytes: int | None) -> None:
-        """`phases` are the fragments that work together. Raises ModelError for a budget below what streaming takes."""
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.budget_bytes = budget_bytes
+        self.room: int | None = None  # bytes for the weights of the phase to come; None: no limit
+        self.streams_all = False  # whatever the room
         self.arenas: dict[Fragment, Arena] = {}
-        for phase in phases:
-            least = sum(part.standing.nbytes for part in phase) + 2 * largest_piece(phase)
-            if budget_bytes is not None and self.streams(phase) and least > budget_bytes:
-                raise ModelError(
-                    f"vram_budget = {budget_bytes / 1e6:.1f} MB: the {phase[0].name} needs {least / 1e6:.1f} MB "
-                    f"for weights, even when they pass through the smallest buffers"
-                )
 
     def streams(self, fragments: Sequence[Fragment]) -> bool:
         """Whether these fragments pass through the device piece by piece."""
-        if self.budget_bytes is not None:
-            return sum(fragment.nbytes for fragment in fragments) > self.budget_bytes
+        if self.streams_all:
+            return True
+        if self.room is not None:
+            return sum(fragment.nbytes for fragment in fragments) > self.room
         copied = sum(tensor.nbytes for part in fragments for tensor in part.host if not lies_ready(tensor))
         return self.device.type == "cpu" and copied > COPIED_WHOLE_BYTES
 
@@ -81,24 +75,33 @@ class Residency:
                 handle.remove()
             stream.close()
 
+    def placed(self, fragments: Sequence[Fragment], room: int | None) -> tuple[int, int]:
+        """Bytes of weights that stay on the device in so much room, and of the buffers that others pass through."""
+        self.room = room
+        if not self.streams(fragments):
+            return sum(fragment.nbytes for fragment in fragments), 0
+        standing, passing = self.split(fragments)
+        return sum(tensor.nbytes for tensor in standing), 2 * max((piece.nbytes for piece, _ in passing), default=0)
+
     def split(self, fragments: Sequence[Fragment]) -> tuple[list[HostTensor], list[Passing]]:
         """What stays on the device, and what passes through in buffers of the largest piece's size.
 
-        With a budget, as much stays as fits beside the buffers, spread evenly so that copies hide behind work. Without
-        one, on the CPU, what the file holds as it is needed takes no memory to stay.
+        In limited room, as much stays as fits beside the buffers, spread evenly so that copies hide behind work.
+        Without a limit, on the CPU, what the file holds as it is needed takes no memory to stay.
         """
         buffer_bytes = largest_piece(fragments)
         standing = [tensor for part in fragments for tensor in part.standing.tensors]
         pieces = [item for part in fragments for item in part.by_module.items()]
         if not pieces:  # of a small model, whose order of work nobody learnt
             return standing, []
-        if self.budget_bytes is None:
+        if self.room is None and not self.streams_all:
             standing += [tensor for _, piece in pieces for tensor in piece.tensors if lies_ready(tensor)]
             pieces = [
                 (module, Piece([one for one in piece.tensors if not lies_ready(one)])) for module, piece in pieces
             ]
             return standing, gather([item for item in pieces if item[1].tensors], buffer_bytes)
-        room = self.budget_bytes - sum(part.standing.nbytes for part in fragments) - 2 * buffer_bytes
+        room = 0 if self.streams_all or self.room is None else self.room
+        room -= sum(part.standing.nbytes for part in fragments) + 2 * buffer_bytes
         share = room / sum(piece.nbytes for _, piece in pieces)
         passing, seen, staying = [], 0, 0
         for module, piece in pieces:

@@ -26,6 +26,23 @@ def half_modules(unet: UNet2DConditionModel, names: tuple[str, ...]) -> dict[str
     return {name: getattr(unet, name) for name in names}
 
 
+def predict(
+    unet: UNet2DConditionModel, latents: Tensor, prompts: Tensor, rows: int | None, dtype: torch.dtype
+) -> Tensor:
+    """What a UNet says whose `hoist.Hoisted` layers know timestep and prompts: [R, 4, h, w] float32.
+
+    `latents` are [R, 4, h, w], `prompts` [R] names the prompt of each row; so many `rows` work at once, or all.
+    """
+    embedding = torch.zeros(1, device=latents.device, dtype=dtype)
+    said = []
+    for some, which in zip(
+        torch.split(latents, rows or len(latents)), torch.split(prompts, rows or len(latents)), strict=True
+    ):
+        context = which.view(-1, 1, 1)
+        said.append(decode_half(unet, encode_half(unet, some.to(dtype), embedding, context), context).float())
+    return torch.cat(said)
+
+
 def encode_half(unet: UNet2DConditionModel, latents: Tensor, embedding: Tensor, context: Tensor) -> Halfway:
     """Latents [2B, 4, h, w] to the middle of the UNet.
 

@@ -19,9 +19,11 @@ from tinysd_batch.job.reuse import count_reusable
 from tinysd_batch.model.prompts import SubPrompt, parse_prompt
 from tinysd_batch.model.tokens import TokenizedPrompt, read_tokenizer, tokenize_prompt
 from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.report.memory import Batch, MemoryPlan, plan_memory
 from tinysd_batch.report.text import count, one_line, say, size
 
 MAX_FAULTS = 1000  # kept for --json
+WIDEST_NAME = 14
 SHOWN = 10  # faults, cut prompts and weighted prompts, unless all are asked for
 # As the embedded model's drawings come out, lossy ones at quality 90: a guess for other models, and said with "some".
 BYTES_PER_PIXEL = {"png": 1.8, "jpg": 0.6, "webp": 0.4}
@@ -61,6 +63,8 @@ class Plan:
     batches: int = 0
     finished: int = 0  # images that an earlier run made
     reusable: int = 0  # others that the job named by --reuse has
+    largest: Batch | None = None  # the most that is drawn at once
+    memory: MemoryPlan | None = None
     sizes: Counter[str] = field(default_factory=Counter)
     samplings: Counter[str] = field(default_factory=Counter)
     longest_prompt_tokens: int = 0
@@ -108,6 +112,7 @@ def make_plan(job: Job, on_row: Callable[[PlannedRow | InvalidRow], None]) -> Pl
             wanted.update(image.image_id for image in batch.images if image.index not in finished)
     plan.reusable = count_reusable(job, wanted)
     plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
+    plan.memory = plan_memory(job.settings, plan.largest) if plan.largest else None
     plan.carried_columns = list(carried)
     plan.near_misses = near_misses(carried)
     return plan
@@ -139,6 +144,9 @@ def add_row(plan: Plan, planned: PlannedRow, settings: Settings) -> None:
     params = planned.row.params
     images = planned.row.n_iter * planned.row.n_samples
     plan.images += images
+    together = max(planned.row.n_samples, settings.max_batch or 1)
+    batch = Batch(together, params.width, params.height, planned.row.scale != 1)
+    plan.largest = max(plan.largest or batch, batch, key=lambda one: one.rows * one.width * one.height)
     plan.sizes[f"{params.width}x{params.height}"] += images
     plan.samplings[f"{params.sampler}, {count(params.steps, 'step')}"] += images
     plan.longest_prompt_tokens = max(plan.longest_prompt_tokens, planned.tokens.n_tokens)
@@ -206,6 +214,7 @@ class PlanPrinter:
             "Weighted": count(plan.weighted_rows, "row"),
             "Disk": f"some {size(plan.disk_bytes)} to be written, {size(plan.free_bytes)} free"
             + ("" if plan.fits_disk else ": not enough"),
+            **(plan.memory.lines() if plan.memory else {}),
         }
         if plan.carried_columns:
             lines["Carried"] = ", ".join(
@@ -214,7 +223,7 @@ class PlanPrinter:
             ) + (f" and {len(plan.carried_columns) - SHOWN:,} more" if len(plan.carried_columns) > SHOWN else "")
         lines["Job folder"] = str(job.folder)
         for name, line in lines.items():
-            say(self.console, f"{name:<11} {line}")
+            say(self.console, f"{name:<{WIDEST_NAME}} {line}")
 
 
 def reuse_words(job: Job, plan: Plan) -> str:
@@ -237,4 +246,5 @@ def tokens_advice(plan: Plan, settings: Settings) -> str:
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    return {**{each.name: getattr(plan, each.name) for each in fields(plan)}, "fits_disk": plan.fits_disk}
+    told = {each.name: getattr(plan, each.name) for each in fields(plan) if each.name not in ("largest", "memory")}
+    return {**told, "fits_disk": plan.fits_disk, "memory": plan.memory.as_dict() if plan.memory else None}

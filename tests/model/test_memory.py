@@ -1,0 +1,102 @@
+"""A budget that is kept: what the planner foretells is what is measured, and what it allows is not exceeded."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinysd_batch.errors import ModelError, UsageError
+from tinysd_batch.model.memory import LivePeak, Phase, Shape, Way
+from tinysd_batch.model.pipeline import TinySD
+
+TOKENS = 24
+CASES = [
+    ((32, 48), 1, None, "full"), ((32, 48), 3, 0.0, "full"), ((16, 16), 2, 0.6, torch.bfloat16),
+    *(
+        pytest.param(size, images, share, dtype, marks=pytest.mark.slow)
+        for size in ((16, 16), (32, 32), (96, 64))
+        for images in (1, 4)
+        for share in (None, 0.0, 0.4, 0.9)
+        for dtype in ("full", torch.bfloat16)
+    ),
+]  # fmt: skip
+
+
+def measured_peaks(model: TinySD, images: int, size: tuple[int, int]) -> dict[str, int]:
+    """Of each phase: the most that live tensors and weights on the device take together while pictures are drawn."""
+    peaks: dict[str, int] = {}
+    working = model.memory.working
+
+    @contextlib.contextmanager
+    def watched(phase: Phase) -> Iterator[Way]:
+        with LivePeak() as live, working(phase) as way:
+            # Weights in the file's own pages are not made here, nor is what was computed before the loop.
+            places = [one.place for part in model.fragments for one in part.host if one.is_onloaded]
+            base = sum(one.nbytes for one in places if id(one.untyped_storage()) not in live.sizes)
+            live.leave_out(places)
+            yield way
+            known = [layer.value for _, layer in model.hoisted.of_text]
+            base += sum(value.nbytes for value in known if value is not None)
+        peaks[phase.name] = live.peak + base
+
+    model.memory.working = watched  # type: ignore[method-assign]
+    prompts = [f"cat {number}" for number in range(images)]
+    model.generate(prompts, 1, num_inference_steps=1, sampler="ddim", height=size[0], width=size[1])
+    model.memory.working = working  # type: ignore[method-assign]
+    return peaks
+
+
+@pytest.mark.parametrize(("size", "images", "share", "dtype"), CASES)
+def test_what_is_foretold_is_measured(
+    tiny_model: Path, size: tuple[int, int], images: int, share: float | None, dtype: torch.dtype | str
+) -> None:
+    model = TinySD.from_pretrained(tiny_model, device="cpu", dtype=dtype, vram_budget="1GB")
+    shape, budget = Shape(2 * images, *size, TOKENS, images + 1), None
+    if share is not None:
+        least, whole = model.memory.least(shape), max(phase.peak for phase in model.memory.phases(shape))
+        budget = int(least + share * (whole - least))
+        model = TinySD.from_pretrained(tiny_model, device="cpu", dtype=dtype, vram_budget=budget)
+    foretold = {phase.name: phase.peak for phase in model.memory.phases(shape)}
+    measured = measured_peaks(model, images, size)
+    on_host = 50_000 + images * 3 * size[0] * size[1] * 4  # here the host is the device: embeddings, and the pictures
+    assert measured == pytest.approx(foretold, rel=0.1, abs=on_host)
+    assert budget is None or max(measured.values()) <= 1.02 * budget + on_host
+
+
+@pytest.mark.slow
+def test_more_room_never_means_more_streaming(tiny_model: Path) -> None:
+    model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
+    shape = Shape(4, 32, 32, TOKENS)
+    least, whole = model.memory.least(shape), max(phase.peak for phase in model.memory.phases(shape))
+    passing = []
+    for step in range(6):
+        tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least + step * (whole - least) // 5)
+        passing.append(sum(phase.weights - phase.staying for phase in tight.memory.phases(shape)))
+    assert passing == sorted(passing, reverse=True)
+    assert passing[0] > 0 == passing[-1]
+
+
+def test_a_budget_in_which_nothing_can_be_drawn_is_refused_and_the_least_is_said(tiny_model: Path) -> None:
+    model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
+    side = model.info.native_px
+    least = model.memory.least(Shape(1, side, side, TOKENS))
+    with pytest.raises(ModelError, match=r"drawing 16x16 takes at least \d+\.\d MB with this model, in the"):
+        TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least - 1)
+    tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least)
+    tight.generate("cat", 1, num_inference_steps=2, guidance_scale=1.0)
+    with pytest.raises(UsageError, match=r"drawing 128x128 takes at least"):
+        tight.generate("cat", 1, num_inference_steps=2, height=128, width=128)
+
+
+def test_a_share_of_the_device_and_headroom() -> None:
+    from tinysd_batch.config import parse_budget
+
+    assert parse_budget("0.25", 4000) == 1000
+    assert parse_budget("-1.5kB", 4000) == 2500
+    assert parse_budget("-0.25", 4000) == 3000
+    assert parse_budget("1GiB", 4000) == 2**30
+    for wrong in ("0", "much", "-", "--5MB", "5 sheep"):
+        with pytest.raises(UsageError, match="vram_budget"):
+            parse_budget(wrong, 4000)
