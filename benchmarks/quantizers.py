@@ -37,9 +37,10 @@ from tinysd_batch.model.info import WEIGHTS
 from tinysd_batch.model.packing import to_matrix
 from tinysd_batch.quantize.calib import quantize_calibrated
 from tinysd_batch.quantize.calibrate import from_matrix
-from tinysd_batch.quantize.fast import layers_to_pack, quantize_model
+from tinysd_batch.quantize.fast import quantize_model
 from tinysd_batch.quantize.folder import convert_model, open_source
 from tinysd_batch.quantize.measure import Errors, measure
+from tinysd_batch.quantize.presets import layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
@@ -81,17 +82,17 @@ def embedded_floats(folder: Path) -> Path:
 
 
 def fast(bench: Bench, folder: Path) -> int:
-    quantize_model(bench.floats, folder, Options(), lambda _: None)
+    quantize_model(bench.floats, folder, Options(), lambda _: None, "tiny")
     return packed_bytes(folder, bench.names)
 
 
 def calib(bench: Bench, folder: Path) -> int:
-    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell)
+    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, preset="tiny")
     return packed_bytes(folder, bench.names)
 
 
 def distill(bench: Bench, folder: Path) -> int:
-    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, tune=True)
+    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, preset="tiny", tune=True)
     return packed_bytes(folder, bench.names)
 
 
@@ -280,7 +281,7 @@ def main() -> None:
     if arguments.prompts:
         recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
     part = open_source(floats, Options()).unet()
-    names = list(layers_to_pack(Walker(part.config, part.tensors, CPU).unet))
+    names = list(layers_to_pack(Walker(part.config, part.tensors, CPU).unet, "tiny"))
     bench = Bench(floats, out, recipe, held_out(floats, recipe, out), names, arguments.peers)
     lines = []
     for name in arguments.only.split(",") if arguments.only else METHODS:

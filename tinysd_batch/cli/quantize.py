@@ -1,4 +1,4 @@
-"""`tinysd-batch quantize`: a model of the user's own at 2 bits."""
+"""`tinysd-batch quantize`: a model of the user's own at few bits."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +22,13 @@ def quantize(
         str,
         typer.Option("--level", help="fast: without data. calib: with the model's own drawings. distill: and tuned."),
     ] = "fast",
+    preset: Annotated[
+        str,
+        typer.Option(
+            "--preset",
+            help="tiny: all layers at 2 bits. default: time and text projections at 8. quality: more at 4.",
+        ),
+    ] = "default",
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", help="What calib draws and how hard it tries (TOML).", show_default=False),
@@ -31,23 +38,29 @@ def quantize(
     ema: Ema = False,
     vae: Vae = None,
 ) -> None:
-    """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits."""
+    """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits, a few layers at more."""
     if level not in LEVELS:
         raise UsageError(f"--level {level}: one of {', '.join(LEVELS)} was expected")
     if recipe is not None and level == "fast":
         raise UsageError("--recipe: fast uses no data; say --level calib too")
+    from tinysd_batch.quantize.presets import PRESETS
+
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: one of {', '.join(PRESETS)} was expected")
     how = options(allow_pickle, ema, vae)
     with end_on_sigterm():
         if level == "fast":
             from tinysd_batch.quantize.fast import quantize_model
 
-            quantize_model(source, out, how, tell)
+            quantize_model(source, out, how, tell, preset)
         else:
-            calibrate(source, out, how, recipe, device, tune=level == "distill")
+            calibrate(source, out, how, recipe, device, preset, tune=level == "distill")
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
 
 
-def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device: str, *, tune: bool) -> None:
+def calibrate(
+    source: Path, out: Path, how: "Options", file: Path | None, device: str, preset: str, *, tune: bool
+) -> None:
     """Quantize with data, then measure and report."""
     from tinysd_batch.model.devices import choose_device
     from tinysd_batch.quantize.calib import quantize_calibrated
@@ -59,7 +72,7 @@ def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device
 
     recipe = read_recipe(file)
     chosen = choose_device(None if device == "auto" else device)
-    done = quantize_calibrated(source, out, how, recipe, chosen, tell, tune=tune)
+    done = quantize_calibrated(source, out, how, recipe, chosen, tell, preset=preset, tune=tune)
     tell(f"measuring on {len(recipe.held_out)} held-out prompts")
     errors = measure(out, done.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
     summary = summarize(out, done.layers, done.seconds, str(chosen), recipe)

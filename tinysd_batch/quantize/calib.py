@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import KEEP_ON_META, read_schedule, write_packed_unet
-from tinysd_batch.model.packing import to_matrix
+from tinysd_batch.model.packing import Layout, to_matrix
 from tinysd_batch.model.samplers import alphas_cumprod
 from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use
 from tinysd_batch.quantize.distill import Examples, Tuned, distill
-from tinysd_batch.quantize.fast import check_finite, layers_to_pack
+from tinysd_batch.quantize.fast import check_finite
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.hessian import layer_of
+from tinysd_batch.quantize.presets import DEFAULT, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, spread_points
@@ -41,20 +42,23 @@ class Calibrated:
 
 
 def quantize_calibrated(
-    source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *, tune: bool = False
-) -> Calibrated:
+    source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *,
+    preset: str = DEFAULT, tune: bool = False,
+) -> Calibrated:  # fmt: skip
     """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
 
     A layer is on disk as soon as it is finished, in `OUT.work`: stopped in any way, the same call goes on. Raises
-    ModelError as `fast.quantize_model` does, and where that folder was begun with another source or recipe.
+    ModelError as `fast.quantize_model` does, and where that folder was begun with another source, recipe or preset.
     """
     refuse_existing(out)
     model = open_source(source, options)
     part = model.unet()
-    check_unet(part)
+    unet = check_unet(part)
     check_finite(part)
-    say(plan(part, recipe))
-    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump()}
+    layouts = layers_to_pack(unet, preset)
+    say(f"unet: preset {preset}: {size_in_words(unet, layouts)}")
+    say(plan(part, layouts, recipe))
+    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "preset": preset}
     started = time.monotonic()
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()
@@ -62,12 +66,13 @@ def quantize_calibrated(
             write_json(folder / "unet" / "config.json", part.config)
             write_others(model, folder, torch.float16, say)
             calibrating, held_out = draw_all(part, folder, recipe, device, work, say)
-            solved = solve(part, recipe, device, calibrating, held_out, work, say)
+            solved = solve(part, layouts, recipe, device, calibrating, held_out, work, say)
             tuned = tune_all(part, folder, recipe, device, calibrating, solved, say) if tune else None
             if tuned is None:
-                write_calibrated(part, folder / "unet", solved, {}, "calib")
+                write_calibrated(part, folder / "unet", solved, {}, {"level": "calib", "preset": preset})
             else:
-                write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, "distill")
+                notes = {"level": "distill", "preset": preset}
+                write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, notes)
         seconds = before + time.monotonic() - started
         tell_left_out(model, say)
         done = Calibrated({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds)
@@ -90,23 +95,22 @@ def draw_all(
 
 
 def solve(
-    part: Part, recipe: Recipe, device: torch.device, calibrating: Trajectories, held_out: Trajectories, work: Work,
-    say: Say,
+    part: Part, layouts: Mapping[str, Layout], recipe: Recipe, device: torch.device, calibrating: Trajectories,
+    held_out: Trajectories, work: Work, say: Say,
 ) -> dict[str, Solved]:  # fmt: skip
     """All layers; what an earlier run finished is taken over."""
     source, target = (Walker(part.config, part.tensors, device) for _ in range(2))
-    sizes = layers_to_pack(source.unet)
-    known = work.layers()
+    known = work.layers(layouts)
     if known:
-        say(f"going on: {len(known):,} of {len(sizes):,} layers are there")
-    progress = Progress(costs(source.unet, sizes, recipe), work, say, set(known), work.seconds())
+        say(f"going on: {len(known):,} of {len(layouts):,} layers are there")
+    progress = Progress(costs(source.unet, layouts, recipe), work, say, set(known), work.seconds())
     tuning, calibrating_rows = split(spread_points(calibrating, recipe.points), 2 * recipe.points)
     rows = [
         *pairs(calibrating_rows, device, "moments"),
         *pairs(tuning, device, "tuning"),
         *pairs(spread_points(held_out, MAX_HELD_POINTS), device, "held out"),
     ]
-    run = Calibration(source, target, sizes, recipe, known, progress.keep)
+    run = Calibration(source, target, layouts, recipe, known, progress.keep)
     run.run(rows)
     return run.solved
 
@@ -147,8 +151,9 @@ def tune_all(
 
 
 def write_calibrated(
-    part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor], level: str
-) -> None:
+    part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor],
+    notes: Mapping[str, str],
+) -> None:  # fmt: skip
     """The packed UNet: what calibration made, tensors that distillation changed, and the rest as float16."""
     shapes = {name: tuple(part.tensors[f"{name}.weight"].shape) for name in solved}
     others = {
@@ -158,19 +163,19 @@ def write_calibrated(
     }
     others |= {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
     packed = {name: (one.weight, shapes[name]) for name, one in solved.items()}
-    write_packed_unet(folder, part.config, packed, others, {"level": level})
+    write_packed_unet(folder, part.config, packed, others, notes)
 
 
 # What it will take
 
 
-def plan(part: Part, recipe: Recipe) -> str:
+def plan(part: Part, layouts: Mapping[str, Layout], recipe: Recipe) -> str:
     """How many rows, and the most memory they and the widest layer take."""
     rows = 2 * recipe.points * len(recipe.prompts) + 2 * MAX_HELD_POINTS * len(recipe.held_out)
     states = 2 * rows * bytes_of_a_row(part)
     with KEEP_ON_META:
         unet = Walker(part.config, {}, KEEP_ON_META).unet
-    widest = max(min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layers_to_pack(unet))
+    widest = max(min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layouts)
     hessians = HESSIANS * 4 * widest**2
     return (
         f"calibrating on {rows:,} rows: some {(states + hessians) / 1e9:.1f} GB of memory beside the program itself "
@@ -196,10 +201,10 @@ def bytes_of_a_row(part: Part) -> int:
     return most
 
 
-def costs(unet: nn.Module, sizes: Mapping[str, int], recipe: Recipe) -> dict[str, float]:
+def costs(unet: nn.Module, layouts: Mapping[str, Layout], recipe: Recipe) -> dict[str, float]:
     """What each layer takes, in multiplications: its Hessian, its inverse, its sweeps."""
     found = {}
-    for name in sizes:
+    for name in layouts:
         rows, columns = to_matrix(layer_of(unet, name).weight).shape
         width = min(columns, recipe.block)
         per_column = width * (recipe.tokens / 4 + width + (recipe.sweeps + 1) * rows)
