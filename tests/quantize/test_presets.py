@@ -33,16 +33,20 @@ def test_at_sd_v1s_size_each_preset_is_small_and_larger_than_the_one_before(sd_v
 def test_presets_name_sorts_that_there_are(sd_v1: UNet2DConditionModel) -> None:
     sorts = {sort_of(name) for name in layers_to_pack(sd_v1, "tiny")}
     for preset in PRESETS.values():
-        assert set(preset) <= sorts
-        assert set(preset.values()) <= set(BITS)
+        assert set(preset.sorts) <= sorts
+        assert set(preset.sorts.values()) <= set(BITS)
 
 
-def test_time_and_text_projections_have_eight_bits_and_the_rest_two(sd_v1: UNet2DConditionModel) -> None:
-    layouts = layers_to_pack(sd_v1, "default")
-    eight = {name for name, layout in layouts.items() if layout.bits == 8}
-    assert eight == {name for name in layouts if name.endswith(("time_emb_proj", "attn2.to_k", "attn2.to_v"))}
+def test_in_the_default_projections_have_eight_bits_shortcuts_and_the_outer_level_four(
+    sd_v1: UNet2DConditionModel,
+) -> None:
+    bits = {name: layout.bits for name, layout in layers_to_pack(sd_v1, "default").items()}
+    eight = {name for name in bits if name.endswith(("time_emb_proj", "attn2.to_k", "attn2.to_v"))}
+    four = {name for name in bits if "conv_shortcut" in name or name.startswith(("down_blocks.0.", "up_blocks.3."))}
     assert len(eight) == 22 + 2 * 16
-    assert {layout.bits for name, layout in layouts.items() if name not in eight} == {2}
+    assert {bits[name] for name in eight} == {8}
+    assert {bits[name] for name in four - eight} == {4}
+    assert {bits[name] for name in bits.keys() - eight - four} == {2}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

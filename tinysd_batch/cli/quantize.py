@@ -26,7 +26,7 @@ def quantize(
         str,
         typer.Option(
             "--preset",
-            help="tiny: all layers at 2 bits. default: time and text projections at 8. quality: more at 4.",
+            help="tiny: all layers at 2 bits. default: few at 4 and 8. quality: most sorts at 4.",
         ),
     ] = "default",
     recipe: Annotated[

@@ -1,8 +1,10 @@
 """How many bits each layer gets: presets by sort of layer, and the size of the file that comes of it."""
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -20,17 +22,30 @@ SORTS = (
     ("attn2.to_k", "text keys and values"), ("attn2.to_v", "text keys and values"), ("attn", "attention"),
     (".ff.", "feed-forward"), ("proj_", "block projections"),
 )  # fmt: skip
-LEAST_BITS = 2
-# Time and text projections steer all that is drawn, and work once a schedule and once a prompt.
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Bits of a UNet's layers: 2, unless their sort or their place gets more."""
+
+    sorts: dict[str, int]
+    outer: int  # levels, from the largest maps on, whose layers get OUTER_BITS at least
+
+    def bits(self, name: str, levels: int) -> int:
+        """Of a layer in a UNet of so many levels."""
+        return max(self.sorts.get(sort_of(name), LEAST_BITS), OUTER_BITS if level_of(name, levels) < self.outer else 0)
+
+
+LEAST_BITS, OUTER_BITS = 2, 4
+# Time and text projections steer all that is drawn, and work once a schedule and once a prompt. What else gets more is
+# where that paid most for its bytes on the embedded model (`python -m benchmarks.sensitivity`).
 PROJECTIONS = {"time projections": 8, "text keys and values": 8}
-# Sorts that get more than the least. QUALITY_NOTE
-PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {},
-    "default": PROJECTIONS,
-    "quality": {
-        **PROJECTIONS, "shortcuts": 4, "resampling": 4, "block projections": 4, "attention": 4, "feed-forward": 4,
-    },
-}  # fmt: skip
+OTHERS_AT_4 = {"resampling": 4, "block projections": 4, "attention": 4, "feed-forward": 4}
+PRESETS = {
+    "tiny": Preset({}, outer=0),
+    "default": Preset({**PROJECTIONS, "shortcuts": 4}, outer=1),
+    "quality": Preset({**PROJECTIONS, "shortcuts": 8, **OTHERS_AT_4}, outer=2),
+}
 DEFAULT = "default"
 
 
@@ -39,14 +54,22 @@ def sort_of(name: str) -> str:
     return next((sort for part, sort in SORTS if part in name), "others")
 
 
+def level_of(name: str, levels: int) -> int:
+    """The level of a layer's block: 0 where maps are largest, the last in the middle."""
+    found = re.match(r"(down|up)_blocks\.(\d+)\.", name)
+    if found is None:
+        return levels - 1
+    return int(found[2]) if found[1] == "down" else levels - 1 - int(found[2])
+
+
 def layers_to_pack(unet: nn.Module, preset: str) -> dict[str, Layout]:
     """The linear and convolution layers that a preset packs, and how each is stored."""
-    chosen = {}
+    chosen, levels = {}, len(unet.get_submodule("down_blocks")._modules)
     for name, layer in unet.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith(KEPT):
             size = group_size_for(to_matrix(layer.weight).shape[1])
             if size is not None:
-                chosen[name] = Layout(PRESETS[preset].get(sort_of(name), LEAST_BITS), size)
+                chosen[name] = Layout(PRESETS[preset].bits(name, levels), size)
     return chosen
 
 
