@@ -40,7 +40,7 @@ from tinysd_batch.quantize.calibrate import from_matrix
 from tinysd_batch.quantize.fast import quantize_model
 from tinysd_batch.quantize.folder import convert_model, open_source
 from tinysd_batch.quantize.measure import Errors, measure
-from tinysd_batch.quantize.presets import layers_to_pack
+from tinysd_batch.quantize.presets import Size, layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
@@ -82,17 +82,17 @@ def embedded_floats(folder: Path) -> Path:
 
 
 def fast(bench: Bench, folder: Path) -> int:
-    quantize_model(bench.floats, folder, Options(), lambda _: None, "tiny")
+    quantize_model(bench.floats, folder, Options(), lambda _: None, Size("tiny"))
     return packed_bytes(folder, bench.names)
 
 
 def calib(bench: Bench, folder: Path) -> int:
-    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, preset="tiny")
+    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, size=Size("tiny"))
     return packed_bytes(folder, bench.names)
 
 
 def distill(bench: Bench, folder: Path) -> int:
-    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, preset="tiny", tune=True)
+    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, size=Size("tiny"), tune=True)
     return packed_bytes(folder, bench.names)
 
 

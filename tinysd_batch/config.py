@@ -175,11 +175,11 @@ def resolve(*layers: dict[str, Any]) -> Settings:
     return settings
 
 
-def parse_bytes(amount: str | int | None) -> int | None:
+def parse_bytes(amount: str | int | None, name: str = "vram_budget") -> int | None:
     """Bytes from a number or text such as `900MB` or `1.5 GiB`; raise UsageError for anything else."""
     if amount is None or isinstance(amount, int):
         return amount
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
     if match is None or match[2] not in UNITS:
-        raise UsageError(f"vram_budget = {amount!r}: give bytes or a number with a unit, such as 900MB")
+        raise UsageError(f"{name} = {amount!r}: give bytes or a number with a unit, such as 900MB")
     return int(min(float(match[1]) * UNITS[match[2]], MAX_SEED))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,13 @@ from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import KEEP_ON_META, read_schedule, write_packed_unet
 from tinysd_batch.model.packing import Layout, to_matrix
 from tinysd_batch.model.samplers import alphas_cumprod
-from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use
+from tinysd_batch.quantize.allocate import allocate, check_target
+from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use, layer_inputs
 from tinysd_batch.quantize.distill import Examples, Tuned, distill
 from tinysd_batch.quantize.fast import check_finite
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.hessian import layer_of
-from tinysd_batch.quantize.presets import DEFAULT, layers_to_pack, size_in_words
+from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, spread_points
@@ -29,6 +31,8 @@ TELL_EVERY_S = 10.0
 HESSIANS = 5  # of the widest layer in memory at once: its own, factors and inverses
 TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
 A_LAYER, A_COLUMN = 2e10, 1e7  # what even small ones take, in multiplications
+ALLOCATION_ROWS = 16
+SIZE = Size()
 MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
 
 
@@ -43,22 +47,24 @@ class Calibrated:
 
 def quantize_calibrated(
     source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *,
-    preset: str = DEFAULT, tune: bool = False,
+    size: Size = SIZE, tune: bool = False,
 ) -> Calibrated:  # fmt: skip
     """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
 
     A layer is on disk as soon as it is finished, in `OUT.work`: stopped in any way, the same call goes on. Raises
-    ModelError as `fast.quantize_model` does, and where that folder was begun with another source, recipe or preset.
+    ModelError as `fast.quantize_model` does, and where that folder was begun with another source, recipe or size.
     """
     refuse_existing(out)
     model = open_source(source, options)
     part = model.unet()
     unet = check_unet(part)
+    if size.most is not None:
+        check_target(unet, size.most)
     check_finite(part)
-    layouts = layers_to_pack(unet, preset)
-    say(f"unet: preset {preset}: {size_in_words(unet, layouts)}")
-    say(plan(part, layouts, recipe))
-    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "preset": preset}
+    if size.most is None:
+        say(f"unet: {size}: {size_in_words(unet, layers_to_pack(unet, size.preset))}")
+    say(plan(part, recipe))
+    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "size": size.notes()}
     started = time.monotonic()
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()
@@ -66,12 +72,15 @@ def quantize_calibrated(
             write_json(folder / "unet" / "config.json", part.config)
             write_others(model, folder, torch.float16, say)
             calibrating, held_out = draw_all(part, folder, recipe, device, work, say)
+            layouts = work.layouts(lambda: choose(unet, part, size, recipe, device, calibrating))
+            if size.most is not None:
+                say(f"unet: {size}: {size_in_words(unet, layouts)}")
             solved = solve(part, layouts, recipe, device, calibrating, held_out, work, say)
             tuned = tune_all(part, folder, recipe, device, calibrating, solved, say) if tune else None
             if tuned is None:
-                write_calibrated(part, folder / "unet", solved, {}, {"level": "calib", "preset": preset})
+                write_calibrated(part, folder / "unet", solved, {}, {"level": "calib", **size.notes()})
             else:
-                notes = {"level": "distill", "preset": preset}
+                notes = {"level": "distill", **size.notes()}
                 write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, notes)
         seconds = before + time.monotonic() - started
         tell_left_out(model, say)
@@ -92,6 +101,20 @@ def draw_all(
 
     calibrating = drawn("calibration", recipe.prompts, recipe.seed)
     return calibrating, drawn("held-out", recipe.held_out, recipe.seed + HELD_OUT_SEEDS)
+
+
+def choose(
+    unet: nn.Module, part: Part, size: Size, recipe: Recipe, device: torch.device, calibrating: Trajectories
+) -> dict[str, Layout]:
+    """How the layers are stored; to meet a size, by their errors on some rows of the float model."""
+    if size.most is None:
+        return layers_to_pack(unet, size.preset)
+    walker = Walker(part.config, part.tensors, device)
+    rows = spread_points(calibrating, recipe.points)
+    some = torch.linspace(0, len(rows.times) - 1, min(ALLOCATION_ROWS, len(rows.times))).long()
+    names = list(layers_to_pack(unet, SMALLEST))
+    inputs = layer_inputs(walker, Rows(rows.latents[some], rows.times[some], rows.context[some]), names)
+    return allocate(unet, part.tensors, size.most, ((name, x.cpu()) for name, x in inputs))
 
 
 def solve(
@@ -152,7 +175,7 @@ def tune_all(
 
 def write_calibrated(
     part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor],
-    notes: Mapping[str, str],
+    notes: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """The packed UNet: what calibration made, tensors that distillation changed, and the rest as float16."""
     shapes = {name: tuple(part.tensors[f"{name}.weight"].shape) for name in solved}
@@ -169,13 +192,15 @@ def write_calibrated(
 # What it will take
 
 
-def plan(part: Part, layouts: Mapping[str, Layout], recipe: Recipe) -> str:
+def plan(part: Part, recipe: Recipe) -> str:
     """How many rows, and the most memory they and the widest layer take."""
     rows = 2 * recipe.points * len(recipe.prompts) + 2 * MAX_HELD_POINTS * len(recipe.held_out)
     states = 2 * rows * bytes_of_a_row(part)
     with KEEP_ON_META:
         unet = Walker(part.config, {}, KEEP_ON_META).unet
-    widest = max(min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layouts)
+    widest = max(
+        min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layers_to_pack(unet, SMALLEST)
+    )
     hessians = HESSIANS * 4 * widest**2
     return (
         f"calibrating on {rows:,} rows: some {(states + hessians) / 1e9:.1f} GB of memory beside the program itself "

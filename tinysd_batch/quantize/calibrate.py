@@ -20,8 +20,10 @@ from tinysd_batch.quantize.gptq import Part, gptq
 from tinysd_batch.quantize.hessian import Layer, Moments, Tokens, column_parts, layer_of, tokens_of, tokens_out
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.refine import refine
-from tinysd_batch.quantize.units import State, Unit, Walker
+from tinysd_batch.quantize.trajectories import Rows
+from tinysd_batch.quantize.units import State, Unit, Walker, rows_at_once
 
+INPUT_TOKENS = 512  # of each layer, where only their sort matters
 OTHER_TOKENS = 1024  # of the rows that tune and of those that are held out
 # Layers that close a residual connection, and the module whose input is the stream that they are added to.
 CLOSING = {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3", "proj_out": "norm"}
@@ -231,6 +233,30 @@ def stream_of(name: str) -> str | None:
         if name.endswith(f".{suffix}"):
             return f"{name.removesuffix(f'.{suffix}')}.{norm}"
     return None
+
+
+@torch.no_grad()
+def layer_inputs(
+    walker: Walker, rows: Rows, names: list[str], tokens: int = INPUT_TOKENS
+) -> Iterator[tuple[str, Tensor]]:
+    """Some tokens [N, K] that each layer is given in the float model, a unit at a time."""
+    splits = (torch.split(one, rows_at_once(rows.latents)) for one in (rows.latents, rows.times, rows.context))
+    states = [State.of(*(one.to(walker.device) for one in part)) for part in zip(*splits, strict=True)]
+    draw = torch.Generator().manual_seed(0)
+    for unit in walker.units:
+        walker.load(unit)
+        mine = [name for name in names if name.startswith(tuple(f"{path}." for path in unit.paths))]
+        found: dict[str, list[Tensor]] = {name: [] for name in mine}
+        for state in states if mine else []:
+            seen = watch(walker.unet, unit, state, set(mine), "")
+            for name in mine:
+                x = tokens_of(layer_of(walker.unet, name), seen[name][0]).flatten(0, 1)
+                some = torch.randperm(len(x), generator=draw)[: max(1, tokens // len(states))]
+                found[name].append(x[some.to(x.device)])
+        yield from ((name, torch.cat(x)) for name, x in found.items())
+        for state in states:
+            unit.run(walker.unet, state)
+        walker.unload(unit)
 
 
 class Reached(Exception):  # noqa: N818 - no error: the walk has seen enough

@@ -10,10 +10,13 @@ from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import write_packed_unet
 from tinysd_batch.model.packing import Layout, PackedWeight, to_matrix
 from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
-from tinysd_batch.quantize.presets import DEFAULT, layers_to_pack, size_in_words
+from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet
 from tinysd_batch.storage import new_folder, storage_errors
+
+SIZE = Size()
 
 
 def quantize_unet(
@@ -33,35 +36,37 @@ def quantize_folder(source: Path, out: Path, preset: str = DEFAULT) -> None:
 
     Raises ModelError when a tensor is missing, unexpected or not finite, or when `out` exists.
     """
-    quantize_model(source, out, Options(), lambda _: None, preset)
+    quantize_model(source, out, Options(), lambda _: None, Size(preset))
 
 
-def quantize_model(source: Path, out: Path, options: Options, say: Say, preset: str = DEFAULT) -> None:
-    """Write `out`, a packed folder of the float model `source`: its UNet by a preset, the other parts as float16.
+def quantize_model(source: Path, out: Path, options: Options, say: Say, size: Size = SIZE) -> None:
+    """Write `out`, a packed folder of the float model `source`: its UNet packed, the other parts as float16.
 
     A layer's floats are in memory at a time. `say` is told what is being done. Raises ModelError as
-    `folder.convert_model` does.
+    `folder.convert_model` does, and UsageError for a size that cannot be met.
     """
     refuse_existing(out)
     model = open_source(source, options)
     with storage_errors(out), new_folder(out) as folder:
-        pack_unet(model.unet(), folder / "unet", preset, say)
+        pack_unet(model.unet(), folder / "unet", size, say)
         write_others(model, folder, torch.float16, say)
     tell_left_out(model, say)
 
 
-def pack_unet(part: Part, folder: Path, preset: str, say: Say) -> None:
+def pack_unet(part: Part, folder: Path, size: Size, say: Say) -> None:
     unet = check_unet(part)
+    if size.most is not None:
+        check_target(unet, size.most)
     check_finite(part)
-    layouts = layers_to_pack(unet, preset)
-    say(f"unet: packing, preset {preset}: {size_in_words(unet, layouts)}")
+    layouts = layers_to_pack(unet, size.preset) if size.most is None else allocate(unet, part.tensors, size.most)
+    say(f"unet: packing, {size}: {size_in_words(unet, layouts)}")
     packed = quantize_unet(part.tensors, layouts)
     others = {
         name: as_stored(name, value, torch.float16, part.where)
         for name, value in part.tensors.items()
         if name.removesuffix(".weight") not in packed
     }
-    write_packed_unet(folder, part.config, packed, others, {"level": "fast", "preset": preset})
+    write_packed_unet(folder, part.config, packed, others, {"level": "fast", **size.notes()})
 
 
 def check_finite(part: Part) -> None:

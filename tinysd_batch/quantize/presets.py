@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,22 @@ PRESETS = {
     "default": Preset({**PROJECTIONS, "shortcuts": 4}, outer=1),
     "quality": Preset({**PROJECTIONS, "shortcuts": 8, **OTHERS_AT_4}, outer=2),
 }
-DEFAULT = "default"
+DEFAULT, SMALLEST = "default", "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What is asked of the UNet's file: a preset, or at most so many bytes."""
+
+    preset: str = DEFAULT
+    most: int | None = None
+
+    def __str__(self) -> str:
+        return f"preset {self.preset}" if self.most is None else f"at most {self.most / 1e6:,.1f} MB"
+
+    def notes(self) -> dict[str, Any]:
+        """What `config.json` keeps of it."""
+        return {"preset": self.preset} if self.most is None else {"preset": SMALLEST, "target_size": self.most}
 
 
 def sort_of(name: str) -> str:
@@ -62,9 +78,13 @@ def level_of(name: str, levels: int) -> int:
     return int(found[2]) if found[1] == "down" else levels - 1 - int(found[2])
 
 
+def levels_of(unet: nn.Module) -> int:
+    return len(list(unet.get_submodule("down_blocks").children()))
+
+
 def layers_to_pack(unet: nn.Module, preset: str) -> dict[str, Layout]:
     """The linear and convolution layers that a preset packs, and how each is stored."""
-    chosen, levels = {}, len(unet.get_submodule("down_blocks")._modules)
+    chosen, levels = {}, levels_of(unet)
     for name, layer in unet.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith(KEPT):
             size = group_size_for(to_matrix(layer.weight).shape[1])

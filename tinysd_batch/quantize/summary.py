@@ -9,7 +9,7 @@ from typing import Any
 
 from tinysd_batch.model.info import WEIGHTS, read_json, read_model_info
 from tinysd_batch.model.mapped import MappedTensors
-from tinysd_batch.quantize.presets import sort_of
+from tinysd_batch.quantize.presets import Size, sort_of
 from tinysd_batch.quantize.recipe import Recipe
 
 FLOATS = "norms and biases"
@@ -46,7 +46,7 @@ class Summary:
 
     name: str
     level: str
-    preset: str
+    size: str  # asked for
     layers: list[LayerFound]
     classes: list[ClassFound]
     unet_bytes: int
@@ -94,7 +94,7 @@ def summarize(out: Path, sqnr_db: Mapping[str, float], seconds: float, device: s
     return Summary(
         name=read_model_info(str(out)).name,
         level=config["level"],
-        preset=config["preset"],
+        size=str(Size(config["preset"], config.get("target_size"))),
         layers=layers,
         classes=classes_of(layers),
         unet_bytes=(out / "unet" / WEIGHTS).stat().st_size,

@@ -38,6 +38,14 @@ class Work:
             write_atomically(to_safetensors({each.name: getattr(drawn, each.name) for each in fields(drawn)}), path)
         return Trajectories(**MappedTensors.read(path))
 
+    def layouts(self, make: Callable[[], dict[str, Layout]]) -> dict[str, Layout]:
+        """How the layers are stored, as chosen before, or choose it now and keep it."""
+        path = self.path / "layouts.json"
+        if not path.exists():
+            chosen = {name: [one.bits, one.group_size] for name, one in make().items()}
+            write_atomically(json.dumps(chosen).encode(), path)
+        return {name: Layout(*one) for name, one in json.loads(path.read_text()).items()}
+
     def keep_layer(self, name: str, solved: Solved) -> None:
         tensors = dict(solved.weight.tensors())
         tensors["sqnr_db"] = torch.tensor(solved.sqnr_db)
