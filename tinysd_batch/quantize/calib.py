@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.checkpoint import KEEP_ON_META, read_schedule, write_packed_unet
+from tinysd_batch.model.checkpoint import read_schedule, write_packed_unet
 from tinysd_batch.model.packing import Layout, to_matrix
 from tinysd_batch.model.samplers import alphas_cumprod
 from tinysd_batch.quantize.allocate import allocate, check_target
@@ -21,6 +21,7 @@ from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left
 from tinysd_batch.quantize.hessian import layer_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
+from tinysd_batch.quantize.resources import MAX_HELD_POINTS, check_room, needs_of_calib, rows_of, state_dtype
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, spread_points
 from tinysd_batch.quantize.units import State, Walker, rows_at_once
@@ -28,12 +29,10 @@ from tinysd_batch.quantize.work import Work, digest_of, open_work
 from tinysd_batch.storage import new_folder, storage_errors
 
 TELL_EVERY_S = 10.0
-HESSIANS = 5  # of the widest layer in memory at once: its own, factors and inverses
 TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
 A_LAYER, A_COLUMN = 2e10, 1e7  # what even small ones take, in multiplications
 ALLOCATION_ROWS = 16
 SIZE = Size()
-MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,9 @@ def quantize_calibrated(
     check_finite(part)
     if size.most is None:
         say(f"unet: {size}: {size_in_words(unet, layers_to_pack(unet, size.preset))}")
-    say(plan(part, recipe))
+    needs = needs_of_calib(part, unet, model, size, recipe)
+    say(f"calibrating on {rows_of(recipe):,} rows: {needs}")
+    check_room(needs, out, device)
     identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "size": size.notes()}
     started = time.monotonic()
     with storage_errors(out), open_work(out, identity) as work:
@@ -128,10 +129,11 @@ def solve(
         say(f"going on: {len(known):,} of {len(layouts):,} layers are there")
     progress = Progress(costs(source.unet, layouts, recipe), work, say, set(known), work.seconds())
     tuning, calibrating_rows = split(spread_points(calibrating, recipe.points), 2 * recipe.points)
+    dtype = state_dtype(part, recipe)
     rows = [
-        *pairs(calibrating_rows, device, "moments"),
-        *pairs(tuning, device, "tuning"),
-        *pairs(spread_points(held_out, MAX_HELD_POINTS), device, "held out"),
+        *pairs(calibrating_rows, device, "moments", dtype),
+        *pairs(tuning, device, "tuning", dtype),
+        *pairs(spread_points(held_out, MAX_HELD_POINTS), device, "held out", dtype),
     ]
     run = Calibration(source, target, layouts, recipe, known, progress.keep)
     run.run(rows)
@@ -146,13 +148,13 @@ def split(rows: Rows, of_a_prompt: int) -> tuple[Rows, Rows]:
     return first, others
 
 
-def pairs(rows: Rows, device: torch.device, use: Use) -> Iterator[Pair]:
+def pairs(rows: Rows, device: torch.device, use: Use, dtype: torch.dtype) -> Iterator[Pair]:
     """Rows on their way, some together."""
     step = rows_at_once(rows.latents)
     for parts in zip(*(torch.split(one, step) for one in (rows.latents, rows.times, rows.context)), strict=True):
         if len(parts[0]):
             state = State.of(*(part.to(device) for part in parts))
-            yield Pair(state, state.copy(), use)
+            yield Pair(state, state.copy(), use, dtype)
 
 
 def tune_all(
@@ -190,40 +192,6 @@ def write_calibrated(
 
 
 # What it will take
-
-
-def plan(part: Part, recipe: Recipe) -> str:
-    """How many rows, and the most memory they and the widest layer take."""
-    rows = 2 * recipe.points * len(recipe.prompts) + 2 * MAX_HELD_POINTS * len(recipe.held_out)
-    states = 2 * rows * bytes_of_a_row(part)
-    with KEEP_ON_META:
-        unet = Walker(part.config, {}, KEEP_ON_META).unet
-    widest = max(
-        min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layers_to_pack(unet, SMALLEST)
-    )
-    hessians = HESSIANS * 4 * widest**2
-    return (
-        f"calibrating on {rows:,} rows: some {(states + hessians) / 1e9:.1f} GB of memory beside the program itself "
-        f"({states / 1e9:.1f} for the rows, {hessians / 1e9:.1f} for the widest layer)"
-    )
-
-
-def bytes_of_a_row(part: Part) -> int:
-    """What a row takes where it takes most, told from a walk without numbers."""
-    walker = Walker(part.config, {}, KEEP_ON_META)
-    config = walker.unet.config
-    side = config.sample_size
-    with KEEP_ON_META, torch.no_grad():
-        state = State.of(
-            torch.empty(1, config.in_channels, side, side),
-            torch.empty(1),
-            torch.empty(1, 8, config.cross_attention_dim),
-        )
-        most = 0
-        for unit in walker.units:
-            unit.run(walker.unet, state)
-            most = max(most, state.nbytes())
-    return most
 
 
 def costs(unet: nn.Module, layouts: Mapping[str, Layout], recipe: Recipe) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tinysd_batch.model.packing import Layout, PackedWeight, to_matrix, unpack
@@ -48,6 +49,7 @@ class Pair:
     floats: State
     packed: State
     use: Use
+    dtype: torch.dtype = torch.float32  # in which they wait between two units
 
 
 class Calibration:
@@ -73,8 +75,8 @@ class Calibration:
             for names in self.groups(unit, pairs[0]):
                 self.solve_group(unit, names, pairs)
             for pair in pairs:
-                unit.run(self.source.unet, pair.floats)
-                unit.run(self.target.unet, pair.packed)
+                pair.floats = after(unit, self.source.unet, pair.floats, pair.dtype)
+                pair.packed = after(unit, self.target.unet, pair.packed, pair.dtype)
             self.source.unload(unit)
             self.target.unload(unit)
 
@@ -233,6 +235,14 @@ def stream_of(name: str) -> str | None:
         if name.endswith(f".{suffix}"):
             return f"{name.removesuffix(f'.{suffix}')}.{norm}"
     return None
+
+
+def after(unit: Unit, unet: UNet2DConditionModel, state: State, dtype: torch.dtype) -> State:
+    """A state one unit further, its maps in another type."""
+    moved = state.copy()
+    unit.run(unet, moved)
+    moved.wait_as(dtype)
+    return moved
 
 
 @torch.no_grad()

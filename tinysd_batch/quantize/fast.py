@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import write_packed_unet
@@ -13,6 +13,7 @@ from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack, size_in_words
+from tinysd_batch.quantize.resources import check_room, needs_of_fast
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet
 from tinysd_batch.storage import new_folder, storage_errors
 
@@ -47,16 +48,18 @@ def quantize_model(source: Path, out: Path, options: Options, say: Say, size: Si
     """
     refuse_existing(out)
     model = open_source(source, options)
+    part = model.unet()
+    unet = check_unet(part)
+    if size.most is not None:
+        check_target(unet, size.most)
+    check_room(needs_of_fast(unet, model, size), out, torch.device("cpu"))
     with storage_errors(out), new_folder(out) as folder:
-        pack_unet(model.unet(), folder / "unet", size, say)
+        pack_unet(part, unet, folder / "unet", size, say)
         write_others(model, folder, torch.float16, say)
     tell_left_out(model, say)
 
 
-def pack_unet(part: Part, folder: Path, size: Size, say: Say) -> None:
-    unet = check_unet(part)
-    if size.most is not None:
-        check_target(unet, size.most)
+def pack_unet(part: Part, unet: nn.Module, folder: Path, size: Size, say: Say) -> None:
     check_finite(part)
     layouts = layers_to_pack(unet, size.preset) if size.most is None else allocate(unet, part.tensors, size.most)
     say(f"unet: packing, {size}: {size_in_words(unet, layouts)}")
