@@ -6,7 +6,7 @@
 
 Levels count from the largest maps. Errors are those of the guided noise prediction along the float model's
 trajectories, without calibration. `weighs` is that error over the layers' own relative errors: what
-`quantize --target-size` takes to be the harm of an error in such a layer (`quantize/sensitivity.py`).
+`quantize --target-size` takes to be the harm of an error in such a layer (`quantize/allocate.py`).
 """
 
 import argparse
