@@ -1,15 +1,12 @@
 """How the origin's checkpoint was made, layer by layer: an affine row each, clipped by the L2.4 norm, then AdaRound."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from tinysd_batch.model.packing import to_matrix
-from tinysd_batch.quantize.calibrate import from_matrix, watch
-from tinysd_batch.quantize.hessian import layer_of, tokens_of
+from tinysd_batch.quantize.calibrate import from_matrix, layer_inputs
 from tinysd_batch.quantize.trajectories import Rows
-from tinysd_batch.quantize.units import State, Walker, rows_at_once
+from tinysd_batch.quantize.units import Walker
 
 NORM = 2.4
 SHRINKS = 40  # ranges that are tried
@@ -39,27 +36,6 @@ def clipped_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
             torch.where(better, at, zero),
         )
     return step, zero
-
-
-def inputs(walker: Walker, rows: Rows, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tokens [N, K] that each layer is given in the float model, a unit at a time."""
-    step = rows_at_once(rows.latents)
-    parts = zip(*(torch.split(one, step) for one in (rows.latents, rows.times, rows.context)), strict=True)
-    states = [State.of(*part) for part in parts]
-    draw = torch.Generator().manual_seed(0)
-    for unit in walker.units:
-        walker.load(unit)
-        mine = [name for name in names if name.startswith(tuple(f"{path}." for path in unit.paths))]
-        found: dict[str, list[Tensor]] = {name: [] for name in mine}
-        for state in states if mine else []:
-            seen = watch(walker.unet, unit, state, set(mine), "")
-            for name in mine:
-                x = tokens_of(layer_of(walker.unet, name), seen[name][0]).flatten(0, 1)
-                found[name].append(x[torch.randperm(len(x), generator=draw)[: TOKENS // len(states)]])
-        yield from ((name, torch.cat(x)) for name, x in found.items())
-        for state in states:
-            unit.run(walker.unet, state)
-        walker.unload(unit)
 
 
 def adaround(matrix: Tensor, x: Tensor) -> Tensor:
@@ -93,8 +69,7 @@ def quantize(walker: Walker, rows: Rows, names: list[str]) -> tuple[dict[str, Te
     """Every layer's weight as it comes back, and the bytes of codes, steps (float32) and zero points."""
     found, total = {}, 0
     with torch.no_grad():
-        given = inputs(walker, rows, names)
-        for name, x in given:
+        for name, x in layer_inputs(walker, rows, names, TOKENS):
             weight = walker.tensors[f"{name}.weight"].float()
             with torch.enable_grad():
                 matrix = adaround(to_matrix(weight).contiguous(), x)

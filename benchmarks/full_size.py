@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinysd_batch.model.packing import Layout
+
 MODEL = Path("outputs/random-sd-v1")
 STEPS = 4
 PAIRS = 3
@@ -52,15 +54,15 @@ def make_model(folder: Path) -> None:
     from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
     from tinysd_batch.model.info import WEIGHTS
     from tinysd_batch.quantize.clip_tokenizer import write_tokenizer
-    from tinysd_batch.quantize.fast import layers_to_pack
+    from tinysd_batch.quantize.presets import layers_to_pack
 
     print(f"making {folder}", file=sys.stderr)
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_V1_UNET)
         vae, text = AutoencoderKL(**SD_V1_VAE), CLIPTextModel(CLIPTextConfig(**SD_V1_TEXT))
-    sizes = layers_to_pack(unet)
-    packed = {name: random_packed(unet.get_submodule(name), size, generator) for name, size in sizes.items()}
+    layouts = layers_to_pack(unet, "tiny")
+    packed = {name: random_packed(unet.get_submodule(name), layout, generator) for name, layout in layouts.items()}
     places = {f"{name}.weight" for name in packed}
     others = random_tensors({name: one for name, one in unet.state_dict().items() if name not in places}, generator)
     write_packed_unet(folder / "unet", dict(unet.config), packed, others, {"level": "random"})
@@ -79,7 +81,7 @@ def make_model(folder: Path) -> None:
     write_pipeline_index(folder)
 
 
-def random_packed(layer: nn.Module, group_size: int, generator: torch.Generator) -> tuple[Any, tuple[int, ...]]:
+def random_packed(layer: nn.Module, layout: Layout, generator: torch.Generator) -> tuple[Any, tuple[int, ...]]:
     """Codes at random; a scale by which the layer keeps the spread of what it is given."""
     from tinysd_batch.model.packing import PackedWeight
 
@@ -89,7 +91,8 @@ def random_packed(layer: nn.Module, group_size: int, generator: torch.Generator)
     scale = 0.9 * columns**-0.5  # the codes 0..3 spread by 1.118
     meta = torch.tensor([scale, 0.0, -1.5 * scale, 0.0], dtype=torch.float16).repeat(rows, 1)
     codes = torch.randint(0, 256, (rows, columns // 4), dtype=torch.uint8, generator=generator)
-    nothing = torch.zeros(rows, columns // group_size, dtype=torch.uint8)
+    assert layout.group_size is not None, layout
+    nothing = torch.zeros(rows, columns // layout.group_size, dtype=torch.uint8)
     return PackedWeight(codes, nothing, nothing.clone(), meta.view(torch.int16)), shape
 
 

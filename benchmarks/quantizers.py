@@ -1,4 +1,4 @@
-"""2-bit quantizers on the same model, measured on the same held-out prompts: one table, one sheet of pictures.
+"""Quantizers on the same model, measured on the same held-out prompts: one table, one sheet of pictures.
 
     python -m benchmarks.quantizers                       the embedded model's float weights
     python -m benchmarks.quantizers --model MINE          a checkpoint or float folder of your own
@@ -37,9 +37,10 @@ from tinysd_batch.model.info import WEIGHTS
 from tinysd_batch.model.packing import to_matrix
 from tinysd_batch.quantize.calib import quantize_calibrated
 from tinysd_batch.quantize.calibrate import from_matrix
-from tinysd_batch.quantize.fast import layers_to_pack, quantize_model
+from tinysd_batch.quantize.fast import quantize_model
 from tinysd_batch.quantize.folder import convert_model, open_source
 from tinysd_batch.quantize.measure import Errors, measure
+from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
@@ -80,19 +81,32 @@ def embedded_floats(folder: Path) -> Path:
 # The methods
 
 
-def fast(bench: Bench, folder: Path) -> int:
-    quantize_model(bench.floats, folder, Options(), lambda _: None)
-    return packed_bytes(folder, bench.names)
+def fast(size: Size) -> Method:
+    def run(bench: Bench, folder: Path) -> int:
+        quantize_model(bench.floats, folder, Options(), lambda _: None, size)
+        return packed_bytes(folder, bench.names)
+
+    return run
 
 
-def calib(bench: Bench, folder: Path) -> int:
-    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell)
-    return packed_bytes(folder, bench.names)
+def calib(size: Size, *, tune: bool = False) -> Method:
+    def run(bench: Bench, folder: Path) -> int:
+        quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, size=size, tune=tune)
+        return packed_bytes(folder, bench.names)
+
+    return run
 
 
-def distill(bench: Bench, folder: Path) -> int:
-    quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, tune=True)
-    return packed_bytes(folder, bench.names)
+def fast_at_presets_size(preset: str) -> Method:
+    """Level fast at a target size: the bytes of a preset's file, spent by error per byte."""
+
+    def run(bench: Bench, folder: Path) -> int:
+        part = open_source(bench.floats, Options()).unet()
+        unet = Walker(part.config, part.tensors, CPU).unet
+        most = unet_bytes(unet, layers_to_pack(unet, preset))
+        return fast(Size(most=most))(bench, folder)
+
+    return run
 
 
 def shipped(bench: Bench, folder: Path) -> int:
@@ -153,9 +167,14 @@ METHODS: dict[str, tuple[str, Method]] = {
     "quanto": ("optimum-quanto int2", peer("quanto")),
     "sdnq": ("SDNQ uint2, its own groups", peer("sdnq")),
     "sdnq64": ("SDNQ uint2, groups of 64", peer("sdnq64")),
-    "fast": ("ours, fast", fast),
-    "calib": ("ours, calib", calib),
-    "distill": ("ours, distill", distill),
+    "fast": ("ours, fast, tiny", fast(Size("tiny"))),
+    "fast-default": ("ours, fast, default", fast(Size())),
+    "fast-default-size": ("ours, fast, as large as default", fast_at_presets_size("default")),
+    "fast-quality": ("ours, fast, quality", fast(Size("quality"))),
+    "fast-quality-size": ("ours, fast, as large as quality", fast_at_presets_size("quality")),
+    "calib": ("ours, calib, tiny", calib(Size("tiny"))),
+    "calib-default": ("ours, calib, default", calib(Size())),
+    "distill": ("ours, distill, tiny", calib(Size("tiny"), tune=True)),
     "shipped": ("embedded, as it ships", shipped),
 }
 
@@ -220,9 +239,7 @@ def line_of(bench: Bench, errors: Errors, total: int, seconds: float) -> dict[st
 
 def print_table(bench: Bench, lines: list[dict[str, object]]) -> None:
     prompts, recipe = bench.held_out.latents.shape[1], bench.recipe
-    print(
-        f"\n{len(bench.names)} layers at 2 bits, {prompts} held-out prompts, {recipe.steps} steps, scale {recipe.scale}"
-    )
+    print(f"\n{len(bench.names)} packed layers, {prompts} held-out prompts, {recipe.steps} steps, scale {recipe.scale}")
     print(f"{'method':<32}{'MB':>7}{'bits':>7}{'noise dB':>10}{'latents dB':>12}{'PSNR dB':>9}{'made in s':>11}")
     for line in lines:
         if "why" in line:
@@ -280,7 +297,7 @@ def main() -> None:
     if arguments.prompts:
         recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
     part = open_source(floats, Options()).unet()
-    names = list(layers_to_pack(Walker(part.config, part.tensors, CPU).unet))
+    names = list(layers_to_pack(Walker(part.config, part.tensors, CPU).unet, "tiny"))
     bench = Bench(floats, out, recipe, held_out(floats, recipe, out), names, arguments.peers)
     lines = []
     for name in arguments.only.split(",") if arguments.only else METHODS:

@@ -1,4 +1,4 @@
-"""A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed to 2 bits."""
+"""A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(float_model: Path) -> Path:
-    """The same model packed to 2 bits."""
+    """The same model packed to 2, 4 and 8 bits."""
     packed = float_model.parent / "packed"
-    quantize_folder(float_model, packed)
+    quantize_folder(float_model, packed, "quality")
     return packed

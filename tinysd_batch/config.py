@@ -194,3 +194,13 @@ def parse_budget(amount: str | int | None, total: int | None) -> int | None:
         raise UsageError(f"vram_budget = {amount!r}: the card is not here, so its memory is not known; give megabytes")
     wanted = min(number * (total if is_share and total else UNITS[match[3]]), MAX_SEED)
     return int(total - wanted if match[1] and total else wanted)
+
+
+def parse_bytes(amount: str | int | None, name: str) -> int | None:
+    """Bytes from a number or text such as `900MB` or `1.5 GiB`; raise UsageError for anything else."""
+    if amount is None or isinstance(amount, int):
+        return amount
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
+    if match is None or match[2] not in UNITS:
+        raise UsageError(f"{name} = {amount!r}: give bytes or a number with a unit, such as 900MB")
+    return int(min(float(match[1]) * UNITS[match[2]], MAX_SEED))

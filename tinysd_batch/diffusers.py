@@ -21,10 +21,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.checkpoint import QUANT_METHOD, check_format, check_names, check_tensor
+from tinysd_batch.model.checkpoint import QUANT_METHOD, check_format, check_names, check_tensor, layouts_of
 from tinysd_batch.model.devices import choose_device
 from tinysd_batch.model.packed import swap_packed_layers
-from tinysd_batch.model.packing import Layout
 
 # diffusers finds out how to load `AutoencoderKLDecoder` by the base classes that it sees in this module.
 __all__ = ["AutoencoderKLDecoder", "ModelMixin", "TinySDConfig", "TinySDQuantizer"]
@@ -80,8 +79,7 @@ class TinySDQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers is 
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        layers = self.quantization_config.layers
-        swap_packed_layers(model, {name: Layout.of_entry(entry) for name, entry in layers.items()})
+        swap_packed_layers(model, layouts_of(self.quantization_config.to_dict(), self.where))
         check_names(model, self.loaded_keys, self.where)
         self.expected = model.state_dict()
         model.config.quantization_config = self.quantization_config  # diffusers saves it from there

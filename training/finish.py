@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tinysd_batch.model.packing import PackedWeight, to_matrix
-from tinysd_batch.quantize.affine import LEVELS, fit_groups, pack_matrix
-from tinysd_batch.quantize.fast import layers_to_pack
+from tinysd_batch.quantize.affine import fit_groups, pack_matrix, top_code
+from tinysd_batch.quantize.presets import layers_to_pack
 from training import captions, checkpoints, cpu, unet, vae
 
 BATCH = 32
@@ -40,7 +40,7 @@ class TwoBit(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         groups = to_matrix(weight).reshape(-1, self.group_size)
-        inside = ((groups - self.offset) / self.scale).clamp(0, LEVELS - 1)
+        inside = ((groups - self.offset) / self.scale).clamp(0, top_code(2))
         codes = inside + (inside.round() - inside).detach()
         matrix = (codes * self.scale + self.offset).view(weight.shape[0], -1)
         if weight.dim() == 2:
@@ -50,9 +50,9 @@ class TwoBit(nn.Module):
 
 def make_student(teacher: nn.Module) -> nn.Module:
     student = copy.deepcopy(teacher).requires_grad_(True)
-    for name, group_size in layers_to_pack(teacher).items():
+    for name, layout in layers_to_pack(teacher, "tiny").items():
         layer = student.get_submodule(name)
-        parametrize.register_parametrization(layer, "weight", TwoBit(layer.weight.detach(), group_size))
+        parametrize.register_parametrization(layer, "weight", TwoBit(layer.weight.detach(), layout.group_size))
     return student
 
 
@@ -137,7 +137,7 @@ def pack(folder: Path) -> tuple[dict[str, tuple[PackedWeight, tuple[int, ...]]],
     assert state is not None, "run the finish first"
     student.load_state_dict(state["student"])
     packed = {}
-    for name in layers_to_pack(teacher):
+    for name in layers_to_pack(teacher, "tiny"):
         layer = student.get_submodule(name)
         two_bit = layer.parametrizations.weight[0]
         weight = layer.parametrizations.weight.original

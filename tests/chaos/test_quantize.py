@@ -17,6 +17,7 @@ from tinysd_batch.storage import TEMPORARY_PREFIX
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 LAYERS = 78
+TARGET = 330_000
 RECIPE = """
 steps = 2
 scale = 2.0
@@ -39,7 +40,10 @@ def source(tmp_path: Path) -> Path:
 
 
 def arguments(source: Path, out: Path) -> list[object]:
-    return ["quantize", source, out, "--level", "calib", "--recipe", source.parent / "recipe.toml", "--device", "cpu"]
+    recipe = source.parent / "recipe.toml"
+    return [
+        "quantize", source, out, "--level", "calib", "--recipe", recipe, "--device", "cpu", "--target-size", TARGET,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
@@ -63,6 +67,7 @@ def test_a_killed_calibration_goes_on(source: Path, tmp_path: Path, signal_numbe
     whole = tmp_path / "whole"
     assert run(*arguments(source, whole), OMP_NUM_THREADS="1").returncode == 0
     assert (out / "unet" / WEIGHTS).read_bytes() == (whole / "unet" / WEIGHTS).read_bytes()
+    assert 0.98 * TARGET < (out / "unet" / WEIGHTS).stat().st_size <= TARGET
     assert json.loads((out / "report" / "report.json").read_text())["final_latents_sqnr_db"] > 0
     assert not (tmp_path / "killed.work").exists()
     assert not [path for path in tmp_path.rglob(f"{TEMPORARY_PREFIX}*") if signal_number == signal.SIGTERM]

@@ -6,7 +6,6 @@ What only a card can tell is in test_gpu.py.
 import ctypes
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,26 +31,35 @@ static unsigned short to_half(float f) { _Float16 h = (_Float16)f; unsigned shor
 static unsigned int bits_of(float f) { unsigned int b; memcpy(&b, &f, 4); return b; }
 """
 LOOPS = """
-extern "C" void all_groups(void* codes, void* scales, void* offsets, void* meta, void* out, int n, int row, int group) {
+extern "C" void all_groups(void* codes, void* scales, void* offsets, void* meta, void* out, int n, int row, int bits,
+                           int group) {
     blockDim.x = 1;
     for (blockIdx.x = 0; blockIdx.x < n + 3; blockIdx.x++)
         unpack_groups((unsigned char*)codes, (unsigned char*)scales, (unsigned char*)offsets,
-                      (unsigned short*)meta, (OUT*)out, n, row, group);
+                      (unsigned short*)meta, (OUT*)out, n, row, bits, group);
 }
-extern "C" void all_rows(void* codes, void* zeros, void* deltas, void* out, int n, int row) {
+extern "C" void all_rows(void* codes, void* zeros, void* deltas, void* out, int n, int row, int bits) {
     blockDim.x = 1;
     for (blockIdx.x = 0; blockIdx.x < n + 3; blockIdx.x++)
-        unpack_rows((unsigned char*)codes, (unsigned char*)zeros, (float*)deltas, (OUT*)out, n, row);
+        unpack_rows((unsigned char*)codes, (unsigned char*)zeros, (float*)deltas, (OUT*)out, n, row, bits);
 }
 """
 
 
-def compiled(folder: Path, dtype: torch.dtype) -> ctypes.CDLL:
+@pytest.fixture(scope="module", params=kernels.OUTS, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def library(dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels that write `dtype`, compiled."""
     assert COMPILER is not None
+    folder = tmp_path_factory.mktemp("kernels")
     (folder / "kernels.cpp").write_text(kernels.source(dtype, PROCESSOR) + LOOPS)
-    library = folder / f"{dtype}.so"
-    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", "-o", library, folder / "kernels.cpp"], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", "-o", folder / "k.so", folder / "kernels.cpp"], check=True)
+    return ctypes.CDLL(str(folder / "k.so"))
 
 
 def random_weight(layout: Layout) -> Weight:
@@ -65,16 +73,19 @@ def random_weight(layout: Layout) -> Weight:
     return layout.weight(tensors)
 
 
-@pytest.mark.parametrize("dtype", kernels.OUTS, ids=str)
-@pytest.mark.parametrize("layout", [Layout(2, 64), Layout(2, 16), Layout(2, None)], ids=str)
-def test_kernels_unpack_to_the_bit_as_plain_torch_does(tmp_path: Path, layout: Layout, dtype: torch.dtype) -> None:
-    weight, library = random_weight(layout), compiled(tmp_path, dtype)
+@pytest.mark.parametrize(
+    "layout", [Layout(2, 64), Layout(2, 16), Layout(4, 64), Layout(8, 32), Layout(2, None), Layout(8, None)], ids=str
+)
+def test_kernels_unpack_to_the_bit_as_plain_torch_does(
+    library: ctypes.CDLL, layout: Layout, dtype: torch.dtype
+) -> None:
+    weight = random_weight(layout)
     found = torch.zeros(weight.shape, dtype=dtype)
     tensors: list[Tensor] = [*weight.tensors().values(), found]
-    sizes = [weight.qweight.numel(), weight.qweight.shape[1]]
+    sizes = [weight.qweight.numel(), weight.qweight.shape[1], weight.bits]
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     if isinstance(weight, PackedWeight):
-        library.all_groups(*pointers, *sizes, weight.group_size // 4)
+        library.all_groups(*pointers, *sizes, weight.group_size * weight.bits // 8)
     else:
         library.all_rows(*pointers, *sizes)
     expected = packing.unpack(weight, torch.empty(weight.shape, dtype=dtype), packing.unpack_rows_torch)

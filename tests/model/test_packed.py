@@ -1,54 +1,62 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tinysd_batch.errors import ModelError
 from tinysd_batch.model import packing
 from tinysd_batch.model.packed import PackedLayer, keep_unpacked, packed_like
 from tinysd_batch.model.packing import Layout, RowWeight, Weight
 from tinysd_batch.model.parts import USUAL_BYTES, in_parts_of
 from tinysd_batch.quantize.affine import quantize_matrix
 
+BITS = st.sampled_from(packing.BITS)
+LAYOUTS = [Layout(2, 64), Layout(2, 16), Layout(4, 32), Layout(8, 64), Layout(2, None), Layout(8, None)]
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(packing.GROUPS))
 
 
-@given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_codes_survive_packing(rows: int, quads: int, seed: int) -> None:
-    codes = torch.randint(0, 4, (rows, quads * 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(packing.unpack_2bit(packing.pack_2bit(codes)), codes)
+@given(st.integers(1, 7), st.integers(1, 40), BITS, st.integers(0, 2**32 - 1))
+def test_codes_survive_packing(rows: int, quads: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, quads * 4), dtype=torch.uint8, generator=generator)
+    packed = packing.pack_codes(codes, bits)
+    assert packed.shape == (rows, quads * bits // 2)
+    assert torch.equal(packing.unpack_codes(packed, bits), codes)
 
 
 def test_the_first_code_lies_in_the_lowest_bits() -> None:
-    assert packing.pack_2bit(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)).tolist() == [[0b00_11_10_01]]
+    assert packing.pack_codes(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), 2).tolist() == [[0b00_11_10_01]]
+    assert packing.pack_codes(torch.tensor([[1, 10]], dtype=torch.uint8), 4).tolist() == [[0b1010_0001]]
 
 
-def random_rows(count: int, group: int, seed: int) -> torch.Tensor:
+def random_rows(count: int, group: int, bits: int, seed: int) -> torch.Tensor:
     """FBGEMM rows with every kind of finite scale and offset, signs and subnormals among them."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 256, (count, group // 4), dtype=torch.uint8, generator=generator)
-    bits = torch.randint(-(2**15), 2**15, (count, 2), generator=generator).to(torch.int16)
-    finite = torch.where(bits.view(torch.float16).isfinite(), bits, torch.zeros_like(bits))
-    return torch.cat([codes, finite.view(torch.uint8).view(count, 4)], dim=1)
+    codes = torch.randint(0, 256, (count, group * bits // 8), dtype=torch.uint8, generator=generator)
+    numbers = torch.randint(-(2**15), 2**15, (count, 2), generator=generator).to(torch.int16).view(torch.float16)
+    finite = torch.where(numbers.isfinite(), numbers, torch.zeros_like(numbers))
+    return packing.fbgemm_rows(codes, finite[:, 0], finite[:, 1], bits)
 
 
 @pytest.mark.skipif(
     not packing.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
 )
-@given(st.integers(1, 5000), st.sampled_from(packing.GROUPS), st.integers(0, 2**32 - 1))
-def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, seed: int) -> None:
-    rows = random_rows(count, group, seed)
-    assert torch.equal(packing.unpack_rows_fbgemm(rows), packing.unpack_rows_torch(rows))
+@given(st.integers(1, 5000), st.sampled_from(packing.GROUPS), BITS, st.integers(0, 2**32 - 1))
+def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, bits: int, seed: int) -> None:
+    rows = random_rows(count, group, bits, seed)
+    assert torch.equal(packing.unpack_rows_fbgemm(rows, bits), packing.unpack_rows_torch(rows, bits))
 
 
-@given(SHAPES, st.integers(0, 2**32 - 1))
-def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], seed: int) -> None:
+@given(SHAPES, BITS, st.integers(0, 2**32 - 1))
+def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], bits: int, seed: int) -> None:
     out, groups, size = shape
     matrix = torch.randn(out, groups * size, generator=torch.Generator().manual_seed(seed))
-    weight = quantize_matrix(matrix, size)
+    weight = quantize_matrix(matrix, size, bits)
+    assert weight.layout == Layout(bits, size)
     scale, offset = packing.affine_parameters(weight)
-    codes = packing.unpack_2bit(weight.qweight).view(out, groups, size).float()
+    codes = packing.unpack_codes(weight.qweight, bits).view(out, groups, size).float()
     expected = codes * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
     assert torch.equal(dense(weight).view(out, groups, size), expected)
 
@@ -65,22 +73,60 @@ def random_row_weight(rows: int, columns: int, bits: int, seed: int) -> RowWeigh
 @given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([2, 8]), st.integers(0, 2**32 - 1))
 def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int, bits: int, seed: int) -> None:
     weight = random_row_weight(rows, 4 * quads, bits, seed)
-    codes = packing.unpack_2bit(weight.qweight) if bits == 2 else weight.qweight
+    codes = packing.unpack_codes(weight.qweight, bits)
     expected = (codes.float() - weight.qzero.float()[:, None]) * weight.qdelta.view(torch.float32)[:, None]
     assert torch.equal(dense(weight), expected)
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 400), st.sampled_from([64, 640, 5760]), st.integers(0, 2**32 - 1))
 def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    for weight in (quantize_matrix(matrix, 64), random_row_weight(rows, columns, 2, seed)):
+    weights: list[Weight] = [quantize_matrix(matrix, 64, bits) for bits in packing.BITS]
+    for weight in (*weights, random_row_weight(rows, columns, 2, seed)):
         by_torch = packing.unpack(weight, torch.empty(rows, columns), packing.unpack_rows_torch)
         assert torch.equal(dense(weight), by_torch)
 
 
-@given(st.sampled_from([Layout(2, 64), Layout(2, 16), Layout(2, None), Layout(8, None)]))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_survives_the_configuration(layout: Layout) -> None:
     assert Layout.of_entry(layout.entry((8, 64))) == layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_weight_takes_the_bytes_that_its_layout_says(layout: Layout) -> None:
+    weight = layout.weight(
+        {name: torch.zeros(shape, dtype=kind) for name, (kind, shape) in layout.tensors(6, 192).items()}
+    )
+    assert weight.shape == (6, 192)
+    assert weight.layout == layout
+    assert sum(one.nbytes for one in weight.tensors().values()) == layout.nbytes(6, 192)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {}, {"bits": 2}, {"bits": 3, "group_size": 64}, {"bits": 2, "group_size": 7}, {"bits": 2, "group_size": 0},
+        {"bits": 2, "group_size": -64}, {"bits": "2", "group_size": 64},
+        {"bits": 2.0, "group_size": 64}, {"bits": 2, "group_size": 64.0}, {"bits": [2], "group_size": 64},
+        {"bits": 2, "group_size": 2**40}, {"bits": 4, "kind": "row"}, {"bits": 0, "kind": "row"},
+    ],
+)  # fmt: skip
+def test_other_layouts_are_refused(entry: dict[str, object]) -> None:
+    with pytest.raises(ModelError, match=r"a layer at 2, 4 or 8 bits in groups of 16, 32 or 64 was expected"):
+        Layout.of_entry(entry)
+
+
+def test_a_layout_does_not_store_half_a_group() -> None:
+    with pytest.raises(ModelError, match="a row of 96 weights cannot be stored in 4 bits in groups of 64"):
+        Layout(4, 64).tensors(8, 96)
+
+
+@pytest.mark.parametrize(("bits", "least_db"), [(2, 8.5), (4, 21), (8, 44)])
+def test_more_bits_lose_less(bits: int, least_db: float) -> None:
+    matrix = torch.randn(64, 640, generator=torch.Generator().manual_seed(1))
+    error = (dense(quantize_matrix(matrix, 64, bits)) - matrix).square().mean()
+    assert float(-10 * error.log10()) > least_db
 
 
 def fill(layer: PackedLayer, weight: Weight, bias: torch.Tensor | None) -> None:
@@ -167,7 +213,7 @@ def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("layout", [Layout(2, 64), Layout(2, None), Layout(8, None)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_unpacking_to_half_precision_rounds_once(layout: Layout, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     tensors = {

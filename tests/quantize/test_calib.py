@@ -16,11 +16,12 @@ from tinysd_batch.model.info import WEIGHTS, read_model_info
 from tinysd_batch.model.packing import unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.calib import quantize_calibrated
-from tinysd_batch.quantize.fast import layers_to_pack, quantize_folder
+from tinysd_batch.quantize.fast import quantize_folder
 from tinysd_batch.quantize.folder import open_source
 from tinysd_batch.quantize.gptq import Part, gptq
 from tinysd_batch.quantize.hessian import column_parts
 from tinysd_batch.quantize.measure import measure
+from tinysd_batch.quantize.presets import layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.refine import refine
 from tinysd_batch.quantize.sources import Options
@@ -143,7 +144,9 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     assert report["final_latents_sqnr_db"] > fast.final_db + 1
     assert report["classes"]
     assert sum(layer["bytes"] for layer in report["layers"]) <= report["unet_bytes"]
-    assert {layer["name"] for layer in report["layers"] if layer["bits"] == 2} == set(layers_to_pack(small_unet()))
+    bits = {layer["name"]: layer["bits"] for layer in report["layers"] if layer["bits"] < 16}
+    assert bits == {name: layout.bits for name, layout in layers_to_pack(small_unet(), "default").items()}
+    assert set(bits.values()) == {2, 4, 8}
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "lion; bell" in page
     assert read_model_info(str(tmp_path / "out")).unet_bytes == report["unet_bytes"]

@@ -352,7 +352,7 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
 def test_a_single_file_at_two_bits(checkpoint: Path, models: ldm.Models, tmp_path: Path, no_network: None) -> None:
     done = run_here("quantize", checkpoint, "model", "--level", "fast", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "unet: packing 8.5 M weights" in done.stderr
+    assert "unet: packing, preset default: " in done.stderr
     drawn = TinySD.from_pretrained(tmp_path / "model").generate(
         "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
     )
@@ -401,7 +401,8 @@ def test_inspect(checkpoint: Path, floats: Path, packed: Path, models: ldm.Model
         assert {part["name"]: part["weights"] for part in told["parts"]} == weights
         assert kind in run_here("inspect", path, cwd=tmp_path).stdout
     (unet,) = (part for part in told["parts"] if part["name"] == "unet")
-    assert 2.2 < unet["layers"]["convolution"]["bits"] < 2.6
+    assert 2.2 < unet["layers"]["resnet convolutions, 2 bits"]["bits"] < 2.6
+    assert 8.2 < unet["layers"]["time projections, 8 bits"]["bits"] < 9.3
 
 
 @pytest.mark.slow

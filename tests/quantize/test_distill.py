@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.quantize.test_calib import small_unet
-from tinysd_batch.model.packing import PackedWeight
 from tinysd_batch.quantize.calibrate import Solved
 from tinysd_batch.quantize.distill import Examples, Student, distill
 from tinysd_batch.quantize.fast import quantize_unet
+from tinysd_batch.quantize.presets import layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.sources import Part
 
@@ -27,8 +27,7 @@ def part() -> Part:
 def solved(part: Part) -> dict[str, Solved]:
     """The small UNet at level fast."""
     found = {}
-    for name, (weight, _) in quantize_unet(small_unet(), part.tensors).items():
-        assert isinstance(weight, PackedWeight)
+    for name, (weight, _) in quantize_unet(part.tensors, layers_to_pack(small_unet(), "default")).items():
         bias = part.tensors.get(f"{name}.bias")
         found[name] = Solved(weight, None if bias is None else bias.half(), 0.0)
     return found

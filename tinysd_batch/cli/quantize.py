@@ -1,4 +1,4 @@
-"""`tinysd-batch quantize`: a model of the user's own at 2 bits."""
+"""`tinysd-batch quantize`: a model of the user's own at few bits."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,9 +7,11 @@ import typer
 
 from tinysd_batch.cli.convert import AllowPickle, Ema, Out, Source, Vae, options, tell
 from tinysd_batch.cli.signals import end_on_sigterm
+from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
+    from tinysd_batch.quantize.presets import Size
     from tinysd_batch.quantize.sources import Options
 
 LEVELS = ("fast", "calib", "distill")
@@ -22,6 +24,18 @@ def quantize(
         str,
         typer.Option("--level", help="fast: without data. calib: with the model's own drawings. distill: and tuned."),
     ] = "fast",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="tiny: all layers at 2 bits. default: few at 4 and 8. quality: most sorts at 4.",
+            show_default="default",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option("--target-size", help="Most bytes of the UNet's file, such as 280MB.", show_default=False),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", help="What calib draws and how hard it tries (TOML).", show_default=False),
@@ -31,23 +45,37 @@ def quantize(
     ema: Ema = False,
     vae: Vae = None,
 ) -> None:
-    """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits."""
+    """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits, a few layers at more."""
     if level not in LEVELS:
         raise UsageError(f"--level {level}: one of {', '.join(LEVELS)} was expected")
     if recipe is not None and level == "fast":
         raise UsageError("--recipe: fast uses no data; say --level calib too")
+    size = size_of(preset, target_size)
     how = options(allow_pickle, ema, vae)
     with end_on_sigterm():
         if level == "fast":
             from tinysd_batch.quantize.fast import quantize_model
 
-            quantize_model(source, out, how, tell)
+            quantize_model(source, out, how, tell, size)
         else:
-            calibrate(source, out, how, recipe, device, tune=level == "distill")
+            calibrate(source, out, how, recipe, device, size, tune=level == "distill")
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
 
 
-def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device: str, *, tune: bool) -> None:
+def size_of(preset: str | None, target: str | None) -> "Size":
+    """What the two options ask for. Raises UsageError."""
+    from tinysd_batch.quantize.presets import DEFAULT, PRESETS, Size
+
+    if preset is not None and target is not None:
+        raise UsageError("--preset and --target-size: each decides the file's size; give one of them")
+    if preset not in (None, *PRESETS):
+        raise UsageError(f"--preset {preset}: one of {', '.join(PRESETS)} was expected")
+    return Size(preset or DEFAULT, parse_bytes(target, "--target-size"))
+
+
+def calibrate(
+    source: Path, out: Path, how: "Options", file: Path | None, device: str, size: "Size", *, tune: bool
+) -> None:
     """Quantize with data, then measure and report."""
     from tinysd_batch.model.devices import choose_device
     from tinysd_batch.quantize.calib import quantize_calibrated
@@ -59,7 +87,7 @@ def calibrate(source: Path, out: Path, how: "Options", file: Path | None, device
 
     recipe = read_recipe(file)
     chosen = choose_device(None if device == "auto" else device)
-    done = quantize_calibrated(source, out, how, recipe, chosen, tell, tune=tune)
+    done = quantize_calibrated(source, out, how, recipe, chosen, tell, size=size, tune=tune)
     tell(f"measuring on {len(recipe.held_out)} held-out prompts")
     errors = measure(out, done.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
     summary = summarize(out, done.layers, done.seconds, str(chosen), recipe)

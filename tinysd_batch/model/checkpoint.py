@@ -80,13 +80,24 @@ def read_layouts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
     if quantization is None:
         return {}
     check_format(quantization, where)
-    layouts = {}
-    for name, entry in quantization["layers"].items():
-        layouts[name] = layout = Layout.of_entry(entry)
-        for part, (dtype, shape) in layout.tensors(entry["shape"][0], math.prod(entry["shape"][1:])).items():
+    layouts = layouts_of(quantization, where)
+    for name, layout in layouts.items():
+        rows, *inner = quantization["layers"][name]["shape"]
+        for part, (dtype, shape) in layout.tensors(rows, math.prod(inner)).items():
             if f"{name}.{part}" not in tensors:
                 raise ModelError(f"{where}: tensor {name}.{part} is missing")
             check_tensor(f"{name}.{part}", tensors[f"{name}.{part}"], dtype, shape, where)
+    return layouts
+
+
+def layouts_of(quantization: Mapping[str, Any], where: Path) -> dict[str, Layout]:
+    """How each packed layer is stored. Raises ModelError for ways that there are not."""
+    layouts = {}
+    for name, entry in quantization["layers"].items():
+        try:
+            layouts[name] = Layout.of_entry(entry)
+        except ModelError as error:
+            raise ModelError(f"{where}: layer {excerpt(name)}: {error}") from None
     return layouts
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-THREADS = 256  # in a block; each unpacks the four codes of a byte
+THREADS = 256  # in a block; each unpacks the codes of a byte
 
 # The types of the hardware, without CUDA's headers, which are not on every machine.
 CONVERSIONS = """
@@ -34,7 +34,7 @@ __device__ void write(OUT* out, int at, float f) { out[at] = ROUND(f); }
 
 extern "C" __global__ void unpack_groups(
     const unsigned char* codes, const unsigned char* scales, const unsigned char* offsets, const unsigned short* meta,
-    OUT* out, int bytes, int row_bytes, int group_bytes
+    OUT* out, int bytes, int row_bytes, int bits, int group_bytes
 ) {
     int at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= bytes) return;
@@ -43,18 +43,21 @@ extern "C" __global__ void unpack_groups(
     // Rounded after each step, as torch does; the compiler must not fuse them.
     float scale = of_half(to_half(__fadd_rn(of_half(m[0]), __fmul_rn(scales[group], of_half(m[1])))));
     float offset = of_half(to_half(__fadd_rn(of_half(m[2]), __fmul_rn(offsets[group], of_half(m[3])))));
-    for (int i = 0; i < 4; i++)
-        write(out, 4 * at + i, __fadd_rn(__fmul_rn((codes[at] >> 2 * i) & 3, scale), offset));
+    int count = 8 / bits, mask = (1 << bits) - 1;
+    for (int i = 0; i < count; i++)
+        write(out, count * at + i, __fadd_rn(__fmul_rn((codes[at] >> bits * i) & mask, scale), offset));
 }
 
 extern "C" __global__ void unpack_rows(
-    const unsigned char* codes, const unsigned char* zeros, const float* deltas, OUT* out, int bytes, int row_bytes
+    const unsigned char* codes, const unsigned char* zeros, const float* deltas, OUT* out, int bytes, int row_bytes,
+    int bits
 ) {
     int at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= bytes) return;
     int row = at / row_bytes;
-    for (int i = 0; i < 4; i++)
-        write(out, 4 * at + i, __fmul_rn(((codes[at] >> 2 * i) & 3) - zeros[row], deltas[row]));
+    int count = 8 / bits, mask = (1 << bits) - 1;
+    for (int i = 0; i < count; i++)
+        write(out, count * at + i, __fmul_rn(((codes[at] >> bits * i) & mask) - zeros[row], deltas[row]));
 }
 """
 OUTS = {

@@ -110,11 +110,23 @@ def write_tensors(
 
     `as_stored` gives a tensor by name, of its shape in `tensors` and its type in `dtypes`.
     """
-    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # as the library has it: widest first
+    order = order_of(dtypes)
     with path.open("wb") as file:
         file.write(header_of(tensors, dtypes, order))
         for name in order:
             file.write(as_stored(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def size_of_file(tensors: Mapping[str, Tensor]) -> int:
+    """What a file of these tensors takes, empty ones too."""
+    dtypes = {name: one.dtype for name, one in tensors.items()}
+    header = header_of(tensors, dtypes, order_of(dtypes))
+    return len(header) + sum(one.numel() * one.element_size() for one in tensors.values())
+
+
+def order_of(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """As the library has it: widest first."""
+    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 
 def header_of(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], order: list[str]) -> bytes:

@@ -1,19 +1,16 @@
-"""Fit codes, scales and offsets of 2-bit groups to a weight matrix, without data."""
-
-from dataclasses import fields
+"""Fit codes, scales and offsets of groups to a weight matrix, without data."""
 
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_2bit
+from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_codes
 
-LEVELS = 4
 ITERATIONS = 20
 AT_ONCE = 2**18  # weights: what is worked on stays in the processor's cache
 BYTE = 255
 
 
-def fit_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+def fit_groups(groups: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
     """Scale and offset, [N, 1] each, for which code * scale + offset is close to `groups` [N, g].
 
     Alternating least squares, which is Lloyd's algorithm (1982) on affine levels: codes are the nearest levels, then
@@ -21,10 +18,10 @@ def fit_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     be a poor fit at 2 bits.
     """
     low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
-    scale, offset = (high - low) / (LEVELS - 1), low
+    scale, offset = (high - low) / top_code(bits), low
     mean = groups.mean(dim=1, keepdim=True)
     for _ in range(ITERATIONS):
-        codes = nearest_codes(groups, scale, offset)
+        codes = nearest_codes(groups, scale, offset, bits)
         code_mean = codes.mean(dim=1, keepdim=True)
         spread = codes - code_mean
         variance = spread.square().sum(dim=1, keepdim=True)
@@ -34,10 +31,15 @@ def fit_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     return scale, offset
 
 
-def nearest_codes(groups: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """The code 0..3 of the nearest level, as floats; zero scales give zero codes."""
+def top_code(bits: int) -> int:
+    """3, 15 or 255."""
+    return int(2**bits - 1)
+
+
+def nearest_codes(groups: Tensor, scale: Tensor, offset: Tensor, bits: int = 2) -> Tensor:
+    """The code of the nearest level, as floats; zero scales give zero codes."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((groups - offset) / safe).round().clamp(0, LEVELS - 1) * (scale != 0)
+    return ((groups - offset) / safe).round().clamp(0, top_code(bits)) * (scale != 0)
 
 
 def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,28 +50,31 @@ def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), torch.cat([least, step], dim=1)
 
 
-def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor) -> PackedWeight:
+def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor, bits: int = 2) -> PackedWeight:
     """Pack a matrix [O, K] with scales and offsets [O, G]; codes are chosen for these as they are stored."""
     rows, columns = matrix.shape
     groups = scale.shape[1]
     qscale, scale_meta = to_bytes(scale)
     qoff, offset_meta = to_bytes(offset)
     qmeta = torch.cat([scale_meta, offset_meta], dim=1).contiguous().view(torch.int16)
-    empty = torch.empty(rows, columns // 4, dtype=torch.uint8)
-    stored_scale, stored_offset = affine_parameters(PackedWeight(empty, qscale, qoff, qmeta))
+    empty = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
+    stored_scale, stored_offset = affine_parameters(PackedWeight(empty, qscale, qoff, qmeta, bits))
     codes = nearest_codes(
-        matrix.view(rows, groups, -1), stored_scale.float().unsqueeze(-1), stored_offset.float().unsqueeze(-1)
+        matrix.view(rows, groups, -1), stored_scale.float().unsqueeze(-1), stored_offset.float().unsqueeze(-1), bits
     )
-    return PackedWeight(pack_2bit(codes.to(torch.uint8).view(rows, columns)), qscale, qoff, qmeta)
+    return PackedWeight(pack_codes(codes.to(torch.uint8).view(rows, columns), bits), qscale, qoff, qmeta, bits)
 
 
-def quantize_matrix(matrix: Tensor, group_size: int) -> PackedWeight:
-    """A float matrix [O, K] at 2 bits in groups of `group_size` along K, some rows at a time to need little memory."""
+def quantize_matrix(matrix: Tensor, group_size: int, bits: int = 2) -> PackedWeight:
+    """A float matrix [O, K] in groups of `group_size` along K, some rows at a time to need little memory."""
     step = max(AT_ONCE // matrix.shape[1], 1)
-    parts = [quantize_rows(matrix[start : start + step].float(), group_size) for start in range(0, len(matrix), step)]
-    return PackedWeight(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(PackedWeight)))
+    parts = [
+        quantize_rows(matrix[start : start + step].float(), group_size, bits).tensors()
+        for start in range(0, len(matrix), step)
+    ]
+    return PackedWeight(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, bits=bits)
 
 
-def quantize_rows(rows: Tensor, group_size: int) -> PackedWeight:
-    scale, offset = fit_groups(rows.reshape(-1, group_size))
-    return pack_matrix(rows, scale.view(len(rows), -1), offset.view(len(rows), -1))
+def quantize_rows(rows: Tensor, group_size: int, bits: int) -> PackedWeight:
+    scale, offset = fit_groups(rows.reshape(-1, group_size), bits)
+    return pack_matrix(rows, scale.view(len(rows), -1), offset.view(len(rows), -1), bits)

@@ -4,20 +4,24 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.checkpoint import KEEP_ON_META, read_schedule, write_packed_unet
-from tinysd_batch.model.packing import to_matrix
+from tinysd_batch.model.checkpoint import read_schedule, write_packed_unet
+from tinysd_batch.model.packing import Layout, to_matrix
 from tinysd_batch.model.samplers import alphas_cumprod
-from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use
+from tinysd_batch.quantize.allocate import allocate, check_target
+from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use, layer_inputs
 from tinysd_batch.quantize.distill import Examples, Tuned, distill
-from tinysd_batch.quantize.fast import check_finite, layers_to_pack
+from tinysd_batch.quantize.fast import check_finite
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.hessian import layer_of
+from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
+from tinysd_batch.quantize.resources import MAX_HELD_POINTS, check_room, needs_of_calib, rows_of, state_dtype
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, spread_points
 from tinysd_batch.quantize.units import State, Walker, rows_at_once
@@ -25,10 +29,10 @@ from tinysd_batch.quantize.work import Work, digest_of, open_work
 from tinysd_batch.storage import new_folder, storage_errors
 
 TELL_EVERY_S = 10.0
-HESSIANS = 5  # of the widest layer in memory at once: its own, factors and inverses
 TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
 A_LAYER, A_COLUMN = 2e10, 1e7  # what even small ones take, in multiplications
-MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
+ALLOCATION_ROWS = 16
+SIZE = Size()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +45,27 @@ class Calibrated:
 
 
 def quantize_calibrated(
-    source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *, tune: bool = False
-) -> Calibrated:
+    source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *,
+    size: Size = SIZE, tune: bool = False,
+) -> Calibrated:  # fmt: skip
     """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
 
     A layer is on disk as soon as it is finished, in `OUT.work`: stopped in any way, the same call goes on. Raises
-    ModelError as `fast.quantize_model` does, and where that folder was begun with another source or recipe.
+    ModelError as `fast.quantize_model` does, and where that folder was begun with another source, recipe or size.
     """
     refuse_existing(out)
     model = open_source(source, options)
     part = model.unet()
-    check_unet(part)
+    unet = check_unet(part)
+    if size.most is not None:
+        check_target(unet, size.most)
     check_finite(part)
-    say(plan(part, recipe))
-    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump()}
+    if size.most is None:
+        say(f"unet: {size}: {size_in_words(unet, layers_to_pack(unet, size.preset))}")
+    needs = needs_of_calib(part, unet, model, size, recipe)
+    say(f"calibrating on {rows_of(recipe):,} rows: {needs}")
+    check_room(needs, out, device)
+    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "size": size.notes()}
     started = time.monotonic()
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()
@@ -62,12 +73,16 @@ def quantize_calibrated(
             write_json(folder / "unet" / "config.json", part.config)
             write_others(model, folder, torch.float16, say)
             calibrating, held_out = draw_all(part, folder, recipe, device, work, say)
-            solved = solve(part, recipe, device, calibrating, held_out, work, say)
+            layouts = work.layouts(lambda: choose(unet, part, size, recipe, device, calibrating))
+            if size.most is not None:
+                say(f"unet: {size}: {size_in_words(unet, layouts)}")
+            solved = solve(part, layouts, recipe, device, calibrating, held_out, work, say)
             tuned = tune_all(part, folder, recipe, device, calibrating, solved, say) if tune else None
             if tuned is None:
-                write_calibrated(part, folder / "unet", solved, {}, "calib")
+                write_calibrated(part, folder / "unet", solved, {}, {"level": "calib", **size.notes()})
             else:
-                write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, "distill")
+                notes = {"level": "distill", **size.notes()}
+                write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, notes)
         seconds = before + time.monotonic() - started
         tell_left_out(model, say)
         done = Calibrated({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds)
@@ -89,24 +104,38 @@ def draw_all(
     return calibrating, drawn("held-out", recipe.held_out, recipe.seed + HELD_OUT_SEEDS)
 
 
+def choose(
+    unet: nn.Module, part: Part, size: Size, recipe: Recipe, device: torch.device, calibrating: Trajectories
+) -> dict[str, Layout]:
+    """How the layers are stored; to meet a size, by their errors on some rows of the float model."""
+    if size.most is None:
+        return layers_to_pack(unet, size.preset)
+    walker = Walker(part.config, part.tensors, device)
+    rows = spread_points(calibrating, recipe.points)
+    some = torch.linspace(0, len(rows.times) - 1, min(ALLOCATION_ROWS, len(rows.times))).long()
+    names = list(layers_to_pack(unet, SMALLEST))
+    inputs = layer_inputs(walker, Rows(rows.latents[some], rows.times[some], rows.context[some]), names)
+    return allocate(unet, part.tensors, size.most, ((name, x.cpu()) for name, x in inputs))
+
+
 def solve(
-    part: Part, recipe: Recipe, device: torch.device, calibrating: Trajectories, held_out: Trajectories, work: Work,
-    say: Say,
+    part: Part, layouts: Mapping[str, Layout], recipe: Recipe, device: torch.device, calibrating: Trajectories,
+    held_out: Trajectories, work: Work, say: Say,
 ) -> dict[str, Solved]:  # fmt: skip
     """All layers; what an earlier run finished is taken over."""
     source, target = (Walker(part.config, part.tensors, device) for _ in range(2))
-    sizes = layers_to_pack(source.unet)
-    known = work.layers()
+    known = work.layers(layouts)
     if known:
-        say(f"going on: {len(known):,} of {len(sizes):,} layers are there")
-    progress = Progress(costs(source.unet, sizes, recipe), work, say, set(known), work.seconds())
+        say(f"going on: {len(known):,} of {len(layouts):,} layers are there")
+    progress = Progress(costs(source.unet, layouts, recipe), work, say, set(known), work.seconds())
     tuning, calibrating_rows = split(spread_points(calibrating, recipe.points), 2 * recipe.points)
+    dtype = state_dtype(part, recipe)
     rows = [
-        *pairs(calibrating_rows, device, "moments"),
-        *pairs(tuning, device, "tuning"),
-        *pairs(spread_points(held_out, MAX_HELD_POINTS), device, "held out"),
+        *pairs(calibrating_rows, device, "moments", dtype),
+        *pairs(tuning, device, "tuning", dtype),
+        *pairs(spread_points(held_out, MAX_HELD_POINTS), device, "held out", dtype),
     ]
-    run = Calibration(source, target, sizes, recipe, known, progress.keep)
+    run = Calibration(source, target, layouts, recipe, known, progress.keep)
     run.run(rows)
     return run.solved
 
@@ -119,13 +148,13 @@ def split(rows: Rows, of_a_prompt: int) -> tuple[Rows, Rows]:
     return first, others
 
 
-def pairs(rows: Rows, device: torch.device, use: Use) -> Iterator[Pair]:
+def pairs(rows: Rows, device: torch.device, use: Use, dtype: torch.dtype) -> Iterator[Pair]:
     """Rows on their way, some together."""
     step = rows_at_once(rows.latents)
     for parts in zip(*(torch.split(one, step) for one in (rows.latents, rows.times, rows.context)), strict=True):
         if len(parts[0]):
             state = State.of(*(part.to(device) for part in parts))
-            yield Pair(state, state.copy(), use)
+            yield Pair(state, state.copy(), use, dtype)
 
 
 def tune_all(
@@ -147,8 +176,9 @@ def tune_all(
 
 
 def write_calibrated(
-    part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor], level: str
-) -> None:
+    part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+) -> None:  # fmt: skip
     """The packed UNet: what calibration made, tensors that distillation changed, and the rest as float16."""
     shapes = {name: tuple(part.tensors[f"{name}.weight"].shape) for name in solved}
     others = {
@@ -158,48 +188,16 @@ def write_calibrated(
     }
     others |= {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
     packed = {name: (one.weight, shapes[name]) for name, one in solved.items()}
-    write_packed_unet(folder, part.config, packed, others, {"level": level})
+    write_packed_unet(folder, part.config, packed, others, notes)
 
 
 # What it will take
 
 
-def plan(part: Part, recipe: Recipe) -> str:
-    """How many rows, and the most memory they and the widest layer take."""
-    rows = 2 * recipe.points * len(recipe.prompts) + 2 * MAX_HELD_POINTS * len(recipe.held_out)
-    states = 2 * rows * bytes_of_a_row(part)
-    with KEEP_ON_META:
-        unet = Walker(part.config, {}, KEEP_ON_META).unet
-    widest = max(min(to_matrix(layer_of(unet, name).weight).shape[1], recipe.block) for name in layers_to_pack(unet))
-    hessians = HESSIANS * 4 * widest**2
-    return (
-        f"calibrating on {rows:,} rows: some {(states + hessians) / 1e9:.1f} GB of memory beside the program itself "
-        f"({states / 1e9:.1f} for the rows, {hessians / 1e9:.1f} for the widest layer)"
-    )
-
-
-def bytes_of_a_row(part: Part) -> int:
-    """What a row takes where it takes most, told from a walk without numbers."""
-    walker = Walker(part.config, {}, KEEP_ON_META)
-    config = walker.unet.config
-    side = config.sample_size
-    with KEEP_ON_META, torch.no_grad():
-        state = State.of(
-            torch.empty(1, config.in_channels, side, side),
-            torch.empty(1),
-            torch.empty(1, 8, config.cross_attention_dim),
-        )
-        most = 0
-        for unit in walker.units:
-            unit.run(walker.unet, state)
-            most = max(most, state.nbytes())
-    return most
-
-
-def costs(unet: nn.Module, sizes: Mapping[str, int], recipe: Recipe) -> dict[str, float]:
+def costs(unet: nn.Module, layouts: Mapping[str, Layout], recipe: Recipe) -> dict[str, float]:
     """What each layer takes, in multiplications: its Hessian, its inverse, its sweeps."""
     found = {}
-    for name in sizes:
+    for name in layouts:
         rows, columns = to_matrix(layer_of(unet, name).weight).shape
         width = min(columns, recipe.block)
         per_column = width * (recipe.tokens / 4 + width + (recipe.sweeps + 1) * rows)

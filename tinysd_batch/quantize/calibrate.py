@@ -1,8 +1,8 @@
-"""Level `calib`: layers in forward order, each fitted to what the layers before it, already at 2 bits, give it.
+"""Level `calib`: layers in forward order, each fitted to what the layers before it, already packed, give it.
 
-Two UNets walk side by side over the calibration rows, the float one and the one at 2 bits. Of layers with the same
+Two UNets walk side by side over the calibration rows, the float one and the packed one. Of layers with the same
 input the second moments of that input are gathered, and how far the output is from the float model's; then the
-layer is solved: its weights are moved to make up for what earlier layers got wrong, brought to 2 bits by GPTQ, and
+layer is solved: its weights are moved to make up for what earlier layers got wrong, brought to few bits by GPTQ, and
 refined by coordinate descent; its bias takes up what is left of the mean.
 """
 
@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from tinysd_batch.model.packing import PackedWeight, to_matrix, unpack
+from tinysd_batch.model.packing import Layout, PackedWeight, to_matrix, unpack
 from tinysd_batch.quantize.gptq import Part, gptq
 from tinysd_batch.quantize.hessian import Layer, Moments, Tokens, column_parts, layer_of, tokens_of, tokens_out
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.refine import refine
-from tinysd_batch.quantize.units import State, Unit, Walker
+from tinysd_batch.quantize.trajectories import Rows
+from tinysd_batch.quantize.units import State, Unit, Walker, rows_at_once
 
+INPUT_TOKENS = 512  # of each layer, where only their sort matters
 OTHER_TOKENS = 1024  # of the rows that tune and of those that are held out
 # Layers that close a residual connection, and the module whose input is the stream that they are added to.
 CLOSING = {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3", "proj_out": "norm"}
@@ -32,7 +35,7 @@ Use = Literal["moments", "tuning", "held out"]
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A layer at 2 bits."""
+    """A packed layer."""
 
     weight: PackedWeight
     bias: Tensor | None  # float16 [O]
@@ -46,18 +49,19 @@ class Pair:
     floats: State
     packed: State
     use: Use
+    dtype: torch.dtype = torch.float32  # in which they wait between two units
 
 
 class Calibration:
     """One run over a UNet. `known` holds layers that were solved before a stop; `keep` is told each new one."""
 
     def __init__(
-        self, source: Walker, target: Walker, sizes: Mapping[str, int], recipe: Recipe,
+        self, source: Walker, target: Walker, layouts: Mapping[str, Layout], recipe: Recipe,
         known: dict[str, Solved], keep: Callable[[str, Solved], None],
     ) -> None:  # fmt: skip
         self.source = source
         self.target = target
-        self.sizes = sizes
+        self.layouts = layouts
         self.recipe = recipe
         self.solved = known
         self.keep = keep
@@ -71,14 +75,14 @@ class Calibration:
             for names in self.groups(unit, pairs[0]):
                 self.solve_group(unit, names, pairs)
             for pair in pairs:
-                unit.run(self.source.unet, pair.floats)
-                unit.run(self.target.unet, pair.packed)
+                pair.floats = after(unit, self.source.unet, pair.floats, pair.dtype)
+                pair.packed = after(unit, self.target.unet, pair.packed, pair.dtype)
             self.source.unload(unit)
             self.target.unload(unit)
 
     def groups(self, unit: Unit, pair: Pair) -> list[list[str]]:
         """The unit's layers to be packed, in the order in which they work; those with the same input together."""
-        names = [name for name in self.sizes if name.startswith(tuple(f"{path}." for path in unit.paths))]
+        names = [name for name in self.layouts if name.startswith(tuple(f"{path}." for path in unit.paths))]
         inputs: list[tuple[str, Tensor]] = []
 
         def note(name: str) -> Callable[[nn.Module, Any], None]:
@@ -119,7 +123,7 @@ class Calibration:
     def gather(self, unit: Unit, names: list[str], pairs: list[Pair]) -> dict[str, "Gathered"]:
         """Moments and held-out tokens of layers with the same input."""
         device = self.source.device
-        found = {name: Gathered.of(layer_of(self.source.unet, name), self.sizes[name], self.recipe) for name in names}
+        found = {name: Gathered.of(layer_of(self.source.unet, name), self.layouts[name], self.recipe) for name in names}
         shares = Counter(pair.use for pair in pairs)
         draw = torch.Generator().manual_seed(self.recipe.seed)
         for pair in pairs:
@@ -152,7 +156,8 @@ class Calibration:
 
     def solve(self, name: str, gathered: "Gathered") -> Solved:
         layer = layer_of(self.source.unet, name)
-        weight, size = to_matrix(layer.weight), self.sizes[name]
+        weight, bits, size = to_matrix(layer.weight), self.layouts[name].bits, self.layouts[name].group_size
+        assert size is not None, name
         parts, means = [], torch.zeros(weight.shape[1], device=weight.device)
         for groups, columns, moments in gathered.parts:
             # A part of the columns cannot tell its own share of the gap.
@@ -161,10 +166,10 @@ class Calibration:
                 weight[:, columns], tuning, has_bias=layer.bias is not None, damping=self.recipe.damping
             )
             means[columns], gap = problem.mean_x, problem.mean_gap
-            parts.append(Part(groups, problem.target, problem.hessian, gptq(problem.target, problem.hessian, size)))
-        packed = refine(parts, self.recipe.sweeps)
+            fit = gptq(problem.target, problem.hessian, size, bits)
+            parts.append(Part(groups, problem.target, problem.hessian, fit))
+        packed = refine(parts, self.recipe.sweeps).on("cpu")
         del parts
-        packed = PackedWeight(*(tensor.cpu() for tensor in packed.tensors().values()))
         changed = unpack(packed, torch.empty(packed.shape)).to(weight.device) - weight
         # The output's mean is the float model's again.
         if layer.bias is None:
@@ -181,9 +186,10 @@ class Gathered:
     others: dict[Use, list[Tokens]]
 
     @classmethod
-    def of(cls, layer: Layer, group_size: int, recipe: Recipe) -> Self:
+    def of(cls, layer: Layer, layout: Layout, recipe: Recipe) -> Self:
         rows, device = len(layer.weight), layer.weight.device
-        parts = []
+        group_size, parts = layout.group_size, []
+        assert group_size is not None, layout
         for groups in column_parts(layer, group_size, recipe.block):
             columns = (groups[:, None] * group_size + torch.arange(group_size)).flatten().to(device)
             parts.append((groups.to(device), columns, Moments(len(columns), rows, device)))
@@ -229,6 +235,38 @@ def stream_of(name: str) -> str | None:
         if name.endswith(f".{suffix}"):
             return f"{name.removesuffix(f'.{suffix}')}.{norm}"
     return None
+
+
+def after(unit: Unit, unet: UNet2DConditionModel, state: State, dtype: torch.dtype) -> State:
+    """A state one unit further, its maps in another type."""
+    moved = state.copy()
+    unit.run(unet, moved)
+    moved.wait_as(dtype)
+    return moved
+
+
+@torch.no_grad()
+def layer_inputs(
+    walker: Walker, rows: Rows, names: list[str], tokens: int = INPUT_TOKENS
+) -> Iterator[tuple[str, Tensor]]:
+    """Some tokens [N, K] that each layer is given in the float model, a unit at a time."""
+    splits = (torch.split(one, rows_at_once(rows.latents)) for one in (rows.latents, rows.times, rows.context))
+    states = [State.of(*(one.to(walker.device) for one in part)) for part in zip(*splits, strict=True)]
+    draw = torch.Generator().manual_seed(0)
+    for unit in walker.units:
+        walker.load(unit)
+        mine = [name for name in names if name.startswith(tuple(f"{path}." for path in unit.paths))]
+        found: dict[str, list[Tensor]] = {name: [] for name in mine}
+        for state in states if mine else []:
+            seen = watch(walker.unet, unit, state, set(mine), "")
+            for name in mine:
+                x = tokens_of(layer_of(walker.unet, name), seen[name][0]).flatten(0, 1)
+                some = torch.randperm(len(x), generator=draw)[: max(1, tokens // len(states))]
+                found[name].append(x[some.to(x.device)])
+        yield from ((name, torch.cat(x)) for name, x in found.items())
+        for state in states:
+            unit.run(walker.unet, state)
+        walker.unload(unit)
 
 
 class Reached(Exception):  # noqa: N818 - no error: the walk has seen enough

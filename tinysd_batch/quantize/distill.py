@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.func import functional_call
 
-from tinysd_batch.model.packing import PackedWeight, affine_parameters, unpack_2bit
+from tinysd_batch.model.packing import affine_parameters, unpack_codes
 from tinysd_batch.quantize.calibrate import Solved, from_matrix
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.refine import Grid
@@ -89,7 +89,7 @@ class Student:
         self.others: dict[str, Tensor] = {}
         for name, one in solved.items():
             scale, offset = (each.float().to(device) for each in affine_parameters(one.weight))
-            self.codes[name] = unpack_2bit(one.weight.qweight).to(device)
+            self.codes[name] = unpack_codes(one.weight.qweight, one.weight.bits).to(device)
             self.start[name] = scale, offset
             self.groups[name] = torch.zeros_like(scale).requires_grad_(), torch.zeros_like(offset).requires_grad_()
         biases = {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
@@ -139,9 +139,8 @@ class Student:
             self.start[name] = scale, offset
             for each in self.groups[name]:
                 each.zero_()
-            packed = grid.pack(self.codes[name], scale, offset)
+            weight = grid.pack(self.codes[name], scale, offset, one.weight.bits).on("cpu")
             bias = norms.pop(f"{name}.bias", None)
-            weight = PackedWeight(*(tensor.cpu() for tensor in packed.tensors().values()))
             layers[name] = Solved(weight, None if bias is None else bias.cpu(), one.sqnr_db)
         return layers, {name: value.cpu() for name, value in norms.items()}
 

@@ -16,12 +16,13 @@ from tinysd_batch.model.packing import PackedWeight, RowWeight
 from tinysd_batch.quantize.checkpoint_files import Contents, open_tensors
 from tinysd_batch.quantize.kinds import EMA, SD_V1, TEXT, UNET, VAE, Kind, kind_of, kind_of_configs
 from tinysd_batch.quantize.model_folder import STEMS, weights_file
+from tinysd_batch.quantize.presets import sort_of
 
 PREFIXES = {UNET: "unet", VAE: "vae", TEXT: "text_encoder", EMA: "EMA copies"}
 OTHERS = "others"
 BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution", 4: "convolution"}
 NO_WEIGHTS = "position_ids"
-PACKED_NAMES = {each.name for kind in (PackedWeight, RowWeight) for each in fields(kind)}
+PACKED_NAMES = {each.name for kind in (PackedWeight, RowWeight) for each in fields(kind) if each.name != "bits"}
 CODES = "qweight"
 
 
@@ -29,7 +30,7 @@ CODES = "qweight"
 class Class:
     """Layers of one sort in a part."""
 
-    name: str  # linear, convolution, embedding, norms and biases
+    name: str  # linear, convolution, embedding, norms and biases; of packed layers their sort and bits
     weights: int = 0
     bytes: int = 0
 
@@ -127,7 +128,7 @@ def count_part(name: str, tensors: Mapping[str, Tensor], packed: Mapping[str, An
         is_packed = leaf in PACKED_NAMES and layer in packed
         if is_packed:
             shape = packed[layer]["shape"]
-        title = class_of(tensor_name, len(shape))
+        title = f"{sort_of(layer)}, {packed[layer]['bits']} bits" if is_packed else class_of(tensor_name, len(shape))
         each = found.classes.setdefault(title, Class(title))
         each.bytes += value.numel() * value.element_size()
         # Scales and offsets cost bytes, but are no weights.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import KEEP_ON_META
-from tinysd_batch.model.packing import RowWeight, Weight, pack_2bit, to_matrix
+from tinysd_batch.model.packing import RowWeight, Weight, pack_codes, to_matrix
 
 LDM_PREFIX = "model.diffusion_model."
 PREFIXES = ("model.diffusion_model.model.", LDM_PREFIX)  # the first is the origin's, from the wrapper that quantized it
@@ -144,7 +144,7 @@ class Reader:
         zero = self.take_whole(f"{layer}.{ZERO}", column, 3)
         packed = self.take_whole(f"{layer}.weight", (rows // 4, *shape[1:]), 255)
         codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten(0, 1)
-        return RowWeight(pack_2bit(to_matrix(codes).contiguous()), zero.flatten(), bits_of(delta))
+        return RowWeight(pack_codes(to_matrix(codes), 2), zero.flatten(), bits_of(delta))
 
     def eight_bit_codes(self, layer: str, shape: tuple[int, ...], delta: Tensor, zero: Tensor) -> Tensor:
         """What the origin computes of the stored floats at every use, uint8 [O, K]."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packing import PackedWeight, pack_2bit
-from tinysd_batch.quantize.affine import BYTE, LEVELS, to_bytes
+from tinysd_batch.model.packing import PackedWeight, pack_codes
+from tinysd_batch.quantize.affine import BYTE, to_bytes, top_code
 from tinysd_batch.quantize.gptq import Part
 
 Snap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # scale and offset [O] to ones that can be stored
@@ -33,7 +33,7 @@ def refine(parts: Sequence[Part], sweeps: int) -> PackedWeight:
     scale, offset = (
         torch.cat([getattr(part.fit, name) for part in parts], dim=1)[:, order] for name in ("scale", "offset")
     )
-    return grid.pack(codes, scale, offset)
+    return grid.pack(codes, scale, offset, parts[0].fit.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +56,15 @@ class Grid:
         least, step = self.meta[:, first : first + 1], self.meta[:, first + 1 : first + 2]
         return (least + steps_to(values, least, step) * step).half().float()
 
-    def pack(self, codes: Tensor, scale: Tensor, offset: Tensor) -> PackedWeight:
+    def pack(self, codes: Tensor, scale: Tensor, offset: Tensor, bits: int) -> PackedWeight:
         """Codes [O, K] with scales and offsets [O, G] that have been snapped."""
         least, step, offset_least, offset_step = self.meta[:, :, None].unbind(dim=1)
         return PackedWeight(
-            pack_2bit(codes.to(torch.uint8)),
+            pack_codes(codes.to(torch.uint8), bits),
             steps_to(scale, least, step).to(torch.uint8),
             steps_to(offset, offset_least, offset_step).to(torch.uint8),
             self.meta.half().contiguous().view(torch.int16),
+            bits,
         )
 
 
@@ -82,18 +83,18 @@ def sweep(part: Part, snap: Snap) -> None:
         codes, scale, offset = fit.codes[:, at].T.contiguous(), fit.scale[:, group], fit.offset[:, group]  # [g, O]
         before = codes * scale + offset
         slopes = slope[:, at].T.contiguous()  # [g, O]
-        descend(codes, scale, slopes, local)
+        descend(codes, scale, slopes, local, top_code(fit.bits))
         scale, offset = snap(*refit(codes, scale, offset, slopes, local))
         fit.codes[:, at], fit.scale[:, group], fit.offset[:, group] = codes.T, scale, offset
         slope -= (codes * scale + offset - before).T @ hessian[at]
 
 
-def descend(codes: Tensor, scale: Tensor, slopes: Tensor, local: Tensor) -> None:
+def descend(codes: Tensor, scale: Tensor, slopes: Tensor, local: Tensor, top: int) -> None:
     """Give each column of a group [g, O] the code that is best with all others as they are; in place."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     for column in range(len(codes)):
         wanted = codes[column] * scale + slopes[column] / local[column, column]  # less the offset
-        code = (wanted / safe).round().clamp(0, LEVELS - 1) * (scale != 0)
+        code = (wanted / safe).round().clamp(0, top) * (scale != 0)
         slopes.addr_(local[column], (code - codes[column]) * scale, alpha=-1)
         codes[column] = code
 

@@ -9,15 +9,9 @@ from typing import Any
 
 from tinysd_batch.model.info import WEIGHTS, read_json, read_model_info
 from tinysd_batch.model.mapped import MappedTensors
+from tinysd_batch.quantize.presets import Size, sort_of
 from tinysd_batch.quantize.recipe import Recipe
 
-# By a part of the name; the first that fits decides.
-KINDS = (
-    ("time_emb", "time projections"), ("conv_in", "first and last"), ("conv_out", "first and last"),
-    ("conv_shortcut", "shortcuts"), (".resnets.", "resnet convolutions"), ("samplers.", "resampling"),
-    ("attn2.to_k", "text keys and values"), ("attn2.to_v", "text keys and values"), ("attn", "attention"),
-    (".ff.", "feed-forward"), ("proj_", "block projections"),
-)  # fmt: skip
 FLOATS = "norms and biases"
 
 
@@ -52,6 +46,7 @@ class Summary:
 
     name: str
     level: str
+    size: str  # asked for
     layers: list[LayerFound]
     classes: list[ClassFound]
     unet_bytes: int
@@ -59,10 +54,6 @@ class Summary:
     peak_memory_bytes: int
     device: str
     recipe: dict[str, Any]
-
-
-def kind_of_layer(name: str) -> str:
-    return next((kind for part, kind in KINDS if part in name), "others")
 
 
 def read_layers(unet: Path, sqnr_db: Mapping[str, float]) -> list[LayerFound]:
@@ -79,7 +70,7 @@ def read_layers(unet: Path, sqnr_db: Mapping[str, float]) -> list[LayerFound]:
         sizes[layer] = sizes.get(layer, 0) + tensor.numel() * tensor.element_size()
     return [
         LayerFound(
-            name, FLOATS if name == FLOATS else kind_of_layer(name), counts[name], size,
+            name, FLOATS if name == FLOATS else sort_of(name), counts[name], size,
             entries[name]["bits"] if name in entries else 16, sqnr_db.get(name),
         )
         for name, size in sizes.items()
@@ -103,6 +94,7 @@ def summarize(out: Path, sqnr_db: Mapping[str, float], seconds: float, device: s
     return Summary(
         name=read_model_info(str(out)).name,
         level=config["level"],
+        size=str(Size(config["preset"], config.get("target_size"))),
         layers=layers,
         classes=classes_of(layers),
         unet_bytes=(out / "unet" / WEIGHTS).stat().st_size,

@@ -33,8 +33,15 @@ class State:
         return cls(latents, times, context, [])
 
     def copy(self) -> "State":
-        """The same tensors, in a list of skips of its own."""
-        return State(self.hidden, self.times, self.context, list(self.skips), self.embedding)
+        """The same, ready to work: hidden as float32, in a list of skips of its own."""
+        return State(self.hidden.float(), self.times, self.context, list(self.skips), self.embedding)
+
+    def wait_as(self, dtype: torch.dtype) -> None:
+        """Keep the maps in another type until they are worked on."""
+        shared = bool(self.skips) and self.skips[-1] is self.hidden
+        self.hidden = self.hidden.to(dtype)
+        if shared:
+            self.skips[-1] = self.hidden
 
     def nbytes(self) -> int:
         return sum(one.numel() * one.element_size() for one in (self.hidden, *self.skips))
@@ -56,7 +63,7 @@ class Unit:
     def run(self, unet: UNet2DConditionModel, state: State) -> None:
         """Bring a state one unit further."""
         if self.takes_skip:
-            state.hidden = torch.cat([state.hidden, state.skips.pop()], dim=1)
+            state.hidden = torch.cat([state.hidden, state.skips.pop().to(state.hidden.dtype)], dim=1)
         match self.kind:
             case "start":
                 state.embedding = unet.time_embedding(unet.time_proj(state.times).to(state.hidden.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.mapped import MappedTensors
-from tinysd_batch.model.packing import PackedWeight
+from tinysd_batch.model.packing import Layout, PackedWeight
 from tinysd_batch.quantize.calibrate import Solved
 from tinysd_batch.quantize.trajectories import Trajectories
 from tinysd_batch.storage import lock, sweep_temporaries, write_atomically
@@ -38,6 +38,14 @@ class Work:
             write_atomically(to_safetensors({each.name: getattr(drawn, each.name) for each in fields(drawn)}), path)
         return Trajectories(**MappedTensors.read(path))
 
+    def layouts(self, make: Callable[[], dict[str, Layout]]) -> dict[str, Layout]:
+        """How the layers are stored, as chosen before, or choose it now and keep it."""
+        path = self.path / "layouts.json"
+        if not path.exists():
+            chosen = {name: [one.bits, one.group_size] for name, one in make().items()}
+            write_atomically(json.dumps(chosen).encode(), path)
+        return {name: Layout(*one) for name, one in json.loads(path.read_text()).items()}
+
     def keep_layer(self, name: str, solved: Solved) -> None:
         tensors = dict(solved.weight.tensors())
         tensors["sqnr_db"] = torch.tensor(solved.sqnr_db)
@@ -45,13 +53,15 @@ class Work:
             tensors["bias"] = solved.bias
         write_atomically(to_safetensors(tensors), self.path / "layers" / f"{name}.safetensors")
 
-    def layers(self) -> dict[str, Solved]:
-        """The layers that are finished."""
+    def layers(self, layouts: Mapping[str, Layout]) -> dict[str, Solved]:
+        """The layers that are finished, as `layouts` has them."""
         found = {}
         for path in sorted((self.path / "layers").glob("*.safetensors")):
             tensors = {name: value.clone() for name, value in MappedTensors.read(path).items()}
             sqnr_db, bias = float(tensors.pop("sqnr_db")), tensors.pop("bias", None)
-            found[path.stem] = Solved(PackedWeight(**tensors), bias, sqnr_db)
+            weight = layouts[path.stem].weight(tensors)
+            assert isinstance(weight, PackedWeight), path
+            found[path.stem] = Solved(weight, bias, sqnr_db)
         return found
 
     def seconds(self) -> float:

@@ -45,7 +45,7 @@ def as_dict(summary: Summary, errors: Errors, prompts: Sequence[str]) -> dict[st
         for one in summary.layers
     ]  # fmt: skip
     return {
-        "name": summary.name, "level": summary.level, "unet_bytes": summary.unet_bytes,
+        "name": summary.name, "level": summary.level, "size": summary.size, "unet_bytes": summary.unet_bytes,
         "seconds": round(summary.seconds, 1), "peak_memory_bytes": summary.peak_memory_bytes,
         "device": summary.device, "recipe": summary.recipe,
         "noise_sqnr_db": round(errors.mean_noise_db, 2), "final_latents_sqnr_db": round(errors.final_db, 2),
@@ -116,7 +116,7 @@ def page(content: Mapping[str, Any]) -> str:
         for one in content["along_the_trajectory"]
     ]
     layers = [(one["name"], one["class"], f"{one['bits']}", f"{one['sqnr_db']:.1f}") for one in worst]
-    title = html.escape(f"{content['name']}: level {content['level']}")
+    title = html.escape(f"{content['name']}: level {content['level']}, {content['size']}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>

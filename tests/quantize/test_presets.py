@@ -1,0 +1,159 @@
+"""Presets: which layers get how many bits, and how large the file becomes."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tools import run_here
+from tinysd_batch import TinySD
+from tinysd_batch.model.info import WEIGHTS
+from tinysd_batch.model.packing import BITS, Layout, to_matrix
+from tinysd_batch.quantize.allocate import Choice, best_step, choices_of, promote, relative_error, ways
+from tinysd_batch.quantize.fast import quantize_folder
+from tinysd_batch.quantize.hessian import layer_of
+from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, sort_of, unet_bytes
+from tinysd_batch.quantize.work import open_work
+
+MOST_BYTES = {"tiny": 270e6, "default": 300e6, "quality": 420e6}
+
+
+@pytest.fixture(scope="module")
+def sd_v1() -> UNet2DConditionModel:
+    """SD v1's UNet, without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def test_at_sd_v1s_size_each_preset_is_small_and_larger_than_the_one_before(sd_v1: UNet2DConditionModel) -> None:
+    sizes = [unet_bytes(sd_v1, layers_to_pack(sd_v1, preset)) for preset in MOST_BYTES]
+    assert all(size <= most for size, most in zip(sizes, MOST_BYTES.values(), strict=True)), sizes
+    assert sizes == sorted(sizes)
+    assert list(MOST_BYTES) == list(PRESETS)
+
+
+def test_presets_name_sorts_that_there_are(sd_v1: UNet2DConditionModel) -> None:
+    sorts = {sort_of(name) for name in layers_to_pack(sd_v1, "tiny")}
+    for preset in PRESETS.values():
+        assert set(preset.sorts) <= sorts
+        assert set(preset.sorts.values()) <= set(BITS)
+
+
+def test_in_the_default_projections_have_eight_bits_shortcuts_and_the_outer_level_four(
+    sd_v1: UNet2DConditionModel,
+) -> None:
+    bits = {name: layout.bits for name, layout in layers_to_pack(sd_v1, "default").items()}
+    eight = {name for name in bits if name.endswith(("time_emb_proj", "attn2.to_k", "attn2.to_v"))}
+    four = {name for name in bits if "conv_shortcut" in name or name.startswith(("down_blocks.0.", "up_blocks.3."))}
+    assert len(eight) == 22 + 2 * 16
+    assert {bits[name] for name in eight} == {8}
+    assert {bits[name] for name in four - eight} == {4}
+    assert {bits[name] for name in bits.keys() - eight - four} == {2}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_predicted_size_is_the_files(preset: str, float_model: Path, tmp_path: Path) -> None:
+    quantize_folder(float_model, tmp_path / "out", preset)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((float_model / "unet" / "config.json").read_text()))
+    size = unet_bytes(unet, layers_to_pack(unet, preset))
+    assert (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size == size
+    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["quantization_config"]
+    assert config["preset"] == preset
+
+
+def test_the_size_is_said_at_the_start_and_unknown_presets_are_refused(float_model: Path, tmp_path: Path) -> None:
+    done = run_here("quantize", float_model, "out", "--preset", "tiny", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size
+    assert done.stderr.splitlines()[0].startswith("unet: packing, preset tiny: ")
+    assert done.stderr.splitlines()[0].endswith(f"weights at 2 bits: a file of {size / 1e6:,.1f} MB")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--preset", "best"), "--preset best: one of tiny, default, quality was expected"),
+        (("--preset", "tiny", "--target-size", "1MB"), "give one of them"),
+        (("--target-size", "small"), "--target-size = 'small': give bytes"),
+        (("--target-size", "20kB"), r"--target-size 0.0 MB: for this UNet at least 0.\d MB are needed"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_work(
+    float_model: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    done = run_here("quantize", float_model, "out", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+# A target size
+
+
+def test_a_file_of_a_wanted_size(float_model: Path, tmp_path: Path) -> None:
+    """Filled as far as it goes, with the choice in its configuration."""
+    wanted = 480_000
+    done = run_here("quantize", float_model, "out", "--target-size", wanted, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 0.98 * wanted < (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size <= wanted
+    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["quantization_config"]
+    assert config["target_size"] == wanted
+    assert {layer["bits"] for layer in config["layers"].values()} == {2, 4, 8}
+    TinySD.from_pretrained(tmp_path / "out", device="cpu")
+
+
+@given(st.integers(250, 500))
+@settings(max_examples=2)
+def test_promotions_stay_within_the_target_and_never_hurt(sd_v1: UNet2DConditionModel, megabytes: int) -> None:
+    draw = random.Random(megabytes)
+    choices = {
+        name: [
+            Choice(layout, layout.nbytes(*shape), error * draw.random())
+            for layout, error in zip(ways(shape[1]), (1.0, 0.9, 0.8, 0.1, 0.01)[-len(ways(shape[1])) :], strict=True)
+        ]
+        for name in layers_to_pack(sd_v1, "tiny")
+        if (shape := to_matrix(layer_of(sd_v1, name).weight).shape)
+    }
+    chosen = promote(sd_v1, choices, megabytes * 10**6)
+    size = unet_bytes(sd_v1, chosen)
+    assert size <= megabytes * 10**6
+    assert size > 0.99 * min(megabytes * 10**6, 480e6)
+    for name, layout in chosen.items():
+        (error,) = (one.error for one in choices[name] if one.layout == layout)
+        assert error <= choices[name][0].error
+
+
+def test_what_harms_most_for_its_bytes_is_promoted_first() -> None:
+    shortcut, deep = "up_blocks.3.resnets.0.conv_shortcut", "mid_block.resnets.0.conv1"
+    generator = torch.Generator().manual_seed(0)
+    gains = []
+    for name, shape in ((shortcut, (320, 960)), (deep, (1280, 11_520))):
+        step = best_step(name, choices_of(name, 4, torch.randn(shape, generator=generator), None), 0)
+        assert step is not None
+        gains.append(step[0])
+    assert gains[0] < gains[1]
+
+
+def test_errors_of_outputs_count_only_what_inputs_show() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(4, 64)
+    x[:, :32] = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    weight[:, 32:] *= 100  # in a group of their own
+    shown = relative_error(weight[:, :32], Layout(2, 32), x[:, :32])
+    assert relative_error(weight, Layout(2, 32), x) == pytest.approx(shown, rel=0.05)
+    assert relative_error(weight, Layout(2, 64), x) > 10 * shown
+
+
+def test_a_resumed_run_keeps_its_choice(tmp_path: Path) -> None:
+    first = {"a": Layout(4, 64), "b": Layout(2, 16)}
+    with open_work(tmp_path / "out", {}) as work:
+        assert work.layouts(lambda: first) == first
+    with open_work(tmp_path / "out", {}) as work:
+        assert work.layouts(lambda: {"a": Layout(8, 64)}) == first

@@ -1,0 +1,80 @@
+"""Memory and disk are asked for before work starts."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from tests.quantize.test_calib import RECIPE, small_unet
+from tests.tools import run_here
+from tinysd_batch.quantize import resources
+from tinysd_batch.quantize.calibrate import after
+from tinysd_batch.quantize.recipe import read_recipe
+from tinysd_batch.quantize.resources import available_memory, rows_of, state_dtype, widths_of
+from tinysd_batch.quantize.sources import Part
+from tinysd_batch.quantize.units import State, Walker
+
+CPU = torch.device("cpu")
+
+
+def test_too_little_memory_is_said_with_need_and_have(
+    float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.setattr(resources, "available_memory", lambda _: 300_000)
+    for options, advice in (((), ""), (("--level", "calib", "--recipe", "recipe.toml"), "fewer prompts")):
+        done = run_here("quantize", float_model, "out", *options, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert re.search(rf"quantizing needs some \d+ MB of memory, 0 MB are available.*{advice}", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+def test_too_small_a_disk_is_said_with_need_and_have(
+    float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    done = run_here("quantize", float_model, "out", cwd=tmp_path)
+    assert done.returncode == 5
+    assert re.search(r"out: needs some 1 MB of disk, 0 MB are free", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_this_machine_says_what_memory_it_has() -> None:
+    found = available_memory(CPU)
+    assert found is not None
+    assert 10**7 < found < 10**14
+
+
+def test_at_sd_v1s_size_rows_wait_as_float16(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    part = Part(dict(unet.config), {}, tmp_path)
+    recipe = read_recipe(None)
+    assert state_dtype(part, recipe) is torch.float16
+    widths = widths_of(part)
+    assert 2 * rows_of(recipe) * 2 * widths.state < 5e9
+    assert widths.tokens == 960 * 9 * 64 * 64
+    small = Part(dict(small_unet().config), {}, tmp_path)
+    assert state_dtype(small, recipe) is torch.float32
+
+
+def test_waiting_as_float16_changes_little() -> None:
+    unet = small_unet().eval()
+    generator = torch.Generator().manual_seed(1)
+    latents, context = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 5, 256)))
+    walker = Walker(unet.config, unet.state_dict(), CPU)
+    said = []
+    for dtype in (torch.float32, torch.float16):
+        state = State.of(latents, torch.tensor([1.0, 900.0]), context)
+        with torch.no_grad():
+            for unit in walker.units:
+                walker.load(unit)
+                state = after(unit, walker.unet, state, dtype)
+                assert {one.dtype for one in (state.hidden, *state.skips)} == {dtype}
+        said.append(state.hidden.float())
+    error = (said[0] - said[1]).square().sum() / said[0].square().sum()
+    assert 0 < error < 1e-5
