@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from tinysd_batch.job.pool import RayPool, WorkerLost, WorkerProcess, WorkerReady
+from tinysd_batch.job.pool import WorkerLost, WorkerReady
+from tinysd_batch.job.ray_pool import RayPool, WorkerProcess
 from tinysd_batch.job.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
 

@@ -160,7 +160,8 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
 
 def pool_for(job: "Job") -> "PoolFactory":
     """How to open the workers: one in this process, or Ray's."""
-    from tinysd_batch.job.pool import InlinePool, RayPool, cpu_workers
+    from tinysd_batch.job.pool import InlinePool, cpu_workers
+    from tinysd_batch.job.ray_pool import RayPool
     from tinysd_batch.job.worker import WorkerSetup
 
     settings = job.settings
