@@ -40,7 +40,8 @@ BOOT_S, BACKOFF_S = 5.0, 2.0
 STEP_S = 20.0  # nothing happens in between
 MAX_RUNS = 40
 WORKER_FAULTS = (
-    "die_before", "die_within", "die_after", "hang", "twice", "host_out_of_memory", "node_lost", "device_broken",
+    "die_before", "die_within", "die_after", "die_untold", "hang", "twice", "host_out_of_memory", "node_lost",
+    "device_broken",
 )  # fmt: skip
 DRIVER_FAULTS = ("kill_before", "kill_torn", "kill_after", "full")
 LARGE_PX = 128
@@ -297,10 +298,18 @@ class SimPool:
         if what == "hang":
             process.hangs = True
             return []
-        if what == "die_within":
-            self.make(process, replace(batch, wanted=frozenset([min(batch.wanted)])))
-            return [self.lose(process, Fault.WORKER_DIED, what)]
+        if what in ("die_within", "die_untold"):
+            return [self.die_with_pictures(process, batch, what)]
         return self.deliver(process, batch, what)
+
+    def die_with_pictures(self, process: SimWorker, batch: MicroBatch, what: str) -> WorkerLost:
+        """After the first picture, or after all of them and before a word of it was told."""
+        wanted = frozenset([min(batch.wanted)]) if what == "die_within" else batch.wanted
+        self.make(process, replace(batch, wanted=wanted))
+        is_whole = wanted == batch.wanted and not any(self.world.fails(process, image) for image in batch.images)
+        if process.queue and is_whole:
+            process.queue.popleft()  # which the driver can see by the files
+        return self.lose(process, Fault.WORKER_DIED, what)
 
     def deliver(self, process: SimWorker, batch: MicroBatch, what: str) -> list[Event]:
         done = BatchDone(process.name, self.make(process, batch))

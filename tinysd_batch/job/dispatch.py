@@ -104,6 +104,7 @@ class Dispatch:
     def run(self, should_stop: Callable[[], bool]) -> None:
         while self.summary.left and not should_stop():
             self.hand_out()
+            self.flush_if_due()  # while the workers are at work
             self.handle(self.pool.events(POLL_S))
             self.end_hung_workers()
         if self.summary.left:
@@ -116,6 +117,11 @@ class Dispatch:
         deadline = self.clock() + GRACE_S
         while self.flights and self.clock() < deadline:
             self.handle(self.pool.events(POLL_S))
+            self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        if self.writer.flush_if_due():
+            self.progress.durable()
 
     # Handing out
 
@@ -206,8 +212,8 @@ class Dispatch:
     def handle(self, events: list[Event]) -> None:
         for event in events:
             match event:
-                case BatchDone(worker, results):
-                    self.finish_batch(worker, results)
+                case BatchDone(worker, results, seconds):
+                    self.finish_batch(worker, results, seconds)
                 case ChunkDone(worker):
                     if flight := self.flights.pop(worker, None):
                         self.backlog.give_back(flight.batches)  # none, unless it was told to stop
@@ -216,20 +222,22 @@ class Dispatch:
                 case WorkerLost():
                     self.progress.worker(event)
                     self.recover(event)
-        if self.writer.flush_if_due():
-            self.progress.durable()
 
-    def finish_batch(self, worker: str, results: list[ImageResult]) -> None:
+    def finish_batch(self, worker: str, results: list[ImageResult], seconds: float | None) -> None:
         flight, now = self.flights.get(worker), self.clock()
         if flight is None or not flight.batches or not answers(flight.batches[0], results):
             return  # delivered twice, or by a worker that was given up: its pictures are adopted
         batch = flight.batches.popleft()
-        self.speeds.setdefault(worker, Speed()).measure(work_of(batch), now - flight.since)
+        took = now - flight.since if seconds is None else seconds
+        self.speeds.setdefault(worker, Speed()).measure(work_of(batch), took)
         flight.since = now
         self.blame.worker_drew(worker)
         if not batch.wanted:
             self.judge_trial(results)
             return
+        self.receive_all(worker, batch, results)
+
+    def receive_all(self, worker: str, batch: MicroBatch, results: list[ImageResult]) -> None:
         requests = {image.index: image for image in batch.images}
         for result in results:
             result.attempts += self.blame.tries[result.index]
@@ -300,7 +308,10 @@ class Dispatch:
     def recover(self, event: WorkerLost) -> None:
         """Bring a lost worker's micro-batches back. The one it was at is tried again, as its loss demands."""
         flight = self.flights.pop(event.worker, None)
-        if flight is None or not flight.batches:
+        if flight is None:
+            return
+        self.adopt_untold(event.worker, flight)
+        if not flight.batches:
             return
         batch = flight.batches.popleft()
         self.backlog.give_back(flight.batches)
@@ -310,6 +321,18 @@ class Dispatch:
             self.suspect(batch, event)
         else:
             self.backlog.give_back([batch])
+
+    def adopt_untold(self, worker: str, flight: Flight) -> None:
+        """Take over what a lost worker had finished and not told of, so that the batch it was at is the first."""
+        while flight.batches and flight.batches[0].wanted:
+            batch = flight.batches[0]
+            found = [adopt(self.job.folder, image) for image in batch.images if image.index in batch.wanted]
+            results = [result for result in found if result is not None]
+            if len(results) < len(found):
+                return
+            flight.batches.popleft()
+            self.blame.worker_drew(worker)
+            self.receive_all(worker, batch, results)
 
     def lose_trial(self, event: WorkerLost) -> None:
         if event.for_good or POLICY[event.fault].action is not Action.SUSPECT:

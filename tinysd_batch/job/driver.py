@@ -121,10 +121,10 @@ class Run:
                 self.draw(open_pool, summary, finished, writer)
         finally:
             self.clean()  # a killed worker cannot
+            self.flush(writer)
             writer.seal()
             if retry_failed or done.doubled:
                 writer.drop_superseded()
-            self.progress.durable()
         summary.stopped = bool(summary.left)
         return summary
 
@@ -154,7 +154,14 @@ class Run:
         batches = takewhile(lambda batch: batch.images[0].index <= summary.total, todo(self.job, finished))
         with open_pool(summary.left) as pool:
             work = within(batches, summary.total)
-            Dispatch(self.job, pool, writer, self.progress, summary, work).run(self.should_stop)
+            try:
+                Dispatch(self.job, pool, writer, self.progress, summary, work).run(self.should_stop)
+            finally:
+                self.flush(writer)  # Ray takes a second or two to end
+
+    def flush(self, writer: ResultsWriter) -> None:
+        if writer.flush():
+            self.progress.durable()
 
 
 def sweep(job: Job) -> None:

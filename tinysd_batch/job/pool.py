@@ -30,6 +30,7 @@ class BatchDone:
 
     worker: str
     results: list[ImageResult]
+    seconds: float | None = None  # it took, by the worker's clock; None: since it was handed out, or the one before it
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from tinysd_batch.job import handshake
 from tinysd_batch.job.cluster import LOCAL, fault_line, start_ray, stop_ray
 from tinysd_batch.job.failures import Fault, loss_of
 from tinysd_batch.job.fleet import Card, cards_of, changes
+from tinysd_batch.job.parcels import LATE_S, Parcel, pack
 from tinysd_batch.job.pool import BatchDone, Chunk, ChunkDone, Event, WorkerLost, WorkerReady
 from tinysd_batch.job.slots import Slot
 from tinysd_batch.job.worker import Worker, WorkerSetup
-from tinysd_batch.records import ImageResult, MicroBatch
+from tinysd_batch.records import MicroBatch
 
 BOOT_S = 1800.0  # for which a model may load
 LOOK_EVERY_S = 5.0  # for cards that came and went
@@ -33,9 +34,11 @@ class WorkerProcess(Worker):
         shares = handshake.answer(self.setup.scratch, word, self.name)
         return {**self.describe(), "shares_storage": shares, "node_id": ray.get_runtime_context().get_node_id()}
 
-    def generate(self, batches: Sequence[MicroBatch]) -> Iterator[list[ImageResult]]:
+    def work(self, batches: Sequence[MicroBatch]) -> Iterator[Parcel]:
+        """`generate`, with results that travel together where nothing is lost by it."""
+        late_s = 0.0 if self.setup.no_metadata else LATE_S
         try:
-            yield from super().generate(batches)
+            yield from pack(batches, self.generate(batches), late_s)
         except BrokenWorkerError:
             # What is broken in a CUDA context is so until the process ends; the driver's kill may never come.
             end = threading.Timer(2.0, os._exit, [BROKEN_EXIT_CODE])
@@ -109,7 +112,7 @@ class RayPool:
 
     def submit(self, worker: str, chunk: Chunk) -> None:
         slot = self.slot(worker)
-        slot.working = slot.actor.generate.options(num_returns="streaming").remote(chunk)
+        slot.working = slot.actor.work.options(num_returns="streaming").remote(chunk)
 
     def boot(self, slot: Slot) -> None:
         import ray
@@ -151,8 +154,10 @@ class RayPool:
             starts = [slot.start_at for slot in self.slots if slot.actor is None]
             time.sleep(0.0 if left else min(timeout_s, max(0.0, min(starts, default=now + timeout_s) - now)))
             return left
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
-        return [self.receive(waiting[reference]) for reference in done]
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
+        if done:  # and what else there is by now
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        return [event for reference in done for event in self.receive(waiting[reference])]
 
     def look_for_cards(self) -> list[Event]:
         """Begin with cards that joined, and lose those whose node left; every few seconds."""
@@ -178,27 +183,27 @@ class RayPool:
             raise NoWorkerError(f"no worker is left{waited}: {cause}; `--inline` shows errors in this process")
         time.sleep(timeout_s)
 
-    def receive(self, slot: Slot) -> Event:
+    def receive(self, slot: Slot) -> list[Event]:
         import ray
 
         try:
             if slot.booting is not None:
-                return self.welcome(slot, ray.get(slot.booting))
-            results = ray.get(next(slot.working))
+                return [self.welcome(slot, ray.get(slot.booting))]
+            parcel: Parcel = ray.get(next(slot.working))
             slot.deaths = 0
-            return BatchDone(slot.name, results)
+            return [BatchDone(slot.name, made.results, made.seconds) for made in parcel]
         except StopIteration:
             slot.working = None
-            return ChunkDone(slot.name)
+            return [ChunkDone(slot.name)]
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, BrokenWorkerError):
-                return self.lose(slot, Fault.DEVICE_BROKEN, str(error.cause))
+                return [self.lose(slot, Fault.DEVICE_BROKEN, str(error.cause))]
             if isinstance(error.cause, TinySDError):
                 raise error.cause from None  # storage is full, say: the same on every worker
-            return self.lose(slot, Fault.WORKER_DIED, fault_line(error))
+            return [self.lose(slot, Fault.WORKER_DIED, fault_line(error))]
         except ray.exceptions.RayError as error:
             self.stop_where_all_would_fail(slot, error)
-            return self.lose(slot, loss_of(error, self.is_dead(slot.node_id)), fault_line(error))
+            return [self.lose(slot, loss_of(error, self.is_dead(slot.node_id)), fault_line(error))]
 
     def welcome(self, slot: Slot, description: dict[str, Any]) -> Event:
         slot.booted(description["node_id"])
