@@ -26,7 +26,7 @@ from tests.tools import write_csv
 from tinysd_batch import storage
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
-from tinysd_batch.job import dispatch, driver, results
+from tinysd_batch.job import dispatch, driver, results, tables
 from tinysd_batch.job.failures import POLICY, Action, Fault
 from tinysd_batch.job.folder import Job, stamp
 from tinysd_batch.job.manifest import fingerprint
@@ -198,8 +198,9 @@ class World:
         """
         if not parquet:
             monkeypatch.setattr(results, "to_parquet", to_stream)
-            monkeypatch.setattr(results, "read_footer", read_stream_footer)
-            monkeypatch.setattr(results, "read_table", read_stream)
+            for module in (results, tables):
+                monkeypatch.setattr(module, "read_footer", read_stream_footer)
+                monkeypatch.setattr(module, "read_table", read_stream)
         sweep = driver.sweep
 
         def sweep_unless_killed(job: Job) -> None:
@@ -357,10 +358,9 @@ def read_stream_footer(file: Path) -> SimpleNamespace:
     return SimpleNamespace(num_rows=table.num_rows, metadata=table.schema.metadata)
 
 
-def read_stream(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+def read_stream(file: Path, columns: list[str] | None = None) -> pa.Table:
     table = open_stream(file)
-    rows: list[dict[str, Any]] = (table.select(columns) if columns else table).to_pylist()
-    return rows
+    return table.select(columns) if columns else table
 
 
 def write_manifest(path: Path, rows: int, chance: random.Random) -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.chaos.simulator import World, random_world, rows_by_status, write_manifest
 from tests.tools import check_whole
-from tinysd_batch.job import results
+from tinysd_batch.job import tables
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def memory() -> Iterator[Path]:
 
 def check(world: World, images: int) -> dict[str, set[int]]:
     """What must hold after any schedule of faults."""
-    found = rows_by_status(check_whole(world.folder, images, lambda job: results.read_table(job / "results.parquet")))
+    found = rows_by_status(
+        check_whole(world.folder, images, lambda job: tables.read_table(job / "results.parquet").to_pylist())
+    )
     poison, raising = world.faults.poison, world.faults.raising - world.faults.poison
     all_small = all(worker.is_small or worker.is_broken for worker in world.workers)
     assert poison <= found["quarantined"]
