@@ -32,7 +32,7 @@ def farm(tmp_path: Path, images: int, workers: list[SimWorker], **faults: Any) -
 
 
 def run(world: World, monkeypatch: pytest.MonkeyPatch, pool: type[SimPool] = SimPool) -> Told:
-    world.patch(monkeypatch, parquet=True)
+    world.patch(monkeypatch)
     told = Told()
     driver.run_job(world.job(), lambda _: pool(world), told, lambda: False)
     return told
