@@ -11,7 +11,7 @@ from tinysd_batch.errors import BrokenWorkerError, NoWorkerError, TinySDError, U
 from tinysd_batch.job import handshake
 from tinysd_batch.job.cluster import LOCAL, fault_line, start_ray, stop_ray
 from tinysd_batch.job.failures import Fault, loss_of
-from tinysd_batch.job.fleet import Card, cards_of, changes
+from tinysd_batch.job.fleet import Card, changes, cpus_of, gpus_of
 from tinysd_batch.job.parcels import LATE_S, Parcel, pack
 from tinysd_batch.job.pool import BatchDone, Chunk, ChunkDone, Event, WorkerLost, WorkerReady
 from tinysd_batch.job.slots import Slot
@@ -50,7 +50,8 @@ class WorkerProcess(Worker):
 class RayPool:
     """One Ray actor per GPU, or CPU workers where there is none. Dead actors are replaced, with growing delays.
 
-    On a cluster (`ray_init` has an address) cards may join and leave at any time, and for some time there may be none.
+    On a cluster (`ray_init` has an address) machines may join and leave at any time, and for some time there may be
+    none; without GPUs each gets CPU workers by its cores.
     """
 
     process: type[WorkerProcess] = WorkerProcess  # what each actor is
@@ -81,7 +82,7 @@ class RayPool:
             raise NoWorkerError("--device cuda, but Ray sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")
         self.on_gpu = gpus > 0 or self.setup.device == "cuda"
         self.word = handshake.offer(self.setup.scratch)
-        if self.on_gpu:
+        if self.on_gpu or self.on_cluster:
             self.look_for_cards()
         else:
             for _ in range(self.wanted or self.cpu_workers):
@@ -164,11 +165,13 @@ class RayPool:
         import ray
 
         now = time.monotonic()
-        if not self.on_gpu or (self.looked_at and now - self.looked_at < LOOK_EVERY_S):
+        if not (self.on_gpu or self.on_cluster) or (self.looked_at and now - self.looked_at < LOOK_EVERY_S):
             return []
         self.looked_at = now
+        nodes = ray.nodes()
+        present = gpus_of(nodes) if self.on_gpu else cpus_of(nodes, self.cpu_workers, self.wanted)
         known = [slot.card for slot in self.slots if slot.card is not None]
-        new, gone = changes(known, self.given_up, cards_of(ray.nodes()), self.wanted)
+        new, gone = changes(known, self.given_up, present, self.wanted)
         lost = [slot for slot in self.slots if slot.card in gone]
         events: list[Event] = [self.lose(slot, Fault.NODE_LOST, "its machine left the cluster") for slot in lost]
         for card in new:
@@ -179,7 +182,7 @@ class RayPool:
         """Raises NoWorkerError where none can come, or none came in time."""
         if not self.on_cluster or now - self.had_workers_at > self.worker_wait_s:
             waited = f" for {self.worker_wait_s:,.0f} s" if self.on_cluster else ""
-            cause = self.last_fault or "the cluster has no GPU"
+            cause = self.last_fault or f"the cluster has no {'GPU' if self.on_gpu else 'processor to give'}"
             raise NoWorkerError(f"no worker is left{waited}: {cause}; `--inline` shows errors in this process")
         time.sleep(timeout_s)
 
