@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.job.test_plan import common, row
-from tinysd_batch.job.parcels import LATE_S, Parcel, pack
+from tinysd_batch.job.parcels import LATE_S, Made, pack
 from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.records import ImageResult, MicroBatch, Status
 
@@ -29,7 +29,7 @@ def draw(clock: Clock, seconds: list[float], statuses: list[Status]) -> Iterator
         yield [ImageResult(index, status, file_name="f" if status is Status.OK else None, finished_at=clock.now)]
 
 
-def indexes(parcel: Parcel) -> list[int]:
+def indexes(parcel: list[Made]) -> list[int]:
     return [result.index for made in parcel for result in made.results]
 
 

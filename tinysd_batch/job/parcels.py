@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from tinysd_batch.job.savings import Limit, Shape
 from tinysd_batch.job.scheduler import work_of
 from tinysd_batch.records import ImageResult, MicroBatch, Status
 
@@ -22,19 +23,24 @@ class Made:
     seconds: float
 
 
-Parcel = list[Made]
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What travels from a worker to the driver."""
+
+    made: list[Made]
+    limits: dict[Shape, Limit]  # what its card cannot hold, as learnt so far: for the process that may follow it
 
 
 def pack(
     batches: Sequence[MicroBatch], made: Iterable[list[ImageResult]], late_s: float = LATE_S,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Parcel]:  # fmt: skip
+) -> Iterator[list[Made]]:  # fmt: skip
     """Each batch's results once they are there, with those that came less than `late_s` before.
 
     Whether the next batch is done in time is judged by how long this one took. An error comes after what was made
     before it.
     """
-    parcel: Parcel = []
+    parcel: list[Made] = []
     began = leave_by = clock()
     try:
         for number, results in enumerate(made):

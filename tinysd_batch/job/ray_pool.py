@@ -14,6 +14,7 @@ from tinysd_batch.job.failures import Fault, loss_of
 from tinysd_batch.job.fleet import Card, changes, cpus_of, gpus_of
 from tinysd_batch.job.parcels import LATE_S, Parcel, pack
 from tinysd_batch.job.pool import BatchDone, Chunk, ChunkDone, Event, WorkerLost, WorkerReady
+from tinysd_batch.job.savings import Limit, Shape
 from tinysd_batch.job.slots import Slot
 from tinysd_batch.job.worker import Worker, WorkerSetup
 from tinysd_batch.records import MicroBatch
@@ -27,10 +28,11 @@ OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
 class WorkerProcess(Worker):
     """A worker that has a process of its own."""
 
-    def describe_to(self, word: str) -> dict[str, Any]:
-        """`describe`, and the worker's part of the handshake."""
+    def describe_to(self, word: str, limits: dict[Shape, Limit]) -> dict[str, Any]:
+        """`describe`, and the worker's part of the handshake. `limits` were learnt on this card before."""
         import ray
 
+        self.limits.update(limits)
         shares = handshake.answer(self.setup.scratch, word, self.name)
         return {**self.describe(), "shares_storage": shares, "node_id": ray.get_runtime_context().get_node_id()}
 
@@ -38,7 +40,8 @@ class WorkerProcess(Worker):
         """`generate`, with results that travel together where nothing is lost by it."""
         late_s = 0.0 if self.setup.no_metadata else LATE_S
         try:
-            yield from pack(batches, self.generate(batches), late_s)
+            for made in pack(batches, self.generate(batches), late_s):
+                yield Parcel(made, dict(self.limits))
         except BrokenWorkerError:
             # What is broken in a CUDA context is so until the process ends; the driver's kill may never come.
             end = threading.Timer(2.0, os._exit, [BROKEN_EXIT_CODE])
@@ -128,7 +131,7 @@ class RayPool:
             **options,
         )(self.process)  # fmt: skip
         slot.actor = actor_class.remote(self.setup, slot.name)
-        slot.booting = slot.actor.describe_to.remote(self.word)
+        slot.booting = slot.actor.describe_to.remote(self.word, slot.limits)
         slot.boot_by = time.monotonic() + BOOT_S
 
     def events(self, timeout_s: float) -> list[Event]:
@@ -193,8 +196,8 @@ class RayPool:
             if slot.booting is not None:
                 return [self.welcome(slot, ray.get(slot.booting))]
             parcel: Parcel = ray.get(next(slot.working))
-            slot.deaths = 0
-            return [BatchDone(slot.name, made.results, made.seconds) for made in parcel]
+            slot.worked(parcel.limits)
+            return [BatchDone(slot.name, made.results, made.seconds) for made in parcel.made]
         except StopIteration:
             slot.working = None
             return [ChunkDone(slot.name)]

@@ -10,6 +10,7 @@ from typing import Any
 
 from tinysd_batch.job.failures import Fault
 from tinysd_batch.job.fleet import Card
+from tinysd_batch.job.savings import Limit, Shape
 
 BOOT_ATTEMPTS = 2  # a card on which the model does not load is tried once more, then left out
 MAX_BACKOFF_S = 30.0
@@ -31,6 +32,7 @@ class Slot:
     boot_failures: int = 0
     deaths: int = 0  # in a row
     start_at: float = field(default_factory=time.monotonic)
+    limits: dict[Shape, Limit] = field(default_factory=dict)  # what the card cannot hold, whoever learnt it
 
     @property
     def is_idle(self) -> bool:
@@ -41,6 +43,9 @@ class Slot:
 
     def welcomed(self) -> None:
         self.ready, self.boot_failures = True, 0
+
+    def worked(self, limits: dict[Shape, Limit]) -> None:
+        self.deaths, self.limits = 0, limits
 
     def died(self, fault: Fault, now: float) -> None:
         """Its actor is no more; the next one starts after a delay that grows."""
