@@ -11,8 +11,9 @@ from tinysd_batch.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinysd_batch.job.driver import PoolFactory, Summary
+    from tinysd_batch.job.driver import PoolFactory
     from tinysd_batch.job.folder import Job
+    from tinysd_batch.job.summary import Summary
 
 MANY_IMAGES = 100
 

@@ -3,8 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from tinysd_batch.errors import ManifestError, NoWorkerError
 from tinysd_batch.job.backlog import Backlog
@@ -16,8 +15,9 @@ from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost,
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.savings import Shape, shape_of
 from tinysd_batch.job.scheduler import Patience, Speed, Standing, work_for, work_of
+from tinysd_batch.job.summary import Progress, Summary
 from tinysd_batch.job.worker import adopt
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Status
+from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import storage_errors
 
 GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
@@ -25,43 +25,6 @@ POLL_S = 0.5
 ALIKE = 8  # failures of one class before anything was made: is it the images, or everything?
 PAUSE_S = 30.0  # a loop that took longer was stopped itself (SIGSTOP, a sleeping laptop), and no worker hangs for it
 CHANGED = "changed while the job ran; bring back what it was to go on, or give the new one a folder of its own with -o"
-
-
-class Progress(Protocol):
-    """Who is told how the run goes."""
-
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
-    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
-    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
-    def note(self, line: str) -> None:
-        """Something worth knowing about the whole run."""
-        ...
-
-    def durable(self) -> None:
-        """All images told of so far will survive anything."""
-        ...
-
-
-@dataclass(slots=True)
-class Summary:
-    """How a run ended."""
-
-    total: int  # images in the job, or up to --limit
-    finished_before: int
-    invalid_rows: int
-    counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))  # of this run
-    failed_before: int = 0
-    reused: int = 0  # of `finished_before`, taken over from another job in this run
-    stopped: bool = False
-    seconds: float = 0.0
-
-    @property
-    def left(self) -> int:
-        return self.total - self.finished_before - sum(self.counts.values())
-
-    @property
-    def failed(self) -> int:
-        return self.failed_before + self.counts[Status.FAILED] + self.counts[Status.QUARANTINED]
 
 
 @dataclass(slots=True)

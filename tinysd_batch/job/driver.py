@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.dispatch import CHANGED, Dispatch, Progress, Summary
+from tinysd_batch.job.dispatch import CHANGED, Dispatch
 from tinysd_batch.job.folder import (
     JOB_FILE,
     Job,
@@ -23,6 +23,7 @@ from tinysd_batch.job.pool import Pool
 from tinysd_batch.job.results import ResultsWriter, invalid_row, results_schema
 from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
+from tinysd_batch.job.summary import Progress, Summary
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import InvalidRow, MicroBatch, Row, Status
 from tinysd_batch.storage import Lock, lock, sweep_temporaries
