@@ -3,18 +3,19 @@
     python -m benchmarks.job_layer [--images 1000] [--rows 100000]
 
 An image here takes 50 ms, its encoding and its synced file included: the stand-in for the model sleeps for what these
-leave of it. Measured from the first chunk handed out to the last durable row; starting Ray and the workers is apart.
+leave of it. Measured from the first chunk handed out to the last durable row; starting and ending Ray is apart. The
+ideal is that no worker ever waits: 50 ms for each of its images, and nothing else.
 """
 
 import argparse
+import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tinysd_batch.config import Settings
 from tinysd_batch.job.cluster import start_ray, stop_ray
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import Job, open_job
+from tinysd_batch.job.parcels import Parcel
 from tinysd_batch.job.pool import InlinePool
 from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch
@@ -30,16 +32,27 @@ from tinysd_batch.report.status import read_status
 
 IMAGE_S = 0.05
 WORKERS = 2
+CHUNKS = "chunks-"  # files in the job folder, one of each worker
 
 
 class PacedProcess(TrivialProcess):
-    """Takes `IMAGE_S` for an image and its file together."""
+    """Takes `IMAGE_S` for an image and its file together, and writes down where a chunk's time went."""
+
+    inside = 0.0
 
     def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
-        end = time.perf_counter() + IMAGE_S * len(batch.images)
+        start = time.perf_counter()
         results = super().generate_batch(batch)
-        time.sleep(max(0.0, end - time.perf_counter()))
+        time.sleep(max(0.0, start + IMAGE_S * len(batch.images) - time.perf_counter()))
+        self.inside += time.perf_counter() - start
         return results
+
+    def work(self, batches: Sequence[MicroBatch]) -> Iterator[Parcel]:
+        start, processor, self.inside = time.perf_counter(), time.process_time(), 0.0
+        yield from super().work(batches)
+        told = (start, time.perf_counter(), len(batches), self.inside, time.process_time() - processor)
+        with (self.setup.job_folder / f"{CHUNKS}{self.name}").open("a") as file:
+            file.write(json.dumps(told) + "\n")
 
 
 class PacedPool(TrivialPool):
@@ -72,15 +85,46 @@ def line(what: str, value: str) -> None:
 def make_job(folder: Path, images: int) -> Job:
     manifest = folder / "m.csv"
     manifest.write_text("prompt\n" + "".join(f"p{number}\n" for number in range(images)))
-    return open_job(manifest, folder / "job", Settings(height=SIDE_PX, width=SIDE_PX, seed=1))
+    return reopen(manifest, folder / "job")
+
+
+def reopen(manifest: Path, folder: Path) -> Job:
+    return open_job(manifest, folder, Settings(height=SIDE_PX, width=SIDE_PX, seed=1))
 
 
 def setup_for(job: Job) -> WorkerSetup:
     return WorkerSetup.of(job.settings, job.model, job_folder=job.folder, scratch=job.scratch, stop_file=job.stop_file)
 
 
-def paced_run(images: int) -> tuple[float, float]:
-    """Seconds from the first chunk handed out to the last durable row; the driver's processor seconds in all."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Where the time went, in seconds; those of workers are means of all workers."""
+
+    whole: float  # from the first chunk handed out to the last durable row
+    driver: float  # processor, Ray's start and end included
+    worker: float = 0.0  # processor, pictures and files included
+    chunks: float = 0.0  # how many, of a worker
+    beyond: float = 0.0  # what images took beyond their 50 ms: sleep that was too long, files that were late
+    telling: float = 0.0  # within chunks and between images: results on their way
+    waiting: float = 0.0  # between chunks
+
+    @classmethod
+    def read(cls, folder: Path, whole: float, driver: float) -> "Times":
+        workers = [[json.loads(text) for text in path.read_text().splitlines()] for path in folder.glob(f"{CHUNKS}*")]
+        chunks = [chunk for worker in workers for chunk in worker]
+        within, inside = sum(chunk[1] - chunk[0] for chunk in chunks), sum(chunk[3] for chunk in chunks)
+        spans = sum(worker[-1][1] - worker[0][0] for worker in workers)
+        sums = {
+            "worker": sum(chunk[4] for chunk in chunks),
+            "chunks": len(chunks),
+            "beyond": inside - IMAGE_S * sum(chunk[2] for chunk in chunks),
+            "telling": within - inside,
+            "waiting": spans - within,
+        }
+        return cls(whole, driver, **{name: value / WORKERS for name, value in sums.items()})
+
+
+def paced_run(images: int) -> Times:
     processor_s = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder), images)
@@ -88,12 +132,16 @@ def paced_run(images: int) -> tuple[float, float]:
         PacedPool.first_chunk = 0.0
         summary = run_job(job, lambda _: PacedPool(setup_for(job), WORKERS), clock, lambda: False)
         assert summary.counts["ok"] == images  # type: ignore[index]
-    return clock.last_durable - PacedPool.first_chunk, time.process_time() - processor_s
+        whole, driver = clock.last_durable - PacedPool.first_chunk, time.process_time() - processor_s
+        return Times.read(job.folder, whole, driver)
 
 
 def ray_data_run(images: int) -> float:
-    """The same images by `map_batches` on as many actors: first dispatch to the last row written as Parquet."""
-    import ray
+    """The same images by `map_batches` on as many actors: first dispatch to the last row written as Parquet.
+
+    Raises ImportError where pandas is missing, which Ray Data needs and we do not.
+    """
+    import ray.data
 
     start_ray({})
     with tempfile.TemporaryDirectory() as folder:
@@ -131,20 +179,30 @@ def one_image(job: Job, number: int) -> MicroBatch:
 
 def measure_efficiency(images: int) -> None:
     ideal = images * IMAGE_S / WORKERS
-    ours, processor_s = paced_run(images)
+    first = paced_run(images)
     try:
         theirs = f"{(took := ray_data_run(images)):.2f} s, {ideal / took:.1%}"
     except ImportError as error:
         theirs = f"not measured: {error}"
-    again, _ = paced_run(images)
-    best = statistics.mean([ours, again])
+    again = paced_run(images)
     line(f"{images:,} images of {1000 * IMAGE_S:.0f} ms on {WORKERS} workers, at best", f"{ideal:.2f} s")
-    line("  tinysd-batch, two runs, first dispatch to last durable row", f"{ours:.2f} and {again:.2f} s")
-    line("  efficiency", f"{ideal / ours:.1%} and {ideal / again:.1%}")
-    line("  overhead per image and worker", f"{1000 * (best - ideal) / (images / WORKERS):.2f} ms")
-    line("  overhead per image", f"{1000 * (best - ideal) / images:.2f} ms")
-    line("  the driver's processor time per image, Ray's start included", f"{1000 * processor_s / images:.2f} ms")
     line("  Ray Data map_batches, 16 at a time, actors' start included", theirs)
+    for times in (first, again):
+        tell(times, images, ideal)
+
+
+def tell(times: Times, images: int, ideal: float) -> None:
+    line("  tinysd-batch, first dispatch to last durable row", f"{times.whole:.2f} s, {ideal / times.whole:.1%}")
+    each = images / WORKERS
+    line("    beyond 50 ms, per image", f"{1000 * (times.whole - ideal) / images:.2f} ms")
+    line("    beyond 50 ms, per image of a worker", f"{1000 * (times.whole - ideal) / each:.2f} ms")
+    line("      of which pictures that took longer, by sleep or file", f"{1000 * times.beyond / each:.2f} ms")
+    line("      results on their way", f"{1000 * times.telling / each:.2f} ms")
+    line(f"      waiting for the next of {times.chunks:.0f} chunks", f"{1000 * times.waiting / each:.2f} ms")
+    rest = times.whole - ideal - times.beyond - times.telling - times.waiting
+    line("      before the first chunk and after the last", f"{1000 * rest / each:.2f} ms")
+    line("    processor time per image: worker, its picture and file included", f"{1000 * times.worker / each:.2f} ms")
+    line("    processor time per image: driver, Ray's start and end included", f"{1000 * times.driver / images:.2f} ms")
 
 
 def measure_large_manifest(rows: int) -> None:
@@ -154,12 +212,16 @@ def measure_large_manifest(rows: int) -> None:
 
         def run(stop: Callable[[], bool] = lambda: False, limit: int | None = None) -> float:
             started = time.perf_counter()
-            run_job(job, open_inline(job), Silent(), stop, limit)
+            again = reopen(job.manifest, job.folder)
+            run_job(again, open_inline(again), Silent(), stop, limit)
             return time.perf_counter() - started
 
         line(f"{rows:,} rows: planned and nothing drawn", f"{run(lambda: True):.1f} s")
+        processor_s = time.process_time()
         half = run(limit=rows // 2)
-        line("  the first half drawn, each picture synced", f"{half:.1f} s, {1000 * half / (rows / 2):.2f} ms an image")
+        each, busy = 1000 * half / (rows / 2), 1000 * (time.process_time() - processor_s) / (rows / 2)
+        line("  the first half drawn, each picture synced", f"{half:.1f} s, {each:.2f} ms an image")
+        line("    of which processor time; the rest waits for the disk", f"{busy:.2f} ms an image")
         line("  status, in the middle", f"{seconds(lambda: read_status(job.folder)):.1f} s")
         line("  resumed, to the first picture", f"{first_picture(job):.1f} s")
         line("  the second half", f"{run():.1f} s")
@@ -185,7 +247,8 @@ def first_picture(job: Job) -> float:
         def image(self, request: ImageRequest, result: ImageResult) -> None:  # noqa: ARG002 - any will do
             found.append(time.perf_counter() - started)
 
-    run_job(job, open_inline(job), First(), lambda: bool(found))
+    again = reopen(job.manifest, job.folder)
+    run_job(again, open_inline(again), First(), lambda: bool(found))
     return found[0]
 
 

@@ -22,7 +22,8 @@ from tinysd_batch.config import SAMPLERS, Settings
 from tinysd_batch.job.folder import common_of, defaults_of, fill_in_model_defaults
 from tinysd_batch.job.manifest import check_row
 from tinysd_batch.job.plan import cut_batches, plan_images
-from tinysd_batch.job.pool import BatchDone, ChunkDone, InlinePool, Pool, RayPool
+from tinysd_batch.job.pool import BatchDone, ChunkDone, InlinePool, Pool
+from tinysd_batch.job.ray_pool import RayPool
 from tinysd_batch.job.worker import WorkerSetup
 from tinysd_batch.model.info import read_model_info
 from tinysd_batch.records import MicroBatch, Row, Status

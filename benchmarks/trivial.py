@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from tinysd_batch.job.pool import RayPool, WorkerLost, WorkerProcess, WorkerReady
+from tinysd_batch.job.pool import WorkerLost, WorkerReady
+from tinysd_batch.job.ray_pool import RayPool, WorkerProcess
 from tinysd_batch.job.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
 
@@ -33,7 +34,8 @@ class TrivialModel:
         end = time.perf_counter() + self.seconds * len(prompt)
         pictures = [Image.new("RGB", (SIDE_PX, SIDE_PX), tuple(number.to_bytes(8, "big")[-3:])) for number in seed]
         nones: list[str | None] = [None] * len(prompt)
-        time.sleep(max(0.0, end - time.perf_counter()))
+        if (left := end - time.perf_counter()) > 0:
+            time.sleep(left)
         return SimpleNamespace(
             images=pictures, n_tokens=[1] * len(prompt), truncated=nones, negative_truncated=nones,
             degraded=[[] for _ in prompt], precision=["float32"] * len(prompt), text_s=0.0, denoise_s=self.seconds,

@@ -540,6 +540,12 @@ JOBS: list[tuple[str, Change, int, str]] = [
         "belongs to the manif",
     ),
     (SUBMIT, set_json("job.json", reuse=3), 2, "job/job.json: damaged"),
+    (
+        SUBMIT,
+        set_json("job.json", manifest={"path": "m.csv", "fingerprint": "x", "rows": 2, "columns": [3]}),
+        2,
+        "job/job.json: damaged: TypeError: columns are no names",
+    ),
     (SUBMIT, set_json("job.json", reuse="gone"), 5, "_tinysd/seeds.json.gz: cannot be read"),
     (SUBMIT, pipe("job.json"), 2, "job/job.json: damaged: OSError"),
     (SUBMIT, instead("job.json", Path.mkdir), 2, "job/job.json: damaged"),

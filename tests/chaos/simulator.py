@@ -18,15 +18,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-import pyarrow as pa
 import pytest
 
 from benchmarks.trivial import Silent
-from tests.tools import write_csv
+from tests.tools import check_whole, write_csv
 from tinysd_batch import storage
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
-from tinysd_batch.job import dispatch, driver, results
+from tinysd_batch.job import dispatch, driver, results, tables
 from tinysd_batch.job.failures import POLICY, Action, Fault
 from tinysd_batch.job.folder import Job, stamp
 from tinysd_batch.job.manifest import fingerprint
@@ -40,7 +39,8 @@ BOOT_S, BACKOFF_S = 5.0, 2.0
 STEP_S = 20.0  # nothing happens in between
 MAX_RUNS = 40
 WORKER_FAULTS = (
-    "die_before", "die_within", "die_after", "hang", "twice", "host_out_of_memory", "node_lost", "device_broken",
+    "die_before", "die_within", "die_after", "die_untold", "hang", "twice", "host_out_of_memory", "node_lost",
+    "device_broken",
 )  # fmt: skip
 DRIVER_FAULTS = ("kill_before", "kill_torn", "kill_after", "full")
 LARGE_PX = 128
@@ -110,13 +110,13 @@ class World:
             self.fault_of_run = self.faults.driver.pop() if self.faults.driver else None
             self.writes, self.is_killed = 0, False
             try:
-                summary = driver.run_job(self.job(), lambda _: SimPool(self), Silent(), lambda: False)
+                summary = self.submit()
             except KilledError:
                 self.ends["driver killed"] += 1
                 self.orphan_workers()
             except StorageError:
                 self.ends["disk full"] += 1
-                assert not list(self.folder.rglob(f"{storage.TEMPORARY_PREFIX}*"))
+                assert not self.leftovers()
             except NoWorkerError:
                 self.ends["no worker"] += 1
             else:
@@ -125,6 +125,18 @@ class World:
             for worker in self.workers:
                 worker.queue, worker.is_ready, worker.hangs = None, False, False
         pytest.fail("the job does not come to an end")
+
+    def submit(self) -> driver.Summary:
+        return driver.run_job(self.job(), lambda _: SimPool(self), Silent(), lambda: False)
+
+    def leftovers(self) -> list[Path]:
+        return list(self.folder.rglob(f"{storage.TEMPORARY_PREFIX}*"))
+
+    def rows(self, images: int) -> list[dict[str, Any]]:
+        """The table, after all has been looked at that a finished job promises."""
+        return check_whole(
+            self.folder, images, lambda job: tables.read_table(job / "results.parquet").to_pylist()
+        )  # fmt: skip
 
     def orphan_workers(self) -> None:
         """Workers go on for a while after their driver died, and power may have failed while a file was written."""
@@ -177,28 +189,27 @@ class World:
         if strikes and what == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if strikes and what == "kill_torn":
-            temporary.write_bytes(data[: len(data) // 2])
+            self.leave(temporary, data[: len(data) // 2])
         if strikes and what in ("kill_before", "kill_torn"):
             self.is_killed = True
             raise KilledError
-        temporary.write_bytes(data)
+        self.leave(temporary, data)
         try:
             yield temporary
         finally:
-            temporary.unlink(missing_ok=True)
+            self.remove(temporary)
         if strikes:
             self.is_killed = True
             raise KilledError
 
-    def patch(self, monkeypatch: pytest.MonkeyPatch, parquet: bool) -> None:
-        """Put the simulated clock and disk in the place of real ones; all else is the real code.
+    def leave(self, temporary: Path, data: Any) -> None:
+        temporary.write_bytes(data)
 
-        Without `parquet` tables are written as Arrow streams, which for a few rows takes a tenth of the time.
-        """
-        if not parquet:
-            monkeypatch.setattr(results, "to_parquet", to_stream)
-            monkeypatch.setattr(results, "read_footer", read_stream_footer)
-            monkeypatch.setattr(results, "read_table", read_stream)
+    def remove(self, temporary: Path) -> None:
+        temporary.unlink(missing_ok=True)
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put the simulated clock and disk in the place of real ones; all else is the real code."""
         sweep = driver.sweep
 
         def sweep_unless_killed(job: Job) -> None:
@@ -297,10 +308,18 @@ class SimPool:
         if what == "hang":
             process.hangs = True
             return []
-        if what == "die_within":
-            self.make(process, replace(batch, wanted=frozenset([min(batch.wanted)])))
-            return [self.lose(process, Fault.WORKER_DIED, what)]
+        if what in ("die_within", "die_untold"):
+            return [self.die_with_pictures(process, batch, what)]
         return self.deliver(process, batch, what)
+
+    def die_with_pictures(self, process: SimWorker, batch: MicroBatch, what: str) -> WorkerLost:
+        """After the first picture, or after all of them and before a word of it was told."""
+        wanted = frozenset([min(batch.wanted)]) if what == "die_within" else batch.wanted
+        self.make(process, replace(batch, wanted=wanted))
+        is_whole = wanted == batch.wanted and not any(self.world.fails(process, image) for image in batch.images)
+        if process.queue and is_whole:
+            process.queue.popleft()  # which the driver can see by the files
+        return self.lose(process, Fault.WORKER_DIED, what)
 
     def deliver(self, process: SimWorker, batch: MicroBatch, what: str) -> list[Event]:
         done = BatchDone(process.name, self.make(process, batch))
@@ -332,28 +351,6 @@ def told(image: ImageRequest, data: bytes) -> ImageResult:
     return ImageResult(image.index, Status.OK, file_name=image.file_name, sha256=digest, bytes=len(data))
 
 
-def to_stream(table: pa.Table, compression: str = "") -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def open_stream(file: Path) -> pa.Table:
-    return pa.ipc.open_stream(file.read_bytes()).read_all()
-
-
-def read_stream_footer(file: Path) -> SimpleNamespace:
-    table = open_stream(file)
-    return SimpleNamespace(num_rows=table.num_rows, metadata=table.schema.metadata)
-
-
-def read_stream(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    table = open_stream(file)
-    rows: list[dict[str, Any]] = (table.select(columns) if columns else table).to_pylist()
-    return rows
-
-
 def write_manifest(path: Path, rows: int, chance: random.Random) -> Path:
     """Rows of 1 to 3 images, one in eight of them large."""
     return write_csv(path, [
@@ -362,7 +359,7 @@ def write_manifest(path: Path, rows: int, chance: random.Random) -> Path:
     ])  # fmt: skip
 
 
-def random_world(folder: Path, manifest: Path, images: int, seed: int) -> World:
+def random_world(kind: type[World], folder: Path, manifest: Path, images: int, seed: int) -> World:
     """One to four workers of unequal speed, and up to a handful of faults."""
     chance = random.Random(seed)
     workers = [
@@ -378,7 +375,7 @@ def random_world(folder: Path, manifest: Path, images: int, seed: int) -> World:
         poison={chance.choice(indexes)} if chance.random() < 0.2 else set(),
         raising={chance.choice(indexes)} if chance.random() < 0.2 else set(),
     )
-    return World(folder, manifest, seed, workers, faults)
+    return kind(folder, manifest, seed, workers, faults)
 
 
 def rows_by_status(rows: list[dict[str, Any]]) -> dict[str, set[int]]:

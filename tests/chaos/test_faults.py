@@ -63,6 +63,18 @@ def test_a_poison_row_on_the_only_card(tmp_path: Path) -> None:
     assert "given up" not in done.stdout
 
 
+def test_a_poison_row_among_quick_ones_is_the_only_one_suspected(tmp_path: Path) -> None:
+    """Results of quick pictures travel together: those not told of when the worker dies are found by their files."""
+    manifest(tmp_path, [*plain(20), "poison", *plain(20)])
+    done = farm(tmp_path, "--workers", 1, FARM_COUNT=str(tmp_path / "count"))
+    assert done.returncode == 3, done.stdout + done.stderr
+    rows = check_whole(tmp_path / "job", 41)
+    assert faults(rows) == {21: ("quarantined", "worker_died")}
+    assert {row["attempts"] for row in rows if row["status"] == "ok"} == {1}
+    trials = (tmp_path / "count").stat().st_size - 40 - 3
+    assert 0 <= trials <= 3, "a good image before each new try of a suspect"
+
+
 def test_a_job_of_nothing_but_a_poison_row(tmp_path: Path) -> None:
     manifest(tmp_path, ["poison"])
     done = farm(tmp_path, "--workers", 1)

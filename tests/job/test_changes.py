@@ -14,6 +14,7 @@ import pytest
 
 from tests.tools import check_whole, read_results, run_here
 from tinysd_batch.job import results
+from tinysd_batch.job.tables import ResultsPaths, read_table
 from tinysd_batch.job.worker import Worker
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import ImageResult
@@ -270,7 +271,7 @@ def test_failed_images_are_tried_again(
     assert "No failed image to try again" in submit(manifest, "-o", "job", "--retry-failed").stdout
     job = tmp_path / "job"
     if rows_of_a_small_job == 2:
-        rows = [row for part in results.ResultsPaths(job).sealed_files() for row in results.read_table(part)]
+        rows = [row for part in ResultsPaths(job).sealed_files() for row in read_table(part).to_pylist()]
         assert sorted((row["index"], row["status"]) for row in rows) == [(number, "ok") for number in range(1, 5)]
     else:
         assert all(row["status"] == "ok" for row in check_whole(job, 4))
@@ -284,11 +285,11 @@ def test_a_job_that_grows_big_goes_on_in_parts(
     write(manifest, *PROMPTS, "fox")
     submit(manifest, "-o", "job")
     job = tmp_path / "job"
-    assert [file.name for file in results.ResultsPaths(job).sealed_files()] == [
+    assert [file.name for file in ResultsPaths(job).sealed_files()] == [
         "part-00000.parquet",
         "part-00001.parquet",
     ]
-    assert sorted(row["index"] for row in results.ResultsPaths(job).read_rows(["index", "row", "status"])) == [
+    assert sorted(row["index"] for row in ResultsPaths(job).read_rows(["index", "row", "status"])) == [
         1,
         2,
         3,

@@ -103,9 +103,12 @@ def submit(cluster: Cluster, cwd: Path, *more: object, box: str = BOXES[0], **en
 
 
 @pytest.mark.slow
-def test_each_box_draws_with_a_worker_of_its_own(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_each_box_draws_with_a_worker_of_its_own(
+    cluster: Cluster, tmp_path: Path, tiny_model: Path, device: str
+) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 40} for number in range(24)])
-    process = submit(cluster, tmp_path, "--model", tiny_model)
+    process = submit(cluster, tmp_path, "--model", tiny_model, "--device", device)
     parents: dict[str, int] = {}
     while process.poll() is None:
         for each in cluster.processes():

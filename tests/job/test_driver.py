@@ -392,3 +392,41 @@ def test_chunks_grow_with_speed_and_shrink_at_the_end(
     assert max(sizes) > 4
     assert sizes[-1] == 1
     assert pq.read_metadata(tmp_path / "many" / "results.parquet").num_rows == 40
+
+
+class Told(Quiet):
+    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None:
+        self.invalid = [(row.number, row.reason) for row in invalid]
+
+
+def test_a_resumed_job_tells_of_its_bad_rows_without_reading_the_manifest_twice(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[tuple[int, str]]] = []
+    for limit in (2, 4, None):
+        job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+        assert job.is_surveyed == bool(told)
+        progress = Told()
+        run_job(job, lambda _: InlinePool(setup_for(job)), progress, lambda: False, limit)  # noqa: B023 - called here
+        told.append(progress.invalid)
+    assert told[0] == told[1] == told[2]
+    assert "column seed = 'oops'" in told[0][0][1]
+    rows = check_whole(tmp_path / "job", 6)
+    assert [row["row"] for row in rows if row["status"] == "invalid"] == [3]
+    assert [row["note"] for row in rows] == ["a", "a", "a", "b", "c", "d", "d"]
+
+
+def test_bad_rows_that_a_killed_run_did_not_write_down_are_found_again(
+    manifest: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    draw(manifest, tmp_path / "job", tiny_model, limit=1, seed=100)
+    (tmp_path / "job" / "results.parquet").unlink()
+    draw(manifest, tmp_path / "job", tiny_model)
+    rows = check_whole(tmp_path / "job", 6)
+    assert [row["row"] for row in rows if row["status"] == "invalid"] == [3]
+
+
+def test_strict_is_asked_again_when_a_job_goes_on(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    draw(manifest, tmp_path / "job", tiny_model, limit=1)
+    with pytest.raises(ManifestError, match="unknown column 'note'"):
+        draw(manifest, tmp_path / "job", tiny_model, strict=True)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,17 @@ import ray
 import torch
 from PIL import Image
 
-from tests.job.test_driver import draw
+from tests.job.test_driver import draw, setup_for
 from tests.tools import check_whole, write_csv
 from tinysd_batch import storage
+from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, NotFiniteError, StorageError, UsageError
 from tinysd_batch.job.failures import POLICY, Action, Charged, Fault, error_class, fault_of, loss_of
+from tinysd_batch.job.folder import open_job
+from tinysd_batch.job.plan import cut_batches, plan_images
+from tinysd_batch.job.ray_pool import WorkerProcess
 from tinysd_batch.job.savings import LADDER, Limit, pieces
+from tinysd_batch.job.slots import Slot
 from tinysd_batch.model import pipeline, unet
 from tinysd_batch.records import Status
 
@@ -232,3 +238,20 @@ def test_a_model_that_knows_no_saving_is_left_as_it_is() -> None:
     assert limit.lower(2, object())
     assert not limit.lower(1, object())
     assert (limit.batch, limit.names()) == (1, [])
+
+
+def test_what_a_card_cannot_hold_is_known_to_the_process_that_follows(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the driver, which keeps it for the card."""
+    found = too_large_above(4, monkeypatch)
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), seed=1))
+    first, second = (list(cut_batches(plan_images([row], job.common()), ())) for row in job.read_rows())
+    slot = Slot("gpu-0")
+    for batches, refused in ((first, [8]), (second, [8])):
+        process = WorkerProcess(setup_for(job), slot.name)
+        process.limits.update(pickle.loads(pickle.dumps(slot.limits)))
+        (parcel,) = process.work(batches)
+        slot.worked(pickle.loads(pickle.dumps(parcel)).limits)
+        assert found == refused
+        assert all(result.degraded == ["batch_halved"] for made in parcel.made for result in made.results)

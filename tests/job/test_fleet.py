@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tinysd_batch
 from tinysd_batch.errors import NoWorkerError
 from tinysd_batch.job import handshake
-from tinysd_batch.job.fleet import Card, cards_of, changes
+from tinysd_batch.job.fleet import Card, changes, cpus_of, gpus_of
 
 
 def node(name: str, gpus: float | None, alive: bool = True) -> dict[str, Any]:
@@ -19,7 +19,18 @@ def node(name: str, gpus: float | None, alive: bool = True) -> dict[str, Any]:
 
 def test_the_cards_of_living_nodes() -> None:
     nodes = [node("head", None), node("a", 2.0), node("dead", 4.0, alive=False), node("b", 1.0)]
-    assert cards_of(nodes) == [Card("a", 0), Card("a", 1), Card("b", 0)]
+    assert gpus_of(nodes) == [Card("a", 0), Card("b", 0), Card("a", 1)]
+
+
+def test_without_gpus_each_machine_gets_its_share() -> None:
+    cores = {"head": 0.0, "a": 8.0, "b": 2.0}
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": count}} for name, count in cores.items()]
+    assert cpus_of(nodes, 4, None) == [
+        Card("a", 0), Card("b", 0), Card("a", 1), Card("b", 1), Card("a", 2), Card("a", 3),
+    ]  # fmt: skip
+    assert cpus_of(nodes, 1, None) == [Card("a", 0), Card("b", 0)]
+    new, _ = changes([], [], cpus_of(nodes, 4, 3), 3)
+    assert new == [Card("a", 0), Card("b", 0), Card("a", 1)]
 
 
 CARDS = st.sets(st.builds(Card, st.sampled_from("abcd"), st.integers(0, 3)))

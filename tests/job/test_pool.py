@@ -15,7 +15,8 @@ pytestmark = pytest.mark.timeout(200)
 PLACEMENT = """
     import sys
     from pathlib import Path
-    from tinysd_batch.job.pool import RayPool, WorkerReady
+    from tinysd_batch.job.pool import WorkerReady
+    from tinysd_batch.job.ray_pool import RayPool
     from tinysd_batch.job.worker import WorkerSetup
     from tinysd_batch.model.info import read_model_info
 

@@ -5,10 +5,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.job import results
-from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row, invalid_row, results_schema
+from tinysd_batch.job.results import ResultsWriter, image_row, invalid_row, results_schema
+from tinysd_batch.job.tables import FIELDS, ResultsPaths, newest
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 
 RUN = {"model": "m", "model_digest": "d", "run_id": "r", "version": "0"}
@@ -173,3 +176,28 @@ def test_an_invalid_row_has_no_index(tmp_path: Path) -> None:
     assert (found["index"], found["row"], found["status"], found["error_message"], found["artist"]) == (
         None, 5, "invalid", "column seed is odd", "x",
     )  # fmt: skip
+
+
+def test_a_table_that_gains_a_column_keeps_its_rows(tmp_path: Path) -> None:
+    """A JSONL manifest may grow by rows with new keys."""
+    first = ResultsWriter(tmp_path, results_schema([]), 2)
+    first.append(row(1))
+    first.seal()
+    second = ResultsWriter(tmp_path, SCHEMA, 2)
+    second.append(row(2))
+    second.seal()
+    found = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(one["index"], one["artist"]) for one in found] == [(1, None), (2, "artist 2")]
+
+
+KEYS = st.lists(st.tuples(st.integers(1, 4), st.one_of(st.none(), st.integers(1, 6))), max_size=30)
+
+
+@given(KEYS)
+def test_of_rows_written_more_than_once_the_last_counts(keys: list[tuple[int, int | None]]) -> None:
+    written = [{"row": number, "index": index, "error_message": str(when)} for when, (number, index) in enumerate(keys)]
+    schema = pa.schema([field for field in FIELDS if field.name in ("row", "index", "error_message")])
+    last = {(one["row"], one["index"] or 0): one for one in written}
+    assert newest(pa.Table.from_pylist(written, schema)).select(["row", "index", "error_message"]).to_pylist() == [
+        last[key] for key in sorted(last)
+    ]

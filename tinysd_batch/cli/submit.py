@@ -11,8 +11,9 @@ from tinysd_batch.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinysd_batch.job.driver import PoolFactory, Summary
+    from tinysd_batch.job.driver import PoolFactory
     from tinysd_batch.job.folder import Job
+    from tinysd_batch.job.summary import Summary
 
 MANY_IMAGES = 100
 
@@ -160,7 +161,8 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
 
 def pool_for(job: "Job") -> "PoolFactory":
     """How to open the workers: one in this process, or Ray's."""
-    from tinysd_batch.job.pool import InlinePool, RayPool, cpu_workers
+    from tinysd_batch.job.pool import InlinePool, cpu_workers
+    from tinysd_batch.job.ray_pool import RayPool
     from tinysd_batch.job.worker import WorkerSetup
 
     settings = job.settings

@@ -3,8 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from tinysd_batch.errors import ManifestError, NoWorkerError
 from tinysd_batch.job.backlog import Backlog
@@ -16,8 +15,9 @@ from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost,
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.savings import Shape, shape_of
 from tinysd_batch.job.scheduler import Patience, Speed, Standing, work_for, work_of
+from tinysd_batch.job.summary import Progress, Summary
 from tinysd_batch.job.worker import adopt
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, MicroBatch, Status
+from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import storage_errors
 
 GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
@@ -25,43 +25,6 @@ POLL_S = 0.5
 ALIKE = 8  # failures of one class before anything was made: is it the images, or everything?
 PAUSE_S = 30.0  # a loop that took longer was stopped itself (SIGSTOP, a sleeping laptop), and no worker hangs for it
 CHANGED = "changed while the job ran; bring back what it was to go on, or give the new one a folder of its own with -o"
-
-
-class Progress(Protocol):
-    """Who is told how the run goes."""
-
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
-    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
-    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
-    def note(self, line: str) -> None:
-        """Something worth knowing about the whole run."""
-        ...
-
-    def durable(self) -> None:
-        """All images told of so far will survive anything."""
-        ...
-
-
-@dataclass(slots=True)
-class Summary:
-    """How a run ended."""
-
-    total: int  # images in the job, or up to --limit
-    finished_before: int
-    invalid_rows: int
-    counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))  # of this run
-    failed_before: int = 0
-    reused: int = 0  # of `finished_before`, taken over from another job in this run
-    stopped: bool = False
-    seconds: float = 0.0
-
-    @property
-    def left(self) -> int:
-        return self.total - self.finished_before - sum(self.counts.values())
-
-    @property
-    def failed(self) -> int:
-        return self.failed_before + self.counts[Status.FAILED] + self.counts[Status.QUARANTINED]
 
 
 @dataclass(slots=True)
@@ -104,6 +67,7 @@ class Dispatch:
     def run(self, should_stop: Callable[[], bool]) -> None:
         while self.summary.left and not should_stop():
             self.hand_out()
+            self.flush_if_due()  # while the workers are at work
             self.handle(self.pool.events(POLL_S))
             self.end_hung_workers()
         if self.summary.left:
@@ -116,6 +80,11 @@ class Dispatch:
         deadline = self.clock() + GRACE_S
         while self.flights and self.clock() < deadline:
             self.handle(self.pool.events(POLL_S))
+            self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        if self.writer.flush_if_due():
+            self.progress.durable()
 
     # Handing out
 
@@ -206,8 +175,8 @@ class Dispatch:
     def handle(self, events: list[Event]) -> None:
         for event in events:
             match event:
-                case BatchDone(worker, results):
-                    self.finish_batch(worker, results)
+                case BatchDone(worker, results, seconds):
+                    self.finish_batch(worker, results, seconds)
                 case ChunkDone(worker):
                     if flight := self.flights.pop(worker, None):
                         self.backlog.give_back(flight.batches)  # none, unless it was told to stop
@@ -216,20 +185,22 @@ class Dispatch:
                 case WorkerLost():
                     self.progress.worker(event)
                     self.recover(event)
-        if self.writer.flush_if_due():
-            self.progress.durable()
 
-    def finish_batch(self, worker: str, results: list[ImageResult]) -> None:
+    def finish_batch(self, worker: str, results: list[ImageResult], seconds: float | None) -> None:
         flight, now = self.flights.get(worker), self.clock()
         if flight is None or not flight.batches or not answers(flight.batches[0], results):
             return  # delivered twice, or by a worker that was given up: its pictures are adopted
         batch = flight.batches.popleft()
-        self.speeds.setdefault(worker, Speed()).measure(work_of(batch), now - flight.since)
+        took = now - flight.since if seconds is None else seconds
+        self.speeds.setdefault(worker, Speed()).measure(work_of(batch), took)
         flight.since = now
         self.blame.worker_drew(worker)
         if not batch.wanted:
             self.judge_trial(results)
             return
+        self.receive_all(worker, batch, results)
+
+    def receive_all(self, worker: str, batch: MicroBatch, results: list[ImageResult]) -> None:
         requests = {image.index: image for image in batch.images}
         for result in results:
             result.attempts += self.blame.tries[result.index]
@@ -300,7 +271,10 @@ class Dispatch:
     def recover(self, event: WorkerLost) -> None:
         """Bring a lost worker's micro-batches back. The one it was at is tried again, as its loss demands."""
         flight = self.flights.pop(event.worker, None)
-        if flight is None or not flight.batches:
+        if flight is None:
+            return
+        self.adopt_untold(event.worker, flight)
+        if not flight.batches:
             return
         batch = flight.batches.popleft()
         self.backlog.give_back(flight.batches)
@@ -310,6 +284,18 @@ class Dispatch:
             self.suspect(batch, event)
         else:
             self.backlog.give_back([batch])
+
+    def adopt_untold(self, worker: str, flight: Flight) -> None:
+        """Take over what a lost worker had finished and not told of, so that the batch it was at is the first."""
+        while flight.batches and flight.batches[0].wanted:
+            batch = flight.batches[0]
+            found = [adopt(self.job.folder, image) for image in batch.images if image.index in batch.wanted]
+            results = [result for result in found if result is not None]
+            if len(results) < len(found):
+                return
+            flight.batches.popleft()
+            self.blame.worker_drew(worker)
+            self.receive_all(worker, batch, results)
 
     def lose_trial(self, event: WorkerLost) -> None:
         if event.for_good or POLICY[event.fault].action is not Action.SUSPECT:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.dispatch import CHANGED, Dispatch, Progress, Summary
+from tinysd_batch.job.dispatch import CHANGED, Dispatch
 from tinysd_batch.job.folder import (
     JOB_FILE,
     Job,
@@ -20,9 +20,11 @@ from tinysd_batch.job.folder import (
 from tinysd_batch.job.formats import is_jsonl, read_extra_fields
 from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.job.pool import Pool
-from tinysd_batch.job.results import ResultsPaths, ResultsWriter, invalid_row, results_schema
+from tinysd_batch.job.results import ResultsWriter, invalid_row, results_schema
 from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
+from tinysd_batch.job.summary import Progress, Summary
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import InvalidRow, MicroBatch, Row, Status
 from tinysd_batch.storage import Lock, lock, sweep_temporaries
 
@@ -60,6 +62,20 @@ def survey(job: Job) -> Survey:
     return found
 
 
+def remembered(job: Job) -> Survey | None:
+    """What the first pass of an earlier run found in the same manifest; None where not all of that is known."""
+    if not job.is_surveyed or job.known is None or job.known.columns is None:
+        return None
+    invalid: list[InvalidRow] = []
+    if job.known.invalid_rows:
+        table = ResultsPaths(job.folder).read_newest(["row", "index", "id", "prompt", "status", "error_message"])
+        told = (row for row in table.to_pylist() if row["status"] == Status.INVALID)
+        invalid += (InvalidRow(row["row"], row["error_message"] or "", row["prompt"], row["id"]) for row in told)
+    if len(invalid) != job.known.invalid_rows:
+        return None
+    return Survey(job.known.images, invalid, list(job.known.columns), None)
+
+
 PoolFactory = Callable[[int], AbstractContextManager[Pool]]
 
 
@@ -73,12 +89,12 @@ def run_job(
     that has it and does not give it up.
     """
     started = time.monotonic()
-    surveyed = survey(job)
+    surveyed = None if job.is_surveyed else survey(job)
     new_folders = missing_folders(job.folder)
     with lock(job.state / "lock", take_over) as held:
         check_still_same_job(job)
         is_new = not (job.folder / JOB_FILE).exists()
-        run = Run(job, surveyed, held, progress, should_stop)
+        run = Run(job, surveyed or remembered(job) or survey(job), held, progress, should_stop)
         try:
             summary = run.make(open_pool, limit, retry_failed)
         except UsageError:
@@ -112,7 +128,7 @@ class Run:
         finished = {index for index in done.images if 1 <= index <= total}
         summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
         with self.held.guard():
-            save_job(job, surveyed.images, len(surveyed.invalid), surveyed.kept)
+            save_job(job, surveyed.images, len(surveyed.invalid), surveyed.extra, surveyed.kept)
         write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
         try:
             self.reuse(summary, finished, writer)
@@ -121,10 +137,10 @@ class Run:
                 self.draw(open_pool, summary, finished, writer)
         finally:
             self.clean()  # a killed worker cannot
+            self.flush(writer)
             writer.seal()
             if retry_failed or done.doubled:
                 writer.drop_superseded()
-            self.progress.durable()
         summary.stopped = bool(summary.left)
         return summary
 
@@ -154,7 +170,14 @@ class Run:
         batches = takewhile(lambda batch: batch.images[0].index <= summary.total, todo(self.job, finished))
         with open_pool(summary.left) as pool:
             work = within(batches, summary.total)
-            Dispatch(self.job, pool, writer, self.progress, summary, work).run(self.should_stop)
+            try:
+                Dispatch(self.job, pool, writer, self.progress, summary, work).run(self.should_stop)
+            finally:
+                self.flush(writer)  # Ray takes a second or two to end
+
+    def flush(self, writer: ResultsWriter) -> None:
+        if writer.flush():
+            self.progress.durable()
 
 
 def sweep(job: Job) -> None:
@@ -197,13 +220,15 @@ class Finished:
 def read_finished(job: Job) -> Finished:
     """Of an image's rows the newest counts, which is read last."""
     finished = Finished()
-    for row in ResultsPaths(job.folder).read_rows(["index", "row", "status"]):
-        if row["index"] is None:
-            finished.invalid_rows.add(row["row"])
-        else:
-            finished.doubled = finished.doubled or row["index"] in finished.images
-            finished.images.add(row["index"])
-            (finished.failed.discard if row["status"] == Status.OK else finished.failed.add)(row["index"])
+    for table in ResultsPaths(job.folder).read(["index", "row", "status"]):
+        indexes, rows, statuses = (table[name].to_pylist() for name in ("index", "row", "status"))
+        for index, row, status in zip(indexes, rows, statuses, strict=True):
+            if index is None:
+                finished.invalid_rows.add(row)
+            else:
+                finished.doubled = finished.doubled or index in finished.images
+                finished.images.add(index)
+                (finished.failed.discard if status == Status.OK else finished.failed.add)(index)
     return finished
 
 

@@ -1,4 +1,4 @@
-"""Which cards there are, from what Ray says of its nodes. Pure."""
+"""Which places for workers there are, from what Ray says of its nodes. Pure."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,27 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One GPU: Ray's id of its node, and which of the node's it is."""
+    """One GPU, or one place on a machine's processor: Ray's id of its node, and which of the node's it is."""
 
     node: str
     number: int
 
 
-def cards_of(nodes: Iterable[Mapping[str, Any]]) -> list[Card]:
-    """The cards of all living nodes, as `ray.nodes()` lists them."""
-    return [
-        Card(node["NodeID"], number)
-        for node in nodes
-        if node["Alive"]
-        for number in range(int(node["Resources"].get("GPU", 0)))
-    ]
+def gpus_of(nodes: Iterable[Mapping[str, Any]]) -> list[Card]:
+    """The GPUs of all living nodes, as `ray.nodes()` lists them; first one of each machine, then the second ones."""
+    return in_turn({node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]})
+
+
+def cpus_of(nodes: Iterable[Mapping[str, Any]], most_each: int, wanted: int | None) -> list[Card]:
+    """Places on the processors of living nodes, in turn: so many each as it has cores, or as `wanted` asks for."""
+    cores = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]}
+    return in_turn({node: wanted or min(most_each, count) for node, count in cores.items() if count})
+
+
+def in_turn(counts: Mapping[str, int]) -> list[Card]:
+    """So that a few workers do not all land on one machine."""
+    rounds = range(max(counts.values(), default=0))
+    return [Card(node, number) for number in rounds for node, count in counts.items() if number < count]
 
 
 def changes(

@@ -6,7 +6,7 @@ import os
 import platform
 import secrets
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +18,9 @@ from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
 from tinysd_batch.job.formats import bare_name, format_of, is_jsonl
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_rows
 from tinysd_batch.job.plan import Common
-from tinysd_batch.job.results import ResultsPaths
 from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, read_kept_lines
 from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, read_seeds, save_seeds
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.prompts import parse_prompt
 from tinysd_batch.records import InvalidRow, Row
@@ -42,6 +42,18 @@ class Known:
 
     fingerprint: str
     rows: int
+    images: int
+    invalid_rows: int
+    columns: tuple[str, ...] | None  # that we do not know; None where another version of us read the manifest
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "Known":
+        manifest = saved["manifest"]
+        columns = manifest.get("columns") if saved["version"] == tinysd_batch.__version__ else None
+        return cls(
+            manifest["fingerprint"], manifest["rows"], saved["images"], saved["invalid_rows"],
+            tuple(columns) if columns is not None else None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +97,14 @@ class Job:
     def rows_to_keep(self) -> bool:
         """Whether the manifest's rows are not all kept in the folder yet."""
         return self.known is None or self.known.fingerprint != self.fingerprint
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether a run of this version has read all of just this manifest, and would find nothing new in it."""
+        known = self.known
+        if known is None or known.columns is None or known.fingerprint != self.fingerprint:
+            return False
+        return not (self.settings.strict and known.columns)
 
     def read_rows(self) -> Iterator[Row | InvalidRow]:
         """The manifest's rows, with the seeds that another job gave them."""
@@ -197,7 +217,7 @@ def go_on_with(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
             f"{job.folder}: this job was begun {f'with --reuse {began_with}' if began_with else 'without --reuse'}; "
             f"name a new folder with -o"
         )
-    known = Known(saved["manifest"]["fingerprint"], saved["manifest"]["rows"])
+    known = Known.of(saved)
     given = read_seeds(job.state) if began_with else {}
     job = replace(job, seed=saved["seed"], known=known, reuse=began_with, given_seeds=given)
     return replace(job, appended_rows=count_appended(job, known)) if job.rows_to_keep else job
@@ -277,11 +297,14 @@ def read_job_json(folder: Path) -> dict[str, Any]:
 
 def check_saved(saved: dict[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError where `job.json` is not as `save_job` writes it."""
+    columns = saved["manifest"].get("columns", [])
     texts = (
-        saved["created_at"], saved["model"]["name"], saved["model"]["digest"],
+        saved["version"], saved["created_at"], saved["model"]["name"], saved["model"]["digest"],
         saved["manifest"]["path"], saved["manifest"]["fingerprint"],
     )  # fmt: skip
     numbers = saved["seed"], saved["images"], saved["invalid_rows"], saved["manifest"]["rows"]
+    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+        raise TypeError("columns are no names")
     if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
         raise TypeError("an entry is of another type than was written")
     if not isinstance(saved.get("reuse"), str | None):
@@ -315,7 +338,7 @@ def check_same_settings(
         )
 
 
-def save_job(job: Job, images: int, invalid_rows: int, kept: RowKeeper | None) -> None:
+def save_job(job: Job, images: int, invalid_rows: int, columns: Sequence[str], kept: RowKeeper | None) -> None:
     """Write `job.json`, keeping the time of the first run; before it the rows and seeds that it speaks of.
 
     A run that is killed in between leaves more rows than `job.json` counts, and those are not looked at.
@@ -345,6 +368,7 @@ def save_job(job: Job, images: int, invalid_rows: int, kept: RowKeeper | None) -
             "path": str(job.manifest.resolve()),
             "fingerprint": job.fingerprint,
             "rows": kept.count if kept is not None else job.known.rows if job.known else 0,
+            "columns": list(columns),
         },
         "reuse": str(job.reuse) if job.reuse else None,
         "settings": job.settings.model_dump(exclude={"seed"}),

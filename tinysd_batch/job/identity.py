@@ -7,6 +7,7 @@ import unicodedata
 from tinysd_batch.records import SamplingParams
 
 IDENTITY_VERSION = 1
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def image_id(
@@ -48,5 +49,5 @@ def image_id(
         decides["long_prompts"] = True
     if noise_seed not in (None, seed):
         decides["noise_seed"] = noise_seed
-    text = json.dumps(decides, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = ENCODER.encode(decides)
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()

@@ -7,8 +7,9 @@ InvalidRow that lists all its faults, and the rest goes on.
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ from tinysd_batch.config import (
     find_sampler,
 )
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.columns import COLUMNS, has_surrogates
+from tinysd_batch.job.columns import has_surrogates
 from tinysd_batch.job.formats import Fault, open_manifest, read_lines
 from tinysd_batch.model.prompts import SYNTAXES, parse_prompt
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
-KNOWN = frozenset(COLUMNS)
 NO_NAMES: Mapping[str, str] = {}
 
 
@@ -89,47 +89,80 @@ def check_row(
     number: int, values: dict[str, Any], defaults: Defaults, shown: Mapping[str, str] = NO_NAMES
 ) -> Row | InvalidRow:
     """The row with defaults filled in, or all that is wrong with it, with columns named as in `shown`."""
-    faults: list[str] = []
-
-    def take(column: str, check: Any, default: Any, *bounds: Any) -> Any:
-        value = values.get(column)
-        if value is None:
-            return default
-        try:
-            return check(value, *bounds)
-        except ValueError as error:
-            faults.append(f"column {shown.get(column, column)} = {excerpt(clean_text(value))}: {error}")
-            return default
-
-    extra = {name: plain(value) for name, value in values.items() if name not in KNOWN}
-    prompt = take("prompt", check_prompt, None)
-    if prompt is None and not faults:
-        faults.append(f"column {shown.get('prompt', 'prompt')} is empty; write a prompt or remove the row")
-    negative = take("negative_prompt", check_prompt, None) or defaults.negative_prompt
-    syntax = take("prompt_syntax", check_syntax, defaults.prompt_syntax)
-    for column, text in (("prompt", prompt), ("negative_prompt", negative)):
-        where = f"column {shown.get(column, column)} = {excerpt(text)}"
-        faults += [f"{where}: {fault}" for fault in faults_of_marks(text or "", syntax)]
-    seed = take("seed", check_integer, None, 0, MAX_SEED)
-    side = (8, MAX_SIDE_PX, defaults.step_px)
-    sampler = take("sampler", check_sampler, defaults.sampler)
-    eta = take("eta", check_number, defaults.eta, 0, 1)
-    params = SamplingParams(
-        width=take("width", check_integer, defaults.width, *side),
-        height=take("height", check_integer, defaults.height, *side),
-        steps=take("steps", check_integer, defaults.steps, 1, MAX_STEPS),
-        sampler=sampler,
-        eta=eta if sampler in TAKE_ETA else 0.0,
-    )
-    scale = take("scale", check_number, defaults.scale, 0, 100)
-    n_iter = take("n_iter", check_integer, defaults.n_iter, 1, MAX_IMAGES_PER_ROW)
-    n_samples = take("n_samples", check_integer, defaults.n_samples, 1, 1024)
-    identity = take("id", check_id, None)
-    faults += faults_between_columns(seed, n_iter * n_samples, shown)
+    rules, faults = rules_for(defaults.step_px), []
+    given: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for column, value in values.items():
+        if column not in rules:
+            extra[column] = plain(value)
+        elif value is not None:
+            try:
+                given[column] = rules[column](value)
+            except ValueError as error:
+                faults.append(f"column {shown.get(column, column)} = {excerpt(clean_text(value))}: {error}")
+    row = fill_in(number, given, defaults, extra)
+    faults += faults_of_prompts(row, values, shown)
+    faults += faults_between_columns(row.seed, row.n_iter * row.n_samples, shown)
     if faults:
         told = clean_text(values["prompt"]) if values.get("prompt") is not None else None
-        return InvalidRow(number, "; ".join(faults), prompt=told, id=identity, extra=extra)
-    return Row(number, prompt, negative, seed, scale, n_iter, n_samples, params, syntax, identity, extra)
+        return InvalidRow(number, "; ".join(faults), prompt=told, id=row.id, extra=extra)
+    return row
+
+
+@lru_cache
+def rules_for(step_px: int) -> dict[str, Callable[[Any], Any]]:
+    """What reads a cell of each known column; it raises ValueError for what must not stand there."""
+    side = partial(check_integer, least=8, most=MAX_SIDE_PX, multiple_of=step_px)
+    return {
+        "prompt": check_prompt,
+        "id": check_id,
+        "negative_prompt": check_prompt,
+        "prompt_syntax": check_syntax,
+        "seed": partial(check_integer, least=0, most=MAX_SEED),
+        "height": side,
+        "width": side,
+        "steps": partial(check_integer, least=1, most=MAX_STEPS),
+        "scale": partial(check_number, least=0, most=100),
+        "sampler": check_sampler,
+        "eta": partial(check_number, least=0, most=1),
+        "n_iter": partial(check_integer, least=1, most=MAX_IMAGES_PER_ROW),
+        "n_samples": partial(check_integer, least=1, most=1024),
+    }
+
+
+def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[str, Any]) -> Row:
+    """A row of what the manifest gives, and of the job's settings; without a prompt it is no row yet."""
+    value = given.get
+    return Row(
+        number,
+        value("prompt") or "",
+        value("negative_prompt") or defaults.negative_prompt,
+        value("seed"),
+        value("scale", defaults.scale),
+        value("n_iter", defaults.n_iter),
+        value("n_samples", defaults.n_samples),
+        sampling_params(
+            value("width", defaults.width), value("height", defaults.height), value("steps", defaults.steps),
+            value("sampler", defaults.sampler), value("eta", defaults.eta),
+        ),
+        value("prompt_syntax", defaults.prompt_syntax),
+        value("id"),
+        extra,
+    )  # fmt: skip
+
+
+@lru_cache(1024, typed=True)  # most rows say nothing of them: they share one
+def sampling_params(width: int, height: int, steps: int, sampler: str, eta: float) -> SamplingParams:
+    return SamplingParams(width, height, steps, sampler, eta if sampler in TAKE_ETA else 0.0)
+
+
+def faults_of_prompts(row: Row, values: dict[str, Any], shown: Mapping[str, str]) -> Iterator[str]:
+    told = values.get("prompt") or ""
+    if isinstance(told, str) and not told.strip():
+        yield f"column {shown.get('prompt', 'prompt')} is empty; write a prompt or remove the row"
+    for column, text in (("prompt", row.prompt), ("negative_prompt", row.negative_prompt)):
+        for fault in faults_of_marks(text, row.prompt_syntax):
+            yield f"column {shown.get(column, column)} = {excerpt(text)}: {fault}"
 
 
 def faults_between_columns(seed: int | None, images: int, shown: Mapping[str, str]) -> Iterator[str]:

@@ -27,7 +27,25 @@ def file_name(seed: int, index: int, suffix: str = "png") -> str:
     return f"images/{(index - 1) // IMAGES_PER_FOLDER:05d}/seed_{seed}_{index:05d}.{suffix}"
 
 
-def plan_images(rows: Iterable[Row | InvalidRow], common: Common) -> Iterator[tuple[Row, list[ImageRequest]]]:
+@dataclass(frozen=True, slots=True)
+class RowImages:
+    """A row's images, each worked out when it is asked for: most of them may be finished."""
+
+    row: Row
+    first: int  # index of the first
+    common: Common
+
+    def __len__(self) -> int:
+        return self.row.n_iter * self.row.n_samples
+
+    def __iter__(self) -> Iterator[ImageRequest]:
+        return map(self.image, range(self.first, self.first + len(self)))
+
+    def image(self, index: int) -> ImageRequest:
+        return plan_image(self.row, index - self.first + 1, index, self.common)
+
+
+def plan_images(rows: Iterable[Row | InvalidRow], common: Common) -> Iterator[tuple[Row, RowImages]]:
     """Each valid row with its images.
 
     A row makes `n_iter * n_samples` images. With a seed of its own they get seed, seed + 1, ...; without one an image
@@ -36,9 +54,9 @@ def plan_images(rows: Iterable[Row | InvalidRow], common: Common) -> Iterator[tu
     first = 1
     for row in rows:
         if not isinstance(row, InvalidRow):
-            count = row.n_iter * row.n_samples
-            yield row, [plan_image(row, sample, first + sample - 1, common) for sample in range(1, count + 1)]
-            first += count
+            images = RowImages(row, first, common)
+            yield row, images
+            first += len(images)
 
 
 def plan_image(row: Row, sample: int, index: int, common: Common) -> ImageRequest:
@@ -58,7 +76,7 @@ def plan_image(row: Row, sample: int, index: int, common: Common) -> ImageReques
 
 
 def cut_batches(
-    planned: Iterable[tuple[Row, list[ImageRequest]]], finished: Container[int], max_batch: int | None = None
+    planned: Iterable[tuple[Row, RowImages]], finished: Container[int], max_batch: int | None = None
 ) -> Iterator[MicroBatch]:
     """Micro-batches in manifest order, without those that are finished already.
 
@@ -66,28 +84,29 @@ def cut_batches(
     they go through the same steps. Batches are cut before finished images are dropped, so an image keeps its company
     whatever was interrupted.
     """
-    together: list[ImageRequest] = []
+    together: list[tuple[RowImages, int]] = []  # and the index in the job
     for row, images in planned:
-        for image in images:
-            if together and (len(together) >= (max_batch or row.n_samples) or not alike(together[0], image)):
+        most = max_batch or row.n_samples
+        for index in range(images.first, images.first + len(images)):
+            if together and (len(together) >= most or not alike(together[0][0].row, row)):
                 yield from wanted_batch(together, finished)
                 together = []
-            together.append(image)
+            together.append((images, index))
         if max_batch is None:
             yield from wanted_batch(together, finished)
             together = []
     yield from wanted_batch(together, finished)
 
 
-def alike(one: ImageRequest, other: ImageRequest) -> bool:
-    """Whether two images can share a batch: the same size, sampler, steps and eta, and guidance on or off."""
-    return one.params == other.params and (one.scale == 1) == (other.scale == 1)
+def alike(one: Row, other: Row) -> bool:
+    """Whether their images can share a batch: the same size, sampler, steps and eta, and guidance on or off."""
+    return one is other or (one.params == other.params and (one.scale == 1) == (other.scale == 1))
 
 
-def wanted_batch(images: Sequence[ImageRequest], finished: Container[int]) -> Iterator[MicroBatch]:
-    wanted = frozenset(image.index for image in images if image.index not in finished)
+def wanted_batch(together: Sequence[tuple[RowImages, int]], finished: Container[int]) -> Iterator[MicroBatch]:
+    wanted = frozenset(index for _, index in together if index not in finished)
     if wanted:
-        yield MicroBatch(tuple(images), wanted)
+        yield MicroBatch(tuple(images.image(index) for images, index in together), wanted)
 
 
 def split_to_singles(batches: Iterable[MicroBatch]) -> list[MicroBatch]:

@@ -6,11 +6,10 @@ A sealed file names the journal parts it holds, so a crash between sealing and d
 """
 
 import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,63 +18,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinysd_batch.config import excerpt
-from tinysd_batch.errors import ManifestError, StorageError
+from tinysd_batch.errors import ManifestError
+from tinysd_batch.job.tables import (
+    COVERS,
+    FIELDS,
+    ResultsPaths,
+    damaged_table,
+    fit,
+    keys_of,
+    newest,
+    read_footer,
+    read_table,
+)
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
-from tinysd_batch.storage import check_regular, write_atomically
+from tinysd_batch.storage import write_atomically
 
 SCHEMA_VERSION = "1"
 ONE_FILE_ROWS = 100_000  # jobs up to this many rows end as one results.parquet
 SEAL_ROWS = 131_072
 FLUSH_EVERY_S = 1.0
 FLUSH_ROWS = 4096
-COVERS = b"tinysd_covers"
-PART_NAME = re.compile(r"\d{8,12}", re.ASCII)  # a journal part's
-
-TIMESTAMP = pa.timestamp("us", tz="UTC")
-FIELDS = [
-    pa.field("index", pa.int64()),
-    pa.field("row", pa.int64()),
-    pa.field("sample", pa.int32()),
-    pa.field("id", pa.string()),
-    pa.field("prompt", pa.string()),
-    pa.field("negative_prompt", pa.string()),
-    pa.field("prompt_syntax", pa.string()),
-    pa.field("seed", pa.int64()),
-    pa.field("width", pa.int32()),
-    pa.field("height", pa.int32()),
-    pa.field("steps", pa.int32()),
-    pa.field("sampler", pa.string()),
-    pa.field("scale", pa.float64()),
-    pa.field("eta", pa.float64()),
-    pa.field("image_id", pa.string()),
-    pa.field("status", pa.string()),
-    pa.field("file_name", pa.string()),
-    pa.field("sha256", pa.string()),
-    pa.field("bytes", pa.int64()),
-    pa.field("error_class", pa.string()),
-    pa.field("error_message", pa.string()),
-    pa.field("attempts", pa.int32()),
-    pa.field("degraded", pa.list_(pa.string())),
-    pa.field("n_tokens", pa.int32()),
-    pa.field("truncated", pa.string()),
-    pa.field("negative_truncated", pa.string()),
-    pa.field("model", pa.string()),
-    pa.field("model_digest", pa.string()),
-    pa.field("precision", pa.string()),
-    pa.field("device_name", pa.string()),
-    pa.field("worker", pa.string()),
-    pa.field("node", pa.string()),
-    pa.field("text_s", pa.float64()),
-    pa.field("denoise_s", pa.float64()),
-    pa.field("decode_s", pa.float64()),
-    pa.field("peak_memory_bytes", pa.int64()),
-    pa.field("started_at", TIMESTAMP),
-    pa.field("finished_at", TIMESTAMP),
-    pa.field("run_id", pa.string()),
-    pa.field("version", pa.string()),
-    pa.field("reused", pa.string()),
-]
 REQUEST_COLUMNS = ("row", "sample", "id", "prompt", "negative_prompt", "prompt_syntax", "seed")
+PARAMS_COLUMNS = ("width", "height", "steps", "sampler", "eta")
+RESULT_COLUMNS = tuple(field.name for field in fields(ImageResult))
 OUR_NAMES = {field.name for field in FIELDS}
 
 
@@ -104,8 +69,8 @@ def image_row(request: ImageRequest, result: ImageResult, run: dict[str, Any]) -
     """One image as a row of the table; `run` gives model, model_digest, run_id and version."""
     row = {
         **{name: getattr(request, name) for name in REQUEST_COLUMNS},
-        **{name: getattr(request.params, name) for name in ("width", "height", "steps", "sampler", "eta")},
-        **asdict(result),
+        **{name: getattr(request.params, name) for name in PARAMS_COLUMNS},
+        **{name: getattr(result, name) for name in RESULT_COLUMNS},
         **run,
         "scale": request.scale,
         "image_id": request.image_id,
@@ -124,10 +89,6 @@ def invalid_row(row: InvalidRow, run: dict[str, Any]) -> dict[str, Any]:
         "error_class": "invalid_row", "error_message": row.reason[:2000], "started_at": now, "finished_at": now,
     }  # fmt: skip
     return {**ours, **run, **{extra_name(name): value for name, value in row.extra.items()}}
-
-
-def order_key(row: dict[str, Any]) -> tuple[int, int]:
-    return row["row"], row["index"] or 0
 
 
 class ResultsWriter:
@@ -184,9 +145,9 @@ class ResultsWriter:
         if not parts:
             return
         older = [self.paths.one_file] if not self.big and self.paths.one_file.exists() else []
-        rows = [row for file in [*older, *parts] for row in read_table(file)]
+        tables = [read_table(file) for file in [*older, *parts]]
         with damaged_table(self.paths.one_file):
-            table = pa.Table.from_pylist(sorted(newest_of_each(rows), key=order_key), self.schema)
+            table = newest(pa.concat_tables([fit(each, self.schema) for each in tables]))
         covers = json.dumps([part.stem for part in parts]).encode()
         table = table.replace_schema_metadata({COVERS: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
         with self.guard():
@@ -204,23 +165,23 @@ class ResultsWriter:
         """
         newer: set[tuple[int, int]] = set()
         for part in reversed(self.paths.sealed_files()):
-            keys = [order_key(row) for row in read_table(part, ["row", "index"])]
+            keys = keys_in(read_table(part, ["row", "index"]))
             if not newer.isdisjoint(keys):
                 self.rewrite(part, newer)
             newer.update(keys)
 
     def rewrite(self, part: Path, without: set[tuple[int, int]]) -> None:
-        kept = [row for row in read_table(part) if order_key(row) not in without]
         with damaged_table(part):
-            table = pa.Table.from_pylist(kept, self.schema)
+            table = fit(read_table(part), self.schema)
+        table = table.filter(pa.array([key not in without for key in keys_in(table)], pa.bool_()))
         table = table.replace_schema_metadata(read_footer(part).metadata)
         with self.guard():
             write_atomically(to_parquet(table), part)
 
 
-def newest_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per image (and per invalid manifest row): the last one written."""
-    return list({order_key(row): row for row in rows}.values())
+def keys_in(table: pa.Table) -> list[tuple[int, int]]:
+    rows, indexes = keys_of(table)
+    return list(zip(rows.tolist(), indexes.tolist(), strict=True))
 
 
 def to_parquet(table: pa.Table, compression: str = "zstd") -> bytes:
@@ -228,90 +189,3 @@ def to_parquet(table: pa.Table, compression: str = "zstd") -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression=compression)
     return bytes(sink.getvalue())
-
-
-@contextmanager
-def damaged_table(file: Path) -> Iterator[None]:
-    """Whatever a damaged or foreign table makes pyarrow do becomes a StorageError."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise StorageError(
-            f"{file}: cannot be read: {reason}; move it away and submit again: pictures that are there are taken over"
-        ) from None
-
-
-def read_footer(file: Path) -> Any:
-    """Raises StorageError."""
-    with damaged_table(file):
-        check_regular(file)
-        with file.open("rb") as opened:  # pyarrow takes no names that are no UTF-8
-            return pq.read_metadata(opened)
-
-
-def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """Raises StorageError."""
-    with damaged_table(file):
-        check_regular(file)
-        with file.open("rb") as opened:  # pyarrow takes no names that are no UTF-8
-            parquet = pq.ParquetFile(opened)
-            check_columns(parquet.schema_arrow)
-            table = parquet.read(columns=columns, use_threads=parquet.metadata.num_rows > FLUSH_ROWS)
-        if any(table[name].null_count for name in ("row", "status") if name in table.column_names):
-            raise ValueError("a row has no number or no status")
-        rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
-
-
-def check_columns(schema: pa.Schema) -> None:
-    """Raises ValueError where one of our columns is missing or holds something else."""
-    for field in FIELDS:
-        position = schema.get_field_index(field.name)
-        if position < 0 or schema.field(position).type != field.type:
-            raise ValueError(f"column {field.name} is not the {field.type} that was written")
-
-
-class ResultsPaths:
-    """Where results and journal of a job lie, and how to read them together."""
-
-    def __init__(self, job_folder: Path) -> None:
-        self.journal = job_folder / "_tinysd" / "journal"
-        self.one_file = job_folder / "results.parquet"
-        self.parts_folder = job_folder / "results"
-
-    def sealed_files(self) -> list[Path]:
-        return ([self.one_file] if self.one_file.exists() else []) + sorted(self.parts_folder.glob("part-*.parquet"))
-
-    def part(self, number: int) -> Path:
-        return self.parts_folder / f"part-{number:05d}.parquet"
-
-    def make_one_file_a_part(self) -> None:
-        """A job that has grown big goes on in parts, and its first results become the first of them."""
-        if self.one_file.exists():
-            self.parts_folder.mkdir(exist_ok=True)
-            self.one_file.replace(self.part(0))
-
-    def journal_parts(self) -> list[Path]:
-        return sorted(part for part in self.journal.glob("*.parquet") if PART_NAME.fullmatch(part.stem))
-
-    def covered(self) -> set[str]:
-        """Names of journal parts that a sealed file already holds."""
-        names: set[str] = set()
-        for file in self.sealed_files():
-            with damaged_table(file):
-                listed = json.loads((read_footer(file).metadata or {}).get(COVERS, b"[]"))
-                names |= {name for name in listed if PART_NAME.fullmatch(name)}
-        return names
-
-    def drop_covered_journal(self) -> None:
-        covered = self.covered()
-        for part in self.journal_parts():
-            if part.stem in covered:
-                part.unlink()
-
-    def read_rows(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
-        """All rows, sealed first, of the columns asked for, or of all; of an image's rows the last one counts."""
-        covered = self.covered()
-        for file in [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]:
-            yield from read_table(file, columns)

@@ -17,7 +17,8 @@ from tinysd_batch.config import Settings
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.folder import DECIDING, Job, check_reusable, read_job_json
 from tinysd_batch.job.plan import file_name
-from tinysd_batch.job.results import ResultsPaths, ResultsWriter, image_row
+from tinysd_batch.job.results import ResultsWriter, image_row
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 from tinysd_batch.storage import read_file, share, storage_errors, sync_folder
 

@@ -28,6 +28,8 @@ MEMORY_BYTES = 64 << 20  # packed rows beyond this wait on disk until the job's 
 SHOWN = 3  # changed rows
 OWN = tuple(each.name for each in fields(Row) if each.name not in ("number", "params"))
 SHARED = tuple(each.name for each in fields(SamplingParams))
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+PACKED_TOGETHER = 256  # rows
 Kept = dict[str, Any]
 
 
@@ -40,7 +42,7 @@ def kept_form(row: Row | InvalidRow) -> Kept:
 
 
 def as_line(row: Row | InvalidRow) -> str:
-    return json.dumps(kept_form(row), sort_keys=True, separators=(",", ":"))
+    return ENCODER.encode(kept_form(row))
 
 
 class RowKeeper:
@@ -49,14 +51,22 @@ class RowKeeper:
     def __init__(self) -> None:
         self.file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 - lives as long as we do
         self.packer = gzip.GzipFile(fileobj=self.file, mode="wb", compresslevel=1, mtime=0)
+        self.lines: list[str] = []  # not packed yet
         self.count = 0
 
     def add(self, row: Row | InvalidRow) -> None:
-        self.packer.write(as_line(row).encode() + b"\n")
+        self.lines.append(as_line(row) + "\n")
         self.count += 1
+        if len(self.lines) >= PACKED_TOGETHER:
+            self.pack()
+
+    def pack(self) -> None:
+        self.packer.write("".join(self.lines).encode())
+        self.lines.clear()
 
     def save(self, state: Path) -> None:
         """Write them all. Raises StorageError."""
+        self.pack()
         self.packer.close()
         self.file.seek(0)
         write_atomically(self.file.read(), state / ROWS_FILE)

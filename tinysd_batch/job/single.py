@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinysd_batch.job.plan import Common, cut_batches, file_name, plan_images
 from tinysd_batch.job.worker import Worker, WorkerSetup
-from tinysd_batch.records import ImageRequest, ImageResult, Row
+from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Row
 
 NUMBERED = re.compile(r"seed_\d+_(\d{1,15})\.", re.ASCII)
 
@@ -23,12 +23,17 @@ def draw_rows(
 ) -> Iterator[tuple[ImageRequest, ImageResult]]:
     """Draw the rows' images into `setup.job_folder`, numbered on from the highest there."""
     offset = highest_number(setup.job_folder)
-    planned = [(row, [in_folder(image, offset) for image in images]) for row, images in plan_images(rows, common)]
-    requests = {image.index: image for _, images in planned for image in images}
+    batches = [moved(batch, offset) for batch in cut_batches(plan_images(rows, common), (), max_batch)]
+    requests = {image.index: image for batch in batches for image in batch.images}
     worker = Worker(setup, "inline")
-    for results in worker.generate(list(cut_batches(planned, (), max_batch))):
+    for results in worker.generate(batches):
         for result in results:
             yield requests[result.index], result
+
+
+def moved(batch: MicroBatch, offset: int) -> MicroBatch:
+    images = tuple(in_folder(image, offset) for image in batch.images)
+    return MicroBatch(images, frozenset(image.index for image in images))
 
 
 def in_folder(image: ImageRequest, offset: int) -> ImageRequest:

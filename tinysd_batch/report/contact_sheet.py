@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinysd_batch.config import MAX_GRID_IMAGES, MAX_SIDE_PX
 from tinysd_batch.images import open_picture
-from tinysd_batch.job.results import ResultsPaths
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.text import one_line
 from tinysd_batch.storage import write_atomically
@@ -33,9 +34,10 @@ class Shown:
 
 def write_contact_sheet(job_folder: Path, n_rows: int = 0) -> Path | None:
     """Write `contact_sheet.png` with the job's first 100 pictures; None where there are none."""
-    rows = ResultsPaths(job_folder).read_rows(["index", "status", "file_name", "prompt", *TOLD])
-    made = {row["index"]: row for row in rows if row["status"] == Status.OK and is_ours(row["file_name"])}
-    first = [made[index] for index in sorted(made)[:MAX_GRID_IMAGES]]
+    rows = ResultsPaths(job_folder).read_newest(["row", "index", "status", "file_name", "prompt", *TOLD])
+    batches = rows.to_batches(MAX_GRID_IMAGES)
+    made = (row for batch in batches for row in batch.to_pylist() if row["status"] == Status.OK)
+    first = list(islice((row for row in made if is_ours(row["file_name"])), MAX_GRID_IMAGES))
     shown = [Shown(job_folder / row["file_name"], text) for row, text in zip(first, captions(first), strict=True)]
     return write_grid([one for one in shown if one.path.is_file()], job_folder / FILE, n_rows)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.folder import read_job_json
-from tinysd_batch.job.results import ResultsPaths
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.storage import storage_errors, write_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}

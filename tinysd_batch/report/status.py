@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from rich.table import Table
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.images import read_entries
 from tinysd_batch.job.folder import STATE_FOLDER, read_job_json
-from tinysd_batch.job.results import ResultsPaths
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.text import count, one_line, say
 from tinysd_batch.storage import check_regular, read_file
 
 MAX_FAULTS = 10
 READ_ATTEMPTS = 5
+TOLD = ("row", "index", "status", "error_message", "device_name", "worker", "text_s", "denoise_s", "decode_s")
 FIRST_TOLD = (
     "prompt", "negative_prompt", "seed", "width", "height", "steps", "sampler", "scale", "eta", "model",
 )  # fmt: skip
@@ -51,37 +53,30 @@ def read_status(job_folder: Path) -> JobStatus:
         images=saved["images"], invalid_rows=saved["invalid_rows"], seed=saved["seed"],
         model=saved["model"]["name"], running=is_locked(job_folder / STATE_FOLDER / "lock"),
     )  # fmt: skip
-    columns = [
-        "index",
-        "row",
-        "status",
-        "error_class",
-        "error_message",
-        "device_name",
-        "worker",
-        "text_s",
-        "denoise_s",
-        "decode_s",
-    ]
-    newest = {(row["row"], row["index"]): row for row in read_rows_of_running_job(job_folder, columns)}
-    for row in newest.values():
-        status.by_status[row["status"]] += 1
-        if row["status"] != Status.OK:
-            where = f"row {row['row']}" + (f", image {row['index']}" if row["index"] else "")
-            status.faults.append(f"{where}: {row['status']}: {row['error_message']}")
-        elif row["denoise_s"] is not None:
-            worker = f"{row['worker'] or 'earlier run'} on {row['device_name']}"
-            status.by_worker[worker] += 1
-            status.seconds_by_worker[worker] += sum(row[name] or 0.0 for name in ("text_s", "denoise_s", "decode_s"))
+    for row, index, state, message, device, worker, *seconds in read_told(job_folder):
+        status.by_status[state] += 1
+        if state != Status.OK:
+            where = f"row {row}" + (f", image {index}" if index else "")
+            status.faults.append(f"{where}: {state}: {message}")
+        elif seconds[1] is not None:
+            name = f"{worker or 'earlier run'} on {device}"
+            status.by_worker[name] += 1
+            status.seconds_by_worker[name] += sum(part or 0.0 for part in seconds)
     return status
 
 
-def read_rows_of_running_job(job_folder: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """All rows, read anew when the driver sealed the journal away meanwhile."""
+def read_told(job_folder: Path) -> Iterator[tuple[Any, ...]]:
+    """The columns `TOLD` of each row that counts."""
+    table = read_table_of_running_job(job_folder)
+    return zip(*(table[name].to_pylist() for name in TOLD), strict=True)
+
+
+def read_table_of_running_job(job_folder: Path) -> Any:
+    """Read anew when the driver sealed the journal away meanwhile."""
     for _ in range(READ_ATTEMPTS - 1):
         with contextlib.suppress(StorageError):
-            return list(ResultsPaths(job_folder).read_rows(columns))
-    return list(ResultsPaths(job_folder).read_rows(columns))
+            return ResultsPaths(job_folder).read_newest([*TOLD])
+    return ResultsPaths(job_folder).read_newest([*TOLD])
 
 
 def is_locked(path: Path) -> bool:

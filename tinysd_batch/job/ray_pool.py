@@ -1,0 +1,265 @@
+"""Workers as Ray actors: one per GPU, or some on the CPU. What each is on and how it fares is in `slots`."""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from tinysd_batch.errors import BrokenWorkerError, NoWorkerError, TinySDError, UsageError
+from tinysd_batch.job import handshake
+from tinysd_batch.job.cluster import LOCAL, fault_line, start_ray, stop_ray
+from tinysd_batch.job.failures import Fault, loss_of
+from tinysd_batch.job.fleet import Card, changes, cpus_of, gpus_of
+from tinysd_batch.job.parcels import LATE_S, Parcel, pack
+from tinysd_batch.job.pool import BatchDone, Chunk, ChunkDone, Event, WorkerLost, WorkerReady
+from tinysd_batch.job.savings import Limit, Shape
+from tinysd_batch.job.slots import Slot
+from tinysd_batch.job.worker import Worker, WorkerSetup
+from tinysd_batch.records import MicroBatch
+
+BOOT_S = 1800.0  # for which a model may load
+LOOK_EVERY_S = 5.0  # for cards that came and went
+BROKEN_EXIT_CODE = 70
+OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
+
+
+class WorkerProcess(Worker):
+    """A worker that has a process of its own."""
+
+    def describe_to(self, word: str, limits: dict[Shape, Limit]) -> dict[str, Any]:
+        """`describe`, and the worker's part of the handshake. `limits` were learnt on this card before."""
+        import ray
+
+        self.limits.update(limits)
+        shares = handshake.answer(self.setup.scratch, word, self.name)
+        return {**self.describe(), "shares_storage": shares, "node_id": ray.get_runtime_context().get_node_id()}
+
+    def work(self, batches: Sequence[MicroBatch]) -> Iterator[Parcel]:
+        """`generate`, with results that travel together where nothing is lost by it."""
+        late_s = 0.0 if self.setup.no_metadata else LATE_S
+        try:
+            for made in pack(batches, self.generate(batches), late_s):
+                yield Parcel(made, dict(self.limits))
+        except BrokenWorkerError:
+            # What is broken in a CUDA context is so until the process ends; the driver's kill may never come.
+            end = threading.Timer(2.0, os._exit, [BROKEN_EXIT_CODE])
+            end.daemon = True
+            end.start()
+            raise
+
+
+class RayPool:
+    """One Ray actor per GPU, or CPU workers where there is none. Dead actors are replaced, with growing delays.
+
+    On a cluster (`ray_init` has an address) machines may join and leave at any time, and for some time there may be
+    none; without GPUs each gets CPU workers by its cores.
+    """
+
+    process: type[WorkerProcess] = WorkerProcess  # what each actor is
+
+    def __init__(
+        self, setup: WorkerSetup, workers: int | None, cpu_workers: int, ray_init: dict[str, Any] | None = None,
+        worker_wait_s: float = 600.0,
+    ) -> None:  # fmt: skip
+        self.setup = setup
+        self.wanted = workers
+        self.cpu_workers = cpu_workers
+        self.ray_init = ray_init or {}
+        self.worker_wait_s = worker_wait_s
+        self.on_cluster = self.ray_init.get("address", LOCAL) != LOCAL
+        self.slots: list[Slot] = []
+        self.given_up: set[Card] = set()
+        self.names = 0
+        self.on_gpu = False
+        self.last_fault = ""
+        self.word = ""
+        self.looked_at = self.had_workers_at = 0.0
+
+    def __enter__(self) -> Self:
+        ray = start_ray(self.ray_init)
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if self.setup.device != "cpu" else 0
+        if self.setup.device == "cuda" and gpus == 0 and not self.on_cluster:
+            stop_ray()
+            raise NoWorkerError("--device cuda, but Ray sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")
+        self.on_gpu = gpus > 0 or self.setup.device == "cuda"
+        self.word = handshake.offer(self.setup.scratch)
+        if self.on_gpu or self.on_cluster:
+            self.look_for_cards()
+        else:
+            for _ in range(self.wanted or self.cpu_workers):
+                self.add_slot(None)
+        self.had_workers_at = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        import ray
+
+        for slot in self.slots:
+            if slot.actor is not None:
+                ray.kill(slot.actor)
+        stop_ray()
+
+    def workers(self) -> list[str]:
+        return [slot.name for slot in self.slots]
+
+    def idle(self) -> list[str]:
+        return [slot.name for slot in self.slots if slot.is_idle]
+
+    def slot(self, name: str) -> Slot:
+        return next(slot for slot in self.slots if slot.name == name)
+
+    def add_slot(self, card: Card | None) -> None:
+        self.slots.append(Slot(f"{'gpu' if self.on_gpu else 'cpu'}-{self.names}", card))
+        self.names += 1
+
+    def submit(self, worker: str, chunk: Chunk) -> None:
+        slot = self.slot(worker)
+        slot.working = slot.actor.work.options(num_returns="streaming").remote(chunk)
+
+    def boot(self, slot: Slot) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        options: dict[str, Any] = {}
+        if slot.card is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(slot.card.node, soft=False)
+        # Restarts and retries are ours: Ray's would run a poisonous prompt for ever.
+        actor_class = ray.remote(
+            num_cpus=0, num_gpus=1 if self.on_gpu else 0, max_restarts=0, max_task_retries=0, max_concurrency=1,
+            **options,
+        )(self.process)  # fmt: skip
+        slot.actor = actor_class.remote(self.setup, slot.name)
+        slot.booting = slot.actor.describe_to.remote(self.word, slot.limits)
+        slot.boot_by = time.monotonic() + BOOT_S
+
+    def events(self, timeout_s: float) -> list[Event]:
+        import ray
+
+        left = self.look_for_cards()
+        now = time.monotonic()
+        if not self.slots:
+            self.wait_for_workers(timeout_s, now)
+            return left
+        self.had_workers_at = now
+        for slot in self.slots:
+            if slot.actor is None and slot.start_at <= now:
+                self.boot(slot)
+        overdue = [slot for slot in self.slots if slot.booting is not None and slot.boot_by <= now]
+        left += [self.lose(slot, Fault.HUNG, f"not ready after {BOOT_S:,.0f} s") for slot in overdue]
+        waiting: dict[Any, Slot] = {
+            reference: slot
+            for slot in self.slots
+            for reference in (slot.booting, slot.working)
+            if reference is not None
+        }
+        if left or not waiting:
+            starts = [slot.start_at for slot in self.slots if slot.actor is None]
+            time.sleep(0.0 if left else min(timeout_s, max(0.0, min(starts, default=now + timeout_s) - now)))
+            return left
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
+        if done:  # and what else there is by now
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        return [event for reference in done for event in self.receive(waiting[reference])]
+
+    def look_for_cards(self) -> list[Event]:
+        """Begin with cards that joined, and lose those whose node left; every few seconds."""
+        import ray
+
+        now = time.monotonic()
+        if not (self.on_gpu or self.on_cluster) or (self.looked_at and now - self.looked_at < LOOK_EVERY_S):
+            return []
+        self.looked_at = now
+        nodes = ray.nodes()
+        present = gpus_of(nodes) if self.on_gpu else cpus_of(nodes, self.cpu_workers, self.wanted)
+        known = [slot.card for slot in self.slots if slot.card is not None]
+        new, gone = changes(known, self.given_up, present, self.wanted)
+        lost = [slot for slot in self.slots if slot.card in gone]
+        events: list[Event] = [self.lose(slot, Fault.NODE_LOST, "its machine left the cluster") for slot in lost]
+        for card in new:
+            self.add_slot(card)
+        return events
+
+    def wait_for_workers(self, timeout_s: float, now: float) -> None:
+        """Raises NoWorkerError where none can come, or none came in time."""
+        if not self.on_cluster or now - self.had_workers_at > self.worker_wait_s:
+            waited = f" for {self.worker_wait_s:,.0f} s" if self.on_cluster else ""
+            cause = self.last_fault or f"the cluster has no {'GPU' if self.on_gpu else 'processor to give'}"
+            raise NoWorkerError(f"no worker is left{waited}: {cause}; `--inline` shows errors in this process")
+        time.sleep(timeout_s)
+
+    def receive(self, slot: Slot) -> list[Event]:
+        import ray
+
+        try:
+            if slot.booting is not None:
+                return [self.welcome(slot, ray.get(slot.booting))]
+            parcel: Parcel = ray.get(next(slot.working))
+            slot.worked(parcel.limits)
+            return [BatchDone(slot.name, made.results, made.seconds) for made in parcel.made]
+        except StopIteration:
+            slot.working = None
+            return [ChunkDone(slot.name)]
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, BrokenWorkerError):
+                return [self.lose(slot, Fault.DEVICE_BROKEN, str(error.cause))]
+            if isinstance(error.cause, TinySDError):
+                raise error.cause from None  # storage is full, say: the same on every worker
+            return [self.lose(slot, Fault.WORKER_DIED, fault_line(error))]
+        except ray.exceptions.RayError as error:
+            self.stop_where_all_would_fail(slot, error)
+            return [self.lose(slot, loss_of(error, self.is_dead(slot.node_id)), fault_line(error))]
+
+    def welcome(self, slot: Slot, description: dict[str, Any]) -> Event:
+        slot.booted(description["node_id"])
+        try:
+            handshake.check(description, self.setup.scratch, self.word, slot.name, self.setup.model_digest)
+        except NoWorkerError as error:
+            return self.lose(slot, Fault.REFUSED, str(error))
+        slot.welcomed()
+        return WorkerReady(slot.name, description)
+
+    def stop_where_all_would_fail(self, slot: Slot, error: Exception) -> None:
+        """Raises UsageError where the model or a setting is wrong, on every worker alike: on a single machine."""
+        ours = OUR_ERROR.search(str(error)) if slot.booting is not None and not self.on_cluster else None
+        if ours:
+            raise UsageError(ours[1].strip())
+
+    def is_dead(self, node_id: str | None) -> bool:
+        """Whether a node has left the cluster. A Ray of our own is not asked: one that is ending does not answer."""
+        import ray
+
+        return (
+            self.on_cluster
+            and node_id is not None
+            and not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+        )
+
+    def kill(self, worker: str, reason: str, fault: Fault) -> WorkerLost:
+        return self.lose(self.slot(worker), fault, reason)
+
+    def retire(self, worker: str, reason: str) -> None:
+        import ray
+
+        slot = self.slot(worker)
+        if slot.actor is not None:
+            ray.kill(slot.actor)
+        if slot.card is not None:
+            self.given_up.add(slot.card)
+        self.slots.remove(slot)
+        self.last_fault = f"{worker}: {reason}"
+
+    def lose(self, slot: Slot, fault: Fault, reason: str) -> WorkerLost:
+        """Take the slot's actor as dead, and plan its replacement or give the slot up."""
+        import ray
+
+        if slot.actor is not None:
+            ray.kill(slot.actor)
+        slot.died(fault, time.monotonic())
+        self.last_fault = f"{slot.name}: {reason}"
+        machine_is_gone = fault is Fault.NODE_LOST and slot.card is not None and self.is_dead(slot.card.node)
+        for_good = slot.is_given_up(fault, self.slots, machine_is_gone)
+        if for_good:
+            self.retire(slot.name, reason)
+        return WorkerLost(slot.name, reason, fault, for_good)
