@@ -2,6 +2,7 @@
 
     python -m benchmarks.full_size                draw one picture in 4 steps; print time and peak memory of each phase
     python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios
+    python -m benchmarks.full_size --budget 260MB the same picture in so much memory beside the program itself
     python -m benchmarks.full_size --share        memory of one worker and of three beside each other
 
 The model is made on the first run (0.6 GB, in outputs/random-sd-v1, or --model FOLDER): codes of 2 bits drawn at random
@@ -122,13 +123,13 @@ def peak_gib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
 
 
-def draw_ours(model: Path, steps: int, size: int, decode: bool) -> dict[str, float]:
+def draw_ours(model: Path, steps: int, size: int, decode: bool, budget: str | None) -> dict[str, float]:
     """A picture by the engine, or its denoising alone."""
     from tinysd_batch.model.pipeline import TinySD
 
     imported = peak_gib()
     started = time.monotonic()
-    ours = TinySD.from_pretrained(model, device="cpu", dtype="full")
+    ours = TinySD.from_pretrained(model, device="cpu", dtype="full", vram_budget=budget)
     loaded = time.monotonic() - started, peak_gib()
     times: list[float] = []
     made = ours.generate(
@@ -166,7 +167,8 @@ def step_diffusers(dtype: torch.dtype, steps: int, size: int) -> dict[str, float
 
 def command(kind: str, arguments: argparse.Namespace) -> list[str]:
     words = [sys.executable, "-m", "benchmarks.full_size", "--child", kind, "--model", str(arguments.model)]
-    return [*words, "--steps", str(arguments.steps), "--size", str(arguments.size), "--threads", str(arguments.threads)]
+    words += ["--steps", str(arguments.steps), "--size", str(arguments.size), "--threads", str(arguments.threads)]
+    return [*words, "--budget", arguments.budget] if arguments.budget else words
 
 
 def in_a_process(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -224,7 +226,7 @@ def child(arguments: argparse.Namespace) -> None:
         wait_while_denoising(arguments.model)
         return
     if arguments.child in ("picture", "ours"):
-        found = draw_ours(arguments.model, arguments.steps, arguments.size, decode=arguments.child == "picture")
+        found = draw_ours(arguments.model, arguments.steps, arguments.size, arguments.child == "picture", arguments.budget)
     else:
         found = step_diffusers(getattr(torch, arguments.child), arguments.steps, arguments.size)
     print(json.dumps(found))
@@ -234,7 +236,8 @@ def picture(arguments: argparse.Namespace) -> None:
     found = in_a_process("picture", arguments)
     folder = arguments.model / "unet" / "diffusion_pytorch_model.safetensors"
     size, threads = arguments.size, arguments.threads
-    print(f"SD v1, random weights, {size}x{size}, {arguments.steps} steps, {threads} threads")
+    budget = f", vram_budget {arguments.budget}" if arguments.budget else ""
+    print(f"SD v1, random weights, {size}x{size}, {arguments.steps} steps, {threads} threads{budget}")
     print(f"{'UNet on disk':<44}{folder.stat().st_size / 1e6:.0f} MB")
     print(f"{'loading':<44}{found['load_s']:.1f} s")
     print(f"{'text':<44}{found['text_s']:.1f} s")
@@ -267,6 +270,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--budget", help="keep within so much memory for weights and work, such as 260MB")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--share", action="store_true")
     parser.add_argument("--pairs", type=int, default=PAIRS)

@@ -338,14 +338,14 @@ def test_plan_and_a_dry_run_tell_the_memory_of_each_phase(manifest: Path, tmp_pa
     planned = run_here("plan", "m.csv", "--model", tiny_model, "--device", "cpu", cwd=tmp_path).stdout
     assert "for 2 images of 16x16 at a time (float32 on cpu)" in " ".join(planned.split())
     rehearsal = "txt2img", "cat", "--dry-run", "--model", tiny_model, "--device"
-    tight = run_here(*rehearsal, "cpu", "--vram-budget", "700kB", cwd=tmp_path).stdout
+    tight = run_here(*rehearsal, "cpu", "--vram-budget", "1MB", cwd=tmp_path).stdout
     assert re.search(r"UNet +\d+ kB: .+ of weights stay, the rest passes through \d+ kB", tight)
     card = run_here(*rehearsal, "cuda", "--vram-budget", "900MB", cwd=tmp_path).stdout
     assert "float16 on cuda" in card
     assert "350 MB assumed for CUDA itself" in card
-    none = run_here(*rehearsal, "cpu", "--vram-budget", "10kB", cwd=tmp_path)
+    none = run_here(*rehearsal, "cpu", "--vram-budget", "300kB", cwd=tmp_path)
     assert none.returncode == 2
-    assert "vram_budget = 0.0 MB: drawing 16x16 takes at least" in none.stderr
+    assert "vram_budget = 0.3 MB: drawing 16x16 takes at least" in none.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv"]
 
 
