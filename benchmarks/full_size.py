@@ -226,7 +226,8 @@ def child(arguments: argparse.Namespace) -> None:
         wait_while_denoising(arguments.model)
         return
     if arguments.child in ("picture", "ours"):
-        found = draw_ours(arguments.model, arguments.steps, arguments.size, arguments.child == "picture", arguments.budget)
+        decode = arguments.child == "picture"
+        found = draw_ours(arguments.model, arguments.steps, arguments.size, decode, arguments.budget)
     else:
         found = step_diffusers(getattr(torch, arguments.child), arguments.steps, arguments.size)
     print(json.dumps(found))

@@ -6,6 +6,7 @@ streams. On the CPU the "device" is a buffer in memory: the same code copies, wa
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tinysd_batch.model.fragments import Fragment, HostTensor, Piece
 from tinysd_batch.model.mapped import MappedTensors
 
+M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, "MALLOC_MMAP_THRESHOLD_"  # glibc's, of mallopt and the environment
 COPIED_WHOLE_BYTES = 32 * 2**20  # on the CPU without a budget, a phase that would need more new memory is streamed
 
 Passing = tuple[Piece, list[nn.Module]]  # what passes through a buffer together, and who needs it
@@ -128,6 +130,17 @@ def return_freed_memory() -> None:
     """Hand the system what this phase has freed, which glibc would keep for itself."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def hand_back_large_blocks(tight: bool) -> None:
+    """Have glibc give blocks of the system's own for large tensors, which go back to it as soon as they are free.
+
+    Otherwise its heap keeps what it once had. The pages are fetched anew each time, which costs some time; so only blocks
+    of 4 MiB and more are treated so, or of 1 MiB where memory is `tight`. Holds for the whole process.
+    """
+    if MMAP_THRESHOLD not in os.environ:  # the user's word
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20 if tight else 4 * 2**20)
 
 
 def lies_ready(tensor: HostTensor) -> bool:
