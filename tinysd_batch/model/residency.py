@@ -135,8 +135,8 @@ def return_freed_memory() -> None:
 def hand_back_large_blocks(tight: bool) -> None:
     """Have glibc give blocks of the system's own for large tensors, which go back to it as soon as they are free.
 
-    Otherwise its heap keeps what it once had. The pages are fetched anew each time, which costs some time; so only blocks
-    of 4 MiB and more are treated so, or of 1 MiB where memory is `tight`. Holds for the whole process.
+    Otherwise its heap keeps what it once had. Fetching the pages anew costs some time, so only blocks of 4 MiB and more
+    are treated so, or of 1 MiB where memory is `tight`. Holds for the whole process.
     """
     if MMAP_THRESHOLD not in os.environ:  # the user's word
         with contextlib.suppress(OSError, AttributeError):  # another C library
