@@ -44,8 +44,10 @@ lint: $(VENV)/installed-dev ## Style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-benchmark: $(VENV)/installed ## Measure the embedded model, the job layer, and how alike pictures of a seed are
+benchmark: $(VENV)/installed ## Measure the embedded model, the job layer beside Ray Data, and how alike pictures of a seed are
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python -m benchmarks.first_light
+	$(BIN)/python -m benchmarks.job_layer
 	$(BIN)/python -m benchmarks.same_seed
 
 train: $(VENV)/installed ## Make the embedded model anew (hours)
