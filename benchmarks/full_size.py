@@ -2,7 +2,7 @@
 
     python -m benchmarks.full_size                draw one picture in 4 steps; print time and peak memory of each phase
     python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios
-    python -m benchmarks.full_size --budget 260MB the same picture in so much memory beside the program itself
+    python -m benchmarks.full_size --budget 240MB the same picture in so much memory beside the program itself
     python -m benchmarks.full_size --share        memory of one worker and of three beside each other
 
 The model is made on the first run (0.6 GB, in outputs/random-sd-v1, or --model FOLDER): codes of 2 bits drawn at random
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--budget", help="keep within so much memory for weights and work, such as 260MB")
+    parser.add_argument("--budget", help="keep within so much memory for weights and work, such as 240MB")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--share", action="store_true")
     parser.add_argument("--pairs", type=int, default=PAIRS)

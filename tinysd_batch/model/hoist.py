@@ -135,8 +135,10 @@ class Hoisted:
         for _, known in self.of_text:
             known.value = torch.empty(prompts, tokens, known.features, dtype=dtype, device="meta")
 
-    def forget(self) -> None:
-        """Let go of what is on the device."""
+    def forget(self, *, all_of_it: bool = False) -> None:
+        """Let go of what is on the device, or of what is remembered on the host, too."""
+        if all_of_it:
+            self.times, self.prompts = {}, {}
         for _, known in [*self.of_time, *self.of_text]:
             known.value = None
 

@@ -19,7 +19,7 @@ from tinysd_batch.errors import UsageError
 from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.packed import packed_layers
 from tinysd_batch.model.packing import SCRATCH
-from tinysd_batch.model.parts import SMALL_BYTES, USUAL_BYTES, in_parts_of
+from tinysd_batch.model.parts import SMALL_BYTES, SMALLEST_BYTES, USUAL_BYTES, in_parts_of
 from tinysd_batch.model.unet import predict
 from tinysd_batch.model.vae import decode_one
 
@@ -153,7 +153,7 @@ class Planner:
         model = self.model
         most = min(model.unet_bs or shape.rows, shape.rows)
         fewer = [rows for power in range(most.bit_length()) if (rows := most >> power) < most]
-        ways = [Way(USUAL_BYTES, most), *(Way(SMALL_BYTES, rows) for rows in (most, *fewer))]
+        ways = [Way(USUAL_BYTES, most), *(Way(SMALL_BYTES, rows) for rows in (most, *fewer)), Way(SMALLEST_BYTES, 1)]
 
         def run(way: Way) -> None:
             rows = min(shape.rows, 2 * way.rows) if way.rows else shape.rows  # more would only repeat themselves
@@ -171,7 +171,7 @@ class Planner:
             latents = torch.empty(1, model.info.channels, *self.latent_size(shape), dtype=model.dtype)
             decode_one(model.vae, latents, kept_type(way)).float()
 
-        ways = [Way(), Way(SMALL_BYTES), Way(SMALL_BYTES, half_maps=True)]
+        ways = [Way(), Way(SMALL_BYTES), *(Way(nbytes, half_maps=True) for nbytes in (SMALL_BYTES, SMALLEST_BYTES))]
         return Task("VAE decoder", (model.vae_fragment,), replace(shape, rows=1, tokens=0, prompts=0), ways, run)
 
     def latent_size(self, shape: Shape) -> tuple[int, int]:

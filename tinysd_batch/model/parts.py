@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 USUAL_BYTES = 32 * 2**20
-SMALL_BYTES = 8 * 2**20
+SMALL_BYTES, SMALLEST_BYTES = 8 * 2**20, 4 * 2**20
 CURRENT: ContextVar[int] = ContextVar("part_bytes", default=USUAL_BYTES)  # each thread's own
 
 

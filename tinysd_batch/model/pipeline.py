@@ -355,7 +355,7 @@ class TinySD:
             with self.memory.working(phase) as way:
                 return sample(sampler, run, start.to(self.device))
         finally:
-            self.hoisted.forget()
+            self.hoisted.forget(all_of_it=self.device.type == "cpu" and self.memory.budget_bytes is not None)
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D]."""

@@ -33,10 +33,12 @@ class Residency:
 
     def streams(self, fragments: Sequence[Fragment]) -> bool:
         """Whether these fragments pass through the device piece by piece."""
-        if self.streams_all:
+        if self.streams_all or self.must_copy_much(fragments):
             return True
-        if self.room is not None:
-            return sum(fragment.nbytes for fragment in fragments) > self.room
+        return self.room is not None and sum(fragment.nbytes for fragment in fragments) > self.room
+
+    def must_copy_much(self, fragments: Sequence[Fragment]) -> bool:
+        """Whether on the CPU much would be there twice: in the file's pages, and in the type that is needed."""
         copied = sum(tensor.nbytes for part in fragments for tensor in part.host if not lies_ready(tensor))
         return self.device.type == "cpu" and copied > COPIED_WHOLE_BYTES
 
@@ -105,10 +107,12 @@ class Residency:
         room = 0 if self.streams_all or self.room is None else self.room
         room -= sum(part.standing.nbytes for part in fragments) + 2 * buffer_bytes
         share = room / sum(piece.nbytes for _, piece in pieces)
+        only_ready = self.must_copy_much(fragments)
         passing, seen, staying = [], 0, 0
         for module, piece in pieces:
             seen += piece.nbytes
-            if staying + piece.nbytes <= share * seen:
+            may_stay = not only_ready or all(lies_ready(tensor) for tensor in piece.tensors)
+            if may_stay and staying + piece.nbytes <= share * seen:
                 staying += piece.nbytes
                 standing += piece.tensors
             else:
@@ -136,11 +140,11 @@ def hand_back_large_blocks(tight: bool) -> None:
     """Have glibc give blocks of the system's own for large tensors, which go back to it as soon as they are free.
 
     Otherwise its heap keeps what it once had. Fetching the pages anew costs some time, so only blocks of 4 MiB and more
-    are treated so, or of 1 MiB where memory is `tight`. Holds for the whole process.
+    are treated so, or of 128 KiB where memory is `tight`. Holds for the whole process.
     """
     if MMAP_THRESHOLD not in os.environ:  # the user's word
         with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20 if tight else 4 * 2**20)
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17 if tight else 2**22)
 
 
 def lies_ready(tensor: HostTensor) -> bool:
