@@ -3,6 +3,7 @@
     python -m benchmarks.full_size                draw one picture in 4 steps; print time and peak memory of each phase
     python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios
     python -m benchmarks.full_size --budget 240MB the same picture in so much memory beside the program itself
+    python -m benchmarks.full_size --ways         time and memory of 1, 2 and 4 images at once, with turbo and unet_bs 1
     python -m benchmarks.full_size --share        memory of one worker and of three beside each other
 
 The model is made on the first run (0.6 GB, in outputs/random-sd-v1, or --model FOLDER): codes of 2 bits drawn at random
@@ -29,7 +30,7 @@ from tinysd_batch.model.packing import Layout
 
 MODEL = Path("outputs/random-sd-v1")
 STEPS = 4
-PAIRS = 3
+PAIRS = 9
 GIB = 2**30
 SD_V1_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD_V1_VAE: dict[str, Any] = {
@@ -123,18 +124,22 @@ def peak_gib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
 
 
-def draw_ours(model: Path, steps: int, size: int, decode: bool, budget: str | None) -> dict[str, float]:
-    """A picture by the engine, or its denoising alone."""
+def draw_ours(arguments: argparse.Namespace) -> dict[str, float]:
+    """Pictures by the engine, or their denoising alone."""
     from tinysd_batch.model.pipeline import TinySD
 
     imported = peak_gib()
     started = time.monotonic()
-    ours = TinySD.from_pretrained(model, device="cpu", dtype="full", vram_budget=budget)
+    ours = TinySD.from_pretrained(
+        arguments.model, device="cpu", dtype="full", vram_budget=arguments.budget, turbo=arguments.turbo,
+        unet_bs=arguments.unet_bs,
+    )  # fmt: skip
     loaded = time.monotonic() - started, peak_gib()
     times: list[float] = []
     made = ours.generate(
-        "a lake", 1, num_inference_steps=steps, sampler="ddim", height=size, width=size, negative_prompt="",
-        guidance_scale=7.5, output_type="np" if decode else "latent", callback=lambda *_: times.append(processor_s()),
+        "a lake", range(arguments.images), num_inference_steps=arguments.steps, sampler="ddim", height=arguments.size,
+        width=arguments.size, guidance_scale=7.5, output_type="np" if arguments.child == "picture" else "latent",
+        callback=lambda *_: times.append(processor_s()),
     )  # fmt: skip
     return {
         "imports_gib": imported, "load_s": loaded[0], "load_gib": loaded[1], "text_s": made.text_s,
@@ -168,7 +173,9 @@ def step_diffusers(dtype: torch.dtype, steps: int, size: int) -> dict[str, float
 def command(kind: str, arguments: argparse.Namespace) -> list[str]:
     words = [sys.executable, "-m", "benchmarks.full_size", "--child", kind, "--model", str(arguments.model)]
     words += ["--steps", str(arguments.steps), "--size", str(arguments.size), "--threads", str(arguments.threads)]
-    return [*words, "--budget", arguments.budget] if arguments.budget else words
+    words += ["--images", str(arguments.images)] + (["--budget", arguments.budget] if arguments.budget else [])
+    words += (["--turbo"] if arguments.turbo else []) + (["--unet_bs", "1"] if arguments.unet_bs else [])
+    return words
 
 
 def in_a_process(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -226,8 +233,7 @@ def child(arguments: argparse.Namespace) -> None:
         wait_while_denoising(arguments.model)
         return
     if arguments.child in ("picture", "ours"):
-        decode = arguments.child == "picture"
-        found = draw_ours(arguments.model, arguments.steps, arguments.size, decode, arguments.budget)
+        found = draw_ours(arguments)
     else:
         found = step_diffusers(getattr(torch, arguments.child), arguments.steps, arguments.size)
     print(json.dumps(found))
@@ -248,21 +254,50 @@ def picture(arguments: argparse.Namespace) -> None:
         print(f"{'peak resident memory, ' + of:<44}{found[name]:.2f} GiB")
 
 
+def computes_bfloat16() -> bool:
+    """Whether this processor does, or has to emulate it, which takes many times as long."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def compare(arguments: argparse.Namespace) -> None:
-    kinds = ("ours", "bfloat16", "float32")
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    """Ours as it comes, ours with the weights kept unpacked, and diffusers, one after the other in each round."""
+    others = ["bfloat16", "float32"] if computes_bfloat16() else ["float32"]
+    if "bfloat16" not in others:
+        print("this processor only emulates bfloat16: compared with diffusers in float32 alone")
+    kept = argparse.Namespace(**{**vars(arguments), "turbo": True})
+    runs = {"ours": ("ours", arguments), "ours, turbo": ("ours", kept), **{kind: (kind, arguments) for kind in others}}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(arguments.pairs):
-        for kind in kinds:
-            found[kind].append(in_a_process(kind, arguments))
-    for kind in kinds:
-        seconds = statistics.median(one["step_processor_s"] for one in found[kind])
-        peak = max(one["peak_gib"] for one in found[kind])
-        name = "ours, 2 bits, float32" if kind == "ours" else f"diffusers, dense {kind}"
-        print(f"{name:<32}{seconds:7.1f} processor seconds a guided step, peak {peak:.2f} GiB")
-    for kind in kinds[1:]:
-        pairs = zip(found["ours"], found[kind], strict=True)
-        ratios = sorted(ours["step_processor_s"] / theirs["step_processor_s"] for ours, theirs in pairs)
-        print(f"ours takes {statistics.median(ratios):.2f} times {kind} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        for name, (kind, given) in runs.items():
+            found[name].append(in_a_process(kind, given))
+    for name, results in found.items():
+        seconds = statistics.median(one["step_processor_s"] for one in results)
+        peak = max(one["peak_gib"] for one in results)
+        told = f"{name}, 2 bits, float32" if name.startswith("ours") else f"diffusers, dense {name}"
+        print(f"{told:<32}{seconds:7.1f} processor seconds a guided step, peak {peak:.2f} GiB")
+    for mine in ("ours", "ours, turbo"):
+        for theirs in others:
+            pairs = zip(found[mine], found[theirs], strict=True)
+            ratios = [one["step_processor_s"] / other["step_processor_s"] for one, other in pairs]
+            low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            print(f"{mine} takes {median:.2f} times {theirs} (quartiles {low:.2f} and {high:.2f})")
+
+
+def ways(arguments: argparse.Namespace) -> None:
+    """Each way of drawing beside the plain one; a step's processor seconds are those of one image."""
+    print(
+        f"{'images at once':<16}{'way':<12}{'processor s an image and step':>30}{'against plain':>15}{'peak GiB':>10}"
+    )
+    for images in (1, 2, 4):
+        plain = 0.0
+        for name, change in (("plain", {}), ("turbo", {"turbo": True}), ("unet_bs 1", {"unet_bs": 1})):
+            given = argparse.Namespace(**{**vars(arguments), "images": images, **change})
+            runs = [in_a_process("ours", given) for _ in range(arguments.pairs)]
+            step = statistics.median(one["step_processor_s"] for one in runs) / images
+            plain = plain or step
+            peak = max(one["peak_gib"] for one in runs)
+            print(f"{images:<16}{name:<12}{step:>30.2f}{step / plain:>14.2f}x{peak:>10.2f}", flush=True)
 
 
 def main() -> None:
@@ -274,6 +309,10 @@ def main() -> None:
     parser.add_argument("--budget", help="keep within so much memory for weights and work, such as 240MB")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--share", action="store_true")
+    parser.add_argument("--ways", action="store_true")
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--turbo", action="store_true")
+    parser.add_argument("--unet_bs", type=int)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -282,7 +321,7 @@ def main() -> None:
         return
     if not arguments.model.exists():
         make_model(arguments.model)
-    run = compare if arguments.compare else share if arguments.share else picture
+    run = compare if arguments.compare else share if arguments.share else ways if arguments.ways else picture
     run(arguments)
 
 
