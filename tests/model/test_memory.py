@@ -16,10 +16,9 @@ CASES = [
     ((32, 48), 1, None, "full"), ((32, 48), 3, 0.0, "full"), ((16, 16), 2, 0.6, torch.bfloat16),
     *(
         pytest.param(size, images, share, dtype, marks=pytest.mark.slow)
-        for size in ((16, 16), (32, 32), (96, 64))
+        for size, dtype in (((16, 16), "full"), ((96, 64), "full"), ((32, 32), torch.bfloat16))
         for images in (1, 4)
-        for share in (None, 0.0, 0.4, 0.9)
-        for dtype in ("full", torch.bfloat16)
+        for share in (None, 0.0, 0.5)
     ),
 ]  # fmt: skip
 
