@@ -65,7 +65,7 @@ def test_converting_takes_little_memory(checkpoint: Path, tmp_path: Path) -> Non
 def test_quantizing_takes_little_memory(checkpoint: Path, tmp_path: Path) -> None:
     assert peak_memory("quantize", checkpoint, tmp_path / "model") < 1500
     assert weights(tmp_path / "model") == PARTS
-    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 260_000_000
+    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 300_000_000
 
 
 @pytest.fixture(scope="module")
