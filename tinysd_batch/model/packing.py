@@ -323,7 +323,8 @@ class Scratch(threading.local):
         return self.buffers[device][:needed].view(dtype).view(rows, columns)
 
     def release(self, device: torch.device) -> None:
-        self.buffers.pop(device, None)
+        """Give the memory back; "cuda" stands for any of its cards."""
+        self.buffers = {place: buffer for place, buffer in self.buffers.items() if place.type != device.type}
 
 
 SCRATCH = Scratch()
