@@ -64,6 +64,7 @@ class Settings(BaseModel):
     n_samples: int = Field(1, ge=1, le=1024)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     fixed_code: bool = False
+    rng: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["auto", "full", "autocast"] = "auto"
 
     # What becomes of the pictures.

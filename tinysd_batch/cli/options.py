@@ -55,12 +55,13 @@ SETTINGS = {
         int, ("--max-batch",), "Let up to so many images of neighbouring rows share a batch (default: a row alone)."
     ),
     "fixed_code": Setting(bool, ("--fixed_code", "--fixed-code"), "Start all images from the same noise."),
+    "rng": Setting(str, ("--rng",), "cpu (default), or cuda: the noise that a CUDA card draws from a seed."),
     "precision": Setting(str, ("--precision",), "full (float32), autocast (float16 on GPUs) or auto (default)."),
     "device": Setting(str, ("--device",), "cpu, cuda or auto (default)."),
     "vram_budget": Setting(
         str,
         ("--vram-budget",),
-        "Device memory for weights, such as 900MB; where that is too little for a part, it passes piece by piece.",
+        "Device memory for everything, such as 900MB, 0.5 (a share) or -500MB (all but so much).",
     ),
     "turbo": Setting(bool, ("--turbo",), "Keep the UNet's weights unpacked while drawing: faster, more memory."),
     "unet_bs": Setting(

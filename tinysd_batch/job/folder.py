@@ -32,7 +32,7 @@ MAX_JOB_BYTES = 10_000_000
 # What decides pixels and files and must not change within a job. `model` is compared by digest, `seed` on its own.
 DECIDING = (
     "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
-    "n_samples", "fixed_code", "precision", "format", "quality", "no_metadata", "skip_save",
+    "n_samples", "fixed_code", "rng", "precision", "format", "quality", "no_metadata", "skip_save",
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def defaults_of(settings: Settings, model: ModelInfo) -> Defaults:
 def common_of(settings: Settings, model: ModelInfo, seed: int) -> Common:
     return Common(
         seed=seed, model_digest=model.digest, precision=settings.precision, long_prompts=settings.long_prompts,
-        fixed_code=settings.fixed_code, suffix=settings.format,
+        fixed_code=settings.fixed_code, suffix=settings.format, rng=settings.rng,
     )  # fmt: skip
 
 

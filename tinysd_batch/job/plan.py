@@ -20,6 +20,7 @@ class Common:
     long_prompts: bool = False
     fixed_code: bool = False  # every image starts from the noise of the job's seed
     suffix: str = "png"
+    rng: str = "cpu"  # whose noise: that of torch's generator on the CPU, or on a CUDA card
 
 
 def file_name(seed: int, index: int, suffix: str = "png") -> str:
@@ -65,7 +66,7 @@ def plan_image(row: Row, sample: int, index: int, common: Common) -> ImageReques
     identity = image_id(
         model_digest=common.model_digest, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=seed,
         scale=row.scale, params=row.params, precision=common.precision, prompt_syntax=row.prompt_syntax,
-        long_prompts=common.long_prompts, noise_seed=noise_seed,
+        long_prompts=common.long_prompts, noise_seed=noise_seed, rng=common.rng,
     )  # fmt: skip
     return ImageRequest(
         index=index, row=row.number, sample=sample, prompt=row.prompt, negative_prompt=row.negative_prompt,

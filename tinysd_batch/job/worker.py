@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
 import tinysd_batch
 from tinysd_batch.config import MAX_SEED, Settings, printable
@@ -61,6 +61,7 @@ class WorkerSetup:
     turbo: bool = False
     unet_bs: int | None = None
     long_prompts: bool = False
+    rng: Literal["cpu", "cuda"] = "cpu"
     format: str = "png"
     quality: int = 90
     no_metadata: bool = False
@@ -192,6 +193,7 @@ class Worker:
             guidance_scale=[image.scale for image in images],
             prompt_syntax=[image.prompt_syntax for image in images],
             long_prompts=self.setup.long_prompts,
+            rng=self.setup.rng,
             noise_seed=[image.seed if image.noise_seed is None else image.noise_seed for image in images],
             sampler=params.sampler,
             eta=params.eta,
@@ -243,6 +245,7 @@ class Worker:
             "negative_prompt": request.negative_prompt,
             "prompt_syntax": request.prompt_syntax,
             "long_prompts": self.setup.long_prompts,
+            "rng": self.setup.rng,
             "seed": request.seed,
             "noise_seed": request.seed if request.noise_seed is None else request.noise_seed,
             "scale": request.scale,

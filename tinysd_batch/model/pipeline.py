@@ -28,9 +28,10 @@ from tinysd_batch.model.hoist import Attended, Hoisted
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.memory import Planner, Shape, kept_type
 from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
+from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype
 from tinysd_batch.model.residency import Residency, hand_back_large_blocks
-from tinysd_batch.model.samplers import Callback, Run, draw_noise, sample, times_of
+from tinysd_batch.model.samplers import Callback, Noise, Run, draw_noise, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
@@ -40,6 +41,7 @@ KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unp
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
 Redone = dict[int, list[str]]  # row -> what had to be done again
 OutputType = Literal["pil", "np", "latent"]
+Rng = Literal["cpu", "cuda"]
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class Drawing:
     sampler: str
     eta: float
     noise_seed: int | Sequence[int] | None
+    rng: Rng
     latents: Tensor | None
     callback: Callback | None
 
@@ -194,6 +197,7 @@ class TinySD:
         eta: float = 0.0,
         output_type: OutputType = "pil",
         noise_seed: int | Sequence[int] | None = None,
+        rng: Rng = "cpu",
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -215,6 +219,8 @@ class TinySD:
             sampler: a name of `tinysd_batch.config.SAMPLERS`.
             eta: the share of fresh noise in ddim and plms, 0 to 1; the others have none, or as much as they want.
             noise_seed: draw the starting noise from this seed, and all later noise from `seed` as ever.
+            rng: whose noise: that of torch's generator on the CPU, or on a CUDA card, which is computed on the CPU, too
+                (pictures up to 768x768; not with euler_a).
             latents: starting noise [B, 4, h, w] in place of the seeds' own.
             callback: called after each step with step, timestep and latents (heun: after each half of a step).
 
@@ -240,7 +246,7 @@ class TinySD:
         )  # fmt: skip
         encoded = time.monotonic()
         drawing = Drawing(
-            conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, latents, callback
+            conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, rng, latents, callback
         )
         final, redone = self.draw_latents(drawing)
         denoised = time.monotonic()
@@ -276,7 +282,7 @@ class TinySD:
 
     def draw_rows(self, drawing: "Drawing", rows: Sequence[int]) -> Tensor:
         """Final latents of these rows, [len(rows), 4, h, w], each from its own seed."""
-        generators = [Generator("cpu").manual_seed(int(drawing.seeds[row])) for row in rows]
+        generators = [new_generator(drawing.rng, drawing.seeds[row]) for row in rows]
         start = self.starting_noise(drawing, rows, generators)
         conditions = [drawing.conditions[row] for row in rows]
         final = torch.empty_like(start, device=self.device)
@@ -287,7 +293,7 @@ class TinySD:
             )  # fmt: skip
         return final
 
-    def starting_noise(self, drawing: "Drawing", rows: Sequence[int], generators: Sequence[Generator]) -> Tensor:
+    def starting_noise(self, drawing: "Drawing", rows: Sequence[int], generators: Sequence[Noise]) -> Tensor:
         """Unit noise [B, 4, h, w]. With a seed of its own the generators' first draw is left out, not put off."""
         if drawing.latents is not None:
             return drawing.latents[list(rows)].float()
@@ -296,7 +302,7 @@ class TinySD:
         if drawing.noise_seed is None:
             return own
         seeds = spread(drawing.noise_seed, len(drawing.seeds))
-        return draw_noise([Generator("cpu").manual_seed(int(seeds[row])) for row in rows], shape)
+        return draw_noise([new_generator(drawing.rng, seeds[row]) for row in rows], shape)
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -328,7 +334,7 @@ class TinySD:
 
     def denoise(
         self, start: Tensor, conditions: Sequence[Condition], steps: int, sampler: str, eta: float,
-        generators: Sequence[Generator], callback: Callback | None,
+        generators: Sequence[Noise], callback: Callback | None,
     ) -> Tensor:  # fmt: skip
         """Unit noise [B, 4, h, w] to latents of an image, float32. Latents and scheduler state are float32 always."""
         scale = torch.tensor([one.scale for one in conditions], device=self.device).view(-1, 1, 1, 1)
@@ -438,3 +444,8 @@ def spread(value: Any, size: int) -> list[Any]:
     """A list of `size` values from one value, or from one each."""
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     return values * size if len(values) == 1 else values
+
+
+def new_generator(rng: Rng, seed: int) -> Noise:
+    """Where an image's noise comes from."""
+    return CudaNoise(int(seed)) if rng == "cuda" else Generator("cpu").manual_seed(int(seed))

@@ -7,7 +7,6 @@ diffusers' schedulers do the work where they compute what SD v1's own scripts co
 - lms: diffusers integrates polynomials numerically, by scipy, at every step; their integrals are known.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,12 @@ from torch import Generator, Tensor
 
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.errors import ModelError, UsageError
+from tinysd_batch.model.philox import CudaNoise
 
 TRAIN_STEPS = 1000
 PLMS_WEIGHTS = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
+Noise = Generator | CudaNoise  # where an image's noise comes from
 Predict = Callable[[Tensor, Tensor], Tensor]  # latents [B, 4, h, w] and a timestep, fractional allowed, to their noise
 Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
 
@@ -38,7 +39,7 @@ class Run:
     predict: Predict
     steps: int  # 1 to 1000
     schedule: dict[str, Any]  # beta_start, beta_end, beta_schedule
-    generators: Sequence[Generator]  # one per image
+    generators: Sequence[Noise]  # one per image
     eta: float = 0.0
     callback: Callback = lambda *_: None
 
@@ -71,9 +72,14 @@ def times_of(sampler: str, steps: int, schedule: dict[str, Any]) -> tuple[float,
     return learn_times(sampler, steps, tuple(schedule.items()))
 
 
-def draw_noise(generators: Sequence[Generator], shape: Sequence[int]) -> Tensor:
+def draw_noise(generators: Sequence[Noise], shape: Sequence[int]) -> Tensor:
     """Standard normal noise [B, *shape], float32, row i from generator i. Drawn on the CPU: the same on every card."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+    return torch.stack(
+        [
+            one.randn(shape) if isinstance(one, CudaNoise) else torch.randn(tuple(shape), generator=one)
+            for one in generators
+        ]
+    )
 
 
 def alphas_cumprod(schedule: dict[str, Any]) -> npt.NDArray[np.float64]:
@@ -237,6 +243,8 @@ def multistep_weights(levels: Sequence[float], step: int, order: int) -> list[fl
 
 # diffusers' schedulers
 
+DRAW_NOISE = {"EulerAncestralDiscreteScheduler"}  # the others take generators, and make no use of them as we call them
+
 
 def new_scheduler(name: str, fails_at: int, steps: int, schedule: dict[str, Any]) -> Any:
     """diffusers' scheduler of this name, set to so many steps.
@@ -255,7 +263,9 @@ def scheduled(name: str, *, fails_at: int) -> Callable[[Run, Tensor], Tensor]:
 
     def run_scheduler(run: Run, noise: Tensor) -> Tensor:
         scheduler = new_scheduler(name, fails_at, run.steps, run.schedule)
-        takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+        takes_noise = name in DRAW_NOISE
+        if takes_noise and any(isinstance(one, CudaNoise) for one in run.generators):
+            raise UsageError("rng cuda: this sampler draws later noise by torch's own generators; take another one")
         extra = {"generator": list(run.generators)} if takes_noise else {}
         latents: Tensor = noise * scheduler.init_noise_sigma
         for step, time in enumerate(scheduler.timesteps):
