@@ -149,6 +149,18 @@ def test_a_job_is_taken_over_between_two_writes(tmp_path: Path, monkeypatch: pyt
                 pytest.fail("locked twice")
 
 
+def test_nobody_waits_for_ever_for_one_that_stands_still_in_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "_tinysd" / "lock"
+    monkeypatch.setattr(storage, "GUARD_WAIT_S", 0.3)
+    with lock(path) as old, old.guard():
+        path.unlink()
+        message = "a process that had this job before is in the middle of a write; end it with kill -9"
+        with lock(path) as new, pytest.raises(JobLockedError, match=message), new.guard():
+            pytest.fail("wrote between the parts of another's write")
+
+
 def test_sweeping_removes_only_temporaries(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / f"{TEMPORARY_PREFIX}1").touch()

@@ -2,12 +2,15 @@
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,22 @@ def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     finally:
         sys.argv = before
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
+    """One that stands still in the middle of a write has to be killed before another can have its job."""
+    folder = os.open(job / "_tinysd", os.O_RDONLY)
+    try:
+        while True:
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+    finally:
+        os.close(folder)
 
 
 def read_results(job: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ TRANSIENT = {
     errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
 TAKE_OVER_S = 10.0  # a write takes less
+GUARD_WAIT_S = 60.0  # where nobody asked to take anything over: for a write of another onto a slow disk
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
 
 
@@ -202,7 +203,7 @@ class Lock:
         """Nobody takes the job over meanwhile; raise JobLockedError when somebody has, while we were stopped, say."""
         with contextlib.ExitStack() as gate:
             if self.depth == 0:
-                gate.enter_context(gate_of(self.path, wait_s=None))
+                gate.enter_context(gate_of(self.path, GUARD_WAIT_S))
                 if not self.is_ours():
                     raise JobLockedError(
                         f"{self.path.parent.parent}: another tinysd-batch ({holder_of(self.path)}) has taken this job "
@@ -216,24 +217,34 @@ class Lock:
 
 
 @contextlib.contextmanager
-def gate_of(path: Path, wait_s: float | None) -> Iterator[None]:
-    """Hold the folder of the lock `path` for the time of a write. Raises JobLockedError after `wait_s`, if given."""
+def gate_of(path: Path, wait_s: float) -> Iterator[None]:
+    """Hold the folder of the lock `path` for the time of a write. Raises JobLockedError after `wait_s`."""
     with storage_errors(path.parent):
         folder = os.open(path.parent, os.O_RDONLY)
     try:
-        deadline = None if wait_s is None else time.monotonic() + wait_s
-        while deadline is not None and not try_flock(folder):
+        deadline = time.monotonic() + wait_s
+        while not try_flock(folder):
             if time.monotonic() > deadline:
-                raise JobLockedError(
-                    f"{path.parent.parent}: another tinysd-batch ({holder_of(path)}) is in the middle of a write; end "
-                    f"it with kill -9 first"
-                )
+                raise in_a_write(path)
             time.sleep(0.1)
-        if deadline is None:
-            fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)
+
+
+def in_a_write(path: Path) -> JobLockedError:
+    """Somebody was stopped in the middle of a write, or the disk hangs. Whoever signed `path` may well be ourselves."""
+    told = holder_of(path)
+    ours = told.startswith(f"{holder_here()} ")
+    who = "a process that had this job before" if ours else f"another tinysd-batch ({told})"
+    return JobLockedError(
+        f"{path.parent.parent}: {who} is in the middle of a write; end it with kill -9 first. What is done is "
+        f"safe, and the same command goes on"
+    )
+
+
+def holder_here() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def try_flock(handle: int) -> bool:
@@ -300,7 +311,7 @@ def sign(handle: int, path: Path) -> None:
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     with storage_errors(path):
         os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
+        os.write(handle, f"{holder_here()} since {since}\n".encode())
 
 
 def take_from_holder(path: Path) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.tools import check_whole, environment, write_csv
+from tests.tools import check_whole, environment, stop_between_writes, write_csv
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
@@ -238,7 +238,7 @@ def test_a_stopped_driver_whose_job_was_taken_over_writes_nothing(tmp_path: Path
     manifest(tmp_path, plain(100))
     old = start(tmp_path, "--seconds", 0.2)
     wait_for_pictures(tmp_path / "job", 10)
-    os.kill(old.pid, signal.SIGSTOP)
+    stop_between_writes(old, tmp_path / "job")
     refused = farm(tmp_path)
     assert refused.returncode == 4
     assert f"process {old.pid}" in refused.stderr

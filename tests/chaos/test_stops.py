@@ -16,7 +16,16 @@ import psutil
 import pytest
 
 from tests.chaos.test_kills import IMAGES, family, manifest, pictures, start, wait_for_pictures
-from tests.tools import check_whole, command, environment, read_results, run, run_here, write_csv
+from tests.tools import (
+    check_whole,
+    command,
+    environment,
+    read_results,
+    run,
+    run_here,
+    stop_between_writes,
+    write_csv,
+)
 from tinysd_batch.job.worker import Worker
 from tinysd_batch.records import ImageResult
 
@@ -144,7 +153,7 @@ def test_a_driver_that_lost_its_lock_while_it_stood_still_writes_nothing(
     job = tmp_path / "job"
     first = start(tmp_path, tiny_model, "--inline")
     wait_for_pictures(job, 2, first)
-    first.send_signal(signal.SIGSTOP)
+    stop_between_writes(first, job)
     (job / "_tinysd" / "lock").unlink()
     finish(tmp_path, tiny_model)
     before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
