@@ -27,7 +27,7 @@ def part() -> Part:
 def solved(part: Part) -> dict[str, Solved]:
     """The small UNet at level fast."""
     found = {}
-    for name, (weight, _) in quantize_unet(part.tensors, layers_to_pack(small_unet(), "default")).items():
+    for name, (weight, _) in quantize_unet(part, layers_to_pack(small_unet(), "default")).items():
         bias = part.tensors.get(f"{name}.bias")
         found[name] = Solved(weight, None if bias is None else bias.half(), 0.0)
     return found

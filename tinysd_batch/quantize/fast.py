@@ -20,15 +20,14 @@ from tinysd_batch.storage import new_folder, storage_errors
 SIZE = Size()
 
 
-def quantize_unet(
-    tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]
-) -> dict[str, tuple[PackedWeight, tuple[int, ...]]]:
+def quantize_unet(part: Part, layouts: Mapping[str, Layout]) -> dict[str, tuple[PackedWeight, tuple[int, ...]]]:
     """Each packed layer's weight and original shape, from a UNet's float tensors."""
     found = {}
     for name, layout in layouts.items():
-        weight = tensors[f"{name}.weight"]
+        weight = part.tensors[f"{name}.weight"]
         assert layout.group_size is not None, layout
         found[name] = quantize_matrix(to_matrix(weight), layout.group_size, layout.bits), tuple(weight.shape)
+        part.release()
     return found
 
 
@@ -63,7 +62,7 @@ def pack_unet(part: Part, unet: nn.Module, folder: Path, size: Size, say: Say) -
     check_finite(part)
     layouts = layers_to_pack(unet, size.preset) if size.most is None else allocate(unet, part.tensors, size.most)
     say(f"unet: packing, {size}: {size_in_words(unet, layouts)}")
-    packed = quantize_unet(part.tensors, layouts)
+    packed = quantize_unet(part, layouts)
     others = {
         name: as_stored(name, value, torch.float16, part.where)
         for name, value in part.tensors.items()
@@ -76,3 +75,4 @@ def check_finite(part: Part) -> None:
     for name, tensor in part.tensors.items():
         if not tensor.isfinite().all():
             raise ModelError(f"{part.where}: tensor {name} is not finite")
+        part.release()

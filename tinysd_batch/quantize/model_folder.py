@@ -109,7 +109,7 @@ def read_part(folder: Path, kind: str, options: Options) -> Part:
     contents = open_tensors(where, allow_pickle=options.allow_pickle)
     if contents.others:
         raise ModelError(f"{where}: {contents.others[0]!r} is no tensor")
-    return Part(known_settings(folder / "config.json", kind), contents.tensors, where)
+    return Part(known_settings(folder / "config.json", kind), contents.tensors, where, contents.tensors)
 
 
 def known_settings(path: Path, kind: str) -> dict[str, Any]:

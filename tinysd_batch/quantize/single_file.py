@@ -113,7 +113,7 @@ class SingleFile:
         if self.options.ema:
             mine = {name: ema_copy(name, tensors, self.path) for name in mine}
         converted = convert(mine, lambda named: convert_ldm_unet_checkpoint(named, UNET_LAYERS), self.path)
-        part = Part(unet_config(converted, self.path), converted, self.path)
+        part = Part(unet_config(converted, self.path), converted, self.path, tensors)
         check_unet(part)
         return part
 

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import KEEP_ON_META, check_names
+from tinysd_batch.model.mapped import MappedTensors
 
 MOST_LAYERS = 64  # of any kind, in a row; a configuration that asks for more would only cost time
 SMALL_FLOATS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -27,6 +28,12 @@ class Part:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     where: Path
+    file: Mapping[str, Tensor] | None = None  # as it was opened
+
+    def release(self) -> None:
+        """Take what has been read of a safetensors file out of this process's memory. It can be read again."""
+        if isinstance(self.file, MappedTensors):
+            self.file.release()
 
 
 @dataclass(frozen=True, slots=True)
