@@ -20,6 +20,7 @@ from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.packed import packed_layers
 from tinysd_batch.model.packing import SCRATCH
 from tinysd_batch.model.parts import SMALL_BYTES, SMALLEST_BYTES, USUAL_BYTES, in_parts_of
+from tinysd_batch.model.residency import hand_back_blocks_of
 from tinysd_batch.model.unet import predict
 from tinysd_batch.model.vae import decode_one
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # Of a CUDA process before its first tensor: 150 to 350 MB are reported, by card and driver. Not measured by us.
 CUDA_CONTEXT_BYTES = 350 * 10**6
+UNET = "UNet"
+# On the CPU larger tensors take memory of the system's own. What a step at 512x512 uses is worth keeping for the next.
+BLOCK_BYTES, STEP_BLOCK_BYTES, TIGHT_BLOCK_BYTES = 2**22, 2**23, 2**17
 META = torch.device("meta")
 Operation = Callable[..., Any]
 KNOWN_WORK: dict[tuple[Any, ...], int] = {}  # some integers for each model, shape and way that this process met
@@ -162,7 +166,7 @@ class Planner:
             predict(model.unet, latents, torch.zeros(rows, dtype=torch.long), way.rows, model.dtype)
             model.hoisted.forget()
 
-        return Task("UNet", (model.encode_fragment, model.decode_fragment), shape, ways, run)
+        return Task(UNET, (model.encode_fragment, model.decode_fragment), shape, ways, run)
 
     def decoding(self, shape: Shape) -> Task:
         model = self.model
@@ -243,6 +247,9 @@ class Planner:
     def working(self, phase: Phase) -> Iterator[Way]:
         """The phase's fragments can be computed with, in its way."""
         self.model.residency.room = phase.room
+        if self.model.device.type == "cpu" and not self.model.info.is_small:
+            usual = STEP_BLOCK_BYTES if phase.name == UNET else BLOCK_BYTES
+            hand_back_blocks_of(usual if self.budget_bytes is None else TIGHT_BLOCK_BYTES)
         try:
             with in_parts_of(phase.way.part_bytes), self.model.residency.holding(*phase.fragments):
                 yield phase.way

@@ -30,7 +30,7 @@ from tinysd_batch.model.memory import Planner, Shape, kept_type
 from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
 from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype
-from tinysd_batch.model.residency import Residency, hand_back_large_blocks
+from tinysd_batch.model.residency import Residency
 from tinysd_batch.model.samplers import Callback, Noise, Run, draw_noise, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
@@ -112,8 +112,6 @@ class TinySD:
         self.decode_fragment = Fragment("UNet decode half", halves[1], unet, dtype, order)
         self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order)
         self.residency = Residency(device)
-        if device.type == "cpu" and not info.is_small:
-            hand_back_large_blocks(tight=budget_bytes is not None)
         self.memory = Planner(self, budget_bytes)
         small = device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES
         if turbo or small:

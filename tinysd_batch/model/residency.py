@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tinysd_batch.model.fragments import Fragment, HostTensor, Piece
 from tinysd_batch.model.mapped import MappedTensors
 
-M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, "MALLOC_MMAP_THRESHOLD_"  # glibc's, of mallopt and the environment
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # and what it is called in the environment
 COPIED_WHOLE_BYTES = 32 * 2**20  # on the CPU without a budget, a phase that would need more new memory is streamed
 
 Passing = tuple[Piece, list[nn.Module]]  # what passes through a buffer together, and who needs it
@@ -136,15 +137,16 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def hand_back_large_blocks(tight: bool) -> None:
-    """Have glibc give blocks of the system's own for large tensors, which go back to it as soon as they are free.
+def hand_back_blocks_of(nbytes: int) -> None:
+    """Have glibc give blocks of the system's own for tensors of so many bytes, which go back as soon as they are free.
 
-    Otherwise its heap keeps what it once had. Fetching the pages anew costs some time, so only blocks of 4 MiB and more
-    are treated so, or of 128 KiB where memory is `tight`. Holds for the whole process.
+    Otherwise its heap keeps what it once had; but fetching pages anew costs time. Holds for the whole process.
     """
     if MMAP_THRESHOLD not in os.environ:  # the user's word
         with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17 if tight else 2**22)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, nbytes)
+            libc.mallopt(M_TRIM_THRESHOLD, 16 * nbytes)
 
 
 def lies_ready(tensor: HostTensor) -> bool:
