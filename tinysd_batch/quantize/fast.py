@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import write_packed_unet
