@@ -220,7 +220,7 @@ class TinySD:
             eta: the share of fresh noise in ddim and plms, 0 to 1; the others have none, or as much as they want.
             noise_seed: draw the starting noise from this seed, and all later noise from `seed` as ever.
             rng: whose noise: that of torch's generator on the CPU, or on a CUDA card, which is computed on the CPU, too
-                (pictures up to 768x768; not with euler_a).
+                (pictures up to 768x768).
             latents: starting noise [B, 4, h, w] in place of the seeds' own.
             callback: called after each step with step, timestep and latents (heun: after each half of a step).
 
