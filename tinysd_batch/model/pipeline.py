@@ -21,17 +21,18 @@ from tinysd_batch.config import parse_budget
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
 from tinysd_batch.model.attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
+from tinysd_batch.model.correction import read_correction
 from tinysd_batch.model.devices import choose_device, device_name, total_bytes
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
 from tinysd_batch.model.hoist import Attended, Hoisted
-from tinysd_batch.model.info import ModelInfo, read_model_info
+from tinysd_batch.model.info import ModelInfo, read_json, read_model_info
 from tinysd_batch.model.memory import Planner, Shape, kept_type
 from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
 from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype
 from tinysd_batch.model.residency import Residency, hand_back_large_blocks
-from tinysd_batch.model.samplers import Callback, Noise, Run, draw_noise, sample, times_of
+from tinysd_batch.model.samplers import Callback, Noise, Run, draw_noise, exact, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
@@ -93,6 +94,8 @@ class TinySD:
         self.vae: AutoencoderKL
         self.text_encoder, text = read_text_encoder(info.path / "text_encoder")
         self.unet, unet = read_unet(info.path / "unet")
+        config = info.path / "unet" / "config.json"
+        self.correction = read_correction(read_json(config), self.unet.config.out_channels, config)
         self.vae, vae = read_decoder(info.path / "vae")
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
@@ -350,13 +353,16 @@ class TinySD:
         )
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            """The guided noise [B, 4, h, w]: e = e_negative + scale (e_text - e_negative)."""
-            if not guided:
-                return self.predict(latents, timestep, attended, way.rows)
-            without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended, way.rows).chunk(2)
-            return without + scale * (with_text - without)
+            """The guided noise [B, 4, h, w], corrected: e = e_negative + scale (e_text - e_negative)."""
+            if guided:
+                without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended, way.rows).chunk(2)
+                noise = without + scale * (with_text - without)
+            else:
+                noise = self.predict(latents, timestep, attended, way.rows)
+            return noise if self.correction is None else self.correction.apply(noise, float(timestep))
 
-        run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None))
+        deviation = exact if self.correction is None else self.correction.deviation
+        run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None), deviation)
         try:
             with self.memory.working(phase) as way:
                 return sample(sampler, run, start.to(self.device))

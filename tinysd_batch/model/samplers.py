@@ -3,9 +3,13 @@
 diffusers' schedulers do the work where they compute what SD v1's own scripts compute. Written out here are
 - ddim and plms: diffusers' timesteps leave out the noisiest ones where the steps do not divide 1000 (600 steps would
   start at 600, with noise meant for 999), and its plms knows no eta;
-- euler_a: diffusers draws its noise by torch's own generators only;
+- euler_a: diffusers draws its noise where nobody can lower it, and by torch's own generators only;
 - dpm2 and dpm2_a: diffusers puts their midpoints elsewhere and leaves out an evaluation;
 - lms: diffusers integrates polynomials numerically, by scipy, at every step; their integrals are known.
+
+Where a model's predictions are known to err by so much at a time (`Run.deviation`, from a noise correction), those that
+draw fresh noise (ddim and plms with eta, euler_a, dpm2_a) draw less: the error is noise already. Of the several
+predictions that plms mixes, and of dpm2_a's two, the newest one's error stands for all.
 """
 
 import math
@@ -31,6 +35,12 @@ PLMS_WEIGHTS = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24,
 Noise = Generator | CudaNoise  # where an image's noise comes from
 Predict = Callable[[Tensor, Tensor], Tensor]  # latents [B, 4, h, w] and a timestep, fractional allowed, to their noise
 Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
+Deviation = Callable[[float], float]  # timestep -> standard deviation of a prediction's error there
+
+
+def exact(_: float) -> float:
+    """The deviation of predictions that are taken as they come."""
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +53,19 @@ class Run:
     generators: Sequence[Noise]  # one per image
     eta: float = 0.0
     callback: Callback = lambda *_: None
+    deviation: Deviation = exact
 
     def draw(self, like: Tensor) -> Tensor:
         """Fresh noise in the shape of the latents, each image's from its own generator."""
         return draw_noise(self.generators, like.shape[1:]).to(like.device)
+
+    def absorb(self, sigma: float, gain: float, time: float) -> float:
+        """How much fresh noise to add where sigma is wanted: less by the error of the prediction of this time.
+
+        That counts `gain` times, and does for noise; variances add up (PTQD, He et al. 2023). Never below zero.
+        """
+        error = gain * self.deviation(time)
+        return max(0.0, sigma**2 - error**2) ** 0.5 if error else sigma
 
 
 def sample(sampler: str, run: Run, noise: Tensor) -> Tensor:
@@ -134,8 +153,10 @@ def step_down(latents: Tensor, noise: Tensor, level: Level, run: Run) -> Tensor:
     alpha, alpha_next = level.alpha, level.alpha_next
     clean = (latents - (1 - alpha) ** 0.5 * noise) / alpha**0.5
     sigma = run.eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
-    below: Tensor = alpha_next**0.5 * clean + (1 - alpha_next - sigma**2) ** 0.5 * noise
-    return below + sigma * run.draw(latents) if run.eta else below
+    share = (1 - alpha_next - sigma**2) ** 0.5
+    below: Tensor = alpha_next**0.5 * clean + share * noise
+    gain = share - (alpha_next / alpha * (1 - alpha)) ** 0.5
+    return below + run.absorb(sigma, gain, level.time) * run.draw(latents) if run.eta else below
 
 
 def ddim(run: Run, latents: Tensor) -> Tensor:
@@ -204,7 +225,7 @@ def euler_a(run: Run, noise: Tensor) -> Tensor:
         up = way_back(sigma, below)
         down = (below**2 - up**2) ** 0.5
         latents = latents + sigmas.predict(run, latents, sigma) * (down - sigma)
-        latents = latents + up * run.draw(latents)
+        latents = latents + run.absorb(up, down - sigma, sigmas.time(sigma)) * run.draw(latents)
         run.callback(step, torch.tensor(sigmas.times[step]), latents)
     return latents
 
@@ -231,7 +252,7 @@ def second_order(run: Run, noise: Tensor, *, ancestral: bool) -> Tensor:
         halfway = latents + sigmas.predict(run, latents, sigma) * (middle - sigma)
         latents = latents + sigmas.predict(run, halfway, middle) * (down - sigma)
         if ancestral:
-            latents = latents + up * run.draw(latents)
+            latents = latents + run.absorb(up, down - sigma, sigmas.time(middle)) * run.draw(latents)
         run.callback(step, torch.tensor(sigmas.times[step]), latents)
     return latents
 
