@@ -78,6 +78,15 @@ def test_a_folder_with_a_correction_draws_and_is_called_otherwise(model: TinySD,
     assert plain.info.digest != model.info.digest
 
 
+def test_inspect_tells_of_it(corrected: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert (
+        "corrects its noise, as measured at 2 times and scale 2" in run_here("inspect", corrected, cwd=tmp_path).stdout
+    )
+    assert "corrects" not in run_here("inspect", tiny_model, cwd=tmp_path).stdout
+    told = json.loads(run_here("inspect", corrected, "--json", cwd=tmp_path).stdout)
+    assert NoiseCorrection.model_validate(told["noise_correction"]) == CORRECTION
+
+
 @pytest.mark.parametrize("sampler", ["plms", "euler_a", "unipc"])
 def test_pictures_do_not_depend_on_their_company(model: TinySD, sampler: str) -> None:
     prompts, seeds, how = ["cat", "dog", "bell"], [1, 2, 3], {"sampler": sampler, "eta": 0.5}

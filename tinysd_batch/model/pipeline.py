@@ -95,7 +95,9 @@ class TinySD:
         self.text_encoder, text = read_text_encoder(info.path / "text_encoder")
         self.unet, unet = read_unet(info.path / "unet")
         config = info.path / "unet" / "config.json"
-        self.correction = read_correction(read_json(config), self.unet.config.out_channels, config)
+        self.correction = read_correction(
+            read_json(config), self.unet.config.out_channels, config
+        )  # None: draw without
         self.vae, vae = read_decoder(info.path / "vae")
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
