@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import QUANT_METHOD, check_format, check_names, check_tensor, layouts_of
-from tinysd_batch.model.correction import NoiseCorrection, read_correction
+from tinysd_batch.model.correction import NoiseCorrection, parse_correction
 from tinysd_batch.model.devices import choose_device
 from tinysd_batch.model.packed import swap_packed_layers
 
@@ -97,8 +97,9 @@ class TinySDQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers is 
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         del self.expected, self.loaded_keys
-        config = {"quantization_config": self.quantization_config.to_dict()}
-        correction = read_correction(config, model.config.out_channels, self.where.parent / "config.json")
+        folder = self.where if self.where.is_dir() else self.where.parent
+        quantization = self.quantization_config.to_dict()
+        correction = parse_correction(quantization, model.config.out_channels, folder / "config.json")
         if correction is not None:
             model.register_forward_hook(functools.partial(correct_output, correction), with_kwargs=True)
         return model

@@ -87,7 +87,7 @@ def test_a_correction_that_helps_is_kept(folder: Path, drawn: Trajectories) -> N
     assert judged.with_bias
     assert judged.with_db > judged.without_db + 20
     after = read_json(folder / "unet" / "config.json")
-    assert read_correction(after, 4, folder) == judged.correction
+    assert read_correction(folder / "unet", 4) == judged.correction
     del after["quantization_config"][ENTRY]
     assert after == before
     assert TinySD.from_pretrained(folder, device="cpu").correction == judged.correction

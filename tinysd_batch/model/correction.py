@@ -90,9 +90,15 @@ class NoiseCorrection(BaseModel):
         return self.at(time)[1]
 
 
-def read_correction(unet_config: Mapping[str, Any], channels: int, where: Path) -> NoiseCorrection | None:
-    """The correction that a packed UNet's configuration holds, if any. Raises ModelError that names the file."""
-    entry = (unet_config.get("quantization_config") or {}).get(ENTRY)
+def read_correction(unet: Path, channels: int) -> NoiseCorrection | None:
+    """The correction that a UNet's folder holds, if any. Raises ModelError that names the file."""
+    config = unet / "config.json"
+    return parse_correction(read_json(config).get("quantization_config") or {}, channels, config)
+
+
+def parse_correction(quantization: Mapping[str, Any], channels: int, where: Path) -> NoiseCorrection | None:
+    """The same out of a `quantization_config`, of a UNet with so many channels."""
+    entry = quantization.get(ENTRY)
     if entry is None:
         return None
     try:

@@ -26,7 +26,7 @@ from tinysd_batch.model.devices import choose_device, device_name, total_bytes
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
 from tinysd_batch.model.hoist import Attended, Hoisted
-from tinysd_batch.model.info import ModelInfo, read_json, read_model_info
+from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.memory import Planner, Shape, kept_type
 from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
 from tinysd_batch.model.philox import CudaNoise
@@ -94,10 +94,7 @@ class TinySD:
         self.vae: AutoencoderKL
         self.text_encoder, text = read_text_encoder(info.path / "text_encoder")
         self.unet, unet = read_unet(info.path / "unet")
-        config = info.path / "unet" / "config.json"
-        self.correction = read_correction(
-            read_json(config), self.unet.config.out_channels, config
-        )  # None: draw without
+        self.correction = read_correction(info.path / "unet", self.unet.config.out_channels)  # None: draw without
         self.vae, vae = read_decoder(info.path / "vae")
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")

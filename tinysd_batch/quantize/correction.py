@@ -1,7 +1,7 @@
 """Measure what a packed model's noise predictions are off by at each time of a recipe, and whether correcting it helps.
 
 After PTQD (He et al. 2023), but with slopes of either sign. Whether it helps is seen by where held-out pictures end:
-the predictions' own error grows where what has shrunk is stretched again, with the noise in it.
+the predictions' own error may grow where what has shrunk is stretched again, errors included.
 """
 
 from collections.abc import Callable

@@ -25,6 +25,7 @@ BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution", 4: "convo
 NO_WEIGHTS = "position_ids"
 PACKED_NAMES = {each.name for kind in (PackedWeight, RowWeight) for each in fields(kind) if each.name != "bits"}
 CODES = "qweight"
+LATENT_CHANNELS = 4  # where a configuration does not say
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ def inspect_folder(path: Path, *, allow_pickle: bool) -> Inspection:
             parts.append(count_part(name, tensors, packed if name == "unet" else {}))
     ours = read_json(path / OUR_FILE) if (path / OUR_FILE).exists() else {}
     name = str(ours.get("name", path.resolve().name))
-    correction = read_correction(unet, unet.get("out_channels", 0), path / "unet" / "config.json")
+    correction = read_correction(path / "unet", unet.get("out_channels", LATENT_CHANNELS))
     return Inspection(str(path), name, folder_kind(kind), kind.reason, digest_of(path), parts, correction)
 
 
