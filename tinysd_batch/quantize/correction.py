@@ -18,6 +18,7 @@ from tinysd_batch.quantize.trajectories import Trajectories
 
 DIGITS = 6
 MOST_BIAS = 10.0
+LEAST_GAIN_DB = 0.1  # less may be luck with the prompts, and lost again at other scales
 Draw = Callable[[NoiseCorrection | None], Tensor]  # with this correction: final latents of held-out prompts
 
 
@@ -32,11 +33,11 @@ class Judged:
 
     @property
     def helps(self) -> bool:
-        return self.with_db > self.without_db
+        return self.with_db >= self.without_db + LEAST_GAIN_DB
 
     def __str__(self) -> str:
         kind = "slopes and biases" if self.with_bias else "slopes"
-        verdict = "kept" if self.helps else "not kept"
+        verdict = "kept" if self.helps else f"not kept, as it gains less than {LEAST_GAIN_DB} dB"
         return f"{verdict} ({kind}): final latents {self.with_db:.2f} dB with it, {self.without_db:.2f} dB without"
 
 
