@@ -60,12 +60,6 @@ def set_apart(floats: Path, recipe: Recipe) -> Trajectories:
     return draw(Walker(part.config, part.tensors, CPU), floats, recipe, prompts, recipe.seed)
 
 
-def exact(correction: NoiseCorrection) -> NoiseCorrection:
-    """The same, as if nothing were wrong once predictions are corrected: samplers draw as much noise as ever."""
-    knots = [knot.model_copy(update={"deviation": 0.0}) for knot in correction.knots]
-    return NoiseCorrection(scale=correction.scale, knots=knots)
-
-
 def print_scales(bench: Bench, model: TinySD, name: str, wanted: Mapping[float, Tensor]) -> None:
     fitted = fit(model, bench.apart, bench.recipe.scale)
     ways: dict[str, NoiseCorrection | None] = {
@@ -86,7 +80,7 @@ def print_noise(bench: Bench, model: TinySD, name: str, wanted: Mapping[str, Ten
     scale = bench.recipe.scale
     slopes = fit(model, bench.apart, scale).without_bias()
     for sampler, eta in STOCHASTIC.items():
-        for way, correction in {"none": None, "slopes": exact(slopes), "and less noise": slopes}.items():
+        for way, correction in {"none": None, "slopes": slopes, "and less noise": slopes.absorbing(True)}.items():
             model.correction = correction
             found = bench.draw(model, scale, sampler, eta)
             print(

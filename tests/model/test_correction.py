@@ -26,6 +26,7 @@ from tinysd_batch.model.samplers import Run, draw_noise, sample
 BIAS = [0.1, 0.0, -0.1, 0.2]
 CORRECTION = NoiseCorrection(
     scale=2.0,
+    absorbs=True,
     knots=[
         Knot(time=1, slope=-0.1, bias=[0.0] * 4, deviation=0.1),
         Knot(time=901, slope=-0.3, bias=BIAS, deviation=0.5),
@@ -117,6 +118,14 @@ def test_a_job_that_goes_on_keeps_its_ids_and_pictures(corrected: Path, tiny_mod
 
 
 # Stochastic samplers
+
+
+def test_samplers_draw_less_noise_only_where_the_correction_says_so(model: TinySD) -> None:
+    less = {sampler: draw(model, ["cat"], [1], sampler=sampler) for sampler in ("euler_a", "euler")}
+    model.correction = CORRECTION.absorbing(False)
+    assert not torch.equal(less["euler_a"], draw(model, ["cat"], [1], sampler="euler_a"))
+    assert torch.equal(less["euler"], draw(model, ["cat"], [1], sampler="euler"))
+    model.correction = CORRECTION
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "euler_a", "dpm2_a"])

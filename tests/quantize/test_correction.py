@@ -16,7 +16,7 @@ from tests.tools import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.model.correction import ENTRY, Knot, NoiseCorrection, read_correction
 from tinysd_batch.model.info import read_json
-from tinysd_batch.quantize.correction import correct, fit_knot
+from tinysd_batch.quantize.correction import correct, fit_knot, judge
 from tinysd_batch.quantize.folder import open_source
 from tinysd_batch.quantize.measure import draw_again, guided_noise
 from tinysd_batch.quantize.recipe import Recipe
@@ -47,6 +47,16 @@ def test_without_biases_what_they_took_away_is_still_wrong() -> None:
     left = (found / (1 + SLOPE) - wanted).square().mean() ** 0.5
     assert knot.deviation == pytest.approx(0, abs=1e-4)
     assert knot.without_bias().deviation == pytest.approx(float(left), rel=1e-3)
+
+
+@pytest.mark.parametrize(("spread", "absorbs"), [(1.05, True), (0.95, False)])
+def test_noise_is_spared_only_where_drawings_vary_too_much(spread: float, absorbs: bool) -> None:
+    wanted = torch.randn(2, 4, 8, 8, generator=Generator().manual_seed(1))
+    knots = [Knot(time=1, slope=SLOPE, bias=BIAS, deviation=0.1)]
+    judged = judge(NoiseCorrection(scale=SCALE, knots=knots), lambda one: wanted * (spread if one else 0.5), wanted)
+    assert judged.helps
+    assert judged.correction.absorbs == absorbs
+    assert (judged.correction.deviation(1) > 0) == absorbs
 
 
 # A model that is told what the float one says

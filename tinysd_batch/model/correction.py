@@ -53,6 +53,7 @@ class NoiseCorrection(BaseModel):
     model_config = STRICT
 
     scale: float = Field(ge=0, le=100)  # of guidance, at which the knots were measured; applied at every one
+    absorbs: bool = False  # whether samplers that draw fresh noise draw less by the deviation
     knots: list[Knot] = Field(min_length=1, max_length=MOST_KNOTS)
 
     @model_validator(mode="after")
@@ -83,11 +84,16 @@ class NoiseCorrection(BaseModel):
 
     def without_bias(self) -> "NoiseCorrection":
         """The slopes alone: what the biases took away is then still wrong."""
-        return NoiseCorrection(scale=self.scale, knots=[knot.without_bias() for knot in self.knots])
+        knots = [knot.without_bias() for knot in self.knots]
+        return NoiseCorrection(scale=self.scale, absorbs=self.absorbs, knots=knots)
+
+    def absorbing(self, absorbs: bool) -> "NoiseCorrection":
+        """The same with samplers drawing less fresh noise, or as much as ever."""
+        return NoiseCorrection(scale=self.scale, absorbs=absorbs, knots=self.knots)
 
     def deviation(self, time: float) -> float:
-        """Standard deviation of what is still wrong with a corrected prediction."""
-        return self.at(time)[1]
+        """Standard deviation of what is still wrong with a corrected prediction, if that does for noise; else 0."""
+        return self.at(time)[1] if self.absorbs else 0.0
 
 
 def read_correction(unet: Path, channels: int) -> NoiseCorrection | None:

@@ -64,10 +64,12 @@ def judge(correction: NoiseCorrection, draw: Draw, wanted: Tensor) -> Judged:
     """Draw without it, with its slopes only, and with all of it: that one counts which comes closest."""
     without_db = sqnr_db(wanted, draw(None))
     slopes = correction.without_bias()
-    slopes_db, whole_db = (sqnr_db(wanted, draw(one)) for one in (slopes, correction))
-    if whole_db > slopes_db:
-        return Judged(correction, True, without_db, whole_db)
-    return Judged(slopes, False, without_db, slopes_db)
+    by_slopes, by_all = draw(slopes), draw(correction)
+    with_bias = sqnr_db(wanted, by_all) > sqnr_db(wanted, by_slopes)
+    chosen, found = (correction, by_all) if with_bias else (slopes, by_slopes)
+    # Errors do for fresh noise only where they make drawings vary more; at 2 bits these may well vary less.
+    absorbs = bool(found.std() > wanted.std())
+    return Judged(chosen.absorbing(absorbs), with_bias, without_db, sqnr_db(wanted, found))
 
 
 @torch.no_grad()
