@@ -1,93 +1,118 @@
-"""What correcting a packed model's noise prediction would save: bias and signed slope at each time, after PTQD.
+"""What correcting a packed model's noise predictions saves, with the program's own measuring and drawing.
 
     python -m benchmarks.noise_correction MODEL...      packed folders of the embedded model
-        --prompts N       of the recipe that fit, and as many held-out ones that measure (default 24)
+        --prompts N       held-out prompts that measure (default 24)
+        --scales A,B      of guidance (default 1,2,4)
 
-The packed model says e = (1 + slope) * wanted + bias + rest. Slope (a number at each time, clamped at -0.6) and bias
-(of each channel) are fitted where the float model went; then held-out prompts are drawn with (e - bias) / (1 + slope).
-Nothing of this is in the program yet. PTQD: He et al. 2023, which has no negative slopes.
+The correction is fitted as `quantize --level calib` fits it, at the recipe's scale, on the prompts that it sets apart.
+The first table says in decibels how close the final latents of held-out prompts come to the float model's of the same
+seed and scale: without correction, with slopes, with slopes and biases, and with slopes fitted at the table's scale.
+The second asks how much fresh noise a sampler should draw: beside the decibels it prints the drawings' spread, which is
+the standard deviation of their latents over the float model's. A correction that a folder holds already is left out.
 """
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from benchmarks.quantizers import CPU, ROOT, embedded_floats, held_out, tell
-from tinysd_batch.model.checkpoint import read_schedule
+from tinysd_batch.model.correction import NoiseCorrection
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.model.samplers import Run, ddim
+from tinysd_batch.quantize.calib import TUNE_EVERY
+from tinysd_batch.quantize.correction import fit
 from tinysd_batch.quantize.folder import open_source
-from tinysd_batch.quantize.measure import guided_noise, sqnr_db
-from tinysd_batch.quantize.recipe import read_recipe
+from tinysd_batch.quantize.measure import sqnr_db
+from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
-from tinysd_batch.quantize.trajectories import Trajectories, draw
+from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw
 from tinysd_batch.quantize.units import Walker
 
-LEAST_SLOPE = -0.6
-WAYS = {"none": (0, 0), "slope": (1, 0), "slope and bias": (1, 1)}  # shares of slope and bias that are corrected
+STOCHASTIC = {"euler_a": 0.0, "ddim": 1.0}  # and eta
 
 
-def fit(model: TinySD, drawn: Trajectories, scale: float) -> tuple[Tensor, Tensor]:
-    """Slopes [S] and biases [S, 4]."""
-    slopes, biases = [], []
-    for wanted, found in zip(drawn.guided(scale), guided_noise(model, drawn, scale), strict=True):
-        mean, mean_found = wanted.mean(dim=(0, 2, 3)), found.mean(dim=(0, 2, 3))
-        around = wanted - mean[:, None, None]
-        slope = (around * (found - mean_found[:, None, None])).sum() / around.square().sum() - 1
-        slopes.append(slope.clamp(min=LEAST_SLOPE))
-        biases.append(mean_found - (1 + slopes[-1]) * mean)
-    return torch.stack(slopes), torch.stack(biases)
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all models share."""
+
+    recipe: Recipe
+    held: Trajectories
+    apart: Trajectories
+    floats: TinySD
+
+    def draw(self, model: TinySD, scale: float, sampler: str = "ddim", eta: float = 0.0) -> Tensor:
+        """Final latents of the held-out prompts."""
+        first = self.recipe.seed + HELD_OUT_SEEDS
+        found: Tensor = model.generate(
+            None, list(range(first, first + len(self.held.context))), sampler=sampler, eta=eta, guidance_scale=scale,
+            num_inference_steps=self.recipe.steps, prompt_embeds=self.held.context, output_type="latent",
+            negative_prompt_embeds=self.held.context_without,
+        ).images  # fmt: skip
+        return found
 
 
-def draw_corrected(
-    model: TinySD, held: Trajectories, scale: float, schedule: dict[str, float], slopes: Tensor, biases: Tensor
-) -> list[Tensor]:
-    """The latents after each step."""
-    context = torch.cat([held.context_without, held.context])
-    place = {float(time): at for at, time in enumerate(held.times)}
-    given: list[Tensor] = []
-
-    def predict(latents: Tensor, time: Tensor) -> Tensor:
-        given.append(latents.clone())
-        without, with_text = model.predict_noise(torch.cat([latents, latents]), time, context).chunk(2)
-        at = place[float(time)]
-        return (without + scale * (with_text - without) - biases[at][:, None, None]) / (1 + slopes[at])
-
-    generators = [torch.Generator() for _ in held.context]
-    with model.residency.holding(model.encode_fragment, model.decode_fragment):
-        final = ddim(Run(predict, len(held.times), schedule, generators), held.latents[0].clone())
-    return [*given[1:], final]
+def set_apart(floats: Path, recipe: Recipe) -> Trajectories:
+    """The float model's drawings of the prompts that calibration sets apart."""
+    part = open_source(floats, Options()).unet()
+    prompts = recipe.prompts[TUNE_EVERY // 2 :: TUNE_EVERY]
+    return draw(Walker(part.config, part.tensors, CPU), floats, recipe, prompts, recipe.seed)
 
 
-@torch.no_grad()
+def print_scales(bench: Bench, model: TinySD, name: str, wanted: Mapping[float, Tensor]) -> None:
+    fitted = fit(model, bench.apart, bench.recipe.scale)
+    ways: dict[str, NoiseCorrection | None] = {
+        "none": None,
+        "slopes": fitted.without_bias(),
+        "slopes and biases": fitted,
+    }
+    for scale, latents in wanted.items():
+        ways.pop("slopes fitted there", None)
+        if scale != bench.recipe.scale:
+            ways["slopes fitted there"] = fit(model, bench.apart, scale).without_bias()
+        for way, correction in ways.items():
+            model.correction = correction
+            print(f"{name:<16}{scale:>6g}  {way:<22}{sqnr_db(latents, bench.draw(model, scale)):>10.2f}", flush=True)
+
+
+def print_noise(bench: Bench, model: TinySD, name: str, wanted: Mapping[str, Tensor]) -> None:
+    scale = bench.recipe.scale
+    slopes = fit(model, bench.apart, scale).without_bias()
+    for sampler, eta in STOCHASTIC.items():
+        for way, correction in {"none": None, "slopes": slopes, "and less noise": slopes.absorbing(True)}.items():
+            model.correction = correction
+            found = bench.draw(model, scale, sampler, eta)
+            print(
+                f"{name:<16}{sampler:<8}{way:<18}{sqnr_db(wanted[sampler], found):>8.2f}"
+                f"{float(found.std() / wanted[sampler].std()):>10.3f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--scales", default="1,2,4")
     parser.add_argument("--out", type=Path, default=Path("outputs/quantizers"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    floats = embedded_floats(arguments.out / "embedded-floats")
+    folder = embedded_floats(arguments.out / "embedded-floats")
     recipe = read_recipe(ROOT / "configs" / "quantize" / "embedded.toml")
     recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
-    held = held_out(floats, recipe, arguments.out)
-    tell("drawing calibration prompts by the float model")
-    part = open_source(floats, Options()).unet()
-    walker = Walker(part.config, part.tensors, CPU)
-    drawn = draw(walker, floats, recipe, recipe.prompts[: arguments.prompts], recipe.seed)
-    schedule = read_schedule(floats / "scheduler" / "scheduler_config.json")
-    print(f"{'model':<24}{'corrected':<16}{'final latents dB':>18}{'along the way dB':>18}")
-    for path in arguments.models:
-        model = TinySD.from_pretrained(path, device="cpu", dtype="full")
-        slopes, biases = fit(model, drawn, recipe.scale)
-        for way, (slope, bias) in WAYS.items():
-            found = draw_corrected(model, held, recipe.scale, schedule, slope * slopes, bias * biases)
-            wanted = [*held.latents[1:], held.final]
-            along = float(np.mean([sqnr_db(*pair) for pair in zip(wanted, found, strict=True)]))
-            print(f"{path.name:<24}{way:<16}{sqnr_db(held.final, found[-1]):>18.2f}{along:>18.2f}", flush=True)
+    tell("drawing by the float model")
+    floats = TinySD.from_pretrained(folder, device="cpu", dtype="full")
+    bench = Bench(recipe, held_out(folder, recipe, arguments.out), set_apart(folder, recipe), floats)
+    models = {path.name: TinySD.from_pretrained(path, device="cpu", dtype="full") for path in arguments.models}
+    print(f"{'model':<16}{'scale':>6}  {'corrected':<22}{'latents dB':>10}")
+    by_scale = {scale: bench.draw(floats, scale) for scale in map(float, arguments.scales.split(","))}
+    for name, model in models.items():
+        print_scales(bench, model, name, by_scale)
+    print(f"\n{'model':<16}{'sampler':<8}{'corrected':<18}{'dB':>8}{'spread':>10}")
+    by_sampler = {sampler: bench.draw(floats, recipe.scale, sampler, eta) for sampler, eta in STOCHASTIC.items()}
+    for name, model in models.items():
+        print_noise(bench, model, name, by_sampler)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ Models load in diffusers' own way, and `save_pretrained` writes the packed tenso
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import QUANT_METHOD, check_format, check_names, check_tensor, layouts_of
+from tinysd_batch.model.correction import NoiseCorrection, parse_correction
 from tinysd_batch.model.devices import choose_device
 from tinysd_batch.model.packed import swap_packed_layers
 
@@ -95,7 +97,23 @@ class TinySDQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers is 
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         del self.expected, self.loaded_keys
+        folder = self.where if self.where.is_dir() else self.where.parent
+        quantization = self.quantization_config.to_dict()
+        correction = parse_correction(quantization, model.config.out_channels, folder / "config.json")
+        if correction is not None:
+            model.register_forward_hook(functools.partial(correct_output, correction), with_kwargs=True)
         return model
+
+
+def correct_output(
+    correction: NoiseCorrection, _: nn.Module, given: Sequence[Any], named: Mapping[str, Any], output: Any
+) -> Any:
+    """A UNet's output, a tuple or an object as asked for, with the noise corrected for each row's time."""
+    times = torch.as_tensor(named["timestep"] if "timestep" in named else given[1]).flatten().tolist()
+    noise = output[0]
+    rows = times if len(times) == len(noise) else times * len(noise)
+    corrected = torch.stack([correction.apply(row, time) for row, time in zip(noise, rows, strict=True)])
+    return (corrected, *output[1:]) if isinstance(output, tuple) else type(output)(sample=corrected)
 
 
 class AutoencoderKLDecoder(AutoencoderKL):  # type: ignore[misc] # diffusers is not typed

@@ -162,10 +162,9 @@ def check_steps(name: str, steps: int) -> None:
     assert latents.isfinite().all()
 
 
-OWN = ("plms", "ddim", "dpm2", "dpm2_a", "lms")
+OWN = ("plms", "ddim", "euler_a", "dpm2", "dpm2_a", "lms")
 THEIRS = {
     "euler": ("EulerDiscreteScheduler", 1),
-    "euler_a": ("EulerAncestralDiscreteScheduler", 1),
     "heun": ("HeunDiscreteScheduler", 1),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", 1000),
     "unipc": ("UniPCMultistepScheduler", 1000),

@@ -41,6 +41,9 @@ def quantize(
         typer.Option("--recipe", help="What calib draws and how hard it tries (TOML).", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where calib computes: cpu, cuda or auto.")] = "auto",
+    no_noise_correction: Annotated[
+        bool, typer.Option("--no-noise-correction", help="Have calib and distill measure none.")
+    ] = False,
     allow_pickle: AllowPickle = False,
     ema: Ema = False,
     vae: Vae = None,
@@ -58,7 +61,8 @@ def quantize(
 
             quantize_model(source, out, how, tell, size)
         else:
-            calibrate(source, out, how, recipe, device, size, tune=level == "distill")
+            tune, noise_correction = level == "distill", not no_noise_correction
+            calibrate(source, out, how, recipe, device, size, tune=tune, noise_correction=noise_correction)
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
 
 
@@ -74,8 +78,9 @@ def size_of(preset: str | None, target: str | None) -> "Size":
 
 
 def calibrate(
-    source: Path, out: Path, how: "Options", file: Path | None, device: str, size: "Size", *, tune: bool
-) -> None:
+    source: Path, out: Path, how: "Options", file: Path | None, device: str, size: "Size", *,
+    tune: bool, noise_correction: bool,
+) -> None:  # fmt: skip
     """Quantize with data, then measure and report."""
     from tinysd_batch.model.devices import choose_device
     from tinysd_batch.quantize.calib import quantize_calibrated
@@ -87,10 +92,12 @@ def calibrate(
 
     recipe = read_recipe(file)
     chosen = choose_device(None if device == "auto" else device)
-    done = quantize_calibrated(source, out, how, recipe, chosen, tell, size=size, tune=tune)
+    done = quantize_calibrated(
+        source, out, how, recipe, chosen, tell, size=size, tune=tune, noise_correction=noise_correction
+    )
     tell(f"measuring on {len(recipe.held_out)} held-out prompts")
     errors = measure(out, done.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
-    summary = summarize(out, done.layers, done.seconds, str(chosen), recipe)
+    summary = summarize(out, done, str(chosen), recipe)
     report = write_report(out, summary, errors, recipe.held_out)
     tell(
         f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "

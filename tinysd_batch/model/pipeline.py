@@ -21,6 +21,7 @@ from tinysd_batch.config import parse_budget
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
 from tinysd_batch.model.attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
+from tinysd_batch.model.correction import read_correction
 from tinysd_batch.model.devices import choose_device, device_name, total_bytes
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
@@ -31,7 +32,7 @@ from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_byt
 from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype
 from tinysd_batch.model.residency import Residency
-from tinysd_batch.model.samplers import Callback, Noise, Run, draw_noise, sample, times_of
+from tinysd_batch.model.samplers import Callback, Noise, Run, draw_noise, exact, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
@@ -93,6 +94,7 @@ class TinySD:
         self.vae: AutoencoderKL
         self.text_encoder, text = read_text_encoder(info.path / "text_encoder")
         self.unet, unet = read_unet(info.path / "unet")
+        self.correction = read_correction(info.path / "unet", self.unet.config.out_channels)  # None: draw without
         self.vae, vae = read_decoder(info.path / "vae")
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
@@ -218,7 +220,7 @@ class TinySD:
             eta: the share of fresh noise in ddim and plms, 0 to 1; the others have none, or as much as they want.
             noise_seed: draw the starting noise from this seed, and all later noise from `seed` as ever.
             rng: whose noise: that of torch's generator on the CPU, or on a CUDA card, which is computed on the CPU, too
-                (pictures up to 768x768; not with euler_a).
+                (pictures up to 768x768).
             latents: starting noise [B, 4, h, w] in place of the seeds' own.
             callback: called after each step with step, timestep and latents (heun: after each half of a step).
 
@@ -348,13 +350,16 @@ class TinySD:
         )
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            """The guided noise [B, 4, h, w]: e = e_negative + scale (e_text - e_negative)."""
-            if not guided:
-                return self.predict(latents, timestep, attended, way.rows)
-            without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended, way.rows).chunk(2)
-            return without + scale * (with_text - without)
+            """The guided noise [B, 4, h, w], corrected: e = e_negative + scale (e_text - e_negative)."""
+            if guided:
+                without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended, way.rows).chunk(2)
+                noise = without + scale * (with_text - without)
+            else:
+                noise = self.predict(latents, timestep, attended, way.rows)
+            return noise if self.correction is None else self.correction.apply(noise, float(timestep))
 
-        run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None))
+        deviation = exact if self.correction is None else self.correction.deviation
+        run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None), deviation)
         try:
             with self.memory.working(phase) as way:
                 return sample(sampler, run, start.to(self.device))

@@ -3,8 +3,13 @@
 diffusers' schedulers do the work where they compute what SD v1's own scripts compute. Written out here are
 - ddim and plms: diffusers' timesteps leave out the noisiest ones where the steps do not divide 1000 (600 steps would
   start at 600, with noise meant for 999), and its plms knows no eta;
+- euler_a: diffusers draws its noise where nobody can lower it, and by torch's own generators only;
 - dpm2 and dpm2_a: diffusers puts their midpoints elsewhere and leaves out an evaluation;
 - lms: diffusers integrates polynomials numerically, by scipy, at every step; their integrals are known.
+
+Where a model's predictions are known to err by so much at a time (`Run.deviation`, from a noise correction), those that
+draw fresh noise (ddim and plms with eta, euler_a, dpm2_a) draw less: the error is noise already. Of the several
+predictions that plms mixes, and of dpm2_a's two, the newest one's error stands for all.
 """
 
 import math
@@ -30,6 +35,12 @@ PLMS_WEIGHTS = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24,
 Noise = Generator | CudaNoise  # where an image's noise comes from
 Predict = Callable[[Tensor, Tensor], Tensor]  # latents [B, 4, h, w] and a timestep, fractional allowed, to their noise
 Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
+Deviation = Callable[[float], float]  # timestep -> standard deviation of a prediction's error there
+
+
+def exact(_: float) -> float:
+    """The deviation of predictions that are taken as they come."""
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +53,19 @@ class Run:
     generators: Sequence[Noise]  # one per image
     eta: float = 0.0
     callback: Callback = lambda *_: None
+    deviation: Deviation = exact
 
     def draw(self, like: Tensor) -> Tensor:
         """Fresh noise in the shape of the latents, each image's from its own generator."""
         return draw_noise(self.generators, like.shape[1:]).to(like.device)
+
+    def absorb(self, sigma: float, gain: float, time: float) -> float:
+        """How much fresh noise to add where sigma is wanted: less by the error of the prediction of this time.
+
+        That counts `gain` times, and does for noise; variances add up (PTQD, He et al. 2023). Never below zero.
+        """
+        error = gain * self.deviation(time)
+        return max(0.0, sigma**2 - error**2) ** 0.5 if error else sigma
 
 
 def sample(sampler: str, run: Run, noise: Tensor) -> Tensor:
@@ -133,8 +153,10 @@ def step_down(latents: Tensor, noise: Tensor, level: Level, run: Run) -> Tensor:
     alpha, alpha_next = level.alpha, level.alpha_next
     clean = (latents - (1 - alpha) ** 0.5 * noise) / alpha**0.5
     sigma = run.eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
-    below: Tensor = alpha_next**0.5 * clean + (1 - alpha_next - sigma**2) ** 0.5 * noise
-    return below + sigma * run.draw(latents) if run.eta else below
+    share = (1 - alpha_next - sigma**2) ** 0.5
+    below: Tensor = alpha_next**0.5 * clean + share * noise
+    gain = share - (alpha_next / alpha * (1 - alpha)) ** 0.5
+    return below + run.absorb(sigma, gain, level.time) * run.draw(latents) if run.eta else below
 
 
 def ddim(run: Run, latents: Tensor) -> Tensor:
@@ -162,7 +184,7 @@ def plms(run: Run, latents: Tensor) -> Tensor:
     return latents
 
 
-# dpm2, dpm2_a and lms, in terms of sigma = sqrt((1 - alpha) / alpha): latents = image + sigma * noise
+# euler_a, dpm2, dpm2_a and lms, in terms of sigma = sqrt((1 - alpha) / alpha): latents = image + sigma * noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +202,32 @@ class Sigmas:
         times = np.linspace(TRAIN_STEPS - 1, 0, run.steps)
         return cls(table, times, [*np.interp(times, np.arange(TRAIN_STEPS), table).tolist(), 0.0])
 
+    def time(self, sigma: float) -> float:
+        """The timestep of a level, which may lie between two whole ones."""
+        return float(np.interp(sigma, self.table, np.arange(TRAIN_STEPS)))
+
     def predict(self, run: Run, latents: Tensor, sigma: float) -> Tensor:
-        """The noise in latents at this level, whose timestep may lie between two whole ones."""
-        time = np.interp(sigma, self.table, np.arange(TRAIN_STEPS))
-        return run.predict(latents / (sigma**2 + 1) ** 0.5, torch.tensor(time, dtype=torch.float32))
+        """The noise in latents at this level."""
+        return run.predict(latents / (sigma**2 + 1) ** 0.5, torch.tensor(self.time(sigma), dtype=torch.float32))
+
+
+def way_back(sigma: float, below: float) -> float:
+    """How much fresh noise brings an ancestral step from sigma, which goes too far down, back up to `below`."""
+    up: float = min(below, (below**2 * (sigma**2 - below**2) / sigma**2) ** 0.5)
+    return up
+
+
+def euler_a(run: Run, noise: Tensor) -> Tensor:
+    """Euler's steps, further down than wanted and back up by fresh noise."""
+    sigmas = Sigmas.of(run)
+    latents = noise * sigmas.levels[0]
+    for step, (sigma, below) in enumerate(pairwise(sigmas.levels)):
+        up = way_back(sigma, below)
+        down = (below**2 - up**2) ** 0.5
+        latents = latents + sigmas.predict(run, latents, sigma) * (down - sigma)
+        latents = latents + run.absorb(up, down - sigma, sigmas.time(sigma)) * run.draw(latents)
+        run.callback(step, torch.tensor(sigmas.times[step]), latents)
+    return latents
 
 
 def dpm2(run: Run, noise: Tensor) -> Tensor:
@@ -202,13 +246,13 @@ def second_order(run: Run, noise: Tensor, *, ancestral: bool) -> Tensor:
     sigmas = Sigmas.of(run)
     latents = noise * sigmas.levels[0]
     for step, (sigma, below) in enumerate(pairwise(sigmas.levels)):
-        up = min(below, (below**2 * (sigma**2 - below**2) / sigma**2) ** 0.5) if ancestral else 0.0
+        up = way_back(sigma, below) if ancestral else 0.0
         down = (below**2 - up**2) ** 0.5
         middle = ((sigma ** (1 / 3) + down ** (1 / 3)) / 2) ** 3
         halfway = latents + sigmas.predict(run, latents, sigma) * (middle - sigma)
         latents = latents + sigmas.predict(run, halfway, middle) * (down - sigma)
         if ancestral:
-            latents = latents + up * run.draw(latents)
+            latents = latents + run.absorb(up, down - sigma, sigmas.time(middle)) * run.draw(latents)
         run.callback(step, torch.tensor(sigmas.times[step]), latents)
     return latents
 
@@ -243,8 +287,6 @@ def multistep_weights(levels: Sequence[float], step: int, order: int) -> list[fl
 
 # diffusers' schedulers
 
-DRAW_NOISE = {"EulerAncestralDiscreteScheduler"}  # the others take generators, and make no use of them as we call them
-
 
 def new_scheduler(name: str, fails_at: int, steps: int, schedule: dict[str, Any]) -> Any:
     """diffusers' scheduler of this name, set to so many steps.
@@ -263,14 +305,10 @@ def scheduled(name: str, *, fails_at: int) -> Callable[[Run, Tensor], Tensor]:
 
     def run_scheduler(run: Run, noise: Tensor) -> Tensor:
         scheduler = new_scheduler(name, fails_at, run.steps, run.schedule)
-        takes_noise = name in DRAW_NOISE
-        if takes_noise and any(isinstance(one, CudaNoise) for one in run.generators):
-            raise UsageError("rng cuda: this sampler draws later noise by torch's own generators; take another one")
-        extra = {"generator": list(run.generators)} if takes_noise else {}
         latents: Tensor = noise * scheduler.init_noise_sigma
         for step, time in enumerate(scheduler.timesteps):
             predicted = run.predict(scheduler.scale_model_input(latents, time), time)
-            latents = scheduler.step(predicted, time, latents, **extra).prev_sample
+            latents = scheduler.step(predicted, time, latents).prev_sample
             run.callback(step, time, latents)
         return latents
 
@@ -281,7 +319,7 @@ FUNCTIONS: dict[str, Callable[[Run, Tensor], Tensor]] = {
     "plms": plms,
     "ddim": ddim,
     "euler": scheduled("EulerDiscreteScheduler", fails_at=1),
-    "euler_a": scheduled("EulerAncestralDiscreteScheduler", fails_at=1),
+    "euler_a": euler_a,
     "heun": scheduled("HeunDiscreteScheduler", fails_at=1),
     "dpm2": dpm2,
     "dpm2_a": dpm2_a,

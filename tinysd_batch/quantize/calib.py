@@ -15,6 +15,7 @@ from tinysd_batch.model.packing import Layout, to_matrix
 from tinysd_batch.model.samplers import alphas_cumprod
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use, layer_inputs
+from tinysd_batch.quantize.correction import Judged, correct
 from tinysd_batch.quantize.distill import Examples, Tuned, distill
 from tinysd_batch.quantize.fast import check_finite
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
@@ -42,13 +43,16 @@ class Calibrated:
     layers: dict[str, float]  # SQNR in dB of each layer's output, on held-out rows
     held_out: Trajectories
     seconds: float
+    judged: Judged | None  # what became of the noise correction; None where it was not measured
 
 
 def quantize_calibrated(
     source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *,
-    size: Size = SIZE, tune: bool = False,
+    size: Size = SIZE, tune: bool = False, noise_correction: bool = True,
 ) -> Calibrated:  # fmt: skip
     """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
+
+    With `noise_correction` one is measured, and kept if pictures come closer to the float model's.
 
     A layer is on disk as soon as it is finished, in `OUT.work`: stopped in any way, the same call goes on. Raises
     ModelError as `fast.quantize_model` does, and where that folder was begun with another source, recipe or size.
@@ -83,9 +87,10 @@ def quantize_calibrated(
             else:
                 notes = {"level": "distill", **size.notes()}
                 write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, notes)
+            judged = judge_correction(folder, recipe, device, calibrating, held_out, say) if noise_correction else None
         seconds = before + time.monotonic() - started
         tell_left_out(model, say)
-        done = Calibrated({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds)
+        done = Calibrated({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds, judged)
         work.remove()
     return done
 
@@ -173,6 +178,19 @@ def tune_all(
     if tuned is None:
         say("tuning did not help; what calibration found is kept")
     return tuned
+
+
+def judge_correction(
+    folder: Path, recipe: Recipe, device: torch.device, calibrating: Trajectories, held_out: Trajectories, say: Say
+) -> Judged:
+    """Correct the noise of the finished folder if that helps: fitted on the prompts that did not calibrate layers."""
+    prompts = torch.arange(len(calibrating.context))
+    apart = prompts[prompts % TUNE_EVERY == TUNE_EVERY // 2]
+    say("measuring a noise correction")
+    drawn = calibrating.some(apart) if len(apart) else calibrating
+    judged = correct(folder, drawn, held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, device)
+    say(f"noise correction: {judged}")
+    return judged
 
 
 def write_calibrated(

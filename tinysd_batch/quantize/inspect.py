@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.correction import NoiseCorrection, read_correction
 from tinysd_batch.model.info import OUR_FILE, model_digest, read_json
 from tinysd_batch.model.packing import PackedWeight, RowWeight
 from tinysd_batch.quantize.checkpoint_files import Contents, open_tensors
@@ -24,6 +25,7 @@ BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution", 4: "convo
 NO_WEIGHTS = "position_ids"
 PACKED_NAMES = {each.name for kind in (PackedWeight, RowWeight) for each in fields(kind) if each.name != "bits"}
 CODES = "qweight"
+LATENT_CHANNELS = 4  # where a configuration does not say
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ class Inspection:
     refused: str | None  # why neither convert nor quantize takes it
     digest: str  # of a folder as jobs record it; of a file its SHA-256
     parts: list[PartFound]
+    correction: NoiseCorrection | None = None
 
 
 def inspect_model(path: Path, *, allow_pickle: bool = False) -> Inspection:
@@ -104,7 +107,8 @@ def inspect_folder(path: Path, *, allow_pickle: bool) -> Inspection:
             parts.append(count_part(name, tensors, packed if name == "unet" else {}))
     ours = read_json(path / OUR_FILE) if (path / OUR_FILE).exists() else {}
     name = str(ours.get("name", path.resolve().name))
-    return Inspection(str(path), name, folder_kind(kind), kind.reason, digest_of(path), parts)
+    correction = read_correction(path / "unet", unet.get("out_channels", LATENT_CHANNELS))
+    return Inspection(str(path), name, folder_kind(kind), kind.reason, digest_of(path), parts, correction)
 
 
 def folder_kind(kind: Kind) -> str:

@@ -18,7 +18,10 @@ MOST_DB = 200.0  # for predictions that are the same to the bit
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Signal to noise ratios in dB, larger is better; pictures are [P, H, W, 3] in 0..1."""
+    """Signal to noise ratios in dB, larger is better; pictures are [P, H, W, 3] in 0..1.
+
+    Latents and pictures are as the model draws, with the noise correction that it may have; the noise is without.
+    """
 
     times: list[float]
     noise_db: list[float]  # of the guided noise prediction at each time of the float model's trajectories
@@ -39,19 +42,7 @@ def measure(folder: Path, held: Trajectories, first_seed: int, scale: float, dev
     """Compare the model of a folder with the float model's trajectories. `first_seed` is the first prompt's."""
     model = TinySD.from_pretrained(folder, device=device, dtype="full")
     noise_db = [sqnr_db(*pair) for pair in zip(held.guided(scale), guided_noise(model, held, scale), strict=True)]
-    steps, prompts = held.latents.shape[:2]
-    parts: list[list[Tensor]] = []
-    for start in range(0, prompts, BATCH):
-        part = slice(start, min(start + BATCH, prompts))
-        after: list[Tensor] = []
-        model.generate(
-            None, list(range(first_seed + part.start, first_seed + part.stop)), sampler="ddim", guidance_scale=scale,
-            num_inference_steps=steps, prompt_embeds=held.context[part], output_type="latent",
-            negative_prompt_embeds=held.context_without[part], height=model.info.native_px, width=model.info.native_px,
-            callback=keep_in(after),
-        )  # fmt: skip
-        parts.append(after)
-    mine = [torch.cat(step) for step in zip(*parts, strict=True)]
+    mine = draw_again(model, held, first_seed, scale)
     theirs = [*held.latents[1:], held.final]
     floats, packed = (model.decode_values(latents.to(model.device)) for latents in (held.final, mine[-1]))
     return Errors(
@@ -65,12 +56,30 @@ def measure(folder: Path, held: Trajectories, first_seed: int, scale: float, dev
     )
 
 
+@torch.no_grad()
+def draw_again(model: TinySD, held: Trajectories, first_seed: int, scale: float) -> list[Tensor]:
+    """The same prompts and seeds by this model: latents [P, 4, h, w] after each step."""
+    steps, prompts = held.latents.shape[:2]
+    parts: list[list[Tensor]] = []
+    for start in range(0, prompts, BATCH):
+        part = slice(start, min(start + BATCH, prompts))
+        after: list[Tensor] = []
+        model.generate(
+            None, list(range(first_seed + part.start, first_seed + part.stop)), sampler="ddim", guidance_scale=scale,
+            num_inference_steps=steps, prompt_embeds=held.context[part], output_type="latent",
+            negative_prompt_embeds=held.context_without[part], height=model.info.native_px, width=model.info.native_px,
+            callback=keep_in(after),
+        )  # fmt: skip
+        parts.append(after)
+    return [torch.cat(step) for step in zip(*parts, strict=True)]
+
+
 def keep_in(kept: list[Tensor]) -> Callback:
     return lambda _, __, latents: kept.append(latents.cpu())
 
 
 def guided_noise(model: TinySD, held: Trajectories, scale: float) -> list[Tensor]:
-    """What the model predicts where the float model went, [P, 4, h, w] for each time."""
+    """What the model predicts where the float model went, not corrected, [P, 4, h, w] for each time."""
     found = []
     with model.residency.holding(model.encode_fragment, model.decode_fragment):
         for latents, time in zip(held.latents, held.times, strict=True):

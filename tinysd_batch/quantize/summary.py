@@ -9,6 +9,8 @@ from typing import Any
 
 from tinysd_batch.model.info import WEIGHTS, read_json, read_model_info
 from tinysd_batch.model.mapped import MappedTensors
+from tinysd_batch.quantize.calib import Calibrated
+from tinysd_batch.quantize.correction import Judged
 from tinysd_batch.quantize.presets import Size, sort_of
 from tinysd_batch.quantize.recipe import Recipe
 
@@ -54,6 +56,7 @@ class Summary:
     peak_memory_bytes: int
     device: str
     recipe: dict[str, Any]
+    judged: Judged | None  # the noise correction, kept or not; None where it was not measured
 
 
 def read_layers(unet: Path, sqnr_db: Mapping[str, float]) -> list[LayerFound]:
@@ -87,9 +90,9 @@ def classes_of(layers: list[LayerFound]) -> list[ClassFound]:
     return sorted(found.values(), key=lambda each: -each.bytes)
 
 
-def summarize(out: Path, sqnr_db: Mapping[str, float], seconds: float, device: str, recipe: Recipe) -> Summary:
+def summarize(out: Path, done: Calibrated, device: str, recipe: Recipe) -> Summary:
     """Of the packed model in `out`, which this process has just made."""
-    layers = read_layers(out / "unet", sqnr_db)
+    layers = read_layers(out / "unet", done.layers)
     config = read_json(out / "unet" / "config.json")["quantization_config"]
     return Summary(
         name=read_model_info(str(out)).name,
@@ -98,8 +101,9 @@ def summarize(out: Path, sqnr_db: Mapping[str, float], seconds: float, device: s
         layers=layers,
         classes=classes_of(layers),
         unet_bytes=(out / "unet" / WEIGHTS).stat().st_size,
-        seconds=seconds,
+        seconds=done.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         device=device,
         recipe={**recipe.model_dump(exclude={"prompts", "held_out"}), "prompts": len(recipe.prompts)},
+        judged=done.judged,
     )

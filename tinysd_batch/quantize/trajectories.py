@@ -35,6 +35,13 @@ class Trajectories:
         """[S, P, 4, h, w]"""
         return self.noise_without + scale * (self.noise - self.noise_without)
 
+    def some(self, prompts: Tensor) -> "Trajectories":
+        """Those of these prompts only."""
+        return Trajectories(
+            self.latents[:, prompts], self.times, self.noise[:, prompts], self.noise_without[:, prompts],
+            self.final[prompts], self.context[prompts], self.context_without[prompts],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:

@@ -16,6 +16,9 @@ def print_inspection(found: Inspection, console: Console) -> None:
         console.print(f"not taken by convert and quantize: {one_line(found.refused, 300)}", markup=False)
     if found.digest:
         console.print(f"digest {found.digest}", soft_wrap=True)
+    if found.correction:
+        times = len(found.correction.knots)
+        console.print(f"corrects its noise, as measured at {times:,} times and scale {found.correction.scale:g}")
     table = Table("part", "tensors", "weights", "bits each", "bytes", "stored as", box=None, pad_edge=False)
     for column in table.columns[1:5]:
         column.justify = "right"
@@ -37,9 +40,10 @@ def inspection_as_dict(found: Inspection) -> dict[str, Any]:
                     for each in part.classes.values()}}
         for part in found.parts
     ]  # fmt: skip
+    correction = found.correction and found.correction.model_dump()
     return {
         "path": found.path, "name": found.name, "kind": found.kind, "refused": found.refused,
-        "digest": found.digest, "parts": parts,
+        "digest": found.digest, "noise_correction": correction, "parts": parts,
     }  # fmt: skip
 
 

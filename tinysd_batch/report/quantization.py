@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tinysd_batch.quantize.correction import Judged
 from tinysd_batch.quantize.measure import Errors
 from tinysd_batch.quantize.summary import Summary
 from tinysd_batch.storage import write_atomically
@@ -49,7 +50,9 @@ def as_dict(summary: Summary, errors: Errors, prompts: Sequence[str]) -> dict[st
         "seconds": round(summary.seconds, 1), "peak_memory_bytes": summary.peak_memory_bytes,
         "device": summary.device, "recipe": summary.recipe,
         "noise_sqnr_db": round(errors.mean_noise_db, 2), "final_latents_sqnr_db": round(errors.final_db, 2),
-        "pictures_psnr_db": round(errors.psnr_db, 2), "prompts": list(prompts),
+        "pictures_psnr_db": round(errors.psnr_db, 2),
+        "noise_correction": None if summary.judged is None else correction_as_dict(summary.judged),
+        "prompts": list(prompts),
         "along_the_trajectory": [
             {"time": time, "noise_sqnr_db": round(noise, 2), "latents_sqnr_db": round(latents, 2)}
             for time, noise, latents in zip(errors.times, errors.noise_db, errors.latents_db, strict=True)
@@ -59,6 +62,13 @@ def as_dict(summary: Summary, errors: Errors, prompts: Sequence[str]) -> dict[st
             for one in summary.classes
         ],
         "layers": layers,
+    }  # fmt: skip
+
+
+def correction_as_dict(judged: Judged) -> dict[str, Any]:
+    return {
+        "kept": judged.helps, "says": str(judged), "final_latents_sqnr_db_without": round(judged.without_db, 2),
+        "final_latents_sqnr_db_with": round(judged.with_db, 2), **judged.correction.model_dump(),
     }  # fmt: skip
 
 
@@ -101,8 +111,9 @@ def page(content: Mapping[str, Any]) -> str:
     minutes, seconds = divmod(round(content["seconds"]), 60)
     facts = [
         ("UNet on disk", f"{content['unet_bytes'] / 1e6:,.1f} MB"),
-        ("guided noise prediction, mean over times", f"{content['noise_sqnr_db']:.2f} dB"),
+        ("guided noise prediction, mean over times, not corrected", f"{content['noise_sqnr_db']:.2f} dB"),
         ("final latents", f"{content['final_latents_sqnr_db']:.2f} dB"),
+        ("noise correction", found["says"] if (found := content["noise_correction"]) else "not measured"),
         ("pictures (PSNR)", f"{content['pictures_psnr_db']:.2f} dB"),
         ("time", f"{minutes}:{seconds:02} on {content['device']}"),
         ("peak memory, with mapped files", f"{content['peak_memory_bytes'] / 1e9:.2f} GB"),
@@ -130,7 +141,7 @@ power of what the float model says over power of the difference; larger is bette
 <h2>Bytes by sort of layer</h2>
 {table(("layers", "weights", "bits each", "bytes"), classes)}
 <h2>Along the trajectory</h2>
-<p>Noise: predicted where the float model went. Latents: after the step, each model on its own way.</p>
+<p>Noise: predicted where the float model went, not corrected. Latents: after the step, each model on its own way.</p>
 {table(("time", "noise dB", "latents dB"), times)}
 <h2>Layers, worst first</h2>
 <p>Of each layer's output on held-out prompts, in the packed model, against the float model's.</p>
