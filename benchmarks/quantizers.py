@@ -262,14 +262,14 @@ def line_of(bench: Bench, errors: Errors, total: int, seconds: float) -> dict[st
 def print_table(bench: Bench, lines: list[dict[str, object]]) -> None:
     prompts, recipe = bench.held_out.latents.shape[1], bench.recipe
     print(f"\n{len(bench.names)} packed layers, {prompts} held-out prompts, {recipe.steps} steps, scale {recipe.scale}")
-    print(f"{'method':<32}{'MB':>7}{'bits':>7}{'noise dB':>10}{'latents dB':>12}{'PSNR dB':>9}{'made in s':>11}")
+    print(f"{'method':<32}{'MB':>7}{'bits':>7}{'noise dB':>10}{'latents dB':>12}{'PSNR dB':>9}")
     for line in lines:
         if "why" in line:
             print(f"{line['name']:<32}not measured: {line['why']}")
             continue
         print(
             f"{line['name']:<32}{line['bytes'] / 1e6:7.2f}{line['bits']:7.2f}{line['noise_db']:10.2f}"  # type: ignore[operator]
-            f"{line['final_db']:12.2f}{line['psnr_db']:9.2f}{line['seconds']:11.0f}"
+            f"{line['final_db']:12.2f}{line['psnr_db']:9.2f}"
         )
 
 
