@@ -234,7 +234,7 @@ def run(bench: Bench, name: str) -> dict[str, object]:
     kept = bench.out / f"{name}.json"
     if kept.exists():
         read: dict[str, object] = json.loads(kept.read_text())
-        return read
+        return {**read, "name": title}
     folder = bench.out / name
     shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
