@@ -93,8 +93,7 @@ def random_packed(layer: nn.Module, layout: Layout, generator: torch.Generator) 
     scale = 0.9 * columns**-0.5  # the codes 0..3 spread by 1.118
     meta = torch.tensor([scale, 0.0, -1.5 * scale, 0.0], dtype=torch.float16).repeat(rows, 1)
     codes = torch.randint(0, 256, (rows, columns // 4), dtype=torch.uint8, generator=generator)
-    assert layout.group_size is not None, layout
-    nothing = torch.zeros(rows, columns // layout.group_size, dtype=torch.uint8)
+    nothing = torch.zeros(rows, columns // layout.group_in(columns), dtype=torch.uint8)
     return PackedWeight(codes, nothing, nothing.clone(), meta.view(torch.int16)), shape
 
 

@@ -58,8 +58,8 @@ def packed_floats(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) 
     found = {}
     for name, layout in layouts.items():
         weight = tensors[f"{name}.weight"].float()
-        assert layout.group_size is not None, layout
-        packed = quantize_matrix(to_matrix(weight), layout.group_size, layout.bits)
+        matrix = to_matrix(weight)
+        packed = quantize_matrix(matrix, layout.group_in(matrix.shape[1]), layout.bits)
         found[name] = from_matrix(unpack(packed, torch.empty(packed.shape)), weight.shape)
     return found
 

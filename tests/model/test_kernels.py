@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.model import kernels, packing
-from tinysd_batch.model.packing import Layout, PackedWeight, Weight
+from tinysd_batch.model.packing import ROW, Layout, PackedWeight, Weight, WholeRowWeight
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here to compile the kernels with")
@@ -66,7 +66,7 @@ def random_weight(layout: Layout) -> Weight:
     generator = torch.Generator().manual_seed(1)
     tensors = {
         name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, generator=generator).to(kind)
-        for name, (kind, shape) in layout.tensors(37, 192).items()
+        for name, (kind, shape) in layout.tensors(37, 768).items()
     }
     if layout.group_size is None:
         tensors["qdelta"] = torch.rand(37, generator=generator).view(torch.int32)
@@ -74,12 +74,19 @@ def random_weight(layout: Layout) -> Weight:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(2, 64), Layout(2, 16), Layout(4, 64), Layout(8, 32), Layout(2, None), Layout(8, None)], ids=str
-)
+    "layout",
+    [
+        Layout(2, 64), Layout(2, 16), Layout(4, 64), Layout(8, 32), Layout(2, 256), Layout(2, ROW), Layout(2, None),
+        Layout(8, None),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_kernels_unpack_to_the_bit_as_plain_torch_does(
     library: ctypes.CDLL, layout: Layout, dtype: torch.dtype
 ) -> None:
     weight = random_weight(layout)
+    if isinstance(weight, WholeRowWeight):
+        weight = weight.in_groups()
     found = torch.zeros(weight.shape, dtype=dtype)
     tensors: list[Tensor] = [*weight.tensors().values(), found]
     sizes = [weight.qweight.numel(), weight.qweight.shape[1], weight.bits]

@@ -8,12 +8,16 @@ from torch import nn
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model import packing
 from tinysd_batch.model.packed import PackedLayer, keep_unpacked, packed_like
-from tinysd_batch.model.packing import Layout, RowWeight, Weight
+from tinysd_batch.model.packing import ROW, Layout, RowWeight, Weight, WholeRowWeight
 from tinysd_batch.model.parts import USUAL_BYTES, in_parts_of
 from tinysd_batch.quantize.affine import quantize_matrix
 
 BITS = st.sampled_from(packing.BITS)
-LAYOUTS = [Layout(2, 64), Layout(2, 16), Layout(4, 32), Layout(8, 64), Layout(2, None), Layout(8, None)]
+LAYOUTS = [
+    Layout(2, 64), Layout(2, 16), Layout(4, 32), Layout(8, 64), Layout(2, 128), Layout(2, 256), Layout(2, ROW),
+    Layout(8, ROW), Layout(2, None), Layout(8, None),
+]  # fmt: skip
+COLUMNS = 768  # which all of them divide
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(packing.GROUPS))
 
 
@@ -61,6 +65,17 @@ def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], bit
     assert torch.equal(dense(weight).view(out, groups, size), expected)
 
 
+@given(st.integers(1, 9), st.integers(1, 40), BITS, st.integers(0, 2**32 - 1))
+def test_a_whole_row_is_one_group_without_its_table(rows: int, quads: int, bits: int, seed: int) -> None:
+    matrix = torch.randn(rows, 4 * quads, generator=torch.Generator().manual_seed(seed))
+    group = quantize_matrix(matrix, 4 * quads, bits)
+    row = group.stored_as(Layout(bits, ROW))
+    assert isinstance(row, WholeRowWeight)
+    assert set(row.tensors()) == {"qweight", "qaffine"}
+    assert torch.equal(dense(row), dense(group))
+    assert torch.equal(dense(row.in_groups()), dense(group))  # what the CUDA kernel is given
+
+
 def random_row_weight(rows: int, columns: int, bits: int, seed: int) -> RowWeight:
     """As the origin's checkpoint may hold it."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +98,8 @@ def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int
 def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     weights: list[Weight] = [quantize_matrix(matrix, 64, bits) for bits in packing.BITS]
-    for weight in (*weights, random_row_weight(rows, columns, 2, seed)):
+    whole = [quantize_matrix(matrix, columns, bits).stored_as(Layout(bits, ROW)) for bits in packing.BITS]
+    for weight in (*weights, *whole, random_row_weight(rows, columns, 2, seed)):
         by_torch = packing.unpack(weight, torch.empty(rows, columns), packing.unpack_rows_torch)
         assert torch.equal(dense(weight), by_torch)
 
@@ -96,11 +112,11 @@ def test_a_layout_survives_the_configuration(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_weight_takes_the_bytes_that_its_layout_says(layout: Layout) -> None:
     weight = layout.weight(
-        {name: torch.zeros(shape, dtype=kind) for name, (kind, shape) in layout.tensors(6, 192).items()}
+        {name: torch.zeros(shape, dtype=kind) for name, (kind, shape) in layout.tensors(6, COLUMNS).items()}
     )
-    assert weight.shape == (6, 192)
+    assert weight.shape == (6, COLUMNS)
     assert weight.layout == layout
-    assert sum(one.nbytes for one in weight.tensors().values()) == layout.nbytes(6, 192)
+    assert sum(one.nbytes for one in weight.tensors().values()) == layout.nbytes(6, COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +126,11 @@ def test_a_weight_takes_the_bytes_that_its_layout_says(layout: Layout) -> None:
         {"bits": 2, "group_size": -64}, {"bits": "2", "group_size": 64},
         {"bits": 2.0, "group_size": 64}, {"bits": 2, "group_size": 64.0}, {"bits": [2], "group_size": 64},
         {"bits": 2, "group_size": 2**40}, {"bits": 4, "kind": "row"}, {"bits": 0, "kind": "row"},
+        {"bits": 3, "kind": "affine_row"}, {"bits": 2, "kind": ["row"]},
     ],
 )  # fmt: skip
 def test_other_layouts_are_refused(entry: dict[str, object]) -> None:
-    with pytest.raises(ModelError, match=r"a layer at 2, 4 or 8 bits in groups of 16, 32 or 64 was expected"):
+    with pytest.raises(ModelError, match=r"a layer at 2, 4 or 8 bits in groups of 16, 32, 64, 128 or 256 was expected"):
         Layout.of_entry(entry)
 
 
@@ -218,12 +235,12 @@ def test_unpacking_to_half_precision_rounds_once(layout: Layout, dtype: torch.dt
     generator = torch.Generator().manual_seed(5)
     tensors = {
         name: torch.randint(0, 100, shape, generator=generator).to(kind)
-        for name, (kind, shape) in layout.tensors(6, 128).items()
+        for name, (kind, shape) in layout.tensors(6, COLUMNS).items()
     }
     if layout.group_size is None:
         tensors["qdelta"] = torch.rand(6, generator=generator).view(torch.int32)
     weight = layout.weight(tensors)
-    assert torch.equal(packing.unpack(weight, torch.empty(6, 128, dtype=dtype)), dense(weight).to(dtype))
+    assert torch.equal(packing.unpack(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
 
 
 def test_tap_major_order() -> None:

@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tools import run_here
+from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.info import WEIGHTS, read_model_info
 from tinysd_batch.model.packing import unpack
 from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.quantize.allocate import least_layouts
 from tinysd_batch.quantize.calib import quantize_calibrated
 from tinysd_batch.quantize.fast import quantize_folder
 from tinysd_batch.quantize.folder import open_source
 from tinysd_batch.quantize.gptq import Part, gptq
 from tinysd_batch.quantize.hessian import column_parts
 from tinysd_batch.quantize.measure import measure
-from tinysd_batch.quantize.presets import layers_to_pack
+from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.refine import refine
 from tinysd_batch.quantize.sources import Options
@@ -150,6 +152,29 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "lion; bell" in page
     assert read_model_info(str(tmp_path / "out")).unet_bytes == report["unet_bytes"]
+
+
+@pytest.mark.slow
+def test_the_smallest_file_calibrates_goes_on_and_draws(source: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """One scale a row everywhere; stopped before the end, with layers finished."""
+    part = open_source(source, Options()).unet()
+    unet = Walker(part.config, part.tensors, CPU).unet
+    size = Size(most=unet_bytes(unet, least_layouts(unet)))
+    recipe = read_recipe(recipe_file).model_copy(update={"tokens": 256, "sweeps": 1})
+
+    def stop(line: str) -> None:
+        if " layers, about " in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_calibrated(source, tmp_path / "out", Options(), recipe, CPU, stop, size=size)
+    said: list[str] = []
+    quantize_calibrated(source, tmp_path / "out", Options(), recipe, CPU, said.append, size=size)
+    assert any(line.startswith("going on: ") for line in said)
+    assert (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size == size.most
+    assert "affine_row" in (tmp_path / "out" / "unet" / "config.json").read_text()
+    drawn = TinySD.from_pretrained(tmp_path / "out", device="cpu").generate("red apple", seed=1, num_inference_steps=1)
+    assert len(drawn.images) == 1
 
 
 def test_what_was_begun_with_another_recipe_is_not_gone_on_with(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.quantize.test_calib import small_unet
+from tinysd_batch.model.packing import PackedWeight
 from tinysd_batch.quantize.calibrate import Solved
 from tinysd_batch.quantize.distill import Examples, Student, distill
 from tinysd_batch.quantize.fast import quantize_unet
@@ -28,6 +29,7 @@ def solved(part: Part) -> dict[str, Solved]:
     """The small UNet at level fast."""
     found = {}
     for name, (weight, _) in quantize_unet(part, layers_to_pack(small_unet(), "default")).items():
+        assert isinstance(weight, PackedWeight), name
         bias = part.tensors.get(f"{name}.bias")
         found[name] = Solved(weight, None if bias is None else bias.half(), 0.0)
     return found

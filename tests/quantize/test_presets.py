@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from tests.tools import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.model.info import WEIGHTS
-from tinysd_batch.model.packing import BITS, Layout, to_matrix
-from tinysd_batch.quantize.allocate import Choice, best_step, choices_of, promote, relative_error, ways
+from tinysd_batch.model.packing import BITS, ROW, Layout, to_matrix
+from tinysd_batch.quantize.allocate import Choice, best_step, choices_of, least_layouts, promote, relative_error, ways
 from tinysd_batch.quantize.fast import quantize_folder
 from tinysd_batch.quantize.hessian import layer_of
 from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, sort_of, unet_bytes
 from tinysd_batch.quantize.work import open_work
 
+ERRORS = (1.4, 1.3, 1.2, 1.0, 0.9, 0.8, 0.1, 0.01)  # of a layer's ways to be stored, the smallest first
 MOST_BYTES = {"tiny": 270e6, "default": 300e6, "quality": 420e6}
 
 
@@ -109,14 +110,14 @@ def test_a_file_of_a_wanted_size(float_model: Path, tmp_path: Path) -> None:
     TinySD.from_pretrained(tmp_path / "out", device="cpu")
 
 
-@given(st.integers(250, 500))
+@given(st.integers(222, 500))
 @settings(max_examples=2)
 def test_promotions_stay_within_the_target_and_never_hurt(sd_v1: UNet2DConditionModel, megabytes: int) -> None:
     draw = random.Random(megabytes)
     choices = {
         name: [
             Choice(layout, layout.nbytes(*shape), error * draw.random())
-            for layout, error in zip(ways(shape[1]), (1.0, 0.9, 0.8, 0.1, 0.01)[-len(ways(shape[1])) :], strict=True)
+            for layout, error in zip(ways(shape[1]), ERRORS[-len(ways(shape[1])) :], strict=True)
         ]
         for name in layers_to_pack(sd_v1, "tiny")
         if (shape := to_matrix(layer_of(sd_v1, name).weight).shape)
@@ -128,6 +129,15 @@ def test_promotions_stay_within_the_target_and_never_hurt(sd_v1: UNet2DCondition
     for name, layout in chosen.items():
         (error,) = (one.error for one in choices[name] if one.layout == layout)
         assert error <= choices[name][0].error
+
+
+def test_the_smallest_file_has_a_scale_a_row_except_where_rows_are_taken_apart(sd_v1: UNet2DConditionModel) -> None:
+    least, apart = (least_layouts(sd_v1, widest) for widest in (None, 11_520))
+    assert {layout.group_size for layout in least.values()} == {ROW}
+    wide = {name for name in least if to_matrix(layer_of(sd_v1, name).weight).shape[1] > 11_520}
+    assert len(wide) == 7
+    assert {name for name, layout in apart.items() if layout == Layout(2, 64)} == wide
+    assert [round(unet_bytes(sd_v1, one) / 1e6) for one in (least, apart)] == [221, 226]
 
 
 def test_what_harms_most_for_its_bytes_is_promoted_first() -> None:

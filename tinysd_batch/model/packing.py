@@ -1,7 +1,7 @@
 """Weights at 2, 4 and 8 bits: how they are stored, on disk and in memory alike, and how they become floats again.
 
 A weight is a matrix [O, K]; a convolution's K runs tap by tap (kernel row, kernel column, input channel), so that an
-unpacked matrix is a channels-last kernel without a copy. There are two ways of storing one.
+unpacked matrix is a channels-last kernel without a copy. There are three ways of storing one.
 
 Ours, in G = K / g groups of g weights a row:
 
@@ -10,6 +10,9 @@ Ours, in G = K / g groups of g weights a row:
 `qweight` uint8 [O, K b/8] holds the codes of b bits (at 2 bits code j of a row is in byte j // 4, bits 2 (j % 4) and
 up), `qscale` and `qoff` uint8 [O, G] with `qmeta` int16 [O, 4] the rest: the bits of four float16 numbers (scale_min,
 scale_step, offset_min, offset_step) that turn the bytes into scales and offsets.
+
+Ours with one group a row, which takes fewest bytes: `qweight` as above, `qaffine` int16 [O, 2] the bits of the row's
+float16 scale and offset.
 
 The origin's, a row at a time, at 2 or 8 bits, which keeps every number of its checkpoint:
 
@@ -40,13 +43,16 @@ from tinysd_batch.model.parts import part_bytes
 
 BITS = (2, 4, 8)
 ROW_BITS = (2, 8)  # of the origin
-GROUPS = (64, 32, 16)
-UNPACK_GROUPS = 8192  # unpacked at a time: floats that stay in the processor's cache
+ORIGINS_KIND, ROW_KIND = "row", "affine_row"  # in `config.json`
+GROUPS = (256, 128, 64, 32, 16)
+USUAL_GROUP = 64  # at most, unless a file is to be as small as it can
+ROW = 0  # as a group's size: the whole row
+UNPACK_WEIGHTS = 2**19  # unpacked at a time: floats that stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a matrix is stored: in groups, or row by row where `group_size` is None."""
+    """How a matrix is stored: in groups, in one group a row (ROW), or as the origin does (None)."""
 
     bits: int
     group_size: int | None
@@ -58,6 +64,8 @@ class Layout:
         codes = (torch.uint8, (rows, columns * self.bits // 8))
         if self.group_size is None:
             return {"qweight": codes, "qzero": (torch.uint8, (rows,)), "qdelta": (torch.int32, (rows,))}
+        if self.group_size == ROW:
+            return {"qweight": codes, "qaffine": (torch.int16, (rows, 2))}
         groups = (torch.uint8, (rows, columns // self.group_size))
         return {"qweight": codes, "qscale": groups, "qoff": groups, "qmeta": (torch.int16, (rows, 4))}
 
@@ -65,31 +73,43 @@ class Layout:
         """The weight that tensors of these names store."""
         if self.group_size is None:
             return RowWeight(**tensors, bits=self.bits)
+        if self.group_size == ROW:
+            return WholeRowWeight(**tensors, bits=self.bits)
         return PackedWeight(**tensors, bits=self.bits)
+
+    def group_in(self, columns: int) -> int:
+        """How many weights of a row of so many share a scale; not for the origin's layouts."""
+        assert self.group_size is not None, self
+        return columns if self.group_size == ROW else self.group_size
 
     def nbytes(self, rows: int, columns: int) -> int:
         """What a matrix takes."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors(rows, columns).values())
 
     def __str__(self) -> str:
-        return f"{self.bits} bits in " + ("rows" if self.group_size is None else f"groups of {self.group_size}")
+        how = {None: "rows of the origin", ROW: "whole rows"}.get(self.group_size, f"groups of {self.group_size}")
+        return f"{self.bits} bits in {how}"
 
     def entry(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """What `config.json` says of a layer."""
-        how = {"kind": "row"} if self.group_size is None else {"group_size": self.group_size}
+        kinds: dict[int | None, dict[str, Any]] = {None: {"kind": ORIGINS_KIND}, ROW: {"kind": ROW_KIND}}
+        how = kinds.get(self.group_size, {"group_size": self.group_size})
         return {"bits": self.bits, **how, "shape": list(shape)}
 
     @classmethod
     def of_entry(cls, entry: Mapping[str, Any]) -> Self:
         """Raises ModelError for an entry that is none."""
-        bits, is_row = entry.get("bits"), entry.get("kind") == "row"
-        size = None if is_row else entry.get("group_size", 0)
-        known = bits in (ROW_BITS if is_row else BITS) and size in (None, *GROUPS)
-        if not isinstance(bits, int) or not isinstance(size, int | None) or not known:
-            raise ModelError(
-                f"{excerpt(dict(entry))}: a layer at 2, 4 or 8 bits in groups of 16, 32 or 64 was expected"
-            )
-        return cls(bits, size)
+        bits, kind, size = entry.get("bits"), entry.get("kind"), entry.get("group_size")
+        if kind == ORIGINS_KIND and isinstance(bits, int) and bits in ROW_BITS:
+            return cls(bits, None)
+        if isinstance(bits, int) and bits in BITS:
+            if kind == ROW_KIND:
+                return cls(bits, ROW)
+            if isinstance(size, int) and size in GROUPS:
+                return cls(bits, size)
+        raise ModelError(
+            f"{excerpt(dict(entry))}: a layer at 2, 4 or 8 bits in groups of 16, 32, 64, 128 or 256 was expected"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +146,55 @@ class PackedWeight:
     def cut(self, rows: slice) -> "PackedWeight":
         return PackedWeight(**{name: one[rows] for name, one in self.tensors().items()}, bits=self.bits)
 
+    def stored_as(self, layout: Layout) -> "PackedWeight | WholeRowWeight":
+        """The same as a layout of these groups stores it: for ROW without the bytes that one group does not need."""
+        assert layout.bits == self.bits, (layout, self.layout)
+        assert layout.group_in(self.shape[1]) == self.group_size, (layout, self.layout)
+        if layout.group_size != ROW:
+            return self
+        return WholeRowWeight(self.qweight, torch.cat(affine_parameters(self), dim=1).view(torch.int16), self.bits)
+
     def rows(self) -> Tensor:
         """FBGEMM rows, uint8 [O * G, g b/8 + 4], at 8 bits [O * G, g + 8]."""
         codes = self.qweight.view(-1, self.group_size * self.bits // 8)
         return fbgemm_rows(codes, *affine_parameters(self), self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRowWeight:
+    """A matrix with one group a row."""
+
+    qweight: Tensor  # uint8 [O, K b/8]
+    qaffine: Tensor  # int16 [O, 2], float16 bits of scale and offset
+
+    bits: int = 2
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.bits, ROW)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, K]"""
+        return self.qweight.shape[0], self.qweight.shape[1] * 8 // self.bits
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"qweight": self.qweight, "qaffine": self.qaffine}
+
+    def cut(self, rows: slice) -> "WholeRowWeight":
+        return WholeRowWeight(self.qweight[rows], self.qaffine[rows], self.bits)
+
+    def rows(self) -> Tensor:
+        """FBGEMM rows, uint8 [O, K b/8 + 4], at 8 bits [O, K + 8]."""
+        scale, offset = self.qaffine.view(torch.float16).unbind(dim=1)
+        return fbgemm_rows(self.qweight, scale, offset, self.bits)
+
+    def in_groups(self) -> PackedWeight:
+        """The same with a table of scales for each row, each with one entry."""
+        nothing = torch.zeros(len(self.qweight), 1, dtype=torch.uint8, device=self.qweight.device)
+        scale, offset = self.qaffine.unbind(dim=1)
+        meta = torch.stack([scale, torch.zeros_like(scale), offset, torch.zeros_like(scale)], dim=1)
+        return PackedWeight(self.qweight, nothing, nothing, meta, self.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +227,13 @@ class RowWeight:
         return fbgemm_rows(self.qweight, torch.ones_like(self.qzero).half(), -self.qzero.half(), self.bits)
 
 
-Weight = PackedWeight | RowWeight
+Weight = PackedWeight | WholeRowWeight | RowWeight
 Decode = Callable[[Tensor, int], Tensor]  # FBGEMM rows uint8 [N, g b/8 + 4] and b to float32 [N, g]
 
 
 def group_size_for(columns: int) -> int | None:
-    """The largest group that divides a row of so many weights; None where the matrix is too narrow to pack."""
-    return next((size for size in GROUPS if columns % size == 0 and columns >= size), None)
+    """The largest usual group that divides a row of so many weights; None where the matrix is too narrow to pack."""
+    return next((size for size in GROUPS if size <= USUAL_GROUP and columns % size == 0 and columns >= size), None)
 
 
 def to_matrix(weight: Tensor) -> Tensor:
@@ -222,7 +287,7 @@ def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
     """
     if decode is None and out.is_cuda and has_kernels(out.device):
         return unpack_by_kernel(weight, out)
-    step = max(1, UNPACK_GROUPS * GROUPS[0] // weight.shape[1])
+    step = max(1, UNPACK_WEIGHTS // weight.shape[1])
     if out.is_meta:  # numbers without values, but what takes memory meanwhile is to be seen
         torch.empty(min(step, weight.shape[0]), weight.shape[1], device=out.device)
         return out
@@ -235,7 +300,7 @@ def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
 def floats(weight: Weight, decode: Decode) -> Tensor:
     """A weight as float32 [O, K]."""
     values = decode(weight.rows(), weight.bits).view(weight.shape)
-    return values if isinstance(weight, PackedWeight) else values.mul_(weight.qdelta.view(torch.float32)[:, None])
+    return values.mul_(weight.qdelta.view(torch.float32)[:, None]) if isinstance(weight, RowWeight) else values
 
 
 def unpack_rows(rows: Tensor, bits: int) -> Tensor:
@@ -265,6 +330,8 @@ def unpack_rows_fbgemm(rows: Tensor, bits: int) -> Tensor:
 
 def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
     """A weight as [O, K] in `out`, on CUDA; equal to the bit to what plain torch makes of it."""
+    if isinstance(weight, WholeRowWeight):
+        weight = weight.in_groups()
     if isinstance(weight, PackedWeight):
         kernels.launch("unpack_groups", weight.tensors(), out, weight.bits, weight.group_size * weight.bits // 8)
     else:

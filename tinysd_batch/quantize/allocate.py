@@ -1,4 +1,4 @@
-"""A file of a wanted size: from 2 bits everywhere, layers get more where that pays most for its bytes."""
+"""A file of a wanted size: from 2 bits in whole rows, layers get more where that pays most for its bytes."""
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.packing import BITS, GROUPS, Layout, group_size_for, to_matrix, unpack
+from tinysd_batch.model.packing import BITS, GROUPS, ROW, USUAL_GROUP, Layout, group_size_for, to_matrix, unpack
 from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.quantize.hessian import layer_of
 from tinysd_batch.quantize.presets import SMALLEST, layers_to_pack, level_of, levels_of, sort_of, unet_bytes
 
 SAMPLE = 2**16  # weights of a layer that its errors are told from
@@ -32,9 +33,9 @@ class Choice:
     error: float  # that it adds to what the UNet says
 
 
-def check_target(unet: nn.Module, target: int) -> None:
+def check_target(unet: nn.Module, target: int, widest: int | None = None) -> None:
     """Raise UsageError, with the least possible, where no file is so small."""
-    least = unet_bytes(unet, layers_to_pack(unet, SMALLEST))
+    least = unet_bytes(unet, least_layouts(unet, widest))
     if target < least:
         raise UsageError(
             f"--target-size {target / 1e6:,.1f} MB: for this UNet at least {least / 1e6:,.1f} MB are needed"
@@ -42,44 +43,54 @@ def check_target(unet: nn.Module, target: int) -> None:
 
 
 def allocate(
-    unet: nn.Module, tensors: Mapping[str, Tensor], target: int, inputs: Iterable[tuple[str, Tensor]] | None = None
-) -> dict[str, Layout]:
+    unet: nn.Module, tensors: Mapping[str, Tensor], target: int, inputs: Iterable[tuple[str, Tensor]] | None = None,
+    widest: int | None = None,
+) -> dict[str, Layout]:  # fmt: skip
     """The layouts of a file of at most `target` bytes.
 
     Layers' errors are told from their weights (`tensors`), or with `inputs`, tokens [N, K] of each layer in the float
-    model, from their outputs; both weighed by HARM.
+    model, from their outputs; both weighed by HARM. Rows of over `widest` weights, which calibration takes apart, keep
+    the groups that allow it.
     """
     names, levels = list(layers_to_pack(unet, SMALLEST)), levels_of(unet)
     given = ((name, None) for name in names) if inputs is None else inputs
-    choices = {name: choices_of(name, levels, to_matrix(tensors[f"{name}.weight"]), x) for name, x in given}
+    choices = {name: choices_of(name, levels, to_matrix(tensors[f"{name}.weight"]), x, widest) for name, x in given}
     return promote(unet, {name: choices[name] for name in names}, target)
 
 
-def choices_of(name: str, levels: int, weight: Tensor, x: Tensor | None) -> list[Choice]:
+def least_layouts(unet: nn.Module, widest: int | None = None) -> dict[str, Layout]:
+    """The layouts of the smallest file that there can be."""
+    names = layers_to_pack(unet, SMALLEST)
+    return {name: ways(to_matrix(layer_of(unet, name).weight).shape[1], widest)[0] for name in names}
+
+
+def choices_of(name: str, levels: int, weight: Tensor, x: Tensor | None, widest: int | None = None) -> list[Choice]:
     """The ways to store a layer's weight [O, K], smallest first, with errors told from some of its rows."""
     rows = weight[:: max(1, weight.numel() // SAMPLE)].float()
     harms = HARM.get(sort_of(name), HARM["feed-forward"])
     harm = harms[min(level_of(name, levels), len(harms) - 1)]
     return [
         Choice(layout, layout.nbytes(*weight.shape), harm * relative_error(rows, layout, x))
-        for layout in ways(weight.shape[1])
+        for layout in ways(weight.shape[1], widest)
     ]
 
 
-def ways(columns: int) -> list[Layout]:
-    """2 bits in groups of every size that fits a row, then 4 and 8 bits in the largest."""
-    largest = group_size_for(columns)
-    assert largest is not None, columns
+def ways(columns: int, widest: int | None = None) -> list[Layout]:
+    """2 bits in whole rows and in groups of every size that divides one, then 4 and 8 bits in the largest usual."""
+    usual = group_size_for(columns)
+    assert usual is not None, columns
+    apart = widest is not None and columns > widest
+    largest = USUAL_GROUP if apart else columns - 1
     return [
-        *(Layout(BITS[0], size) for size in GROUPS if size <= largest),
-        *(Layout(bits, largest) for bits in BITS[1:]),
+        *([] if apart else [Layout(BITS[0], ROW)]),
+        *(Layout(BITS[0], size) for size in GROUPS if size <= largest and columns % size == 0),
+        *(Layout(bits, usual) for bits in BITS[1:]),
     ]
 
 
 def relative_error(rows: Tensor, layout: Layout, x: Tensor | None) -> float:
     """Of rows [O, K] of a weight, or of what they make of tokens [N, K], as a share of its power."""
-    assert layout.group_size is not None, layout
-    packed = quantize_matrix(rows, layout.group_size, layout.bits)
+    packed = quantize_matrix(rows, layout.group_in(rows.shape[1]), layout.bits)
     wrong = unpack(packed, torch.empty(packed.shape)) - rows
     if x is not None:
         rows, wrong = x @ rows.T, x @ wrong.T

@@ -62,7 +62,7 @@ def quantize_calibrated(
     part = model.unet()
     unet = check_unet(part)
     if size.most is not None:
-        check_target(unet, size.most)
+        check_target(unet, size.most, recipe.block)
     check_finite(part)
     if size.most is None:
         say(f"unet: {size}: {size_in_words(unet, layers_to_pack(unet, size.preset))}")
@@ -83,10 +83,10 @@ def quantize_calibrated(
             solved = solve(part, layouts, recipe, device, calibrating, held_out, work, say)
             tuned = tune_all(part, folder, recipe, device, calibrating, solved, say) if tune else None
             if tuned is None:
-                write_calibrated(part, folder / "unet", solved, {}, {"level": "calib", **size.notes()})
+                write_calibrated(part, folder / "unet", layouts, solved, {}, {"level": "calib", **size.notes()})
             else:
                 notes = {"level": "distill", **size.notes()}
-                write_calibrated(part, folder / "unet", tuned.layers, tuned.norms, notes)
+                write_calibrated(part, folder / "unet", layouts, tuned.layers, tuned.norms, notes)
             judged = judge_correction(folder, recipe, device, calibrating, held_out, say) if noise_correction else None
         seconds = before + time.monotonic() - started
         tell_left_out(model, say)
@@ -120,7 +120,7 @@ def choose(
     some = torch.linspace(0, len(rows.times) - 1, min(ALLOCATION_ROWS, len(rows.times))).long()
     names = list(layers_to_pack(unet, SMALLEST))
     inputs = layer_inputs(walker, Rows(rows.latents[some], rows.times[some], rows.context[some]), names)
-    return allocate(unet, part.tensors, size.most, ((name, x.cpu()) for name, x in inputs))
+    return allocate(unet, part.tensors, size.most, ((name, x.cpu()) for name, x in inputs), recipe.block)
 
 
 def solve(
@@ -194,8 +194,8 @@ def judge_correction(
 
 
 def write_calibrated(
-    part: Part, folder: Path, solved: Mapping[str, Solved], changed: Mapping[str, Tensor],
-    notes: Mapping[str, Any],
+    part: Part, folder: Path, layouts: Mapping[str, Layout], solved: Mapping[str, Solved],
+    changed: Mapping[str, Tensor], notes: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """The packed UNet: what calibration made, tensors that distillation changed, and the rest as float16."""
     shapes = {name: tuple(part.tensors[f"{name}.weight"].shape) for name in solved}
@@ -205,7 +205,7 @@ def write_calibrated(
         if name.removesuffix(".weight") not in solved
     }
     others |= {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
-    packed = {name: (one.weight, shapes[name]) for name, one in solved.items()}
+    packed = {name: (one.weight.stored_as(layouts[name]), shapes[name]) for name, one in solved.items()}
     write_packed_unet(folder, part.config, packed, others, notes)
 
 

@@ -156,8 +156,8 @@ class Calibration:
 
     def solve(self, name: str, gathered: "Gathered") -> Solved:
         layer = layer_of(self.source.unet, name)
-        weight, bits, size = to_matrix(layer.weight), self.layouts[name].bits, self.layouts[name].group_size
-        assert size is not None, name
+        weight, bits = to_matrix(layer.weight), self.layouts[name].bits
+        size = self.layouts[name].group_in(weight.shape[1])
         parts, means = [], torch.zeros(weight.shape[1], device=weight.device)
         for groups, columns, moments in gathered.parts:
             # A part of the columns cannot tell its own share of the gap.
@@ -188,8 +188,7 @@ class Gathered:
     @classmethod
     def of(cls, layer: Layer, layout: Layout, recipe: Recipe) -> Self:
         rows, device = len(layer.weight), layer.weight.device
-        group_size, parts = layout.group_size, []
-        assert group_size is not None, layout
+        group_size, parts = layout.group_in(layer.weight[0].numel()), []
         for groups in column_parts(layer, group_size, recipe.block):
             columns = (groups[:, None] * group_size + torch.arange(group_size)).flatten().to(device)
             parts.append((groups.to(device), columns, Moments(len(columns), rows, device)))

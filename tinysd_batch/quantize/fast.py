@@ -8,7 +8,7 @@ from torch import nn
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import write_packed_unet
-from tinysd_batch.model.packing import Layout, PackedWeight, to_matrix
+from tinysd_batch.model.packing import Layout, Weight, to_matrix
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
@@ -20,13 +20,14 @@ from tinysd_batch.storage import new_folder, storage_errors
 SIZE = Size()
 
 
-def quantize_unet(part: Part, layouts: Mapping[str, Layout]) -> dict[str, tuple[PackedWeight, tuple[int, ...]]]:
+def quantize_unet(part: Part, layouts: Mapping[str, Layout]) -> dict[str, tuple[Weight, tuple[int, ...]]]:
     """Each packed layer's weight and original shape, from a UNet's float tensors."""
-    found = {}
+    found: dict[str, tuple[Weight, tuple[int, ...]]] = {}
     for name, layout in layouts.items():
         weight = part.tensors[f"{name}.weight"]
-        assert layout.group_size is not None, layout
-        found[name] = quantize_matrix(to_matrix(weight), layout.group_size, layout.bits), tuple(weight.shape)
+        matrix = to_matrix(weight)
+        packed = quantize_matrix(matrix, layout.group_in(matrix.shape[1]), layout.bits)
+        found[name] = packed.stored_as(layout), tuple(weight.shape)
         part.release()
     return found
 

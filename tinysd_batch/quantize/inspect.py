@@ -13,7 +13,7 @@ from torch import Tensor
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.correction import NoiseCorrection, read_correction
 from tinysd_batch.model.info import OUR_FILE, model_digest, read_json
-from tinysd_batch.model.packing import PackedWeight, RowWeight
+from tinysd_batch.model.packing import PackedWeight, RowWeight, WholeRowWeight
 from tinysd_batch.quantize.checkpoint_files import Contents, open_tensors
 from tinysd_batch.quantize.kinds import EMA, SD_V1, TEXT, UNET, VAE, Kind, kind_of, kind_of_configs
 from tinysd_batch.quantize.model_folder import STEMS, weights_file
@@ -23,7 +23,8 @@ PREFIXES = {UNET: "unet", VAE: "vae", TEXT: "text_encoder", EMA: "EMA copies"}
 OTHERS = "others"
 BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution", 4: "convolution"}
 NO_WEIGHTS = "position_ids"
-PACKED_NAMES = {each.name for kind in (PackedWeight, RowWeight) for each in fields(kind) if each.name != "bits"}
+KINDS = (PackedWeight, WholeRowWeight, RowWeight)
+PACKED_NAMES = {each.name for kind in KINDS for each in fields(kind) if each.name != "bits"}
 CODES = "qweight"
 LATENT_CHANNELS = 4  # where a configuration does not say
 

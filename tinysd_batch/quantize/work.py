@@ -59,9 +59,7 @@ class Work:
         for path in sorted((self.path / "layers").glob("*.safetensors")):
             tensors = {name: value.clone() for name, value in MappedTensors.read(path).items()}
             sqnr_db, bias = float(tensors.pop("sqnr_db")), tensors.pop("bias", None)
-            weight = layouts[path.stem].weight(tensors)
-            assert isinstance(weight, PackedWeight), path
-            found[path.stem] = Solved(weight, bias, sqnr_db)
+            found[path.stem] = Solved(PackedWeight(**tensors, bits=layouts[path.stem].bits), bias, sqnr_db)
         return found
 
     def seconds(self) -> float:
