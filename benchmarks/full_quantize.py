@@ -1,0 +1,95 @@
+"""Stable Diffusion v1 at its own size, 4.3 GB of random float32 weights: time and memory of quantizing it.
+
+    python -m benchmarks.full_quantize                     level fast, to the end
+    python -m benchmarks.full_quantize --level calib       with --recipe FILE; hours, goes on after a stop
+
+The model is written on the first run (outputs/random-sd-v1-float, or --source FOLDER). Memory is read of the process as
+it works: all that is resident, the file's mapped pages too, and what is its own. The result is left in --out.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from benchmarks.full_size import SD_V1_TEXT, SD_V1_UNET, SD_V1_VAE
+from tinysd_batch.model.checkpoint import TEXT_WEIGHTS
+from tinysd_batch.model.info import WEIGHTS
+from tinysd_batch.model.mapped import write_tensors
+
+REPEATED = 2**24  # random numbers, over and over
+STD = 0.02
+
+
+def make_source(folder: Path) -> None:
+    """A float32 model folder in diffusers' layout."""
+    print(f"making {folder}", file=sys.stderr)
+    numbers = STD * torch.randn(REPEATED, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_UNET)
+        vae, text = AutoencoderKL(**SD_V1_VAE), CLIPTextModel(CLIPTextConfig(**SD_V1_TEXT))
+    write_part(folder / "unet", unet, dict(unet.config), WEIGHTS, numbers)
+    write_part(folder / "vae", vae, dict(vae.config), WEIGHTS, numbers)
+    write_part(folder / "text_encoder", text, text.config.to_dict(), TEXT_WEIGHTS, numbers)
+
+
+def write_part(folder: Path, module: nn.Module, config: dict[str, object], name: str, numbers: Tensor) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shapes = module.state_dict()
+
+    def values(name: str) -> Tensor:
+        count = shapes[name].numel()
+        return numbers.repeat(math.ceil(count / REPEATED))[:count].view(shapes[name].shape)
+
+    write_tensors(folder / name, shapes, dict.fromkeys(shapes, torch.float32), values)
+
+
+def memory_of(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, int]]:
+    """Bytes resident and bytes of its own, a few times a second until it ends."""
+    while process.poll() is None:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        wanted = [line for line in lines if line.startswith(("VmHWM", "RssAnon"))]  # in this order
+        if wanted:  # none are left of a process that has just ended
+            resident, own = (int(line.split()[1]) * 1024 for line in wanted)
+            yield resident, own
+        time.sleep(0.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path("outputs/random-sd-v1-float"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/random-sd-v1-quantized"))
+    parser.add_argument("--level", default="fast")
+    parser.add_argument("--recipe", type=Path)
+    given = parser.parse_args()
+    if not given.source.exists():
+        make_source(given.source)
+    shutil.rmtree(given.out, ignore_errors=True)
+    words = [sys.executable, "-m", "tinysd_batch", "quantize", given.source, given.out, "--level", given.level]
+    started = time.monotonic()
+    process = subprocess.Popen([*words, *(["--recipe", given.recipe] if given.recipe else [])])
+    resident, own = (max(most) for most in zip(*memory_of(process), strict=True))
+    if process.returncode:
+        sys.exit(process.returncode)
+    size = (given.out / "unet" / WEIGHTS).stat().st_size
+    source = sum(file.stat().st_size for file in given.source.rglob("*.safetensors"))
+    print(
+        f"level {given.level}: {source / 1e9:.1f} GB of floats to a UNet of {size / 1e6:.0f} MB in "
+        f"{time.monotonic() - started:.0f} s, {torch.get_num_threads()} cores\n"
+        f"peak memory {resident / 1e9:.2f} GB, mapped pages of the source included; {own / 1e9:.2f} GB of its own"
+    )
+
+
+if __name__ == "__main__":
+    main()
