@@ -121,7 +121,7 @@ def manifest(tmp_path: Path) -> Path:
     ("rows", "refused", "degraded"),
     [
         (4, [8], [["batch_halved"]] * 8),
-        (1, [8, 4, 2], [["unet_rows_one_by_one", "batch_halved"]] * 8),
+        (1, [8, 4, 2, 2], [["smaller_parts", "unet_rows_one_by_one", "batch_halved"]] * 8),
     ],
 )
 def test_a_small_card_goes_down_the_ladder_once_for_each_shape(

@@ -7,6 +7,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
+from tinysd_batch.model.parts import SMALL_BYTES
 from tinysd_batch.records import ImageRequest
 
 
@@ -32,8 +33,9 @@ class Saving:
 
 
 # Down from the least slow. Halving the batch comes before all of them; a setting that the model does not know is
-# passed over. Attention in parts has its place before the weights: it costs less time than streaming them.
+# passed over.
 LADDER = (
+    Saving("smaller_parts", "memory.most_part_bytes", SMALL_BYTES),  # of attention, feed-forward layers and the VAE
     Saving("unet_rows_one_by_one", "unet_bs", 1),
     Saving("weights_streamed", "residency.streams_all", True),
 )

@@ -132,6 +132,7 @@ class Planner:
         self.model = model
         self.budget_bytes = budget_bytes
         self.context = CUDA_CONTEXT_BYTES if model.device.type == "cuda" else 0
+        self.most_part_bytes = USUAL_BYTES  # ways of larger parts are passed over
         self.known: dict[tuple[Any, ...], Phase] = {}
 
     def phases(self, shape: Shape) -> list[Phase]:
@@ -189,9 +190,10 @@ class Planner:
         """
         if self.budget_bytes is None and not measured:
             weights = sum(part.nbytes for part in task.fragments)
-            return Phase(task.name, task.fragments, task.ways[0], None, weights, weights, 0, 0, self.context)
+            return Phase(task.name, task.fragments, self.ways(task)[0], None, weights, weights, 0, 0, self.context)
         model = self.model
-        key = task.name, task.shape, model.dtype, model.unet_bs, model.attention.fused, model.residency.streams_all
+        settings = model.unet_bs, model.attention.fused, model.residency.streams_all, self.most_part_bytes
+        key = task.name, task.shape, model.dtype, *settings
         if key not in self.known:
             self.known[key] = self.first_that_fits(task)
         return self.known[key]
@@ -215,11 +217,14 @@ class Planner:
     def candidates(self, task: Task, budget: int | None) -> Iterator[Phase]:
         """The ways of a task, with as many weights on the device as the budget leaves room for."""
         weights = sum(part.nbytes for part in task.fragments)
-        for way in task.ways:
+        for way in self.ways(task):
             work = self.work(task, way)
             room = None if budget is None else max(0, budget - self.context - work)
             staying, buffers = self.model.residency.placed(task.fragments, room)
             yield Phase(task.name, task.fragments, way, room, weights, staying, buffers, work, self.context)
+
+    def ways(self, task: Task) -> Sequence[Way]:
+        return [way for way in task.ways if way.part_bytes <= self.most_part_bytes] or task.ways
 
     def work(self, task: Task, way: Way) -> int:
         """The most that tensors take besides weights."""
