@@ -82,7 +82,7 @@ def random_row_weight(rows: int, columns: int, bits: int, seed: int) -> RowWeigh
     codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8, generator=generator)
     zero = torch.randint(0, 2**bits, (rows,), generator=generator).to(torch.uint8)
     delta = torch.randn(rows, generator=generator).abs() * 10 ** torch.randn(rows, generator=generator)
-    return RowWeight(codes, zero, delta.view(torch.int32), bits)
+    return RowWeight(codes, zero, delta.view(torch.int32), bits=bits)
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([2, 8]), st.integers(0, 2**32 - 1))

@@ -29,7 +29,7 @@ and several processes can share the file's pages. On CUDA a kernel reads them as
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Self
 
@@ -113,15 +113,41 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A matrix in groups; field names are the tensors' names after the layer's."""
+class Stored:
+    """What all ways of storing a matrix share; fields but `bits` are tensors, with a line for each row."""
 
     qweight: Tensor  # uint8 [O, K b/8]
+    bits: int = field(default=2, kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, K]"""
+        return self.qweight.shape[0], self.qweight.shape[1] * 8 // self.bits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in the file, after the layer's."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "bits"}
+
+    def with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
+        return type(self)(**{name: change(one) for name, one in self.tensors().items()}, bits=self.bits)
+
+    def cut(self, rows: slice) -> Self:
+        """Some rows."""
+        return self.with_each(lambda one: one[rows])
+
+    def on(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return self.with_each(lambda one: one.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight(Stored):
+    """A matrix in groups."""
+
     qscale: Tensor  # uint8 [O, G]
     qoff: Tensor  # uint8 [O, G]
     qmeta: Tensor  # int16 [O, 4], float16 bits
-
-    bits: int = 2
 
     @property
     def group_size(self) -> int:
@@ -131,28 +157,13 @@ class PackedWeight:
     def layout(self) -> Layout:
         return Layout(self.bits, self.group_size)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[O, K]"""
-        return self.qweight.shape[0], self.qweight.shape[1] * 8 // self.bits
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"qweight": self.qweight, "qscale": self.qscale, "qoff": self.qoff, "qmeta": self.qmeta}
-
-    def on(self, device: torch.device | str) -> "PackedWeight":
-        """The same on another device."""
-        return PackedWeight(**{name: one.to(device) for name, one in self.tensors().items()}, bits=self.bits)
-
-    def cut(self, rows: slice) -> "PackedWeight":
-        return PackedWeight(**{name: one[rows] for name, one in self.tensors().items()}, bits=self.bits)
-
     def stored_as(self, layout: Layout) -> "PackedWeight | WholeRowWeight":
         """The same as a layout of these groups stores it: for ROW without the bytes that one group does not need."""
         assert layout.bits == self.bits, (layout, self.layout)
         assert layout.group_in(self.shape[1]) == self.group_size, (layout, self.layout)
         if layout.group_size != ROW:
             return self
-        return WholeRowWeight(self.qweight, torch.cat(affine_parameters(self), dim=1).view(torch.int16), self.bits)
+        return WholeRowWeight(self.qweight, torch.cat(affine_parameters(self), dim=1).view(torch.int16), bits=self.bits)
 
     def rows(self) -> Tensor:
         """FBGEMM rows, uint8 [O * G, g b/8 + 4], at 8 bits [O * G, g + 8]."""
@@ -161,28 +172,14 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeRowWeight:
+class WholeRowWeight(Stored):
     """A matrix with one group a row."""
 
-    qweight: Tensor  # uint8 [O, K b/8]
     qaffine: Tensor  # int16 [O, 2], float16 bits of scale and offset
-
-    bits: int = 2
 
     @property
     def layout(self) -> Layout:
         return Layout(self.bits, ROW)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[O, K]"""
-        return self.qweight.shape[0], self.qweight.shape[1] * 8 // self.bits
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"qweight": self.qweight, "qaffine": self.qaffine}
-
-    def cut(self, rows: slice) -> "WholeRowWeight":
-        return WholeRowWeight(self.qweight[rows], self.qaffine[rows], self.bits)
 
     def rows(self) -> Tensor:
         """FBGEMM rows, uint8 [O, K b/8 + 4], at 8 bits [O, K + 8]."""
@@ -194,33 +191,19 @@ class WholeRowWeight:
         nothing = torch.zeros(len(self.qweight), 1, dtype=torch.uint8, device=self.qweight.device)
         scale, offset = self.qaffine.unbind(dim=1)
         meta = torch.stack([scale, torch.zeros_like(scale), offset, torch.zeros_like(scale)], dim=1)
-        return PackedWeight(self.qweight, nothing, nothing, meta, self.bits)
+        return PackedWeight(self.qweight, nothing, nothing, meta, bits=self.bits)
 
 
 @dataclass(frozen=True, slots=True)
-class RowWeight:
+class RowWeight(Stored):
     """A matrix as the origin stores it, at 2 or 8 bits with one delta and zero a row."""
 
-    qweight: Tensor  # uint8 [O, K/4] or [O, K]
     qzero: Tensor  # uint8 [O]
     qdelta: Tensor  # int32 [O], float32 bits
-
-    bits: int = 2
 
     @property
     def layout(self) -> Layout:
         return Layout(self.bits, None)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[O, K]"""
-        return self.qweight.shape[0], self.qweight.shape[1] * 8 // self.bits
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"qweight": self.qweight, "qzero": self.qzero, "qdelta": self.qdelta}
-
-    def cut(self, rows: slice) -> "RowWeight":
-        return RowWeight(self.qweight[rows], self.qzero[rows], self.qdelta[rows], self.bits)
 
     def rows(self) -> Tensor:
         """FBGEMM rows, uint8 [O, K/4 + 4] or [O, K + 8], of the codes less their zero; delta is no float16."""
@@ -346,8 +329,8 @@ def has_kernels(device: torch.device) -> bool:
     floats = torch.rand(2, 4, generator=generator).to(device)
     codes, bytes_ = (torch.randint(0, 256, (2, n), dtype=torch.uint8, generator=generator).to(device) for n in (32, 2))
     meta, delta = floats.half().view(torch.int16), floats[:, 0].contiguous().view(torch.int32)
-    known: list[Weight] = [PackedWeight(codes, bytes_, bytes_.flip(0), meta, bits) for bits in BITS]
-    known += [RowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits) for bits in ROW_BITS]
+    known: list[Weight] = [PackedWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in BITS]
+    known += [RowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits=bits) for bits in ROW_BITS]
     try:
         return all(
             torch.equal(

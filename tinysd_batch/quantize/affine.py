@@ -58,11 +58,11 @@ def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor, bits: int = 2) ->
     qoff, offset_meta = to_bytes(offset)
     qmeta = torch.cat([scale_meta, offset_meta], dim=1).contiguous().view(torch.int16)
     empty = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
-    stored_scale, stored_offset = affine_parameters(PackedWeight(empty, qscale, qoff, qmeta, bits))
+    stored_scale, stored_offset = affine_parameters(PackedWeight(empty, qscale, qoff, qmeta, bits=bits))
     codes = nearest_codes(
         matrix.view(rows, groups, -1), stored_scale.float().unsqueeze(-1), stored_offset.float().unsqueeze(-1), bits
     )
-    return PackedWeight(pack_codes(codes.to(torch.uint8).view(rows, columns), bits), qscale, qoff, qmeta, bits)
+    return PackedWeight(pack_codes(codes.to(torch.uint8).view(rows, columns), bits), qscale, qoff, qmeta, bits=bits)
 
 
 def quantize_matrix(matrix: Tensor, group_size: int, bits: int = 2) -> PackedWeight:

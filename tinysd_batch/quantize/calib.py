@@ -145,10 +145,14 @@ def solve(
     return run.solved
 
 
+def set_apart(prompts: Tensor) -> Tensor:
+    """Which of these numbers of prompts do not calibrate: one in eight, of very few prompts none."""
+    return prompts % TUNE_EVERY == TUNE_EVERY // 2
+
+
 def split(rows: Rows, of_a_prompt: int) -> tuple[Rows, Rows]:
-    """The rows of one prompt in eight, and the others. Of very few prompts the first are none."""
-    prompt = torch.arange(len(rows.latents)) // of_a_prompt
-    chosen = prompt % TUNE_EVERY == TUNE_EVERY // 2
+    """The rows of prompts that are set apart, and the others."""
+    chosen = set_apart(torch.arange(len(rows.latents)) // of_a_prompt)
     first, others = (Rows(rows.latents[at], rows.times[at], rows.context[at]) for at in (chosen, ~chosen))
     return first, others
 
@@ -170,7 +174,7 @@ def tune_all(
     alphas = alphas_cumprod(read_schedule(folder / "scheduler" / "scheduler_config.json"))
     sigmas = torch.tensor(((1 - alphas) / alphas) ** 0.5, dtype=torch.float32)
     prompts = torch.arange(len(drawn.context))
-    chosen = prompts % TUNE_EVERY == TUNE_EVERY // 2
+    chosen = set_apart(prompts)
     examples, tuning = (Examples.of(drawn, prompts[at], sigmas) for at in (~chosen, chosen))
     if not len(tuning.times):
         raise UsageError(f"distill needs {TUNE_EVERY // 2 + 1} prompts in the recipe or more; it has {len(prompts)}")
@@ -185,7 +189,7 @@ def judge_correction(
 ) -> Judged:
     """Correct the noise of the finished folder if that helps: fitted on the prompts that did not calibrate layers."""
     prompts = torch.arange(len(calibrating.context))
-    apart = prompts[prompts % TUNE_EVERY == TUNE_EVERY // 2]
+    apart = prompts[set_apart(prompts)]
     say("measuring a noise correction")
     drawn = calibrating.some(apart) if len(apart) else calibrating
     judged = correct(folder, drawn, held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, device)

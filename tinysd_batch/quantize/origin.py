@@ -140,7 +140,7 @@ class Reader:
         if stored == rows:
             zero = self.take_whole(f"{layer}.{ZERO}", column, 255)
             codes = self.eight_bit_codes(layer, shape, delta, zero)
-            return RowWeight(codes, zero.flatten(), bits_of(delta), 8)
+            return RowWeight(codes, zero.flatten(), bits_of(delta), bits=8)
         zero = self.take_whole(f"{layer}.{ZERO}", column, 3)
         packed = self.take_whole(f"{layer}.weight", (rows // 4, *shape[1:]), 255)
         codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten(0, 1)

@@ -64,7 +64,7 @@ class Grid:
             steps_to(scale, least, step).to(torch.uint8),
             steps_to(offset, offset_least, offset_step).to(torch.uint8),
             self.meta.half().contiguous().view(torch.int16),
-            bits,
+            bits=bits,
         )
 
 
