@@ -4,8 +4,10 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from tinysd_batch.config import excerpt
+from tinysd_batch.errors import ManifestError
 
 COLUMNS = (
     "prompt",
@@ -36,6 +38,7 @@ ALIASES = {
 SPELLINGS = {name: column for column in COLUMNS for name in (column, *ALIASES.get(column, ()))}
 MAX_NAME_CHARACTERS = 1000
 MAX_COLUMNS = 1000
+SEPARATORS = {";": "semicolons", "\t": "tabs"}
 LIKENESS = 0.8  # of 1, as difflib measures; below it a name is another word rather than a slip
 
 
@@ -124,3 +127,28 @@ def near_misses(names: Iterable[str]) -> dict[str, str]:
         if alike and normal(name) not in SPELLINGS:
             found[name] = alike[0]
     return found
+
+
+def table_columns(path: Path, names: Iterable[str], strict: bool) -> Columns:
+    """The columns of a file that names them once. Raises ManifestError."""
+    header = tuple(names)
+    try:
+        columns = match_columns(header)
+        if "prompt" not in columns.shown:
+            raise ColumnError(f"no column named prompt; found {listed(header)}{separator_hint(header)}")
+        if strict:
+            refuse_unknown(columns)
+    except ColumnError as error:
+        raise ManifestError(f"{path}: header: {error}") from None
+    return columns
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(excerpt(name, 20) for name in list(names)[:8]) or "nothing"
+
+
+def separator_hint(header: tuple[str, ...]) -> str:
+    for separator, name in SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            return f"; its cells seem to be split by {name}: save it with commas, or with tabs as .tsv"
+    return ""

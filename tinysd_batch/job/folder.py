@@ -15,8 +15,9 @@ from typing import Any
 import tinysd_batch
 from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_SEED, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
-from tinysd_batch.job.formats import bare_name, format_of, is_jsonl
+from tinysd_batch.job.formats import format_of, is_jsonl
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_rows
+from tinysd_batch.job.manifest_file import bare_name
 from tinysd_batch.job.plan import Common
 from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, read_kept_lines
 from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, read_seeds, save_seeds

@@ -25,7 +25,8 @@ from tinysd_batch.config import (
 )
 from tinysd_batch.errors import ManifestError, UsageError
 from tinysd_batch.job.columns import has_surrogates
-from tinysd_batch.job.formats import Fault, open_manifest, read_lines
+from tinysd_batch.job.formats import read_lines
+from tinysd_batch.job.manifest_file import Fault, open_manifest
 from tinysd_batch.model.prompts import SYNTAXES, parse_prompt
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
