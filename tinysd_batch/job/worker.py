@@ -27,7 +27,8 @@ from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import MAX_FILE_BYTES, publish, storage_errors
 
 if TYPE_CHECKING:
-    from tinysd_batch.model.pipeline import Generated, TinySD
+    from tinysd_batch.model.drawing import Generated
+    from tinysd_batch.model.pipeline import TinySD
 
 MAX_MESSAGE_CHARACTERS = 2000
 MAX_COUNT = 2**31 - 1  # of tokens, as the table holds it

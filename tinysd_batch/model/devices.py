@@ -1,8 +1,9 @@
-"""Which device to draw on, and whether this build of torch can use it."""
+"""Which device to draw on, whether this build of torch can use it, and its memory."""
 
 import os
 import platform
 import re
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -90,3 +91,11 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Torch's peak on a GPU; on the CPU the process's highest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,20 +1,17 @@
 """Text to image: encode, denoise, decode, each with only its fragment on the device."""
 
 import contextlib
-import platform
-import resource
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from tinysd_batch.config import parse_budget
@@ -22,17 +19,17 @@ from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
 from tinysd_batch.model.attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
 from tinysd_batch.model.correction import read_correction
-from tinysd_batch.model.devices import choose_device, device_name, total_bytes
+from tinysd_batch.model.devices import choose_device, device_name, peak_memory_bytes, total_bytes
+from tinysd_batch.model.drawing import Drawing, Generated, OutputType, Rng, batch_size, rows_that, rows_together, spread
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
 from tinysd_batch.model.hoist import Attended, Hoisted
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.memory import Planner, Shape, kept_type
 from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
-from tinysd_batch.model.philox import CudaNoise
-from tinysd_batch.model.precision import choose_dtype
+from tinysd_batch.model.precision import choose_dtype, name_of
 from tinysd_batch.model.residency import Residency
-from tinysd_batch.model.samplers import Callback, Noise, Run, draw_noise, exact, sample, times_of
+from tinysd_batch.model.samplers import Callback, Noise, Run, exact, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
@@ -41,41 +38,6 @@ from tinysd_batch.model.vae import decode_latents, decode_one
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
 Redone = dict[int, list[str]]  # row -> what had to be done again
-OutputType = Literal["pil", "np", "latent"]
-Rng = Literal["cpu", "cuda"]
-
-
-@dataclass(slots=True)
-class Generated:
-    """What `TinySD.generate` made. Lists have one entry per image; times are seconds for the whole batch."""
-
-    images: Any  # PIL images; float32 [B, H, W, 3] in 0..1 for "np"; float32 [B, 4, h, w] for "latent"
-    n_tokens: list[int | None] = field(default_factory=list)
-    truncated: list[str | None] = field(default_factory=list)
-    negative_truncated: list[str | None] = field(default_factory=list)
-    degraded: list[list[str]] = field(default_factory=list)
-    precision: list[str] = field(default_factory=list)  # of the UNet
-    text_s: float = 0.0
-    denoise_s: float = 0.0
-    decode_s: float = 0.0
-    peak_memory_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """What is asked of a batch, besides its prompts checked and filled in."""
-
-    conditions: Sequence[Condition]
-    seeds: Sequence[int]
-    height: int
-    width: int
-    steps: int
-    sampler: str
-    eta: float
-    noise_seed: int | Sequence[int] | None
-    rng: Rng
-    latents: Tensor | None
-    callback: Callback | None
 
 
 class TinySD:
@@ -231,12 +193,10 @@ class TinySD:
         height, width = height or self.info.native_px, width or self.info.native_px
         steps = num_inference_steps or self.info.steps
         scales = self.info.scale if guidance_scale is None else guidance_scale
-        counts = {"prompt": length(prompt), "seed": length(seed), "prompt_embeds": length(prompt_embeds)}
-        size = max(counts.values())
-        others = {"negative_prompt": negative_prompt, "prompt_syntax": prompt_syntax, "guidance_scale": scales}
-        for name, count in {**counts, **{name: length(value) for name, value in others.items()}}.items():
-            if count not in (1, size):
-                raise UsageError(f"{name}: {count} given for a batch of {size}; give one, or one each")
+        size = batch_size(
+            {"prompt": prompt, "seed": seed, "prompt_embeds": prompt_embeds},
+            {"negative_prompt": negative_prompt, "prompt_syntax": prompt_syntax, "guidance_scale": scales},
+        )
         self.check_size(height, width)
 
         started = time.monotonic()
@@ -262,10 +222,10 @@ class TinySD:
             text_s=encoded - started,
             denoise_s=denoised - encoded,
             decode_s=time.monotonic() - denoised,
-            peak_memory_bytes=self.peak_memory_bytes(),
+            peak_memory_bytes=peak_memory_bytes(self.device),
         )
 
-    def draw_latents(self, drawing: "Drawing") -> tuple[Tensor, Redone]:
+    def draw_latents(self, drawing: Drawing) -> tuple[Tensor, Redone]:
         """Final latents of the whole batch, float32. Images that float16 could not hold are drawn again in float32.
 
         Raises NotFiniteError for one that float32 cannot hold either.
@@ -280,10 +240,10 @@ class TinySD:
             raise NotFiniteError("the latents are not finite")
         return final, {row: [DENOISED] for row in lost}
 
-    def draw_rows(self, drawing: "Drawing", rows: Sequence[int]) -> Tensor:
+    def draw_rows(self, drawing: Drawing, rows: Sequence[int]) -> Tensor:
         """Final latents of these rows, [len(rows), 4, h, w], each from its own seed."""
-        generators = [new_generator(drawing.rng, drawing.seeds[row]) for row in rows]
-        start = self.starting_noise(drawing, rows, generators)
+        generators = drawing.generators(rows)
+        start = drawing.starting_noise(self.unet.config.in_channels, self.info.factor, rows, generators)
         conditions = [drawing.conditions[row] for row in rows]
         final = torch.empty_like(start, device=self.device)
         for some in rows_together(conditions):
@@ -292,17 +252,6 @@ class TinySD:
                 [generators[row] for row in some], drawing.callback,
             )  # fmt: skip
         return final
-
-    def starting_noise(self, drawing: "Drawing", rows: Sequence[int], generators: Sequence[Noise]) -> Tensor:
-        """Unit noise [B, 4, h, w]. With a seed of its own the generators' first draw is left out, not put off."""
-        if drawing.latents is not None:
-            return drawing.latents[list(rows)].float()
-        shape = (self.unet.config.in_channels, drawing.height // self.info.factor, drawing.width // self.info.factor)
-        own = draw_noise(generators, shape)
-        if drawing.noise_seed is None:
-            return own
-        seeds = spread(drawing.noise_seed, len(drawing.seeds))
-        return draw_noise([new_generator(drawing.rng, seeds[row]) for row in rows], shape)
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -405,50 +354,8 @@ class TinySD:
             pixels = decode_latents(self.vae, scaled, kept_type(way))
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
-    def peak_memory_bytes(self) -> int:
-        """Torch's peak on a GPU; on the CPU the process's highest resident size."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def length(value: object) -> int:
-    """How many images an argument speaks of; 1 for single values."""
-    if isinstance(value, Tensor):
-        return value.shape[0]
-    return len(value) if isinstance(value, Sequence) and not isinstance(value, str) else 1
-
-
-def rows_that(which: Tensor) -> list[int]:
-    """The rows for which a truth value [B] holds."""
-    return [row for row, holds in enumerate(which.tolist()) if holds]
-
 
 def no_picture(values: Tensor) -> Tensor:
     """Which of [B, H, W, 3] are NaN, infinite or one flat colour: bool [B]."""
     flat = values.flatten(1)
     return ~flat.isfinite().all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def rows_together(conditions: Sequence[Condition]) -> list[list[int]]:
-    """The batch's rows, those together that can go through the UNet in one batch."""
-    rows: dict[tuple[int, bool], list[int]] = {}
-    for row, condition in enumerate(conditions):
-        rows.setdefault(condition.kind, []).append(row)
-    return list(rows.values())
-
-
-def spread(value: Any, size: int) -> list[Any]:
-    """A list of `size` values from one value, or from one each."""
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return values * size if len(values) == 1 else values
-
-
-def new_generator(rng: Rng, seed: int) -> Noise:
-    """Where an image's noise comes from."""
-    return CudaNoise(int(seed)) if rng == "cuda" else Generator("cpu").manual_seed(int(seed))

@@ -79,3 +79,7 @@ def timed(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, flo
 def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -84,8 +84,8 @@ def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
     from tinysd_batch.model.devices import choose_device, total_bytes
     from tinysd_batch.model.info import read_model_info
     from tinysd_batch.model.memory import Shape
-    from tinysd_batch.model.pipeline import TinySD, name_of
-    from tinysd_batch.model.precision import choose_dtype
+    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.precision import choose_dtype, name_of
 
     info = read_model_info(settings.model)
     precision = None if settings.precision == "auto" else settings.precision
