@@ -1,4 +1,7 @@
-"""A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed."""
+"""A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed.
+
+And a folder to work in.
+"""
 
 import json
 from pathlib import Path
@@ -74,3 +77,11 @@ def tiny_model(float_model: Path) -> Path:
     packed = float_model.parent / "packed"
     quantize_folder(float_model, packed, "quality")
     return packed
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, besides a good manifest."""
+    (tmp_path / "m.csv").write_text("prompt\ncat\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,71 +1,20 @@
-"""Whatever is wrong with its input, the program says so in a line and by its exit code, and leaves nothing behind."""
+"""Whatever is wrong with its input, the program says so in a line and by its exit code, and leaves nothing behind.
+
+Options, arguments, manifests, job files and presets here; models and job folders in `test_damaged_folders.py`.
+"""
 
 import gzip
-import json
 import os
 import resource
-import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from tests.job.test_driver import draw
-from tests.tools import check_whole, command, environment
-from tinysd_batch.cli import main
+from tests.tools import Capture, Change, call, check_refused, check_whole, command, draw, environment, parquet_bytes
 from tinysd_batch.job.rows import ROWS_FILE
-from tinysd_batch.model.info import WEIGHTS
 
 pytestmark = pytest.mark.timeout(60)
-Capture = pytest.CaptureFixture[str]
-Change = Callable[[Path], object]
-
-
-def call(capture: Capture, *arguments: object) -> tuple[int, str, str]:
-    """Run the program in this process: exit code, stdout, stderr."""
-    capture.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tinysd-batch", *(str(argument) for argument in arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-    return (end.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
-
-
-def snapshot(folder: Path) -> dict[str, object]:
-    """Every file below with its bytes. The lock holds the number of the last process and may change."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() and path.name != "lock" else None
-        for path in folder.rglob("*")
-    }
-
-
-def check_refused(capture: Capture, folder: Path, arguments: list[object], code: int, message: str) -> None:
-    """One line on stderr (the parser's own complaints are longer), the right exit code, no file more or less."""
-    before = snapshot(folder)
-    found, _, stderr = call(capture, *arguments)
-    assert (found, message in stderr) == (code, True), f"exit code {found}, stderr: {stderr}"
-    assert "Traceback" not in stderr
-    if not stderr.startswith(("Usage: ", "Error: ")):
-        assert stderr.startswith("tinysd-batch: ")
-        assert len(stderr.splitlines()) == 1, stderr
-    assert snapshot(folder) == before
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, besides a good manifest."""
-    (tmp_path / "m.csv").write_text("prompt\ncat\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 SETTINGS = [
     ("--height 100", "height = 100: must be a multiple of 16"),
@@ -189,12 +138,6 @@ def packed(data: bytes) -> bytes:
     return gzip.compress(data)
 
 
-def table(**columns: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    return bytes(sink.getvalue())
-
-
 MANIFESTS: list[tuple[str, bytes | Change | None, str]] = [
     ("none.csv", None, "none.csv: no such file"),
     ("none.parquet", None, "none.parquet: no such file"),
@@ -218,15 +161,15 @@ MANIFESTS: list[tuple[str, bytes | Change | None, str]] = [
     ("empty.parquet", b"", "empty.parquet: not a readable Parquet file"),
     ("empty.csv.gz", packed(b""), "empty.csv.gz: the file is empty"),
     ("header.csv", b"prompt,seed\n", "header.csv: no rows"),
-    ("header.parquet", table(prompt=[]), "header.parquet: no rows"),
+    ("header.parquet", parquet_bytes(prompt=[]), "header.parquet: no rows"),
     ("utf16.csv", "prompt\ncat\n".encode("utf-16"), "utf16.csv: not UTF-8"),
     ("latin.csv", "größe,prompt\n1,cat\n".encode("latin-1"), "latin.csv: header: not UTF-8"),
     ("cut.csv.gz", packed(b"prompt\ncat\n")[:-4], "cut.csv.gz: damaged or cut off gzip"),
-    ("cut.parquet", table(prompt=["cat"])[:-9], "cut.parquet: not a readable Parquet file"),
+    ("cut.parquet", parquet_bytes(prompt=["cat"])[:-9], "cut.parquet: not a readable Parquet file"),
     ("plain.jsonl.gz", b'{"prompt": "cat"}\n', "plain.jsonl.gz: damaged or cut off gzip"),
     ("text.parquet", b"prompt\ncat\n", "text.parquet: not a readable Parquet file"),
     ("words.csv", b"words\ncat\n", "words.csv: header: no column named prompt; found 'words'"),
-    ("words.parquet", table(words=["cat"]), "words.parquet: header: no column named prompt; found 'words'"),
+    ("words.parquet", parquet_bytes(words=["cat"]), "words.parquet: header: no column named prompt; found 'words'"),
     ("words.jsonl", b'{"words": "cat"}\n', "words.jsonl: no object with a key named prompt"),
     ("semicolons.csv", b"prompt;seed\ncat;1\n", "save it with commas"),
     ("twice.csv", b"prompt,a,a\ncat,1,2\n", "column 'a' stands there twice"),
@@ -236,7 +179,11 @@ MANIFESTS: list[tuple[str, bytes | Change | None, str]] = [
         ("prompt," + ",".join(map(str, range(1000))) + "\n").encode(),
         "wide.csv: header: 1001 columns, at most",
     ),
-    ("wide.parquet", table(prompt=["cat"], **{str(n): [1] for n in range(1000)}), "header: 1001 columns, at most"),
+    (
+        "wide.parquet",
+        parquet_bytes(prompt=["cat"], **{str(n): [1] for n in range(1000)}),
+        "header: 1001 columns, at most",
+    ),
     ("quotes.csv", b'"prompt\ncat\n', "quotes.csv: header: "),
 ]
 
@@ -342,289 +289,3 @@ def test_job_files_that_are_no_text(here: Path, capfd: Capture) -> None:
 def test_a_job_file_is_no_list_of_prompts(here: Path, capfd: Capture) -> None:
     (here / "job.toml").write_text('manifest = "m.csv"\n')
     check_refused(capfd, here, ["txt2img", "--from-file", "job.toml"], 2, "job.toml: manifests are .csv")
-
-
-# Models
-
-
-def set_json(file: str, **values: object) -> Change:
-    """Change entries of one of the model's files; None removes."""
-
-    def change(model: Path) -> None:
-        content = json.loads((model / file).read_text()) | values
-        (model / file).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
-
-    return change
-
-
-def set_tensors(part: str, **tensors: torch.Tensor | None) -> Change:
-    """Change tensors of a part; None removes. Two underscores stand for a dot."""
-
-    def change(model: Path) -> None:
-        found = load_file(model / part / WEIGHTS) | {name.replace("__", "."): value for name, value in tensors.items()}
-        save_file({name: value for name, value in found.items() if value is not None}, model / part / WEIGHTS)
-
-    return change
-
-
-def put(file: str, data: bytes) -> Change:
-    return lambda model: (model / file).write_bytes(data)
-
-
-def cut(file: str, size: int) -> Change:
-    return lambda model: os.truncate(model / file, size)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def drop(file: str) -> Change:
-    return lambda model: remove(model / file)
-
-
-def instead(file: str, make: Change) -> Change:
-    """Put something else in a file's place."""
-
-    def change(model: Path) -> None:
-        remove(model / file)
-        make(model / file)
-
-    return change
-
-
-def pipe(file: str) -> Change:
-    return instead(file, os.mkfifo)
-
-
-def no_tokenizer(model: Path) -> None:
-    for file in (model / "tokenizer").iterdir():
-        file.unlink()
-
-
-UNET, VAE, TEXT = (f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))
-SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/vocab.json"
-
-MODELS: list[tuple[Change, str]] = [
-    (drop("vae"), "not a model folder, it has no vae"),
-    (drop(UNET), "unet/config.json: missing; the model folder is not complete"),
-    (drop(f"unet/{WEIGHTS}"), f"unet/{WEIGHTS}: missing; the model folder is not complete"),
-    (drop("text_encoder/model.safetensors"), "text_encoder/model.safetensors: missing"),
-    (drop(SCHEDULER), "scheduler_config.json: missing"),
-    (drop(TOKENIZER), "tokenizer/vocab.json: missing"),
-    (no_tokenizer, "tokenizer/vocab.json: missing"),
-    (put(UNET, b"{"), "unet/config.json: not valid JSON"),
-    (put(UNET, b"\xff"), "unet/config.json: not valid JSON"),
-    (put(UNET, b"[]"), "unet/config.json: an object was expected"),
-    (put(TEXT, b'{"a": ' + b"[" * 100_000), "text_encoder/config.json: not valid JSON"),
-    (put(TOKENIZER, b"{"), "not a readable CLIP tokenizer"),
-    (put(TOKENIZER, b'{"a": "b"}'), "not a readable CLIP tokenizer"),
-    (put("tokenizer/tokenizer.json", b"{}"), "not a readable CLIP tokenizer"),
-    (put("tokenizer/tokenizer_config.json", b"3"), "not a readable CLIP tokenizer"),
-    (put("tokenizer/merges.txt", b"a b c\n"), "not a readable CLIP tokenizer"),
-    (set_json("tokenizer/tokenizer_config.json", model_max_length="x"), "not a readable CLIP tokenizer"),
-    (set_json("tokenizer/tokenizer_config.json", bos_token=["a"]), "not a readable CLIP tokenizer"),
-    (set_json(TOKENIZER, **{"cat</w>": 10**6}), "token 'cat</w>' is number 1000000, the text encoder knows"),
-    (pipe(UNET), "unet/config.json: cannot be read: not a regular file"),
-    (pipe(f"vae/{WEIGHTS}"), "not a readable safetensors file"),
-    (set_json(UNET, block_out_channels=None), "block_out_channels = 'None': a list of 1 to 8 was expected"),
-    (set_json(UNET, block_out_channels=[32] * 99), "a list of 1 to 8 was expected"),
-    (set_json(UNET, sample_size=[8, 8]), "sample_size = '[8, 8]': a number was expected"),
-    (set_json(UNET, sample_size=-8), "sample_size = '-8': must be between 1"),
-    (set_json(UNET, in_channels=10**9), "in_channels = '1000000000': must be between 1"),
-    (set_json(UNET, block_out_channels=[10**9, 10**9]), "unet/config.json: no model can be built from it"),
-    (set_json(UNET, block_out_channels=[10**30, 10**30]), "unet/config.json: no model can be built from it"),
-    (set_json(UNET, layers_per_block=10**9), "layers_per_block = '1000000000': at most 100 were expected"),
-    (set_json(UNET, transformer_layers_per_block=[1, 10**9]), "at most 100 were expected"),
-    (set_json(UNET, down_block_types=["os.system"] * 2), "unet/config.json: no model can be built from it"),
-    (set_json(UNET, norm_num_groups=7), "unet/config.json: no model can be built from it"),
-    (set_json(UNET, quantization_config="none"), "unet/config.json: no model can be built from it"),
-    (set_json(UNET, quantization_config={"quant_method": "gptq"}), "quantized by 'gptq'"),
-    (set_json(TEXT, num_hidden_layers=10**9), "num_hidden_layers = '1000000000': at most 100 were expected"),
-    (set_json(TEXT, hidden_size="wide"), "text_encoder/config.json: no model can be built from it"),
-    (set_json(TEXT, max_position_embeddings=0), "max_position_embeddings = '0': must be between 3"),
-    (set_json(VAE, block_out_channels=3), "block_out_channels = '3': a list of 1 to 8 was expected"),
-    (set_json(VAE, latent_channels="four"), "vae/config.json: no model can be built from it"),
-    (set_json(SCHEDULER, prediction_type="v_prediction"), "prediction_type 'v_prediction'"),
-    (set_json(SCHEDULER, beta_start="x"), "beta_start = 'x': a number between 0 and 1 was expected"),
-    (set_json(SCHEDULER, beta_schedule="sigmoid"), "beta_schedule = 'sigmoid'"),
-    (set_json("tinysd.json", steps=-1), "tinysd.json: steps = '-1': must be between 1 and 1000"),
-    (set_json("tinysd.json", scale="x"), "tinysd.json: scale = 'x': a number was expected"),
-    (put("tinysd.json", b'{"scale": NaN}'), "tinysd.json: scale = 'nan': a number was expected"),
-    (cut(f"unet/{WEIGHTS}", 1000), "not a readable safetensors file"),
-    (cut(f"vae/{WEIGHTS}", 0), "not a readable safetensors file"),
-    (put(f"unet/{WEIGHTS}", (2**63).to_bytes(8, "little") + b"{}"), "not a readable safetensors file"),
-    (put(f"unet/{WEIGHTS}", b"\x80\x04c__builtin__\nprint\n"), "not a readable safetensors file"),
-    (set_tensors("unet", conv_in__bias=None), "1 tensors are missing, the first is conv_in.bias"),
-    (set_tensors("unet", conv_in__bias=torch.zeros(5)), "conv_in.bias has shape [5], [32] was expected"),
-    (set_tensors("unet", stray=torch.zeros(1)), "1 unexpected tensors, the first is stray"),
-]
-
-
-@pytest.mark.parametrize("command", ["submit m.csv --inline -o new/job", "txt2img cat -o pictures"])
-@pytest.mark.parametrize(("change", "message"), MODELS)
-def test_models(here: Path, capfd: Capture, tiny_model: Path, change: Change, message: str, command: str) -> None:
-    """A job that its model stops leaves no folder that another model would not be let into."""
-    shutil.copytree(tiny_model, here / "model")
-    change(here / "model")
-    check_refused(capfd, here, [*command.split(), "--model", "model"], 2, message)
-
-
-def test_weights_that_are_no_numbers_cost_the_pictures(here: Path, capfd: Capture, tiny_model: Path) -> None:
-    shutil.copytree(tiny_model, here / "model")
-    set_tensors("unet", conv_out__bias=torch.full((4,), float("nan")))(here / "model")
-    code, _, _ = call(capfd, "submit", "m.csv", "--inline", "--model", "model", "-o", "job")
-    assert code == 3
-    (row,) = pq.read_table(here / "job" / "results.parquet").to_pylist()
-    assert (row["status"], row["error_class"]) == ("failed", "not_finite")
-    assert not (here / "job" / "images").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_card_that_is_not_there(here: Path, capfd: Capture, tiny_model: Path) -> None:
-    check_refused(capfd, here, ["txt2img", "cat", "--device", "cuda", "--model", tiny_model], 2, "torch sees no GPU")
-    arguments: list[object] = ["submit", "m.csv", "--inline", "--device", "cuda", "--model", tiny_model]
-    check_refused(capfd, here, arguments, 2, "torch sees no GPU")
-
-
-# Job folders
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder with a manifest and its job, which is done."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "m.csv").write_text("prompt\ncat\ndog\n")
-    draw(folder / "m.csv", folder / "job", tiny_model, seed=5, limit=1)
-    return folder
-
-
-@pytest.fixture
-def job(here: Path, finished: Path, tiny_model: Path) -> Path:
-    shutil.copytree(finished, here, dirs_exist_ok=True)
-    (here / "model").symlink_to(tiny_model)
-    content = json.loads((here / "job" / "job.json").read_text())
-    content["manifest"]["path"] = str(here / "m.csv")
-    (here / "job" / "job.json").write_text(json.dumps(content))
-    return here / "job"
-
-
-def table_of(**columns: object) -> bytes:
-    return table(**{name: [value] for name, value in columns.items()})
-
-
-SUBMIT = "submit m.csv --model model --inline -o job"
-
-JOBS: list[tuple[str, Change, int, str]] = [
-    (SUBMIT, put("job.json", b""), 2, "job/job.json: damaged"),
-    (SUBMIT, put("job.json", b"{"), 2, "job/job.json: damaged"),
-    (SUBMIT, put("job.json", b"[]"), 2, "job/job.json: damaged"),
-    (SUBMIT, put("job.json", b"\xff"), 2, "job/job.json: damaged"),
-    (SUBMIT, put("job.json", b"[" * 100_000), 2, "job/job.json: damaged"),
-    (SUBMIT, set_json("job.json", created_at=None), 2, "job/job.json: damaged: KeyError: 'created_at'"),
-    (SUBMIT, set_json("job.json", seed="5"), 2, "job/job.json: damaged"),
-    (SUBMIT, set_json("job.json", seed=-5), 2, "job/job.json: damaged"),
-    (SUBMIT, set_json("job.json", seed=10**300), 2, "job/job.json: damaged"),
-    (SUBMIT, set_json("job.json", settings=3), 2, "job/job.json: damaged"),
-    (SUBMIT, set_json("job.json", model="x"), 2, "job/job.json: damaged"),
-    (SUBMIT, set_json("job.json", manifest={"path": 3, "fingerprint": "x"}), 2, "job/job.json: damaged"),
-    (SUBMIT, set_json("job.json", manifest={"path": "m.csv", "fingerprint": "x"}), 2, "damaged: KeyError: 'rows'"),
-    (SUBMIT, set_json("job.json", manifest={"path": "m.csv", "fingerprint": "x", "rows": 99}), 5, "whole rows of 99"),
-    (
-        SUBMIT,
-        set_json("job.json", manifest={"path": "m.txt", "fingerprint": "x", "rows": 2}),
-        2,
-        "belongs to the manif",
-    ),
-    (SUBMIT, set_json("job.json", reuse=3), 2, "job/job.json: damaged"),
-    (
-        SUBMIT,
-        set_json("job.json", manifest={"path": "m.csv", "fingerprint": "x", "rows": 2, "columns": [3]}),
-        2,
-        "job/job.json: damaged: TypeError: columns are no names",
-    ),
-    (SUBMIT, set_json("job.json", reuse="gone"), 5, "_tinysd/seeds.json.gz: cannot be read"),
-    (SUBMIT, pipe("job.json"), 2, "job/job.json: damaged: OSError"),
-    (SUBMIT, instead("job.json", Path.mkdir), 2, "job/job.json: damaged"),
-    (SUBMIT, drop("job.json"), 2, "holds results but no job.json"),
-    (SUBMIT, cut("results.parquet", 50), 5, "job/results.parquet: cannot be read"),
-    (SUBMIT, pipe("results.parquet"), 5, "job/results.parquet: cannot be read: [Errno 22] Not a regular file"),
-    (SUBMIT, put("results.parquet", table_of(index=1)), 5, "column row is not the int64"),
-    (SUBMIT, put("results.parquet", table_of(index="1", row="1", status=1)), 5, "column index is not the int64"),
-    (SUBMIT, put("_tinysd/journal/00000009.parquet", b"PAR1"), 5, "journal/00000009.parquet: cannot be read"),
-    (SUBMIT, instead("_tinysd/journal/00000009.parquet", Path.mkdir), 5, "00000009.parquet: cannot be read"),
-    (SUBMIT, instead("_tinysd/lock", Path.mkdir), 5, "job/_tinysd/lock: Is a directory"),
-    (SUBMIT, pipe("_tinysd/lock"), 5, "job/_tinysd/lock: Invalid argument"),
-    (SUBMIT, instead("images", Path.touch), 2, "job/images: is a file"),
-    (SUBMIT, instead("_tinysd", Path.touch), 2, "job/_tinysd: is a file"),
-    (SUBMIT, instead("results", Path.touch), 2, "job/results: is a file"),
-    (f"{SUBMIT} --steps 9", lambda _: None, 2, "steps: 2 in the job, 9 now"),
-    (f"{SUBMIT} --seed 6", lambda _: None, 2, "seed: 5 in the job, 6 now"),
-    (f"{SUBMIT} --format jpg", lambda _: None, 2, "format: png in the job, jpg now"),
-    (f"{SUBMIT} --no-metadata", lambda _: None, 2, "no_metadata: False in the job, True now"),
-    ("submit m.csv --inline -o job", lambda _: None, 2, "(the weights differ)"),
-    ("submit job/m.csv --model model -o job", put("m.csv", b"prompt\nfox\n"), 2, "is now 'fox'"),
-    ("plan m.csv --model model -o job", put("results.parquet", b"PAR1"), 5, "job/results.parquet: cannot be read"),
-    ("plan m.csv --model model -o job", put("job.json", b"{"), 2, "job/job.json: damaged"),
-    ("status job", put("job.json", b"{"), 2, "job/job.json: damaged"),
-    ("status job", set_json("job.json", images="many"), 2, "job/job.json: damaged"),
-    ("status job", pipe("job.json"), 2, "job/job.json: damaged"),
-    ("status job", put("results.parquet", b"PAR1"), 5, "job/results.parquet: cannot be read"),
-    ("status job", put("results.parquet", table_of(index=1)), 5, "job/results.parquet: cannot be read"),
-    ("status job", pipe("_tinysd/lock"), 5, "job/_tinysd/lock: Not a regular file"),
-    ("export job x.csv", put("job.json", b"{"), 2, "job/job.json: damaged"),
-    ("export job x.csv", put("results.parquet", b"PAR1"), 5, "job/results.parquet: cannot be read"),
-    ("export job x.csv", put("results.parquet", table_of(status="ok")), 5, "job/results.parquet: cannot be read"),
-    ("export job x.xlsx", lambda _: None, 2, "x.xlsx: the table is written as .csv, .tsv or .jsonl"),
-    ("export job x.parquet", lambda _: None, 2, "x.parquet: the table is written as .csv, .tsv or .jsonl"),
-    ("export job folder.csv", instead("../folder.csv", Path.mkdir), 5, "folder.csv: Is a directory"),
-    ("export job m.csv/x.csv", lambda _: None, 5, "m.csv/x.csv: File exists"),
-    (f"export job {'x' * 300}.csv", lambda _: None, 5, "File name too long"),
-    ("export job /proc/x.csv", lambda _: None, 5, "/proc/x.csv"),
-]
-
-
-@pytest.mark.parametrize(("command", "change", "code", "message"), JOBS)
-def test_job_folders(job: Path, capfd: Capture, command: str, change: Change, code: int, message: str) -> None:
-    change(job)
-    check_refused(capfd, job.parent, list(command.split()), code, message)
-
-
-# Pictures
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.png", None, "none.png: no such file"),
-        ("x" * 300, None, "file name too long"),
-        ("m.csv", None, "m.csv: no settings are written in it"),
-        ("folder.png", Path.mkdir, "folder.png: is a directory"),
-        ("pipe.png", os.mkfifo, "pipe.png: not a regular file"),
-        ("/dev/zero", None, "/dev/zero: not a regular file"),
-        ("empty.png", b"", "empty.png: no settings are written in it"),
-        ("plain.png", lambda path: Image.new("RGB", (8, 8)).save(path), "plain.png: no settings are written in it"),
-        ("plain.gif", lambda path: Image.new("RGB", (8, 8)).save(path), "plain.gif: no settings are written in it"),
-        ("large.png", lambda path: path.open("wb").truncate(2**30), "large.png: over 100,000,000 bytes"),
-    ],
-)
-def test_pictures(here: Path, capfd: Capture, name: str, content: bytes | Change | None, message: str) -> None:
-    if isinstance(content, bytes):
-        (here / name).write_bytes(content)
-    elif content is not None:
-        content(here / name)
-    before = sorted(here.iterdir())
-    code, _, stderr = call(capfd, "status", "--image", name)
-    assert (code, len(stderr.splitlines())) == (2, 1), stderr
-    assert message in stderr
-    assert sorted(here.iterdir()) == before
-
-
-def test_a_picture_that_is_cut_off(job: Path, capfd: Capture) -> None:
-    (picture,) = job.rglob("seed_*.png")
-    assert call(capfd, "status", "--image", picture)[0] == 0
-    os.truncate(picture, picture.stat().st_size * 2 // 3)
-    check_refused(capfd, job, ["status", "--image", picture], 2, "no settings are written in it")

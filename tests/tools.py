@@ -1,4 +1,4 @@
-"""What several tests need: writing inputs, running the program, reading what it left."""
+"""What several tests need: writing inputs, running the program and jobs, reading what they left, breaking files."""
 
 import contextlib
 import csv
@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tinysd_batch.cli import main
+from tinysd_batch.config import Settings
+from tinysd_batch.job.driver import Summary, run_job
+from tinysd_batch.job.folder import Job, open_job
+from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.worker import WorkerSetup
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
 from tinysd_batch.storage import TEMPORARY_PREFIX
+
+Capture = pytest.CaptureFixture[str]
+Change = Callable[[Path], object]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -101,3 +113,104 @@ def check_whole(
     assert not list(job.rglob(f"{TEMPORARY_PREFIX}*"))
     assert not list((job / "_tinysd" / "journal").iterdir())
     return rows
+
+
+class Quiet:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
+    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def durable(self) -> None: ...
+    def note(self, line: str) -> None: ...
+
+    def image(self, request: ImageRequest, result: ImageResult) -> None:
+        self.made.append(request.index)
+
+
+def setup_for(job: Job) -> WorkerSetup:
+    model = job.model
+    return WorkerSetup(
+        job.folder, job.scratch, model.path, model.name, model.digest, "cpu", "auto", None, stop_file=job.stop_file
+    )
+
+
+def draw(
+    manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any
+) -> tuple[Summary, Quiet]:
+    job = open_job(manifest, folder, Settings(model=str(model), **settings))
+    progress = Quiet()
+    stop: Callable[[], bool] = lambda: stop_after is not None and len(progress.made) >= stop_after  # noqa: E731
+    return run_job(job, lambda _: InlinePool(setup_for(job)), progress, stop, limit), progress
+
+
+def call(capture: Capture, *arguments: object) -> tuple[int, str, str]:
+    """Run the program in this process: exit code, stdout, stderr."""
+    capture.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tinysd-batch", *(str(argument) for argument in arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    return (end.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Every file below with its bytes. The lock holds the number of the last process and may change."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() and path.name != "lock" else None
+        for path in folder.rglob("*")
+    }
+
+
+def check_refused(capture: Capture, folder: Path, arguments: list[object], code: int, message: str) -> None:
+    """One line on stderr (the parser's own complaints are longer), the right exit code, no file more or less."""
+    before = snapshot(folder)
+    found, _, stderr = call(capture, *arguments)
+    assert (found, message in stderr) == (code, True), f"exit code {found}, stderr: {stderr}"
+    assert "Traceback" not in stderr
+    if not stderr.startswith(("Usage: ", "Error: ")):
+        assert stderr.startswith("tinysd-batch: ")
+        assert len(stderr.splitlines()) == 1, stderr
+    assert snapshot(folder) == before
+
+
+# Files that are changed for the worse
+
+
+def set_json(file: str, **values: object) -> Change:
+    """Change entries of one of the model's files; None removes."""
+
+    def change(model: Path) -> None:
+        content = json.loads((model / file).read_text()) | values
+        (model / file).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+    return change
+
+
+def put(file: str, data: bytes) -> Change:
+    return lambda model: (model / file).write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def instead(file: str, make: Change) -> Change:
+    """Put something else in a file's place."""
+
+    def change(model: Path) -> None:
+        remove(model / file)
+        make(model / file)
+
+    return change
+
+
+def parquet_bytes(**columns: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return bytes(sink.getvalue())

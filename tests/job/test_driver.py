@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Container
+from collections.abc import Container
 from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
@@ -13,46 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.tools import check_whole, read_results, write_csv
+from tests.tools import Quiet, check_whole, draw, read_results, setup_for, write_csv
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, StorageError, UsageError
 from tinysd_batch.job.dispatch import Dispatch
-from tinysd_batch.job.driver import Summary, run_job
-from tinysd_batch.job.folder import Job, open_job
-from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.driver import run_job
+from tinysd_batch.job.folder import open_job
+from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost
 from tinysd_batch.job.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
-
-
-class Quiet:
-    """A progress that remembers."""
-
-    def __init__(self) -> None:
-        self.made: list[int] = []
-
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
-    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
-    def durable(self) -> None: ...
-    def note(self, line: str) -> None: ...
-
-    def image(self, request: ImageRequest, result: ImageResult) -> None:
-        self.made.append(request.index)
-
-
-def setup_for(job: Job) -> WorkerSetup:
-    model = job.model
-    return WorkerSetup(
-        job.folder, job.scratch, model.path, model.name, model.digest, "cpu", "auto", None, stop_file=job.stop_file
-    )
-
-
-def draw(
-    manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any
-) -> tuple[Summary, Quiet]:
-    job = open_job(manifest, folder, Settings(model=str(model), **settings))
-    progress = Quiet()
-    stop: Callable[[], bool] = lambda: stop_after is not None and len(progress.made) >= stop_after  # noqa: E731
-    return run_job(job, lambda _: InlinePool(setup_for(job)), progress, stop, limit), progress
 
 
 @pytest.fixture

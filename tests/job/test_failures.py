@@ -14,8 +14,7 @@ import ray
 import torch
 from PIL import Image
 
-from tests.job.test_driver import draw, setup_for
-from tests.tools import check_whole, write_csv
+from tests.tools import check_whole, draw, setup_for, write_csv
 from tinysd_batch import storage
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, NotFiniteError, StorageError, UsageError

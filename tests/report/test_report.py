@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tests.job.test_driver import draw
-from tests.tools import read_results, write_csv
+from tests.tools import draw, read_results, write_csv
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, columns_for, write_contact_sheet
 from tinysd_batch.report.progress import RunProgress
