@@ -1,7 +1,6 @@
 """Whole jobs, in this process, on a real (tiny) model."""
 
 import json
-import shutil
 from collections.abc import Container
 from contextlib import nullcontext
 from decimal import Decimal
@@ -21,21 +20,7 @@ from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost
 from tinysd_batch.job.worker import Worker, WorkerSetup
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
-
-
-@pytest.fixture
-def manifest(tmp_path: Path) -> Path:
-    return write_csv(tmp_path / "m.csv", [
-        {"prompt": "red apple", "seed": 7, "n_samples": 3, "note": "a"},
-        {"prompt": "cat", "seed": "", "n_samples": "", "note": "b"},
-        {"prompt": "dog", "seed": "oops", "n_samples": 2, "note": "c"},
-        {"prompt": "owl", "seed": 9, "n_samples": 2, "note": "d"},
-    ])  # fmt: skip
-
-
-def pixels(job: Path) -> dict[int, bytes]:
-    return {row["index"]: Image.open(job / row["file_name"]).tobytes() for row in read_results(job) if row["index"]}
+from tinysd_batch.records import ImageRequest, ImageResult, Status
 
 
 def test_a_job_makes_every_image_and_tells_of_bad_rows(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -64,12 +49,6 @@ def test_the_results_have_every_unknown_key_of_a_jsonl(tmp_path: Path, tiny_mode
     assert list(rows[0])[-4:] == ["z", "a", "manifest_status", "b"]
     with pytest.raises(JobMismatchError, match="strict: False in the job, True now"):
         draw(path, tmp_path / "job", tiny_model, strict=True)
-
-
-def test_the_same_bytes_in_another_format_are_another_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    draw(manifest, tmp_path / "job", tiny_model, limit=1)
-    with pytest.raises(JobMismatchError, match="this job belongs to the manifest"):
-        draw(manifest.rename(tmp_path / "m.txt"), tmp_path / "job", tiny_model)
 
 
 def test_too_many_different_keys_are_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -103,66 +82,6 @@ def test_the_picture_carries_its_settings(manifest: Path, tmp_path: Path, tiny_m
         text = image.text  # type: ignore[attr-defined]
     assert "Steps: 2, Sampler: PLMS, CFG scale: 2.0, Seed: 7, Size: 16x16" in text["parameters"]
     assert json.loads(text["tinysd"])["image_id"] == row["image_id"]
-
-
-@pytest.mark.parametrize("stop_after", [1, 4])
-def test_stopped_and_resumed_equals_uninterrupted(
-    manifest: Path, tmp_path: Path, tiny_model: Path, stop_after: int
-) -> None:
-    draw(manifest, tmp_path / "whole", tiny_model, seed=5)
-    summary, first = draw(manifest, tmp_path / "job", tiny_model, seed=5, stop_after=stop_after)
-    assert summary.stopped
-    assert summary.left == 6 - len(first.made)
-    _, second = draw(manifest, tmp_path / "job", tiny_model)
-    assert sorted(first.made + second.made) == list(range(1, 7))
-    check_whole(tmp_path / "job", 6)
-    assert pixels(tmp_path / "job") == pixels(tmp_path / "whole")
-
-
-def test_a_finished_job_opens_no_pool(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    draw(manifest, tmp_path / "job", tiny_model)
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    summary = run_job(job, lambda _: pytest.fail("a pool was opened"), Quiet(), lambda: False)
-    assert (summary.left, summary.finished_before, summary.invalid_rows) == (0, 6, 1)
-    check_whole(tmp_path / "job", 6)
-
-
-def test_a_limit_makes_the_first_images_and_the_rest_follows(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """The limit cuts through a batch of three, whose images must come out as if it had not."""
-    draw(manifest, tmp_path / "whole", tiny_model, seed=5)
-    summary, progress = draw(manifest, tmp_path / "job", tiny_model, limit=2, seed=5)
-    assert (progress.made, summary.left, summary.stopped) == ([1, 2], 0, False)
-    _, progress = draw(manifest, tmp_path / "job", tiny_model)
-    assert progress.made == [3, 4, 5, 6]
-    check_whole(tmp_path / "job", 6)
-    assert pixels(tmp_path / "job") == pixels(tmp_path / "whole")
-
-
-def test_files_without_rows_are_adopted_not_redrawn(
-    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw(manifest, tmp_path / "job", tiny_model)
-    before = read_results(tmp_path / "job")
-    (tmp_path / "job" / "results.parquet").unlink()
-    monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was drawn again"))
-    draw(manifest, tmp_path / "job", tiny_model)
-    kept = ("index", "sha256", "n_tokens", "precision", "denoise_s")
-    assert [[row[name] for name in kept] for row in check_whole(tmp_path / "job", 6)] == [
-        [row[name] for name in kept] for row in before
-    ]
-
-
-def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    draw(manifest, tmp_path / "job", tiny_model, seed=5)
-    rows = read_results(tmp_path / "job")
-    before = pixels(tmp_path / "job")
-    (tmp_path / "job" / "results.parquet").unlink()
-    torn, foreign = (tmp_path / "job" / rows[number]["file_name"] for number in (0, 1))
-    torn.write_bytes(torn.read_bytes()[:200])
-    Image.new("RGB", (16, 16)).save(foreign)
-    draw(manifest, tmp_path / "job", tiny_model)
-    check_whole(tmp_path / "job", 6)
-    assert pixels(tmp_path / "job") == before
 
 
 def test_an_image_that_fails_costs_only_itself(
@@ -204,29 +123,6 @@ def test_a_full_disk_stops_the_job_and_keeps_what_is_done(
     assert sorted(row["index"] for row in read_results(tmp_path / "job") if row["index"]) == [1, 2, 3, 4]
     draw(manifest, tmp_path / "job", tiny_model)
     check_whole(tmp_path / "job", 6)
-
-
-def test_other_settings_are_refused_with_the_difference(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    draw(manifest, tmp_path / "job", tiny_model, seed=5)
-    for change, message in (
-        ({"steps": 9}, "steps: 2 in the job, 9 now"),
-        ({"seed": 6}, "seed: 5 in the job, 6 now"),
-        ({"sampler": "ddim"}, "sampler: plms in the job, ddim now"),
-    ):
-        with pytest.raises(JobMismatchError, match=message):
-            draw(manifest, tmp_path / "job", tiny_model, **change)
-
-
-def test_another_model_and_another_manifest_are_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    draw(manifest, tmp_path / "job", tiny_model)
-    other = tmp_path / "other"
-    shutil.copytree(tiny_model, other)
-    (other / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(JobMismatchError, match="the weights differ"):
-        draw(manifest, tmp_path / "job", other)
-    manifest.write_text(manifest.read_text().replace("owl", "fox"))
-    with pytest.raises(JobMismatchError, match="row 4: prompt 'owl' is now 'fox'"):
-        draw(manifest, tmp_path / "job", tiny_model)
 
 
 def test_job_folders_that_cannot_be_used(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -315,20 +211,6 @@ def test_a_manifest_that_changes_while_the_job_runs_stops_it(tmp_path: Path, tin
     check_whole(tmp_path / "job", 70)
 
 
-def test_a_job_that_another_run_started_meanwhile_is_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    late = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    draw(manifest, tmp_path / "job", tiny_model, seed=2, limit=1)
-    with pytest.raises(JobMismatchError, match="another run started this job meanwhile"):
-        run_job(late, lambda _: InlinePool(setup_for(late)), Quiet(), lambda: False)
-
-
-def test_results_without_their_job_are_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    draw(manifest, tmp_path / "job", tiny_model)
-    (tmp_path / "job" / "job.json").unlink()
-    with pytest.raises(JobMismatchError, match=r"holds results but no job\.json"):
-        draw(manifest, tmp_path / "job", tiny_model)
-
-
 def test_blank_negative_prompts_mean_the_jobs_own(tmp_path: Path, tiny_model: Path) -> None:
     path = write_csv(tmp_path / "blank.csv", [{"prompt": "cat", "negative_prompt": " "}])
     draw(path, tmp_path / "job", tiny_model, negative_prompt="worm")
@@ -361,41 +243,3 @@ def test_chunks_grow_with_speed_and_shrink_at_the_end(
     assert max(sizes) > 4
     assert sizes[-1] == 1
     assert pq.read_metadata(tmp_path / "many" / "results.parquet").num_rows == 40
-
-
-class Told(Quiet):
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None:
-        self.invalid = [(row.number, row.reason) for row in invalid]
-
-
-def test_a_resumed_job_tells_of_its_bad_rows_without_reading_the_manifest_twice(
-    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[list[tuple[int, str]]] = []
-    for limit in (2, 4, None):
-        job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-        assert job.is_surveyed == bool(told)
-        progress = Told()
-        run_job(job, lambda _: InlinePool(setup_for(job)), progress, lambda: False, limit)  # noqa: B023 - called here
-        told.append(progress.invalid)
-    assert told[0] == told[1] == told[2]
-    assert "column seed = 'oops'" in told[0][0][1]
-    rows = check_whole(tmp_path / "job", 6)
-    assert [row["row"] for row in rows if row["status"] == "invalid"] == [3]
-    assert [row["note"] for row in rows] == ["a", "a", "a", "b", "c", "d", "d"]
-
-
-def test_bad_rows_that_a_killed_run_did_not_write_down_are_found_again(
-    manifest: Path, tmp_path: Path, tiny_model: Path
-) -> None:
-    draw(manifest, tmp_path / "job", tiny_model, limit=1, seed=100)
-    (tmp_path / "job" / "results.parquet").unlink()
-    draw(manifest, tmp_path / "job", tiny_model)
-    rows = check_whole(tmp_path / "job", 6)
-    assert [row["row"] for row in rows if row["status"] == "invalid"] == [3]
-
-
-def test_strict_is_asked_again_when_a_job_goes_on(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    draw(manifest, tmp_path / "job", tiny_model, limit=1)
-    with pytest.raises(ManifestError, match="unknown column 'note'"):
-        draw(manifest, tmp_path / "job", tiny_model, strict=True)
