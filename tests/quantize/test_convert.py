@@ -1,10 +1,7 @@
 """SD v1 single files and folders become model folders, to the bit."""
 
 import json
-import resource
 import shutil
-import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +14,13 @@ from torch import Tensor
 
 from tests import ldm, origin
 from tests.quantize.conftest import Save
-from tests.tools import command, environment, run_here, write_json
+from tests.tools import write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.info import WEIGHTS, read_model_info
 from tinysd_batch.quantize.fast import quantize_model
 from tinysd_batch.quantize.folder import convert_model
 from tinysd_batch.quantize.sources import Options
-from tinysd_batch.storage import TEMPORARY_PREFIX
 
 Tensors = dict[str, Tensor]
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -344,90 +340,3 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
     shutil.move(folder / "unet" / WEIGHTS, folder / "unet" / "x.safetensors")
     with pytest.raises(ModelError, match=r"unet: no weights; diffusion_pytorch_model\.safetensors was expected"):
         convert(folder, tmp_path / "model")
-
-
-# Quantizing, looking inside, and the commands
-
-
-def test_a_single_file_at_two_bits(checkpoint: Path, models: ldm.Models, tmp_path: Path, no_network: None) -> None:
-    done = run_here("quantize", checkpoint, "model", "--level", "fast", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "unet: packing, preset default: " in done.stderr
-    drawn = TinySD.from_pretrained(tmp_path / "model").generate(
-        "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
-    )
-    assert drawn.images.isfinite().all()
-    assert ldm.same_tensors(models.vae, load_file(tmp_path / "model" / "vae" / WEIGHTS), torch.float16)
-    assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
-
-
-def test_a_file_is_quantized_as_its_folder_is(floats: Path, packed: Path, tmp_path: Path) -> None:
-    quantize_model(floats, tmp_path / "two", Options(), lambda _: None)
-    one, two = (load_file(folder / "unet" / WEIGHTS) for folder in (packed, tmp_path / "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["quantize", "{}", "out", "--recipe", "r.toml"], "--recipe: fast uses no data; say --level calib too"),
-        (["quantize", "{}", "out", "--level", "best"], "--level best: one of fast, calib, distill was expected"),
-        (["convert", "{}", "out", "--dtype", "int8"], "--dtype int8: fp16 or fp32 was expected"),
-        (["convert", "{}", "."], ".: exists; name a folder that does not"),
-        (["convert", "{}", "/proc/none/out"], "/proc/none/out: "),
-        (["inspect", "nowhere"], "nowhere: No such file"),
-        (["txt2img", "cat", "--model", "{}"], "`tinysd-batch quantize {} OUT` (2 bits), or `convert` (float)"),
-    ],
-)
-def test_commands_that_fail_say_why(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = run_here(*(word.format(checkpoint) for word in arguments), cwd=tmp_path)
-    assert done.returncode in (2, 5)
-    assert message.format(checkpoint) in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_inspect(checkpoint: Path, floats: Path, packed: Path, models: ldm.Models, tmp_path: Path) -> None:
-    weights = {
-        name: sum(value.numel() for value in getattr(models, name).state_dict().values())
-        for name in ("unet", "vae", "text_encoder")
-    }
-    for path, kind in ((checkpoint, "Stable Diffusion v1"), (floats, "float folder"), (packed, "a packed model")):
-        done = run_here("inspect", path, "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        told = json.loads(done.stdout)
-        assert kind in told["kind"]
-        assert {part["name"]: part["weights"] for part in told["parts"]} == weights
-        assert kind in run_here("inspect", path, cwd=tmp_path).stdout
-    (unet,) = (part for part in told["parts"] if part["name"] == "unet")
-    assert 2.2 < unet["layers"]["resnet convolutions, 2 bits"]["bits"] < 2.6
-    assert 8.2 < unet["layers"]["time projections, 8 bits"]["bits"] < 9.3
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    def allow_small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    done = subprocess.run(
-        command("convert", checkpoint, "model"), cwd=tmp_path, env=environment(), preexec_fn=allow_small_files,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 5
-    assert "model: File too large; make room or choose another folder" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_killed_quantizer_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command("quantize", checkpoint, "model"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("unet: packing")
-    assert [path.name.startswith(TEMPORARY_PREFIX) for path in tmp_path.iterdir()] == [True]
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    process.stderr.close()
-    assert not list(tmp_path.iterdir())
