@@ -1,7 +1,8 @@
 """Stable Diffusion v1 at its own size with random weights: time and memory of 512x512 on the processor.
 
     python -m benchmarks.full_size                draw one picture in 4 steps; print time and peak memory of each phase
-    python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios
+    python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios;
+                                                  --peers PYTHON: of optimum-quanto and SDNQ, too
     python -m benchmarks.full_size --budget 240MB the same picture in so much memory beside the program itself
     python -m benchmarks.full_size --ways         time and memory of 1, 2 and 4 images at once, with turbo and unet_bs 1
     python -m benchmarks.full_size --share        memory of one worker and of three beside each other
@@ -31,6 +32,8 @@ from tinysd_batch.model.packing import Layout
 MODEL = Path("outputs/random-sd-v1")
 STEPS = 4
 PAIRS = 9
+PEERS = {"quanto": "optimum-quanto int2", "sdnq": "SDNQ uint2"}
+PEER_ROUNDS = 3
 GIB = 2**30
 SD_V1_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD_V1_VAE: dict[str, Any] = {
@@ -178,8 +181,13 @@ def command(kind: str, arguments: argparse.Namespace) -> list[str]:
 
 
 def in_a_process(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command(kind, arguments), capture_output=True, text=True, env=environment, check=False)
+    return from_a_process(command(kind, arguments), arguments.threads)
+
+
+def from_a_process(words: list[str], threads: int) -> dict[str, float]:
+    """What it prints last."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -259,28 +267,44 @@ def computes_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def step_of_peer(method: str, arguments: argparse.Namespace) -> dict[str, float]:
+    words = [arguments.peers, "benchmarks/peer_step.py", method, json.dumps(SD_V1_UNET), str(arguments.size)]
+    return from_a_process([*words, str(arguments.steps)], arguments.threads)
+
+
 def compare(arguments: argparse.Namespace) -> None:
-    """Ours as it comes, ours with the weights kept unpacked, and diffusers, one after the other in each round."""
+    """Ours as it comes, ours with the weights kept unpacked, and diffusers, one after the other in each round.
+
+    Other programs' 2-bit UNets join the first rounds: quantizing them takes longer than their steps.
+    """
     others = ["bfloat16", "float32"] if computes_bfloat16() else ["float32"]
     if "bfloat16" not in others:
         print("this processor only emulates bfloat16: compared with diffusers in float32 alone")
     kept = argparse.Namespace(**{**vars(arguments), "turbo": True})
     runs = {"ours": ("ours", arguments), "ours, turbo": ("ours", kept), **{kind: (kind, arguments) for kind in others}}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for _ in range(arguments.pairs):
+    for number in range(arguments.pairs):
         for name, (kind, given) in runs.items():
             found[name].append(in_a_process(kind, given))
+        for method in PEERS if arguments.peers and number < PEER_ROUNDS else ():
+            found.setdefault(method, []).append(step_of_peer(method, arguments))
+    print(f"{arguments.size}x{arguments.size}, {arguments.pairs} rounds, {arguments.threads} threads")
     for name, results in found.items():
         seconds = statistics.median(one["step_processor_s"] for one in results)
         peak = max(one["peak_gib"] for one in results)
-        told = f"{name}, 2 bits, float32" if name.startswith("ours") else f"diffusers, dense {name}"
+        told = f"diffusers, dense {name}" if name in others else f"{PEERS.get(name, name)}, 2 bits, float32"
         print(f"{told:<32}{seconds:7.1f} processor seconds a guided step, peak {peak:.2f} GiB")
-    for mine in ("ours", "ours, turbo"):
+    for name in [name for name in found if name not in others]:
         for theirs in others:
-            pairs = zip(found[mine], found[theirs], strict=True)
-            ratios = [one["step_processor_s"] / other["step_processor_s"] for one, other in pairs]
-            low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-            print(f"{mine} takes {median:.2f} times {theirs} (quartiles {low:.2f} and {high:.2f})")
+            tell_ratio(PEERS.get(name, name), theirs, found[name], found[theirs])
+
+
+def tell_ratio(mine: str, theirs: str, one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    """Of the rounds that both were in."""
+    pairs = zip(one, other, strict=False)
+    ratios = [first["step_processor_s"] / second["step_processor_s"] for first, second in pairs]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    print(f"{mine} takes {median:.2f} times {theirs} (quartiles {low:.2f} and {high:.2f}, {len(ratios)} rounds)")
 
 
 def ways(arguments: argparse.Namespace) -> None:
@@ -307,6 +331,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--budget", help="keep within so much memory for weights and work, such as 240MB")
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--peers", help="with --compare: the Python of an environment with optimum-quanto and sdnq")
     parser.add_argument("--share", action="store_true")
     parser.add_argument("--ways", action="store_true")
     parser.add_argument("--images", type=int, default=1)

@@ -9,16 +9,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from tests.tools import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.info import WEIGHTS, read_model_info
-from tinysd_batch.model.packing import unpack
+from tinysd_batch.model.packing import Layout, to_matrix, unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.allocate import least_layouts
 from tinysd_batch.quantize.calib import quantize_calibrated
-from tinysd_batch.quantize.fast import quantize_folder
 from tinysd_batch.quantize.folder import open_source
 from tinysd_batch.quantize.gptq import Part, gptq
 from tinysd_batch.quantize.hessian import column_parts
@@ -127,6 +127,25 @@ def test_walking_unit_by_unit_is_the_unet() -> None:
     assert [unit.kind for unit in units_of(unet)].count("resnet") == 8
 
 
+def test_without_data_the_report_tells_how_far_the_weights_moved(source: Path, tmp_path: Path) -> None:
+    done = run_here("quantize", source, tmp_path / "fast", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "fast" / "report"
+    assert f"report: {tmp_path / 'fast' / 'report' / 'index.html'}" in done.stderr
+    report = json.loads((folder / "report.json").read_text())
+    assert "noise_sqnr_db" not in report
+    assert not (folder / "pictures.png").exists()
+    name, weight = "mid_block.resnets.0.conv1", to_matrix(small_unet().mid_block.resnets[0].conv1.weight.detach())
+    stored = load_file(tmp_path / "fast" / "unet" / WEIGHTS)
+    packed = Layout(2, 64).weight({leaf: stored[f"{name}.{leaf}"] for leaf in ("qweight", "qscale", "qoff", "qmeta")})
+    wrong = unpack(packed, torch.empty(packed.shape)) - weight
+    wanted = float(10 * (weight.square().sum() / wrong.square().sum()).log10())
+    assert next(one for one in report["layers"] if one["name"] == name)["sqnr_db"] == pytest.approx(wanted, abs=0.01)
+    page = (folder / "index.html").read_text()
+    assert "Of each layer's weights" in page
+    assert "<code>--recipe</code>" in page
+
+
 @pytest.mark.slow
 def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Path, tmp_path: Path) -> None:
     said = run_here("quantize", source, tmp_path / "out", "--level", "calib", "--recipe", recipe_file, cwd=tmp_path)
@@ -134,7 +153,8 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     assert "layers, about" in said.stderr
     assert "held-out" in said.stderr
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    quantize_folder(source, tmp_path / "fast")
+    done = run_here("quantize", source, tmp_path / "fast", "--recipe", recipe_file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     recipe = read_recipe(recipe_file)
     assert not (tmp_path / "out.work").exists()
     files = [tmp_path / name / "unet" / WEIGHTS for name in ("out", "fast")]
@@ -144,6 +164,10 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     fast = measure(tmp_path / "fast", held, HELD_OUT_SEEDS, recipe.scale, CPU)
     assert report["noise_sqnr_db"] > fast.mean_noise_db + 2
     assert report["final_latents_sqnr_db"] > fast.final_db + 1
+    without_data = json.loads((tmp_path / "fast" / "report" / "report.json").read_text())
+    assert without_data["noise_sqnr_db"] == pytest.approx(fast.mean_noise_db, abs=0.02)
+    assert without_data["final_latents_sqnr_db"] == pytest.approx(fast.final_db, abs=0.02)
+    assert "lion; bell" in (tmp_path / "fast" / "report" / "index.html").read_text()
     assert report["classes"]
     assert sum(layer["bytes"] for layer in report["layers"]) <= report["unet_bytes"]
     bits = {layer["name"]: layer["bits"] for layer in report["layers"] if layer["bits"] < 16}

@@ -28,10 +28,10 @@ def part() -> Part:
 def solved(part: Part) -> dict[str, Solved]:
     """The small UNet at level fast."""
     found = {}
-    for name, (weight, _) in quantize_unet(part, layers_to_pack(small_unet(), "default")).items():
-        assert isinstance(weight, PackedWeight), name
+    for name, one in quantize_unet(part, layers_to_pack(small_unet(), "default")).items():
+        assert isinstance(one.weight, PackedWeight), name
         bias = part.tensors.get(f"{name}.bias")
-        found[name] = Solved(weight, None if bias is None else bias.half(), 0.0)
+        found[name] = Solved(one.weight, None if bias is None else bias.half(), 0.0)
     return found
 
 

@@ -38,7 +38,9 @@ def quantize(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", help="What calib draws and how hard it tries (TOML).", show_default=False),
+        typer.Option(
+            "--recipe", help="TOML: what calib draws, how hard it tries. fast then measures, too.", show_default=False
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where calib computes: cpu, cuda or auto.")] = "auto",
     no_noise_correction: Annotated[
@@ -51,18 +53,10 @@ def quantize(
     """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits, a few layers at more."""
     if level not in LEVELS:
         raise UsageError(f"--level {level}: one of {', '.join(LEVELS)} was expected")
-    if recipe is not None and level == "fast":
-        raise UsageError("--recipe: fast uses no data; say --level calib too")
     size = size_of(preset, target_size)
     how = options(allow_pickle, ema, vae)
     with end_on_sigterm():
-        if level == "fast":
-            from tinysd_batch.quantize.fast import quantize_model
-
-            quantize_model(source, out, how, tell, size)
-        else:
-            tune, noise_correction = level == "distill", not no_noise_correction
-            calibrate(source, out, how, recipe, device, size, tune=tune, noise_correction=noise_correction)
+        make_and_report(source, out, how, level, recipe, device, size, noise_correction=not no_noise_correction)
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
 
 
@@ -77,29 +71,36 @@ def size_of(preset: str | None, target: str | None) -> "Size":
     return Size(preset or DEFAULT, parse_bytes(target, "--target-size"))
 
 
-def calibrate(
-    source: Path, out: Path, how: "Options", file: Path | None, device: str, size: "Size", *,
-    tune: bool, noise_correction: bool,
+def make_and_report(
+    source: Path, out: Path, how: "Options", level: str, file: Path | None, device: str, size: "Size", *,
+    noise_correction: bool,
 ) -> None:  # fmt: skip
-    """Quantize with data, then measure and report."""
+    """Quantize, measure what can be, and report. Level fast draws nothing unless a recipe is given."""
     from tinysd_batch.model.devices import choose_device
     from tinysd_batch.quantize.calib import quantize_calibrated
+    from tinysd_batch.quantize.fast import quantize_model
     from tinysd_batch.quantize.measure import measure
     from tinysd_batch.quantize.recipe import read_recipe
     from tinysd_batch.quantize.summary import summarize
     from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS
     from tinysd_batch.report.quantization import write_report
 
-    recipe = read_recipe(file)
-    chosen = choose_device(None if device == "auto" else device)
-    done = quantize_calibrated(
-        source, out, how, recipe, chosen, tell, size=size, tune=tune, noise_correction=noise_correction
-    )
-    tell(f"measuring on {len(recipe.held_out)} held-out prompts")
-    errors = measure(out, done.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
-    summary = summarize(out, done, str(chosen), recipe)
-    report = write_report(out, summary, errors, recipe.held_out)
-    tell(
-        f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "
-        f"final latents {errors.final_db:.1f} dB, pictures {errors.psnr_db:.1f} dB; {report}"
-    )
+    recipe = None if level == "fast" and file is None else read_recipe(file)
+    chosen = choose_device("cpu" if recipe is None else None if device == "auto" else device)
+    if recipe is None or level == "fast":
+        made = quantize_model(source, out, how, tell, size, recipe, chosen)
+    else:
+        made = quantize_calibrated(
+            source, out, how, recipe, chosen, tell,
+            size=size, tune=level == "distill", noise_correction=noise_correction,
+        )  # fmt: skip
+    errors = None
+    if recipe is not None and made.held_out is not None:
+        tell(f"measuring on {len(recipe.held_out)} held-out prompts")
+        errors = measure(out, made.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
+        tell(
+            f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "
+            f"final latents {errors.final_db:.1f} dB, pictures {errors.psnr_db:.1f} dB"
+        )
+    page = write_report(out, summarize(out, made, str(chosen), recipe), errors, recipe.held_out if recipe else [])
+    tell(f"report: {page}")

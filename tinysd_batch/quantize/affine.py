@@ -1,13 +1,16 @@
 """Fit codes, scales and offsets of groups to a weight matrix, without data."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_codes
+from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_codes, unpack
 
 ITERATIONS = 20
 AT_ONCE = 2**18  # weights: what is worked on stays in the processor's cache
 BYTE = 255
+LEAST_POWER = 1e-20  # stands for none, in ratios
 
 
 def fit_groups(groups: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
@@ -73,6 +76,18 @@ def quantize_matrix(matrix: Tensor, group_size: int, bits: int = 2) -> PackedWei
         for start in range(0, len(matrix), step)
     ]
     return PackedWeight(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, bits=bits)
+
+
+def weights_sqnr_db(matrix: Tensor, packed: PackedWeight) -> float:
+    """Power of a float matrix [O, K] over power of what packing changed; some rows at a time."""
+    step = max(AT_ONCE // matrix.shape[1], 1)
+    power = wrong = LEAST_POWER
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        floats, part = matrix[rows].float(), packed.cut(rows)
+        wrong += float((unpack(part, torch.empty(part.shape)) - floats).square().sum())
+        power += float(floats.square().sum())
+    return 10 * math.log10(power / wrong)
 
 
 def quantize_rows(rows: Tensor, group_size: int, bits: int) -> PackedWeight:

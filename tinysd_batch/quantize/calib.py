@@ -1,7 +1,7 @@
 """Levels `calib` and `distill`: quantize a UNet with the model's own trajectories as data, in minutes to hours."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, size_i
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.resources import MAX_HELD_POINTS, check_room, needs_of_calib, rows_of, state_dtype
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
-from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, spread_points
+from tinysd_batch.quantize.summary import Made
+from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, draw_held_out, spread_points
 from tinysd_batch.quantize.units import State, Walker, rows_at_once
 from tinysd_batch.quantize.work import Work, digest_of, open_work
 from tinysd_batch.storage import new_folder, storage_errors
@@ -36,20 +37,10 @@ ALLOCATION_ROWS = 16
 SIZE = Size()
 
 
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """What the report is made of."""
-
-    layers: dict[str, float]  # SQNR in dB of each layer's output, on held-out rows
-    held_out: Trajectories
-    seconds: float
-    judged: Judged | None  # what became of the noise correction; None where it was not measured
-
-
 def quantize_calibrated(
     source: Path, out: Path, options: Options, recipe: Recipe, device: torch.device, say: Say, *,
     size: Size = SIZE, tune: bool = False, noise_correction: bool = True,
-) -> Calibrated:  # fmt: skip
+) -> Made:  # fmt: skip
     """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
 
     With `noise_correction` one is measured, and kept if pictures come closer to the float model's.
@@ -90,9 +81,9 @@ def quantize_calibrated(
             judged = judge_correction(folder, recipe, device, calibrating, held_out, say) if noise_correction else None
         seconds = before + time.monotonic() - started
         tell_left_out(model, say)
-        done = Calibrated({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds, judged)
+        made = Made({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds, judged)
         work.remove()
-    return done
+    return made
 
 
 def draw_all(
@@ -101,12 +92,14 @@ def draw_all(
     """The float model's trajectories, of the calibration prompts and of the held-out ones."""
     walker = Walker(part.config, part.tensors, device)
 
-    def drawn(name: str, prompts: list[str], seed: int) -> Trajectories:
+    def drawn(name: str, prompts: list[str], make: Callable[[], Trajectories]) -> Trajectories:
         say(f"drawing {len(prompts):,} {name} prompts in {recipe.steps} steps by the float model")
-        return work.trajectories(name, lambda: draw(walker, folder, recipe, prompts, seed))
+        return work.trajectories(name, make)
 
-    calibrating = drawn("calibration", recipe.prompts, recipe.seed)
-    return calibrating, drawn("held-out", recipe.held_out, recipe.seed + HELD_OUT_SEEDS)
+    calibrating = drawn(
+        "calibration", recipe.prompts, lambda: draw(walker, folder, recipe, recipe.prompts, recipe.seed)
+    )
+    return calibrating, drawn("held-out", recipe.held_out, lambda: draw_held_out(walker, folder, recipe))
 
 
 def choose(

@@ -1,6 +1,8 @@
 """Level `fast`: quantize a UNet without data, in seconds to minutes."""
 
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,25 +11,39 @@ from torch import nn
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import write_packed_unet
 from tinysd_batch.model.packing import Layout, Weight, to_matrix
-from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.quantize.affine import quantize_matrix, weights_sqnr_db
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack, size_in_words
-from tinysd_batch.quantize.resources import check_room, needs_of_fast
+from tinysd_batch.quantize.recipe import Recipe
+from tinysd_batch.quantize.resources import check_room, needs_of_drawing, needs_of_fast
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet
+from tinysd_batch.quantize.summary import Made
+from tinysd_batch.quantize.trajectories import draw_held_out
+from tinysd_batch.quantize.units import Walker
 from tinysd_batch.storage import new_folder, storage_errors
 
 SIZE = Size()
+CPU = torch.device("cpu")
 
 
-def quantize_unet(part: Part, layouts: Mapping[str, Layout]) -> dict[str, tuple[Weight, tuple[int, ...]]]:
-    """Each packed layer's weight and original shape, from a UNet's float tensors."""
-    found: dict[str, tuple[Weight, tuple[int, ...]]] = {}
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A layer."""
+
+    weight: Weight
+    shape: tuple[int, ...]  # of the float weight
+    sqnr_db: float  # of the weights
+
+
+def quantize_unet(part: Part, layouts: Mapping[str, Layout]) -> dict[str, Packed]:
+    """Each layer, from a UNet's float tensors."""
+    found: dict[str, Packed] = {}
     for name, layout in layouts.items():
         weight = part.tensors[f"{name}.weight"]
         matrix = to_matrix(weight)
         packed = quantize_matrix(matrix, layout.group_in(matrix.shape[1]), layout.bits)
-        found[name] = packed.stored_as(layout), tuple(weight.shape)
+        found[name] = Packed(packed.stored_as(layout), tuple(weight.shape), weights_sqnr_db(matrix, packed))
         part.release()
     return found
 
@@ -40,26 +56,39 @@ def quantize_folder(source: Path, out: Path, preset: str = DEFAULT) -> None:
     quantize_model(source, out, Options(), lambda _: None, Size(preset))
 
 
-def quantize_model(source: Path, out: Path, options: Options, say: Say, size: Size = SIZE) -> None:
+def quantize_model(
+    source: Path, out: Path, options: Options, say: Say, size: Size = SIZE, recipe: Recipe | None = None,
+    device: torch.device = CPU,
+) -> Made:  # fmt: skip
     """Write `out`, a packed folder of the float model `source`: its UNet packed, the other parts as float16.
 
-    A layer's floats are in memory at a time. `say` is told what is being done. Raises ModelError as
+    A layer's floats are in memory at a time. A `recipe` changes nothing of that: its held-out prompts are drawn by the
+    float model on `device`, to measure with. `say` is told what is being done. Raises ModelError as
     `folder.convert_model` does, and UsageError for a size that cannot be met.
     """
+    started = time.monotonic()
     refuse_existing(out)
     model = open_source(source, options)
     part = model.unet()
     unet = check_unet(part)
     if size.most is not None:
         check_target(unet, size.most)
-    check_room(needs_of_fast(unet, model, size), out, torch.device("cpu"))
+    check_room(needs_of_fast(unet, model, size), out, CPU)
+    if recipe is not None:
+        check_room(needs_of_drawing(part, recipe), out, device)
+    held_out = None
     with storage_errors(out), new_folder(out) as folder:
-        pack_unet(part, unet, folder / "unet", size, say)
+        layers = pack_unet(part, unet, folder / "unet", size, say)
         write_others(model, folder, torch.float16, say)
+        if recipe is not None:
+            say(f"drawing {len(recipe.held_out):,} held-out prompts in {recipe.steps} steps by the float model")
+            held_out = draw_held_out(Walker(part.config, part.tensors, device), folder, recipe)
     tell_left_out(model, say)
+    return Made(layers, held_out, time.monotonic() - started)
 
 
-def pack_unet(part: Part, unet: nn.Module, folder: Path, size: Size, say: Say) -> None:
+def pack_unet(part: Part, unet: nn.Module, folder: Path, size: Size, say: Say) -> dict[str, float]:
+    """Write the UNet; the SQNR in dB of each packed layer's weights is returned."""
     check_finite(part)
     layouts = layers_to_pack(unet, size.preset) if size.most is None else allocate(unet, part.tensors, size.most)
     say(f"unet: packing, {size}: {size_in_words(unet, layouts)}")
@@ -69,7 +98,9 @@ def pack_unet(part: Part, unet: nn.Module, folder: Path, size: Size, say: Say) -
         for name, value in part.tensors.items()
         if name.removesuffix(".weight") not in packed
     }
-    write_packed_unet(folder, part.config, packed, others, {"level": "fast", **size.notes()})
+    stored = {name: (one.weight, one.shape) for name, one in packed.items()}
+    write_packed_unet(folder, part.config, stored, others, {"level": "fast", **size.notes()})
+    return {name: one.sqnr_db for name, one in packed.items()}
 
 
 def check_finite(part: Part) -> None:

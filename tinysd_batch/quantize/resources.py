@@ -126,6 +126,19 @@ def state_dtype(part: Part, recipe: Recipe) -> torch.dtype:
     return torch.float16 if 2 * rows_of(recipe) * FLOAT * widths_of(part).state > HALF_ABOVE else torch.float32
 
 
+def drawn_bytes(part: Part, recipe: Recipe, prompts: int) -> int:
+    """Of trajectories: what the UNet was given, and what it said with the text and without."""
+    latents = part.config["in_channels"] * part.config["sample_size"] ** 2
+    return int(3 * FLOAT * recipe.steps * prompts * latents)
+
+
+def needs_of_drawing(part: Part, recipe: Recipe) -> Needs:
+    """The held-out prompts' states between two units of the UNet, and a unit's floats."""
+    widths, count = widths_of(part), len(recipe.held_out)
+    states = 2 * count * FLOAT * widths.state
+    return Needs(states + FLOAT * widths.unit + drawn_bytes(part, recipe, count), 0, LESS)
+
+
 def needs_of_calib(part: Part, unet: nn.Module, source: Source, size: Size, recipe: Recipe) -> Needs:
     """Either all prompts while they are drawn, or the rows in two UNets, a unit's floats, Hessians and tokens."""
     widths, config = widths_of(part), part.config
@@ -135,8 +148,7 @@ def needs_of_calib(part: Part, unet: nn.Module, source: Source, size: Size, reci
     states = 2 * rows_of(recipe) * state_dtype(part, recipe).itemsize * widths.state
     hessians = HESSIANS * FLOAT * min(widest, recipe.block) ** 2
     tokens = TOKEN_COPIES * FLOAT * together * widths.tokens
-    latents = config["in_channels"] * config["sample_size"] ** 2
-    drawn = 3 * FLOAT * recipe.steps * (len(recipe.prompts) + len(recipe.held_out)) * latents
+    drawn = drawn_bytes(part, recipe, len(recipe.prompts) + len(recipe.held_out))
     packed, floats = file_bytes(unet, size), 2 * FLOAT * widths.unit
     return Needs(
         max(drawing, states + hessians + tokens) + floats + packed + drawn,

@@ -9,12 +9,22 @@ from typing import Any
 
 from tinysd_batch.model.info import WEIGHTS, read_json, read_model_info
 from tinysd_batch.model.mapped import MappedTensors
-from tinysd_batch.quantize.calib import Calibrated
 from tinysd_batch.quantize.correction import Judged
 from tinysd_batch.quantize.presets import Size, sort_of
 from tinysd_batch.quantize.recipe import Recipe
+from tinysd_batch.quantize.trajectories import Trajectories
 
 FLOATS = "norms and biases"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What quantizing knows of the model that it has written."""
+
+    layers: dict[str, float]  # SQNR in dB: of a layer's output on held-out rows, at level fast of its weights
+    held_out: Trajectories | None  # of the float model; None where nothing was drawn
+    seconds: float
+    judged: Judged | None = None  # what became of the noise correction; None where it was not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +36,7 @@ class LayerFound:
     weights: int
     bytes: int
     bits: int
-    sqnr_db: float | None  # None where it was not calibrated
+    sqnr_db: float | None  # as in `Made`; None where it was not packed
 
 
 @dataclass(slots=True)
@@ -55,7 +65,7 @@ class Summary:
     seconds: float
     peak_memory_bytes: int
     device: str
-    recipe: dict[str, Any]
+    recipe: dict[str, Any] | None  # None where nothing was drawn
     judged: Judged | None  # the noise correction, kept or not; None where it was not measured
 
 
@@ -90,9 +100,9 @@ def classes_of(layers: list[LayerFound]) -> list[ClassFound]:
     return sorted(found.values(), key=lambda each: -each.bytes)
 
 
-def summarize(out: Path, done: Calibrated, device: str, recipe: Recipe) -> Summary:
+def summarize(out: Path, made: Made, device: str, recipe: Recipe | None) -> Summary:
     """Of the packed model in `out`, which this process has just made."""
-    layers = read_layers(out / "unet", done.layers)
+    layers = read_layers(out / "unet", made.layers)
     config = read_json(out / "unet" / "config.json")["quantization_config"]
     return Summary(
         name=read_model_info(str(out)).name,
@@ -101,9 +111,11 @@ def summarize(out: Path, done: Calibrated, device: str, recipe: Recipe) -> Summa
         layers=layers,
         classes=classes_of(layers),
         unet_bytes=(out / "unet" / WEIGHTS).stat().st_size,
-        seconds=done.seconds,
+        seconds=made.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         device=device,
-        recipe={**recipe.model_dump(exclude={"prompts", "held_out"}), "prompts": len(recipe.prompts)},
-        judged=done.judged,
+        recipe=None
+        if recipe is None
+        else {**recipe.model_dump(exclude={"prompts", "held_out"}), "prompts": len(recipe.prompts)},
+        judged=made.judged,
     )

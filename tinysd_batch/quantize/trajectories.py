@@ -92,6 +92,11 @@ def draw(walker: Walker, folder: Path, recipe: Recipe, prompts: Sequence[str], f
     )
 
 
+def draw_held_out(walker: Walker, folder: Path, recipe: Recipe) -> Trajectories:
+    """Draw the recipe's held-out prompts with their own seeds."""
+    return draw(walker, folder, recipe, recipe.held_out, recipe.seed + HELD_OUT_SEEDS)
+
+
 def spread_points(trajectories: Trajectories, points: int) -> Rows:
     """So many calls of each prompt, evenly spread over its trajectory; the next prompt's lie a step further."""
     calls, prompts = trajectories.latents.shape[:2]

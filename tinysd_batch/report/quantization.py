@@ -1,4 +1,7 @@
-"""The report on a calibrated model: `report.json` for machines, `index.html` and `pictures.png` to look at."""
+"""The report on a packed model: `report.json` for machines, `index.html` to look at.
+
+Where the float model drew held-out prompts, with `pictures.png` and errors of what the packed one makes of them.
+"""
 
 import html
 import io
@@ -21,6 +24,11 @@ MOST_SHOWN = 16
 CELL_PX = 128
 GAP_PX = 4
 DIFFERENCE_GAIN = 3  # differences are shown so many times as large
+NOT_DRAWN = "Nothing was drawn: with <code>--recipe</code> this level measures pictures, too."
+LAYERS_OF = {
+    "outputs": "Of each layer's output on held-out prompts, in the packed model, against the float model's.",
+    "weights": "Of each layer's weights: packed without data, nothing is known of its outputs.",
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } th { text-align: left } th, td { padding: .15rem .8rem .15rem 0 }
@@ -29,17 +37,18 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums } i
 """
 
 
-def write_report(out: Path, summary: Summary, errors: Errors, prompts: Sequence[str]) -> Path:
-    """Write `report/` into a model folder; its page is returned."""
+def write_report(out: Path, summary: Summary, errors: Errors | None, prompts: Sequence[str]) -> Path:
+    """Write `report/` into a model folder; its page is returned. Without `errors` nothing was drawn to measure with."""
     folder = out / FOLDER
-    write_atomically(png_of(picture_sheet(errors)), folder / "pictures.png")
+    if errors is not None:
+        write_atomically(png_of(picture_sheet(errors)), folder / "pictures.png")
     content = as_dict(summary, errors, prompts)
     write_atomically((json.dumps(content, indent=1) + "\n").encode(), folder / "report.json")
     write_atomically(page(content).encode(), folder / "index.html")
     return folder / "index.html"
 
 
-def as_dict(summary: Summary, errors: Errors, prompts: Sequence[str]) -> dict[str, Any]:
+def as_dict(summary: Summary, errors: Errors | None, prompts: Sequence[str]) -> dict[str, Any]:
     layers = [
         {"name": one.name, "class": one.kind, "weights": one.weights, "bits": one.bits, "bytes": one.bytes,
          "sqnr_db": None if one.sqnr_db is None else round(one.sqnr_db, 2)}
@@ -49,19 +58,26 @@ def as_dict(summary: Summary, errors: Errors, prompts: Sequence[str]) -> dict[st
         "name": summary.name, "level": summary.level, "size": summary.size, "unet_bytes": summary.unet_bytes,
         "seconds": round(summary.seconds, 1), "peak_memory_bytes": summary.peak_memory_bytes,
         "device": summary.device, "recipe": summary.recipe,
-        "noise_sqnr_db": round(errors.mean_noise_db, 2), "final_latents_sqnr_db": round(errors.final_db, 2),
-        "pictures_psnr_db": round(errors.psnr_db, 2),
+        **({} if errors is None else errors_as_dict(errors)),
         "noise_correction": None if summary.judged is None else correction_as_dict(summary.judged),
         "prompts": list(prompts),
-        "along_the_trajectory": [
-            {"time": time, "noise_sqnr_db": round(noise, 2), "latents_sqnr_db": round(latents, 2)}
-            for time, noise, latents in zip(errors.times, errors.noise_db, errors.latents_db, strict=True)
-        ],
         "classes": [
             {"name": one.name, "weights": one.weights, "bytes": one.bytes, "bits": round(one.bits, 3)}
             for one in summary.classes
         ],
+        "layers_sqnr_db_of": "weights" if summary.level == "fast" else "outputs",
         "layers": layers,
+    }  # fmt: skip
+
+
+def errors_as_dict(errors: Errors) -> dict[str, Any]:
+    return {
+        "noise_sqnr_db": round(errors.mean_noise_db, 2), "final_latents_sqnr_db": round(errors.final_db, 2),
+        "pictures_psnr_db": round(errors.psnr_db, 2),
+        "along_the_trajectory": [
+            {"time": time, "noise_sqnr_db": round(noise, 2), "latents_sqnr_db": round(latents, 2)}
+            for time, noise, latents in zip(errors.times, errors.noise_db, errors.latents_db, strict=True)
+        ],
     }  # fmt: skip
 
 
@@ -107,46 +123,68 @@ def png_of(image: Image.Image) -> bytes:
 
 
 def page(content: Mapping[str, Any]) -> str:
-    worst = sorted((one for one in content["layers"] if one["sqnr_db"] is not None), key=lambda one: one["sqnr_db"])
-    minutes, seconds = divmod(round(content["seconds"]), 60)
-    facts = [
-        ("UNet on disk", f"{content['unet_bytes'] / 1e6:,.1f} MB"),
-        ("guided noise prediction, mean over times, not corrected", f"{content['noise_sqnr_db']:.2f} dB"),
-        ("final latents", f"{content['final_latents_sqnr_db']:.2f} dB"),
-        ("noise correction", found["says"] if (found := content["noise_correction"]) else "not measured"),
-        ("pictures (PSNR)", f"{content['pictures_psnr_db']:.2f} dB"),
-        ("time", f"{minutes}:{seconds:02} on {content['device']}"),
-        ("peak memory, with mapped files", f"{content['peak_memory_bytes'] / 1e9:.2f} GB"),
-    ]
+    title = html.escape(f"{content['name']}: level {content['level']}, {content['size']}")
     classes = [
         (one["name"], f"{one['weights'] / 1e6:,.2f} M", f"{one['bits']:.2f}", f"{one['bytes']:,}")
         for one in content["classes"]
     ]
-    times = [
-        (f"{one['time']:.0f}", f"{one['noise_sqnr_db']:.1f}", f"{one['latents_sqnr_db']:.1f}")
-        for one in content["along_the_trajectory"]
-    ]
+    worst = sorted((one for one in content["layers"] if one["sqnr_db"] is not None), key=lambda one: one["sqnr_db"])
     layers = [(one["name"], one["class"], f"{one['bits']}", f"{one['sqnr_db']:.1f}") for one in worst]
-    title = html.escape(f"{content['name']}: level {content['level']}, {content['size']}")
+    drawn = "noise_sqnr_db" in content
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-<p>Measured on {len(content["prompts"])} prompts and seeds that calibration never saw. Decibels are signal to noise:
-power of what the float model says over power of the difference; larger is better, 10 more is a tenth of the error.</p>
-{table((), facts)}
-<h2>Pictures</h2>
+<p>{how_measured(content) if drawn else NOT_DRAWN}
+Decibels are signal to noise: power of what is wanted over power of the difference; larger is better, 10 more is a tenth
+of the error.</p>
+{table((), facts(content))}
+{pictures(content) if drawn else ""}<h2>Bytes by sort of layer</h2>
+{table(("layers", "weights", "bits each", "bytes"), classes)}
+{along_the_trajectory(content) if drawn else ""}<h2>Layers, worst first</h2>
+<p>{LAYERS_OF[content["layers_sqnr_db_of"]]}</p>
+{table(("layer", "sort", "bits", "dB"), layers)}
+</body></html>
+"""
+
+
+def how_measured(content: Mapping[str, Any]) -> str:
+    return f"Measured on {len(content['prompts'])} prompts and seeds that calibration never saw."
+
+
+def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    minutes, seconds = divmod(round(content["seconds"]), 60)
+    found = [("UNet on disk", f"{content['unet_bytes'] / 1e6:,.1f} MB")]
+    if "noise_sqnr_db" in content:
+        correction = content["noise_correction"]
+        found += [
+            ("guided noise prediction, mean over times, not corrected", f"{content['noise_sqnr_db']:.2f} dB"),
+            ("final latents", f"{content['final_latents_sqnr_db']:.2f} dB"),
+            ("noise correction", correction["says"] if correction else "not measured"),
+            ("pictures (PSNR)", f"{content['pictures_psnr_db']:.2f} dB"),
+        ]
+    return [
+        *found,
+        ("time", f"{minutes}:{seconds:02} on {content['device']}"),
+        ("peak memory, with mapped files", f"{content['peak_memory_bytes'] / 1e9:.2f} GB"),
+    ]
+
+
+def pictures(content: Mapping[str, Any]) -> str:
+    return f"""<h2>Pictures</h2>
 <p>Float, packed, and {DIFFERENCE_GAIN} times the difference (grey: none).</p>
 <p><img src="pictures.png" alt="Held-out prompts drawn by the float and by the packed model"></p>
 <p>{html.escape("; ".join(content["prompts"][:MOST_SHOWN]))}</p>
-<h2>Bytes by sort of layer</h2>
-{table(("layers", "weights", "bits each", "bytes"), classes)}
-<h2>Along the trajectory</h2>
+"""
+
+
+def along_the_trajectory(content: Mapping[str, Any]) -> str:
+    rows = [
+        (f"{one['time']:.0f}", f"{one['noise_sqnr_db']:.1f}", f"{one['latents_sqnr_db']:.1f}")
+        for one in content["along_the_trajectory"]
+    ]
+    return f"""<h2>Along the trajectory</h2>
 <p>Noise: predicted where the float model went, not corrected. Latents: after the step, each model on its own way.</p>
-{table(("time", "noise dB", "latents dB"), times)}
-<h2>Layers, worst first</h2>
-<p>Of each layer's output on held-out prompts, in the packed model, against the float model's.</p>
-{table(("layer", "sort", "bits", "dB"), layers)}
-</body></html>
+{table(("time", "noise dB", "latents dB"), rows)}
 """
 
 
