@@ -1,14 +1,13 @@
 """A budget that is kept: what the planner foretells is what is measured, and what it allows is not exceeded."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.foretold import budget_at, measured_peaks
 from tinysd_batch.errors import ModelError, UsageError
-from tinysd_batch.model.memory import LivePeak, Phase, Shape, Way
+from tinysd_batch.model.memory import Shape
 from tinysd_batch.model.pipeline import TinySD
 
 TOKENS = 24
@@ -23,30 +22,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def measured_peaks(model: TinySD, images: int, size: tuple[int, int]) -> dict[str, int]:
-    """Of each phase: the most that live tensors and weights on the device take together while pictures are drawn."""
-    peaks: dict[str, int] = {}
-    working = model.memory.working
-
-    @contextlib.contextmanager
-    def watched(phase: Phase) -> Iterator[Way]:
-        with LivePeak() as live, working(phase) as way:
-            # Weights in the file's own pages are not made here, nor is what was computed before the loop.
-            places = [one.place for part in model.fragments for one in part.host if one.is_onloaded]
-            base = sum(one.nbytes for one in places if id(one.untyped_storage()) not in live.sizes)
-            live.leave_out(places)
-            yield way
-            known = [layer.value for _, layer in model.hoisted.of_text]
-            base += sum(value.nbytes for value in known if value is not None)
-        peaks[phase.name] = live.peak + base
-
-    model.memory.working = watched  # type: ignore[method-assign]
-    prompts = [f"cat {number}" for number in range(images)]
-    model.generate(prompts, 1, num_inference_steps=1, sampler="ddim", height=size[0], width=size[1])
-    model.memory.working = working  # type: ignore[method-assign]
-    return peaks
-
-
 @pytest.mark.parametrize(("size", "images", "share", "dtype"), CASES)
 def test_what_is_foretold_is_measured(
     tiny_model: Path, size: tuple[int, int], images: int, share: float | None, dtype: torch.dtype | str
@@ -54,11 +29,10 @@ def test_what_is_foretold_is_measured(
     model = TinySD.from_pretrained(tiny_model, device="cpu", dtype=dtype, vram_budget="1GB")
     shape, budget = Shape(2 * images, *size, TOKENS, images + 1), None
     if share is not None:
-        least, whole = model.memory.least(shape), max(phase.peak for phase in model.memory.phases(shape))
-        budget = int(least + share * (whole - least))
+        budget = budget_at(share, model, shape)
         model = TinySD.from_pretrained(tiny_model, device="cpu", dtype=dtype, vram_budget=budget)
     foretold = {phase.name: phase.peak for phase in model.memory.phases(shape)}
-    measured = measured_peaks(model, images, size)
+    measured = measured_peaks(model, images, *size)
     on_host = 50_000 + images * 3 * size[0] * size[1] * 4  # here the host is the device: embeddings, and the pictures
     assert measured == pytest.approx(foretold, rel=0.1, abs=on_host)
     assert budget is None or max(measured.values()) <= 1.02 * budget + on_host
