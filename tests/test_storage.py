@@ -8,7 +8,15 @@ import pytest
 
 from tinysd_batch import storage
 from tinysd_batch.errors import JobLockedError, StorageError
-from tinysd_batch.storage import TEMPORARY_PREFIX, lock, publish, read_file, sweep_temporaries, write_atomically
+from tinysd_batch.storage import (
+    TEMPORARY_PREFIX,
+    lock,
+    new_folder,
+    publish,
+    read_file,
+    sweep_temporaries,
+    write_atomically,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -159,6 +167,15 @@ def test_nobody_waits_for_ever_for_one_that_stands_still_in_a_write(
         message = "a process that had this job before is in the middle of a write; end it with kill -9"
         with lock(path) as new, pytest.raises(JobLockedError, match=message), new.guard():
             pytest.fail("wrote between the parts of another's write")
+
+
+def test_a_new_folder_clears_away_what_a_killed_process_left_of_it(tmp_path: Path) -> None:
+    (tmp_path / f"{TEMPORARY_PREFIX}a-0" / "unet").mkdir(parents=True)
+    (tmp_path / f"{TEMPORARY_PREFIX}ab-0").mkdir()
+    with new_folder(tmp_path / "a") as first, new_folder(tmp_path / "a"):
+        assert first.exists()  # its process lives
+        assert not (tmp_path / f"{TEMPORARY_PREFIX}a-0").exists()
+    assert names(tmp_path) == [f"{TEMPORARY_PREFIX}ab-0", "a"]
 
 
 def test_sweeping_removes_only_temporaries(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import os
 import platform
 import random
@@ -342,15 +343,35 @@ def check_unlocked(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` at the end; after an error nothing of it is left. `path` must not exist."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.absolute().parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex}"
+    """A folder to fill that becomes `path` at the end; after an error nothing of it is left. `path` must not exist.
+
+    What a killed process left of the same `path` is removed first.
+    """
+    parent, prefix = path.absolute().parent, f"{TEMPORARY_PREFIX}{path.name}-"
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f"{glob.escape(prefix)}*"):
+        remove_abandoned(leftover)
+    temporary = parent / f"{prefix}{uuid.uuid4().hex}"
     temporary.mkdir()
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        try_flock(handle)
         yield temporary
         for file in temporary.rglob("*"):
             sync_folder(file)
         temporary.rename(path)
-        sync_folder(path.absolute().parent)
+        sync_folder(parent)
     finally:
+        os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove a folder, unless a process that lives holds its lock."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        try:
+            if try_flock(handle):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)

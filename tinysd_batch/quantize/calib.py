@@ -57,7 +57,7 @@ def quantize_calibrated(
     check_finite(part)
     if size.most is None:
         say(f"unet: {size}: {size_in_words(unet, layers_to_pack(unet, size.preset))}")
-    needs = needs_of_calib(part, unet, model, size, recipe)
+    needs = needs_of_calib(part, unet, model, size, recipe, tune=tune)
     say(f"calibrating on {rows_of(recipe):,} rows: {needs}")
     check_room(needs, out, device)
     identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "size": size.notes()}

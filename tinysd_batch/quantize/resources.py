@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.model.checkpoint import KEEP_ON_META
+from tinysd_batch.model.memory import LivePeak
 from tinysd_batch.model.packing import to_matrix
 from tinysd_batch.quantize.hessian import layer_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, unet_bytes
@@ -22,7 +25,8 @@ HESSIANS = 5  # of the widest layer in memory at once: its own, factors and inve
 TOKEN_COPIES = 3  # of a layer's inputs while they are unfolded
 ROW_FLOATS = 4  # float copies of a layer that is packed without data
 MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
-LESS = "; a recipe with fewer prompts or points, or a smaller block, needs less"
+CONTEXT_TOKENS = 77
+LESS = "; a recipe with fewer prompts or points, or a smaller block or batch, needs less"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +143,28 @@ def needs_of_drawing(part: Part, recipe: Recipe) -> Needs:
     return Needs(states + FLOAT * widths.unit + drawn_bytes(part, recipe, count), 0, LESS)
 
 
-def needs_of_calib(part: Part, unet: nn.Module, source: Source, size: Size, recipe: Recipe) -> Needs:
-    """Either all prompts while they are drawn, or the rows in two UNets, a unit's floats, Hessians and tokens."""
+def tuning_bytes(part: Part, recipe: Recipe) -> int:
+    """What a step of tuning takes: a batch's activations and gradients, told from one without numbers; and weights.
+
+    Those are there as codes, as floats, and as floats in the order of convolutions.
+    """
+    with KEEP_ON_META, LivePeak() as live:
+        unet = UNet2DConditionModel.from_config(dict(part.config)).eval()
+        unet.set_attn_processor(AttnProcessor())
+        config, rows = unet.config, recipe.batch
+        latents = torch.empty(rows, config.in_channels, config.sample_size, config.sample_size)
+        context = torch.empty(rows, CONTEXT_TOKENS, config.cross_attention_dim)
+        unet(latents, torch.empty(rows), context).sample.square().mean().backward()
+    weights = sum(one.numel() for one in unet.parameters())
+    return int(live.peak + (1 + 2 * FLOAT) * weights)
+
+
+def needs_of_calib(
+    part: Part, unet: nn.Module, source: Source, size: Size, recipe: Recipe, *, tune: bool = False
+) -> Needs:
+    """The most of these: all prompts while they are drawn; the rows in two UNets, a unit's floats, Hessians and tokens;
+    with `tune` a step of that.
+    """
     widths, config = widths_of(part), part.config
     widest = max(to_matrix(layer_of(unet, name).weight).shape[1] for name in layers_to_pack(unet, SMALLEST))
     together = rows_at_once(torch.empty(1, 1, config["sample_size"], config["sample_size"], device="meta"))
@@ -150,8 +174,9 @@ def needs_of_calib(part: Part, unet: nn.Module, source: Source, size: Size, reci
     tokens = TOKEN_COPIES * FLOAT * together * widths.tokens
     drawn = drawn_bytes(part, recipe, len(recipe.prompts) + len(recipe.held_out))
     packed, floats = file_bytes(unet, size), 2 * FLOAT * widths.unit
+    calibrating = max(drawing, states + hessians + tokens) + floats
     return Needs(
-        max(drawing, states + hessians + tokens) + floats + packed + drawn,
+        max(calibrating, tuning_bytes(part, recipe) if tune else 0) + packed + drawn,
         2 * packed + drawn + other_bytes(source),
         LESS,
     )
