@@ -1,6 +1,7 @@
 """Whole jobs, in this process, on a real (tiny) model."""
 
 import json
+import os
 from collections.abc import Container
 from contextlib import nullcontext
 from decimal import Decimal
@@ -209,6 +210,13 @@ def test_a_manifest_that_changes_while_the_job_runs_stops_it(tmp_path: Path, tin
     manifest.write_bytes(content)
     draw(manifest, tmp_path / "job", tiny_model, sampler="ddim")
     check_whole(tmp_path / "job", 70)
+
+
+def test_drawing_in_this_process_leaves_its_environment_alone(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "m.csv").write_text("prompt\nfox\n")
+    before = dict(os.environ)
+    draw(tmp_path / "m.csv", tmp_path / "job", tiny_model, device="cpu")
+    assert dict(os.environ) == before
 
 
 def test_blank_negative_prompts_mean_the_jobs_own(tmp_path: Path, tiny_model: Path) -> None:

@@ -247,6 +247,7 @@ def test_what_a_card_cannot_hold_is_known_to_the_process_that_follows(
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), seed=1))
     first, second = (list(cut_batches(plan_images([row], job.common()), ())) for row in job.read_rows())
     slot = Slot("gpu-0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which a process of a worker sets for itself
     for batches, refused in ((first, [8]), (second, [8])):
         process = WorkerProcess(setup_for(job), slot.name)
         process.limits.update(pickle.loads(pickle.dumps(slot.limits)))

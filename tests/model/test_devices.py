@@ -37,6 +37,7 @@ def card(folder: Path, number: int, model: str) -> None:
 
 
 def test_cards_that_the_driver_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     models = ["NVIDIA GeForce GTX 1060 6GB", "NVIDIA GeForce GTX 1050 Ti"]
     nodes = tmp_path / "dev"
     nodes.mkdir()
@@ -54,6 +55,7 @@ def test_cards_that_the_driver_knows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_cards_that_torch_cannot_use_are_not_passed_over_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert choose_device(None) == torch.device("cpu")
     card(tmp_path, 1, "NVIDIA GeForce GTX 1060 6GB")
     (tmp_path / "nvidia0").touch()

@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tinysd_batch.errors import BrokenWorkerError, NoWorkerError, TinySDError, UsageError
 from tinysd_batch.job import handshake
@@ -19,6 +19,9 @@ from tinysd_batch.job.slots import Slot
 from tinysd_batch.job.worker import Worker, WorkerSetup
 from tinysd_batch.records import MicroBatch
 
+if TYPE_CHECKING:
+    from tinysd_batch.model.pipeline import TinySD
+
 BOOT_S = 1800.0  # for which a model may load
 LOOK_EVERY_S = 5.0  # for cards that came and went
 BROKEN_EXIT_CODE = 70
@@ -27,6 +30,11 @@ OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
 
 class WorkerProcess(Worker):
     """A worker that has a process of its own."""
+
+    def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
+        if setup.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
+        super().__init__(setup, name, model)
 
     def describe_to(self, word: str, limits: dict[Shape, Limit]) -> dict[str, Any]:
         """`describe`, and the worker's part of the handshake. `limits` were learnt on this card before."""

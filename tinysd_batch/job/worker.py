@@ -264,8 +264,6 @@ class Worker:
 
 def load_model(setup: WorkerSetup) -> "TinySD":
     """Raises UsageError for a model or a device that cannot be used."""
-    if setup.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
     import torch
 
     from tinysd_batch.model.pipeline import TinySD
