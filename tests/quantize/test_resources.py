@@ -11,6 +11,8 @@ from diffusers import UNet2DConditionModel
 
 from tests.quantize.test_calib import RECIPE, small_unet
 from tests.tools import run_here
+from tinysd_batch.model.info import WEIGHTS
+from tinysd_batch.model.mapped import MappedTensors
 from tinysd_batch.quantize import resources
 from tinysd_batch.quantize.calibrate import after
 from tinysd_batch.quantize.recipe import read_recipe
@@ -19,6 +21,7 @@ from tinysd_batch.quantize.sources import Part
 from tinysd_batch.quantize.units import State, Walker
 
 CPU = torch.device("cpu")
+SMAPS = Path("/proc/self/smaps")
 
 
 def test_too_little_memory_is_said_with_need_and_have(
@@ -78,3 +81,24 @@ def test_waiting_as_float16_changes_little() -> None:
         said.append(state.hidden.float())
     error = (said[0] - said[1]).square().sum() / said[0].square().sum()
     assert 0 < error < 1e-5
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="only Linux tells what of files is in memory")
+def test_what_was_read_of_the_float_model_leaves_memory_again(tmp_path: Path) -> None:
+    unet = small_unet().eval()
+    unet.save_pretrained(tmp_path / "unet")
+    file = tmp_path / "unet" / WEIGHTS
+    tensors = MappedTensors.read(file)
+    walker = Walker(unet.config, tensors, CPU, tensors.release)
+    latents, context = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 256)
+    expected = unet(latents, 500, context).sample
+    assert torch.allclose(walker.predict(latents, torch.full((2,), 500.0), context, 2), expected, atol=1e-4)
+    assert resident_bytes(file) < file.stat().st_size / 10
+    assert sum(float(one.sum()) for one in tensors.values())
+    assert resident_bytes(file) > file.stat().st_size / 2  # so the figure means something
+
+
+def resident_bytes(file: Path) -> int:
+    """What of a file's mapping is in this process's memory."""
+    _, _, after = SMAPS.read_text().partition(str(file))
+    return int(after.partition("Rss:")[2].split()[0]) * 1024

@@ -61,6 +61,7 @@ def quantize_calibrated(
     say(f"calibrating on {rows_of(recipe):,} rows: {needs}")
     check_room(needs, out, device)
     identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "size": size.notes()}
+    part.release()
     started = time.monotonic()
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()
@@ -90,7 +91,7 @@ def draw_all(
     part: Part, folder: Path, recipe: Recipe, device: torch.device, work: Work, say: Say
 ) -> tuple[Trajectories, Trajectories]:
     """The float model's trajectories, of the calibration prompts and of the held-out ones."""
-    walker = Walker(part.config, part.tensors, device)
+    walker = Walker(part.config, part.tensors, device, part.release)
 
     def drawn(name: str, prompts: list[str], make: Callable[[], Trajectories]) -> Trajectories:
         say(f"drawing {len(prompts):,} {name} prompts in {recipe.steps} steps by the float model")
@@ -108,7 +109,7 @@ def choose(
     """How the layers are stored; to meet a size, by their errors on some rows of the float model."""
     if size.most is None:
         return layers_to_pack(unet, size.preset)
-    walker = Walker(part.config, part.tensors, device)
+    walker = Walker(part.config, part.tensors, device, part.release)
     rows = spread_points(calibrating, recipe.points)
     some = torch.linspace(0, len(rows.times) - 1, min(ALLOCATION_ROWS, len(rows.times))).long()
     names = list(layers_to_pack(unet, SMALLEST))
@@ -121,10 +122,12 @@ def solve(
     held_out: Trajectories, work: Work, say: Say,
 ) -> dict[str, Solved]:  # fmt: skip
     """All layers; what an earlier run finished is taken over."""
-    source, target = (Walker(part.config, part.tensors, device) for _ in range(2))
+    source, target = (Walker(part.config, part.tensors, device, part.release) for _ in range(2))
     known = work.layers(layouts)
     if known:
         say(f"going on: {len(known):,} of {len(layouts):,} layers are there")
+    else:
+        say(f"calibrating the {len(layouts):,} layers")
     progress = Progress(costs(source.unet, layouts, recipe), work, say, set(known), work.seconds())
     tuning, calibrating_rows = split(spread_points(calibrating, recipe.points), 2 * recipe.points)
     dtype = state_dtype(part, recipe)

@@ -82,7 +82,7 @@ def quantize_model(
         write_others(model, folder, torch.float16, say)
         if recipe is not None:
             say(f"drawing {len(recipe.held_out):,} held-out prompts in {recipe.steps} steps by the float model")
-            held_out = draw_held_out(Walker(part.config, part.tensors, device), folder, recipe)
+            held_out = draw_held_out(Walker(part.config, part.tensors, device, part.release), folder, recipe)
     tell_left_out(model, say)
     return Made(layers, held_out, time.monotonic() - started)
 

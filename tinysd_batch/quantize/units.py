@@ -4,7 +4,7 @@ What passes between units is a `State`. So calibration can walk a UNet of any si
 the states of all calibration rows between two units.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -112,13 +112,20 @@ def middle_units(block: Any) -> Iterator[Unit]:
 
 
 class Walker:
-    """A UNet with the weights of one unit at a time, as float32 on a device, from mapped tensors."""
+    """A UNet with the weights of one unit at a time, as float32 on a device, from mapped tensors.
 
-    def __init__(self, config: Mapping[str, object], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    `release` takes what was read of them out of memory again; it is called when a unit leaves.
+    """
+
+    def __init__(
+        self, config: Mapping[str, object], tensors: Mapping[str, Tensor], device: torch.device,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         with KEEP_ON_META:
             self.unet = UNet2DConditionModel.from_config(dict(config)).eval().requires_grad_(False)
         self.tensors = tensors
         self.device = device
+        self.release = release
         self.units = units_of(self.unet)
 
     def load(self, unit: Unit) -> None:
@@ -129,6 +136,7 @@ class Walker:
     def unload(self, unit: Unit) -> None:
         for _, module, leaf, value in self.places(unit):
             module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+        self.release()
 
     def places(self, unit: Unit) -> list[tuple[str, nn.Module, str, Tensor]]:
         return [
