@@ -2,7 +2,8 @@
 
     python -m benchmarks.full_size                draw one picture in 4 steps; print time and peak memory of each phase
     python -m benchmarks.full_size --compare      a guided step of ours and of diffusers, alternately, and the ratios;
-                                                  --peers PYTHON: of optimum-quanto and SDNQ, too
+                                                  --peers PYTHON: of optimum-quanto and SDNQ, too;
+                                                  --low 240MB: of ours with so much memory, too
     python -m benchmarks.full_size --budget 240MB the same picture in so much memory beside the program itself
     python -m benchmarks.full_size --ways         time and memory of 1, 2 and 4 images at once, with turbo and unet_bs 1
     python -m benchmarks.full_size --share        memory of one worker and of three beside each other
@@ -272,22 +273,31 @@ def step_of_peer(method: str, arguments: argparse.Namespace) -> dict[str, float]
     return from_a_process([*words, str(arguments.steps)], arguments.threads)
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    """Ours as it comes, ours with the weights kept unpacked, and diffusers, one after the other in each round.
+def one_round(number: int, others: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Ours as it comes, ours with the weights kept unpacked, and diffusers, one after the other.
 
-    Other programs' 2-bit UNets join the first rounds: quantizing them takes longer than their steps.
+    Ours with little memory, and other programs' 2-bit UNets, whose quantizing takes longer than their steps, join the
+    first rounds.
     """
+    kept = argparse.Namespace(**{**vars(arguments), "turbo": True})
+    found = {"ours": in_a_process("ours", arguments), "ours, turbo": in_a_process("ours", kept)}
+    found |= {kind: in_a_process(kind, arguments) for kind in others}
+    if number < PEER_ROUNDS and arguments.low:
+        little = argparse.Namespace(**{**vars(arguments), "budget": arguments.low})
+        found[f"ours, {arguments.low}"] = in_a_process("ours", little)
+    if number < PEER_ROUNDS and arguments.peers:
+        found |= {method: step_of_peer(method, arguments) for method in PEERS}
+    return found
+
+
+def compare(arguments: argparse.Namespace) -> None:
     others = ["bfloat16", "float32"] if computes_bfloat16() else ["float32"]
     if "bfloat16" not in others:
         print("this processor only emulates bfloat16: compared with diffusers in float32 alone")
-    kept = argparse.Namespace(**{**vars(arguments), "turbo": True})
-    runs = {"ours": ("ours", arguments), "ours, turbo": ("ours", kept), **{kind: (kind, arguments) for kind in others}}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    found: dict[str, list[dict[str, float]]] = {}
     for number in range(arguments.pairs):
-        for name, (kind, given) in runs.items():
-            found[name].append(in_a_process(kind, given))
-        for method in PEERS if arguments.peers and number < PEER_ROUNDS else ():
-            found.setdefault(method, []).append(step_of_peer(method, arguments))
+        for name, result in one_round(number, others, arguments).items():
+            found.setdefault(name, []).append(result)
     print(f"{arguments.size}x{arguments.size}, {arguments.pairs} rounds, {arguments.threads} threads")
     for name, results in found.items():
         seconds = statistics.median(one["step_processor_s"] for one in results)
@@ -332,6 +342,7 @@ def main() -> None:
     parser.add_argument("--budget", help="keep within so much memory for weights and work, such as 240MB")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--peers", help="with --compare: the Python of an environment with optimum-quanto and sdnq")
+    parser.add_argument("--low", metavar="BUDGET", help="with --compare: a vram_budget, such as 240MB")
     parser.add_argument("--share", action="store_true")
     parser.add_argument("--ways", action="store_true")
     parser.add_argument("--images", type=int, default=1)
