@@ -1,7 +1,9 @@
 """Stable Diffusion v1 at its own size, 4.3 GB of random float32 weights: time and memory of quantizing it.
 
     python -m benchmarks.full_quantize                     level fast, to the end
-    python -m benchmarks.full_quantize --level calib       with --recipe FILE; hours, goes on after a stop
+    python -m benchmarks.full_quantize --level calib --recipe benchmarks/small_calib.toml
+                                                           an hour; goes on after a stop. Tells what the recipe that
+                                                           ships would take, too
 
 The model is written on the first run (outputs/random-sd-v1-float, or --source FOLDER). Memory is read of the process as
 it works: all that is resident, the file's mapped pages too, and what is its own. The result is left in --out.
@@ -13,8 +15,10 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,9 +30,16 @@ from benchmarks.full_size import SD_V1_TEXT, SD_V1_UNET, SD_V1_VAE
 from tinysd_batch.model.checkpoint import TEXT_WEIGHTS
 from tinysd_batch.model.info import WEIGHTS
 from tinysd_batch.model.mapped import write_tensors
+from tinysd_batch.model.packing import Layout
+from tinysd_batch.quantize.calib import costs
+from tinysd_batch.quantize.presets import DEFAULT, layers_to_pack
+from tinysd_batch.quantize.recipe import Recipe, read_recipe
+from tinysd_batch.quantize.resources import rows_of
 
 REPEATED = 2**24  # random numbers, over and over
 STD = 0.02
+ROW = 3.4e11  # multiplications of one row through the UNet, 64x64 latents
+PASSES = 3  # of a row through each unit while layers are calibrated
 
 
 def make_source(folder: Path) -> None:
@@ -66,6 +77,42 @@ def memory_of(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, int]]:
         time.sleep(0.05)
 
 
+def listen(process: subprocess.Popen[bytes], lines: list[tuple[float, str]]) -> None:
+    """Pass on what it says, and keep it with the time."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append((time.monotonic(), line.decode()))
+        print(line.decode(), end="", flush=True)
+
+
+def extrapolate(lines: list[tuple[float, str]], ended: float, given: argparse.Namespace) -> None:
+    """What each part of the work took, and what it would take with the recipe that ships.
+
+    Drawing grows with prompts and steps, layers with their multiplications, the rest with held-out prompts and steps.
+    """
+    if any(line.startswith("going on") for _, line in lines):
+        print("part of it was done by an earlier run: no times of its parts")
+        return
+    marks = [next(at for at, line in lines if line.startswith(word)) for word in ("drawing", "calibrating the", "meas")]
+    parts = [after - before for before, after in pairwise([*marks, ended])]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(given.source / "unet"))
+    layouts = layers_to_pack(unet, DEFAULT)
+    work = [amounts(unet, layouts, recipe) for recipe in (read_recipe(given.recipe), read_recipe(None))]
+    total = 0.0
+    for name, seconds, little, much in zip(("drawing", "layers", "correcting, measuring"), parts, *work, strict=True):
+        total += seconds * much / little
+        print(f"{name:<24}{seconds:>8.0f} s; by the recipe that ships some {seconds * much / little / 3600:.1f} h")
+    print(f"with the recipe that ships some {total / 3600:.0f} hours in all, extrapolated")
+
+
+def amounts(unet: nn.Module, layouts: dict[str, Layout], recipe: Recipe) -> tuple[float, float, float]:
+    """Of drawing, of layers and of what follows them."""
+    drawn = (len(recipe.prompts) + len(recipe.held_out)) * recipe.steps
+    layers = sum(costs(unet, layouts, recipe).values()) + rows_of(recipe) * PASSES * ROW
+    return drawn, layers, len(recipe.held_out) * recipe.steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("outputs/random-sd-v1-float"))
@@ -77,9 +124,15 @@ def main() -> None:
         make_source(given.source)
     shutil.rmtree(given.out, ignore_errors=True)
     words = [sys.executable, "-m", "tinysd_batch", "quantize", given.source, given.out, "--level", given.level]
+    if given.recipe:
+        words += ["--recipe", given.recipe]
     started = time.monotonic()
-    process = subprocess.Popen([*words, *(["--recipe", given.recipe] if given.recipe else [])])
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines: list[tuple[float, str]] = []
+    listener = threading.Thread(target=listen, args=(process, lines))
+    listener.start()
     resident, own = (max(most) for most in zip(*memory_of(process), strict=True))
+    listener.join()
     if process.returncode:
         sys.exit(process.returncode)
     size = (given.out / "unet" / WEIGHTS).stat().st_size
@@ -89,6 +142,8 @@ def main() -> None:
         f"{time.monotonic() - started:.0f} s, {torch.get_num_threads()} cores\n"
         f"peak memory {resident / 1e9:.2f} GB, mapped pages of the source included; {own / 1e9:.2f} GB of its own"
     )
+    if given.level == "calib":
+        extrapolate(lines, time.monotonic(), given)
 
 
 if __name__ == "__main__":
