@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -314,7 +315,7 @@ def tell_ratio(mine: str, theirs: str, one: list[dict[str, float]], other: list[
     """Of the rounds that both were in."""
     pairs = zip(one, other, strict=False)
     ratios = [first["step_processor_s"] / second["step_processor_s"] for first, second in pairs]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     print(f"{mine} takes {median:.2f} times {theirs} (quartiles {low:.2f} and {high:.2f}, {len(ratios)} rounds)")
 
 
