@@ -196,6 +196,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "calib-quanto": ("ours, calib, quanto's bytes", at_bytes(calib, QUANTOS_BYTES)),
     "calib": ("ours, calib, tiny", calib(Size("tiny"))),
     "calib-default": ("ours, calib, default", calib(Size())),
+    "calib-quality": ("ours, calib, quality", calib(Size("quality"))),
     "distill": ("ours, distill, tiny", calib(Size("tiny"), tune=True)),
     "shipped": ("embedded, as it ships", shipped),
 }
