@@ -16,6 +16,7 @@ from tinysd_batch.model.packing import to_matrix
 from tinysd_batch.quantize.hessian import layer_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe
+from tinysd_batch.quantize.room import available_memory
 from tinysd_batch.quantize.sources import Part, Source
 from tinysd_batch.quantize.units import State, Walker, rows_at_once
 
@@ -55,19 +56,6 @@ def check_room(needs: Needs, out: Path, device: torch.device) -> None:
     holder = next(parent for parent in out.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(holder).free) < needs.disk:
         raise StorageError(f"{out}: needs some {megabytes(needs.disk)} of disk, {megabytes(free)} are free")
-
-
-def available_memory(device: torch.device) -> int | None:
-    """What is free on the card, or on the machine and in the process's control group; None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = []
-    if (meminfo := Path("/proc/meminfo")).exists():
-        found = [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        found.append(int(most) - int(used.read_text()))
-    return min(found, default=None)
 
 
 def file_bytes(unet: nn.Module, size: Size) -> int:
