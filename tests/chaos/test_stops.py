@@ -71,6 +71,7 @@ def start_in_terminal(folder: Path, model: Path, mode: str) -> tuple[subprocess.
 
     def take_terminal() -> None:
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests themselves may run under nohup
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
