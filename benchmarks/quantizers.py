@@ -101,14 +101,18 @@ def calib(size: Size, *, tune: bool = False) -> Method:
     return run
 
 
-def fast_at_presets_size(preset: str) -> Method:
-    """Level fast at a target size: the bytes of a preset's file, spent by error per byte."""
+def distill(size: Size) -> Method:
+    return calib(size, tune=True)
+
+
+def at_presets_size(level: Callable[[Size], Method], preset: str) -> Method:
+    """A level of ours at a target size: the bytes of a preset's file, spent by error per byte."""
 
     def run(bench: Bench, folder: Path) -> int:
         part = open_source(bench.floats, Options()).unet()
         unet = Walker(part.config, part.tensors, CPU).unet
         most = unet_bytes(unet, layers_to_pack(unet, preset))
-        return fast(Size(most=most))(bench, folder)
+        return level(Size(most=most))(bench, folder)
 
     return run
 
@@ -189,15 +193,17 @@ METHODS: dict[str, tuple[str, Method]] = {
     "fast-origin": ("ours, fast, the origin's bytes", at_bytes(fast, ORIGINS_BYTES)),
     "fast": ("ours, fast, tiny", fast(Size("tiny"))),
     "fast-default": ("ours, fast, default", fast(Size())),
-    "fast-default-size": ("ours, fast, as large as default", fast_at_presets_size("default")),
+    "fast-default-size": ("ours, fast, as large as default", at_presets_size(fast, "default")),
     "fast-quality": ("ours, fast, quality", fast(Size("quality"))),
-    "fast-quality-size": ("ours, fast, as large as quality", fast_at_presets_size("quality")),
+    "fast-quality-size": ("ours, fast, as large as quality", at_presets_size(fast, "quality")),
     "calib-origin": ("ours, calib, the origin's bytes", at_bytes(calib, ORIGINS_BYTES)),
     "calib-quanto": ("ours, calib, quanto's bytes", at_bytes(calib, QUANTOS_BYTES)),
     "calib": ("ours, calib, tiny", calib(Size("tiny"))),
+    "calib-tiny-size": ("ours, calib, as large as tiny", at_presets_size(calib, "tiny")),
     "calib-default": ("ours, calib, default", calib(Size())),
     "calib-quality": ("ours, calib, quality", calib(Size("quality"))),
-    "distill": ("ours, distill, tiny", calib(Size("tiny"), tune=True)),
+    "distill": ("ours, distill, tiny", distill(Size("tiny"))),
+    "distill-tiny-size": ("ours, distill, as large as tiny", at_presets_size(distill, "tiny")),
     "shipped": ("embedded, as it ships", shipped),
 }
 
