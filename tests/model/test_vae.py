@@ -60,5 +60,5 @@ def test_maps_kept_as_float16_move_pixels_by_a_fraction_of_a_level(
     assert found.dtype is torch.float32
     assert not torch.equal(found, expected)
     levels = (found - expected).abs() * 255 / 2
-    assert levels.mean() < 0.25
-    assert levels.max() < 2.5  # the largest of 36,864 is a matter of how the processor rounds: 0.75 to 2.0 were seen
+    assert levels.mean() < 0.15
+    assert levels.max() < 1.5  # the largest of 36,864 is a matter of how the processor rounds: 0.75 to 1.14 were seen

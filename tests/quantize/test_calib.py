@@ -162,7 +162,8 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     part = open_source(source, Options()).unet()
     held = draw(Walker(part.config, part.tensors, CPU), source, recipe, recipe.held_out, HELD_OUT_SEEDS)
     fast = measure(tmp_path / "fast", held, HELD_OUT_SEEDS, recipe.scale, CPU)
-    # How much closer differs between processors, whose roundings a search among codes follows: 1.3 to 2.1 dB were seen.
+    # How much closer hangs on the processor's rounding, which a search among codes follows: in noise 1.35 dB with
+    # AVX-512, 1.66 with AVX2 on the same machine.
     assert report["noise_sqnr_db"] > fast.mean_noise_db + 1
     assert report["final_latents_sqnr_db"] > fast.final_db + 0.5
     without_data = json.loads((tmp_path / "fast" / "report" / "report.json").read_text())
