@@ -41,7 +41,7 @@ def random_rows(count: int, group: int, bits: int, seed: int) -> torch.Tensor:
     codes = torch.randint(0, 256, (count, group * bits // 8), dtype=torch.uint8, generator=generator)
     numbers = torch.randint(-(2**15), 2**15, (count, 2), generator=generator).to(torch.int16).view(torch.float16)
     finite = torch.where(numbers.isfinite(), numbers, torch.zeros_like(numbers))
-    return packing.fbgemm_rows(codes, finite[:, 0], finite[:, 1], bits)
+    return packing.fbgemm_rows(codes, finite, bits)
 
 
 @pytest.mark.skipif(

@@ -28,9 +28,10 @@ and several processes can share the file's pages. On CUDA a kernel reads them as
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from itertools import repeat
 from typing import Any, Self
 
 import torch
@@ -132,6 +133,14 @@ class Stored:
         """The same with every tensor changed."""
         return type(self)(**{name: change(one) for name, one in self.tensors().items()}, bits=self.bits)
 
+    def codes(self) -> Tensor:
+        """A line for each pair of scale and offset: uint8 [N, g b/8]."""
+        return self.qweight
+
+    def parameters(self) -> Tensor:
+        """These scales and offsets, float16 [N, 2]."""
+        raise NotImplementedError
+
     def cut(self, rows: slice) -> Self:
         """Some rows."""
         return self.with_each(lambda one: one[rows])
@@ -163,12 +172,20 @@ class PackedWeight(Stored):
         assert layout.group_in(self.shape[1]) == self.group_size, (layout, self.layout)
         if layout.group_size != ROW:
             return self
-        return WholeRowWeight(self.qweight, torch.cat(affine_parameters(self), dim=1).view(torch.int16), bits=self.bits)
+        return WholeRowWeight(self.qweight, self.parameters().view(torch.int16), bits=self.bits)
 
-    def rows(self) -> Tensor:
-        """FBGEMM rows, uint8 [O * G, g b/8 + 4], at 8 bits [O * G, g + 8]."""
-        codes = self.qweight.view(-1, self.group_size * self.bits // 8)
-        return fbgemm_rows(codes, *affine_parameters(self), self.bits)
+    def codes(self) -> Tensor:
+        """uint8 [O * G, g b/8]"""
+        return self.qweight.view(-1, self.group_size * self.bits // 8)
+
+    def parameters(self) -> Tensor:
+        """float16 [O * G, 2]"""
+        meta = self.qmeta.view(torch.float16).float()  # [O, 4]
+        found = torch.empty(*self.qscale.shape, 2, dtype=torch.float16, device=meta.device)
+        for place, numbers in enumerate((self.qscale, self.qoff)):
+            least, step = meta[:, 2 * place, None], meta[:, 2 * place + 1, None]
+            found[:, :, place] = numbers.float().mul_(step).add_(least)  # in place: fresh memory is dear
+        return found.view(-1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +198,8 @@ class WholeRowWeight(Stored):
     def layout(self) -> Layout:
         return Layout(self.bits, ROW)
 
-    def rows(self) -> Tensor:
-        """FBGEMM rows, uint8 [O, K b/8 + 4], at 8 bits [O, K + 8]."""
-        scale, offset = self.qaffine.view(torch.float16).unbind(dim=1)
-        return fbgemm_rows(self.qweight, scale, offset, self.bits)
+    def parameters(self) -> Tensor:
+        return self.qaffine.view(torch.float16)
 
     def in_groups(self) -> PackedWeight:
         """The same with a table of scales for each row, each with one entry."""
@@ -205,9 +220,10 @@ class RowWeight(Stored):
     def layout(self) -> Layout:
         return Layout(self.bits, None)
 
-    def rows(self) -> Tensor:
-        """FBGEMM rows, uint8 [O, K/4 + 4] or [O, K + 8], of the codes less their zero; delta is no float16."""
-        return fbgemm_rows(self.qweight, torch.ones_like(self.qzero).half(), -self.qzero.half(), self.bits)
+    def parameters(self) -> Tensor:
+        """Of codes less their zero: delta is no float16."""
+        zero = self.qzero.half()
+        return torch.stack([torch.ones_like(zero), -zero], dim=1)
 
 
 Weight = PackedWeight | WholeRowWeight | RowWeight
@@ -243,16 +259,27 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 def affine_parameters(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """Scale and offset of every group, float16 [O, G] each."""
-    meta = weight.qmeta.view(torch.float16).float()  # [O, 4]
-    scale = meta[:, 0:1] + weight.qscale.float() * meta[:, 1:2]
-    offset = meta[:, 2:3] + weight.qoff.float() * meta[:, 3:4]
-    return scale.half(), offset.half()
+    scale, offset = weight.parameters().view(*weight.qscale.shape, 2).unbind(dim=2)
+    return scale, offset
 
 
-def fbgemm_rows(codes: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """uint8 [N, g b/8] with N float16 scales and offsets as uint8 [N, g b/8 + 4], at 8 bits [N, g + 8]."""
-    parameters = torch.stack([scale, offset], dim=-1).view(-1, 2).to(parameter_type(bits))
-    return torch.cat([codes, parameters.view(torch.uint8)], dim=1)
+def fbgemm_rows(codes: Tensor, parameters: Tensor, bits: int) -> Tensor:
+    """uint8 [N, g b/8] with N scales and offsets, float16 [N, 2], as uint8 [N, g b/8 + 4], at 8 bits [N, g + 8]."""
+    return joined(in_words(codes, parameters.to(parameter_type(bits))))
+
+
+def in_words(codes: Tensor, parameters: Tensor) -> list[Tensor]:
+    """Both as words of four bytes where lines have whole ones and the codes lie at the address of one, else as bytes.
+
+    Words are joined four times as fast.
+    """
+    word = torch.uint8 if codes.shape[1] % 4 or codes.data_ptr() % 4 else torch.int32
+    return [codes.view(word), parameters.view(word)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Words of codes and of parameters, line by line, as bytes."""
+    return torch.cat(list(parts), dim=1).view(torch.uint8)
 
 
 def parameter_type(bits: int) -> torch.dtype:
@@ -270,24 +297,33 @@ def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
     """
     if decode is None and out.is_cuda and has_kernels(out.device):
         return unpack_by_kernel(weight, out)
-    step = max(1, UNPACK_WEIGHTS // weight.shape[1])
-    if out.is_meta:  # numbers without values, but what takes memory meanwhile is to be seen
-        torch.empty(min(step, weight.shape[0]), weight.shape[1], device=out.device)
-        return out
-    for start in range(0, weight.shape[0], step):
-        part = slice(start, start + step)
-        out[part].copy_(floats(weight.cut(part), decode or unpack_rows))
+    codes = weight.codes()
+    lines = out.view(len(codes), -1)
+    step = max(1, UNPACK_WEIGHTS // lines.shape[1])
+    for part, values in zip(lines.split(step), floats(weight, codes, step, decode or unpack_rows), strict=False):
+        part.copy_(values)
     return out
 
 
-def floats(weight: Weight, decode: Decode) -> Tensor:
-    """A weight as float32 [O, K]."""
-    values = decode(weight.rows(), weight.bits).view(weight.shape)
-    return values.mul_(weight.qdelta.view(torch.float32)[:, None]) if isinstance(weight, RowWeight) else values
+def floats(weight: Weight, codes: Tensor, step: int, decode: Decode) -> Iterator[Tensor]:
+    """A weight's lines of codes as float32 [n, g], `step` at a time; on the meta device the first only.
+
+    Without values there, it is all the same what takes memory: the first shows it.
+    """
+    deltas = weight.qdelta.view(torch.float32)[:, None].split(step) if isinstance(weight, RowWeight) else repeat(None)
+    words = in_words(codes, weight.parameters().to(parameter_type(weight.bits)))
+    for *parts, delta in zip(*(one.split(step) for one in words), deltas, strict=False):
+        values = decode(joined(parts), weight.bits)
+        yield values if delta is None else values.mul_(delta)
+        if codes.is_meta:
+            return
 
 
 def unpack_rows(rows: Tensor, bits: int) -> Tensor:
     """FBGEMM rows uint8 [N, g b/8 + 4] (at 8 bits + 8) to float32 [N, g]."""
+    if rows.is_meta:
+        width = rows.shape[1] - 2 * parameter_type(bits).itemsize
+        return torch.empty(len(rows), width * 8 // bits, device=rows.device)
     if rows.device.type == "cpu" and has_fbgemm():
         return unpack_rows_fbgemm(rows, bits)
     return unpack_rows_torch(rows, bits)
@@ -349,8 +385,8 @@ def has_fbgemm() -> bool:
     """Whether FBGEMM's operators are there and decode known rows as we do; they are no documented interface."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (3, 16), dtype=torch.uint8, generator=generator)
-    scale, offset = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16).T
-    golden = [(fbgemm_rows(codes, scale, offset, bits), bits) for bits in BITS]
+    parameters = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16)
+    golden = [(fbgemm_rows(codes, parameters, bits), bits) for bits in BITS]
     try:
         return all(torch.equal(unpack_rows_fbgemm(*one), unpack_rows_torch(*one)) for one in golden)
     except (AttributeError, RuntimeError):
