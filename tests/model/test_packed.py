@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model import packing
-from tinysd_batch.model.packed import PackedLayer, keep_unpacked, packed_like
+from tinysd_batch.model import packed, packing
+from tinysd_batch.model.memory import LivePeak
+from tinysd_batch.model.packed import PackedConv2d, PackedLayer, keep_unpacked, packed_like
 from tinysd_batch.model.packing import ROW, Layout, RowWeight, Weight, WholeRowWeight
 from tinysd_batch.model.parts import USUAL_BYTES, in_parts_of
 from tinysd_batch.quantize.affine import quantize_matrix
@@ -85,6 +88,18 @@ def random_row_weight(rows: int, columns: int, bits: int, seed: int) -> RowWeigh
     return RowWeight(codes, zero, delta.view(torch.int32), bits=bits)
 
 
+def random_weight(layout: Layout, rows: int) -> Weight:
+    """Of COLUMNS columns, in any layout."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        name: torch.randint(0, 100, shape, generator=generator).to(kind)
+        for name, (kind, shape) in layout.tensors(rows, COLUMNS).items()
+    }
+    if layout.group_size is None:
+        tensors["qdelta"] = torch.rand(rows, generator=generator).view(torch.int32)
+    return layout.weight(tensors)
+
+
 @given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([2, 8]), st.integers(0, 2**32 - 1))
 def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int, bits: int, seed: int) -> None:
     weight = random_row_weight(rows, 4 * quads, bits, seed)
@@ -102,6 +117,33 @@ def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: i
     for weight in (*weights, *whole, random_row_weight(rows, columns, 2, seed)):
         by_torch = packing.unpack(weight, torch.empty(rows, columns), packing.unpack_rows_torch)
         assert torch.equal(dense(weight), by_torch)
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of bytes that begins at an odd address, as in a file where tensors lie one behind the other."""
+    room = torch.empty(tensor.numel() + 1, dtype=torch.uint8)
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("lines", [1, 5, 10**6])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_neither_steps_nor_addresses_change_a_bit(monkeypatch: pytest.MonkeyPatch, layout: Layout, lines: int) -> None:
+    weight = random_weight(layout, 11)
+    expected = packing.unpack(weight, torch.empty(weight.shape), packing.unpack_rows_torch)
+    monkeypatch.setattr(packing, "UNPACK_WEIGHTS", lines * (layout.group_size or COLUMNS))
+    assert torch.equal(dense(weight), expected)
+    assert torch.equal(dense(weight.cut(slice(3, 9))), expected[3:9])
+    assert torch.equal(dense(replace(weight, qweight=shifted(weight.qweight))), expected)
+
+
+def test_what_unpacking_takes_is_seen_without_values() -> None:
+    """Rows and floats of one step at least, and not twice as much."""
+    weight = random_weight(Layout(2, 64), 1).with_each(lambda one: one.to("meta").expand(2048, -1).contiguous())
+    out = torch.empty(weight.shape, device="meta")
+    with torch.device("meta"), LivePeak() as live:
+        live.leave_out([*weight.tensors().values(), out])
+        packing.unpack(weight, out)
+    assert 4 * packing.UNPACK_WEIGHTS <= live.peak < 8 * packing.UNPACK_WEIGHTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -196,7 +238,7 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
     kept = matrix(first)
     before = kept.clone()
     matrix(second)
-    assert matrix(first) is kept
+    assert matrix(first).data_ptr() == kept.data_ptr()
     assert torch.equal(kept, before)
     fill(first, quantize_matrix(torch.randn(8, 64), 64), None)
     assert not torch.equal(matrix(first), before)
@@ -232,15 +274,41 @@ def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_unpacking_to_half_precision_rounds_once(layout: Layout, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(5)
-    tensors = {
-        name: torch.randint(0, 100, shape, generator=generator).to(kind)
-        for name, (kind, shape) in layout.tensors(6, COLUMNS).items()
-    }
-    if layout.group_size is None:
-        tensors["qdelta"] = torch.rand(6, generator=generator).view(torch.int32)
-    weight = layout.weight(tensors)
+    weight = random_weight(layout, 6)
     assert torch.equal(packing.unpack(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
+
+
+@given(st.integers(1, 3000), st.integers(1, 12000), st.integers(1, 2**24))
+def test_parts_fit_and_are_whole_blocks(rows: int, columns: int, most_bytes: int) -> None:
+    found = packing.rows_at_once(rows, columns, torch.bfloat16, most_bytes)
+    assert 1 <= found <= rows
+    assert (found - 1) * columns * 2 < most_bytes
+    assert found == rows or found < packing.BLOCK_ROWS or found % packing.BLOCK_ROWS == 0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_convolution_of_a_small_map_is_done_in_parts(monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    torch.manual_seed(6)
+    conv = nn.Conv2d(64, 200, 3, padding=1)
+    layer = packed_like(conv, Layout(2, 64))
+    weight = quantize_matrix(packing.to_matrix(conv.weight.detach()), 64)
+    fill(layer, weight, conv.bias.detach() if conv.bias is not None else None)
+    layer.keeps_unpacked = kept
+    kernels = dense(weight).view(200, 3, 3, 64).permute(0, 3, 1, 2)
+    monkeypatch.setattr(packed, "COPIED_BYTES", 70 * 576 * 4)
+    counted: list[int] = []
+    convolve = PackedConv2d.convolve
+
+    def counting(layer: PackedConv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        counted.append(len(weight))
+        return convolve(layer, x, weight, bias)
+
+    monkeypatch.setattr(PackedConv2d, "convolve", counting)
+    for side, parts in ((4, [64, 64, 64, 8]), (48, [200])):
+        x = torch.randn(1, 64, side, side)
+        torch.testing.assert_close(layer(x), F.conv2d(x, kernels, conv.bias, 1, 1), rtol=1e-4, atol=1e-4)
+        assert counted == parts
+        counted.clear()
 
 
 def test_tap_major_order() -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from tinysd_batch.model.packing import SCRATCH, Layout, Weight, rows_at_once, unpack
 
+COPIED_BYTES = 6 * 2**20  # stays in caches, and below the blocks that go back to the system after a step
+
 
 class PackedLayer(nn.Module):
     """What packed linear and convolution layers share: the tensors of the file, and how they become a matrix."""
@@ -29,16 +31,24 @@ class PackedLayer(nn.Module):
     def weight_as_stored(self) -> Weight:
         return self.layout.weight(dict(self.named_buffers(recurse=False)))
 
-    def parts(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The weight as matrices [rows, K] and their biases, each good until the next is asked for."""
+    def parts(self, dtype: torch.dtype, most_bytes: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The weight as matrices [rows, K] and their biases, each good until the next is asked for.
+
+        Without `most_bytes` one that is kept comes as a whole.
+        """
+        step = self.out_features
+        if most_bytes or not self.keeps_unpacked:
+            step = rows_at_once(self.out_features, self.columns, dtype, most_bytes)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(start + step, self.out_features))
+            yield self.matrix(rows, dtype), None if self.bias is None else self.bias[rows]
+
+    def matrix(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight, good until the next are asked for."""
         if self.keeps_unpacked:
-            yield self.whole(dtype), self.bias
-        else:
-            weight, step = self.weight_as_stored(), rows_at_once(self.columns, dtype)
-            for start in range(0, self.out_features, step):
-                rows = slice(start, min(start + step, self.out_features))
-                room = SCRATCH.output(rows.stop - start, self.columns, dtype, self.qweight.device)
-                yield unpack(weight.cut(rows), room), None if self.bias is None else self.bias[rows]
+            return self.whole(dtype)[rows]
+        room = SCRATCH.output(rows.stop - rows.start, self.columns, dtype, self.qweight.device)
+        return unpack(self.weight_as_stored().cut(rows), room)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weight as [O, K], in memory of its own that is kept until the fragment leaves."""
@@ -76,7 +86,17 @@ class PackedConv2d(PackedLayer):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return joined([self.convolve(x, weight, bias) for weight, bias in self.parts(x.dtype)], 1)
+        parts = self.parts(x.dtype, self.most_bytes(x))
+        return joined([self.convolve(x, weight, bias) for weight, bias in parts], 1)
+
+    def most_bytes(self, x: Tensor) -> int | None:
+        """How large parts are to be: oneDNN copies each into an order of its own.
+
+        For a weight that is larger than the map this is much of the work, and dear for large parts, whose memory comes
+        fresh from the system every time. For others it is dearer to go through the map once more for each part.
+        """
+        small_map = x.numel() < self.out_features * self.columns
+        return COPIED_BYTES if x.device.type == "cpu" and small_map else None
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kernels = weight.view(-1, *self.kernel, self.in_channels).permute(0, 3, 1, 2)

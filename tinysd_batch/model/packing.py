@@ -28,7 +28,7 @@ and several processes can share the file's pages. On CUDA a kernel reads them as
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import repeat
@@ -40,7 +40,7 @@ from torch import Tensor
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model import kernels
-from tinysd_batch.model.parts import part_bytes
+from tinysd_batch.model.parts import at_once, part_bytes
 
 BITS = (2, 4, 8)
 ROW_BITS = (2, 8)  # of the origin
@@ -49,6 +49,7 @@ GROUPS = (256, 128, 64, 32, 16)
 USUAL_GROUP = 64  # at most, unless a file is to be as small as it can
 ROW = 0  # as a group's size: the whole row
 UNPACK_WEIGHTS = 2**19  # unpacked at a time: floats that stay in the processor's cache
+BLOCK_ROWS = 64  # parts are multiples of it: oneDNN fills up blocks of output channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,23 +301,26 @@ def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
     codes = weight.codes()
     lines = out.view(len(codes), -1)
     step = max(1, UNPACK_WEIGHTS // lines.shape[1])
-    for part, values in zip(lines.split(step), floats(weight, codes, step, decode or unpack_rows), strict=False):
-        part.copy_(values)
+    words = in_words(codes, weight.parameters().to(parameter_type(weight.bits)))
+    pieces = (torch.split(one, step) for one in (lines, *words))
+    for line, *parts, delta in zip(*pieces, deltas(weight, step), strict=False):
+        line.copy_(floats(parts, delta, weight.bits, decode or unpack_rows))
+        if out.is_meta:
+            break  # without values: what takes memory is seen at the first lines
     return out
 
 
-def floats(weight: Weight, codes: Tensor, step: int, decode: Decode) -> Iterator[Tensor]:
-    """A weight's lines of codes as float32 [n, g], `step` at a time; on the meta device the first only.
+def floats(parts: Sequence[Tensor], delta: Tensor | None, bits: int, decode: Decode) -> Tensor:
+    """Words of codes and of parameters as float32 [n, g]."""
+    values = decode(joined(parts), bits)
+    return values if delta is None else values.mul_(delta)
 
-    Without values there, it is all the same what takes memory: the first shows it.
-    """
-    deltas = weight.qdelta.view(torch.float32)[:, None].split(step) if isinstance(weight, RowWeight) else repeat(None)
-    words = in_words(codes, weight.parameters().to(parameter_type(weight.bits)))
-    for *parts, delta in zip(*(one.split(step) for one in words), deltas, strict=False):
-        values = decode(joined(parts), weight.bits)
-        yield values if delta is None else values.mul_(delta)
-        if codes.is_meta:
-            return
+
+def deltas(weight: Weight, step: int) -> Iterable[Tensor | None]:
+    """What the origin's rows are multiplied by, float32 [n, 1], `step` rows at a time; nothing for other weights."""
+    if not isinstance(weight, RowWeight):
+        return repeat(None)
+    return torch.split(weight.qdelta.view(torch.float32)[:, None], step)
 
 
 def unpack_rows(rows: Tensor, bits: int) -> Tensor:
@@ -416,6 +420,7 @@ class Scratch(threading.local):
 SCRATCH = Scratch()
 
 
-def rows_at_once(columns: int, dtype: torch.dtype) -> int:
-    """How many rows of a matrix the scratch buffer holds."""
-    return max(1, part_bytes() // (columns * dtype.itemsize))
+def rows_at_once(rows: int, columns: int, dtype: torch.dtype, most_bytes: int | None = None) -> int:
+    """How many rows of a matrix are unpacked at once, in parts of at most so many bytes, too."""
+    found = at_once(rows, columns * dtype.itemsize, min(most_bytes or part_bytes(), part_bytes()))
+    return found if found in (rows, found % BLOCK_ROWS) else found // BLOCK_ROWS * BLOCK_ROWS

@@ -25,7 +25,7 @@ def in_parts_of(nbytes: int) -> Iterator[None]:
         CURRENT.reset(before)
 
 
-def at_once(total: int, each: int) -> int:
+def at_once(total: int, each: int, nbytes: int | None = None) -> int:
     """How many of `total` things of `each` bytes make a part, in parts as equal as may be; at least one."""
-    parts = max(1, -(-total * each // part_bytes()))
+    parts = max(1, -(-total * each // (nbytes or part_bytes())))
     return max(1, -(-total // parts))
