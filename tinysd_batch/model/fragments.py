@@ -51,7 +51,7 @@ class HostTensor:
     def clear(self) -> None:
         self.put(torch.empty(0, dtype=self.dtype))
         if isinstance(self.module, PackedLayer):
-            self.module.kept = None
+            self.module.forget()
 
 
 @dataclass(slots=True)

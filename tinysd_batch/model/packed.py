@@ -25,6 +25,7 @@ class PackedLayer(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.kept: tuple[Tensor, Tensor] | None = None  # the codes it was unpacked from, and the matrix
+        self.cut: tuple[Tensor, int, list[tuple[slice, Weight]]] | None = None  # likewise, and the rows of a part
 
     def weight_as_stored(self) -> Weight:
         return self.layout.weight(dict(self.named_buffers(recurse=False)))
@@ -34,11 +35,21 @@ class PackedLayer(nn.Module):
         if self.keeps_unpacked:
             yield self.whole(dtype), self.bias
         else:
-            weight, step = self.weight_as_stored(), rows_at_once(self.columns, dtype)
-            for start in range(0, self.out_features, step):
-                rows = slice(start, min(start + step, self.out_features))
-                room = SCRATCH.output(rows.stop - start, self.columns, dtype, self.qweight.device)
-                yield unpack(weight.cut(rows), room), None if self.bias is None else self.bias[rows]
+            for rows, weight in self.cuts(rows_at_once(self.columns, dtype)):
+                room = SCRATCH.output(rows.stop - rows.start, self.columns, dtype, self.qweight.device)
+                yield unpack(weight, room), None if self.bias is None else self.bias[rows]
+
+    def cuts(self, step: int) -> list[tuple[slice, Weight]]:
+        """The weight in parts of so many rows. Remembered: cutting takes longer than a card takes to unpack."""
+        if self.cut is None or self.cut[0] is not self.qweight or self.cut[1] != step:
+            weight, ends = self.weight_as_stored(), range(step, self.out_features + step, step)
+            parts = [slice(end - step, min(end, self.out_features)) for end in ends]
+            self.cut = self.qweight, step, [(rows, weight.cut(rows)) for rows in parts]
+        return self.cut[2]
+
+    def forget(self) -> None:
+        """Let go of what was made of tensors that are no longer there."""
+        self.kept = self.cut = None
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weight as [O, K], in memory of its own that is kept until the fragment leaves."""
