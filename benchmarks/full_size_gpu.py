@@ -129,7 +129,8 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
         made.append(picture())
         seconds.append(time.monotonic() - started)
     return {
-        "context": context, "counted": model.memory.overhead.context, "whole": watch.most, "phases": phases, "foretold": foretold,
+        "context": context, "counted": model.memory.overhead.context, "whole": watch.most, "phases": phases,
+        "foretold": foretold,
         "picture_s": statistics.median(seconds), "decode_s": statistics.median(one.decode_s for one in made),
         "text_s": statistics.median(one.text_s for one in made),
         "step_s": statistics.median(one.denoise_s for one in made) / given.steps,
