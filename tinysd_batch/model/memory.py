@@ -91,6 +91,7 @@ class Way:
     part_bytes: int = USUAL_BYTES
     rows: int | None = None  # through the UNet at once; None: all
     half_maps: bool = False  # the autoencoder keeps its feature maps as float16
+    makes_anew: bool = False  # the autoencoder makes its largest maps each time it looks at them
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +180,10 @@ class Planner:
 
         def run(way: Way) -> None:
             latents = torch.empty(1, model.info.channels, *self.latent_size(shape), dtype=model.dtype)
-            decode_one(model.vae, latents, kept_type(way)).float()
+            decode_one(model.vae, latents, kept_type(way), makes_anew=way.makes_anew).float()
 
         ways = [Way(), Way(SMALL_BYTES), *(Way(nbytes, half_maps=True) for nbytes in (SMALL_BYTES, SMALLEST_BYTES))]
+        ways.append(Way(SMALLEST_BYTES, half_maps=True, makes_anew=True))
         return Task("VAE decoder", (model.vae_fragment,), replace(shape, rows=1, tokens=0, prompts=0), ways, run)
 
     def latent_size(self, shape: Shape) -> tuple[int, int]:

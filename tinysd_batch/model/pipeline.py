@@ -34,7 +34,7 @@ from tinysd_batch.model.samplers import Callback, Noise, Run, exact, sample, tim
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
-from tinysd_batch.model.vae import decode_latents, decode_one
+from tinysd_batch.model.vae import decode_latents, decode_one, made_together
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
@@ -75,7 +75,7 @@ class TinySD:
         self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype, order)
         self.encode_fragment = Fragment("UNet encode half", halves[0], unet, dtype, order)
         self.decode_fragment = Fragment("UNet decode half", halves[1], unet, dtype, order)
-        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order)
+        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order, made_together(self.vae))
         self.residency = Residency(device)
         self.memory = Planner(self, budget_bytes)
         small = device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES
@@ -368,7 +368,7 @@ class TinySD:
         phase = self.memory.phase(self.memory.decoding(Shape(1, height, width, 0)))
         with self.memory.working(phase) as way:
             scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-            pixels = decode_latents(self.vae, scaled, kept_type(way))
+            pixels = decode_latents(self.vae, scaled, kept_type(way), makes_anew=way.makes_anew)
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 

@@ -13,17 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tinysd_batch.model.fragments import Fragment, HostTensor, Piece
+from tinysd_batch.model.fragments import Fragment, HostTensor, Passing, Piece
 from tinysd_batch.model.mapped import MappedTensors
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # and what it is called in the environment
 PORTABLE = 1  # page-locked for all cards of the process: cudaHostRegisterPortable
 COPIED_WHOLE_BYTES = 32 * 2**20  # on the CPU without a budget, a phase that would need more new memory is streamed
-
-Passing = tuple[Piece, list[nn.Module]]  # what passes through a buffer together, and who needs it
 
 
 class Residency:
@@ -116,28 +114,28 @@ class Residency:
         """
         buffer_bytes = largest_piece(fragments)
         standing = [tensor for part in fragments for tensor in part.standing.tensors]
-        pieces = [item for part in fragments for item in part.by_module.items()]
+        pieces = [item for part in fragments for item in part.passing]
         if not pieces:  # of a small model, whose order of work nobody learnt
             return standing, []
         if self.room is None and not self.streams_all:
-            standing += [tensor for _, piece in pieces for tensor in piece.tensors if lies_ready(tensor)]
+            standing += [tensor for piece, _ in pieces for tensor in piece.tensors if lies_ready(tensor)]
             pieces = [
-                (module, Piece([one for one in piece.tensors if not lies_ready(one)])) for module, piece in pieces
+                (Piece([one for one in piece.tensors if not lies_ready(one)]), modules) for piece, modules in pieces
             ]
-            return standing, gather([item for item in pieces if item[1].tensors], buffer_bytes)
+            return standing, gather([item for item in pieces if item[0].tensors], buffer_bytes)
         room = 0 if self.streams_all or self.room is None else self.room
         room -= sum(part.standing.nbytes for part in fragments) + 2 * buffer_bytes
-        share = room / sum(piece.nbytes for _, piece in pieces)
+        share = room / sum(piece.nbytes for piece, _ in pieces)
         only_ready = self.must_copy_much(fragments)
         passing, seen, staying = [], 0, 0
-        for module, piece in pieces:
+        for piece, modules in pieces:
             seen += piece.nbytes
             may_stay = not only_ready or all(lies_ready(tensor) for tensor in piece.tensors)
             if may_stay and staying + piece.nbytes <= share * seen:
                 staying += piece.nbytes
                 standing += piece.tensors
             else:
-                passing.append((module, piece))
+                passing.append((piece, modules))
         return standing, gather(passing, buffer_bytes)
 
     def arena(self, first: Fragment, passing: Sequence[Passing]) -> "Arena | None":
@@ -175,17 +173,17 @@ def lies_ready(tensor: HostTensor) -> bool:
 
 
 def largest_piece(fragments: Sequence[Fragment]) -> int:
-    return max((piece.nbytes for part in fragments for piece in part.by_module.values()), default=0)
+    return max((piece.nbytes for part in fragments for piece, _ in part.passing), default=0)
 
 
-def gather(pieces: Sequence[tuple[nn.Module, Piece]], limit: int) -> list[Passing]:
+def gather(pieces: Sequence[Passing], limit: int) -> list[Passing]:
     """Neighbours put together as long as they fit a buffer of `limit` bytes."""
     passing: list[Passing] = []
-    for module, piece in pieces:
+    for piece, modules in pieces:
         if not passing or passing[-1][0].nbytes + piece.nbytes > limit:
             passing.append((Piece(), []))
         passing[-1][0].tensors.extend(piece.tensors)
-        passing[-1][1].append(module)
+        passing[-1][1].extend(modules)
     return passing
 
 
