@@ -4,20 +4,23 @@
                                                   diffusers'; the unpacking kernel beside a copy on the card
     python -m benchmarks.full_size_gpu --size 768 other pictures
 
-Each line is a process of its own. What the whole process takes is the card's own count (NVML, by nvidia-ml-py), less
-what was in use before; nothing else may use the card meanwhile. Torch's own peak is that of its allocator. Seconds are
-those of the last pictures, when kernels are loaded.
+Each line is a process of its own (all import at once: some 10 GB of memory; --ways asks for fewer). What the whole
+process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use the card
+meanwhile. Torch's own peak is that of its allocator. Seconds are those of the last pictures, when kernels are loaded.
 """
 
 import argparse
 import contextlib
-import multiprocessing
+import json
 import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +94,6 @@ def watching_phases(model: TinySD, watch: Watch, found: dict[str, Any]) -> Itera
             "own": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.max_memory_reserved(),
             "others": watch.now() - torch.cuda.memory_reserved(),
-            "streamed": phase.weights - phase.staying if phase.buffers else 0,
         }
 
     model.memory.working = watched  # type: ignore[method-assign]
@@ -110,7 +112,6 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
         os.environ[WORKSPACE_CONFIG] = SMALL_WORKSPACE
         budget = overhead(torch.device("cuda"), dtype).context + given.own
     model = TinySD.from_pretrained(given.model, device="cuda", dtype=given.dtype, vram_budget=budget, turbo=given.turbo)
-    model.residency.streams_all = given.streams
 
     def picture() -> Any:
         return model.generate(
@@ -118,6 +119,7 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
             width=given.size, output_type="np",
         )  # fmt: skip
 
+    model.residency.streams_all = given.streams
     plan = model.memory.phases(Shape(2, given.size, given.size, model.info.max_tokens))
     foretold = {phase.name: phase.peak - model.memory.overhead.context for phase in plan}
     phases: dict[str, Any] = {}
@@ -130,7 +132,7 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.monotonic() - started)
     return {
         "context": context, "counted": model.memory.overhead.context, "whole": watch.most, "phases": phases,
-        "foretold": foretold,
+        "foretold": foretold, "streamed": plan[1].weights - plan[1].staying,
         "picture_s": statistics.median(seconds), "decode_s": statistics.median(one.decode_s for one in made),
         "text_s": statistics.median(one.text_s for one in made),
         "step_s": statistics.median(one.denoise_s for one in made) / given.steps,
@@ -220,42 +222,41 @@ def measure_bus(_: argparse.Namespace) -> dict[str, Any]:
     return {"card": name, "bus": len(host) / device_seconds(lambda: card.copy_(host, non_blocking=True), ROUNDS)}
 
 
-def make(given: argparse.Namespace) -> dict[str, Any]:
-    make_model(given.model)
-    return {}
-
-
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
 CHILDREN: dict[str, Measure] = {
-    "make": make, "draw": draw, "diffusers": step_diffusers, "unpacking": unpacking, "bus": measure_bus
+    "draw": draw, "diffusers": step_diffusers, "unpacking": unpacking, "bus": measure_bus
 }  # fmt: skip
 
 
 # The processes
 
 
-def in_a_process(kind: str, given: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """What a child found, or what went wrong in it. It is forked, so that nothing is imported twice."""
-    theirs = argparse.Namespace(**{**vars(given), **changes})
-    context = multiprocessing.get_context("fork")
-    ours, other = context.Pipe(duplex=False)
-    child = context.Process(target=report, args=(CHILDREN[kind], theirs, other))
-    child.start()
-    other.close()
-    try:
-        found: dict[str, Any] = ours.recv()
-    except EOFError:
-        found = {"error": "it ended without a word"}
-    child.join()
-    return found
+class Child:
+    """A measurement in a process of its own, which imports at once and then waits for its turn."""
+
+    def __init__(self, kind: str, given: argparse.Namespace, **changes: Any) -> None:
+        changes = {"model": given.model, "steps": given.steps, "size": given.size, **changes}
+        words = [sys.executable, "-m", "benchmarks.full_size_gpu", "--child", kind]
+        for name, value in changes.items():
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def measure(self) -> dict[str, Any]:
+        """What it found, or what went wrong in it."""
+        said, _ = self.process.communicate("go\n")
+        found: dict[str, Any] = json.loads((said.splitlines() or ['{"error": "it ended without a word"}'])[-1])
+        return found
 
 
-def report(measure: Measure, given: argparse.Namespace, other: Any) -> None:
+def work_as_child(measure: Measure, given: argparse.Namespace) -> None:
+    if not sys.stdin.readline():  # nobody wants to know any more
+        return
     try:
-        other.send(measure(given))
+        found = measure(given)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
         traceback.print_exc()
-        other.send({"error": f"{type(error).__name__}: {error}"})
+        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    print(json.dumps(found))
 
 
 def tell_way(name: str, dtype: str, found: dict[str, Any]) -> None:
@@ -266,7 +267,7 @@ def tell_way(name: str, dtype: str, found: dict[str, Any]) -> None:
     print(
         f"{name:<16}{dtype:<10}{found['whole'] / MIB:>9.0f}{found['context'] / MIB:>9.0f}"
         f"{found['counted'] / MIB:>9.0f}{own / MB:>9.1f}{found['step_s'] * 1000:>9.1f}{found['decode_s']:>9.2f}"
-        f"{found['picture_s']:>9.2f}{found['phases']['UNet']['streamed'] / MB:>9.1f}",
+        f"{found['picture_s']:>9.2f}{found['streamed'] / MB:>9.1f}",
         flush=True,
     )
     for phase, one in found["phases"].items():
@@ -278,6 +279,48 @@ def tell_way(name: str, dtype: str, found: dict[str, Any]) -> None:
         )
 
 
+def tell_diffusers(dtype: str, found: dict[str, Any]) -> None:
+    if "error" in found:
+        print(f"diffusers, {dtype}: {found['error']}")
+        return
+    steps = ", ".join(f"{found[name] * 1000:.1f} ms {name}" for name in ("contiguous", "channels_last"))
+    print(f"diffusers, {dtype}: a guided step {steps}; own {found['own'] / MB:.0f} MB", flush=True)
+
+
+def tell_unpacking(dtype: str, found: dict[str, Any]) -> None:
+    if "error" in found:
+        print(f"unpacking, {dtype}: {found['error']}")
+        return
+    share = found["unpacking"] / found["copy"]
+    print(
+        f"unpacking, {dtype}: {found['unpacking'] / 1e9:.0f} GB/s read and written, {share:.2f} times what a copy "
+        f"on the card moves ({found['copy'] / 1e9:.0f} GB/s); filling memory {found['filling'] / 1e9:.0f} GB/s",
+        flush=True,
+    )
+
+
+def measure_all(given: argparse.Namespace) -> None:
+    bus = Child("bus", given)
+    plan: list[tuple[Callable[[dict[str, Any]], None], Child]] = []
+    for dtype in [given.dtype] if given.dtype else ["autocast", "full"]:
+        draws = [(way, Child("draw", given, dtype=dtype, **WAYS[way])) for way in given.ways]
+        plan += [(partial(tell_way, way, dtype), child) for way, child in draws]
+        plan.append((partial(tell_diffusers, dtype), Child("diffusers", given, dtype=dtype)))
+        plan.append((partial(tell_unpacking, dtype), Child("unpacking", given, dtype=dtype)))
+    found = bus.measure()
+    if "error" in found:
+        raise SystemExit(f"this measures a CUDA card: {found['error']}")
+    print(f"SD v1, random weights, {given.size}x{given.size}, {given.steps} steps, {found['card']}")
+    print(f"from page-locked memory to the card: {found['bus'] / 1e9:.1f} GB/s")
+    print(
+        f"{'way':<16}{'precision':<10}{'whole':>9}{'context':>9}{'counted':>9}{'own':>9}{'step':>9}{'decode':>9}"
+        f"{'picture':>9}{'streamed':>9}\n{'':<26}{'MiB':>9}{'MiB':>9}{'MiB':>9}{'MB':>9}{'ms':>9}{'s':>9}{'s':>9}"
+        f"{'MB/step':>9}"
+    )
+    for tell, child in plan:
+        tell(child.measure())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -285,25 +328,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--dtype", choices=["full", "autocast"], help="one of both only")
-    parser.set_defaults(budget=None, own=None, turbo=False, streams=False)
+    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
+    parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
+    for name in ("--budget", "--turbo", "--streams"):
+        kind = "store" if name == "--budget" else "store_true"
+        parser.add_argument(name, action=kind, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.child:
+        work_as_child(CHILDREN[given.child], given)
+        return
     if not given.model.exists():
-        in_a_process("make", given)
-    bus = in_a_process("bus", given)
-    if "error" in bus:
-        raise SystemExit(f"this measures a CUDA card: {bus['error']}")
-    print(f"SD v1, random weights, {given.size}x{given.size}, {given.steps} steps, {bus['card']}")
-    print(f"from page-locked memory to the card: {bus['bus'] / 1e9:.1f} GB/s")
-    print(
-        f"{'way':<16}{'precision':<10}{'whole':>9}{'context':>9}{'counted':>9}{'own':>9}{'step':>9}{'decode':>9}"
-        f"{'picture':>9}{'streamed':>9}\n{'':<26}{'MiB':>9}{'MiB':>9}{'MiB':>9}{'MB':>9}{'ms':>9}{'s':>9}{'s':>9}"
-        f"{'MB/step':>9}"
-    )
-    for dtype in [given.dtype] if given.dtype else ["autocast", "full"]:
-        for way in given.ways:
-            tell_way(way, dtype, in_a_process("draw", given, dtype=dtype, **WAYS[way]))
-        print(f"diffusers {dtype}", in_a_process("diffusers", given, dtype=dtype), flush=True)
-        print(f"unpacking {dtype}", in_a_process("unpacking", given, dtype=dtype), flush=True)
+        make_model(given.model)
+    measure_all(given)
 
 
 if __name__ == "__main__":

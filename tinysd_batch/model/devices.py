@@ -44,6 +44,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         if not torch.cuda.is_available():
             raise UsageError(f"device {chosen}: torch sees no GPU here; use device cpu, or {advice()}")
         check_card(chosen)
+        if chosen.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
