@@ -5,8 +5,8 @@
     python -m benchmarks.full_size_gpu --size 768 other pictures
 
 Each line is a process of its own (all import at once: some 10 GB of memory; --ways asks for fewer). What the whole
-process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use the card
-meanwhile. Torch's own peak is that of its allocator. Seconds are those of the last pictures, when kernels are loaded.
+process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use it then.
+Torch's own peak is that of its allocator. Seconds are those of the last pictures, when kernels are loaded.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
 
     model.residency.streams_all = given.streams
     plan = model.memory.phases(Shape(2, given.size, given.size, model.info.max_tokens))
-    foretold = {phase.name: phase.peak - model.memory.overhead.context for phase in plan}
+    foretold = {phase.name: phase.peak - phase.gaps - model.memory.overhead.context for phase in plan}
     phases: dict[str, Any] = {}
     with watch.looking(), watching_phases(model, watch, phases):
         picture()

@@ -113,3 +113,27 @@ def test_an_arena_holds_every_piece_as_the_device_wants_it(model: TinySD) -> Non
     for number, piece in enumerate(fragment.pieces):
         for tensor, place in piece.views(arena.piece(number, piece.nbytes)):
             assert torch.equal(place, tensor.value.to(tensor.dtype))
+
+
+def test_a_captured_step_copies_each_piece_once_and_leaves_nothing_under_way(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight = with_room(tiny_model, 0.0)
+    tight.residency.streams_all = True
+    latents, context, time = torch.randn(2, 4, 8, 8), torch.randn(2, 22, 32), torch.tensor(500.0)
+    fetch, fetched = Stream.fetch, []
+
+    def watched(stream: Stream, number: int, slot: int) -> None:
+        fetched.append(number)
+        fetch(stream, number, slot)
+
+    monkeypatch.setattr(Stream, "fetch", watched)
+    with torch.no_grad(), tight.residency.holding(tight.encode_fragment, tight.decode_fragment):
+        said = [tight.predict_noise(latents, time, context) for _ in range(2)]
+        fetched.clear()
+        with tight.residency.capturing(2):
+            said.append(tight.predict_noise(latents, time, context))
+        assert fetched == list(range(len(fetched)))
+        assert len(fetched) > 2
+        said.append(tight.predict_noise(latents, time, context))
+    assert all(torch.equal(one, said[0]) for one in said)

@@ -1,8 +1,8 @@
 """A step of the UNet as a CUDA graph: issued in one call, however slow the processor.
 
 A step is some two thousand operations. To issue them one by one takes longer than a fast card, or one beside a slow
-processor, works them. The first step is issued so, and libraries choose their ways in it; the second is captured, and
-from then on replayed.
+processor, works them. The first two steps are issued so, and libraries choose their ways in them; then a step is
+captured, and if it says to the bit what the second said, all others are replayed.
 """
 
 import contextlib
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 Step = Callable[[Tensor], Tensor]  # latents [R, 4, h, w] to the noise predicted in them
-WORTH_IT = 4  # steps, at least: to capture one takes as long as to issue one
+CAPTURED = 2  # after so many steps
+WORTH_IT = 6  # steps, at least: to capture one takes as long as to issue one
 
 
 class CapturedStep:
-    """What a step says, by a graph from the second call on. All that it reads must stay where it is in memory."""
+    """What a step says, by a graph from the third call on. All that it reads must stay where it is in memory."""
 
-    def __init__(self, step: Step, capturing: Callable[[], AbstractContextManager[None]]) -> None:
-        """`capturing` is entered while operations are captured."""
+    def __init__(self, step: Step, capturing: Callable[[int], AbstractContextManager[None]]) -> None:
+        """`capturing` is entered while operations are captured, after so many steps."""
         self.step = step
         self.capturing = capturing
         self.calls = 0
@@ -31,30 +32,39 @@ class CapturedStep:
 
     def __call__(self, latents: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls == 2:
-            self.capture(latents)
-        if self.graph is None or self.given is None or self.said is None:
-            return self.step(latents)
+        if self.graph is not None:
+            return self.replay(latents)
+        said = self.step(latents)
+        if self.calls == CAPTURED:
+            self.capture(latents, said)
+        return said
+
+    def replay(self, latents: Tensor) -> Tensor:
+        assert self.graph is not None
+        assert self.given is not None
+        assert self.said is not None
         self.given.copy_(latents)
         self.graph.replay()
         return self.said.clone()
 
-    def capture(self, latents: Tensor) -> None:
-        """Leaves no graph where something does not allow it; then steps are issued one by one as ever."""
+    def capture(self, latents: Tensor, expected: Tensor) -> None:
+        """Leaves no graph where something does not allow it, or where it does not say what is expected, to the bit."""
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph has memory of its own, in which it needs what the first step took again
-        graph, self.given = torch.cuda.CUDAGraph(), latents.clone()
+        torch.cuda.empty_cache()  # the graph has memory of its own, in which it needs what a step took again
+        self.graph, self.given = torch.cuda.CUDAGraph(), latents.clone()
         try:
-            graph.capture_begin(capture_error_mode="thread_local")
+            self.graph.capture_begin(capture_error_mode="thread_local")
             try:
-                with self.capturing():
+                with self.capturing(self.calls):
                     self.said = self.step(self.given)
             finally:
-                graph.capture_end()
+                self.graph.capture_end()
+            right = torch.equal(self.replay(latents), expected)
         except RuntimeError:  # whatever torch, a library or the driver will not have captured, or no memory for it
             torch.cuda.synchronize()
-            return
-        self.graph = graph
+            right = False
+        if not right:
+            self.close()
 
     def close(self) -> None:
         """Let go of the graph and its memory."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # What cuBLAS may take on every card in place of its own choice: what it takes on those up to Ampere.
 WORKSPACE_CONFIG, SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"
+GAPS = 1 / 8  # of what tensors take on a card, at most; more was seen only where nothing was to be saved
 UNET = "UNet"
 # On the CPU larger tensors take memory of the system's own. What a step at 512x512 uses is worth keeping for the next.
 BLOCK_BYTES, STEP_BLOCK_BYTES, TIGHT_BLOCK_BYTES = 2**22, 2**23, 2**17
@@ -107,6 +108,7 @@ class Phase:
     buffers: int  # through which the others pass
     work: int  # all other tensors at their peak
     context: int
+    gaps: int = 0  # that torch's allocator leaves between tensors
 
     @property
     def is_in_small_parts(self) -> bool:
@@ -114,7 +116,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
-        return self.context + self.staying + self.buffers + self.work
+        return self.context + self.staying + self.buffers + self.work + self.gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ class Planner:
             os.environ.setdefault(WORKSPACE_CONFIG, SMALL_WORKSPACE)  # read when cuBLAS first works
         self.overhead = overhead(model.device, model.dtype)
         self.context = self.overhead.context + self.overhead.workspace
+        self.gaps = GAPS if model.device.type == "cuda" else 0
         self.most_part_bytes = USUAL_BYTES  # ways of larger parts are passed over
         self.known: dict[tuple[Any, ...], Phase] = {}
 
@@ -226,9 +229,10 @@ class Planner:
         weights = sum(part.nbytes for part in task.fragments)
         for way in self.ways(task):
             work = self.work(task, way)
-            room = None if budget is None else max(0, budget - self.context - work)
+            room = None if budget is None else max(0, int((budget - self.context) / (1 + self.gaps)) - work)
             staying, buffers = self.model.residency.placed(task.fragments, room)
-            yield Phase(task.name, task.fragments, way, room, weights, staying, buffers, work, self.context)
+            gaps = int(self.gaps * (staying + buffers + work))
+            yield Phase(task.name, task.fragments, way, room, weights, staying, buffers, work, self.context, gaps)
 
     def ways(self, task: Task) -> Sequence[Way]:
         return [way for way in task.ways if way.part_bytes <= self.most_part_bytes] or task.ways

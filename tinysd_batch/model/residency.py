@@ -86,17 +86,18 @@ class Residency:
             self.stream = None
 
     @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        """While a second step is captured as a graph, of which its copies are a part."""
-        if self.stream is None:
+    def capturing(self, steps: int) -> Iterator[None]:
+        """While a step is captured as a graph, of which its copies are a part, after so many that were not."""
+        stream = self.stream
+        if stream is None:
             yield
             return
-        self.stream.begin_again(switches=self.stream.switches)
+        stream.begin_again(switches=stream.switches // steps)
         try:
             yield
         finally:
-            self.stream.close()
-            self.stream.begin_again()
+            stream.close()
+            stream.begin_again()
 
     def placed(self, fragments: Sequence[Fragment], room: int | None) -> tuple[int, int]:
         """Bytes of weights that stay on the device in so much room, and of the buffers that others pass through."""
