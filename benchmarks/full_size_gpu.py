@@ -5,8 +5,8 @@
     python -m benchmarks.full_size_gpu --size 768 other pictures
 
 Each line is a process of its own (all import at once: some 10 GB of memory; --ways asks for fewer). What the whole
-process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use it then.
-Torch's own peak is that of its allocator. Seconds are those of the last pictures, when kernels are loaded.
+process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use the
+card. Torch's own peak is its allocator's. Seconds are those of the last pictures, when kernels are loaded.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from tinysd_batch.model import pipeline
 from tinysd_batch.model.devices import bytes_in_use, overhead
 from tinysd_batch.model.graphs import CAPTURED, CapturedStep
 from tinysd_batch.model.packing import has_kernels
+from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype, probe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -74,3 +75,10 @@ def test_the_probe_tells_whether_half_precision_pays() -> None:
     found = probe(torch.device("cuda"), torch.float16)
     assert found.speedup > 0
     assert found.is_right or choose_dtype(None, torch.device("cuda")) is torch.float32
+
+
+def test_the_noise_of_this_card() -> None:
+    card, ours = torch.Generator("cuda").manual_seed(1234), CudaNoise(1234)
+    for shape in ((4, 64, 64), (4, 64, 64), (4, 96, 96)):
+        expected = torch.randn(shape, generator=card, device="cuda").cpu()
+        torch.testing.assert_close(ours.randn(shape), expected, rtol=0, atol=1e-5)
