@@ -3,8 +3,8 @@
     PYTHON benchmarks/peer_step.py METHOD CONFIG PRECISION SIZE STEPS
 
 Run by `benchmarks.full_size`, never imported. METHOD is quanto (int2) or sdnq (uint2, convolutions too, both as they
-come), CONFIG the UNet's configuration as JSON, PRECISION that of activations and arithmetic. Weights are random; the last
-line is JSON.
+come), CONFIG the UNet's configuration as JSON, PRECISION that of activations and arithmetic. Weights are random; the
+last line is JSON.
 """
 
 import json
