@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, object]] = {"plain": {}, "turbo": {"turbo": True}, "un
 PEERS = {"quanto": "optimum-quanto int2", "sdnq": "SDNQ uint2"}
 PEER_ROUNDS = 3
 GIB = 2**30
+Found = dict[str, Any]  # what a process measured: numbers by name, and the precision
 SD_V1_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD_V1_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -129,14 +130,14 @@ def peak_gib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
 
 
-def draw_ours(arguments: argparse.Namespace) -> dict[str, float]:
-    """Pictures by the engine, or their denoising alone."""
+def draw_ours(arguments: argparse.Namespace) -> Found:
+    """Pictures by the engine, or their denoising alone, in the precision that it finds best here."""
     from tinysd_batch.model.pipeline import TinySD
 
     imported = peak_gib()
     started = time.monotonic()
     ours = TinySD.from_pretrained(
-        arguments.model, device="cpu", dtype="full", vram_budget=arguments.budget, turbo=arguments.turbo,
+        arguments.model, device="cpu", vram_budget=arguments.budget, turbo=arguments.turbo,
         unet_bs=arguments.unet_bs,
     )  # fmt: skip
     loaded = time.monotonic() - started, peak_gib()
@@ -150,10 +151,11 @@ def draw_ours(arguments: argparse.Namespace) -> dict[str, float]:
         "imports_gib": imported, "load_s": loaded[0], "load_gib": loaded[1], "text_s": made.text_s,
         "denoise_s": made.denoise_s, "decode_s": made.decode_s, "peak_gib": peak_gib(),
         "step_processor_s": statistics.median(after - before for before, after in pairwise(times)),
+        "precision": made.precision[0],
     }  # fmt: skip
 
 
-def step_diffusers(dtype: torch.dtype, steps: int, size: int) -> dict[str, float]:
+def step_diffusers(dtype: torch.dtype, steps: int, size: int) -> Found:
     """Guided steps by diffusers' own UNet, dense, channels-last."""
     from diffusers import UNet2DConditionModel
 
@@ -172,7 +174,7 @@ def step_diffusers(dtype: torch.dtype, steps: int, size: int) -> dict[str, float
             before = processor_s()
             unet(latents, 999 - step, context)
             times.append(processor_s() - before)
-    return {"step_processor_s": statistics.median(times[1:]), "peak_gib": peak_gib()}
+    return {"step_processor_s": statistics.median(times[1:]), "peak_gib": peak_gib(), "precision": str(dtype)[6:]}
 
 
 def command(kind: str, arguments: argparse.Namespace) -> list[str]:
@@ -183,17 +185,17 @@ def command(kind: str, arguments: argparse.Namespace) -> list[str]:
     return words
 
 
-def in_a_process(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
+def in_a_process(kind: str, arguments: argparse.Namespace) -> Found:
     return from_a_process(command(kind, arguments), arguments.threads)
 
 
-def from_a_process(words: list[str], threads: int) -> dict[str, float]:
+def from_a_process(words: list[str], threads: int) -> Found:
     """What it prints last."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: Found = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -206,7 +208,7 @@ def wait_while_denoising(model: Path) -> None:
             print("denoising", flush=True)
             sys.stdin.readline()
 
-    ours = TinySD.from_pretrained(model, device="cpu", dtype="full")
+    ours = TinySD.from_pretrained(model, device="cpu")
     ours.generate("a lake", 1, num_inference_steps=2, height=64, width=64, output_type="latent", callback=callback)
 
 
@@ -257,6 +259,7 @@ def picture(arguments: argparse.Namespace) -> None:
     print(f"SD v1, random weights, {size}x{size}, {arguments.steps} steps, {threads} threads{budget}")
     print(f"{'UNet on disk':<44}{folder.stat().st_size / 1e6:.0f} MB")
     print(f"{'loading':<44}{found['load_s']:.1f} s")
+    print(f"{'precision':<44}{found['precision']}")
     print(f"{'text':<44}{found['text_s']:.1f} s")
     print(f"{'denoising, a guided step':<44}{found['denoise_s'] / arguments.steps:.1f} s")
     print(f"{'decoding':<44}{found['decode_s']:.1f} s")
@@ -270,16 +273,16 @@ def computes_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def step_of_peer(method: str, arguments: argparse.Namespace) -> dict[str, float]:
-    words = [arguments.peers, "benchmarks/peer_step.py", method, json.dumps(SD_V1_UNET), str(arguments.size)]
-    return from_a_process([*words, str(arguments.steps)], arguments.threads)
+def step_of_peer(method: str, precision: str, arguments: argparse.Namespace) -> Found:
+    words = [arguments.peers, "benchmarks/peer_step.py", method, json.dumps(SD_V1_UNET), precision]
+    return from_a_process([*words, str(arguments.size), str(arguments.steps)], arguments.threads)
 
 
-def one_round(number: int, others: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def one_round(number: int, others: list[str], arguments: argparse.Namespace) -> dict[str, Found]:
     """Ours as it comes, ours with the weights kept unpacked, and diffusers, one after the other.
 
     Ours with little memory, and other programs' 2-bit UNets, whose quantizing takes longer than their steps, join the
-    first rounds.
+    first rounds; those in the precision that ours finds best.
     """
     kept = argparse.Namespace(**{**vars(arguments), "turbo": True})
     found = {"ours": in_a_process("ours", arguments), "ours, turbo": in_a_process("ours", kept)}
@@ -288,7 +291,7 @@ def one_round(number: int, others: list[str], arguments: argparse.Namespace) -> 
         little = argparse.Namespace(**{**vars(arguments), "budget": arguments.low})
         found[f"ours, {arguments.low}"] = in_a_process("ours", little)
     if number < PEER_ROUNDS and arguments.peers:
-        found |= {method: step_of_peer(method, arguments) for method in PEERS}
+        found |= {method: step_of_peer(method, found["ours"]["precision"], arguments) for method in PEERS}
     return found
 
 
@@ -296,7 +299,7 @@ def compare(arguments: argparse.Namespace) -> None:
     others = ["bfloat16", "float32"] if computes_bfloat16() else ["float32"]
     if "bfloat16" not in others:
         print("this processor only emulates bfloat16: compared with diffusers in float32 alone")
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[Found]] = {}
     for number in range(arguments.pairs):
         for name, result in one_round(number, others, arguments).items():
             found.setdefault(name, []).append(result)
@@ -304,14 +307,14 @@ def compare(arguments: argparse.Namespace) -> None:
     for name, results in found.items():
         seconds = statistics.median(one["step_processor_s"] for one in results)
         peak = max(one["peak_gib"] for one in results)
-        told = f"diffusers, dense {name}" if name in others else f"{PEERS.get(name, name)}, 2 bits, float32"
-        print(f"{told:<32}{seconds:7.1f} processor seconds a guided step, peak {peak:.2f} GiB")
+        told = f"diffusers, dense {name}" if name in others else f"{PEERS.get(name, name)}, {results[0]['precision']}"
+        print(f"{told:<32}{seconds:7.2f} processor seconds a guided step, peak {peak:.2f} GiB")
     for name in [name for name in found if name not in others]:
         for theirs in others:
             tell_ratio(PEERS.get(name, name), theirs, found[name], found[theirs])
 
 
-def tell_ratio(mine: str, theirs: str, one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+def tell_ratio(mine: str, theirs: str, one: list[Found], other: list[Found]) -> None:
     """Of the rounds that both were in."""
     pairs = zip(one, other, strict=False)
     ratios = [first["step_processor_s"] / second["step_processor_s"] for first, second in pairs]
@@ -325,7 +328,7 @@ def ways(arguments: argparse.Namespace) -> None:
         f"{'images at once':<16}{'way':<12}{'processor s an image and step':>30}{'against plain':>15}{'peak GiB':>10}"
     )
     for images in (1, 2, 4):
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+        runs: dict[str, list[Found]] = {name: [] for name in WAYS}
         for _ in range(arguments.pairs):
             for name, change in WAYS.items():
                 given = argparse.Namespace(**{**vars(arguments), "images": images, **change})

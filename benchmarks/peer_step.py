@@ -1,9 +1,10 @@
 """A guided step of Stable Diffusion v1's UNet at 2 bits by another program, in an environment of its own.
 
-    PYTHON benchmarks/peer_step.py METHOD CONFIG SIZE STEPS
+    PYTHON benchmarks/peer_step.py METHOD CONFIG PRECISION SIZE STEPS
 
 Run by `benchmarks.full_size`, never imported. METHOD is quanto (int2) or sdnq (uint2, convolutions too, both as they
-come), CONFIG the UNet's configuration as JSON. Weights are random, activations float32; the last line is JSON.
+come), CONFIG the UNet's configuration as JSON, PRECISION that of activations and arithmetic. Weights are random; the
+last line is JSON.
 """
 
 import json
@@ -28,7 +29,7 @@ def quanto(unet: Any) -> Any:
 def sdnq(unet: Any) -> Any:
     from sdnq import sdnq_post_load_quant
 
-    return sdnq_post_load_quant(unet, torch_dtype=torch.float32, weights_dtype="uint2", quant_conv=True)
+    return sdnq_post_load_quant(unet, torch_dtype=unet.dtype, weights_dtype="uint2", quant_conv=True)
 
 
 METHODS = {"quanto": quanto, "sdnq": sdnq}
@@ -40,11 +41,14 @@ def processor_s() -> float:
 
 
 def main() -> None:
-    method, config, size, steps = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
+    method, config, precision = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    size, steps = int(sys.argv[4]), int(sys.argv[5])
+    dtype = getattr(torch, precision)
+    unet = UNet2DConditionModel(**config).to(dtype).eval().requires_grad_(False)
     unet = METHODS[method](unet)
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    latents, context = torch.randn(2, 4, size // 8, size // 8), torch.randn(2, 77, config["cross_attention_dim"])
+    latents = torch.randn(2, 4, size // 8, size // 8, dtype=dtype)
+    context = torch.randn(2, 77, config["cross_attention_dim"], dtype=dtype)
     times = []
     with torch.no_grad():
         for step in range(steps):
@@ -52,7 +56,11 @@ def main() -> None:
             unet(latents, 999 - step, context)
             times.append(processor_s() - before)
     peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    print(json.dumps({"step_processor_s": statistics.median(times[1:]), "peak_gib": int(peak) / 2**20}))
+    print(
+        json.dumps(
+            {"step_processor_s": statistics.median(times[1:]), "peak_gib": int(peak) / 2**20, "precision": precision}
+        )
+    )
 
 
 if __name__ == "__main__":

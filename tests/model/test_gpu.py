@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from tinysd_batch import TinySD
+from tinysd_batch.model import pipeline
+from tinysd_batch.model.devices import bytes_in_use, overhead
+from tinysd_batch.model.graphs import CAPTURED, CapturedStep
 from tinysd_batch.model.packing import has_kernels
+from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype, probe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -21,12 +25,46 @@ def test_the_same_picture_as_on_the_cpu(dtype: str, tolerance: float) -> None:
 
 
 def test_a_tight_budget_changes_no_bit_and_leaves_the_card_empty(tiny_model: Path) -> None:
-    roomy = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="1GB")
-    tight = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="1GB")
+    roomy = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="4GB")
+    tight = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="4GB")
     tight.residency.streams_all = True
-    pictures = [model.generate("cat", [1, 2], output_type="np").images for model in (roomy, tight)]
+    options = {"num_inference_steps": 9, "output_type": "np"}  # so many that graphs pay
+    pictures = [model.generate("cat", [1, 2], **options).images for model in (roomy, tight)]  # type: ignore[arg-type]
     assert (pictures[0] == pictures[1]).all()
     assert not any(fragment.is_onloaded for fragment in tight.fragments)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_steps_are_replayed_and_change_no_bit(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
+    model = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="4GB")
+    model.residency.streams_all = streams
+    replayed: list[CapturedStep] = []
+    replay = CapturedStep.replay
+
+    def watched(step: CapturedStep, latents: torch.Tensor) -> torch.Tensor:
+        replayed.append(step)
+        return replay(step, latents)
+
+    monkeypatch.setattr(CapturedStep, "replay", watched)
+    options = {"num_inference_steps": 9, "output_type": "latent", "sampler": "ddim"}
+    found = model.generate("cat", [1, 2], **options).images  # type: ignore[arg-type]
+    assert len(replayed) == 9 - CAPTURED + 1  # the one that was compared, too
+    monkeypatch.setattr(pipeline, "WORTH_IT", 10)
+    assert torch.equal(found, model.generate("cat", [1, 2], **options).images)  # type: ignore[arg-type]
+    assert len(replayed) == 9 - CAPTURED + 1
+
+
+@pytest.mark.parametrize("dtype", ["full", "autocast"])
+def test_a_budget_is_kept(tiny_model: Path, dtype: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    number = torch.float32 if dtype == "full" else torch.float16
+    budget = overhead(device, number).context + 64 * 2**20
+    model = TinySD.from_pretrained(tiny_model, device=device, dtype=dtype, vram_budget=budget)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model.generate("cat", [1, 2], num_inference_steps=9)
+    assert torch.cuda.max_memory_reserved() <= 64 * 2**20
+    assert bytes_in_use(device) <= budget
 
 
 def test_this_card_compiles_kernels_that_unpack_to_the_bit() -> None:
@@ -37,3 +75,10 @@ def test_the_probe_tells_whether_half_precision_pays() -> None:
     found = probe(torch.device("cuda"), torch.float16)
     assert found.speedup > 0
     assert found.is_right or choose_dtype(None, torch.device("cuda")) is torch.float32
+
+
+def test_the_noise_of_this_card() -> None:
+    card, ours = torch.Generator("cuda").manual_seed(1234), CudaNoise(1234)
+    for shape in ((4, 64, 64), (4, 64, 64), (4, 96, 96)):
+        expected = torch.randn(shape, generator=card, device="cuda").cpu()
+        torch.testing.assert_close(ours.randn(shape), expected, rtol=0, atol=1e-5)

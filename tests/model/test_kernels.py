@@ -32,16 +32,21 @@ static unsigned int bits_of(float f) { unsigned int b; memcpy(&b, &f, 4); return
 """
 LOOPS = """
 extern "C" void all_groups(void* codes, void* scales, void* offsets, void* meta, void* out, int n, int row, int bits,
-                           int group) {
+                           int wide, int group) {
     blockDim.x = 1;
     for (blockIdx.x = 0; blockIdx.x < n + 3; blockIdx.x++)
         unpack_groups((unsigned char*)codes, (unsigned char*)scales, (unsigned char*)offsets,
-                      (unsigned short*)meta, (OUT*)out, n, row, bits, group);
+                      (unsigned short*)meta, (OUT*)out, n, row, bits, wide, group);
 }
-extern "C" void all_rows(void* codes, void* zeros, void* deltas, void* out, int n, int row, int bits) {
+extern "C" void all_whole_rows(void* codes, void* affine, void* out, int n, int row, int bits, int wide) {
     blockDim.x = 1;
     for (blockIdx.x = 0; blockIdx.x < n + 3; blockIdx.x++)
-        unpack_rows((unsigned char*)codes, (unsigned char*)zeros, (float*)deltas, (OUT*)out, n, row, bits);
+        unpack_whole_rows((unsigned char*)codes, (unsigned short*)affine, (OUT*)out, n, row, bits, wide);
+}
+extern "C" void all_rows(void* codes, void* zeros, void* deltas, void* out, int n, int row, int bits, int wide) {
+    blockDim.x = 1;
+    for (blockIdx.x = 0; blockIdx.x < n + 3; blockIdx.x++)
+        unpack_rows((unsigned char*)codes, (unsigned char*)zeros, (float*)deltas, (OUT*)out, n, row, bits, wide);
 }
 """
 
@@ -62,37 +67,36 @@ def library(dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> cty
     return ctypes.CDLL(str(folder / "k.so"))
 
 
-def random_weight(layout: Layout) -> Weight:
+def random_weight(layout: Layout, columns: int) -> Weight:
     generator = torch.Generator().manual_seed(1)
     tensors = {
         name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, generator=generator).to(kind)
-        for name, (kind, shape) in layout.tensors(37, 768).items()
+        for name, (kind, shape) in layout.tensors(37, columns).items()
     }
     if layout.group_size is None:
         tensors["qdelta"] = torch.rand(37, generator=generator).view(torch.int32)
     return layout.weight(tensors)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(2, 64), Layout(2, 16), Layout(4, 64), Layout(8, 32), Layout(2, 256), Layout(2, ROW), Layout(2, None),
-        Layout(8, None),
-    ],
-    ids=str,
-)  # fmt: skip
+IN_GROUPS = [Layout(2, 64), Layout(2, 16), Layout(4, 64), Layout(8, 32), Layout(2, 256)]
+IN_ROWS = [Layout(2, ROW), Layout(4, ROW), Layout(8, ROW), Layout(2, None), Layout(8, None)]
+CASES = [*((layout, 768) for layout in IN_GROUPS + IN_ROWS), *((layout, 36) for layout in IN_ROWS)]
+
+
+@pytest.mark.parametrize(("layout", "columns"), CASES, ids=str)
 def test_kernels_unpack_to_the_bit_as_plain_torch_does(
-    library: ctypes.CDLL, layout: Layout, dtype: torch.dtype
+    library: ctypes.CDLL, layout: Layout, columns: int, dtype: torch.dtype
 ) -> None:
-    weight = random_weight(layout)
-    if isinstance(weight, WholeRowWeight):
-        weight = weight.in_groups()
+    weight = random_weight(layout, columns)
     found = torch.zeros(weight.shape, dtype=dtype)
     tensors: list[Tensor] = [*weight.tensors().values(), found]
-    sizes = [weight.qweight.numel(), weight.qweight.shape[1], weight.bits]
+    count, wide = kernels.codes_at_once(columns, weight.bits, dtype)
+    sizes = [found.numel() // count, columns // count, weight.bits, int(wide)]
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     if isinstance(weight, PackedWeight):
-        library.all_groups(*pointers, *sizes, weight.group_size * weight.bits // 8)
+        library.all_groups(*pointers, *sizes, weight.group_size // count)
+    elif isinstance(weight, WholeRowWeight):
+        library.all_whole_rows(*pointers, *sizes)
     else:
         library.all_rows(*pointers, *sizes)
     expected = packing.unpack(weight, torch.empty(weight.shape, dtype=dtype), packing.unpack_rows_torch)

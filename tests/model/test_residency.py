@@ -10,8 +10,8 @@ from tinysd_batch import TinySD
 from tinysd_batch.model import residency
 from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.info import ModelInfo
-from tinysd_batch.model.memory import Phase, Task
-from tinysd_batch.model.residency import Arena, largest_piece
+from tinysd_batch.model.memory import Phase, Task, Way
+from tinysd_batch.model.residency import Arena, Stream, largest_piece
 
 SHARES = [0.0, 0.5, 0.999]
 
@@ -22,7 +22,7 @@ def model(tiny_model: Path) -> TinySD:
     return TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
 
 
-def with_room(model: Path, share: float, **options: object) -> TinySD:
+def with_room(model: Path, share: float, way: Way | None = None, **options: object) -> TinySD:
     """A model whose weights have room between what streaming takes at least and what they take as a whole."""
     tight = TinySD.from_pretrained(model, device="cpu", vram_budget="1GB", **options)  # type: ignore[arg-type]
     phase_of = tight.memory.phase
@@ -30,7 +30,7 @@ def with_room(model: Path, share: float, **options: object) -> TinySD:
     def phase(task: Task) -> Phase:
         whole = sum(part.nbytes for part in task.fragments)
         least = sum(part.standing.nbytes for part in task.fragments) + 2 * largest_piece(task.fragments)
-        return replace(phase_of(task), room=int(least + share * (whole - least)), way=task.ways[0])
+        return replace(phase_of(task), room=int(least + share * (whole - least)), way=way or task.ways[0])
 
     tight.memory.phase = phase  # type: ignore[assignment, method-assign]
     return tight
@@ -46,6 +46,27 @@ def test_streamed_and_resident_give_the_same_bits(tiny_model: Path, model: TinyS
     tight = with_room(tiny_model, share)
     assert torch.equal(picture(tight), picture(model))
     assert tight.residency.placed(tight.fragments[3:], tight.residency.room)[1] > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_layers_that_work_by_turns_come_once(tiny_model: Path, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = with_room(tiny_model, share, Way(part_bytes=2000, makes_anew=True))
+    fetched: list[int] = []
+    fetch = Stream.fetch
+
+    def counted(stream: Stream, number: int, slot: int) -> None:
+        fetched.append(number)
+        fetch(stream, number, slot)
+
+    monkeypatch.setattr(Stream, "fetch", counted)
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        streamed = tight.decode_values(latents)
+    assert fetched == [*range(max(fetched) + 1), 0]
+    monkeypatch.undo()
+    with torch.no_grad():
+        resident = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB").decode_values(latents)
+    torch.testing.assert_close(streamed, resident, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -92,3 +113,27 @@ def test_an_arena_holds_every_piece_as_the_device_wants_it(model: TinySD) -> Non
     for number, piece in enumerate(fragment.pieces):
         for tensor, place in piece.views(arena.piece(number, piece.nbytes)):
             assert torch.equal(place, tensor.value.to(tensor.dtype))
+
+
+def test_a_captured_step_copies_each_piece_once_and_leaves_nothing_under_way(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight = with_room(tiny_model, 0.0)
+    tight.residency.streams_all = True
+    latents, context, time = torch.randn(2, 4, 8, 8), torch.randn(2, 22, 32), torch.tensor(500.0)
+    fetch, fetched = Stream.fetch, []
+
+    def watched(stream: Stream, number: int, slot: int) -> None:
+        fetched.append(number)
+        fetch(stream, number, slot)
+
+    monkeypatch.setattr(Stream, "fetch", watched)
+    with torch.no_grad(), tight.residency.holding(tight.encode_fragment, tight.decode_fragment):
+        said = [tight.predict_noise(latents, time, context) for _ in range(2)]
+        fetched.clear()
+        with tight.residency.capturing(2):
+            said.append(tight.predict_noise(latents, time, context))
+        assert fetched == list(range(len(fetched)))
+        assert len(fetched) > 2
+        said.append(tight.predict_noise(latents, time, context))
+    assert all(torch.equal(one, said[0]) for one in said)

@@ -24,7 +24,7 @@ from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.model.mapped import MappedTensors, write_tensors
 from tinysd_batch.model.packed import swap_packed_layers
 from tinysd_batch.model.packing import Layout, Weight
-from tinysd_batch.model.vae import use_factor_norms
+from tinysd_batch.model.vae import use_strip_layers
 from tinysd_batch.storage import write_atomically
 
 PIPELINE_INDEX = "model_index.json"
@@ -209,7 +209,7 @@ def read_decoder(folder: Path) -> tuple[AutoencoderKL, MappedTensors]:
         if kinds := {type(block).__name__ for block in vae.decoder.up_blocks} - {"UpDecoderBlock2D"}:
             raise ModelError(f"{folder / 'config.json'}: up_block_types: {', '.join(kinds)} is not read")
     vae.encoder = vae.quant_conv = None
-    use_factor_norms(vae)
+    use_strip_layers(vae)
     tensors = MappedTensors.read(where)
     tensors.rename(lambda name: None if name.startswith(("encoder.", "quant_conv.")) else name)
     check_names(vae, tensors, where)

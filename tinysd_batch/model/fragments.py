@@ -51,7 +51,7 @@ class HostTensor:
     def clear(self) -> None:
         self.put(torch.empty(0, dtype=self.dtype))
         if isinstance(self.module, PackedLayer):
-            self.module.kept = None
+            self.module.forget()
 
 
 @dataclass(slots=True)
@@ -84,6 +84,9 @@ class Piece:
             tensor.clear()
 
 
+Passing = tuple[Piece, list[nn.Module]]  # what comes together, and who needs it
+
+
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -93,30 +96,32 @@ class Fragment:
 
     def __init__(
         self, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype,
-        order: Sequence[nn.Module] = (),
+        order: Sequence[nn.Module] = (), together: Sequence[Sequence[nn.Module]] = (),
     ) -> None:  # fmt: skip
         """`tensors` holds all parameters and buffers of `modules` by dotted name; raises ModelError otherwise.
 
         Floats become `dtype` on their way to the device, so that the host holds no more than the file's own pages.
-        `order` is the one in which modules work (`order_of_use`): each module of it that passes makes a piece. What is
-        left, little enough, is the standing piece.
+        `order` is the one in which modules work (`order_of_use`): each module of it that passes makes a piece, those
+        that are to be `together`, since they work by turns, one in common. What is left, little enough, is the standing
+        piece.
         """
         self.name = name
         self.file = tensors if isinstance(tensors, MappedTensors) else None
         self.standing = Piece()
-        self.by_module = {module: Piece() for module in order if passes(module)}
+        self.passing = divide(order, together)
+        by_module = {module: piece for piece, modules in self.passing for module in modules}
         for prefix, module in modules.items():
             for path, owner, leaf, place in named_places(module):
                 value = take(tensors, f"{prefix}.{path}" if prefix else path, place)
                 kind = dtype if value.is_floating_point() else value.dtype
-                self.by_module.get(owner, self.standing).tensors.append(HostTensor(owner, leaf, value, kind))
-        self.by_module = {module: piece for module, piece in self.by_module.items() if piece.tensors}
+                by_module.get(owner, self.standing).tensors.append(HostTensor(owner, leaf, value, kind))
+        self.passing = [(piece, modules) for piece, modules in self.passing if piece.tensors]
         for piece in self.pieces:
             piece.offload()
 
     @property
     def pieces(self) -> list[Piece]:
-        return [self.standing, *self.by_module.values()]
+        return [self.standing, *(piece for piece, _ in self.passing)]
 
     @property
     def host(self) -> Iterator[HostTensor]:
@@ -153,12 +158,24 @@ class Fragment:
             self.file.release(tensor.value for tensor in self.host)
 
 
+def divide(order: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]]) -> list[Passing]:
+    """An empty piece for each module that passes, or for each group of them, where the first of it works."""
+    group_of = {module: number for number, group in enumerate(together) for module in group}
+    pieces: dict[nn.Module | int, Passing] = {}
+    for module in order:
+        if passes(module):
+            pieces.setdefault(group_of.get(module, module), (Piece(), []))[1].append(module)
+    return list(pieces.values())
+
+
 def passes(module: nn.Module) -> bool:
     """Whether a module's tensors may come as late as when it is called.
 
-    Not where others are called within, and not those of embeddings, at whose shapes transformers looks before.
+    Not where there are none, where others are called within, and not those of embeddings, at whose shapes transformers
+    looks before.
     """
-    return not any(module.children()) and not isinstance(module, nn.Embedding)
+    has_own = any(value is not None for value in [*module._parameters.values(), *module._buffers.values()])
+    return has_own and not any(module.children()) and not isinstance(module, nn.Embedding)
 
 
 def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -73,6 +73,7 @@ class Hoisted:
         self.of_text = [take(cross, name) for cross in crosses for name in ("to_k", "to_v")]
         self.fragment = Fragment("projections", taken, tensors, torch.float32)
         self.times: dict[float, list[Tensor]] = {}  # timestep -> of each resnet [1, C], float32
+        self.at_hand: Tensor | None = None  # what the resnets have of it, [1, all C], on the device
         self.prompts: dict[bytes, list[Tensor]] = {}  # prompt -> of each layer [T, C], float32
 
     def expect(self, times: Sequence[float]) -> None:
@@ -92,11 +93,14 @@ class Hoisted:
         """Have every resnet use this timestep."""
         if time not in self.times:
             self.expect([time])
-        values = self.times[time]
-        # One copy to the device, not one for each resnet.
-        moved = torch.split(torch.cat(values, dim=1).to(device, dtype), [value.shape[1] for value in values], dim=1)
-        for (_, known), value in zip(self.of_time, moved, strict=True):
-            known.value = value
+        together = torch.cat(self.times[time], dim=1)  # one copy to the device, not one for each resnet
+        if self.at_hand is None or (self.at_hand.dtype, self.at_hand.device.type) != (dtype, device.type):
+            with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
+                self.at_hand = torch.empty(together.shape, dtype=dtype, device=device)
+            views = torch.split(self.at_hand, [value.shape[1] for value in self.times[time]], dim=1)
+            for (_, known), view in zip(self.of_time, views, strict=True):
+                known.value = view
+        self.at_hand.copy_(together)  # always there: graphs read it there
 
     def read(self, context: Tensor, device: torch.device, dtype: torch.dtype) -> Attended:
         """What cross-attention makes of prompts [R, T, D]; those of the call before are remembered."""
@@ -130,6 +134,7 @@ class Hoisted:
 
     def pretend(self, prompts: int, tokens: int, dtype: torch.dtype) -> None:
         """Shapes without numbers, for a walk on the meta device."""
+        self.at_hand = None
         for _, known in self.of_time:
             known.value = torch.empty(1, known.features, dtype=dtype, device="meta")
         for _, known in self.of_text:
@@ -139,6 +144,7 @@ class Hoisted:
         """Let go of what is on the device, or of what is remembered on the host, too."""
         if all_of_it:
             self.times, self.prompts = {}, {}
+        self.at_hand = None
         for _, known in [*self.of_time, *self.of_text]:
             known.value = None
 
@@ -151,4 +157,4 @@ def each_alone(layer: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     try:
         return [layer(one) for one in inputs]
     finally:
-        layer.kept = None
+        layer.forget()

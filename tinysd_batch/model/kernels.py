@@ -4,14 +4,16 @@ They go through torch's own door to NVRTC. A card may use them once they have un
 torch does; whatever goes wrong before that, plain torch unpacks.
 """
 
-from collections.abc import Callable
+import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-THREADS = 256  # in a block; each unpacks the codes of a byte
+THREADS = 256  # in a block
+WRITTEN_BYTES = 16  # by a thread at once, the most that the hardware can
 
 # The types of the hardware, without CUDA's headers, which are not on every machine.
 CONVERSIONS = """
@@ -30,34 +32,73 @@ __device__ unsigned short to_bfloat(float f) {
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
 }
 
-__device__ void write(OUT* out, int at, float f) { out[at] = ROUND(f); }
+const int WIDE = 16 / sizeof(OUT);  // as many numbers as a thread can write at once
+
+template <int BYTES> struct Word;
+template <> struct Word<1> { typedef unsigned char type; };
+template <> struct Word<2> { typedef unsigned short type; };
+template <> struct Word<4> { typedef unsigned int type; };
+template <> struct Word<8> { typedef unsigned long long type; };
+
+template <int COUNT> struct alignas(COUNT * sizeof(OUT)) Numbers { OUT at[COUNT]; };
+
+// A thread's unit: COUNT codes, read at once, become as many numbers, written at once.
+template <int BITS, int COUNT, class Value>
+__device__ void unpack(const unsigned char* codes, OUT* out, int unit, Value value) {
+    typedef typename Word<COUNT * BITS / 8>::type Codes;
+    Codes word = ((const Codes*)codes)[unit];
+    Numbers<COUNT> made;
+    for (int i = 0; i < COUNT; i++) made.at[i] = ROUND(value((int)(word >> BITS * i) & ((1 << BITS) - 1)));
+    ((Numbers<COUNT>*)out)[unit] = made;
+}
+
+// Rows that are no multiple of WIDE are unpacked a byte at a time.
+template <class Value>
+__device__ void unpack(const unsigned char* codes, OUT* out, int unit, int bits, int wide, Value value) {
+    if (wide) {
+        if (bits == 2) unpack<2, WIDE>(codes, out, unit, value);
+        else if (bits == 4) unpack<4, WIDE>(codes, out, unit, value);
+        else unpack<8, WIDE>(codes, out, unit, value);
+    } else {
+        if (bits == 2) unpack<2, 4>(codes, out, unit, value);
+        else if (bits == 4) unpack<4, 2>(codes, out, unit, value);
+        else unpack<8, 1>(codes, out, unit, value);
+    }
+}
 
 extern "C" __global__ void unpack_groups(
     const unsigned char* codes, const unsigned char* scales, const unsigned char* offsets, const unsigned short* meta,
-    OUT* out, int bytes, int row_bytes, int bits, int group_bytes
+    OUT* out, int units, int row_units, int bits, int wide, int group_units
 ) {
-    int at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= bytes) return;
-    int row = at / row_bytes, group = at / group_bytes;
-    const unsigned short* m = meta + 4 * row;
+    int unit = blockIdx.x * blockDim.x + threadIdx.x;
+    if (unit >= units) return;
+    int group = unit / group_units;
+    const unsigned short* m = meta + 4 * (unit / row_units);
     // Rounded after each step, as torch does; the compiler must not fuse them.
     float scale = of_half(to_half(__fadd_rn(of_half(m[0]), __fmul_rn(scales[group], of_half(m[1])))));
     float offset = of_half(to_half(__fadd_rn(of_half(m[2]), __fmul_rn(offsets[group], of_half(m[3])))));
-    int count = 8 / bits, mask = (1 << bits) - 1;
-    for (int i = 0; i < count; i++)
-        write(out, count * at + i, __fadd_rn(__fmul_rn((codes[at] >> bits * i) & mask, scale), offset));
+    unpack(codes, out, unit, bits, wide, [=](int code) { return __fadd_rn(__fmul_rn(code, scale), offset); });
+}
+
+extern "C" __global__ void unpack_whole_rows(
+    const unsigned char* codes, const unsigned short* affine, OUT* out, int units, int row_units, int bits, int wide
+) {
+    int unit = blockIdx.x * blockDim.x + threadIdx.x;
+    if (unit >= units) return;
+    const unsigned short* a = affine + 2 * (unit / row_units);
+    float scale = of_half(a[0]), offset = of_half(a[1]);
+    unpack(codes, out, unit, bits, wide, [=](int code) { return __fadd_rn(__fmul_rn(code, scale), offset); });
 }
 
 extern "C" __global__ void unpack_rows(
-    const unsigned char* codes, const unsigned char* zeros, const float* deltas, OUT* out, int bytes, int row_bytes,
-    int bits
+    const unsigned char* codes, const unsigned char* zeros, const float* deltas, OUT* out, int units, int row_units,
+    int bits, int wide
 ) {
-    int at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= bytes) return;
-    int row = at / row_bytes;
-    int count = 8 / bits, mask = (1 << bits) - 1;
-    for (int i = 0; i < count; i++)
-        write(out, count * at + i, __fmul_rn(((codes[at] >> bits * i) & mask) - zeros[row], deltas[row]));
+    int unit = blockIdx.x * blockDim.x + threadIdx.x;
+    if (unit >= units) return;
+    int zero = zeros[unit / row_units];
+    float delta = deltas[unit / row_units];
+    unpack(codes, out, unit, bits, wide, [=](int code) { return __fmul_rn(code - zero, delta); });
 }
 """
 OUTS = {
@@ -73,18 +114,45 @@ def source(dtype: torch.dtype, conversions: str = CONVERSIONS) -> str:
     return f"#define OUT {out}\n#define ROUND(f) {rounded}\n{conversions}{KERNELS}"
 
 
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A compiled kernel, called by the driver's own door: torch's takes longer than small layers take to unpack."""
+
+    compiled: Any  # torch's, which holds the module that the function lies in
+    driver: ctypes.CDLL
+
+    def launch(self, blocks: int, pointers: list[int], numbers: list[int]) -> None:
+        """On the current stream of the current card. Raises RuntimeError as torch does."""
+        values = [*map(ctypes.c_void_p, pointers), *map(ctypes.c_int, numbers)]
+        arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        function = self.compiled.func
+        error = self.driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None)
+        if error:
+            raise RuntimeError(f"CUDA error {error} when a kernel was launched")
+
+
 @cache
-def kernel(name: str, dtype: torch.dtype, device: torch.device) -> Callable[..., None]:
+def kernel(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
     """Compiled for the card; raises whatever torch, NVRTC or the driver raise."""
     with torch.cuda.device(device):
-        compiled: Callable[..., None] = torch.cuda._compile_kernel(source(dtype), name)
-    return compiled
+        return Kernel(torch.cuda._compile_kernel(source(dtype), name), ctypes.CDLL("libcuda.so.1"))
 
 
-def launch(name: str, tensors: dict[str, Tensor], out: Tensor, *sizes: int) -> None:
-    """Unpack the codes of `tensors`, its first, into `out` [O, K], both contiguous."""
-    codes, *others = (tensor.contiguous() for tensor in tensors.values())
-    arguments: list[Any] = [codes, *others, out, codes.numel(), codes.shape[1], *sizes]
-    blocks = -(-codes.numel() // THREADS)
+def launch(name: str, tensors: dict[str, Tensor], out: Tensor, bits: int, group: int | None = None) -> None:
+    """Unpack the codes of `tensors`, its first, into `out` [O, K], all contiguous; `group` weights share a scale."""
+    columns = out.shape[1]
+    count, wide = codes_at_once(columns, bits, out.dtype)
+    numbers = [out.numel() // count, columns // count, bits, int(wide)]
+    if group is not None:
+        numbers.append(group // count)
+    pointers = [tensor.data_ptr() for tensor in (*tensors.values(), out)]
+    blocks = -(-out.numel() // count // THREADS)
     with torch.cuda.device(out.device):
-        kernel(name, out.dtype, out.device)(grid=(blocks, 1, 1), block=(THREADS, 1, 1), args=arguments)
+        kernel(name, out.dtype, out.device).launch(blocks, pointers, numbers)
+
+
+def codes_at_once(columns: int, bits: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """How many codes of a row a thread takes, and whether they fill what it can write at once."""
+    most = WRITTEN_BYTES // dtype.itemsize
+    return (most, True) if columns % most == 0 else (8 // bits, False)

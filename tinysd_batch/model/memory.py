@@ -5,6 +5,7 @@ tensor that is alive at a time counts, and the largest sum is the peak. Weights 
 """
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tinysd_batch.errors import UsageError
+from tinysd_batch.model.devices import overhead, total_bytes
 from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.packed import packed_layers
 from tinysd_batch.model.packing import SCRATCH
@@ -27,8 +29,9 @@ from tinysd_batch.model.vae import decode_one
 if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import TinySD
 
-# Of a CUDA process before its first tensor: 150 to 350 MB are reported, by card and driver. Not measured by us.
-CUDA_CONTEXT_BYTES = 350 * 10**6
+# What cuBLAS may take on every card in place of its own choice: what it takes on those up to Ampere.
+WORKSPACE_CONFIG, SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"
+GAPS = 1 / 8  # of what tensors take on a card, at most; more was seen only where nothing was to be saved
 UNET = "UNet"
 # On the CPU larger tensors take memory of the system's own. What a step at 512x512 uses is worth keeping for the next.
 BLOCK_BYTES, STEP_BLOCK_BYTES, TIGHT_BLOCK_BYTES = 2**22, 2**23, 2**17
@@ -89,6 +92,7 @@ class Way:
     part_bytes: int = USUAL_BYTES
     rows: int | None = None  # through the UNet at once; None: all
     half_maps: bool = False  # the autoencoder keeps its feature maps as float16
+    makes_anew: bool = False  # the autoencoder makes its largest maps each time it looks at them
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class Phase:
     buffers: int  # through which the others pass
     work: int  # all other tensors at their peak
     context: int
+    gaps: int = 0  # that torch's allocator leaves between tensors
 
     @property
     def is_in_small_parts(self) -> bool:
@@ -111,7 +116,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
-        return self.context + self.staying + self.buffers + self.work
+        return self.context + self.staying + self.buffers + self.work + self.gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,11 @@ class Planner:
     def __init__(self, model: "TinySD", budget_bytes: int | None) -> None:
         self.model = model
         self.budget_bytes = budget_bytes
-        self.context = CUDA_CONTEXT_BYTES if model.device.type == "cuda" else 0
+        if budget_bytes is not None and model.device.type == "cuda":
+            os.environ.setdefault(WORKSPACE_CONFIG, SMALL_WORKSPACE)  # read when cuBLAS first works
+        self.overhead = overhead(model.device, model.dtype)
+        self.context = self.overhead.context + self.overhead.workspace
+        self.gaps = GAPS if model.device.type == "cuda" else 0
         self.most_part_bytes = USUAL_BYTES  # ways of larger parts are passed over
         self.known: dict[tuple[Any, ...], Phase] = {}
 
@@ -174,9 +183,10 @@ class Planner:
 
         def run(way: Way) -> None:
             latents = torch.empty(1, model.info.channels, *self.latent_size(shape), dtype=model.dtype)
-            decode_one(model.vae, latents, kept_type(way)).float()
+            decode_one(model.vae, latents, kept_type(way), makes_anew=way.makes_anew).float()
 
         ways = [Way(), Way(SMALL_BYTES), *(Way(nbytes, half_maps=True) for nbytes in (SMALL_BYTES, SMALLEST_BYTES))]
+        ways.append(Way(SMALLEST_BYTES, half_maps=True, makes_anew=True))
         return Task("VAE decoder", (model.vae_fragment,), replace(shape, rows=1, tokens=0, prompts=0), ways, run)
 
     def latent_size(self, shape: Shape) -> tuple[int, int]:
@@ -219,9 +229,10 @@ class Planner:
         weights = sum(part.nbytes for part in task.fragments)
         for way in self.ways(task):
             work = self.work(task, way)
-            room = None if budget is None else max(0, budget - self.context - work)
+            room = None if budget is None else max(0, int((budget - self.context) / (1 + self.gaps)) - work)
             staying, buffers = self.model.residency.placed(task.fragments, room)
-            yield Phase(task.name, task.fragments, way, room, weights, staying, buffers, work, self.context)
+            gaps = int(self.gaps * (staying + buffers + work))
+            yield Phase(task.name, task.fragments, way, room, weights, staying, buffers, work, self.context, gaps)
 
     def ways(self, task: Task) -> Sequence[Way]:
         return [way for way in task.ways if way.part_bytes <= self.most_part_bytes] or task.ways
@@ -256,10 +267,25 @@ class Planner:
             usual = STEP_BLOCK_BYTES if phase.name == UNET else BLOCK_BYTES
             hand_back_blocks_of(usual if self.budget_bytes is None else TIGHT_BLOCK_BYTES)
         try:
-            with in_parts_of(phase.way.part_bytes), self.model.residency.holding(*phase.fragments):
+            with self.limited(), in_parts_of(phase.way.part_bytes), self.model.residency.holding(*phase.fragments):
                 yield phase.way
         finally:
             SCRATCH.release(self.model.device)
+
+    @contextlib.contextmanager
+    def limited(self) -> Iterator[None]:
+        """Torch takes no more of a card than the budget allows: libraries choose ways of work that do with it."""
+        device = self.model.device
+        if self.budget_bytes is None or device.type != "cuda":
+            yield
+            return
+        torch.cuda.empty_cache()  # what earlier phases took
+        allowed = (self.budget_bytes - self.overhead.context) / total_bytes(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, allowed)), device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def kept_type(way: Way) -> torch.dtype | None:

@@ -27,6 +27,7 @@ class PackedLayer(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.kept: tuple[Tensor, Tensor] | None = None  # the codes it was unpacked from, and the matrix
+        self.cut: tuple[Tensor, int, list[tuple[slice, Weight]]] | None = None  # likewise, and the rows of a part
 
     def weight_as_stored(self) -> Weight:
         return self.layout.weight(dict(self.named_buffers(recurse=False)))
@@ -36,19 +37,29 @@ class PackedLayer(nn.Module):
 
         Without `most_bytes` one that is kept comes as a whole.
         """
-        step = self.out_features
-        if most_bytes or not self.keeps_unpacked:
-            step = rows_at_once(self.out_features, self.columns, dtype, most_bytes)
-        for start in range(0, self.out_features, step):
-            rows = slice(start, min(start + step, self.out_features))
-            yield self.matrix(rows, dtype), None if self.bias is None else self.bias[rows]
+        if self.keeps_unpacked and most_bytes is None:
+            yield self.whole(dtype), self.bias
+            return
+        for rows, weight in self.cuts(rows_at_once(self.out_features, self.columns, dtype, most_bytes)):
+            yield self.matrix(rows, weight, dtype), None if self.bias is None else self.bias[rows]
 
-    def matrix(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of the weight, good until the next are asked for."""
+    def matrix(self, rows: slice, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Some rows, of which `weight` is what is stored; good until the next are asked for."""
         if self.keeps_unpacked:
             return self.whole(dtype)[rows]
-        room = SCRATCH.output(rows.stop - rows.start, self.columns, dtype, self.qweight.device)
-        return unpack(self.weight_as_stored().cut(rows), room)
+        return unpack(weight, SCRATCH.output(*weight.shape, dtype, self.qweight.device))
+
+    def cuts(self, step: int) -> list[tuple[slice, Weight]]:
+        """The weight in parts of so many rows. Remembered: cutting takes longer than a card takes to unpack."""
+        if self.cut is None or self.cut[0] is not self.qweight or self.cut[1] != step:
+            weight, ends = self.weight_as_stored(), range(step, self.out_features + step, step)
+            parts = [slice(end - step, min(end, self.out_features)) for end in ends]
+            self.cut = self.qweight, step, [(rows, weight.cut(rows)) for rows in parts]
+        return self.cut[2]
+
+    def forget(self) -> None:
+        """Let go of what was made of tensors that are no longer there."""
+        self.kept = self.cut = None
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weight as [O, K], in memory of its own that is kept until the fragment leaves."""

@@ -202,13 +202,6 @@ class WholeRowWeight(Stored):
     def parameters(self) -> Tensor:
         return self.qaffine.view(torch.float16)
 
-    def in_groups(self) -> PackedWeight:
-        """The same with a table of scales for each row, each with one entry."""
-        nothing = torch.zeros(len(self.qweight), 1, dtype=torch.uint8, device=self.qweight.device)
-        scale, offset = self.qaffine.unbind(dim=1)
-        meta = torch.stack([scale, torch.zeros_like(scale), offset, torch.zeros_like(scale)], dim=1)
-        return PackedWeight(self.qweight, nothing, nothing, meta, bits=self.bits)
-
 
 @dataclass(frozen=True, slots=True)
 class RowWeight(Stored):
@@ -353,10 +346,10 @@ def unpack_rows_fbgemm(rows: Tensor, bits: int) -> Tensor:
 
 def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
     """A weight as [O, K] in `out`, on CUDA; equal to the bit to what plain torch makes of it."""
-    if isinstance(weight, WholeRowWeight):
-        weight = weight.in_groups()
     if isinstance(weight, PackedWeight):
-        kernels.launch("unpack_groups", weight.tensors(), out, weight.bits, weight.group_size * weight.bits // 8)
+        kernels.launch("unpack_groups", weight.tensors(), out, weight.bits, weight.group_size)
+    elif isinstance(weight, WholeRowWeight):
+        kernels.launch("unpack_whole_rows", weight.tensors(), out, weight.bits)
     else:
         kernels.launch("unpack_rows", weight.tensors(), out, weight.bits)
     return out
@@ -367,10 +360,15 @@ def has_kernels(device: torch.device) -> bool:
     """Whether kernels compile for this card and unpack known weights as plain torch does."""
     generator = torch.Generator().manual_seed(0)
     floats = torch.rand(2, 4, generator=generator).to(device)
-    codes, bytes_ = (torch.randint(0, 256, (2, n), dtype=torch.uint8, generator=generator).to(device) for n in (32, 2))
     meta, delta = floats.half().view(torch.int16), floats[:, 0].contiguous().view(torch.int32)
-    known: list[Weight] = [PackedWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in BITS]
-    known += [RowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits=bits) for bits in ROW_BITS]
+    known: list[Weight] = []
+    for width, groups in ((64, 4), (9, 1)):  # bytes of codes in a row; of 9 threads cannot take many at once
+        codes, bytes_ = (
+            torch.randint(0, 256, (2, n), dtype=torch.uint8, generator=generator).to(device) for n in (width, groups)
+        )
+        known += [PackedWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in BITS]
+        known += [WholeRowWeight(codes, meta[:, :2].contiguous(), bits=bits) for bits in BITS]
+        known += [RowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits=bits) for bits in ROW_BITS]
     try:
         return all(
             torch.equal(

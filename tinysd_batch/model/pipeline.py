@@ -23,9 +23,10 @@ from tinysd_batch.model.devices import choose_device, device_name, peak_memory_b
 from tinysd_batch.model.drawing import Drawing, Generated, OutputType, Rng, batch_size, rows_that, rows_together, spread
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
+from tinysd_batch.model.graphs import WORTH_IT, CapturedStep, Step, on_working_stream
 from tinysd_batch.model.hoist import Attended, Hoisted
 from tinysd_batch.model.info import ModelInfo, read_model_info
-from tinysd_batch.model.memory import Planner, Shape, kept_type
+from tinysd_batch.model.memory import Planner, Shape, Way, kept_type
 from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
 from tinysd_batch.model.precision import choose_dtype, name_of
 from tinysd_batch.model.residency import Residency
@@ -33,7 +34,7 @@ from tinysd_batch.model.samplers import Callback, Noise, Run, exact, sample, tim
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
-from tinysd_batch.model.vae import decode_latents, decode_one
+from tinysd_batch.model.vae import decode_latents, decode_one, made_together
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
@@ -74,7 +75,7 @@ class TinySD:
         self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype, order)
         self.encode_fragment = Fragment("UNet encode half", halves[0], unet, dtype, order)
         self.decode_fragment = Fragment("UNet decode half", halves[1], unet, dtype, order)
-        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order)
+        self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order, made_together(self.vae))
         self.residency = Residency(device)
         self.memory = Planner(self, budget_bytes)
         small = device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES
@@ -199,18 +200,19 @@ class TinySD:
         )
         self.check_size(height, width)
 
-        started = time.monotonic()
-        conditions = self.prompts.encode(
-            spread(prompt, size), spread(negative_prompt, size), spread(scales, size), spread(prompt_syntax, size),
-            long_prompts=long_prompts, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-        )  # fmt: skip
-        encoded = time.monotonic()
-        drawing = Drawing(
-            conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, rng, latents, callback
-        )
-        final, redone = self.draw_latents(drawing)
-        denoised = time.monotonic()
-        images = final.cpu() if output_type == "latent" else self.decode(final, output_type, redone)
+        with on_working_stream(self.device):
+            started = time.monotonic()
+            conditions = self.prompts.encode(
+                spread(prompt, size), spread(negative_prompt, size), spread(scales, size), spread(prompt_syntax, size),
+                long_prompts=long_prompts, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            )  # fmt: skip
+            encoded = time.monotonic()
+            drawing = Drawing(
+                conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, rng, latents, callback
+            )
+            final, redone = self.draw_latents(drawing)
+            denoised = time.monotonic()
+            images = final.cpu() if output_type == "latent" else self.decode(final, output_type, redone)
         read = [(one.tokens, one.negative_tokens) for one in conditions]
         return Generated(
             images=images,
@@ -300,30 +302,45 @@ class TinySD:
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             """The guided noise [B, 4, h, w], corrected: e = e_negative + scale (e_text - e_negative)."""
+            self.hoisted.at(float(timestep), self.device, self.dtype)
             if guided:
-                without, with_text = self.predict(torch.cat([latents, latents]), timestep, attended, way.rows).chunk(2)
+                without, with_text = step(torch.cat([latents, latents])).chunk(2)
                 noise = without + scale * (with_text - without)
             else:
-                noise = self.predict(latents, timestep, attended, way.rows)
+                noise = step(latents)
             return noise if self.correction is None else self.correction.apply(noise, float(timestep))
 
         deviation = exact if self.correction is None else self.correction.deviation
         run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None), deviation)
         try:
-            with self.memory.working(phase) as way:
+            with self.memory.working(phase) as way, self.stepping(attended, way, steps) as step:
                 return sample(sampler, run, start.to(self.device))
         finally:
             self.hoisted.forget(all_of_it=self.device.type == "cpu" and self.memory.budget_bytes is not None)
 
+    @contextlib.contextmanager
+    def stepping(self, attended: Attended, way: Way, steps: int) -> Iterator[Step]:
+        """What the UNet says of latents [R, 4, h, w], where prompts, and from outside the time, are known to it."""
+        self.hoisted.attend(attended)
+
+        def issue(latents: Tensor) -> Tensor:
+            return predict(self.unet, latents, attended.rows, way.rows, self.dtype)
+
+        if self.device.type != "cuda" or steps < WORTH_IT:
+            yield issue
+            return
+        captured = CapturedStep(issue, self.residency.capturing)
+        try:
+            yield captured
+        finally:
+            captured.close()
+
     def predict_noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D]."""
-        return self.predict(latents, timestep, self.hoisted.read(context, self.device, self.dtype), self.unet_bs)
-
-    def predict(self, latents: Tensor, timestep: Tensor, attended: Attended, rows: int | None) -> Tensor:
-        """The same where the prompts were read before, so many rows at a time."""
+        attended = self.hoisted.read(context, self.device, self.dtype)
         self.hoisted.at(float(timestep), self.device, self.dtype)
         self.hoisted.attend(attended)
-        return predict(self.unet, latents, attended.rows, rows, self.dtype)
+        return predict(self.unet, latents, attended.rows, self.unet_bs, self.dtype)
 
     def decode(
         self, latents: Tensor, output_type: OutputType, redone: Redone
@@ -351,7 +368,7 @@ class TinySD:
         phase = self.memory.phase(self.memory.decoding(Shape(1, height, width, 0)))
         with self.memory.working(phase) as way:
             scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-            pixels = decode_latents(self.vae, scaled, kept_type(way))
+            pixels = decode_latents(self.vae, scaled, kept_type(way), makes_anew=way.makes_anew)
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 

@@ -6,21 +6,22 @@ streams. On the CPU the "device" is a buffer in memory: the same code copies, wa
 
 import contextlib
 import ctypes
+import mmap
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tinysd_batch.model.fragments import Fragment, HostTensor, Piece
+from tinysd_batch.model.fragments import Fragment, HostTensor, Passing, Piece
 from tinysd_batch.model.mapped import MappedTensors
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # and what it is called in the environment
+PORTABLE = 1  # page-locked for all cards of the process: cudaHostRegisterPortable
 COPIED_WHOLE_BYTES = 32 * 2**20  # on the CPU without a budget, a phase that would need more new memory is streamed
-
-Passing = tuple[Piece, list[nn.Module]]  # what passes through a buffer together, and who needs it
 
 
 class Residency:
@@ -31,6 +32,7 @@ class Residency:
         self.room: int | None = None  # bytes for the weights of the phase to come; None: no limit
         self.streams_all = False  # whatever the room
         self.arenas: dict[Fragment, Arena] = {}
+        self.stream: Stream | None = None  # of the phase at work
 
     def streams(self, fragments: Sequence[Fragment]) -> bool:
         """Whether these fragments pass through the device piece by piece."""
@@ -67,7 +69,9 @@ class Residency:
         for tensor in standing:
             tensor.put(tensor.value.to(self.device, tensor.dtype))
         files = [part.file for part in fragments if part.file is not None]
-        stream = Stream([piece for piece, _ in passing], self.device, self.arena(fragments[0], passing), files)
+        self.stream = stream = Stream(
+            [piece for piece, _ in passing], self.device, self.arena(fragments[0], passing), files
+        )
         handles = [
             module.register_forward_pre_hook(lambda *_, number=number: stream.need(number))
             for number, (_, modules) in enumerate(passing)
@@ -79,6 +83,21 @@ class Residency:
             for handle in handles:
                 handle.remove()
             stream.close()
+            self.stream = None
+
+    @contextlib.contextmanager
+    def capturing(self, steps: int) -> Iterator[None]:
+        """While a step is captured as a graph, of which its copies are a part, after so many that were not."""
+        stream = self.stream
+        if stream is None:
+            yield
+            return
+        stream.begin_again(switches=stream.switches // steps)
+        try:
+            yield
+        finally:
+            stream.close()
+            stream.begin_again()
 
     def placed(self, fragments: Sequence[Fragment], room: int | None) -> tuple[int, int]:
         """Bytes of weights that stay on the device in so much room, and of the buffers that others pass through."""
@@ -96,28 +115,28 @@ class Residency:
         """
         buffer_bytes = largest_piece(fragments)
         standing = [tensor for part in fragments for tensor in part.standing.tensors]
-        pieces = [item for part in fragments for item in part.by_module.items()]
+        pieces = [item for part in fragments for item in part.passing]
         if not pieces:  # of a small model, whose order of work nobody learnt
             return standing, []
         if self.room is None and not self.streams_all:
-            standing += [tensor for _, piece in pieces for tensor in piece.tensors if lies_ready(tensor)]
+            standing += [tensor for piece, _ in pieces for tensor in piece.tensors if lies_ready(tensor)]
             pieces = [
-                (module, Piece([one for one in piece.tensors if not lies_ready(one)])) for module, piece in pieces
+                (Piece([one for one in piece.tensors if not lies_ready(one)]), modules) for piece, modules in pieces
             ]
-            return standing, gather([item for item in pieces if item[1].tensors], buffer_bytes)
+            return standing, gather([item for item in pieces if item[0].tensors], buffer_bytes)
         room = 0 if self.streams_all or self.room is None else self.room
         room -= sum(part.standing.nbytes for part in fragments) + 2 * buffer_bytes
-        share = room / sum(piece.nbytes for _, piece in pieces)
+        share = room / sum(piece.nbytes for piece, _ in pieces)
         only_ready = self.must_copy_much(fragments)
         passing, seen, staying = [], 0, 0
-        for module, piece in pieces:
+        for piece, modules in pieces:
             seen += piece.nbytes
             may_stay = not only_ready or all(lies_ready(tensor) for tensor in piece.tensors)
             if may_stay and staying + piece.nbytes <= share * seen:
                 staying += piece.nbytes
                 standing += piece.tensors
             else:
-                passing.append((module, piece))
+                passing.append((piece, modules))
         return standing, gather(passing, buffer_bytes)
 
     def arena(self, first: Fragment, passing: Sequence[Passing]) -> "Arena | None":
@@ -155,17 +174,17 @@ def lies_ready(tensor: HostTensor) -> bool:
 
 
 def largest_piece(fragments: Sequence[Fragment]) -> int:
-    return max((piece.nbytes for part in fragments for piece in part.by_module.values()), default=0)
+    return max((piece.nbytes for part in fragments for piece, _ in part.passing), default=0)
 
 
-def gather(pieces: Sequence[tuple[nn.Module, Piece]], limit: int) -> list[Passing]:
+def gather(pieces: Sequence[Passing], limit: int) -> list[Passing]:
     """Neighbours put together as long as they fit a buffer of `limit` bytes."""
     passing: list[Passing] = []
-    for module, piece in pieces:
+    for piece, modules in pieces:
         if not passing or passing[-1][0].nbytes + piece.nbytes > limit:
             passing.append((Piece(), []))
         passing[-1][0].tensors.extend(piece.tensors)
-        passing[-1][1].append(module)
+        passing[-1][1].extend(modules)
     return passing
 
 
@@ -178,7 +197,8 @@ class Arena:
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], *, pinned: bool = True) -> "Arena":
-        memory = torch.empty(sum(piece.nbytes for piece in pieces), dtype=torch.uint8, pin_memory=pinned)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        memory = page_locked(nbytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
         starts, end = [], 0
         for piece in pieces:
             starts.append(end)
@@ -193,6 +213,21 @@ class Arena:
 
     def piece(self, number: int, nbytes: int) -> Tensor:
         return self.memory[self.starts[number] :][:nbytes]
+
+
+def page_locked(nbytes: int) -> Tensor:
+    """Bytes that the card can copy by itself. Torch's own door to such memory hands out powers of two."""
+    memory = mmap.mmap(-1, nbytes)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, PORTABLE)):
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def unlock(address: int, _: mmap.mmap) -> None:
+        runtime.cudaHostUnregister(address)
+
+    weakref.finalize(tensor, unlock, tensor.data_ptr(), memory).atexit = False  # the process's end unlocks it, too
+    return tensor
 
 
 def new_event() -> torch.cuda.Event:
@@ -213,12 +248,31 @@ class Stream:
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.holds: list[int | None] = [None, None]  # which piece a buffer has, or is being given
         self.at_work = 0  # which buffer
+        self.switches = 0  # from a piece to another, so far
+        self.last: int | None = None  # the switch after which nothing is sent for
+        self.begins = True  # with the next piece
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.copied = [new_event() for _ in range(2)] if self.copying else []
-        self.used = [new_event() for _ in range(2)] if self.copying else []
+        self.copied: list[torch.cuda.Event] = []
+        self.used: list[torch.cuda.Event] = []
+
+    def begin_again(self, switches: int | None = None) -> None:
+        """With the next piece, as if nothing had passed; after so many `switches` nothing more is sent for.
+
+        What is captured may not wait for what went before, nor what comes later for what was captured.
+        """
+        self.begins, self.last = True, switches
+
+    def begin(self) -> None:
+        self.clear()
+        self.holds, self.switches, self.begins = [None, None], 0, False
+        if self.copying is not None:
+            self.copied, self.used = ([new_event() for _ in self.buffers] for _ in range(2))
+            self.copying.wait_stream(torch.cuda.current_stream())  # of which the buffers' memory may still be in use
 
     def need(self, number: int) -> None:
         """Have a piece in its modules, and send for the one after it."""
+        if self.begins:
+            self.begin()
         if self.holds[self.at_work] == number:
             return
         self.leave()
@@ -229,7 +283,9 @@ class Stream:
             torch.cuda.current_stream().wait_event(self.copied[self.at_work])
         for tensor, place in self.pieces[number].views(self.buffers[self.at_work]):
             tensor.put(place)
-        self.fetch((number + 1) % len(self.pieces), 1 - self.at_work)
+        self.switches += 1
+        if self.switches != self.last:
+            self.fetch((number + 1) % len(self.pieces), 1 - self.at_work)
 
     def fetch(self, number: int, slot: int) -> None:
         """Copy a piece into a buffer, after the work that still reads it."""
@@ -247,15 +303,18 @@ class Stream:
             self.copied[slot].record(self.copying)
 
     def leave(self) -> None:
-        """Empty the modules of the piece at work."""
+        """Empty the modules of the piece at work, whose buffer may be written to when the work so far is done."""
+        self.clear()
+        if self.copying is not None:
+            self.used[self.at_work].record(torch.cuda.current_stream())
+
+    def clear(self) -> None:
         number = self.holds[self.at_work]
         if number is not None:
             for tensor in self.pieces[number].tensors:
                 tensor.clear()
-        if self.copying is not None:
-            self.used[self.at_work].record(torch.cuda.current_stream())
 
     def close(self) -> None:
         """Wait for copies under way, so that the buffers' memory can serve others."""
-        if self.copying is not None:
+        if self.copying is not None and not self.begins:
             torch.cuda.current_stream().wait_stream(self.copying)

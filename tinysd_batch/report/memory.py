@@ -52,8 +52,9 @@ class MemoryPlan:
         phases = [
             {
                 "name": phase.name, "peak": phase.peak, "weights": phase.weights, "weights_staying": phase.staying,
-                "buffers": phase.buffers, "work": phase.work, "context": phase.context,
+                "buffers": phase.buffers, "work": phase.work, "context": phase.context, "gaps": phase.gaps,
                 "rows_at_once": phase.way.rows, "part_bytes": phase.way.part_bytes, "half_maps": phase.way.half_maps,
+                "makes_anew": phase.way.makes_anew,
             }
             for phase in self.phases
         ]  # fmt: skip
@@ -72,7 +73,8 @@ def phase_line(phase: "Phase", rows: int) -> str:
         told.append(f"{phase.way.rows} of {rows} rows at once")
     told += ["in small parts"] if phase.is_in_small_parts else []
     told += ["maps kept as float16"] if phase.way.half_maps else []
-    told += [f"{size(phase.context)} assumed for CUDA itself"] if phase.context else []
+    told += ["the largest made anew each time"] if phase.way.makes_anew else []
+    told += [f"{size(phase.context + phase.gaps)} for CUDA, its libraries and gaps"] if phase.context else []
     return ", ".join(told)
 
 

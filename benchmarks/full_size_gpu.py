@@ -1,0 +1,346 @@
+"""Stable Diffusion v1 at its own size with random weights on a GPU: memory and time of 512x512.
+
+    python -m benchmarks.full_size_gpu            every way of fitting a card, in float16 and float32; a step beside
+                                                  diffusers'; the unpacking kernel beside a copy on the card
+    python -m benchmarks.full_size_gpu --size 768 other pictures
+
+Each line is a process of its own (all import at once: some 10 GB of memory; --ways asks for fewer). What the whole
+process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use the
+card. Torch's own peak is its allocator's. Seconds are those of the last pictures, when kernels are loaded.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks.full_size import MODEL, SD_V1_UNET, make_model
+from tinysd_batch.model.devices import overhead
+from tinysd_batch.model.memory import SMALL_WORKSPACE, WORKSPACE_CONFIG, Phase, Shape, Way
+from tinysd_batch.model.packing import Layout, has_kernels, unpack
+from tinysd_batch.model.pipeline import TinySD
+
+STEPS = 20
+PICTURES = 3  # drawn by a process; the first loads kernels, and is the one whose memory is watched
+WAYS: dict[str, dict[str, Any]] = {
+    "turbo": {"turbo": True},
+    "resident": {},
+    "budget 1000MB": {"budget": "1000MB"},
+    "own 256 MB": {"own": 256 * 10**6},
+    "own 150 MB": {"own": 150 * 10**6},
+    "own 128 MB": {"own": 128 * 10**6},
+    "all streamed": {"streams": True},
+}
+LAYER = (1280, 23040)  # the largest of SD v1's matrices
+ROUNDS = 30
+MB, MIB = 10**6, 2**20
+
+
+# Within a process
+
+
+class Watch:
+    """The most memory of the card that is in use while a thread looks, in bytes beyond what was in use at first."""
+
+    def __init__(self) -> None:
+        self.before = torch.cuda.device_memory_used(0)
+        self.most = 0
+        self.at_work = False
+
+    def now(self) -> int:
+        return torch.cuda.device_memory_used(0) - self.before
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        self.at_work = True
+        thread = threading.Thread(target=self.look)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.at_work = False
+            thread.join()
+
+    def look(self) -> None:
+        while self.at_work:
+            self.most = max(self.most, self.now())
+            time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def watching_phases(model: TinySD, watch: Watch, found: dict[str, Any]) -> Iterator[None]:
+    """Have a model tell of each phase torch's own peak, and what of the card is not torch's."""
+    working = model.memory.working
+
+    @contextlib.contextmanager
+    def watched(phase: Phase) -> Iterator[Way]:
+        torch.cuda.reset_peak_memory_stats()
+        with working(phase) as way:
+            yield way
+        found[phase.name] = {
+            "own": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+            "others": watch.now() - torch.cuda.memory_reserved(),
+        }
+
+    model.memory.working = watched  # type: ignore[method-assign]
+    yield
+    model.memory.working = working  # type: ignore[method-assign]
+
+
+def draw(given: argparse.Namespace) -> dict[str, Any]:
+    """Pictures by the engine: memory of the first, seconds of the others."""
+    watch = Watch()
+    torch.zeros(1, device="cuda")
+    context = watch.now()
+    budget = given.budget
+    if given.own:  # for torch's own memory
+        dtype = torch.float32 if given.dtype == "full" else torch.float16
+        os.environ[WORKSPACE_CONFIG] = SMALL_WORKSPACE
+        budget = overhead(torch.device("cuda"), dtype).context + given.own
+    model = TinySD.from_pretrained(given.model, device="cuda", dtype=given.dtype, vram_budget=budget, turbo=given.turbo)
+
+    def picture() -> Any:
+        return model.generate(
+            "a lake", 1, num_inference_steps=given.steps, sampler="ddim", guidance_scale=7.5, height=given.size,
+            width=given.size, output_type="np",
+        )  # fmt: skip
+
+    model.residency.streams_all = given.streams
+    plan = model.memory.phases(Shape(2, given.size, given.size, model.info.max_tokens))
+    foretold = {phase.name: phase.peak - phase.gaps - model.memory.overhead.context for phase in plan}
+    phases: dict[str, Any] = {}
+    with watch.looking(), watching_phases(model, watch, phases):
+        picture()
+    made, seconds = [], []
+    for _ in range(PICTURES - 1):
+        started = time.monotonic()
+        made.append(picture())
+        seconds.append(time.monotonic() - started)
+    return {
+        "context": context, "counted": model.memory.overhead.context, "whole": watch.most, "phases": phases,
+        "foretold": foretold, "streamed": plan[1].weights - plan[1].staying,
+        "picture_s": statistics.median(seconds), "decode_s": statistics.median(one.decode_s for one in made),
+        "text_s": statistics.median(one.text_s for one in made),
+        "step_s": statistics.median(one.denoise_s for one in made) / given.steps,
+        "mean": float(made[-1].images.mean()),
+    }  # fmt: skip
+
+
+def device_seconds(work: Callable[[], object], rounds: int) -> float:
+    """Median seconds of a piece of work on the card."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(rounds):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        before.record()
+        work()
+        after.record()
+        torch.cuda.synchronize()
+        times.append(float(before.elapsed_time(after)) / 1000)
+    return statistics.median(times)
+
+
+def step_diffusers(given: argparse.Namespace) -> dict[str, Any]:
+    """A guided step by diffusers' own UNet, dense: by the clock, the card waited for, as ours is measured."""
+    watch = Watch()
+    dtype = torch.float32 if given.dtype == "full" else torch.float16
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_UNET)
+    unet = unet.to(dtype).to_empty(device="cuda").eval()
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.fill_(0.001)
+        for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+            unet.to(memory_format=layout)
+            latents = torch.randn(2, 4, given.size // 8, given.size // 8, dtype=dtype, device="cuda")
+            latents = latents.contiguous(memory_format=layout)
+            context = torch.randn(2, 77, 768, dtype=dtype, device="cuda")
+            times = [steps_s(lambda: unet(latents, 500, context), given.steps) for _ in range(PICTURES)]  # noqa: B023
+            found[name] = statistics.median(times[1:])
+    return {**found, "own": torch.cuda.max_memory_allocated(), "whole": watch.now()}
+
+
+def steps_s(step: Callable[[], object], count: int) -> float:
+    """Seconds of a step by the clock, in a row of them."""
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    for _ in range(count):
+        step()
+    torch.cuda.synchronize()
+    return (time.monotonic() - started) / count
+
+
+def unpacking(given: argparse.Namespace) -> dict[str, Any]:
+    """Bytes a second of the unpacking kernel, over layers that no cache holds, and of a copy."""
+    assert has_kernels(torch.device("cuda", 0)), "no kernels on this card"
+    dtype = torch.float32 if given.dtype == "full" else torch.float16
+    layout = Layout(2, 64)
+    weights = [
+        layout.weight({
+            name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, device="cuda").to(kind)
+            for name, (kind, shape) in layout.tensors(*LAYER).items()
+        })
+        for _ in range(8)
+    ]  # fmt: skip
+    rooms = [torch.empty(LAYER, dtype=dtype, device="cuda") for _ in weights]
+    moved = len(weights) * (layout.nbytes(*LAYER) + rooms[0].nbytes)
+
+    def all_of_them() -> None:
+        for weight, room in zip(weights, rooms, strict=True):
+            unpack(weight, room)
+
+    big = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(big)
+    return {
+        "unpacking": moved / device_seconds(all_of_them, ROUNDS),
+        "copy": 2 * len(big) / device_seconds(lambda: other.copy_(big), ROUNDS),
+        "filling": len(big) / device_seconds(lambda: big.fill_(1), ROUNDS),
+    }
+
+
+def measure_bus(_: argparse.Namespace) -> dict[str, Any]:
+    """The card's name, and bytes a second from page-locked memory to it."""
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    card = torch.empty_like(host, device="cuda")
+    name = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    return {"card": name, "bus": len(host) / device_seconds(lambda: card.copy_(host, non_blocking=True), ROUNDS)}
+
+
+Measure = Callable[[argparse.Namespace], dict[str, Any]]
+CHILDREN: dict[str, Measure] = {
+    "draw": draw, "diffusers": step_diffusers, "unpacking": unpacking, "bus": measure_bus
+}  # fmt: skip
+
+
+# The processes
+
+
+class Child:
+    """A measurement in a process of its own, which imports at once and then waits for its turn."""
+
+    def __init__(self, kind: str, given: argparse.Namespace, **changes: Any) -> None:
+        changes = {"model": given.model, "steps": given.steps, "size": given.size, **changes}
+        words = [sys.executable, "-m", "benchmarks.full_size_gpu", "--child", kind]
+        for name, value in changes.items():
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def measure(self) -> dict[str, Any]:
+        """What it found, or what went wrong in it."""
+        said, _ = self.process.communicate("go\n")
+        found: dict[str, Any] = json.loads((said.splitlines() or ['{"error": "it ended without a word"}'])[-1])
+        return found
+
+
+def work_as_child(measure: Measure, given: argparse.Namespace) -> None:
+    if not sys.stdin.readline():  # nobody wants to know any more
+        return
+    try:
+        found = measure(given)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    print(json.dumps(found))
+
+
+def tell_way(name: str, dtype: str, found: dict[str, Any]) -> None:
+    if "error" in found:
+        print(f"{name:<16}{dtype:<10}{found['error']}", flush=True)
+        return
+    own = max(phase["own"] for phase in found["phases"].values())
+    print(
+        f"{name:<16}{dtype:<10}{found['whole'] / MIB:>9.0f}{found['context'] / MIB:>9.0f}"
+        f"{found['counted'] / MIB:>9.0f}{own / MB:>9.1f}{found['step_s'] * 1000:>9.1f}{found['decode_s']:>9.2f}"
+        f"{found['picture_s']:>9.2f}{found['streamed'] / MB:>9.1f}",
+        flush=True,
+    )
+    for phase, one in found["phases"].items():
+        print(
+            f"    {phase:<14} foretold {found['foretold'][phase] / MB:7.1f} MB, torch's own {one['own'] / MB:7.1f}"
+            f" ({one['own'] / found['foretold'][phase]:.2f}), reserved {one['reserved'] / MB:7.1f},"
+            f" not torch's {one['others'] / MB:7.1f}",
+            flush=True,
+        )
+
+
+def tell_diffusers(dtype: str, found: dict[str, Any]) -> None:
+    if "error" in found:
+        print(f"diffusers, {dtype}: {found['error']}")
+        return
+    steps = ", ".join(f"{found[name] * 1000:.1f} ms {name}" for name in ("contiguous", "channels_last"))
+    print(f"diffusers, {dtype}: a guided step {steps}; own {found['own'] / MB:.0f} MB", flush=True)
+
+
+def tell_unpacking(dtype: str, found: dict[str, Any]) -> None:
+    if "error" in found:
+        print(f"unpacking, {dtype}: {found['error']}")
+        return
+    share = found["unpacking"] / found["copy"]
+    print(
+        f"unpacking, {dtype}: {found['unpacking'] / 1e9:.0f} GB/s read and written, {share:.2f} times what a copy "
+        f"on the card moves ({found['copy'] / 1e9:.0f} GB/s); filling memory {found['filling'] / 1e9:.0f} GB/s",
+        flush=True,
+    )
+
+
+def measure_all(given: argparse.Namespace) -> None:
+    bus = Child("bus", given)
+    plan: list[tuple[Callable[[dict[str, Any]], None], Child]] = []
+    for dtype in [given.dtype] if given.dtype else ["autocast", "full"]:
+        draws = [(way, Child("draw", given, dtype=dtype, **WAYS[way])) for way in given.ways]
+        plan += [(partial(tell_way, way, dtype), child) for way, child in draws]
+        plan.append((partial(tell_diffusers, dtype), Child("diffusers", given, dtype=dtype)))
+        plan.append((partial(tell_unpacking, dtype), Child("unpacking", given, dtype=dtype)))
+    found = bus.measure()
+    if "error" in found:
+        raise SystemExit(f"this measures a CUDA card: {found['error']}")
+    print(f"SD v1, random weights, {given.size}x{given.size}, {given.steps} steps, {found['card']}")
+    print(f"from page-locked memory to the card: {found['bus'] / 1e9:.1f} GB/s")
+    print(
+        f"{'way':<16}{'precision':<10}{'whole':>9}{'context':>9}{'counted':>9}{'own':>9}{'step':>9}{'decode':>9}"
+        f"{'picture':>9}{'streamed':>9}\n{'':<26}{'MiB':>9}{'MiB':>9}{'MiB':>9}{'MB':>9}{'ms':>9}{'s':>9}{'s':>9}"
+        f"{'MB/step':>9}"
+    )
+    for tell, child in plan:
+        tell(child.measure())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--dtype", choices=["full", "autocast"], help="one of both only")
+    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
+    parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
+    for name in ("--budget", "--turbo", "--streams"):
+        kind = "store" if name == "--budget" else "store_true"
+        parser.add_argument(name, action=kind, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        work_as_child(CHILDREN[given.child], given)
+        return
+    if not given.model.exists():
+        make_model(given.model)
+    measure_all(given)
+
+
+if __name__ == "__main__":
+    main()
