@@ -38,6 +38,16 @@ def test_what_is_foretold_is_measured(
     assert budget is None or max(measured.values()) <= 1.02 * budget + on_host
 
 
+def test_what_was_foretold_before_and_is_known_is_measured_all_the_same(tiny_model: Path) -> None:
+    """Only a process's first model works out its plan; the second has nothing left of learning its order of work."""
+    shape = Shape(2, 16, 16, TOKENS, 2)
+    for _ in range(2):
+        model = TinySD.from_pretrained(tiny_model, device="cpu", dtype="full", vram_budget="1GB")
+        foretold = {phase.name: phase.peak for phase in model.memory.phases(shape)}
+        measured = measured_peaks(model, 1, 16, 16)
+        assert measured["text encoder"] == pytest.approx(foretold["text encoder"], rel=0.1)
+
+
 @pytest.mark.slow
 def test_more_room_never_means_more_streaming(tiny_model: Path) -> None:
     model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")

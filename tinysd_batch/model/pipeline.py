@@ -129,6 +129,7 @@ class TinySD:
             latents = torch.empty(1, self.info.channels, side, side)
             self.hoisted.pretend(1, text.shape[1], latents.dtype)
             decode_one(self.vae, predict(self.unet, latents, torch.zeros(1, dtype=torch.long), None, latents.dtype))
+            self.hoisted.forget()  # else the next phases would seem to hold what was only pretended
 
     def check_budget(self) -> None:
         """Raises ModelError where not even one picture of the model's own size fits."""
