@@ -1,14 +1,18 @@
 """A budget that is kept: what the planner foretells is what is measured, and what it allows is not exceeded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.foretold import budget_at, measured_peaks
+from tests import ldm
 from tinysd_batch.errors import ModelError, UsageError
-from tinysd_batch.model.memory import Shape
+from tinysd_batch.model.attention import PartedAttention
+from tinysd_batch.model.memory import Shape, Way, kept_type
 from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.vae import decode_one, use_strip_layers
 
 TOKENS = 24
 CASES = [
@@ -59,6 +63,29 @@ def test_more_room_never_means_more_streaming(tiny_model: Path) -> None:
         passing.append(sum(phase.weights - phase.staying for phase in tight.memory.phases(shape)))
     assert passing == sorted(passing, reverse=True)
     assert passing[0] > 0 == passing[-1]
+
+
+def test_maps_are_made_anew_only_where_nothing_else_fits(tiny_model: Path) -> None:
+    model = TinySD.from_pretrained(tiny_model, device="cpu", dtype="full", vram_budget="1GB")
+    usual = model.memory.decoding(Shape(1, 512, 512, 0))
+    with torch.device("meta"):
+        decoder = ldm.new_vae(ldm.SMALL)  # the tiny model's has so few levels that attention takes most
+    use_strip_layers(decoder)
+    decoder.set_attn_processor(PartedAttention(fused=True))
+
+    def run(way: Way) -> None:
+        decode_one(decoder, torch.empty(1, 4, 64, 64), kept_type(way), makes_anew=way.makes_anew)
+
+    task = replace(usual, name="a decoder", run=run)
+    least = {phase.way: phase.peak for phase in model.memory.candidates(task, 0)}
+    others = min(peak for way, peak in least.items() if not way.makes_anew)
+    assert min(least.values()) < 0.65 * others
+    for budget, makes_anew in ((min(least.values()), True), (others - 1, True), (others, False), (2 * others, False)):
+        model.memory.budget_bytes = budget
+        model.memory.known.clear()
+        phase = model.memory.phase(task)
+        assert phase.way.makes_anew == makes_anew
+        assert phase.peak <= budget
 
 
 def test_a_budget_in_which_nothing_can_be_drawn_is_refused_and_the_least_is_said(tiny_model: Path) -> None:

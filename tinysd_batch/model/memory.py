@@ -212,7 +212,8 @@ class Planner:
         budget = self.budget_bytes
         tight: list[Phase] = []
         for phase in self.candidates(task, budget):
-            if budget is None or (phase.staying == phase.weights and phase.peak <= budget):
+            fits_whole = budget is None or (phase.staying == phase.weights and phase.peak <= budget)
+            if fits_whole and not phase.way.makes_anew:  # more work, where weights pass only once a picture
                 return phase
             tight.append(phase)
         assert budget is not None, task.name
