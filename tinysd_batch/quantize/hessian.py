@@ -105,20 +105,26 @@ def column_parts(layer: Layer, group_size: int, most: int) -> list[Tensor]:
     return [part.flatten() for part in groups.tensor_split(count, dim=1)]
 
 
-def tokens_of(layer: Layer, x: Tensor) -> Tensor:
-    """A layer's input as the tokens that its matrix multiplies, [R, L, K]; a convolution's K is tap-major."""
+def tokens_of(layer: Layer, x: Tensor, some: Tensor) -> Tensor:
+    """Of the R L tokens in a layer's input, those of some numbers, as its matrix multiplies them, [N, K].
+
+    A convolution's K is tap-major. Only these tokens are unfolded.
+    """
     if isinstance(layer, nn.Linear):
-        return x.reshape(len(x), -1, x.shape[-1])
-    taps = layer.kernel_size[0] * layer.kernel_size[1]
-    if taps == 1 and layer.stride == (1, 1) and sides(layer) == (0, 0):
-        return x.flatten(2).transpose(1, 2)
-    columns = F.unfold(x, layer.kernel_size, 1, sides(layer), layer.stride)  # [R, C taps, L]
-    return columns.view(len(x), x.shape[1], taps, -1).permute(0, 3, 2, 1).flatten(2)
+        return x.reshape(-1, x.shape[-1])[some]
+    (tall, wide), (down, across), (above, before) = layer.kernel_size, layer.stride, sides(layer)
+    padded = F.pad(x, (before, before, above, above)).permute(0, 2, 3, 1)
+    height, width = (padded.shape[1] - tall) // down + 1, (padded.shape[2] - wide) // across + 1
+    taps = torch.arange(tall * wide, device=x.device)
+    rows = some[:, None] // width % height * down + taps // wide
+    columns = some[:, None] % width * across + taps % wide
+    return padded[some[:, None] // (height * width), rows, columns].flatten(1)
 
 
-def sides(layer: nn.Conv2d) -> tuple[int, ...]:
+def sides(layer: nn.Conv2d) -> tuple[int, int]:
     assert not isinstance(layer.padding, str), layer
-    return layer.padding
+    above, before = layer.padding
+    return above, before
 
 
 def layer_of(unet: nn.Module, name: str) -> Layer:
@@ -129,5 +135,5 @@ def layer_of(unet: nn.Module, name: str) -> Layer:
 
 
 def tokens_out(y: Tensor) -> Tensor:
-    """A layer's output in the same order of tokens, [R, L, O]."""
-    return y.flatten(2).transpose(1, 2) if y.dim() == 4 else y.reshape(len(y), -1, y.shape[-1])
+    """A layer's output in the same order of tokens, [R L, O]."""
+    return y.permute(0, 2, 3, 1).flatten(0, 2) if y.dim() == 4 else y.reshape(-1, y.shape[-1])
