@@ -21,7 +21,7 @@ from tinysd_batch.quantize.allocate import least_layouts
 from tinysd_batch.quantize.calib import quantize_calibrated
 from tinysd_batch.quantize.folder import open_source
 from tinysd_batch.quantize.gptq import Part, gptq, root_of_inverse
-from tinysd_batch.quantize.hessian import column_parts, tokens_of, tokens_out
+from tinysd_batch.quantize.hessian import Moments, column_parts, tokens_of, tokens_out
 from tinysd_batch.quantize.measure import measure
 from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
@@ -106,6 +106,18 @@ def test_a_matrix_that_fits_two_bits_stays() -> None:
     part = Part(torch.arange(2), weight, hessian_of(128, 1), gptq(weight, hessian_of(128, 1), 64))
     packed = unpack(refine([part], 2), torch.empty(8, 128))
     assert float((packed - weight).abs().max()) < 0.01
+
+
+def test_moments_are_those_of_all_tokens() -> None:
+    torch.manual_seed(0)
+    x, gap, weight = torch.randn(64, 600) + 1, torch.randn(64, 3), torch.randn(3, 600)
+    moments = Moments(600, 3, CPU)
+    for part in (slice(0, 40), slice(40, 64)):
+        moments.add(x[part], gap[part])
+    found = moments.problem(weight, None, has_bias=True, damping=1e-6).hessian
+    wanted = (x - x.mean(dim=0)).T @ (x - x.mean(dim=0)) / 64
+    wanted.diagonal().add_((found - wanted).diagonal().mean())
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([48, 600]))

@@ -4,17 +4,17 @@ A column's error reaches the next few at once, those further on together with it
 large matrices instead of many of small ones.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tinysd_batch.quantize.affine import nearest_codes, top_code
+from tinysd_batch.quantize.hessian import SPAN, parts_of
 
 STARTS = (1.0, 0.8, 0.6)  # of a group's range: where the fit begins
 ITERATIONS = 10
-NEAR, SPAN = 64, 512  # columns whose errors reach the others together; SPAN in whole groups, unless rows are one group
+NEAR = 64  # columns whose errors reach the others together, and then again SPAN of them: whole groups, or less than one
 
 
 @dataclass(slots=True)
@@ -91,11 +91,6 @@ def root_of_inverse(hessian: Tensor) -> Tensor:
         root[span.start :, span] = torch.linalg.solve_triangular(lower[span.start :, span.start :], ones, upper=False)
     del lower
     return root.flip(0, 1)
-
-
-def parts_of(start: int, stop: int, most: int) -> Iterator[slice]:
-    """What lies between, in parts of so many at most."""
-    return (slice(at, min(at + most, stop)) for at in range(start, stop, most))
 
 
 def fit_weighted(groups: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:

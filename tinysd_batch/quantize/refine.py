@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tinysd_batch.model.packing import PackedWeight, pack_codes
 from tinysd_batch.quantize.affine import BYTE, to_bytes, top_code
-from tinysd_batch.quantize.gptq import NEAR, SPAN, Fit, Part, parts_of
+from tinysd_batch.quantize.gptq import NEAR, Fit, Part
+from tinysd_batch.quantize.hessian import SPAN, parts_of
 
 Snap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # scale and offset [O] to ones that can be stored
 
