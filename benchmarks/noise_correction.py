@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.quantizers import CPU, ROOT, embedded_floats, held_out, tell
+from benchmarks.quantizers import CPU, ROOT, held_out, tell
 from tinysd_batch.model.correction import NoiseCorrection
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.quantize.calib import TUNE_EVERY
@@ -29,6 +29,7 @@ from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw
 from tinysd_batch.quantize.units import Walker
+from training.repack import float_folder
 
 STOCHASTIC = {"euler_a": 0.0, "ddim": 1.0}  # and eta
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/quantizers"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    folder = embedded_floats(arguments.out / "embedded-floats")
+    folder = float_folder(arguments.out / "embedded-floats")
     recipe = read_recipe(ROOT / "configs" / "quantize" / "embedded.toml")
     recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
     tell("drawing by the float model")

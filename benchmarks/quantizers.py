@@ -47,6 +47,8 @@ from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
 from tinysd_batch.quantize.units import Walker
+from training.repack import EMBEDDED as SHIPPED
+from training.repack import float_folder
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -71,15 +73,6 @@ class Bench:
 
 class NotMeasured(Exception):  # noqa: N818 - an answer, no error
     """Why a method is not in the table."""
-
-
-def embedded_floats(folder: Path) -> Path:
-    """The embedded model with the float UNet it was made from."""
-    if not folder.exists():
-        shutil.copytree(ROOT / "tinysd_batch" / "embedded" / "model", folder)
-        for file in (ROOT / "training" / "weights" / "unet").iterdir():
-            shutil.copyfile(file, folder / "unet" / file.name)
-    return folder
 
 
 # The methods
@@ -133,10 +126,10 @@ def at_bytes(level: Callable[[Size], Method], most: int) -> Method:
 
 
 def shipped(bench: Bench, folder: Path) -> int:
-    """The embedded model as it ships: tuned at 2 bits on its training pictures."""
+    """The embedded model as it ships."""
     if bench.floats.name != EMBEDDED:
         raise NotMeasured("only with the embedded model")
-    shutil.copytree(ROOT / "tinysd_batch" / "embedded" / "model", folder)
+    shutil.copytree(SHIPPED, folder)
     return packed_bytes(folder, bench.names)
 
 
@@ -317,7 +310,7 @@ def main() -> None:
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if arguments.model is None:
-        floats = embedded_floats(out / EMBEDDED)
+        floats = float_folder(out / EMBEDDED)
         recipe = read_recipe(arguments.recipe or ROOT / "configs" / "quantize" / "embedded.toml")
     else:
         floats, recipe = out / "floats", read_recipe(arguments.recipe)

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.quantizers import ROOT, embedded_floats, held_out
+from benchmarks.quantizers import ROOT, held_out
 from tinysd_batch.model.packing import Layout, to_matrix, unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.calibrate import from_matrix
@@ -28,6 +28,7 @@ from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, level_of, sor
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.quantize.sources import Options, Part
 from tinysd_batch.quantize.trajectories import Trajectories
+from training.repack import float_folder
 
 EVERY = 3  # of the trajectory's times
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/quantizers"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    floats = arguments.model or embedded_floats(arguments.out / "embedded-floats")
+    floats = arguments.model or float_folder(arguments.out / "embedded-floats")
     recipe = read_recipe(arguments.recipe)
     recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
     held = held_out(floats, recipe, arguments.out)

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tinysd_batch import TinySD
-from tinysd_batch.model.info import embedded_path
+from tinysd_batch.model.info import WEIGHTS, embedded_path
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -38,11 +41,27 @@ def test_weights_are_those_that_training_recorded() -> None:
         assert hashlib.sha256((ROOT / name).read_bytes()).hexdigest() == digest, name
 
 
-def test_its_unet_is_at_two_bits() -> None:
+def test_most_of_its_unet_is_at_two_bits() -> None:
+    unet = embedded_path() / "unet"
+    layers = json.loads((unet / "config.json").read_text())["quantization_config"]["layers"]
+    weights: Counter[int] = Counter()
+    for layer in layers.values():
+        weights[layer["bits"]] += math.prod(layer["shape"])
+    assert weights.total() > 0.95 * 14.9e6
+    assert weights[2] > 0.85 * weights.total()
+    stored = load_file(unet / WEIGHTS)
+    packed = [one for name, one in stored.items() if name.rpartition(".")[0] in layers and not name.endswith(".bias")]
+    assert 8 * sum(one.nbytes for one in packed) < 2.5 * weights.total()
+
+
+def test_the_report_on_it_is_of_these_weights() -> None:
+    """Level, size and bytes of the report that the repository keeps."""
+    report = json.loads((ROOT / "training" / "report" / "report.json").read_text())
     config = json.loads((embedded_path() / "unet" / "config.json").read_text())["quantization_config"]
-    assert {layer["bits"] for layer in config["layers"].values()} == {2}
-    packed = sum(np.prod(layer["shape"]) for layer in config["layers"].values())
-    assert packed > 0.95 * 14.9e6
+    assert report["level"] == config["level"]
+    assert report["unet_bytes"] == (embedded_path() / "unet" / WEIGHTS).stat().st_size
+    bits = {layer["name"]: layer["bits"] for layer in report["layers"]}
+    assert all(bits[name] == layer["bits"] for name, layer in config["layers"].items())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Put the trained parts together as the model folder that ships, and as the float folder that stays here."""
+"""Put the trained parts together: all but the UNet of the folder that ships, and the float folder that stays here."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def write_model(
     others: dict[str, Tensor],
     notes: dict[str, Any],
 ) -> None:
-    """The folder that ships: `packed` and `others` together make the UNet."""
+    """A whole model folder: `packed` and `others` together make the UNet."""
     write_shared_parts(build, out)
     write_packed_unet(
         out / "unet", clean_config(unet.new_unet()), packed, {n: v.half() for n, v in others.items()}, notes

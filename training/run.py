@@ -6,18 +6,15 @@ Every stage leaves a file in `training/build/`; a stage whose file is there is n
 """
 
 import argparse
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from training import captions, data, finish, pack, unet, vae
+from training import captions, data, pack, repack, unet, vae
+from training.repack import EMBEDDED, HERE, WEIGHTS
 
-HERE = Path(__file__).parent
-EMBEDDED = HERE.parent / "tinysd_batch" / "embedded" / "model"
 CARD = "README.md"  # the model card: written by hand, kept when weights are replaced
 
 
@@ -33,21 +30,14 @@ def write_folders(build: Path) -> None:
     """Replace the shipped model and the float weights by what `build` holds."""
     fresh = build / "model"
     shutil.rmtree(fresh, ignore_errors=True)
-    packed, others = finish.pack(build)
-    pack.write_model(build, fresh, packed, others, {"level": "finish"})
+    pack.write_shared_parts(build, fresh)
     for old in EMBEDDED.glob("*") if EMBEDDED.exists() else ():
         if old.name != CARD:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     shutil.copytree(fresh, EMBEDDED, dirs_exist_ok=True)
-    weights = HERE / "weights"
-    shutil.rmtree(weights, ignore_errors=True)
-    pack.write_float_parts(build, weights)
-    digests = {
-        str(path.relative_to(HERE.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in (EMBEDDED, weights)
-        for path in sorted(folder.rglob("*.safetensors"))
-    }
-    (HERE / "digests.json").write_text(json.dumps(digests, indent=2) + "\n")
+    shutil.rmtree(WEIGHTS, ignore_errors=True)
+    pack.write_float_parts(build, WEIGHTS)
+    repack.repack(build)
 
 
 def main() -> None:
@@ -56,7 +46,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="single-threaded processes to train with")
     parser.add_argument("--vae-minutes", type=float, default=7)
     parser.add_argument("--unet-samples", type=int, default=150_000, help="pictures the UNet sees")
-    parser.add_argument("--finish-samples", type=int, default=17_000, help="pictures the 2-bit finish sees")
     parser.add_argument("--decoder-minutes", type=float, default=16)
     arguments = parser.parse_args()
     build = arguments.build
@@ -65,7 +54,6 @@ def main() -> None:
     stage(build / "tokenizer", lambda: captions.train_tokenizer(data.read(build)[1], build / "tokenizer"))
     stage(build / "vae_frozen.pt", lambda: vae.train(build, arguments.vae_minutes))
     stage(build / "unet_done.pt", lambda: unet.train(build, arguments.unet_samples, arguments.processes))
-    stage(build / "finish_done.pt", lambda: finish.train(build, arguments.finish_samples, arguments.processes))
     stage(build / "decoder_done.pt", lambda: vae.finish_decoder(build, arguments.decoder_minutes))
     write_folders(build)
 

@@ -20,8 +20,8 @@ from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.allocate import least_layouts
 from tinysd_batch.quantize.calib import quantize_calibrated
 from tinysd_batch.quantize.folder import open_source
-from tinysd_batch.quantize.gptq import Part, gptq
-from tinysd_batch.quantize.hessian import column_parts
+from tinysd_batch.quantize.gptq import Part, gptq, root_of_inverse
+from tinysd_batch.quantize.hessian import Moments, column_parts, tokens_of, tokens_out
 from tinysd_batch.quantize.measure import measure
 from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
@@ -84,7 +84,8 @@ def error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> f
     return float(((difference @ hessian) * difference).sum())
 
 
-@given(st.integers(0, 10_000), st.sampled_from([(16, 32, 16), (8, 128, 64), (5, 96, 32)]))
+# The last ones have more columns than work on each other at once: in groups, and in rows of one group.
+@given(st.integers(0, 10_000), st.sampled_from([(16, 32, 16), (8, 128, 64), (5, 96, 32), (4, 576, 64), (4, 544, 544)]))
 @settings(max_examples=20, deadline=None)
 def test_a_layer_errs_less_than_without_data(seed: int, sizes: tuple[int, int, int]) -> None:
     rows, columns, group_size = sizes
@@ -105,6 +106,40 @@ def test_a_matrix_that_fits_two_bits_stays() -> None:
     part = Part(torch.arange(2), weight, hessian_of(128, 1), gptq(weight, hessian_of(128, 1), 64))
     packed = unpack(refine([part], 2), torch.empty(8, 128))
     assert float((packed - weight).abs().max()) < 0.01
+
+
+def test_moments_are_those_of_all_tokens() -> None:
+    torch.manual_seed(0)
+    x, gap, weight = torch.randn(64, 600) + 1, torch.randn(64, 3), torch.randn(3, 600)
+    moments = Moments(600, 3, CPU)
+    for part in (slice(0, 40), slice(40, 64)):
+        moments.add(x[part], gap[part])
+    found = moments.problem(weight, None, has_bias=True, damping=1e-6).hessian
+    wanted = (x - x.mean(dim=0)).T @ (x - x.mean(dim=0)) / 64
+    wanted.diagonal().add_((found - wanted).diagonal().mean())
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([48, 600]))
+@settings(max_examples=10, deadline=None)
+def test_the_root_of_an_inverse(seed: int, columns: int) -> None:
+    hessian = hessian_of(columns, seed).double()
+    wanted = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    assert torch.allclose(root_of_inverse(hessian.float()).double(), wanted, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0)], ids=["3x3", "down", "unpadded", "1x1"]
+)
+def test_tokens_are_what_a_layer_multiplies(size: int, stride: int, padding: int) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Conv2d(6, 5, size, stride, padding), torch.randn(3, 6, 9, 7)
+    said = tokens_out(layer(x))
+    some = torch.randperm(len(said))[:10]
+    tokens = tokens_of(layer, x, some)
+    assert tokens.shape == (10, 6 * size * size)
+    matrix = to_matrix(layer.weight)
+    assert torch.allclose(torch.nn.functional.linear(tokens, matrix, layer.bias), said[some], atol=1e-5)
 
 
 def test_parts_of_a_wide_layer_cover_it_once() -> None:

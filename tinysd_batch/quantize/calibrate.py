@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -122,31 +123,32 @@ class Calibration:
 
     def gather(self, unit: Unit, names: list[str], pairs: list[Pair]) -> dict[str, "Gathered"]:
         """Moments and held-out tokens of layers with the same input."""
-        device = self.source.device
         found = {name: Gathered.of(layer_of(self.source.unet, name), self.layouts[name], self.recipe) for name in names}
         shares = Counter(pair.use for pair in pairs)
         draw = torch.Generator().manual_seed(self.recipe.seed)
         for pair in pairs:
             limit = (self.recipe.tokens if pair.use == "moments" else OTHER_TOKENS) // shares[pair.use]
-            for name, x, gap in self.tokens(unit, names, pair):
-                some = torch.randperm(len(x), generator=draw)[: max(limit, 1)].to(device)
-                found[name].add(x[some], gap[some], pair.use)
+            for name, x, gap in self.tokens(unit, names, pair, max(limit, 1), draw):
+                found[name].add(x, gap, pair.use)
         return found
 
-    def tokens(self, unit: Unit, names: list[str], pair: Pair) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each layer's inputs [N, K] in the target UNet, and gaps [N, O] to what it should make of them."""
+    def tokens(
+        self, unit: Unit, names: list[str], pair: Pair, count: int, draw: torch.Generator
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """So many of each layer's inputs [N, K] in the target UNet, and gaps [N, O] to what it should make of them."""
         streams = {name: stream_of(name) for name in names}
         wanted = {*names, *(stream for stream in streams.values() if stream)}
         outputs = watch(self.source.unet, unit, pair.floats, wanted, names[-1])
         inputs = watch(self.target.unet, unit, pair.packed, wanted, names[-1])
         for name in names:
-            layer = layer_of(self.source.unet, name)
-            x = tokens_of(layer, inputs[name][0])
-            gap = tokens_out(outputs[name][1]) - tokens_out(layer(inputs[name][0]))
+            layer, said = layer_of(self.source.unet, name), tokens_out(outputs[name][1])
+            some = torch.randperm(len(said), generator=draw)[:count].to(said.device)
+            x = tokens_of(layer, inputs[name][0], some)
+            gap = said[some] - F.linear(x, to_matrix(layer.weight), layer.bias)
             if stream := streams[name]:
-                gap = gap + tokens_out(self.stream(self.source, name, outputs[stream][0]))
-                gap = gap - tokens_out(self.stream(self.target, name, inputs[stream][0]))
-            yield name, x.flatten(0, 1), gap.flatten(0, 1)
+                gap += tokens_out(self.stream(self.source, name, outputs[stream][0]))[some]
+                gap -= tokens_out(self.stream(self.target, name, inputs[stream][0]))[some]
+            yield name, x, gap
 
     def stream(self, walker: Walker, name: str, x: Tensor) -> Tensor:
         """What a closing layer's output is added to: a resnet's may pass a convolution first."""
@@ -259,9 +261,9 @@ def layer_inputs(
         for state in states if mine else []:
             seen = watch(walker.unet, unit, state, set(mine), "")
             for name in mine:
-                x = tokens_of(layer_of(walker.unet, name), seen[name][0]).flatten(0, 1)
-                some = torch.randperm(len(x), generator=draw)[: max(1, tokens // len(states))]
-                found[name].append(x[some.to(x.device)])
+                x, count = seen[name][0], len(tokens_out(seen[name][1]))
+                some = torch.randperm(count, generator=draw)[: max(1, tokens // len(states))].to(x.device)
+                found[name].append(tokens_of(layer_of(walker.unet, name), x, some))
         yield from ((name, torch.cat(x)) for name, x in found.items())
         for state in states:
             unit.run(walker.unet, state)

@@ -1,4 +1,8 @@
-"""GPTQ (Frantar et al. 2023) on affine groups: a column at a time, later columns make up for the error."""
+"""GPTQ (Frantar et al. 2023) on affine groups: a column at a time, later columns make up for the error.
+
+A column's error reaches the next few at once, those further on together with its neighbours' errors: few products of
+large matrices instead of many of small ones.
+"""
 
 from dataclasses import dataclass
 
@@ -6,9 +10,11 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.quantize.affine import nearest_codes, top_code
+from tinysd_batch.quantize.hessian import SPAN, parts_of
 
 STARTS = (1.0, 0.8, 0.6)  # of a group's range: where the fit begins
 ITERATIONS = 10
+NEAR = 64  # columns whose errors reach the others together, and then again SPAN of them: whole groups, or less than one
 
 
 @dataclass(slots=True)
@@ -46,29 +52,45 @@ def gptq(target: Tensor, hessian: Tensor, group_size: int, bits: int = 2) -> Fit
     Scales are fitted when their group's turn comes, to what the weights have become by then.
     """
     rows, columns = target.shape
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    del inverse
-    weight = target.clone()
+    upper = root_of_inverse(hessian)
+    weight = target.T.contiguous()  # [K, O], as columns are worked on one by one
     codes = torch.empty_like(weight)
-    scales = torch.empty(rows, columns // group_size, device=target.device)
-    offsets = torch.empty_like(scales)
-    for group, start in enumerate(range(0, columns, group_size)):
-        end = start + group_size
-        block = weight[:, start:end].clone()
-        scale, offset = fit_weighted(block, hessian.diagonal()[start:end], bits)
-        errors = torch.empty_like(block)
-        for column in range(group_size):
-            at = start + column
-            one = block[:, column : column + 1]
-            code = nearest_codes(one, scale, offset, bits)
-            error = (one - (code * scale + offset)) / upper[at, at]
-            block[:, column:] -= error * upper[at, at:end]
-            errors[:, column : column + 1] = error
-            codes[:, at : at + 1] = code
-        weight[:, end:] -= errors @ upper[start:end, end:]
-        scales[:, group : group + 1], offsets[:, group : group + 1] = scale, offset
-    return Fit(codes, scales, offsets, bits)
+    scales, offsets = torch.empty(2, rows, columns // group_size, device=target.device)
+    for span in parts_of(0, columns, SPAN):
+        for at in parts_of(span.start, span.stop, min(group_size, NEAR)):
+            group, inside = divmod(at.start, group_size)
+            if not inside:
+                whole = slice(at.start, at.start + group_size)
+                fitted = fit_weighted(weight[whole].T.contiguous(), hessian.diagonal()[whole], bits)
+                scales[:, group], offsets[:, group] = fitted[0][:, 0], fitted[1][:, 0]
+            codes[at] = code_columns(weight[at], upper[at, at], scales[:, group], offsets[:, group], bits)
+            weight[at.stop : span.stop].addmm_(upper[at, at.stop : span.stop].T, weight[at], alpha=-1)
+        weight[span.stop :].addmm_(upper[span, span.stop :].T, weight[span], alpha=-1)
+    return Fit(codes.T.contiguous(), scales, offsets, bits)
+
+
+def code_columns(weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Codes [k, O] of some columns [k, O] of a group, in whose place their errors are left, for later columns."""
+    codes = torch.empty_like(weight)
+    for column, one in enumerate(weight):
+        codes[column] = nearest_codes(one, scale, offset, bits)
+        one.sub_(codes[column] * scale + offset).div_(upper[column, column])
+        weight[column + 1 :].addr_(upper[column, column + 1 :], one, alpha=-1)
+    return codes
+
+
+def root_of_inverse(hessian: Tensor) -> Tensor:
+    """The upper triangular R [K, K] of which R^T R is the inverse of `hessian`.
+
+    It is the inverse of the reversed Hessian's Cholesky factor, reversed again: half the work of inverting first.
+    """
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    root = torch.zeros_like(lower)
+    for span in parts_of(0, len(lower), SPAN):
+        ones = torch.eye(len(lower) - span.start, span.stop - span.start, device=lower.device)
+        root[span.start :, span] = torch.linalg.solve_triangular(lower[span.start :, span.start :], ones, upper=False)
+    del lower
+    return root.flip(0, 1)
 
 
 def fit_weighted(groups: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """What calibration needs to know of a layer: its inputs' second moments, and how far its output is off."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from tinysd_batch.errors import ModelError
 RIDGES = (1.0, 10.0, 100.0)  # times the recipe's damping
 ENOUGH = 4  # tokens for each column: with fewer, damping grows
 MOST_DAMPING = 5  # times that damping is raised tenfold
+SPAN = 512  # columns in a product of large matrices
 
 Layer = nn.Linear | nn.Conv2d
 Tokens = tuple[Tensor, Tensor]  # a layer's inputs [N, K], and gaps [N, O]
@@ -35,7 +37,7 @@ class Moments:
 
     def __init__(self, columns: int, rows: int, device: torch.device) -> None:
         self.count = 0
-        self.square = torch.zeros(columns, columns, device=device)  # x x^T
+        self.square = torch.zeros(columns, columns, device=device)  # x x^T; of what is symmetric, the upper half
         self.cross = torch.zeros(columns, rows, device=device)  # x gap^T
         self.sum_x = torch.zeros(columns, device=device)
         self.sum_gap = torch.zeros(rows, device=device)
@@ -43,7 +45,8 @@ class Moments:
     def add(self, x: Tensor, gap: Tensor) -> None:
         """Tokens [N, K] and their gaps [N, O]."""
         self.count += len(x)
-        self.square.addmm_(x.T, x)
+        for span in parts_of(0, x.shape[1], SPAN):
+            self.square[span, span.start :].addmm_(x[:, span].T, x[:, span.start :])
         self.cross.addmm_(x.T, gap)
         self.sum_x += x.sum(dim=0)
         self.sum_gap += gap.sum(dim=0)
@@ -56,6 +59,7 @@ class Moments:
         target is the float weight. The Hessian is damped as well, more where tokens are few. With a bias the means are
         its business, so moments are taken around them.
         """
+        mirror(self.square)
         mean_x, mean_gap = self.sum_x / self.count, self.sum_gap / self.count
         hessian, cross = self.square.div_(self.count), self.cross.div_(self.count)
         if has_bias:
@@ -69,6 +73,12 @@ class Moments:
             target = weight + best_shift(hessian, cross, x, gap, damping).T
         damp(hessian, damping * max(1.0, ENOUGH * len(mean_x) / self.count))
         return Problem(target, hessian, mean_x, mean_gap)
+
+
+def mirror(square: Tensor) -> None:
+    """Fill the lower half of a symmetric matrix, in place."""
+    for span in parts_of(0, len(square), SPAN):
+        square[span.stop :, span] = square[span, span.stop :].T
 
 
 def best_shift(hessian: Tensor, cross: Tensor, x: Tensor, gap: Tensor, least: float) -> Tensor:
@@ -105,20 +115,26 @@ def column_parts(layer: Layer, group_size: int, most: int) -> list[Tensor]:
     return [part.flatten() for part in groups.tensor_split(count, dim=1)]
 
 
-def tokens_of(layer: Layer, x: Tensor) -> Tensor:
-    """A layer's input as the tokens that its matrix multiplies, [R, L, K]; a convolution's K is tap-major."""
+def tokens_of(layer: Layer, x: Tensor, some: Tensor) -> Tensor:
+    """Of the R L tokens in a layer's input, those of some numbers, as its matrix multiplies them, [N, K].
+
+    A convolution's K is tap-major. Only these tokens are unfolded.
+    """
     if isinstance(layer, nn.Linear):
-        return x.reshape(len(x), -1, x.shape[-1])
-    taps = layer.kernel_size[0] * layer.kernel_size[1]
-    if taps == 1 and layer.stride == (1, 1) and sides(layer) == (0, 0):
-        return x.flatten(2).transpose(1, 2)
-    columns = F.unfold(x, layer.kernel_size, 1, sides(layer), layer.stride)  # [R, C taps, L]
-    return columns.view(len(x), x.shape[1], taps, -1).permute(0, 3, 2, 1).flatten(2)
+        return x.reshape(-1, x.shape[-1])[some]
+    (tall, wide), (down, across), (above, before) = layer.kernel_size, layer.stride, sides(layer)
+    padded = F.pad(x, (before, before, above, above)).permute(0, 2, 3, 1)
+    height, width = (padded.shape[1] - tall) // down + 1, (padded.shape[2] - wide) // across + 1
+    taps = torch.arange(tall * wide, device=x.device)
+    rows = some[:, None] // width % height * down + taps // wide
+    columns = some[:, None] % width * across + taps % wide
+    return padded[some[:, None] // (height * width), rows, columns].flatten(1)
 
 
-def sides(layer: nn.Conv2d) -> tuple[int, ...]:
+def sides(layer: nn.Conv2d) -> tuple[int, int]:
     assert not isinstance(layer.padding, str), layer
-    return layer.padding
+    above, before = layer.padding
+    return above, before
 
 
 def layer_of(unet: nn.Module, name: str) -> Layer:
@@ -129,5 +145,10 @@ def layer_of(unet: nn.Module, name: str) -> Layer:
 
 
 def tokens_out(y: Tensor) -> Tensor:
-    """A layer's output in the same order of tokens, [R, L, O]."""
-    return y.flatten(2).transpose(1, 2) if y.dim() == 4 else y.reshape(len(y), -1, y.shape[-1])
+    """A layer's output in the same order of tokens, [R L, O]."""
+    return y.permute(0, 2, 3, 1).flatten(0, 2) if y.dim() == 4 else y.reshape(-1, y.shape[-1])
+
+
+def parts_of(start: int, stop: int, most: int) -> Iterator[slice]:
+    """What lies between, in parts of so many at most."""
+    return (slice(at, min(at + most, stop)) for at in range(start, stop, most))

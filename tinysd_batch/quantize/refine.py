@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tinysd_batch.model.packing import PackedWeight, pack_codes
 from tinysd_batch.quantize.affine import BYTE, to_bytes, top_code
-from tinysd_batch.quantize.gptq import Part
+from tinysd_batch.quantize.gptq import NEAR, Fit, Part
+from tinysd_batch.quantize.hessian import SPAN, parts_of
 
 Snap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # scale and offset [O] to ones that can be stored
 
@@ -73,24 +74,41 @@ def steps_to(value: Tensor, least: Tensor, step: Tensor) -> Tensor:
 
 
 def sweep(part: Part, snap: Snap) -> None:
-    """Once over all groups, in place. `slope` is the error's negative gradient, (target - weight) H."""
-    fit, hessian = part.fit, part.hessian
-    size = fit.group_size
-    slope = (part.target - fit.matrix()) @ hessian  # [O, K]
-    for group, start in enumerate(range(0, slope.shape[1], size)):
-        at = slice(start, start + size)
-        local = hessian[at, at]
-        codes, scale, offset = fit.codes[:, at].T.contiguous(), fit.scale[:, group], fit.offset[:, group]  # [g, O]
-        before = codes * scale + offset
-        slopes = slope[:, at].T.contiguous()  # [g, O]
-        descend(codes, scale, slopes, local, top_code(fit.bits))
-        scale, offset = snap(*refit(codes, scale, offset, slopes, local))
-        fit.codes[:, at], fit.scale[:, group], fit.offset[:, group] = codes.T, scale, offset
-        slope -= (codes * scale + offset - before).T @ hessian[at]
+    """Once over all groups, in place. `slope` [K, O] is the error's negative gradient, H (target - weight)."""
+    fit, hessian, size = part.fit, part.hessian, part.fit.group_size
+    codes = fit.codes.T.contiguous()  # [K, O], as columns are worked on one by one
+    slope = hessian @ (part.target - fit.matrix()).T
+    for span in parts_of(0, len(slope), max(size, SPAN)):
+        changes = torch.empty_like(slope[span])
+        for at in parts_of(span.start, span.stop, size):
+            here = slice(at.start - span.start, at.stop - span.start)
+            changes[here] = improve(fit, at.start // size, codes[at], slope[at], hessian[at, at], snap)
+            # No group is looked at twice: earlier ones need no slope.
+            slope[at.stop : span.stop].addmm_(hessian[at.stop : span.stop, at], changes[here], alpha=-1)
+        slope[span.stop :].addmm_(hessian[span.stop :, span], changes, alpha=-1)
+    fit.codes = codes.T.contiguous()
+
+
+def improve(fit: Fit, group: int, codes: Tensor, slopes: Tensor, local: Tensor, snap: Snap) -> Tensor:
+    """New codes [g, O], scale and offset of a group, in place; by how much its weights [g, O] changed."""
+    scale, offset = fit.scale[:, group], fit.offset[:, group]
+    before = codes * scale + offset
+    descend(codes, scale, slopes, local, top_code(fit.bits))
+    scale, offset = snap(*refit(codes, scale, offset, slopes, local))
+    fit.scale[:, group], fit.offset[:, group] = scale, offset
+    return codes * scale + offset - before
 
 
 def descend(codes: Tensor, scale: Tensor, slopes: Tensor, local: Tensor, top: int) -> None:
     """Give each column of a group [g, O] the code that is best with all others as they are; in place."""
+    for at in parts_of(0, len(codes), NEAR):
+        before = codes[at].clone()
+        descend_near(codes[at], scale, slopes[at].clone(), local[at, at], top)
+        slopes.addmm_(local[:, at], (codes[at] - before) * scale, alpha=-1)
+
+
+def descend_near(codes: Tensor, scale: Tensor, slopes: Tensor, local: Tensor, top: int) -> None:
+    """The same for some columns [k, O], codes and their slopes in place."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     for column in range(len(codes)):
         wanted = codes[column] * scale + slopes[column] / local[column, column]  # less the offset
