@@ -36,7 +36,7 @@ STEPS = 4
 PAIRS = 9
 WAYS: dict[str, dict[str, object]] = {"plain": {}, "turbo": {"turbo": True}, "unet_bs 1": {"unet_bs": 1}}
 PEERS = {"quanto": "optimum-quanto int2", "sdnq": "SDNQ uint2"}
-PEER_ROUNDS = 3
+FIRST_ROUNDS = 3
 GIB = 2**30
 Found = dict[str, Any]  # what a process measured: numbers by name, and the precision
 SD_V1_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -281,17 +281,18 @@ def step_of_peer(method: str, precision: str, arguments: argparse.Namespace) -> 
 def one_round(number: int, others: list[str], arguments: argparse.Namespace) -> dict[str, Found]:
     """Ours as it comes, ours with the weights kept unpacked, and diffusers, one after the other.
 
-    Ours with little memory, and other programs' 2-bit UNets, whose quantizing takes longer than their steps, join the
-    first rounds; those in the precision that ours finds best.
+    What takes long or is of less interest joins the first rounds: diffusers in the precision that ours does not choose,
+    ours with little memory, and other programs' 2-bit UNets, in the precision that ours chooses.
     """
     kept = argparse.Namespace(**{**vars(arguments), "turbo": True})
     found = {"ours": in_a_process("ours", arguments), "ours, turbo": in_a_process("ours", kept)}
-    found |= {kind: in_a_process(kind, arguments) for kind in others}
-    if number < PEER_ROUNDS and arguments.low:
+    first, precision = number < FIRST_ROUNDS, found["ours"]["precision"]
+    found |= {kind: in_a_process(kind, arguments) for kind in others if first or kind == precision}
+    if first and arguments.low:
         little = argparse.Namespace(**{**vars(arguments), "budget": arguments.low})
         found[f"ours, {arguments.low}"] = in_a_process("ours", little)
-    if number < PEER_ROUNDS and arguments.peers:
-        found |= {method: step_of_peer(method, found["ours"]["precision"], arguments) for method in PEERS}
+    if first and arguments.peers:
+        found |= {method: step_of_peer(method, precision, arguments) for method in PEERS}
     return found
 
 
