@@ -34,6 +34,7 @@ class MemoryPlan:
     precision: str
     budget: str | None
     phases: list["Phase"]
+    elsewhere: bool = False  # the device is not at hand, so that what it takes for itself could not be measured
 
     @property
     def peak_bytes(self) -> int:
@@ -45,7 +46,7 @@ class MemoryPlan:
         budget = f", vram_budget {self.budget}" if self.budget else ""
         return {
             "Memory": f"{what} at a time ({self.precision} on {self.device}{budget})",
-            **{f"  {phase.name}": phase_line(phase, batch.rows) for phase in self.phases},
+            **{f"  {phase.name}": phase_line(phase, batch.rows, self.elsewhere) for phase in self.phases},
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class MemoryPlan:
         return {"device": self.device, "precision": self.precision, "peak": self.peak_bytes, "phases": phases}
 
 
-def phase_line(phase: "Phase", rows: int) -> str:
+def phase_line(phase: "Phase", rows: int, elsewhere: bool) -> str:
     weights = f"{size(phase.weights)} of weights stay"
     if phase.staying < phase.weights:
         weights = (
@@ -74,7 +75,9 @@ def phase_line(phase: "Phase", rows: int) -> str:
     told += ["in small parts"] if phase.is_in_small_parts else []
     told += ["maps kept as float16"] if phase.way.half_maps else []
     told += ["the largest made anew each time"] if phase.way.makes_anew else []
-    told += [f"{size(phase.context + phase.gaps)} for CUDA, its libraries and gaps"] if phase.context else []
+    if phase.context:
+        how = "assumed for" if elsewhere else "taken by"
+        told.append(f"{size(phase.context)} {how} CUDA and its libraries, {size(phase.gaps)} left for gaps")
     return ", ".join(told)
 
 
@@ -91,7 +94,8 @@ def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
 
     info = read_model_info(settings.model)
     precision = None if settings.precision == "auto" else settings.precision
-    if settings.device == "cuda" and not torch.cuda.is_available():  # planned here for a card elsewhere
+    elsewhere = settings.device == "cuda" and not torch.cuda.is_available()
+    if elsewhere:
         device, total = torch.device("cuda"), None
         dtype = torch.float32 if precision == "full" else torch.float16
     else:
@@ -100,4 +104,4 @@ def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
     budget = parse_budget(settings.vram_budget, total)
     model = TinySD(info, device, dtype, budget, turbo=settings.turbo, unet_bs=settings.unet_bs)
     phases = model.memory.phases(Shape(batch.rows, batch.height, batch.width, info.max_tokens))
-    return MemoryPlan(batch, device.type, name_of(dtype), settings.vram_budget, phases)
+    return MemoryPlan(batch, device.type, name_of(dtype), settings.vram_budget, phases, elsewhere)
