@@ -60,8 +60,7 @@ def quantize_calibrated(
     needs = needs_of_calib(part, unet, model, size, recipe, tune=tune)
     say(f"calibrating on {rows_of(recipe):,} rows: {needs}")
     check_room(needs, out, device)
-    identity = {"source": digest_of(part.tensors), "recipe": recipe.model_dump(), "size": size.notes()}
-    part.release()
+    identity = {"source": digest_of(part.tensors, part.release), "recipe": recipe.model_dump(), "size": size.notes()}
     started = time.monotonic()
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()

@@ -27,8 +27,9 @@ from tinysd_batch.quantize.units import State, Unit, Walker, rows_at_once
 
 INPUT_TOKENS = 512  # of each layer, where only their sort matters
 OTHER_TOKENS = 1024  # of the rows that tune and of those that are held out
-# Layers that close a residual connection, and the module whose input is the stream that they are added to.
-CLOSING = {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3", "proj_out": "norm"}
+# Layers that close a residual connection, and the module whose input is the stream that they are added to. That of
+# `proj_out` passes by the other units of its attention block.
+CLOSING = {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"}
 
 
 Use = Literal["moments", "tuning", "held out"]
@@ -83,7 +84,7 @@ class Calibration:
 
     def groups(self, unit: Unit, pair: Pair) -> list[list[str]]:
         """The unit's layers to be packed, in the order in which they work; those with the same input together."""
-        names = [name for name in self.layouts if name.startswith(tuple(f"{path}." for path in unit.paths))]
+        names = [name for name in self.layouts if unit.holds(name)]
         inputs: list[tuple[str, Tensor]] = []
 
         def note(name: str) -> Callable[[nn.Module, Any], None]:
@@ -145,6 +146,8 @@ class Calibration:
             some = torch.randperm(len(said), generator=draw)[:count].to(said.device)
             x = tokens_of(layer, inputs[name][0], some)
             gap = said[some] - F.linear(x, to_matrix(layer.weight), layer.bias)
+            if name.endswith(".proj_out"):
+                gap += outer_tokens(pair.floats)[some] - outer_tokens(pair.packed)[some]
             if stream := streams[name]:
                 gap += tokens_out(self.stream(self.source, name, outputs[stream][0]))[some]
                 gap -= tokens_out(self.stream(self.target, name, inputs[stream][0]))[some]
@@ -238,6 +241,12 @@ def stream_of(name: str) -> str | None:
     return None
 
 
+def outer_tokens(state: State) -> Tensor:
+    """What an attention block's output is added to, [R L, C]."""
+    assert state.outer is not None
+    return tokens_out(state.outer.float())
+
+
 def after(unit: Unit, unet: UNet2DConditionModel, state: State, dtype: torch.dtype) -> State:
     """A state one unit further, its maps in another type."""
     moved = state.copy()
@@ -256,7 +265,7 @@ def layer_inputs(
     draw = torch.Generator().manual_seed(0)
     for unit in walker.units:
         walker.load(unit)
-        mine = [name for name in names if name.startswith(tuple(f"{path}." for path in unit.paths))]
+        mine = [name for name in names if unit.holds(name)]
         found: dict[str, list[Tensor]] = {name: [] for name in mine}
         for state in states if mine else []:
             seen = watch(walker.unet, unit, state, set(mine), "")
@@ -287,7 +296,7 @@ def watch(unet: nn.Module, unit: Unit, state: State, names: set[str], last: str)
         return hook
 
     with hooked({name: note(name) for name in names}, unet), contextlib.suppress(Reached):
-        unit.run(unet, state.copy())
+        unit.run_for(unet, state.copy(), last)
     return seen
 
 

@@ -98,7 +98,7 @@ def widths_of(part: Part) -> Widths:
     for unit in walker.units:
         with KEEP_ON_META, torch.no_grad():
             unit.run(unet, state)
-        layers = [layer_of(unet, name).weight for name in names if name.startswith(tuple(f"{p}." for p in unit.paths))]
+        layers = [layer_of(unet, name).weight for name in names if unit.holds(name)]
         columns = max((to_matrix(weight).shape[1] for weight in layers), default=0)
         widths = Widths(
             max(widths.state, state.nbytes() // FLOAT),

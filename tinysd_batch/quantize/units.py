@@ -1,10 +1,11 @@
-"""The UNet as units in forward order (a resnet, an attention block, a resampler), one of them in memory at a time.
+"""The UNet as units in forward order (a resnet, a part of an attention block, a resampler), one in memory at a time.
 
-What passes between units is a `State`. So calibration can walk a UNet of any size with the floats of one unit, and keep
-the states of all calibration rows between two units.
+What passes between units is a `State`. An attention block is cut at its residual connections, so that attention over
+all pixels is not computed anew for each layer that comes after it. So calibration can walk a UNet of any size with the
+floats of one unit, and keep the states of all calibration rows between two units.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from tinysd_batch.model.checkpoint import KEEP_ON_META
 from tinysd_batch.model.fragments import named_places
 
-Kind = Literal["start", "resnet", "attention", "resampler", "end"]
+Kind = Literal["start", "resnet", "proj_in", "inner", "proj_out", "resampler", "end"]
+INNER = (("norm1", "attn1"), ("norm2", "attn2"), ("norm3", "ff"))  # of a transformer block: each adds to its input
 
 
 @dataclass(slots=True)
@@ -27,6 +29,7 @@ class State:
     context: Tensor  # [R, T, D]
     skips: list[Tensor]
     embedding: Tensor | None = None  # [R, 4 C0], of the times
+    outer: Tensor | None = None  # within an attention block: its input [R, C, h, w], to be added in the end
 
     @classmethod
     def of(cls, latents: Tensor, times: Tensor, context: Tensor) -> Self:
@@ -34,7 +37,7 @@ class State:
 
     def copy(self) -> "State":
         """The same, ready to work: hidden as float32, in a list of skips of its own."""
-        return State(self.hidden.float(), self.times, self.context, list(self.skips), self.embedding)
+        return State(self.hidden.float(), self.times, self.context, list(self.skips), self.embedding, self.outer)
 
     def wait_as(self, dtype: torch.dtype) -> None:
         """Keep the maps in another type until they are worked on."""
@@ -42,14 +45,17 @@ class State:
         self.hidden = self.hidden.to(dtype)
         if shared:
             self.skips[-1] = self.hidden
+        if self.outer is not None:
+            self.outer = self.outer.to(dtype)
 
     def nbytes(self) -> int:
-        return sum(one.numel() * one.element_size() for one in (self.hidden, *self.skips))
+        maps = (self.hidden, *self.skips, *(() if self.outer is None else (self.outer,)))
+        return sum(one.numel() * one.element_size() for one in maps)
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A step of the walk. Its modules' names begin with one of `paths`."""
+    """A step of the walk. Its modules are those of `paths`, and those within."""
 
     kind: Kind
     paths: tuple[str, ...]
@@ -60,25 +66,78 @@ class Unit:
     def name(self) -> str:
         return self.paths[0]
 
-    def run(self, unet: UNet2DConditionModel, state: State) -> None:
-        """Bring a state one unit further."""
+    def holds(self, name: str) -> bool:
+        """Whether a module is one of the unit's."""
+        return any(name == path or name.startswith(f"{path}.") for path in self.paths)
+
+    def join(self, state: State) -> None:
+        """Take a skip along, where the unit does."""
         if self.takes_skip:
             state.hidden = torch.cat([state.hidden, state.skips.pop().to(state.hidden.dtype)], dim=1)
-        match self.kind:
-            case "start":
-                state.embedding = unet.time_embedding(unet.time_proj(state.times).to(state.hidden.dtype))
-                state.hidden = unet.conv_in(state.hidden)
-            case "resnet":
-                state.hidden = unet.get_submodule(self.name)(state.hidden, state.embedding)
-            case "attention":
-                module = unet.get_submodule(self.name)
-                state.hidden = module(state.hidden, encoder_hidden_states=state.context, return_dict=False)[0]
-            case "resampler":
-                state.hidden = unet.get_submodule(self.name)(state.hidden)
-            case "end":
-                state.hidden = unet.conv_out(unet.conv_act(unet.conv_norm_out(state.hidden)))
+
+    def run(self, unet: UNet2DConditionModel, state: State) -> None:
+        """Bring a state one unit further."""
+        self.join(state)
+        RUN[self.kind](unet, [unet.get_submodule(path) for path in self.paths], state)
         if self.leaves_skip:
             state.skips.append(state.hidden)
+
+    def run_for(self, unet: UNet2DConditionModel, state: State, name: str) -> None:
+        """The same, for the sake of one module: a resnet's shortcut needs nothing else of it."""
+        if name.endswith(".conv_shortcut"):
+            self.join(state)
+            unet.get_submodule(name)(state.hidden)
+        else:
+            self.run(unet, state)
+
+
+def run_start(unet: UNet2DConditionModel, _: Sequence[nn.Module], state: State) -> None:
+    state.embedding = unet.time_embedding(unet.time_proj(state.times).to(state.hidden.dtype))
+    state.hidden = unet.conv_in(state.hidden)
+
+
+def run_resnet(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
+    state.hidden = modules[0](state.hidden, state.embedding)
+
+
+def run_proj_in(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
+    norm, layer = modules
+    state.outer = state.hidden
+    state.hidden = project(layer, norm(state.hidden))
+
+
+def run_inner(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
+    norm, module = modules
+    tokens = state.hidden.flatten(2).transpose(1, 2)
+    context = {"encoder_hidden_states": state.context} if getattr(module, "is_cross_attention", False) else {}
+    added = module(norm(tokens), **context)
+    state.hidden = (added + tokens).transpose(1, 2).reshape(state.hidden.shape)
+
+
+def run_proj_out(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
+    assert state.outer is not None
+    state.hidden = project(modules[0], state.hidden) + state.outer
+    state.outer = None
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """A map [R, C, h, w] by a 1x1 convolution, or by a linear layer as some models have it."""
+    of_map = isinstance(layer, nn.Conv2d)
+    return torch.as_tensor(layer(x) if of_map else layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def run_resampler(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
+    state.hidden = modules[0](state.hidden)
+
+
+def run_end(unet: UNet2DConditionModel, _: Sequence[nn.Module], state: State) -> None:
+    state.hidden = unet.conv_out(unet.conv_act(unet.conv_norm_out(state.hidden)))
+
+
+RUN: dict[Kind, Callable[[UNet2DConditionModel, Sequence[nn.Module], State], None]] = {
+    "start": run_start, "resnet": run_resnet, "proj_in": run_proj_in, "inner": run_inner, "proj_out": run_proj_out,
+    "resampler": run_resampler, "end": run_end,
+}  # fmt: skip
 
 
 def units_of(unet: UNet2DConditionModel) -> list[Unit]:
@@ -98,7 +157,7 @@ def block_units(path: str, block: Any) -> Iterator[Unit]:
     for number, _ in enumerate(block.resnets):
         yield Unit("resnet", (f"{path}.resnets.{number}",), goes_up, not goes_up and not attentions)
         if attentions:
-            yield Unit("attention", (f"{path}.attentions.{number}",), leaves_skip=not goes_up)
+            yield from attention_units(f"{path}.attentions.{number}", attentions[number], leaves_skip=not goes_up)
     kind = "upsamplers" if goes_up else "downsamplers"
     for number in range(len(getattr(block, kind, None) or ())):
         yield Unit("resampler", (f"{path}.{kind}.{number}",), leaves_skip=not goes_up)
@@ -106,9 +165,17 @@ def block_units(path: str, block: Any) -> Iterator[Unit]:
 
 def middle_units(block: Any) -> Iterator[Unit]:
     yield Unit("resnet", ("mid_block.resnets.0",))
-    for number, _ in enumerate(block.attentions):
-        yield Unit("attention", (f"mid_block.attentions.{number}",))
+    for number, attention in enumerate(block.attentions):
+        yield from attention_units(f"mid_block.attentions.{number}", attention, leaves_skip=False)
         yield Unit("resnet", (f"mid_block.resnets.{number + 1}",))
+
+
+def attention_units(path: str, attention: Any, *, leaves_skip: bool) -> Iterator[Unit]:
+    yield Unit("proj_in", (f"{path}.norm", f"{path}.proj_in"))
+    for number, _ in enumerate(attention.transformer_blocks):
+        block = f"{path}.transformer_blocks.{number}"
+        yield from (Unit("inner", (f"{block}.{norm}", f"{block}.{inner}")) for norm, inner in INNER)
+    yield Unit("proj_out", (f"{path}.proj_out",), leaves_skip=leaves_skip)
 
 
 class Walker:

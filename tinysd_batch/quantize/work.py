@@ -94,10 +94,11 @@ def open_work(out: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
         yield work
 
 
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b of names and numbers."""
+def digest_of(tensors: Mapping[str, Tensor], release: Callable[[], None]) -> str:
+    """BLAKE2b of names and numbers; `release` takes what was read out of memory again."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        release()
     return digest.hexdigest()
