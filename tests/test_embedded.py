@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from tests.tools import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.model.info import WEIGHTS, embedded_path
 
@@ -62,6 +63,10 @@ def test_the_report_on_it_is_of_these_weights() -> None:
     assert report["unet_bytes"] == (embedded_path() / "unet" / WEIGHTS).stat().st_size
     bits = {layer["name"]: layer["bits"] for layer in report["layers"]}
     assert all(bits[name] == layer["bits"] for name, layer in config["layers"].items())
+
+
+def test_inspect_knows_it_by_its_name(tmp_path: Path) -> None:
+    assert "tinysd emoji 64" in run_here("inspect", "embedded", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize(

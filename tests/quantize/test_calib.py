@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.refine import refine
 from tinysd_batch.quantize.sources import Options
-from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, draw
+from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw
 from tinysd_batch.quantize.units import Walker, units_of
-from tinysd_batch.quantize.work import open_work
+from tinysd_batch.quantize.work import Work, open_work
 
 EMBEDDED = Path(__file__).parents[2] / "tinysd_batch" / "embedded" / "model"
 RECIPE = """
@@ -278,3 +279,13 @@ def test_unknown_levels_are_refused(source: Path, tmp_path: Path, level: str) ->
     assert said.returncode == 2
     assert f"--level {level}: " in said.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_drawn_is_kept_whatever_its_order_in_memory(tmp_path: Path) -> None:
+    maps = torch.randn(2, 3, 8, 8, 4).permute(0, 1, 4, 2, 3)  # as convolutions of large maps leave them
+    context = torch.randn(3, 7, 5)
+    drawn = Trajectories(maps, torch.rand(2), maps * 2, maps * 3, maps[1], context, context + 1)
+    Work(tmp_path).trajectories("held_out", lambda: drawn)
+    kept = Work(tmp_path).trajectories("held_out", lambda: pytest.fail("drawn again"))
+    for one in fields(Trajectories):
+        assert torch.equal(getattr(kept, one.name), getattr(drawn, one.name)), one.name

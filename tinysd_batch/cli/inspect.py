@@ -9,7 +9,7 @@ from tinysd_batch.cli.convert import AllowPickle
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model folder or a checkpoint file.")],
+    path: Annotated[Path, typer.Argument(help="A model folder or a checkpoint file, or `embedded`.")],
     allow_pickle: AllowPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
@@ -18,10 +18,11 @@ def inspect(
 
     from rich.console import Console
 
+    from tinysd_batch.model.info import embedded_path
     from tinysd_batch.quantize.inspect import inspect_model
     from tinysd_batch.report.model import inspection_as_dict, print_inspection
 
-    found = inspect_model(path, allow_pickle=allow_pickle)
+    found = inspect_model(embedded_path() if str(path) == "embedded" else path, allow_pickle=allow_pickle)
     if as_json:
         typer.echo(json.dumps(inspection_as_dict(found)))
     else:

@@ -35,7 +35,8 @@ class Work:
         path = self.path / f"{name}.safetensors"
         if not path.exists():
             drawn = make()
-            write_atomically(to_safetensors({each.name: getattr(drawn, each.name) for each in fields(drawn)}), path)
+            tensors = {each.name: getattr(drawn, each.name).contiguous() for each in fields(drawn)}
+            write_atomically(to_safetensors(tensors), path)
         return Trajectories(**MappedTensors.read(path))
 
     def layouts(self, make: Callable[[], dict[str, Layout]]) -> dict[str, Layout]:
