@@ -28,6 +28,7 @@ and several processes can share the file's pages. On CUDA a kernel reads them as
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -115,7 +116,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(ABC):
     """What all ways of storing a matrix share; fields but `bits` are tensors, with a line for each row."""
 
     qweight: Tensor  # uint8 [O, K b/8]
@@ -138,9 +139,9 @@ class Stored:
         """A line for each pair of scale and offset: uint8 [N, g b/8]."""
         return self.qweight
 
+    @abstractmethod
     def parameters(self) -> Tensor:
         """These scales and offsets, float16 [N, 2]."""
-        raise NotImplementedError
 
     def cut(self, rows: slice) -> Self:
         """Some rows."""
