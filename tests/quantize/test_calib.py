@@ -164,7 +164,7 @@ def test_walking_unit_by_unit_is_the_unet() -> None:
 
 
 def test_without_data_the_report_tells_how_far_the_weights_moved(source: Path, tmp_path: Path) -> None:
-    done = run_here("quantize", source, tmp_path / "fast", cwd=tmp_path)
+    done = run_here("quantize", source, tmp_path / "fast", "--level", "fast", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "fast" / "report"
     assert f"report: {tmp_path / 'fast' / 'report' / 'index.html'}" in done.stderr
@@ -189,7 +189,7 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     assert "layers, about" in said.stderr
     assert "held-out" in said.stderr
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    done = run_here("quantize", source, tmp_path / "fast", "--recipe", recipe_file, cwd=tmp_path)
+    done = run_here("quantize", source, tmp_path / "fast", "--level", "fast", "--recipe", recipe_file, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     recipe = read_recipe(recipe_file)
     assert not (tmp_path / "out.work").exists()

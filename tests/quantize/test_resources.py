@@ -29,7 +29,10 @@ def test_too_little_memory_is_said_with_need_and_have(
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
     monkeypatch.setattr(resources, "available_memory", lambda _: 300_000)
-    for options, advice in (((), ""), (("--level", "calib", "--recipe", "recipe.toml"), "fewer prompts")):
+    for options, advice in (
+        (("--level", "fast"), ""),
+        (("--level", "calib", "--recipe", "recipe.toml"), "fewer prompts"),
+    ):
         done = run_here("quantize", float_model, "out", *options, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert re.search(rf"quantizing needs some \d+ MB of memory, 0 MB are available.*{advice}", done.stderr)
@@ -40,7 +43,7 @@ def test_too_small_a_disk_is_said_with_need_and_have(
     float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    done = run_here("quantize", float_model, "out", cwd=tmp_path)
+    done = run_here("quantize", float_model, "out", "--level", "fast", cwd=tmp_path)
     assert done.returncode == 5
     assert re.search(r"out: needs some 1 MB of disk, 0 MB are free", done.stderr)
     assert not list(tmp_path.iterdir())

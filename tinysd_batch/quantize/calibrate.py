@@ -74,35 +74,13 @@ class Calibration:
         for unit in self.source.units:
             self.source.load(unit)
             self.target.load(unit)
-            for names in self.groups(unit, pairs[0]):
+            for names in groups_of(self.target, unit, pairs[0].packed, self.layouts):
                 self.solve_group(unit, names, pairs)
             for pair in pairs:
                 pair.floats = after(unit, self.source.unet, pair.floats, pair.dtype)
                 pair.packed = after(unit, self.target.unet, pair.packed, pair.dtype)
             self.source.unload(unit)
             self.target.unload(unit)
-
-    def groups(self, unit: Unit, pair: Pair) -> list[list[str]]:
-        """The unit's layers to be packed, in the order in which they work; those with the same input together."""
-        names = [name for name in self.layouts if unit.holds(name)]
-        inputs: list[tuple[str, Tensor]] = []
-
-        def note(name: str) -> Callable[[nn.Module, Any], None]:
-            return lambda _, args: inputs.append((name, args[0]))
-
-        hooks = [self.target.unet.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-        unit.run(self.target.unet, pair.packed.copy())
-        for hook in hooks:
-            hook.remove()
-        # A shortcut works last, but the layer that is added to it is to make up for its error.
-        inputs.sort(key=lambda one: not one[0].endswith(".conv_shortcut"))
-        found: list[tuple[Tensor, list[str]]] = []
-        for name, x in inputs:
-            if found and found[-1][0] is x:
-                found[-1][1].append(name)
-            else:
-                found.append((x, [name]))
-        return [group for _, group in found]
 
     def solve_group(self, unit: Unit, names: list[str], pairs: list[Pair]) -> None:
         missing = [name for name in names if name not in self.solved]
@@ -222,6 +200,29 @@ class Gathered:
         should = x @ weight.T + gap
         power = (should - should.mean(dim=0)).square().sum() / wrong.square().sum().clamp(min=1e-20)
         return float(10 * power.clamp(min=1e-20).log10())
+
+
+def groups_of(walker: Walker, unit: Unit, state: State, layouts: Mapping[str, Layout]) -> list[list[str]]:
+    """The unit's layers to be packed, in the order in which they work; those with the same input together."""
+    names = [name for name in layouts if unit.holds(name)]
+    inputs: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, args: inputs.append((name, args[0]))
+
+    hooks = [walker.unet.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    unit.run(walker.unet, state.copy())
+    for hook in hooks:
+        hook.remove()
+    # A shortcut works last, but the layer that is added to it is to make up for its error.
+    inputs.sort(key=lambda one: not one[0].endswith(".conv_shortcut"))
+    found: list[tuple[Tensor, list[str]]] = []
+    for name, x in inputs:
+        if found and found[-1][0] is x:
+            found[-1][1].append(name)
+        else:
+            found.append((x, [name]))
+    return [group for _, group in found]
 
 
 def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
