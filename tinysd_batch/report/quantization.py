@@ -17,6 +17,7 @@ from PIL import Image
 from tinysd_batch.quantize.correction import Judged
 from tinysd_batch.quantize.measure import Errors
 from tinysd_batch.quantize.summary import Summary
+from tinysd_batch.report.similarity import HOW_TO_GET, mean_ssim
 from tinysd_batch.storage import write_atomically
 
 FOLDER = "report"
@@ -71,9 +72,10 @@ def as_dict(summary: Summary, errors: Errors | None, prompts: Sequence[str]) -> 
 
 
 def errors_as_dict(errors: Errors) -> dict[str, Any]:
+    ssim = mean_ssim(errors.floats, errors.packed)
     return {
         "noise_sqnr_db": round(errors.mean_noise_db, 2), "final_latents_sqnr_db": round(errors.final_db, 2),
-        "pictures_psnr_db": round(errors.psnr_db, 2),
+        "pictures_psnr_db": round(errors.psnr_db, 2), "pictures_ssim": None if ssim is None else round(ssim, 4),
         "along_the_trajectory": [
             {"time": time, "noise_sqnr_db": round(noise, 2), "latents_sqnr_db": round(latents, 2)}
             for time, noise, latents in zip(errors.times, errors.noise_db, errors.latents_db, strict=True)
@@ -155,12 +157,16 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     minutes, seconds = divmod(round(content["seconds"]), 60)
     found = [("UNet on disk", f"{content['unet_bytes'] / 1e6:,.1f} MB")]
     if "noise_sqnr_db" in content:
-        correction = content["noise_correction"]
+        correction, ssim = content["noise_correction"], content["pictures_ssim"]
         found += [
             ("guided noise prediction, mean over times, not corrected", f"{content['noise_sqnr_db']:.2f} dB"),
             ("final latents", f"{content['final_latents_sqnr_db']:.2f} dB"),
             ("noise correction", correction["says"] if correction else "not measured"),
             ("pictures (PSNR)", f"{content['pictures_psnr_db']:.2f} dB"),
+            (
+                "pictures (SSIM, 1 is equal)",
+                HOW_TO_GET if ssim is None else f"{ssim:.4f}",
+            ),
         ]
     return [
         *found,
