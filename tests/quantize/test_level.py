@@ -81,7 +81,7 @@ def sd_v1(recipe: Recipe) -> Foretold:
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=512,
         )  # fmt: skip
     parts = [Part(dict(one.config), one.state_dict(), Path("here")) for one in (unet, vae)]
-    return foretell(*parts, layers_to_pack(unet, DEFAULT), recipe)
+    return foretell(parts[0], parts[1], layers_to_pack(unet, DEFAULT), recipe)
 
 
 def test_what_is_foretold_is_what_it_took_within_a_factor_of_two() -> None:

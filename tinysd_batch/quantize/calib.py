@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import read_schedule, write_packed_unet
+from tinysd_batch.model.memory import STEP_BLOCK_BYTES
 from tinysd_batch.model.packing import Layout
+from tinysd_batch.model.residency import hand_back_blocks_of
 from tinysd_batch.model.samplers import alphas_cumprod
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use, layer_inputs
@@ -69,6 +71,8 @@ def quantize_calibrated(
     check_room(needs, out, device)
     identity = {"source": digest_of(part.tensors, part.release), "recipe": recipe.model_dump(), "size": size.notes()}
     started = time.monotonic()
+    if device.type == "cpu":
+        hand_back_blocks_of(STEP_BLOCK_BYTES)
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()
         work.keep_level("distill" if tune else "calib")

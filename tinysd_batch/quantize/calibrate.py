@@ -106,6 +106,8 @@ class Calibration:
         shares = Counter(pair.use for pair in pairs)
         draw = torch.Generator().manual_seed(self.recipe.seed)
         for pair in pairs:
+            if not any(one.needs(pair.use) for one in found.values()):
+                continue
             limit = (self.recipe.tokens if pair.use == "moments" else OTHER_TOKENS) // shares[pair.use]
             for name, x, gap in self.tokens(unit, names, pair, max(limit, 1), draw):
                 found[name].add(x, gap, pair.use)
@@ -142,12 +144,13 @@ class Calibration:
         weight, bits = to_matrix(layer.weight), self.layouts[name].bits
         size = self.layouts[name].group_in(weight.shape[1])
         parts, means = [], torch.zeros(weight.shape[1], device=weight.device)
-        for groups, columns, moments in gathered.parts:
-            # A part of the columns cannot tell its own share of the gap.
-            tuning = gathered.tokens("tuning") if len(gathered.parts) == 1 else None
+        tuning = gathered.tokens("tuning") if gathered.needs("tuning") else None
+        while gathered.parts:  # of a part that is solved only the Hessian stays
+            groups, columns, moments = gathered.parts.pop(0)
             problem = moments.problem(
                 weight[:, columns], tuning, has_bias=layer.bias is not None, damping=self.recipe.damping
             )
+            del moments
             means[columns], gap = problem.mean_x, problem.mean_gap
             fit = gptq(problem.target, problem.hessian, size, bits)
             parts.append(Part(groups, problem.target, problem.hessian, fit))
@@ -176,6 +179,10 @@ class Gathered:
             columns = (groups[:, None] * group_size + torch.arange(group_size)).flatten().to(device)
             parts.append((groups.to(device), columns, Moments(len(columns), rows, device)))
         return cls(parts, {})
+
+    def needs(self, use: Use) -> bool:
+        """Whether tokens of this use say anything: a part of the columns cannot tell its own share of the gap."""
+        return use != "tuning" or len(self.parts) == 1
 
     def add(self, x: Tensor, gap: Tensor, use: Use) -> None:
         if use != "moments":

@@ -21,7 +21,7 @@ from tinysd_batch.quantize.calibrate import groups_of, watch
 from tinysd_batch.quantize.gptq import ITERATIONS, NEAR, STARTS
 from tinysd_batch.quantize.hessian import RIDGES, column_parts, layer_of, tokens_out
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.resources import CONTEXT_TOKENS, MAX_HELD_POINTS, rows_of
+from tinysd_batch.quantize.resources import CONTEXT_TOKENS, MAX_HELD_POINTS, latents_of, rows_of
 from tinysd_batch.quantize.sources import Part
 from tinysd_batch.quantize.trajectories import set_apart
 from tinysd_batch.quantize.units import State, Unit, Walker, rows_at_once
@@ -215,9 +215,3 @@ def decoding(vae: Part) -> float:
         side = model.config.sample_size // 2 ** (len(model.config.block_out_channels) - 1)
         latents = torch.empty(1, model.config.latent_channels, side, side)
         return multiply_adds(lambda: model.decode(latents))
-
-
-def latents_of(part: Part) -> Tensor:
-    """A row's, without numbers."""
-    channels, side = part.config["in_channels"], part.config["sample_size"]
-    return torch.empty(1, channels, side, side, device="meta")
