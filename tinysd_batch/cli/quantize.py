@@ -1,5 +1,7 @@
 """`tinysd-batch quantize`: a model of the user's own at few bits."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,7 +87,9 @@ def make_and_report(
     """Quantize, measure what can be, and report. Level fast draws nothing unless a recipe is given."""
     from tinysd_batch.quantize.calib import quantize_calibrated
     from tinysd_batch.quantize.fast import quantize_model
+    from tinysd_batch.quantize.folder import open_source
     from tinysd_batch.quantize.measure import measure
+    from tinysd_batch.quantize.sensitivity import harms_of
     from tinysd_batch.quantize.summary import summarize
     from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS
     from tinysd_batch.report.quantization import write_report
@@ -98,7 +102,7 @@ def make_and_report(
             source, out, how, recipe, chosen, tell,
             size=size, tune=level == "distill", noise_correction=noise_correction,
         )  # fmt: skip
-    errors = None
+    errors, harms, started = None, None, time.monotonic()
     if recipe is not None and made.held_out is not None:
         tell(f"measuring on {len(recipe.held_out)} held-out prompts")
         errors = measure(out, made.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
@@ -106,7 +110,11 @@ def make_and_report(
             f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "
             f"final latents {errors.final_db:.1f} dB, pictures {errors.psnr_db:.1f} dB"
         )
-    page = write_report(out, summarize(out, made, str(chosen), recipe), errors, recipe.held_out if recipe else [])
+        tell("measuring what each sort of layer harms alone")
+        harms = harms_of(open_source(source, how).unet(), out / "unet", made.held_out, recipe.scale, chosen)
+    made = replace(made, seconds=made.seconds + time.monotonic() - started)
+    summary = summarize(out, made, str(chosen), recipe)
+    page = write_report(out, summary, errors, recipe.held_out if recipe else [], harms)
     tell(f"report: {page}")
 
 

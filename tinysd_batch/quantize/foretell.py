@@ -20,8 +20,10 @@ from tinysd_batch.model.precision import timed
 from tinysd_batch.quantize.calibrate import groups_of, watch
 from tinysd_batch.quantize.gptq import ITERATIONS, NEAR, STARTS
 from tinysd_batch.quantize.hessian import RIDGES, column_parts, layer_of, tokens_out
+from tinysd_batch.quantize.presets import sort_of
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.resources import CONTEXT_TOKENS, MAX_HELD_POINTS, latents_of, rows_of
+from tinysd_batch.quantize.sensitivity import points_among
 from tinysd_batch.quantize.sources import Part
 from tinysd_batch.quantize.trajectories import set_apart
 from tinysd_batch.quantize.units import State, Unit, Walker, rows_at_once
@@ -106,7 +108,7 @@ class Foretold:
 
     drawing: Effort
     layers: dict[str, Effort]  # with what the walk through its unit takes
-    measuring: Effort  # a noise correction's, too
+    measuring: Effort  # a noise correction and sorts of layers alone, too
 
     @property
     def all(self) -> Effort:
@@ -132,6 +134,8 @@ def foretell(
         2 + 3 * noise_correction
     )  # each held-out drawing: predicted along the way, and drawn, as it may be corrected
     measuring = calls(held).times(again * recipe.steps) + calls(apart if noise_correction else 0).times(recipe.steps)
+    passes = 1 + len({sort_of(name) for name in layouts})
+    measuring += calls(points_among(held, together)).times(passes)
     measuring += Effort(2 * held * WALK * decoding(vae))
     return Foretold(drawing, layer_efforts(part, layouts, recipe, walked), measuring)
 
