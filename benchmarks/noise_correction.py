@@ -21,13 +21,12 @@ from torch import Tensor
 from benchmarks.quantizers import CPU, ROOT, held_out, tell
 from tinysd_batch.model.correction import NoiseCorrection
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.quantize.calib import TUNE_EVERY
 from tinysd_batch.quantize.correction import fit
 from tinysd_batch.quantize.folder import open_source
 from tinysd_batch.quantize.measure import sqnr_db
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
-from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw
+from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, TUNE_EVERY, Trajectories, draw
 from tinysd_batch.quantize.units import Walker
 from training.repack import float_folder
 

@@ -11,8 +11,8 @@
 
 Every method packs the same layers; first and last layer, time embedding, norms and biases are float16 in all. Each is
 asked for what its weights are worth as floats, and these are measured by the same engine: decibels of signal to noise
-of the guided noise prediction (mean over times) and of the final latents, and PSNR of the pictures, all against the
-float model. Results are kept in --out, so that a second call measures only what is missing.
+of the guided noise prediction (mean over times) and of the final latents, PSNR and, with scikit-image, SSIM of the
+pictures, all against the float model. Results are kept in --out, so that a second call measures only what is missing.
 """
 
 import argparse
@@ -47,6 +47,7 @@ from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources import Options
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
 from tinysd_batch.quantize.units import Walker
+from tinysd_batch.report.similarity import mean_ssim
 from training.repack import EMBEDDED as SHIPPED
 from training.repack import float_folder
 
@@ -256,13 +257,14 @@ def line_of(bench: Bench, errors: Errors, total: int, seconds: float) -> dict[st
     return {
         "bytes": total, "bits": 8 * total / count, "seconds": seconds, "noise_db": errors.mean_noise_db,
         "final_db": errors.final_db, "psnr_db": errors.psnr_db,
+        "ssim": mean_ssim(errors.floats, errors.packed),
     }  # fmt: skip
 
 
 def print_table(bench: Bench, lines: list[dict[str, object]]) -> None:
     prompts, recipe = bench.held_out.latents.shape[1], bench.recipe
     print(f"\n{len(bench.names)} packed layers, {prompts} held-out prompts, {recipe.steps} steps, scale {recipe.scale}")
-    print(f"{'method':<32}{'MB':>7}{'bits':>7}{'noise dB':>10}{'latents dB':>12}{'PSNR dB':>9}")
+    print(f"{'method':<32}{'MB':>7}{'bits':>7}{'noise dB':>10}{'latents dB':>12}{'PSNR dB':>9}{'SSIM':>8}")
     for line in lines:
         if "why" in line:
             print(f"{line['name']:<32}not measured: {line['why']}")
@@ -270,6 +272,7 @@ def print_table(bench: Bench, lines: list[dict[str, object]]) -> None:
         print(
             f"{line['name']:<32}{line['bytes'] / 1e6:7.2f}{line['bits']:7.2f}{line['noise_db']:10.2f}"  # type: ignore[operator]
             f"{line['final_db']:12.2f}{line['psnr_db']:9.2f}"
+            + ("       -" if line.get("ssim") is None else f"{line['ssim']:8.4f}")
         )
 
 

@@ -25,9 +25,10 @@ from tinysd_batch.quantize.folder import open_source
 from tinysd_batch.quantize.gptq import Part, gptq, root_of_inverse
 from tinysd_batch.quantize.hessian import Moments, column_parts, tokens_of, tokens_out
 from tinysd_batch.quantize.measure import measure
-from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
+from tinysd_batch.quantize.presets import Size, layers_to_pack, sort_of, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.refine import refine
+from tinysd_batch.quantize.sensitivity import EVERYTHING
 from tinysd_batch.quantize.sources import Options
 from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw
 from tinysd_batch.quantize.units import Walker, units_of
@@ -150,6 +151,7 @@ def test_parts_of_a_wide_layer_cover_it_once() -> None:
     assert len(parts) == 3
     assert sorted(torch.cat(parts).tolist()) == list(range(192 * 9 // 64))
     assert parts[0].tolist() == [3 * tap for tap in range(9)]  # a part is some channels with all their taps
+    assert [len(part) for part in column_parts(layer, 64, 64)] == [9, 9, 9]  # no part is empty
     assert [part.tolist() for part in column_parts(layer, 64, 10_000)] == [list(range(27))]
 
 
@@ -165,12 +167,13 @@ def test_walking_unit_by_unit_is_the_unet() -> None:
 
 
 def test_without_data_the_report_tells_how_far_the_weights_moved(source: Path, tmp_path: Path) -> None:
-    done = run_here("quantize", source, tmp_path / "fast", cwd=tmp_path)
+    done = run_here("quantize", source, tmp_path / "fast", "--level", "fast", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "fast" / "report"
     assert f"report: {tmp_path / 'fast' / 'report' / 'index.html'}" in done.stderr
     report = json.loads((folder / "report.json").read_text())
     assert "noise_sqnr_db" not in report
+    assert report["sensitivity"] is None
     assert not (folder / "pictures.png").exists()
     name, weight = "mid_block.resnets.0.conv1", to_matrix(small_unet().mid_block.resnets[0].conv1.weight.detach())
     stored = load_file(tmp_path / "fast" / "unet" / WEIGHTS)
@@ -190,7 +193,7 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     assert "layers, about" in said.stderr
     assert "held-out" in said.stderr
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    done = run_here("quantize", source, tmp_path / "fast", "--recipe", recipe_file, cwd=tmp_path)
+    done = run_here("quantize", source, tmp_path / "fast", "--level", "fast", "--recipe", recipe_file, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     recipe = read_recipe(recipe_file)
     assert not (tmp_path / "out.work").exists()
@@ -208,12 +211,17 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     assert without_data["final_latents_sqnr_db"] == pytest.approx(fast.final_db, abs=0.02)
     assert "lion; bell" in (tmp_path / "fast" / "report" / "index.html").read_text()
     assert report["classes"]
+    harms = {one["class"]: one["noise_sqnr_db"] for one in report["sensitivity"]}
+    assert list(harms.values()) == sorted(harms.values())
+    assert harms.keys() == {sort_of(name) for name in layers_to_pack(small_unet(), "default")} | {EVERYTHING}
+    assert sum(one["share_of_bytes"] for one in report["sensitivity"]) == pytest.approx(2, abs=0.01)
     assert sum(layer["bytes"] for layer in report["layers"]) <= report["unet_bytes"]
     bits = {layer["name"]: layer["bits"] for layer in report["layers"] if layer["bits"] < 16}
     assert bits == {name: layout.bits for name, layout in layers_to_pack(small_unet(), "default").items()}
     assert set(bits.values()) == {2, 4, 8}
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "lion; bell" in page
+    assert "What each sort of layer harms alone" in page
     assert read_model_info(str(tmp_path / "out")).unet_bytes == report["unet_bytes"]
 
 

@@ -70,7 +70,7 @@ def test_the_predicted_size_is_the_files(preset: str, float_model: Path, tmp_pat
 
 
 def test_the_size_is_said_at_the_start_and_unknown_presets_are_refused(float_model: Path, tmp_path: Path) -> None:
-    done = run_here("quantize", float_model, "out", "--preset", "tiny", cwd=tmp_path)
+    done = run_here("quantize", float_model, "out", "--level", "fast", "--preset", "tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     size = (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size
     assert done.stderr.splitlines()[0].startswith("unet: packing, preset tiny: ")
@@ -89,7 +89,7 @@ def test_the_size_is_said_at_the_start_and_unknown_presets_are_refused(float_mod
 def test_sizes_that_cannot_be_are_refused_before_work(
     float_model: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    done = run_here("quantize", float_model, "out", *options, cwd=tmp_path)
+    done = run_here("quantize", float_model, "out", "--level", "fast", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert re.search(message, done.stderr)
     assert not list(tmp_path.iterdir())
@@ -101,7 +101,7 @@ def test_sizes_that_cannot_be_are_refused_before_work(
 def test_a_file_of_a_wanted_size(float_model: Path, tmp_path: Path) -> None:
     """Filled as far as it goes, with the choice in its configuration."""
     wanted = 480_000
-    done = run_here("quantize", float_model, "out", "--target-size", wanted, cwd=tmp_path)
+    done = run_here("quantize", float_model, "out", "--level", "fast", "--target-size", wanted, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 0.98 * wanted < (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size <= wanted
     config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["quantization_config"]

@@ -13,11 +13,22 @@ from tests.quantize.test_calib import RECIPE, small_unet
 from tests.tools import run_here
 from tinysd_batch.model.info import WEIGHTS
 from tinysd_batch.model.mapped import MappedTensors
+from tinysd_batch.model.memory import LivePeak
 from tinysd_batch.quantize import resources
-from tinysd_batch.quantize.calibrate import after
-from tinysd_batch.quantize.recipe import read_recipe
-from tinysd_batch.quantize.resources import rows_of, state_dtype, widths_of
+from tinysd_batch.quantize.calib import pairs
+from tinysd_batch.quantize.calibrate import Calibration, Pair, Use, after
+from tinysd_batch.quantize.presets import Size, layers_to_pack
+from tinysd_batch.quantize.recipe import Recipe, read_recipe
+from tinysd_batch.quantize.resources import (
+    bytes_to_calibrate,
+    file_bytes,
+    places_of,
+    rows_of,
+    state_dtype,
+    widest_state,
+)
 from tinysd_batch.quantize.sources import Part
+from tinysd_batch.quantize.trajectories import Rows
 from tinysd_batch.quantize.units import State, Walker
 
 CPU = torch.device("cpu")
@@ -29,7 +40,10 @@ def test_too_little_memory_is_said_with_need_and_have(
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
     monkeypatch.setattr(resources, "available_memory", lambda _: 300_000)
-    for options, advice in (((), ""), (("--level", "calib", "--recipe", "recipe.toml"), "fewer prompts")):
+    for options, advice in (
+        (("--level", "fast"), ""),
+        (("--level", "calib", "--recipe", "recipe.toml"), "fewer prompts"),
+    ):
         done = run_here("quantize", float_model, "out", *options, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert re.search(rf"quantizing needs some \d+ MB of memory, 0 MB are available.*{advice}", done.stderr)
@@ -40,7 +54,7 @@ def test_too_small_a_disk_is_said_with_need_and_have(
     float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    done = run_here("quantize", float_model, "out", cwd=tmp_path)
+    done = run_here("quantize", float_model, "out", "--level", "fast", cwd=tmp_path)
     assert done.returncode == 5
     assert re.search(r"out: needs some 1 MB of disk, 0 MB are free", done.stderr)
     assert not list(tmp_path.iterdir())
@@ -52,11 +66,41 @@ def test_at_sd_v1s_size_rows_wait_as_float16(tmp_path: Path) -> None:
     part = Part(dict(unet.config), {}, tmp_path)
     recipe = read_recipe(None)
     assert state_dtype(part, recipe) is torch.float16
-    widths = widths_of(part)
-    assert 2 * rows_of(recipe) * 2 * widths.state < 5e9
-    assert widths.tokens == 960 * 9 * 64 * 64
+    assert 2 * rows_of(recipe) * 2 * widest_state(places_of(part)) < 5e9
     small = Part(dict(small_unet().config), {}, tmp_path)
     assert state_dtype(small, recipe) is torch.float32
+
+
+def test_calibrating_takes_the_tensors_that_are_foretold(tmp_path: Path) -> None:
+    """With layers that are solved in parts, and more rows than pass a unit together."""
+    unet = small_unet().eval()
+    part = Part(dict(unet.config), unet.state_dict(), tmp_path)
+    recipe = Recipe(prompts=["a"] * 40, held_out=["b"] * 4, points=2, tokens=1024, sweeps=2, block=320)
+    draw = torch.Generator().manual_seed(0)
+
+    def rows(count: int, use: Use) -> list[Pair]:
+        latents, context = (torch.randn(count, *shape, generator=draw) for shape in ((4, 16, 16), (8, 256)))
+        return list(pairs(Rows(latents, torch.full((count,), 500.0), context), CPU, use, torch.float32))
+
+    # Of the unit where most is foretold; the others' layers are passed as floats.
+    layouts = {
+        name: one for name, one in layers_to_pack(unet, "tiny").items() if name.startswith("up_blocks.1.resnets.0")
+    }
+    source, target = (Walker(part.config, part.tensors, CPU) for _ in range(2))
+    with LivePeak() as live:
+        live.leave_out(part.tensors.values())
+        some = [*rows(140, "moments"), *rows(20, "tuning"), *rows(8, "held out")]
+        Calibration(source, target, layouts, recipe, {}, lambda *_: None).run(some)
+    foretold = bytes_to_calibrate(part, places_of(part), recipe) + file_bytes(unet, Size("tiny"))
+    assert 0.6 * foretold < live.peak < 1.1 * foretold
+
+
+def test_at_sd_v1s_size_a_small_recipe_takes_under_three_gigabytes(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    part = Part(dict(unet.config), {}, tmp_path)
+    recipe = read_recipe(Path(__file__).parents[2] / "benchmarks" / "small_calib.toml")
+    assert 2e9 < bytes_to_calibrate(part, places_of(part), recipe) < 3e9
 
 
 def test_waiting_as_float16_changes_little() -> None:

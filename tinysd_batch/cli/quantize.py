@@ -1,5 +1,7 @@
 """`tinysd-batch quantize`: a model of the user's own at few bits."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +13,13 @@ from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from tinysd_batch.quantize.presets import Size
+    from tinysd_batch.quantize.recipe import Recipe
     from tinysd_batch.quantize.sources import Options
 
-LEVELS = ("fast", "calib", "distill")
+LEVELS = ("auto", "fast", "calib", "distill")
 
 
 def quantize(
@@ -22,8 +27,12 @@ def quantize(
     out: Out,
     level: Annotated[
         str,
-        typer.Option("--level", help="fast: without data. calib: with the model's own drawings. distill: and tuned."),
-    ] = "fast",
+        typer.Option(
+            "--level",
+            help="fast: without data. calib: with the model's own drawings. distill: and tuned. auto: calib where it "
+            "should take an hour at most, else fast.",
+        ),
+    ] = "auto",
     preset: Annotated[
         str | None,
         typer.Option(
@@ -76,17 +85,16 @@ def make_and_report(
     noise_correction: bool,
 ) -> None:  # fmt: skip
     """Quantize, measure what can be, and report. Level fast draws nothing unless a recipe is given."""
-    from tinysd_batch.model.devices import choose_device
     from tinysd_batch.quantize.calib import quantize_calibrated
     from tinysd_batch.quantize.fast import quantize_model
+    from tinysd_batch.quantize.folder import open_source
     from tinysd_batch.quantize.measure import measure
-    from tinysd_batch.quantize.recipe import read_recipe
+    from tinysd_batch.quantize.sensitivity import harms_of
     from tinysd_batch.quantize.summary import summarize
     from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS
     from tinysd_batch.report.quantization import write_report
 
-    recipe = None if level == "fast" and file is None else read_recipe(file)
-    chosen = choose_device("cpu" if recipe is None else None if device == "auto" else device)
+    level, recipe, chosen = decide(source, out, how, level, file, device, size, noise_correction=noise_correction)
     if recipe is None or level == "fast":
         made = quantize_model(source, out, how, tell, size, recipe, chosen)
     else:
@@ -94,7 +102,7 @@ def make_and_report(
             source, out, how, recipe, chosen, tell,
             size=size, tune=level == "distill", noise_correction=noise_correction,
         )  # fmt: skip
-    errors = None
+    errors, harms, started = None, None, time.monotonic()
     if recipe is not None and made.held_out is not None:
         tell(f"measuring on {len(recipe.held_out)} held-out prompts")
         errors = measure(out, made.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
@@ -102,5 +110,29 @@ def make_and_report(
             f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "
             f"final latents {errors.final_db:.1f} dB, pictures {errors.psnr_db:.1f} dB"
         )
-    page = write_report(out, summarize(out, made, str(chosen), recipe), errors, recipe.held_out if recipe else [])
+        tell("measuring what each sort of layer harms alone")
+        harms = harms_of(open_source(source, how).unet(), out / "unet", made.held_out, recipe.scale, chosen)
+    made = replace(made, seconds=made.seconds + time.monotonic() - started)
+    summary = summarize(out, made, str(chosen), recipe)
+    page = write_report(out, summary, errors, recipe.held_out if recipe else [], harms)
     tell(f"report: {page}")
+
+
+def decide(
+    source: Path, out: Path, how: "Options", level: str, file: Path | None, device: str, size: "Size", *,
+    noise_correction: bool,
+) -> "tuple[str, Recipe | None, torch.device]":  # fmt: skip
+    """Level, recipe and device, with a word on the level where it was not asked for."""
+    from tinysd_batch.model.devices import choose_device
+    from tinysd_batch.quantize.level import choose_level
+    from tinysd_batch.quantize.recipe import read_recipe
+
+    recipe = None if level == "fast" and file is None else read_recipe(file)
+    chosen = choose_device("cpu" if recipe is None else None if device == "auto" else device)
+    if level == "auto" and recipe is not None:
+        found = choose_level(source, out, how, size, recipe, chosen, noise_correction=noise_correction)
+        tell(found.why)
+        level = found.name
+    if level == "fast" and file is None:
+        return level, None, choose_device("cpu")
+    return level, recipe, chosen

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import read_schedule, write_packed_unet
-from tinysd_batch.model.packing import Layout, to_matrix
+from tinysd_batch.model.memory import STEP_BLOCK_BYTES
+from tinysd_batch.model.packing import Layout
+from tinysd_batch.model.residency import hand_back_blocks_of
 from tinysd_batch.model.samplers import alphas_cumprod
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use, layer_inputs
@@ -19,20 +21,27 @@ from tinysd_batch.quantize.correction import Judged, correct
 from tinysd_batch.quantize.distill import Examples, Tuned, distill
 from tinysd_batch.quantize.fast import check_finite
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
-from tinysd_batch.quantize.hessian import layer_of
+from tinysd_batch.quantize.foretell import layer_efforts, speed_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.resources import MAX_HELD_POINTS, check_room, needs_of_calib, rows_of, state_dtype
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
 from tinysd_batch.quantize.summary import Made
-from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Rows, Trajectories, draw, draw_held_out, spread_points
+from tinysd_batch.quantize.trajectories import (
+    HELD_OUT_SEEDS,
+    TUNE_EVERY,
+    Rows,
+    Trajectories,
+    draw,
+    draw_held_out,
+    set_apart,
+    spread_points,
+)
 from tinysd_batch.quantize.units import State, Walker, rows_at_once
 from tinysd_batch.quantize.work import Work, digest_of, open_work
 from tinysd_batch.storage import new_folder, storage_errors
 
 TELL_EVERY_S = 10.0
-TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
-A_LAYER, A_COLUMN = 2e10, 1e7  # what even small ones take, in multiplications
 ALLOCATION_ROWS = 16
 SIZE = Size()
 
@@ -62,8 +71,11 @@ def quantize_calibrated(
     check_room(needs, out, device)
     identity = {"source": digest_of(part.tensors, part.release), "recipe": recipe.model_dump(), "size": size.notes()}
     started = time.monotonic()
+    if device.type == "cpu":
+        hand_back_blocks_of(STEP_BLOCK_BYTES)
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()
+        work.keep_level("distill" if tune else "calib")
         with new_folder(out) as folder:
             write_json(folder / "unet" / "config.json", part.config)
             write_others(model, folder, torch.float16, say)
@@ -127,7 +139,9 @@ def solve(
         say(f"going on: {len(known):,} of {len(layouts):,} layers are there")
     else:
         say(f"calibrating the {len(layouts):,} layers")
-    progress = Progress(costs(source.unet, layouts, recipe), work, say, set(known), work.seconds())
+    speed = speed_of(device)
+    seconds = {name: effort.seconds(speed) for name, effort in layer_efforts(part, layouts, recipe).items()}
+    progress = Progress(seconds, work, say, set(known), work.seconds())
     tuning, calibrating_rows = split(spread_points(calibrating, recipe.points), 2 * recipe.points)
     dtype = state_dtype(part, recipe)
     rows = [
@@ -138,11 +152,6 @@ def solve(
     run = Calibration(source, target, layouts, recipe, known, progress.keep)
     run.run(rows)
     return run.solved
-
-
-def set_apart(prompts: Tensor) -> Tensor:
-    """Which of these numbers of prompts do not calibrate: one in eight, of very few prompts none."""
-    return prompts % TUNE_EVERY == TUNE_EVERY // 2
 
 
 def split(rows: Rows, of_a_prompt: int) -> tuple[Rows, Rows]:
@@ -208,45 +217,34 @@ def write_calibrated(
     write_packed_unet(folder, part.config, packed, others, notes)
 
 
-# What it will take
-
-
-def costs(unet: nn.Module, layouts: Mapping[str, Layout], recipe: Recipe) -> dict[str, float]:
-    """What each layer takes, in multiplications: its Hessian, its inverse, its sweeps."""
-    found = {}
-    for name in layouts:
-        rows, columns = to_matrix(layer_of(unet, name).weight).shape
-        width = min(columns, recipe.block)
-        per_column = width * (recipe.tokens / 4 + width + (recipe.sweeps + 1) * rows)
-        found[name] = columns * (per_column + A_COLUMN) + A_LAYER
-    return found
+# What is left
 
 
 @dataclass(slots=True)
 class Progress:
     """Keeps each finished layer, and tells now and then how long the others will take."""
 
-    costs: dict[str, float]
+    foretold: dict[str, float]  # seconds of each layer
     work: Work
     say: Say
     done: set[str]
     earlier: float  # seconds that earlier runs took
     started: float = field(default_factory=time.monotonic)
     told: float = 0.0
-    spent: float = 0.0  # cost of what this run did
+    spent: float = 0.0  # of these, by what this run did
 
     def keep(self, name: str, solved: Solved) -> None:
         self.work.keep_layer(name, solved)
         self.done.add(name)
-        self.spent += self.costs[name]
+        self.spent += self.foretold[name]
         now = time.monotonic()
         self.work.keep_seconds(self.earlier + now - self.started)
-        if now - self.told >= TELL_EVERY_S or len(self.done) == len(self.costs):
+        if now - self.told >= TELL_EVERY_S or len(self.done) == len(self.foretold):
             self.told = now
-            left = sum(cost for other, cost in self.costs.items() if other not in self.done)
+            left = sum(each for other, each in self.foretold.items() if other not in self.done)
             seconds = (now - self.started) / self.spent * left
             self.say(
-                f"{len(self.done):,} of {len(self.costs):,} layers, about {spoken(seconds)} left; "
+                f"{len(self.done):,} of {len(self.foretold):,} layers, about {spoken(seconds)} left; "
                 f"{name}: {solved.sqnr_db:.1f} dB"
             )
 

@@ -75,35 +75,13 @@ class Calibration:
         for unit in self.source.units:
             self.source.load(unit)
             self.target.load(unit)
-            for names in self.groups(unit, pairs[0]):
+            for names in groups_of(self.target, unit, pairs[0].packed, self.layouts):
                 self.solve_group(unit, names, pairs)
             for pair in pairs:
                 pair.floats = after(unit, self.source.unet, pair.floats, pair.dtype)
                 pair.packed = after(unit, self.target.unet, pair.packed, pair.dtype)
             self.source.unload(unit)
             self.target.unload(unit)
-
-    def groups(self, unit: Unit, pair: Pair) -> list[list[str]]:
-        """The unit's layers to be packed, in the order in which they work; those with the same input together."""
-        names = [name for name in self.layouts if unit.holds(name)]
-        inputs: list[tuple[str, Tensor]] = []
-
-        def note(name: str) -> Callable[[nn.Module, Any], None]:
-            return lambda _, args: inputs.append((name, args[0]))
-
-        hooks = [self.target.unet.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-        unit.run(self.target.unet, pair.packed.copy())
-        for hook in hooks:
-            hook.remove()
-        # A shortcut works last, but the layer that is added to it is to make up for its error.
-        inputs.sort(key=lambda one: not one[0].endswith(".conv_shortcut"))
-        found: list[tuple[Tensor, list[str]]] = []
-        for name, x in inputs:
-            if found and found[-1][0] is x:
-                found[-1][1].append(name)
-            else:
-                found.append((x, [name]))
-        return [group for _, group in found]
 
     def solve_group(self, unit: Unit, names: list[str], pairs: list[Pair]) -> None:
         missing = [name for name in names if name not in self.solved]
@@ -129,6 +107,8 @@ class Calibration:
         shares = Counter(pair.use for pair in pairs)
         draw = torch.Generator().manual_seed(self.recipe.seed)
         for pair in pairs:
+            if not any(one.needs(pair.use) for one in found.values()):
+                continue
             limit = (self.recipe.tokens if pair.use == "moments" else OTHER_TOKENS) // shares[pair.use]
             for name, x, gap in self.tokens(unit, names, pair, max(limit, 1), draw):
                 found[name].add(x, gap, pair.use)
@@ -165,12 +145,13 @@ class Calibration:
         weight, bits = to_matrix(layer.weight), self.layouts[name].bits
         size = self.layouts[name].group_in(weight.shape[1])
         parts, means = [], torch.zeros(weight.shape[1], device=weight.device)
-        for groups, columns, moments in gathered.parts:
-            # A part of the columns cannot tell its own share of the gap.
-            tuning = gathered.tokens("tuning") if len(gathered.parts) == 1 else None
+        tuning = gathered.tokens("tuning") if gathered.needs("tuning") else None
+        while gathered.parts:  # of a part that is solved only the Hessian stays
+            groups, columns, moments = gathered.parts.pop(0)
             problem = moments.problem(
                 weight[:, columns], tuning, has_bias=layer.bias is not None, damping=self.recipe.damping
             )
+            del moments
             means[columns], gap = problem.mean_x, problem.mean_gap
             fit = gptq(problem.target, problem.hessian, size, bits)
             parts.append(Part(groups, problem.target, problem.hessian, fit))
@@ -200,6 +181,10 @@ class Gathered:
             parts.append((groups.to(device), columns, Moments(len(columns), rows, device)))
         return cls(parts, {})
 
+    def needs(self, use: Use) -> bool:
+        """Whether tokens of this use say anything: a part of the columns cannot tell its own share of the gap."""
+        return use != "tuning" or len(self.parts) == 1
+
     def add(self, x: Tensor, gap: Tensor, use: Use) -> None:
         if use != "moments":
             self.others.setdefault(use, []).append((x, gap))
@@ -223,6 +208,29 @@ class Gathered:
         should = x @ weight.T + gap
         power = (should - should.mean(dim=0)).square().sum() / wrong.square().sum().clamp(min=1e-20)
         return float(10 * power.clamp(min=1e-20).log10())
+
+
+def groups_of(walker: Walker, unit: Unit, state: State, layouts: Mapping[str, Layout]) -> list[list[str]]:
+    """The unit's layers to be packed, in the order in which they work; those with the same input together."""
+    names = [name for name in layouts if unit.holds(name)]
+    inputs: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, args: inputs.append((name, args[0]))
+
+    hooks = [walker.unet.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    unit.run(walker.unet, state.copy())
+    for hook in hooks:
+        hook.remove()
+    # A shortcut works last, but the layer that is added to it is to make up for its error.
+    inputs.sort(key=lambda one: not one[0].endswith(".conv_shortcut"))
+    found: list[tuple[Tensor, list[str]]] = []
+    for name, x in inputs:
+        if found and found[-1][0] is x:
+            found[-1][1].append(name)
+        else:
+            found.append((x, [name]))
+    return [group for _, group in found]
 
 
 def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:

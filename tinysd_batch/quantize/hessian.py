@@ -105,13 +105,16 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
 
 
 def column_parts(layer: Layer, group_size: int, most: int) -> list[Tensor]:
-    """The groups of a layer's rows in parts of at most `most` columns: neighbouring input channels, with all taps."""
+    """The groups of a layer's rows in parts of at most `most` columns: neighbouring input channels, with all taps.
+
+    One group of channels is the least part, however many columns its taps make.
+    """
     taps = layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
     columns = layer.weight[0].numel()
     groups = torch.arange(columns // group_size).view(taps, -1) if columns // taps % group_size == 0 else None
     if columns <= most or groups is None:
         return [torch.arange(columns // group_size)]
-    count = -(-columns // most)
+    count = min(-(-columns // most), groups.shape[1])
     return [part.flatten() for part in groups.tensor_split(count, dim=1)]
 
 

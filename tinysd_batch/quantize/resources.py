@@ -1,19 +1,21 @@
 """Memory and disk that quantizing takes, told from shapes before it starts, and whether they are there."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import nn
+from torch import Tensor, nn
 
 from tinysd_batch.errors import StorageError, UsageError
+from tinysd_batch.model.attention import PartedAttention
 from tinysd_batch.model.checkpoint import KEEP_ON_META
 from tinysd_batch.model.memory import LivePeak
-from tinysd_batch.model.packing import to_matrix
-from tinysd_batch.quantize.hessian import layer_of
+from tinysd_batch.quantize.calibrate import OTHER_TOKENS
+from tinysd_batch.quantize.hessian import Layer, layer_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.room import available_memory
@@ -22,8 +24,9 @@ from tinysd_batch.quantize.units import State, Walker, rows_at_once
 
 FLOAT, HALF = 4, 2  # bytes
 HALF_ABOVE = 1e9  # bytes of states: more are kept as float16 between two units
-HESSIANS = 5  # of the widest layer in memory at once: its own, factors and inverses
-TOKEN_COPIES = 3  # of a layer's inputs while they are unfolded
+FACTORS = 3  # of a part's Hessian beside it: a factor, its inverse and one that is being made
+WATCHED = 3  # times a unit's maps: two UNets', and some in the order of tokens
+MATRICES = 2  # of a layer while it is solved: its weights in order and its codes
 ROW_FLOATS = 4  # float copies of a layer that is packed without data
 MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
 CONTEXT_TOKENS = 77
@@ -80,32 +83,36 @@ def needs_of_fast(unet: nn.Module, source: Source, size: Size) -> Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Widths:
-    """What a row takes where it takes most, told from a walk without numbers, in floats."""
+class Place:
+    """What a row takes at a unit of the UNet, told from a walk without numbers, in floats."""
 
-    state: int
-    tokens: int  # a layer's inputs, unfolded
-    unit: int  # weights of the largest unit
+    state: int  # while it waits before the unit or after it, the larger
+    maps: int  # besides, while it passes
+    weights: int  # of the unit
+    layers: list[Layer]  # that may be packed
 
 
-def widths_of(part: Part) -> Widths:
+def places_of(part: Part) -> list[Place]:
     walker = Walker(part.config, {}, KEEP_ON_META)
+    walker.unet.set_attn_processor(PartedAttention(fused=True))  # counts no scores, as torch's kernels hold none
     config, unet = walker.unet.config, walker.unet
     latents = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
     context = torch.empty(1, 8, config.cross_attention_dim, device="meta")
     state = State.of(latents, torch.empty(1, device="meta"), context)
-    widths, names = Widths(0, 0, 0), list(layers_to_pack(unet, SMALLEST))
+    places, names = [], list(layers_to_pack(unet, SMALLEST))
     for unit in walker.units:
-        with KEEP_ON_META, torch.no_grad():
+        before = state.nbytes()
+        with KEEP_ON_META, torch.no_grad(), LivePeak() as live:
+            live.leave_out([*unet.parameters(), state.hidden, *state.skips])
             unit.run(unet, state)
-        layers = [layer_of(unet, name).weight for name in names if unit.holds(name)]
-        columns = max((to_matrix(weight).shape[1] for weight in layers), default=0)
-        widths = Widths(
-            max(widths.state, state.nbytes() // FLOAT),
-            max(widths.tokens, columns * state.hidden.shape[-1] * state.hidden.shape[-2]),
-            max(widths.unit, sum(weight.numel() for weight in layers)),
-        )
-    return widths
+        layers = [layer_of(unet, name) for name in names if unit.holds(name)]
+        weights = sum(layer.weight.numel() for layer in layers)
+        places.append(Place(max(before, state.nbytes()) // FLOAT, live.peak // FLOAT, weights, layers))
+    return places
+
+
+def widest_state(places: Sequence[Place]) -> int:
+    return max(place.state for place in places)
 
 
 def rows_of(recipe: Recipe) -> int:
@@ -115,20 +122,30 @@ def rows_of(recipe: Recipe) -> int:
 
 def state_dtype(part: Part, recipe: Recipe) -> torch.dtype:
     """In which the rows wait between two units of the UNet."""
-    return torch.float16 if 2 * rows_of(recipe) * FLOAT * widths_of(part).state > HALF_ABOVE else torch.float32
+    return torch.float16 if 2 * rows_of(recipe) * FLOAT * widest_state(places_of(part)) > HALF_ABOVE else torch.float32
 
 
 def drawn_bytes(part: Part, recipe: Recipe, prompts: int) -> int:
     """Of trajectories: what the UNet was given, and what it said with the text and without."""
-    latents = part.config["in_channels"] * part.config["sample_size"] ** 2
-    return int(3 * FLOAT * recipe.steps * prompts * latents)
+    return 3 * FLOAT * recipe.steps * prompts * latents_of(part).numel()
+
+
+def latents_of(part: Part) -> Tensor:
+    """A row's, [1, 4, h, w], without numbers."""
+    channels, side = part.config["in_channels"], part.config["sample_size"]
+    return torch.empty(1, channels, side, side, device="meta")
 
 
 def needs_of_drawing(part: Part, recipe: Recipe) -> Needs:
     """The held-out prompts' states between two units of the UNet, and a unit's floats."""
-    widths, count = widths_of(part), len(recipe.held_out)
-    states = 2 * count * FLOAT * widths.state
-    return Needs(states + FLOAT * widths.unit + drawn_bytes(part, recipe, count), 0, LESS)
+    places, count = places_of(part), len(recipe.held_out)
+    return Needs(bytes_to_draw(part, places, count) + drawn_bytes(part, recipe, count), 0, LESS)
+
+
+def bytes_to_draw(part: Part, places: Sequence[Place], prompts: int) -> int:
+    """The prompts' states, with text and without, and at a unit its floats and some rows' maps."""
+    together = rows_at_once(latents_of(part))
+    return FLOAT * max(2 * prompts * one.state + one.weights + together * one.maps for one in places)
 
 
 def tuning_bytes(part: Part, recipe: Recipe) -> int:
@@ -150,21 +167,35 @@ def tuning_bytes(part: Part, recipe: Recipe) -> int:
 def needs_of_calib(
     part: Part, unet: nn.Module, source: Source, size: Size, recipe: Recipe, *, tune: bool = False
 ) -> Needs:
-    """The most of these: all prompts while they are drawn; the rows in two UNets, a unit's floats, Hessians and tokens;
+    """The most of these: all prompts while they are drawn; the rows in two UNets, a unit's floats, a layer's moments;
     with `tune` a step of that.
     """
-    widths, config = widths_of(part), part.config
-    widest = max(to_matrix(layer_of(unet, name).weight).shape[1] for name in layers_to_pack(unet, SMALLEST))
-    together = rows_at_once(torch.empty(1, 1, config["sample_size"], config["sample_size"], device="meta"))
-    drawing = 2 * max(len(recipe.prompts), len(recipe.held_out)) * FLOAT * widths.state
-    states = 2 * rows_of(recipe) * state_dtype(part, recipe).itemsize * widths.state
-    hessians = HESSIANS * FLOAT * min(widest, recipe.block) ** 2
-    tokens = TOKEN_COPIES * FLOAT * together * widths.tokens
+    places = places_of(part)
     drawn = drawn_bytes(part, recipe, len(recipe.prompts) + len(recipe.held_out))
-    packed, floats = file_bytes(unet, size), 2 * FLOAT * widths.unit
-    calibrating = max(drawing, states + hessians + tokens) + floats
-    return Needs(
-        max(calibrating, tuning_bytes(part, recipe) if tune else 0) + packed + drawn,
-        2 * packed + drawn + other_bytes(source),
-        LESS,
+    packed = file_bytes(unet, size)
+    most = max(
+        bytes_to_draw(part, places, max(len(recipe.prompts), len(recipe.held_out))),
+        bytes_to_calibrate(part, places, recipe),
+        tuning_bytes(part, recipe) if tune else 0,
     )
+    return Needs(most + packed + drawn, 2 * packed + drawn + other_bytes(source), LESS)
+
+
+def bytes_to_calibrate(part: Part, places: Sequence[Place], recipe: Recipe) -> int:
+    """All rows in two UNets, and at a unit both UNets' floats, and maps of some rows or a layer that is solved."""
+    row, together = 2 * rows_of(recipe) * state_dtype(part, recipe).itemsize, rows_at_once(latents_of(part))
+    return max(
+        row * place.state
+        + FLOAT * 2 * place.weights
+        + FLOAT * max(WATCHED * together * place.maps, *(floats_to_solve(layer, recipe) for layer in place.layers), 0)
+        for place in places
+    )
+
+
+def floats_to_solve(layer: Layer, recipe: Recipe) -> int:
+    """Moments of all parts of its columns, factors of one, tokens that are kept, and copies of the matrix."""
+    rows, columns = len(layer.weight), layer.weight[0].numel()
+    parts = -(-columns // recipe.block)
+    width = -(-columns // parts)
+    kept = (2 if parts == 1 else 1) * OTHER_TOKENS
+    return (parts + FACTORS) * width**2 + columns * rows * (1 + MATRICES) + 2 * kept * (columns + rows)

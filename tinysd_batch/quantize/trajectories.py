@@ -17,6 +17,7 @@ from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.units import Walker, rows_at_once
 
 HELD_OUT_SEEDS = 2**20  # how far the held-out prompts' seeds are from the others'
+TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +112,8 @@ def spread_points(trajectories: Trajectories, points: int) -> Rows:
     with_text = (torch.arange(len(at)) % 2 == 0)[:, None, None]
     context = torch.where(with_text, trajectories.context[of], trajectories.context_without[of])
     return Rows(trajectories.latents[at, of], trajectories.times[at], context)
+
+
+def set_apart(prompts: Tensor) -> Tensor:
+    """Which of these numbers of prompts do not calibrate: one in eight, of very few prompts none."""
+    return prompts % TUNE_EVERY == TUNE_EVERY // 2

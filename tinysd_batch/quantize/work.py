@@ -22,6 +22,7 @@ from tinysd_batch.storage import lock, sweep_temporaries, write_atomically
 
 VERSION = 1  # of the method: what another one left is not gone on with
 INDEX = "work.json"
+LEVEL = "level.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,21 @@ class Work:
     def keep_seconds(self, seconds: float) -> None:
         write_atomically(json.dumps(seconds).encode(), self.path / "seconds.json")
 
+    def keep_level(self, level: str) -> None:
+        write_atomically(level.encode(), self.path / LEVEL)
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def place_of(out: Path) -> Path:
+    return out.absolute().parent / f"{out.name}.work"
+
+
+def level_begun(out: Path) -> str | None:
+    """The level that a stopped run was at; None where there is none."""
+    path = place_of(out) / LEVEL
+    return path.read_text() if path.exists() else None
 
 
 @contextmanager
@@ -81,7 +95,7 @@ def open_work(out: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
 
     Raises ModelError where it was begun with something else, and JobLockedError where another process has it.
     """
-    work = Work(out.absolute().parent / f"{out.name}.work")
+    work = Work(place_of(out))
     with lock(work.path / "state" / "lock"):
         path = work.path / INDEX
         wanted = {"version": VERSION, **identity}

@@ -16,12 +16,15 @@ from PIL import Image
 
 from tinysd_batch.quantize.correction import Judged
 from tinysd_batch.quantize.measure import Errors
+from tinysd_batch.quantize.sensitivity import EVERYTHING, Harm
 from tinysd_batch.quantize.summary import Summary
+from tinysd_batch.report.similarity import HOW_TO_GET, mean_ssim
 from tinysd_batch.storage import write_atomically
 
 FOLDER = "report"
 MOST_SHOWN = 16
 CELL_PX = 128
+BAR_REM = 16  # the longest
 GAP_PX = 4
 DIFFERENCE_GAIN = 3  # differences are shown so many times as large
 NOT_DRAWN = "Nothing was drawn: with <code>--recipe</code> this level measures pictures, too."
@@ -37,18 +40,22 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums } i
 """
 
 
-def write_report(out: Path, summary: Summary, errors: Errors | None, prompts: Sequence[str]) -> Path:
+def write_report(
+    out: Path, summary: Summary, errors: Errors | None, prompts: Sequence[str], harms: Sequence[Harm] | None = None
+) -> Path:
     """Write `report/` into a model folder; its page is returned. Without `errors` nothing was drawn to measure with."""
     folder = out / FOLDER
     if errors is not None:
         write_atomically(png_of(picture_sheet(errors)), folder / "pictures.png")
-    content = as_dict(summary, errors, prompts)
+    content = as_dict(summary, errors, prompts, harms)
     write_atomically((json.dumps(content, indent=1) + "\n").encode(), folder / "report.json")
     write_atomically(page(content).encode(), folder / "index.html")
     return folder / "index.html"
 
 
-def as_dict(summary: Summary, errors: Errors | None, prompts: Sequence[str]) -> dict[str, Any]:
+def as_dict(
+    summary: Summary, errors: Errors | None, prompts: Sequence[str], harms: Sequence[Harm] | None = None
+) -> dict[str, Any]:
     layers = [
         {"name": one.name, "class": one.kind, "weights": one.weights, "bits": one.bits, "bytes": one.bytes,
          "sqnr_db": None if one.sqnr_db is None else round(one.sqnr_db, 2)}
@@ -65,15 +72,17 @@ def as_dict(summary: Summary, errors: Errors | None, prompts: Sequence[str]) -> 
             {"name": one.name, "weights": one.weights, "bytes": one.bytes, "bits": round(one.bits, 3)}
             for one in summary.classes
         ],
+        "sensitivity": None if harms is None else harms_as_dicts(harms, summary),
         "layers_sqnr_db_of": "weights" if summary.level == "fast" else "outputs",
         "layers": layers,
     }  # fmt: skip
 
 
 def errors_as_dict(errors: Errors) -> dict[str, Any]:
+    ssim = mean_ssim(errors.floats, errors.packed)
     return {
         "noise_sqnr_db": round(errors.mean_noise_db, 2), "final_latents_sqnr_db": round(errors.final_db, 2),
-        "pictures_psnr_db": round(errors.psnr_db, 2),
+        "pictures_psnr_db": round(errors.psnr_db, 2), "pictures_ssim": None if ssim is None else round(ssim, 4),
         "along_the_trajectory": [
             {"time": time, "noise_sqnr_db": round(noise, 2), "latents_sqnr_db": round(latents, 2)}
             for time, noise, latents in zip(errors.times, errors.noise_db, errors.latents_db, strict=True)
@@ -86,6 +95,17 @@ def correction_as_dict(judged: Judged) -> dict[str, Any]:
         "kept": judged.helps, "says": str(judged), "final_latents_sqnr_db_without": round(judged.without_db, 2),
         "final_latents_sqnr_db_with": round(judged.with_db, 2), **judged.correction.model_dump(),
     }  # fmt: skip
+
+
+def harms_as_dicts(harms: Sequence[Harm], summary: Summary) -> list[dict[str, Any]]:
+    """Worst first, with the sorts' bytes as shares of all packed layers'."""
+    sizes = {one.name: one.bytes for one in summary.classes if one.name in {harm.sort for harm in harms}}
+    sizes[EVERYTHING] = sum(sizes.values())
+    return [
+        {"class": one.sort, "noise_sqnr_db": round(one.noise_db, 2), "bytes": sizes[one.sort],
+         "share_of_bytes": round(sizes[one.sort] / sizes[EVERYTHING], 4)}
+        for one in harms
+    ]  # fmt: skip
 
 
 def picture_sheet(errors: Errors) -> Image.Image:
@@ -140,6 +160,7 @@ of the error.</p>
 {table((), facts(content))}
 {pictures(content) if drawn else ""}<h2>Bytes by sort of layer</h2>
 {table(("layers", "weights", "bits each", "bytes"), classes)}
+{sensitivity(content["sensitivity"]) if content["sensitivity"] else ""}\
 {along_the_trajectory(content) if drawn else ""}<h2>Layers, worst first</h2>
 <p>{LAYERS_OF[content["layers_sqnr_db_of"]]}</p>
 {table(("layer", "sort", "bits", "dB"), layers)}
@@ -155,12 +176,16 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     minutes, seconds = divmod(round(content["seconds"]), 60)
     found = [("UNet on disk", f"{content['unet_bytes'] / 1e6:,.1f} MB")]
     if "noise_sqnr_db" in content:
-        correction = content["noise_correction"]
+        correction, ssim = content["noise_correction"], content["pictures_ssim"]
         found += [
             ("guided noise prediction, mean over times, not corrected", f"{content['noise_sqnr_db']:.2f} dB"),
             ("final latents", f"{content['final_latents_sqnr_db']:.2f} dB"),
             ("noise correction", correction["says"] if correction else "not measured"),
             ("pictures (PSNR)", f"{content['pictures_psnr_db']:.2f} dB"),
+            (
+                "pictures (SSIM, 1 is equal)",
+                HOW_TO_GET if ssim is None else f"{ssim:.4f}",
+            ),
         ]
     return [
         *found,
@@ -177,6 +202,34 @@ def pictures(content: Mapping[str, Any]) -> str:
 """
 
 
+def sensitivity(harms: Sequence[Mapping[str, Any]]) -> str:
+    most = max(power_of_error(one) for one in harms)
+    rows = [
+        (one["class"], f"{one['noise_sqnr_db']:.1f}", f"{100 * one['share_of_bytes']:.1f} %",
+         bar(power_of_error(one) / most))
+        for one in harms
+    ]  # fmt: skip
+    return f"""<h2>What each sort of layer harms alone</h2>
+<p>The guided noise prediction at some points of held-out drawings, with the layers of one sort packed and all others as
+floats, worst first. A calibrated layer makes up for errors of those before it: alone it may look worse than it is.</p>
+{table(("packed layers", "noise dB", "of the bytes", Markup("error")), rows)}
+"""
+
+
+def power_of_error(harm: Mapping[str, Any]) -> float:
+    return float(10 ** (-harm["noise_sqnr_db"] / 10))
+
+
+class Markup(str):
+    """Words that are HTML already."""
+
+    __slots__ = ()
+
+
+def bar(share: float) -> Markup:
+    return Markup(f'<span class="bar" style="width: {BAR_REM * share:.2f}rem"></span>')
+
+
 def along_the_trajectory(content: Mapping[str, Any]) -> str:
     rows = [
         (f"{one['time']:.0f}", f"{one['noise_sqnr_db']:.1f}", f"{one['latents_sqnr_db']:.1f}")
@@ -189,13 +242,16 @@ def along_the_trajectory(content: Mapping[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column is words, the others are numbers."""
-    top = "".join(f"<th{number_class(at)}>{html.escape(name)}</th>" for at, name in enumerate(head))
-    body = "".join(
-        "<tr>" + "".join(f"<td{number_class(at)}>{html.escape(text)}</td>" for at, text in enumerate(row)) + "</tr>\n"
-        for row in rows
-    )
+    """The first column is words, the others are numbers, or markup."""
+    top = "".join(cell_of("th", at, name) for at, name in enumerate(head))
+    body = "".join("<tr>" + "".join(cell_of("td", at, text) for at, text in enumerate(row)) + "</tr>\n" for row in rows)
     return f"<table><tr>{top}</tr>\n{body}</table>"
+
+
+def cell_of(tag: str, column: int, text: str) -> str:
+    if isinstance(text, Markup):
+        return f"<{tag}>{text}</{tag}>"
+    return f"<{tag}{number_class(column)}>{html.escape(text)}</{tag}>"
 
 
 def number_class(column: int) -> str:

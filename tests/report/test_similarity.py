@@ -1,0 +1,75 @@
+"""Structural similarity in the report on a packed model."""
+
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinysd_batch.quantize.measure import Errors
+from tinysd_batch.quantize.summary import Summary
+from tinysd_batch.report.quantization import as_dict, page
+from tinysd_batch.report.similarity import Pictures, as_bytes, mean_ssim
+
+
+@pytest.fixture
+def summary() -> Summary:
+    """Of a model without layers."""
+    return Summary("mine", "calib", "preset tiny", [], [], 10**6, 60.0, 10**9, "cpu", None, None)
+
+
+def pictures(noise: float = 0.0) -> Pictures:
+    """Three smooth ones, with noise."""
+    draw = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.rand(3, 3, 6, 6, generator=draw), (40, 48), mode="bicubic").clamp(0, 1)
+    noisy = smooth + noise * torch.randn(smooth.shape, generator=draw)
+    found: Pictures = noisy.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return found
+
+
+def by_the_paper(x: Tensor, y: Tensor) -> float:
+    """Wang et al. 2004, equation 13, over pictures [N, 1, H, W] in 0..255: a Gaussian window of 11x11, sigma 1.5."""
+    line = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+
+    def mean(z: Tensor) -> Tensor:
+        return F.conv2d(z, window)
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, both = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2, mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    top, below = (2 * mean_x * mean_y + c1) * (2 * both + c2), (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return float((top / below).mean())
+
+
+def test_it_is_the_papers() -> None:
+    wanted, found = pictures(), pictures(0.1)
+    x, y = (
+        torch.from_numpy(as_bytes(one)).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None] for one in (wanted, found)
+    )
+    assert mean_ssim(wanted, found) == pytest.approx(by_the_paper(x, y), abs=1e-4)
+
+
+def test_equal_pictures_have_one_and_noise_lowers_it() -> None:
+    values = [mean_ssim(pictures(), pictures(noise)) or 0.0 for noise in (0.0, 0.02, 0.1, 0.3)]
+    assert values[0] == 1
+    assert all(one > other > 0 for one, other in pairwise(values))
+
+
+def test_without_the_library_the_report_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, summary: Summary) -> None:
+    errors = Errors([1.0], [20.0], [20.0], 20.0, 30.0, pictures(), pictures(0.1))
+    content = as_dict(summary, errors, ["a", "b", "c"])
+    assert 0 < content["pictures_ssim"] < 1
+    assert f"{content['pictures_ssim']:.4f}" in page(content)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    content = as_dict(summary, errors, ["a", "b", "c"])
+    assert content["pictures_ssim"] is None
+    assert "pip install &#x27;tinysd-batch[report]&#x27;" in page(content)
+    assert np.isfinite(content["pictures_psnr_db"])
+
+
+def test_pictures_smaller_than_the_window_have_none() -> None:
+    assert mean_ssim(pictures()[:, :8], pictures()[:, :8]) is None
