@@ -181,7 +181,7 @@ def test_a_library_that_unpacks_wrongly_is_not_used(monkeypatch: pytest.MonkeyPa
 def test_what_was_compiled_when_this_was_installed_is_used() -> None:
     """Also where the question comes up first while memory is foretold, on the meta device."""
     with torch.device("meta"):
-        assert unpacking.has_kernels(torch.device("meta"))
+        assert unpacking.has_kernels(torch.device("cpu"))
 
 
 def test_a_library_does_not_outlive_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
