@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt hatch_build.py tinysd_batch/model/unpack.c tinysd_batch/model/compiled.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one with PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing torch: some 200 MB as a CPU build, 3 GB with CUDA. TORCH_INDEX=... names another wheel index."

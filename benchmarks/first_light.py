@@ -5,7 +5,7 @@
 - embedded model: seconds per image, in this process, batches of 1 and of 8, with one thread and with all
 - cold start: from the command to the first picture on disk, in process and with Ray
 - job layer: milliseconds per image on top of a generator that does nothing but make a small picture
-- unpacking: 2-bit weights to float32, FBGEMM against plain torch, into a reused buffer and into fresh memory
+- unpacking: 2-bit weights to float32, by our kernel, FBGEMM and plain torch, into a reused buffer and into fresh memory
 
 Figures are medians of alternating runs.
 """
@@ -29,7 +29,8 @@ from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.pool import InlinePool
 from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
-from tinysd_batch.model.packing import unpack, unpack_rows_torch
+from tinysd_batch.model.fbgemm import unpack_by_rows, unpack_rows_torch
+from tinysd_batch.model.unpacking import has_kernels, unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 
 ROUNDS = 5
@@ -112,16 +113,21 @@ def measure_unpacking() -> None:
     """One 1280 x 11520 matrix, SD v1's common 3x3 convolution, one thread."""
     weight = quantize_matrix(torch.randn(1280, 11520), 64)
     out = torch.empty(weight.shape)
-    times: dict[str, list[float]] = {"fbgemm": [], "fresh": [], "torch": []}
+    ways: dict[str, Callable[[], object]] = {
+        "FBGEMM": lambda: unpack_by_rows(weight, out),
+        "plain torch": lambda: unpack_by_rows(weight, out, unpack_rows_torch),
+    }
+    if has_kernels(out.device):
+        ways["our kernel"] = lambda: unpack(weight, out)
+        ways["our kernel, into fresh memory"] = lambda: unpack(weight, torch.empty(weight.shape))
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(2 * ROUNDS + 1):
-        times["fbgemm"].append(seconds(lambda: unpack(weight, out)))
-        times["fresh"].append(seconds(lambda: unpack(weight, torch.empty(weight.shape))))
-        times["torch"].append(seconds(lambda: unpack(weight, out, unpack_rows_torch)))
-    fbgemm, fresh, plain = (statistics.median(times[name]) for name in ("fbgemm", "fresh", "torch"))
-    for name, value in (("FBGEMM", fbgemm), ("plain torch", plain)):
-        line(f"unpacking to float32, {name}, one thread", f"{1280 * 11520 / value / 1e9:.2f} Gweight/s")
-    line("  plain torch takes, times FBGEMM", f"{plain / fbgemm:.1f}")
-    line("  FBGEMM into fresh memory takes, times into a reused buffer", f"{fresh / fbgemm:.1f}")
+        for name, way in ways.items():
+            times[name].append(seconds(way))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, value in medians.items():
+        line(f"unpacking to float32, one thread, {name}", f"{1280 * 11520 / value / 1e9:.2f} Gweight/s")
+        line("  takes, times FBGEMM", f"{value / medians['FBGEMM']:.2f}")
 
 
 def processor() -> str:

@@ -11,7 +11,7 @@
 
 Every method packs the same layers; first and last layer, time embedding, norms and biases are float16 in all. Each is
 asked for what its weights are worth as floats, and these are measured by the same engine: decibels of signal to noise
-of the guided noise prediction (mean over times) and of the final latents, PSNR and, with scikit-image, SSIM of the
+of the guided noise prediction (mean over times) and of the final latents, PSNR and, with torchmetrics, SSIM of the
 pictures, all against the float model. Results are kept in --out, so that a second call measures only what is missing.
 """
 

@@ -19,7 +19,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.quantizers import ROOT, held_out
-from tinysd_batch.model.packing import Layout, to_matrix, unpack
+from tinysd_batch.model.packing import Layout, to_matrix
+from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.calibrate import from_matrix
 from tinysd_batch.quantize.folder import open_source

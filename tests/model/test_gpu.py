@@ -9,9 +9,9 @@ from tinysd_batch import TinySD
 from tinysd_batch.model import pipeline
 from tinysd_batch.model.devices import bytes_in_use, overhead
 from tinysd_batch.model.graphs import CAPTURED, CapturedStep
-from tinysd_batch.model.packing import has_kernels
 from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype, probe
+from tinysd_batch.model.unpacking import has_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinysd_batch.model import kernels, packing
+from tinysd_batch.model import fbgemm, kernels, unpacking
 from tinysd_batch.model.packing import ROW, Layout, PackedWeight, Weight, WholeRowWeight
 
 COMPILER = shutil.which("g++")
@@ -99,5 +99,5 @@ def test_kernels_unpack_to_the_bit_as_plain_torch_does(
         library.all_whole_rows(*pointers, *sizes)
     else:
         library.all_rows(*pointers, *sizes)
-    expected = packing.unpack(weight, torch.empty(weight.shape, dtype=dtype), packing.unpack_rows_torch)
+    expected = unpacking.unpack(weight, torch.empty(weight.shape, dtype=dtype), fbgemm.unpack_rows_torch)
     assert torch.equal(found, expected)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model import packed, packing
+from tinysd_batch.model import fbgemm, packed, packing, unpacking
+from tinysd_batch.model.fbgemm import unpack_by_rows
 from tinysd_batch.model.memory import LivePeak
 from tinysd_batch.model.packed import PackedConv2d, PackedLayer, keep_unpacked, packed_like
 from tinysd_batch.model.packing import ROW, Layout, RowWeight, Weight, WholeRowWeight
@@ -44,16 +45,16 @@ def random_rows(count: int, group: int, bits: int, seed: int) -> torch.Tensor:
     codes = torch.randint(0, 256, (count, group * bits // 8), dtype=torch.uint8, generator=generator)
     numbers = torch.randint(-(2**15), 2**15, (count, 2), generator=generator).to(torch.int16).view(torch.float16)
     finite = torch.where(numbers.isfinite(), numbers, torch.zeros_like(numbers))
-    return packing.fbgemm_rows(codes, finite, bits)
+    return fbgemm.fbgemm_rows(codes, finite, bits)
 
 
 @pytest.mark.skipif(
-    not packing.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
+    not fbgemm.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
 )
 @given(st.integers(1, 5000), st.sampled_from(packing.GROUPS), BITS, st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, bits: int, seed: int) -> None:
     rows = random_rows(count, group, bits, seed)
-    assert torch.equal(packing.unpack_rows_fbgemm(rows, bits), packing.unpack_rows_torch(rows, bits))
+    assert torch.equal(fbgemm.unpack_rows_fbgemm(rows, bits), fbgemm.unpack_rows_torch(rows, bits))
 
 
 @given(SHAPES, BITS, st.integers(0, 2**32 - 1))
@@ -114,8 +115,9 @@ def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: i
     weights: list[Weight] = [quantize_matrix(matrix, 64, bits) for bits in packing.BITS]
     whole = [quantize_matrix(matrix, columns, bits).stored_as(Layout(bits, ROW)) for bits in packing.BITS]
     for weight in (*weights, *whole, random_row_weight(rows, columns, 2, seed)):
-        by_torch = packing.unpack(weight, torch.empty(rows, columns), packing.unpack_rows_torch)
+        by_torch = unpacking.unpack(weight, torch.empty(rows, columns), fbgemm.unpack_rows_torch)
         assert torch.equal(dense(weight), by_torch)
+        assert torch.equal(unpack_by_rows(weight, torch.empty(rows, columns)), by_torch)
 
 
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,11 +130,12 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_neither_steps_nor_addresses_change_a_bit(monkeypatch: pytest.MonkeyPatch, layout: Layout, lines: int) -> None:
     weight = random_weight(layout, 11)
-    expected = packing.unpack(weight, torch.empty(weight.shape), packing.unpack_rows_torch)
-    monkeypatch.setattr(packing, "UNPACK_WEIGHTS", lines * (layout.group_size or COLUMNS))
-    assert torch.equal(dense(weight), expected)
-    assert torch.equal(dense(weight.cut(slice(3, 9))), expected[3:9])
-    assert torch.equal(dense(replace(weight, qweight=shifted(weight.qweight))), expected)
+    expected = unpacking.unpack(weight, torch.empty(weight.shape), fbgemm.unpack_rows_torch)
+    monkeypatch.setattr(fbgemm, "UNPACK_WEIGHTS", lines * (layout.group_size or COLUMNS))
+    for unpack in (unpacking.unpack, unpack_by_rows):
+        for changed in (weight, replace(weight, qweight=shifted(weight.qweight))):
+            assert torch.equal(unpack(changed, torch.empty(weight.shape)), expected)
+        assert torch.equal(unpack(weight.cut(slice(3, 9)), torch.empty(6, COLUMNS)), expected[3:9])
 
 
 def test_what_unpacking_takes_is_seen_without_values() -> None:
@@ -141,8 +144,8 @@ def test_what_unpacking_takes_is_seen_without_values() -> None:
     out = torch.empty(weight.shape, device="meta")
     with torch.device("meta"), LivePeak() as live:
         live.leave_out([*weight.tensors().values(), out])
-        packing.unpack(weight, out)
-    assert 4 * packing.UNPACK_WEIGHTS <= live.peak < 8 * packing.UNPACK_WEIGHTS
+        unpack_by_rows(weight, out)
+    assert 4 * fbgemm.UNPACK_WEIGHTS <= live.peak < 8 * fbgemm.UNPACK_WEIGHTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -200,7 +203,7 @@ def matrix(layer: PackedLayer) -> torch.Tensor:
 
 
 def dense(weight: Weight) -> torch.Tensor:
-    return packing.unpack(weight, torch.empty(weight.shape))
+    return unpacking.unpack(weight, torch.empty(weight.shape))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -244,7 +247,7 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing.SCRATCH, "buffers", {})
+    monkeypatch.setattr(unpacking.SCRATCH, "buffers", {})
     layer = packed_like(nn.Linear(64, 8), Layout(2, 64))
     fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     with torch.inference_mode():
@@ -274,15 +277,15 @@ def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) ->
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_unpacking_to_half_precision_rounds_once(layout: Layout, dtype: torch.dtype) -> None:
     weight = random_weight(layout, 6)
-    assert torch.equal(packing.unpack(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
+    assert torch.equal(unpacking.unpack(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
 
 
 @given(st.integers(1, 3000), st.integers(1, 12000), st.integers(1, 2**24))
 def test_parts_fit_and_are_whole_blocks(rows: int, columns: int, most_bytes: int) -> None:
-    found = packing.rows_at_once(rows, columns, torch.bfloat16, most_bytes)
+    found = unpacking.rows_at_once(rows, columns, torch.bfloat16, most_bytes)
     assert 1 <= found <= rows
     assert (found - 1) * columns * 2 < most_bytes
-    assert found == rows or found < packing.BLOCK_ROWS or found % packing.BLOCK_ROWS == 0
+    assert found == rows or found < unpacking.BLOCK_ROWS or found % unpacking.BLOCK_ROWS == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -210,11 +210,11 @@ def test_unet_bs_changes_no_picture(tiny_model: Path, model: TinySD, rows: int) 
 
 
 def test_turbo_unpacks_once_and_changes_no_bit(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinysd_batch.model import packed, packing, pipeline
+    from tinysd_batch.model import packed, pipeline, unpacking
 
     monkeypatch.setattr(pipeline, "KEEP_UNPACKED_BYTES", 0)
     counts: list[int] = []
-    unpack = packing.unpack
+    unpack = unpacking.unpack
     pictures = []
     for turbo in (False, True):
         one = TinySD.from_pretrained(tiny_model, device="cpu", turbo=turbo)

@@ -1,6 +1,7 @@
 import torch
 
-from tinysd_batch.model.packing import affine_parameters, unpack
+from tinysd_batch.model.packing import affine_parameters
+from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.affine import fit_groups, nearest_codes, quantize_matrix
 
 

@@ -16,7 +16,8 @@ from tests.tools import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.info import WEIGHTS, read_model_info
-from tinysd_batch.model.packing import Layout, to_matrix, unpack
+from tinysd_batch.model.packing import Layout, to_matrix
+from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.allocate import least_layouts
 from tinysd_batch.quantize.calib import quantize_calibrated

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.quantize.test_calib import small_unet
 from tinysd_batch.model.checkpoint import write_packed_unet
-from tinysd_batch.model.packing import Layout, unpack
+from tinysd_batch.model.packing import Layout
+from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.calibrate import from_matrix
 from tinysd_batch.quantize.fast import Packed, quantize_unet
 from tinysd_batch.quantize.measure import sqnr_db

@@ -47,9 +47,7 @@ def by_the_paper(x: Tensor, y: Tensor) -> float:
 
 def test_it_is_the_papers() -> None:
     wanted, found = pictures(), pictures(0.1)
-    x, y = (
-        torch.from_numpy(as_bytes(one)).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None] for one in (wanted, found)
-    )
+    x, y = (as_bytes(one).flatten(0, 1)[:, None] for one in (wanted, found))
     assert mean_ssim(wanted, found) == pytest.approx(by_the_paper(x, y), abs=1e-4)
 
 
@@ -64,7 +62,7 @@ def test_without_the_library_the_report_says_how_to_get_it(monkeypatch: pytest.M
     content = as_dict(summary, errors, ["a", "b", "c"])
     assert 0 < content["pictures_ssim"] < 1
     assert f"{content['pictures_ssim']:.4f}" in page(content)
-    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     content = as_dict(summary, errors, ["a", "b", "c"])
     assert content["pictures_ssim"] is None
     assert "pip install &#x27;tinysd-batch[report]&#x27;" in page(content)

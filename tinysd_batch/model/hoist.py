@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.packed import PackedLayer
-from tinysd_batch.model.packing import SCRATCH
+from tinysd_batch.model.unpacking import SCRATCH
 
 HOST = torch.device("cpu")
 

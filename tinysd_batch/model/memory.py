@@ -20,10 +20,10 @@ from tinysd_batch.errors import UsageError
 from tinysd_batch.model.devices import overhead, total_bytes
 from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.packed import packed_layers
-from tinysd_batch.model.packing import SCRATCH
 from tinysd_batch.model.parts import SMALL_BYTES, SMALLEST_BYTES, USUAL_BYTES, in_parts_of
 from tinysd_batch.model.residency import hand_back_blocks_of
 from tinysd_batch.model.unet import predict
+from tinysd_batch.model.unpacking import SCRATCH
 from tinysd_batch.model.vae import decode_one
 
 if TYPE_CHECKING:

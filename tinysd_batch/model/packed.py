@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinysd_batch.model.packing import SCRATCH, Layout, Weight, rows_at_once, unpack
+from tinysd_batch.model.packing import Layout, Weight
+from tinysd_batch.model.unpacking import SCRATCH, rows_at_once, unpack
 
 COPIED_BYTES = 6 * 2**20  # stays in caches, and below the blocks that go back to the system after a step
 

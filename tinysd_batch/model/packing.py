@@ -1,4 +1,4 @@
-"""Weights at 2, 4 and 8 bits: how they are stored, on disk and in memory alike, and how they become floats again.
+"""Weights at 2, 4 and 8 bits: how they are stored, on disk and in memory alike. unpacking.py makes floats of them.
 
 A weight is a matrix [O, K]; a convolution's K runs tap by tap (kernel row, kernel column, input channel), so that an
 unpacked matrix is a channels-last kernel without a copy. There are three ways of storing one.
@@ -21,18 +21,13 @@ The origin's, a row at a time, at 2 or 8 bits, which keeps every number of its c
 `qweight` uint8 [O, K/4] or [O, K], `qzero` uint8 [O], `qdelta` int32 [O]: the bits of float32 numbers. All tensors are
 integers, because loaders cast floating ones.
 
-To unpack on the CPU, some rows at a time are brought into FBGEMM's format, uint8 [N, g b/8 + 4]: a group's codes, then
-its scale and offset as float16 (at 8 bits float32, which takes 8 bytes). So packed weights stay what the file holds,
-and several processes can share the file's pages. On CUDA a kernel reads them as they are.
+So packed weights stay what the file holds, in memory too, and several processes can share the file's pages.
 """
 
 import math
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
-from itertools import repeat
 from typing import Any, Self
 
 import torch
@@ -40,8 +35,6 @@ from torch import Tensor
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model import kernels
-from tinysd_batch.model.parts import at_once, part_bytes
 
 BITS = (2, 4, 8)
 ROW_BITS = (2, 8)  # of the origin
@@ -49,8 +42,6 @@ ORIGINS_KIND, ROW_KIND = "row", "affine_row"  # in `config.json`
 GROUPS = (256, 128, 64, 32, 16)
 USUAL_GROUP = 64  # at most, unless a file is to be as small as it can
 ROW = 0  # as a group's size: the whole row
-UNPACK_WEIGHTS = 2**19  # unpacked at a time: floats that stay in the processor's cache
-BLOCK_ROWS = 64  # parts are multiples of it: oneDNN fills up blocks of output channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +213,6 @@ class RowWeight(Stored):
 
 
 Weight = PackedWeight | WholeRowWeight | RowWeight
-Decode = Callable[[Tensor, int], Tensor]  # FBGEMM rows uint8 [N, g b/8 + 4] and b to float32 [N, g]
 
 
 def group_size_for(columns: int) -> int | None:
@@ -256,170 +246,3 @@ def affine_parameters(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """Scale and offset of every group, float16 [O, G] each."""
     scale, offset = weight.parameters().view(*weight.qscale.shape, 2).unbind(dim=2)
     return scale, offset
-
-
-def fbgemm_rows(codes: Tensor, parameters: Tensor, bits: int) -> Tensor:
-    """uint8 [N, g b/8] with N scales and offsets, float16 [N, 2], as uint8 [N, g b/8 + 4], at 8 bits [N, g + 8]."""
-    return joined(in_words(codes, parameters.to(parameter_type(bits))))
-
-
-def in_words(codes: Tensor, parameters: Tensor) -> list[Tensor]:
-    """Both as words of four bytes where lines have whole ones and the codes lie at the address of one, else as bytes.
-
-    Words are joined four times as fast.
-    """
-    word = torch.uint8 if codes.shape[1] % 4 or codes.data_ptr() % 4 else torch.int32
-    return [codes.view(word), parameters.view(word)]
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Words of codes and of parameters, line by line, as bytes."""
-    return torch.cat(list(parts), dim=1).view(torch.uint8)
-
-
-def parameter_type(bits: int) -> torch.dtype:
-    """In which FBGEMM's rows hold scale and offset."""
-    return torch.float32 if bits == 8 else torch.float16
-
-
-# Unpacking
-
-
-def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
-    """A weight as [O, K], written to `out`, by the fastest way there is on its device, or by `decode`.
-
-    Computed in float32 and rounded once, to the type of `out`.
-    """
-    if decode is None and out.is_cuda and has_kernels(out.device):
-        return unpack_by_kernel(weight, out)
-    codes = weight.codes()
-    lines = out.view(len(codes), -1)
-    step = max(1, UNPACK_WEIGHTS // lines.shape[1])
-    words = in_words(codes, weight.parameters().to(parameter_type(weight.bits)))
-    pieces = (torch.split(one, step) for one in (lines, *words))
-    for line, *parts, delta in zip(*pieces, deltas(weight, step), strict=False):
-        line.copy_(floats(parts, delta, weight.bits, decode or unpack_rows))
-        if out.is_meta:
-            break  # without values: what takes memory is seen at the first lines
-    return out
-
-
-def floats(parts: Sequence[Tensor], delta: Tensor | None, bits: int, decode: Decode) -> Tensor:
-    """Words of codes and of parameters as float32 [n, g]."""
-    values = decode(joined(parts), bits)
-    return values if delta is None else values.mul_(delta)
-
-
-def deltas(weight: Weight, step: int) -> Iterable[Tensor | None]:
-    """What the origin's rows are multiplied by, float32 [n, 1], `step` rows at a time; nothing for other weights."""
-    if not isinstance(weight, RowWeight):
-        return repeat(None)
-    return torch.split(weight.qdelta.view(torch.float32)[:, None], step)
-
-
-def unpack_rows(rows: Tensor, bits: int) -> Tensor:
-    """FBGEMM rows uint8 [N, g b/8 + 4] (at 8 bits + 8) to float32 [N, g]."""
-    if rows.is_meta:
-        width = rows.shape[1] - 2 * parameter_type(bits).itemsize
-        return torch.empty(len(rows), width * 8 // bits, device=rows.device)
-    if rows.device.type == "cpu" and has_fbgemm():
-        return unpack_rows_fbgemm(rows, bits)
-    return unpack_rows_torch(rows, bits)
-
-
-def unpack_rows_torch(rows: Tensor, bits: int) -> Tensor:
-    """The same in plain torch, on any device."""
-    dtype = parameter_type(bits)
-    width = rows.shape[1] - 2 * dtype.itemsize
-    parameters = rows[:, width:].contiguous().view(dtype).float()  # [N, 2]
-    return unpack_codes(rows[:, :width], bits).float().mul_(parameters[:, 0:1]).add_(parameters[:, 1:2])
-
-
-def unpack_rows_fbgemm(rows: Tensor, bits: int) -> Tensor:
-    """The same by the FBGEMM operator that comes with torch; CPU only, and equal to the bit.
-
-    Both compute code * scale + offset in float32. The product of at most 8 bits and the scale's 11 (it is a number of
-    float16 in every case) is exact: fused or not, it rounds once.
-    """
-    name = "byte" if bits == 8 else f"{bits}bit"
-    return torch.as_tensor(getattr(torch.ops.quantized, f"embedding_bag_{name}_unpack")(rows))
-
-
-def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
-    """A weight as [O, K] in `out`, on CUDA; equal to the bit to what plain torch makes of it."""
-    if isinstance(weight, PackedWeight):
-        kernels.launch("unpack_groups", weight.tensors(), out, weight.bits, weight.group_size)
-    elif isinstance(weight, WholeRowWeight):
-        kernels.launch("unpack_whole_rows", weight.tensors(), out, weight.bits)
-    else:
-        kernels.launch("unpack_rows", weight.tensors(), out, weight.bits)
-    return out
-
-
-@cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether kernels compile for this card and unpack known weights as plain torch does."""
-    generator = torch.Generator().manual_seed(0)
-    floats = torch.rand(2, 4, generator=generator).to(device)
-    meta, delta = floats.half().view(torch.int16), floats[:, 0].contiguous().view(torch.int32)
-    known: list[Weight] = []
-    for width, groups in ((64, 4), (9, 1)):  # bytes of codes in a row; of 9 threads cannot take many at once
-        codes, bytes_ = (
-            torch.randint(0, 256, (2, n), dtype=torch.uint8, generator=generator).to(device) for n in (width, groups)
-        )
-        known += [PackedWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in BITS]
-        known += [WholeRowWeight(codes, meta[:, :2].contiguous(), bits=bits) for bits in BITS]
-        known += [RowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits=bits) for bits in ROW_BITS]
-    try:
-        return all(
-            torch.equal(
-                unpack_by_kernel(weight, torch.empty(weight.shape, dtype=dtype, device=device)),
-                unpack(weight, torch.empty(weight.shape, dtype=dtype, device=device), unpack_rows_torch),
-            )
-            for weight in known
-            for dtype in kernels.OUTS
-        )
-    except Exception:  # noqa: BLE001 - torch's door is not documented; without kernels plain torch unpacks
-        return False
-
-
-@cache
-def has_fbgemm() -> bool:
-    """Whether FBGEMM's operators are there and decode known rows as we do; they are no documented interface."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (3, 16), dtype=torch.uint8, generator=generator)
-    parameters = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16)
-    golden = [(fbgemm_rows(codes, parameters, bits), bits) for bits in BITS]
-    try:
-        return all(torch.equal(unpack_rows_fbgemm(*one), unpack_rows_torch(*one)) for one in golden)
-    except (AttributeError, RuntimeError):
-        return False
-
-
-class Scratch(threading.local):
-    """A buffer per thread and device in which layers unpack in turn: fresh memory for each would be dear."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.device, Tensor] = {}
-
-    def output(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for a matrix [rows, columns]; the next call may hand out the same memory."""
-        needed = rows * columns * dtype.itemsize
-        if device not in self.buffers or self.buffers[device].numel() < needed:
-            self.buffers.pop(device, None)
-            with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
-                self.buffers[device] = torch.empty(needed, dtype=torch.uint8, device=device)
-        return self.buffers[device][:needed].view(dtype).view(rows, columns)
-
-    def release(self, device: torch.device) -> None:
-        """Give the memory back; "cuda" stands for any of its cards."""
-        self.buffers = {place: buffer for place, buffer in self.buffers.items() if place.type != device.type}
-
-
-SCRATCH = Scratch()
-
-
-def rows_at_once(rows: int, columns: int, dtype: torch.dtype, most_bytes: int | None = None) -> int:
-    """How many rows of a matrix are unpacked at once, in parts of at most so many bytes, too."""
-    found = at_once(rows, columns * dtype.itemsize, min(most_bytes or part_bytes(), part_bytes()))
-    return found if found in (rows, found % BLOCK_ROWS) else found // BLOCK_ROWS * BLOCK_ROWS

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_codes, unpack
+from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_codes
+from tinysd_batch.model.unpacking import unpack
 
 ITERATIONS = 20
 AT_ONCE = 2**18  # weights: what is worked on stays in the processor's cache

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.packing import BITS, GROUPS, ROW, USUAL_GROUP, Layout, group_size_for, to_matrix, unpack
+from tinysd_batch.model.packing import BITS, GROUPS, ROW, USUAL_GROUP, Layout, group_size_for, to_matrix
+from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.hessian import layer_of
 from tinysd_batch.quantize.presets import SMALLEST, layers_to_pack, level_of, levels_of, sort_of, unet_bytes

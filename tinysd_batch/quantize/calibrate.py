@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from tinysd_batch.model.packing import Layout, PackedWeight, to_matrix, unpack
+from tinysd_batch.model.packing import Layout, PackedWeight, to_matrix
+from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.gptq import Part, gptq
 from tinysd_batch.quantize.hessian import Layer, Moments, Tokens, column_parts, layer_of, tokens_of, tokens_out
 from tinysd_batch.quantize.recipe import Recipe

@@ -10,7 +10,8 @@ from torch import Tensor
 from tinysd_batch.model.checkpoint import read_layouts
 from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.model.mapped import MappedTensors
-from tinysd_batch.model.packing import Layout, unpack
+from tinysd_batch.model.packing import Layout
+from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.calibrate import from_matrix
 from tinysd_batch.quantize.measure import sqnr_db
 from tinysd_batch.quantize.presets import sort_of

@@ -1,10 +1,12 @@
-"""Structural similarity of pictures (Wang et al. 2004), where scikit-image is installed."""
+"""Structural similarity of pictures (Wang et al. 2004), where torchmetrics is installed."""
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 WINDOW_PX = 11  # of the Gaussian window, sigma 1.5
-HOW_TO_GET = "needs scikit-image: pip install 'tinysd-batch[report]'"
+HOW_TO_GET = "needs torchmetrics: pip install 'tinysd-batch[report]'"
 
 Pictures = npt.NDArray[np.float32]  # [P, H, W, 3] in 0..1
 
@@ -12,22 +14,25 @@ Pictures = npt.NDArray[np.float32]  # [P, H, W, 3] in 0..1
 def mean_ssim(wanted: Pictures, found: Pictures) -> float | None:
     """Mean SSIM over pictures as files of 8 bits show them, 1 for equal ones.
 
-    None without scikit-image, and for pictures smaller than the window.
+    None without torchmetrics, and for pictures smaller than the window.
     """
     try:
-        from skimage.metrics import structural_similarity
+        from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError:
         return None
     if min(wanted.shape[1:3]) < WINDOW_PX:
         return None
-    values = [
-        structural_similarity(
-            *pair, data_range=255, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    border = WINDOW_PX // 2  # where the window would reach over the edge: not looked at, as in the paper
+    values = []
+    for place in range(len(wanted)):  # one at a time: the library keeps many maps of each
+        one, other = (as_bytes(pictures[place : place + 1]) for pictures in (wanted, found))
+        _, similar = structural_similarity_index_measure(
+            other, one, sigma=1.5, data_range=255.0, return_full_image=True
         )
-        for pair in zip(as_bytes(wanted), as_bytes(found), strict=True)
-    ]
+        values.append(float(similar[..., border:-border, border:-border].mean()))
     return float(np.mean(values))
 
 
-def as_bytes(pictures: Pictures) -> npt.NDArray[np.uint8]:
-    return (pictures * 255).round().astype(np.uint8)
+def as_bytes(pictures: Pictures) -> Tensor:
+    """Whole numbers 0..255 as float64 [P, 3, H, W]."""
+    return (torch.from_numpy(pictures).double() * 255).round().permute(0, 3, 1, 2)
