@@ -37,8 +37,10 @@ FIT_NUMBERS, FIT_CALLS = 25, 20
 GPTQ_CALLS, SWEEP_CALLS, GROUP_CALLS = 16, 9, 40
 UNIT_CALLS = 40  # operations of a unit
 SIDE = {"cpu": 1024, "cuda": 4096}  # of the matrices that are multiplied to learn a device's speed
-NUMBERS = {"cpu": 2**18, "cuda": 2**24}
-CALLS = 200
+# On the CPU few enough for torch to keep to one core: where another program has one, threads that wait for each other
+# are up to a thousand times as slow, which says little about the hours to come.
+NUMBERS = {"cpu": 2**14, "cuda": 2**24}
+CALLS = 100  # in a row
 TRIES = 10
 
 
@@ -83,13 +85,18 @@ def speed_of(device: torch.device) -> Speed:
     side, count = SIDE[kind], NUMBERS[kind]
     square, many, few = (torch.ones(*shape, device=device) for shape in ((side, side), (count,), (64,)))
 
+    def go_over() -> Tensor:
+        for _ in range(CALLS):
+            many.mul_(1.0)
+        return many
+
     def send() -> Tensor:
         for _ in range(CALLS):
             few.add_(1.0)
         return few
 
     return Speed(
-        side**3 / quickest(lambda: square @ square, device), count / quickest(lambda: many.round(), device),
+        side**3 / quickest(lambda: square @ square, device), CALLS * count / quickest(go_over, device),
         CALLS / quickest(send, device),
     )  # fmt: skip
 
