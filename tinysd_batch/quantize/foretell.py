@@ -153,13 +153,11 @@ def foretell(
 
     held, apart = len(recipe.held_out), int(set_apart(torch.arange(len(recipe.prompts))).sum())
     drawing = (calls(len(recipe.prompts)) + calls(held)).times(recipe.steps)
-    again = (
-        2 + 3 * noise_correction
-    )  # each held-out drawing: predicted along the way, and drawn, as it may be corrected
+    again = 2 + 3 * noise_correction  # held-out drawings: predicted along the way, drawn, and in three ways corrected
     measuring = calls(held).times(again * recipe.steps) + calls(apart if noise_correction else 0).times(recipe.steps)
     passes = 1 + len({sort_of(name) for name in layouts})
     measuring += calls(points_among(held, together)).times(passes)
-    measuring += Effort(2 * held * decoding(vae))
+    measuring += Effort(2 * held * decoding(vae, latents_of(part)))
     return Foretold(drawing, layer_efforts(part, layouts, recipe, walked), measuring)
 
 
@@ -235,10 +233,8 @@ def multiply_adds(work: Callable[[], Any]) -> float:
     return float(counter.get_total_flops() / 2)
 
 
-def decoding(vae: Part) -> float:
-    """Multiply-adds of a picture by the decoder, at the size that the autoencoder's configuration names."""
+def decoding(vae: Part, latents: Tensor) -> float:
+    """Multiply-adds of a picture by the decoder."""
     with KEEP_ON_META, torch.no_grad():
         model = AutoencoderKL.from_config(dict(vae.config))
-        side = model.config.sample_size // 2 ** (len(model.config.block_out_channels) - 1)
-        latents = torch.empty(1, model.config.latent_channels, side, side)
         return multiply_adds(lambda: model.decode(latents))
