@@ -2,7 +2,7 @@
 
     python -m benchmarks.full_quantize                     level fast, to the end
     python -m benchmarks.full_quantize --level calib --recipe benchmarks/small_calib.toml
-                                                           17 minutes on two cores of a Xeon; goes on after a stop.
+                                                           some 20 minutes on two cores; goes on after a stop.
                                                            Tells what the recipe that ships would take, too
 
 The model is written on the first run (outputs/random-sd-v1-float, or --source FOLDER). Memory is read of the process as

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint import read_schedule, write_packed_unet
-from tinysd_batch.model.memory import STEP_BLOCK_BYTES
 from tinysd_batch.model.packing import Layout
-from tinysd_batch.model.residency import hand_back_blocks_of
 from tinysd_batch.model.samplers import alphas_cumprod
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.calibrate import Calibration, Pair, Solved, Use, layer_inputs
@@ -24,7 +22,14 @@ from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left
 from tinysd_batch.quantize.foretell import layer_efforts, speed_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.resources import MAX_HELD_POINTS, check_room, needs_of_calib, rows_of, state_dtype
+from tinysd_batch.quantize.resources import (
+    MAX_HELD_POINTS,
+    check_room,
+    hand_back_memory,
+    needs_of_calib,
+    rows_of,
+    state_dtype,
+)
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet, write_json
 from tinysd_batch.quantize.summary import Made
 from tinysd_batch.quantize.trajectories import (
@@ -71,8 +76,7 @@ def quantize_calibrated(
     check_room(needs, out, device)
     identity = {"source": digest_of(part.tensors, part.release), "recipe": recipe.model_dump(), "size": size.notes()}
     started = time.monotonic()
-    if device.type == "cpu":
-        hand_back_blocks_of(STEP_BLOCK_BYTES)
+    hand_back_memory(unet, size, device)
     with storage_errors(out), open_work(out, identity) as work:
         before = work.seconds()
         work.keep_level("distill" if tune else "calib")

@@ -16,7 +16,7 @@ from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.resources import check_room, needs_of_drawing, needs_of_fast
+from tinysd_batch.quantize.resources import check_room, hand_back_memory, needs_of_drawing, needs_of_fast
 from tinysd_batch.quantize.sources import Options, Part, Say, as_stored, check_unet
 from tinysd_batch.quantize.summary import Made
 from tinysd_batch.quantize.trajectories import draw_held_out
@@ -76,6 +76,7 @@ def quantize_model(
     check_room(needs_of_fast(unet, model, size), out, CPU)
     if recipe is not None:
         check_room(needs_of_drawing(part, recipe), out, device)
+        hand_back_memory(unet, size, device)
     held_out = None
     with storage_errors(out), new_folder(out) as folder:
         layers = pack_unet(part, unet, folder / "unet", size, say)

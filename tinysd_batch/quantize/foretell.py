@@ -4,6 +4,7 @@ Meant to be right within a factor of two. Three kinds of work are told apart, si
 at each: products of matrices, operations on each number by itself, and the sending of operations, however small.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinysd_batch.model.checkpoint import KEEP_ON_META
 from tinysd_batch.model.packing import Layout
-from tinysd_batch.model.precision import timed
+from tinysd_batch.model.precision import wait_for
 from tinysd_batch.quantize.calibrate import groups_of, watch
 from tinysd_batch.quantize.gptq import ITERATIONS, NEAR, STARTS
 from tinysd_batch.quantize.hessian import RIDGES, column_parts, layer_of, tokens_out
@@ -28,15 +29,19 @@ from tinysd_batch.quantize.sources import Part
 from tinysd_batch.quantize.trajectories import set_apart
 from tinysd_batch.quantize.units import State, Unit, Walker, rows_at_once
 
-# What the UNet's layers take beside a large product of as many multiply-adds: norms, attention, maps in other orders.
-WALK = 1.4
+# What layers, attention and the factors of Hessians take over a large product of as many multiply-adds: a profile of
+# calibration at SD v1's size on one core gives 1.8 for each, drawing on two 1.7.
+SLOWER = 1.7
 # Of each weight by itself: numbers that a fit of its group goes over, and operations for its column.
 FIT_NUMBERS, FIT_CALLS = 25, 20
 GPTQ_CALLS, SWEEP_CALLS, GROUP_CALLS = 16, 9, 40
 UNIT_CALLS = 40  # operations of a unit
 SIDE = {"cpu": 1024, "cuda": 4096}  # of the matrices that are multiplied to learn a device's speed
-NUMBERS = {"cpu": 2**18, "cuda": 2**24}
-CALLS = 200
+# On the CPU few enough for torch to keep to one core: where another program has one, threads that wait for each other
+# are up to a thousand times as slow, which says little about the hours to come.
+NUMBERS = {"cpu": 2**14, "cuda": 2**24}
+CALLS = 100  # in a row
+TRIES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Effort:
         return Effort(count * self.products, count * self.numbers, count * self.calls)
 
     def seconds(self, speed: Speed) -> float:
-        return self.products / speed.products + self.numbers / speed.numbers + self.calls / speed.calls
+        return SLOWER * self.products / speed.products + self.numbers / speed.numbers + self.calls / speed.calls
 
 
 NOTHING = Effort()
@@ -75,9 +80,15 @@ def total(efforts: Iterable[Effort]) -> Effort:
 
 @cache
 def speed_of(device: torch.device) -> Speed:
-    """Measured in a fraction of a second, as busy as the device is now."""
-    side, count = SIDE[device.type], NUMBERS[device.type]
+    """Measured in a fraction of a second: the best of some tries, so that what else is busy counts little."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    side, count = SIDE[kind], NUMBERS[kind]
     square, many, few = (torch.ones(*shape, device=device) for shape in ((side, side), (count,), (64,)))
+
+    def go_over() -> Tensor:
+        for _ in range(CALLS):
+            many.mul_(1.0)
+        return many
 
     def send() -> Tensor:
         for _ in range(CALLS):
@@ -85,9 +96,21 @@ def speed_of(device: torch.device) -> Speed:
         return few
 
     return Speed(
-        side**3 / timed(lambda: square @ square, device)[1], count / timed(lambda: many.round(), device)[1],
-        CALLS / timed(send, device)[1],
+        side**3 / quickest(lambda: square @ square, device), CALLS * count / quickest(go_over, device),
+        CALLS / quickest(send, device),
     )  # fmt: skip
+
+
+def quickest(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds."""
+    found = []
+    for _ in range(TRIES):
+        wait_for(device)
+        started = time.perf_counter()
+        work()
+        wait_for(device)
+        found.append(time.perf_counter() - started)
+    return min(found)
 
 
 # Counting
@@ -121,7 +144,7 @@ def foretell(
     """The work of level `calib`."""
     walked = walk(part, layouts)
     weights = sum(one.numel() for one in part.tensors.values())
-    row, units = WALK * sum(one.all for one in walked.values()), len(walked)
+    row, units = sum(one.all for one in walked.values()), len(walked)
     together = rows_at_once(latents_of(part))
 
     def calls(prompts: int) -> Effort:
@@ -130,13 +153,11 @@ def foretell(
 
     held, apart = len(recipe.held_out), int(set_apart(torch.arange(len(recipe.prompts))).sum())
     drawing = (calls(len(recipe.prompts)) + calls(held)).times(recipe.steps)
-    again = (
-        2 + 3 * noise_correction
-    )  # each held-out drawing: predicted along the way, and drawn, as it may be corrected
+    again = 2 + 3 * noise_correction  # held-out drawings: predicted along the way, drawn, and in three ways corrected
     measuring = calls(held).times(again * recipe.steps) + calls(apart if noise_correction else 0).times(recipe.steps)
     passes = 1 + len({sort_of(name) for name in layouts})
     measuring += calls(points_among(held, together)).times(passes)
-    measuring += Effort(2 * held * WALK * decoding(vae))
+    measuring += Effort(2 * held * decoding(vae, latents_of(part)))
     return Foretold(drawing, layer_efforts(part, layouts, recipe, walked), measuring)
 
 
@@ -149,10 +170,10 @@ def layer_efforts(
     calibrating = rows - 2 * MAX_HELD_POINTS * len(recipe.held_out)
     calls = UNIT_CALLS * rows / rows_at_once(latents_of(part))
     for one in (walked or walk(part, layouts)).values():
-        on = Effort(2 * rows * WALK * one.all, 0, 2 * calls)
+        on = Effort(2 * rows * one.all, 0, 2 * calls)
         for name, products in one.groups.items():
             tokens = min(recipe.tokens, calibrating * one.tokens[name])
-            gathering = Effort(2 * rows * WALK * products, 0, 2 * calls)
+            gathering = Effort(2 * rows * products, 0, 2 * calls)
             efforts[name] = gathering + solving(unet, name, layouts[name], recipe, tokens) + on
             on = NOTHING
     return efforts
@@ -212,10 +233,8 @@ def multiply_adds(work: Callable[[], Any]) -> float:
     return float(counter.get_total_flops() / 2)
 
 
-def decoding(vae: Part) -> float:
-    """Multiply-adds of a picture by the decoder, at the size that the autoencoder's configuration names."""
+def decoding(vae: Part, latents: Tensor) -> float:
+    """Multiply-adds of a picture by the decoder."""
     with KEEP_ON_META, torch.no_grad():
         model = AutoencoderKL.from_config(dict(vae.config))
-        side = model.config.sample_size // 2 ** (len(model.config.block_out_channels) - 1)
-        latents = torch.empty(1, model.config.latent_channels, side, side)
         return multiply_adds(lambda: model.decode(latents))

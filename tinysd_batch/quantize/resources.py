@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.model.attention import PartedAttention
 from tinysd_batch.model.checkpoint import KEEP_ON_META
-from tinysd_batch.model.memory import LivePeak
+from tinysd_batch.model.info import SMALL_UNET_BYTES
+from tinysd_batch.model.memory import STEP_BLOCK_BYTES, LivePeak
+from tinysd_batch.model.residency import hand_back_blocks_of
 from tinysd_batch.quantize.calibrate import OTHER_TOKENS
 from tinysd_batch.quantize.hessian import Layer, layer_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, unet_bytes
@@ -70,6 +72,15 @@ def other_bytes(source: Source) -> int:
     """Of the other parts' files."""
     parts = (source.vae(), source.text_encoder())
     return sum(HALF * one.numel() for part in parts for one in part.tensors.values())
+
+
+def hand_back_memory(unet: nn.Module, size: Size, device: torch.device) -> None:
+    """On the CPU have maps and weights of models that are not small leave memory as soon as they are free.
+
+    Otherwise glibc's heap keeps gigabytes of them while units of SD v1's size take turns. Holds for the whole process.
+    """
+    if device.type == "cpu" and file_bytes(unet, size) >= SMALL_UNET_BYTES:
+        hand_back_blocks_of(STEP_BLOCK_BYTES)
 
 
 def needs_of_fast(unet: nn.Module, source: Source, size: Size) -> Needs:
@@ -143,9 +154,9 @@ def needs_of_drawing(part: Part, recipe: Recipe) -> Needs:
 
 
 def bytes_to_draw(part: Part, places: Sequence[Place], prompts: int) -> int:
-    """The prompts' states, with text and without, and at a unit its floats and some rows' maps."""
+    """The prompts' states, with text and without, and at a unit its floats, as they are made, and some rows' maps."""
     together = rows_at_once(latents_of(part))
-    return FLOAT * max(2 * prompts * one.state + one.weights + together * one.maps for one in places)
+    return FLOAT * max(2 * prompts * one.state + 2 * one.weights + together * one.maps for one in places)
 
 
 def tuning_bytes(part: Part, recipe: Recipe) -> int:
