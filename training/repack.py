@@ -1,6 +1,7 @@
 """Calibrate the embedded model's UNet from its float weights: the file that ships, and the report on it.
 
     python -m training.repack [--build FOLDER]
+    python -m training.repack --measure           only measure what ships anew, for the report
 
 Needs what is in the repository, no art, and some ten minutes. Stopped at any point, the same command goes on.
 """
@@ -11,9 +12,18 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from tinysd_batch.cli.quantize import make_and_report
+from tinysd_batch.quantize.folder import open_source
+from tinysd_batch.quantize.measure import measure
 from tinysd_batch.quantize.presets import Size
+from tinysd_batch.quantize.recipe import read_recipe
+from tinysd_batch.quantize.sensitivity import harms_of
 from tinysd_batch.quantize.sources import Options
+from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, draw_held_out
+from tinysd_batch.quantize.units import Walker
+from tinysd_batch.report.quantization import measure_anew
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "tinysd_batch" / "embedded" / "model"
@@ -43,6 +53,16 @@ def repack(build: Path) -> None:
     write_digests()
 
 
+def measure_shipped(build: Path) -> None:
+    """Bring the report's errors, pictures and sensitivity up to what is measured now."""
+    recipe, cpu = read_recipe(RECIPE), torch.device("cpu")
+    floats = float_folder(build / "floats")
+    part = open_source(floats, Options()).unet()
+    held = draw_held_out(Walker(part.config, part.tensors, cpu, part.release), floats, recipe)
+    errors = measure(EMBEDDED, held, recipe.seed + HELD_OUT_SEEDS, recipe.scale, cpu)
+    measure_anew(REPORT, errors, harms_of(part, EMBEDDED / "unet", held, recipe.scale, cpu))
+
+
 def write_digests() -> None:
     """The sha256 of all weight files, here and in the package."""
     digests = {
@@ -56,7 +76,9 @@ def write_digests() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=HERE / "build", help="where the work is kept")
-    repack(parser.parse_args().build)
+    parser.add_argument("--measure", action="store_true")
+    given = parser.parse_args()
+    (measure_shipped if given.measure else repack)(given.build)
 
 
 if __name__ == "__main__":

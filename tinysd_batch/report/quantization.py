@@ -47,7 +47,19 @@ def write_report(
     folder = out / FOLDER
     if errors is not None:
         write_atomically(png_of(picture_sheet(errors)), folder / "pictures.png")
-    content = as_dict(summary, errors, prompts, harms)
+    return write_content(folder, as_dict(summary, errors, prompts, harms))
+
+
+def measure_anew(folder: Path, errors: Errors, harms: Sequence[Harm]) -> Path:
+    """Replace what a report tells of held-out drawings; what was told while packing stays. Its page is returned."""
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    content |= errors_as_dict(errors)
+    content["sensitivity"] = harms_as_dicts(harms, {one["name"]: one["bytes"] for one in content["classes"]})
+    write_atomically(png_of(picture_sheet(errors)), folder / "pictures.png")
+    return write_content(folder, content)
+
+
+def write_content(folder: Path, content: Mapping[str, Any]) -> Path:
     write_atomically((json.dumps(content, indent=1) + "\n").encode(), folder / "report.json")
     write_atomically(page(content).encode(), folder / "index.html")
     return folder / "index.html"
@@ -61,6 +73,7 @@ def as_dict(
          "sqnr_db": None if one.sqnr_db is None else round(one.sqnr_db, 2)}
         for one in summary.layers
     ]  # fmt: skip
+    sizes = {one.name: one.bytes for one in summary.classes}
     return {
         "name": summary.name, "level": summary.level, "size": summary.size, "unet_bytes": summary.unet_bytes,
         "seconds": round(summary.seconds, 1), "peak_memory_bytes": summary.peak_memory_bytes,
@@ -72,7 +85,7 @@ def as_dict(
             {"name": one.name, "weights": one.weights, "bytes": one.bytes, "bits": round(one.bits, 3)}
             for one in summary.classes
         ],
-        "sensitivity": None if harms is None else harms_as_dicts(harms, summary),
+        "sensitivity": None if harms is None else harms_as_dicts(harms, sizes),
         "layers_sqnr_db_of": "weights" if summary.level == "fast" else "outputs",
         "layers": layers,
     }  # fmt: skip
@@ -97,9 +110,9 @@ def correction_as_dict(judged: Judged) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def harms_as_dicts(harms: Sequence[Harm], summary: Summary) -> list[dict[str, Any]]:
+def harms_as_dicts(harms: Sequence[Harm], bytes_of: Mapping[str, int]) -> list[dict[str, Any]]:
     """Worst first, with the sorts' bytes as shares of all packed layers'."""
-    sizes = {one.name: one.bytes for one in summary.classes if one.name in {harm.sort for harm in harms}}
+    sizes = {sort: bytes_of[sort] for sort in bytes_of if sort in {harm.sort for harm in harms}}
     sizes[EVERYTHING] = sum(sizes.values())
     return [
         {"class": one.sort, "noise_sqnr_db": round(one.noise_db, 2), "bytes": sizes[one.sort],
