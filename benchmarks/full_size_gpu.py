@@ -6,7 +6,8 @@
 
 Each line is a process of its own (all import at once: some 10 GB of memory; --ways asks for fewer). What the whole
 process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use the
-card. Torch's own peak is its allocator's. Seconds are those of the last pictures, when kernels are loaded.
+card. Torch's own peak is its allocator's. Seconds are those of the last pictures, when kernels are loaded; a step's are
+denoising's, all steps alike, with the first two, which are issued one by one, and what capturing takes.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.full_size import MODEL, SD_V1_UNET, make_model
 from tinysd_batch.model.devices import overhead
+from tinysd_batch.model.graphs import CapturedStep
 from tinysd_batch.model.memory import SMALL_WORKSPACE, WORKSPACE_CONFIG, Phase, Shape, Way
 from tinysd_batch.model.packing import Layout
 from tinysd_batch.model.pipeline import TinySD
@@ -46,7 +48,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "all streamed": {"streams": True},
 }
 LAYER = (1280, 23040)  # the largest of SD v1's matrices
-ROUNDS = 30
+ROUNDS, REPLAYS = 30, 5
+AHEAD_CYCLES = 20_000_000
 MB, MIB = 10**6, 2**20
 
 
@@ -88,6 +91,7 @@ def watching_phases(model: TinySD, watch: Watch, found: dict[str, Any]) -> Itera
 
     @contextlib.contextmanager
     def watched(phase: Phase) -> Iterator[Way]:
+        torch.cuda.empty_cache()  # else what is reserved would be what an earlier phase left
         torch.cuda.reset_peak_memory_stats()
         with working(phase) as way:
             yield way
@@ -102,6 +106,21 @@ def watching_phases(model: TinySD, watch: Watch, found: dict[str, Any]) -> Itera
     model.memory.working = working  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def watching_graphs(found: dict[str, Any]) -> Iterator[None]:
+    """Have steps tell whether they were replayed, how long that takes, and what the driver keeps for it."""
+    close = CapturedStep.close
+
+    def watched(step: CapturedStep) -> None:
+        if step.graph is not None:
+            found.update(graph=step.graph_bytes, replay_s=device_seconds(step.graph.replay, REPLAYS))
+        close(step)
+
+    CapturedStep.close = watched  # type: ignore[method-assign, assignment]
+    yield
+    CapturedStep.close = close  # type: ignore[method-assign]
+
+
 def draw(given: argparse.Namespace) -> dict[str, Any]:
     """Pictures by the engine: memory of the first, seconds of the others."""
     watch = Watch()
@@ -111,7 +130,7 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
     if given.own:  # for torch's own memory
         dtype = torch.float32 if given.dtype == "full" else torch.float16
         os.environ[WORKSPACE_CONFIG] = SMALL_WORKSPACE
-        budget = overhead(torch.device("cuda"), dtype).context + given.own
+        budget = overhead(torch.device("cuda", 0), dtype).context + given.own
     model = TinySD.from_pretrained(given.model, device="cuda", dtype=given.dtype, vram_budget=budget, turbo=given.turbo)
 
     def picture() -> Any:
@@ -131,7 +150,11 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
         started = time.monotonic()
         made.append(picture())
         seconds.append(time.monotonic() - started)
+    graphs: dict[str, Any] = {}
+    with watching_graphs(graphs):
+        picture()
     return {
+        **graphs,
         "context": context, "counted": model.memory.overhead.context, "whole": watch.most, "phases": phases,
         "foretold": foretold, "streamed": plan[1].weights - plan[1].staying,
         "picture_s": statistics.median(seconds), "decode_s": statistics.median(one.decode_s for one in made),
@@ -148,6 +171,7 @@ def device_seconds(work: Callable[[], object], rounds: int) -> float:
     times = []
     for _ in range(rounds):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(AHEAD_CYCLES)  # type: ignore[no-untyped-call]  # else the card waits for the processor
         before.record()
         work()
         after.record()
@@ -271,6 +295,12 @@ def tell_way(name: str, dtype: str, found: dict[str, Any]) -> None:
         f"{found['picture_s']:>9.2f}{found['streamed'] / MB:>9.1f}",
         flush=True,
     )
+    if "graph" in found:
+        print(
+            f"    a step replayed {found['replay_s'] * 1000:.1f} ms; the graph takes {found['graph'] / MB:.1f} MB more"
+        )
+    else:
+        print("    steps were issued one by one")
     for phase, one in found["phases"].items():
         print(
             f"    {phase:<14} foretold {found['foretold'][phase] / MB:7.1f} MB, torch's own {one['own'] / MB:7.1f}"

@@ -42,6 +42,8 @@ def from_os(number: int) -> StorageError:
         (RuntimeError("CUDA error: out of memory"), Fault.OUT_OF_MEMORY),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Fault.OUT_OF_MEMORY),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.OUT_OF_MEMORY),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), Fault.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `x`"), Fault.OUT_OF_MEMORY),
         (MemoryError(), Fault.OUT_OF_MEMORY),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), Fault.DEVICE_BROKEN),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), Fault.DEVICE_BROKEN),

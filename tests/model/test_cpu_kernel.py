@@ -122,6 +122,13 @@ def test_any_number_of_threads_unpacks_the_same(target: ctypes.c_void_p, monkeyp
 
 
 @needs_compiler
+def test_torchs_own_threads_are_found() -> None:
+    """Where it works with OpenMP, as all builds for Linux do."""
+    assert "OpenMP" in torch.__config__.parallel_info()
+    assert cpu_kernel.team() is not None
+
+
+@needs_compiler
 def test_several_may_unpack_at_once(target: ctypes.c_void_p, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     weights = [WholeRowWeight(random_bytes(900, 80, seed=n), finite_halves(900, 2, seed=n)) for n in range(4)]
@@ -151,7 +158,7 @@ def not_asked_yet() -> Iterator[None]:
 
 @pytest.mark.usefixtures("not_asked_yet")
 def test_without_a_library_torch_unpacks_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cpu_kernel, "library", lambda _: tmp_path / "missing.so")
+    monkeypatch.setattr(compiled, "library", lambda _: tmp_path / "missing.so")
     weight = WholeRowWeight(random_bytes(5, 24, seed=1), finite_halves(5, 2, seed=2))
     assert not unpacking.has_kernels(torch.device("cpu"))
     found = unpacking.unpack(weight, torch.empty(weight.shape))
@@ -165,7 +172,7 @@ def test_a_library_that_unpacks_wrongly_is_not_used(monkeypatch: pytest.MonkeyPa
     (tmp_path / "unpack.c").write_text("void unpack(void *work) { (void)work; }")
     monkeypatch.setattr(compiled, "SOURCE", tmp_path / "unpack.c")
     compiled.compile_for("plain", COMPILER, tmp_path / "idle.so")
-    monkeypatch.setattr(cpu_kernel, "library", lambda _: tmp_path / "idle.so")
+    monkeypatch.setattr(compiled, "library", lambda _: tmp_path / "idle.so")
     assert not unpacking.has_kernels(torch.device("cpu"))
 
 
@@ -174,7 +181,7 @@ def test_a_library_that_unpacks_wrongly_is_not_used(monkeypatch: pytest.MonkeyPa
 def test_what_was_compiled_when_this_was_installed_is_used() -> None:
     """Also where the question comes up first while memory is foretold, on the meta device."""
     with torch.device("meta"):
-        assert unpacking.has_kernels(torch.device("meta"))
+        assert unpacking.has_kernels(torch.device("cpu"))
 
 
 def test_a_library_does_not_outlive_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model import fbgemm, packed, packing, unpacking
 from tinysd_batch.model.fbgemm import unpack_by_rows
 from tinysd_batch.model.memory import LivePeak
-from tinysd_batch.model.packed import PackedConv2d, PackedLayer, keep_unpacked, packed_like
+from tinysd_batch.model.packed import PackedConv2d, PackedLayer, keep_unpacked, packed_like, scratch_bytes
 from tinysd_batch.model.packing import ROW, Layout, RowWeight, Weight, WholeRowWeight
 from tinysd_batch.model.parts import USUAL_BYTES, in_parts_of
 from tinysd_batch.quantize.affine import quantize_matrix
@@ -244,6 +246,16 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
     assert torch.equal(kept, before)
     fill(first, quantize_matrix(torch.randn(8, 64), 64), None)
     assert not torch.equal(matrix(first), before)
+
+
+def test_what_is_reserved_to_unpack_in_is_what_layers_use(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacking.SCRATCH, "buffers", {})
+    model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
+    unpacking.SCRATCH.release(torch.device("cpu"))
+    with torch.no_grad(), model.residency.holding(model.encode_fragment, model.decode_fragment):
+        model.predict_noise(torch.randn(1, 4, 8, 8), torch.tensor(500.0), torch.randn(1, 22, 32))
+    used = unpacking.SCRATCH.buffers[torch.device("cpu")].numel()
+    assert used == scratch_bytes(model.unet, model.dtype) > 0
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:

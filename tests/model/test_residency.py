@@ -115,6 +115,42 @@ def test_an_arena_holds_every_piece_as_the_device_wants_it(model: TinySD) -> Non
             assert torch.equal(place, tensor.value.to(tensor.dtype))
 
 
+def test_an_arena_does_not_serve_others_that_are_as_large(model: TinySD) -> None:
+    """In another room other layers pass, and some sets of layers weigh the same."""
+    fragment: Fragment = model.decode_fragment
+    arena = Arena.of(fragment.pieces, pinned=False)
+    assert arena.is_of(fragment.pieces)
+    assert not arena.is_of(fragment.pieces[::-1])
+    assert not arena.is_of(fragment.pieces[:-1])
+    fragment.set_dtype(torch.bfloat16)
+    assert not arena.is_of(fragment.pieces)
+    fragment.set_dtype(model.dtype)
+    assert arena.is_of(fragment.pieces)
+
+
+def test_after_a_capture_that_broke_off_steps_are_as_ever(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = with_room(tiny_model, 0.0)
+    tight.residency.streams_all = True
+    latents, context, time = torch.randn(2, 4, 8, 8), torch.randn(2, 22, 32), torch.tensor(500.0)
+
+    def refuse(_: Stream) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def broken_off() -> None:
+        with pytest.MonkeyPatch.context() as patch, tight.residency.capturing(2):
+            patch.setattr(Stream, "close", refuse)
+            tight.predict_noise(latents, time, context)
+
+    with torch.no_grad(), tight.residency.holding(tight.encode_fragment, tight.decode_fragment):
+        expected = [tight.predict_noise(latents, time, context) for _ in range(2)][1]
+        with pytest.raises(RuntimeError, match="previous error"):
+            broken_off()
+        assert tight.residency.stream is not None
+        assert tight.residency.stream.begins
+        assert tight.residency.stream.last is None
+        assert torch.equal(tight.predict_noise(latents, time, context), expected)
+
+
 def test_a_captured_step_copies_each_piece_once_and_leaves_nothing_under_way(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

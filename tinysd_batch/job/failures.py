@@ -68,7 +68,10 @@ POLICY = {
 }
 
 NO_MEMORY = re.compile(
-    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|CU\w+_STATUS_ALLOC_FAILED", re.I
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|CU\w+_STATUS_ALLOC_FAILED|"
+    # how cuDNN and cuBLAS come to say that there is no memory for what they would like
+    r"unable to find an engine to execute|CU\w+_STATUS_NOT_INITIALIZED",
+    re.I,
 )
 BROKEN_DEVICE = re.compile(
     r"device-side assert|illegal memory access|illegal instruction|illegal address|misaligned address|"

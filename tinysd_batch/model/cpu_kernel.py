@@ -3,6 +3,7 @@
 A build without a C compiler has none; then torch's operators unpack, at a multiple of the cost (benchmarks/ prints it).
 """
 
+import contextlib
 import ctypes
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.compiled import library, target_of
+from tinysd_batch.model import compiled
 from tinysd_batch.model.packing import PackedWeight, Weight, WholeRowWeight
 
 AT_ONCE = 2**15  # weights, more or less, that a thread takes
@@ -55,7 +56,7 @@ def launch(weight: Weight, out: Tensor, function: ctypes.c_void_p | None = None)
 @cache
 def kernel() -> ctypes.c_void_p:
     """The address of the source's `unpack`."""
-    path = library(target_of(torch.backends.cpu.get_cpu_capability()))
+    path = compiled.library(compiled.target_of(torch.backends.cpu.get_cpu_capability()))
     return ctypes.cast(ctypes.CDLL(str(path)).unpack, ctypes.c_void_p)
 
 
@@ -72,12 +73,15 @@ def by_all_threads(function: ctypes.c_void_p, work: Work, threads: int) -> None:
 def team() -> ctypes.CDLL | None:
     """The OpenMP library whose threads torch works with: a second set of threads would fight them for the cores.
 
-    `GOMP_parallel` is what compilers call at a parallel region; GNU's library, Intel's and LLVM's have it.
+    `GOMP_parallel` is what compilers call at a parallel region; GNU's library, Intel's and LLVM's have it. None where
+    no such library is found; then one thread unpacks.
     """
-    mapped = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
-    names = [path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))]
-    for name in sorted(names, key=lambda path: "torch" not in path):
-        found = ctypes.CDLL(name)
-        if hasattr(found, "GOMP_parallel"):
-            return found
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped = {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line}
+        found = [path for path in mapped if path.name.startswith(("libgomp", "libiomp", "libomp"))]
+        for path in sorted(found, key=lambda path: "torch" not in path.parts):
+            library = ctypes.CDLL(str(path))
+            if hasattr(library, "GOMP_parallel"):
+                return library
     return None

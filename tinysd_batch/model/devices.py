@@ -6,7 +6,7 @@ import platform
 import re
 import resource
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,8 @@ OLD_CARDS_BUILD = "https://download.pytorch.org/whl/cu126"  # the last builds wi
 CUDA_CONTEXT_BYTES = 350 * 10**6  # 150 to 350 MB are reported, by card and driver; where it can be, it is measured
 WORKSPACE_BYTES = 8519680  # of cuBLAS, as torch has it up to Ampere; on Hopper it would be four times as much
 LATER_BYTES = 16 * 2**20  # kernels that are loaded when they are first needed
+MOST_CONTEXT_BYTES = 750 * 10**6  # that any card was seen to need for CUDA and libraries
+WORKSPACES: dict[torch.device, int] = {}  # of cards at work: what the first work of all made libraries take
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -115,16 +117,20 @@ class Overhead:
 
 @cache
 def overhead(device: torch.device, dtype: torch.dtype) -> Overhead:
-    """Measured, after work of every sort that the model does; a guess where the card is not at hand."""
+    """Measured, after work of every sort that the model does; a guess where the card is not at hand.
+
+    `device` names a card by its number, as `choose_device` does.
+    """
     if device.type != "cuda":
         return Overhead(0, 0)
     if not torch.cuda.is_available():
         return Overhead(CUDA_CONTEXT_BYTES, WORKSPACE_BYTES)
+    assert device.index is not None, "two names of a card would be two streams, each with a workspace"
     before = torch.cuda.memory_allocated(device)
     with on_working_stream(device):
         try_everything(device, dtype)
     torch.cuda.synchronize(device)
-    workspace = torch.cuda.memory_allocated(device) - before
+    workspace = WORKSPACES.setdefault(device, torch.cuda.memory_allocated(device) - before)
     return Overhead(bytes_in_use(device) - torch.cuda.memory_reserved(device) + LATER_BYTES, workspace)
 
 
@@ -139,7 +145,10 @@ def try_everything(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def bytes_in_use(device: torch.device) -> int:
-    """Of a card's memory by this process, by the driver's word; all that is in use where it names no processes."""
+    """Of a card's memory by this process, by the driver's word.
+
+    Where that names no processes, as in containers, all that is in use, but no more than this process may well take.
+    """
     uuid = torch.cuda.get_device_properties(device).uuid
     query = ["nvidia-smi", "-i", f"GPU-{uuid}", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -147,7 +156,17 @@ def bytes_in_use(device: torch.device) -> int:
         if own := re.search(rf"^{os.getpid()}, (\d+)$", said, re.MULTILINE):
             return int(own[1]) * 2**20
     free, total = torch.cuda.mem_get_info(device)
-    return total - free
+    return min(total - free, torch.cuda.memory_reserved(device) + MOST_CONTEXT_BYTES)
+
+
+@contextlib.contextmanager
+def allocating_at_most(nbytes: int, device: torch.device) -> Iterator[None]:
+    """Torch takes no more of a card than that; libraries that find no workspace choose other ways of work."""
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total_bytes(device)), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ captured, and if it says to the bit what the second said, all others are replaye
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -21,11 +22,19 @@ WORTH_IT = 6  # steps, at least: to capture one takes as long as to issue one
 class CapturedStep:
     """What a step says, by a graph from the third call on. All that it reads must stay where it is in memory."""
 
-    def __init__(self, step: Step, capturing: Callable[[int], AbstractContextManager[None]]) -> None:
-        """`capturing` is entered while operations are captured, after so many steps."""
+    def __init__(
+        self, step: Step, capturing: Callable[[int], AbstractContextManager[None]], most_bytes: int | None = None
+    ) -> None:
+        """`capturing` is entered while operations are captured, after so many steps.
+
+        Torch's memory, and what the driver takes for the graph besides, may be `most_bytes`.
+        """
         self.step = step
         self.capturing = capturing
+        self.most_bytes = most_bytes
         self.calls = 0
+        self.failed = False  # to capture, which would fail again
+        self.graph_bytes = 0  # that the driver keeps of the graph
         self.graph: torch.cuda.CUDAGraph | None = None
         self.given: Tensor | None = None
         self.said: Tensor | None = None
@@ -51,26 +60,68 @@ class CapturedStep:
         """Leaves no graph where something does not allow it, or where it does not say what is expected, to the bit."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has memory of its own, in which it needs what a step took again
+        before = beyond_torch()
         self.graph, self.given = torch.cuda.CUDAGraph(), latents.clone()
+        pool = torch.cuda.graph_pool_handle()
         try:
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                with self.capturing(self.calls):
-                    self.said = self.step(self.given)
-            finally:
-                self.graph.capture_end()
+            with no_collection():
+                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    with self.capturing(self.calls):
+                        self.said = self.step(self.given)
+                finally:
+                    self.graph.capture_end()
             right = torch.equal(self.replay(latents), expected)
+            self.graph_bytes = beyond_torch() - before
+            right = right and self.fits()
         except RuntimeError:  # whatever torch, a library or the driver will not have captured, or no memory for it
+            let_go(pool, latents.device)
             torch.cuda.synchronize()
             right = False
         if not right:
+            self.failed = True
             self.close()
+
+    def fits(self) -> bool:
+        """Whether there is room for what the driver keeps of the graph, some kilobytes for each operation."""
+        return self.most_bytes is None or torch.cuda.memory_reserved() + self.graph_bytes <= self.most_bytes
 
     def close(self) -> None:
         """Let go of the graph and its memory."""
-        if self.graph is not None:
-            self.graph.reset()
+        if self.graph is None:
+            return
+        self.graph.reset()
         self.graph = self.given = self.said = None
+        torch.cuda.empty_cache()
+
+
+def beyond_torch() -> int:
+    """Bytes of the card that are in use and not torch's, of whatever process."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def let_go(pool: tuple[int, int], device: torch.device) -> None:
+    """Of the memory of a capture that broke off before its end: torch would keep it, and free nothing else any more.
+
+    The first call raises where the capture came to its end, and then the graph itself lets go of the memory.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage is collected: among it may be what calls CUDA when it goes, which is not allowed in a capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -81,9 +132,11 @@ def on_working_stream(device: torch.device) -> Iterator[None]:
         return
     usual, own = torch.cuda.current_stream(device), working_stream(device)
     own.wait_stream(usual)
-    with torch.cuda.stream(own):
-        yield
-    usual.wait_stream(own)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        usual.wait_stream(own)
 
 
 @functools.cache

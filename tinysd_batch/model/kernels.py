@@ -4,13 +4,16 @@ They go through torch's own door to NVRTC. A card may use them once they have un
 torch does; whatever goes wrong before that, plain torch unpacks.
 """
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 THREADS = 256  # in a block
 WRITTEN_BYTES = 16  # by a thread at once, the most that the hardware can
@@ -129,14 +132,25 @@ class Kernel:
         function = self.compiled.func
         error = self.driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None)
         if error:
-            raise RuntimeError(f"CUDA error {error} when a kernel was launched")
+            torch.cuda._utils._check_cuda(error)  # raises, with the driver's words
 
 
 @cache
 def kernel(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
     """Compiled for the card; raises whatever torch, NVRTC or the driver raise."""
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), without_toolkit():
         return Kernel(torch.cuda._compile_kernel(source(dtype), name), ctypes.CDLL("libcuda.so.1"))
+
+
+@contextlib.contextmanager
+def without_toolkit() -> Iterator[None]:
+    """Have torch compile where no CUDA toolkit is installed: it looks for headers, of which our source needs none."""
+    before = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = before or "/nonexistent"
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = before
 
 
 def launch(name: str, tensors: dict[str, Tensor], out: Tensor, bits: int, group: int | None = None) -> None:

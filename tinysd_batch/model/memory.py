@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.devices import overhead, total_bytes
+from tinysd_batch.model.devices import allocating_at_most, overhead
 from tinysd_batch.model.fragments import Fragment
-from tinysd_batch.model.packed import packed_layers
+from tinysd_batch.model.packed import packed_layers, scratch_bytes
 from tinysd_batch.model.parts import SMALL_BYTES, SMALLEST_BYTES, USUAL_BYTES, in_parts_of
 from tinysd_batch.model.residency import hand_back_blocks_of
 from tinysd_batch.model.unet import predict
-from tinysd_batch.model.unpacking import SCRATCH
+from tinysd_batch.model.unpacking import SCRATCH, foretold_for
 from tinysd_batch.model.vae import decode_one
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 # What cuBLAS may take on every card in place of its own choice: what it takes on those up to Ampere.
 WORKSPACE_CONFIG, SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"
-GAPS = 1 / 8  # of what tensors take on a card, at most; more was seen only where nothing was to be saved
+# What torch's allocator leaves unused on a card: of what tensors take so much at most (more was seen only where nothing
+# was to be saved), and a segment of its size for tensors of 1 to 10 MB, of which it takes whole ones only.
+GAPS, SEGMENT_BYTES = 1 / 8, 20 * 2**20
 UNET = "UNet"
 # On the CPU larger tensors take memory of the system's own. What a step at 512x512 uses is worth keeping for the next.
 BLOCK_BYTES, STEP_BLOCK_BYTES, TIGHT_BLOCK_BYTES = 2**22, 2**23, 2**17
@@ -140,9 +142,14 @@ class Planner:
             os.environ.setdefault(WORKSPACE_CONFIG, SMALL_WORKSPACE)  # read when cuBLAS first works
         self.overhead = overhead(model.device, model.dtype)
         self.context = self.overhead.context + self.overhead.workspace
-        self.gaps = GAPS if model.device.type == "cuda" else 0
+        self.gaps, self.segment = (GAPS, SEGMENT_BYTES) if model.device.type == "cuda" else (0.0, 0)
         self.most_part_bytes = USUAL_BYTES  # ways of larger parts are passed over
         self.known: dict[tuple[Any, ...], Phase] = {}
+
+    @property
+    def own_bytes(self) -> int | None:
+        """What torch may take of a card within the budget."""
+        return None if self.budget_bytes is None else max(0, self.budget_bytes - self.overhead.context)
 
     def phases(self, shape: Shape) -> list[Phase]:
         """All three, measured even where there is no budget. Raises UsageError as `phase` does."""
@@ -230,9 +237,12 @@ class Planner:
         weights = sum(part.nbytes for part in task.fragments)
         for way in self.ways(task):
             work = self.work(task, way)
-            room = None if budget is None else max(0, int((budget - self.context) / (1 + self.gaps)) - work)
+            segments = self.segment * (2 if task.name == UNET else 1)  # a step that is captured has its own
+            room = None
+            if budget is not None:
+                room = max(0, int((budget - self.context - segments) / (1 + self.gaps)) - work)
             staying, buffers = self.model.residency.placed(task.fragments, room)
-            gaps = int(self.gaps * (staying + buffers + work))
+            gaps = segments + int(self.gaps * (staying + buffers + work))
             yield Phase(task.name, task.fragments, way, room, weights, staying, buffers, work, self.context, gaps)
 
     def ways(self, task: Task) -> Sequence[Way]:
@@ -252,7 +262,9 @@ class Planner:
             fragment.pretend()
         SCRATCH.release(META)
         try:
-            with torch.no_grad(), META, in_parts_of(way.part_bytes), LivePeak() as live:
+            with (
+                torch.no_grad(), foretold_for(self.model.device), META, in_parts_of(way.part_bytes), LivePeak() as live,
+            ):  # fmt: skip
                 live.leave_out(tensor.place for part in task.fragments for tensor in part.host)
                 task.run(way)
         finally:
@@ -268,25 +280,29 @@ class Planner:
             usual = STEP_BLOCK_BYTES if phase.name == UNET else BLOCK_BYTES
             hand_back_blocks_of(usual if self.budget_bytes is None else TIGHT_BLOCK_BYTES)
         try:
-            with self.limited(), in_parts_of(phase.way.part_bytes), self.model.residency.holding(*phase.fragments):
-                yield phase.way
+            with self.limited(), in_parts_of(phase.way.part_bytes):
+                self.reserve(phase)
+                with self.model.residency.holding(*phase.fragments):
+                    yield phase.way
         finally:
             SCRATCH.release(self.model.device)
+
+    def reserve(self, phase: Phase) -> None:
+        """On a card, room to unpack in, before anything else can leave but parts of its memory free."""
+        model = self.model
+        if phase.name == UNET and model.device.type == "cuda":
+            SCRATCH.output(1, scratch_bytes(model.unet, model.dtype), torch.uint8, model.device)
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
         """Torch takes no more of a card than the budget allows: libraries choose ways of work that do with it."""
         device = self.model.device
-        if self.budget_bytes is None or device.type != "cuda":
+        if self.own_bytes is None or device.type != "cuda":
             yield
             return
         torch.cuda.empty_cache()  # what earlier phases took
-        allowed = (self.budget_bytes - self.overhead.context) / total_bytes(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, allowed)), device)
-        try:
+        with allocating_at_most(self.own_bytes, device):
             yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def kept_type(way: Way) -> torch.dtype | None:

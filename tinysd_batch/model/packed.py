@@ -143,6 +143,13 @@ def unpacked_bytes(model: nn.Module) -> int:
     return sum(4 * layer.out_features * layer.columns for layer in packed_layers(model))
 
 
+def scratch_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What the largest part takes in which a layer is unpacked."""
+    layers = [layer for layer in packed_layers(model) if not layer.keeps_unpacked]
+    rows = [rows_at_once(layer.out_features, layer.columns, dtype) for layer in layers]
+    return max((dtype.itemsize * some * layer.columns for some, layer in zip(rows, layers, strict=True)), default=0)
+
+
 def swap_packed_layers(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
     """Replace the layers named in `layouts` by empty packed ones, in place."""
     for name, layout in layouts.items():

@@ -26,7 +26,7 @@ from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
 from tinysd_batch.model.graphs import WORTH_IT, CapturedStep, Step, on_working_stream
 from tinysd_batch.model.hoist import Attended, Hoisted
 from tinysd_batch.model.info import ModelInfo, read_model_info
-from tinysd_batch.model.memory import Planner, Shape, Way, kept_type
+from tinysd_batch.model.memory import Phase, Planner, Shape, Way, kept_type
 from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
 from tinysd_batch.model.precision import choose_dtype, name_of
 from tinysd_batch.model.residency import Residency
@@ -34,6 +34,7 @@ from tinysd_batch.model.samplers import Callback, Noise, Run, exact, sample, tim
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
+from tinysd_batch.model.unpacking import has_kernels
 from tinysd_batch.model.vae import decode_latents, decode_one, made_together
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
@@ -78,6 +79,7 @@ class TinySD:
         self.vae_fragment = Fragment("VAE decoder", {"": self.vae}, vae, dtype, order, made_together(self.vae))
         self.residency = Residency(device)
         self.memory = Planner(self, budget_bytes)
+        self.uncaptured: set[Phase] = set()  # in which steps could not be captured as CUDA graphs
         small = device.type == "cpu" and budget_bytes is None and unpacked_bytes(self.unet) <= KEEP_UNPACKED_BYTES
         if turbo or small:
             keep_unpacked(self.unet)
@@ -201,6 +203,8 @@ class TinySD:
         )
         self.check_size(height, width)
 
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         with on_working_stream(self.device):
             started = time.monotonic()
             conditions = self.prompts.encode(
@@ -314,27 +318,29 @@ class TinySD:
         deviation = exact if self.correction is None else self.correction.deviation
         run = Run(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None), deviation)
         try:
-            with self.memory.working(phase) as way, self.stepping(attended, way, steps) as step:
+            with self.memory.working(phase) as way, self.stepping(attended, phase, way, steps) as step:
                 return sample(sampler, run, start.to(self.device))
         finally:
             self.hoisted.forget(all_of_it=self.device.type == "cpu" and self.memory.budget_bytes is not None)
 
     @contextlib.contextmanager
-    def stepping(self, attended: Attended, way: Way, steps: int) -> Iterator[Step]:
+    def stepping(self, attended: Attended, phase: Phase, way: Way, steps: int) -> Iterator[Step]:
         """What the UNet says of latents [R, 4, h, w], where prompts, and from outside the time, are known to it."""
         self.hoisted.attend(attended)
 
         def issue(latents: Tensor) -> Tensor:
             return predict(self.unet, latents, attended.rows, way.rows, self.dtype)
 
-        if self.device.type != "cuda" or steps < WORTH_IT:
+        if self.device.type != "cuda" or steps < WORTH_IT or phase in self.uncaptured or not has_kernels(self.device):
             yield issue
             return
-        captured = CapturedStep(issue, self.residency.capturing)
+        captured = CapturedStep(issue, self.residency.capturing, self.memory.own_bytes)
         try:
             yield captured
         finally:
             captured.close()
+            if captured.failed:
+                self.uncaptured.add(phase)
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D]."""

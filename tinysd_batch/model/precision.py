@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinysd_batch.errors import UsageError
+from tinysd_batch.model.devices import allocating_at_most
 
 WORTH_IT = 1.3  # times as fast as float32, at least
 TRIES = 5
 IN_A_ROW = 5
+PROBE_BYTES = 192 * 2**20  # on a card; its tensors take half of that
 TOLERANCE = 0.05  # of the largest value: bfloat16 has 8 bits
 
 
@@ -56,7 +58,17 @@ def probe(device: torch.device, half: torch.dtype) -> Probe:
 
     On cards one that takes longer than to send for it; on processors a small one: what is emulated takes for ever.
     """
-    channels, side = (320, 128) if device.type == "cuda" else (128, 16)
+    if device.type == "cuda":  # before any budget is known: libraries must not take what they would like
+        most = torch.cuda.memory_reserved(device) + PROBE_BYTES
+        with allocating_at_most(most, device):
+            found = compare(device, half, 320, 128)
+        torch.cuda.empty_cache()
+        return found
+    return compare(device, half, 128, 16)
+
+
+def compare(device: torch.device, half: torch.dtype, channels: int, side: int) -> Probe:
+    """The convolution, on a map of so many channels and pixels a side."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, side, side, generator=generator).to(device)
     # Divided so that the result spreads as x does.

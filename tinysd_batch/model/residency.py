@@ -96,8 +96,10 @@ class Residency:
         try:
             yield
         finally:
-            stream.close()
-            stream.begin_again()
+            try:
+                stream.close()
+            finally:  # a capture that broke off refuses even this, and what comes next must not wait for it
+                stream.begin_again()
 
     def placed(self, fragments: Sequence[Fragment], room: int | None) -> tuple[int, int]:
         """Bytes of weights that stay on the device in so much room, and of the buffers that others pass through."""
@@ -141,11 +143,12 @@ class Residency:
 
     def arena(self, first: Fragment, passing: Sequence[Passing]) -> "Arena | None":
         """Page-locked memory from which copies overlap with work; the CPU takes tensors from the file's pages."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not passing:
             return None
         pieces = [piece for piece, _ in passing]
         known = self.arenas.get(first)
-        if known is None or known.nbytes != sum(piece.nbytes for piece in pieces):
+        if known is None or not known.is_of(pieces):
+            self.arenas.pop(first, None)  # before another is made: both would be page-locked at once
             known = self.arenas[first] = Arena.of(pieces)
         return known
 
@@ -194,6 +197,7 @@ class Arena:
 
     memory: Tensor
     starts: tuple[int, ...]
+    contents: "Contents"
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], *, pinned: bool = True) -> "Arena":
@@ -205,14 +209,21 @@ class Arena:
             for tensor, place in piece.views(memory[end:]):
                 place.copy_(tensor.value)
             end += piece.nbytes
-        return cls(memory, tuple(starts))
+        return cls(memory, tuple(starts), contents_of(pieces))
 
-    @property
-    def nbytes(self) -> int:
-        return self.memory.numel()
+    def is_of(self, pieces: Sequence[Piece]) -> bool:
+        """Whether it holds just these tensors; others may be as large."""
+        return self.contents == contents_of(pieces)
 
     def piece(self, number: int, nbytes: int) -> Tensor:
         return self.memory[self.starts[number] :][:nbytes]
+
+
+Contents = tuple[tuple[tuple[int, torch.dtype], ...], ...]  # of each piece the tensors, by their identity
+
+
+def contents_of(pieces: Sequence[Piece]) -> Contents:
+    return tuple(tuple((id(tensor), tensor.dtype) for tensor in piece.tensors) for piece in pieces)
 
 
 def page_locked(nbytes: int) -> Tensor:
@@ -221,6 +232,7 @@ def page_locked(nbytes: int) -> Tensor:
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, PORTABLE)):
+        forget_error()
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def unlock(address: int, _: mmap.mmap) -> None:
@@ -228,6 +240,12 @@ def page_locked(nbytes: int) -> Tensor:
 
     weakref.finalize(tensor, unlock, tensor.data_ptr(), memory).atexit = False  # the process's end unlocks it, too
     return tensor
+
+
+def forget_error() -> None:
+    """What went wrong and is dealt with: CUDA would tell of it at the next launch, which is innocent."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def new_event() -> torch.cuda.Event:

@@ -3,7 +3,11 @@
 A kernel, on CUDA or the processor, may work once it has unpacked known weights to the bit as plain torch does.
 """
 
+import contextlib
 import threading
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -14,6 +18,8 @@ from tinysd_batch.model.fbgemm import Decode, unpack_by_rows, unpack_rows_torch
 from tinysd_batch.model.packing import BITS, ROW_BITS, PackedWeight, RowWeight, Weight, WholeRowWeight
 from tinysd_batch.model.parts import at_once, part_bytes
 
+FORETOLD: ContextVar[torch.device | None] = ContextVar("foretold", default=None)
+CPU = torch.device("cpu")
 BLOCK_ROWS = 64  # parts are multiples of it: oneDNN fills up blocks of output channels
 
 
@@ -22,9 +28,20 @@ def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
 
     Computed in float32 and rounded once, to the type of `out`.
     """
-    if decode is None and has_kernels(out.device):
+    if decode is None and has_kernels((FORETOLD.get() or CPU) if out.is_meta else out.device):
         return out if out.is_meta else unpack_by_kernel(weight, out)
     return unpack_by_rows(weight, out, decode)
+
+
+@contextlib.contextmanager
+def foretold_for(device: torch.device) -> Iterator[None]:
+    """Work on the meta device stands for work on this one."""
+    has_kernels(device)  # asked before anything is counted
+    before = FORETOLD.set(device)
+    try:
+        yield
+    finally:
+        FORETOLD.reset(before)
 
 
 def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
@@ -44,10 +61,8 @@ def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
 def has_kernels(device: torch.device) -> bool:
     """Whether there are kernels for this device that unpack known weights as plain torch does.
 
-    On the meta device, where memory is foretold, what is true of the processor is taken to be true of its card.
+    Warns of a card for which there are none: steps take several times as long then.
     """
-    if device.type == "meta":
-        return has_kernels(torch.device("cpu"))
     if device.type not in ("cpu", "cuda"):
         return False
     try:
@@ -59,7 +74,10 @@ def has_kernels(device: torch.device) -> bool:
             for weight in known_weights(device)
             for dtype in kernels.OUTS
         )
-    except Exception:  # noqa: BLE001 - neither torch's door to NVRTC nor what a compiler made is beyond doubt
+    except Exception as error:  # noqa: BLE001 - neither torch's door to NVRTC nor what a compiler made is beyond doubt
+        if device.type == "cuda":
+            told = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"{device}: weights are unpacked without a kernel, which is slow: {told}", stacklevel=2)
         return False
 
 
