@@ -153,7 +153,7 @@ def foretell(
 
     held, apart = len(recipe.held_out), int(set_apart(torch.arange(len(recipe.prompts))).sum())
     drawing = (calls(len(recipe.prompts)) + calls(held)).times(recipe.steps)
-    again = 2 + 3 * noise_correction  # held-out drawings: predicted along the way, drawn, and in three ways corrected
+    again = 2 + 3 * noise_correction  # times over held-out drawings, three of them to judge a correction
     measuring = calls(held).times(again * recipe.steps) + calls(apart if noise_correction else 0).times(recipe.steps)
     passes = 1 + len({sort_of(name) for name in layouts})
     measuring += calls(points_among(held, together)).times(passes)
