@@ -118,7 +118,10 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path)
     given = parser.parse_args()
     if not given.source.exists():
-        make_source(given.source)
+        partial = given.source.with_name(given.source.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        make_source(partial)
+        partial.rename(given.source)
     shutil.rmtree(given.out, ignore_errors=True)
     words = [sys.executable, "-m", "tinysd_batch", "quantize", given.source, given.out, "--level", given.level]
     if given.recipe:
