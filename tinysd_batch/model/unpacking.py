@@ -63,7 +63,7 @@ def has_kernels(device: torch.device) -> bool:
 
     Warns of a card for which there are none: steps take several times as long then.
     """
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         return False
     try:
         return all(
