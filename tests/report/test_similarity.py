@@ -69,5 +69,13 @@ def test_without_the_library_the_report_says_how_to_get_it(monkeypatch: pytest.M
     assert np.isfinite(content["pictures_psnr_db"])
 
 
+def test_one_picture_that_became_another_does_not_hide_what_the_others_are(summary: Summary) -> None:
+    floats, packed = pictures(), pictures(0.01)
+    packed[1] = 1 - floats[1]
+    content = as_dict(summary, Errors([1.0], [20.0], [20.0], 20.0, 9.0, floats, packed), ["a", "b", "c"])
+    assert content["median_picture_psnr_db"] == pytest.approx(40, abs=1)
+    assert f"{content['median_picture_psnr_db']:.2f} dB" in page(content)
+
+
 def test_pictures_smaller_than_the_window_have_none() -> None:
     assert mean_ssim(pictures()[:, :8], pictures()[:, :8]) is None
