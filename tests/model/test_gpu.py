@@ -1,10 +1,11 @@
-"""What only a CUDA device can tell: run with `pytest -m gpu`."""
+"""The engine on a CUDA device: one that is pretended, and with `pytest -m gpu` a real one, too."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.card.card import Card
 from tinysd_batch import TinySD
 from tinysd_batch.model import pipeline
 from tinysd_batch.model.devices import bytes_in_use, overhead
@@ -13,20 +14,20 @@ from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.precision import choose_dtype, probe
 from tinysd_batch.model.unpacking import has_kernels
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+MIB = 2**20
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("full", 1e-2), ("autocast", 1e-1)])
-def test_the_same_picture_as_on_the_cpu(dtype: str, tolerance: float) -> None:
+def test_the_same_picture_as_on_the_cpu(card: Card | None, dtype: str, tolerance: float) -> None:
     options = {"num_inference_steps": 10, "output_type": "np"}
     expected = TinySD.from_pretrained("embedded", device="cpu").generate("red apple", 7, **options).images  # type: ignore[arg-type]
     found = TinySD.from_pretrained("embedded", device="cuda", dtype=dtype).generate("red apple", 7, **options).images  # type: ignore[arg-type]
     assert abs(found - expected).mean() < tolerance
 
 
-def test_a_tight_budget_changes_no_bit_and_leaves_the_card_empty(tiny_model: Path) -> None:
-    roomy = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="4GB")
-    tight = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="4GB")
+def test_a_tight_budget_changes_no_bit_and_leaves_the_card_empty(card: Card | None, tiny_model: Path) -> None:
+    roomy = TinySD.from_pretrained(tiny_model, device="cuda", dtype="autocast", vram_budget="4GB")
+    tight = TinySD.from_pretrained(tiny_model, device="cuda", dtype="autocast", vram_budget="4GB")
     tight.residency.streams_all = True
     options = {"num_inference_steps": 9, "output_type": "np"}  # so many that graphs pay
     pictures = [model.generate("cat", [1, 2], **options).images for model in (roomy, tight)]  # type: ignore[arg-type]
@@ -35,8 +36,10 @@ def test_a_tight_budget_changes_no_bit_and_leaves_the_card_empty(tiny_model: Pat
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_steps_are_replayed_and_change_no_bit(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
-    model = TinySD.from_pretrained(tiny_model, device="cuda", vram_budget="4GB")
+def test_steps_are_replayed_and_change_no_bit(
+    card: Card | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    model = TinySD.from_pretrained(tiny_model, device="cuda", dtype="autocast", vram_budget="4GB")
     model.residency.streams_all = streams
     replayed: list[CapturedStep] = []
     replay = CapturedStep.replay
@@ -55,29 +58,31 @@ def test_steps_are_replayed_and_change_no_bit(tiny_model: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("dtype", ["full", "autocast"])
-def test_a_budget_is_kept(tiny_model: Path, dtype: str) -> None:
+def test_a_budget_is_kept(card: Card | None, tiny_model: Path, dtype: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     number = torch.float32 if dtype == "full" else torch.float16
-    budget = overhead(device, number).context + 64 * 2**20
+    budget = overhead(device, number).context + 64 * MIB
     model = TinySD.from_pretrained(tiny_model, device=device, dtype=dtype, vram_budget=budget)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model.generate("cat", [1, 2], num_inference_steps=9)
-    assert torch.cuda.max_memory_reserved() <= 64 * 2**20
+    assert torch.cuda.max_memory_reserved() <= 64 * MIB
     assert bytes_in_use(device) <= budget
 
 
-def test_this_card_compiles_kernels_that_unpack_to_the_bit() -> None:
+def test_the_card_compiles_kernels_that_unpack_to_the_bit(card: Card | None) -> None:
     assert has_kernels(torch.device("cuda", torch.cuda.current_device()))
 
 
-def test_the_probe_tells_whether_half_precision_pays() -> None:
+@pytest.mark.gpu
+def test_the_probe_tells_whether_half_precision_pays(real_card: None) -> None:
     found = probe(torch.device("cuda"), torch.float16)
     assert found.speedup > 0
     assert found.is_right or choose_dtype(None, torch.device("cuda")) is torch.float32
 
 
-def test_the_noise_of_this_card() -> None:
+@pytest.mark.gpu
+def test_the_noise_of_this_card(real_card: None) -> None:
     card, ours = torch.Generator("cuda").manual_seed(1234), CudaNoise(1234)
     for shape in ((4, 64, 64), (4, 64, 64), (4, 96, 96)):
         expected = torch.randn(shape, generator=card, device="cuda").cpu()

@@ -252,7 +252,8 @@ class Planner:
         """The most that tensors take besides weights."""
         model = self.model
         kept = any(layer.keeps_unpacked for layer in packed_layers(model.unet))
-        key = model.info.digest, task.name, task.shape, way, model.dtype, model.attention.fused, kept
+        device = model.device.type  # which decides how weights are unpacked
+        key = model.info.digest, device, task.name, task.shape, way, model.dtype, model.attention.fused, kept
         if key not in KNOWN_WORK:
             KNOWN_WORK[key] = self.measure(task, way)
         return KNOWN_WORK[key]

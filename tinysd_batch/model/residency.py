@@ -6,6 +6,7 @@ streams. On the CPU the "device" is a buffer in memory: the same code copies, wa
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import weakref
@@ -230,12 +231,14 @@ def page_locked(nbytes: int) -> Tensor:
     """Bytes that the card can copy by itself. Torch's own door to such memory hands out powers of two."""
     memory = mmap.mmap(-1, nbytes)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime, wait = torch.cuda.cudart(), torch.cuda.synchronize  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, PORTABLE)):
         forget_error()
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def unlock(address: int, _: mmap.mmap) -> None:
+        with contextlib.suppress(RuntimeError):
+            wait()  # the piece after the last is sent for, too, and else nobody waits for it
         runtime.cudaHostUnregister(address)
 
     weakref.finalize(tensor, unlock, tensor.data_ptr(), memory).atexit = False  # the process's end unlocks it, too
@@ -246,6 +249,12 @@ def forget_error() -> None:
     """What went wrong and is dealt with: CUDA would tell of it at the next launch, which is innocent."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
+
+
+@functools.cache
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each card: torch hands out 32 in turn, and a new one would some day be that on which work is done."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def new_event() -> torch.cuda.Event:
@@ -269,7 +278,7 @@ class Stream:
         self.switches = 0  # from a piece to another, so far
         self.last: int | None = None  # the switch after which nothing is sent for
         self.begins = True  # with the next piece
-        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.copying = copying_stream(device) if device.type == "cuda" else None
         self.copied: list[torch.cuda.Event] = []
         self.used: list[torch.cuda.Event] = []
 
