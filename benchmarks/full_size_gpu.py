@@ -3,6 +3,7 @@
     python -m benchmarks.full_size_gpu            every way of fitting a card, in float16 and float32; a step beside
                                                   diffusers'; the unpacking kernel beside a copy on the card
     python -m benchmarks.full_size_gpu --size 768 other pictures
+    python -m benchmarks.full_size_gpu --pretend  without a GPU: memory only, as torch's allocator would hand it out
 
 Each line is a process of its own (all import at once: some 10 GB of memory; --ways asks for fewer). What the whole
 process takes is the card's own count (NVML, by nvidia-ml-py), less what was in use before; nothing else may use the
@@ -30,7 +31,7 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.full_size import MODEL, SD_V1_UNET, make_model
 from tinysd_batch.model.devices import overhead
-from tinysd_batch.model.graphs import CapturedStep
+from tinysd_batch.model.graphs import WORTH_IT, CapturedStep
 from tinysd_batch.model.memory import SMALL_WORKSPACE, WORKSPACE_CONFIG, Phase, Shape, Way
 from tinysd_batch.model.packing import Layout
 from tinysd_batch.model.pipeline import TinySD
@@ -43,14 +44,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "resident": {},
     "budget 1000MB": {"budget": "1000MB"},
     "own 256 MB": {"own": 256 * 10**6},
-    "own 150 MB": {"own": 150 * 10**6},
-    "own 128 MB": {"own": 128 * 10**6},
+    "least": {"least": True},
     "all streamed": {"streams": True},
 }
 LAYER = (1280, 23040)  # the largest of SD v1's matrices
 ROUNDS, REPLAYS = 30, 5
 AHEAD_CYCLES = 20_000_000
 MB, MIB = 10**6, 2**20
+PRETENDED_BYTES = 8 * 2**30
 
 
 # Within a process
@@ -131,6 +132,9 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
         dtype = torch.float32 if given.dtype == "full" else torch.float16
         os.environ[WORKSPACE_CONFIG] = SMALL_WORKSPACE
         budget = overhead(torch.device("cuda", 0), dtype).context + given.own
+    if given.least:
+        roomy = TinySD.from_pretrained(given.model, device="cuda", dtype=given.dtype, vram_budget="0.9")
+        budget = roomy.memory.least(Shape(2, given.size, given.size, roomy.info.max_tokens))
     model = TinySD.from_pretrained(given.model, device="cuda", dtype=given.dtype, vram_budget=budget, turbo=given.turbo)
 
     def picture() -> Any:
@@ -352,25 +356,49 @@ def measure_all(given: argparse.Namespace) -> None:
         tell(child.measure())
 
 
-def main() -> None:
+def pretend_all(given: argparse.Namespace) -> None:
+    """Every way on a card that computes nothing, and knows neither time nor what libraries take to work in."""
+    from tests.card.idle import IdleCard
+    from tests.card.pretend import pretended
+
+    print(
+        f"SD v1, {given.size}x{given.size}, a pretended card: what tensors take, and what torch reserves for them, MB"
+    )
+    print(f"{'way':<16}{'precision':<10}{'tensors':>9}{'reserved':>9}{'graph':>9}{'streamed':>9}")
+    for dtype in [given.dtype] if given.dtype else ["autocast", "full"]:
+        for name in given.ways:
+            settings = {**vars(given), "dtype": dtype, "steps": WORTH_IT, **WAYS[name]}
+            with pretended(IdleCard(PRETENDED_BYTES)):
+                found = draw(argparse.Namespace(**settings))
+            own, reserved = (max(one[what] for one in found["phases"].values()) for what in ("own", "reserved"))
+            numbers = (own, reserved, found.get("graph", 0), found["streamed"])
+            print(f"{name:<16}{dtype:<10}" + "".join(f"{number / MB:>9.1f}" for number in numbers), flush=True)
+
+
+def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--dtype", choices=["full", "autocast"], help="one of both only")
+    parser.add_argument("--pretend", action="store_true", help="no card is needed, and memory alone is told")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
-    for name in ("--budget", "--turbo", "--streams"):
+    for name in ("--budget", "--least", "--turbo", "--streams"):
         kind = "store" if name == "--budget" else "store_true"
         parser.add_argument(name, action=kind, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    given = new_parser().parse_args()
     if given.child:
         work_as_child(CHILDREN[given.child], given)
         return
     if not given.model.exists():
         make_model(given.model)
-    measure_all(given)
+    (pretend_all if given.pretend else measure_all)(given)
 
 
 if __name__ == "__main__":

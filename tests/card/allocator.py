@@ -50,6 +50,7 @@ class Allocator:
     allocated: int = 0
     most_allocated: int = 0
     most_reserved: int = 0
+    most_in_use: int = 0  # by whomever
     underway: list[Pool] = field(default_factory=list)  # pools of graphs that are being captured
     held: dict[Pool, int] = field(default_factory=dict)  # by how many graphs a pool is held
 
@@ -96,6 +97,7 @@ class Allocator:
         segment.blocks.append(Block(segment, nbytes))
         self.segments.append(segment)
         self.most_reserved = max(self.most_reserved, self.reserved)
+        self.most_in_use = max(self.most_in_use, self.reserved + self.others)
         return segment.blocks[0]
 
     def split(self, block: Block, size: int) -> None:
@@ -121,6 +123,11 @@ class Allocator:
         """Give free segments back to the driver; those of graphs only when no graph holds them."""
         if not self.underway:
             self.segments = [one for one in self.segments if not one.is_free or self.held.get(one.pool, 0) > 0]
+
+    def take_others(self, nbytes: int) -> None:
+        """Somebody else, such as the driver, takes memory, or gives it back."""
+        self.others += nbytes
+        self.most_in_use = max(self.most_in_use, self.reserved + self.others)
 
     def blocks_of(self, pool: Pool) -> Iterator[Block]:
         return (block for segment in self.segments if segment.pool == pool for block in segment.blocks)

@@ -30,7 +30,7 @@ class Memory:
 class Event:
     """Stands for `torch.cuda.Event`."""
 
-    def __init__(self, card: "Card") -> None:
+    def __init__(self, card: "Card", enable_timing: bool = False) -> None:
         self.card = card
         self.clock: Clock | None = None  # None: never recorded
         self.capture: Capture | None = None
@@ -38,6 +38,10 @@ class Event:
     def record(self, stream: "Stream | None" = None) -> None:
         timeline = stream.timeline if stream else self.card.current
         self.clock, self.capture = dict(timeline.clock), timeline.capture
+
+    def elapsed_time(self, _: "Event") -> float:
+        """Milliseconds: always one, since this card knows no time."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Stream:
 class Card:
     """One card of `total` bytes, of which some are taken by CUDA itself."""
 
+    place = torch.device("cpu")  # of the numbers
+
     def __init__(self, total: int = 4 * 2**30) -> None:
         self.device = torch.device("cuda", 0)
         self.allocator = Allocator(total, CONTEXT_BYTES, total)
@@ -79,7 +85,7 @@ class Card:
         self.next_stream = itertools.cycle(self.timelines[1:])
         self.next_pool = itertools.count(1)
         self.host = Timeline(-1)  # what the program has waited for
-        self.memory: dict[int, Memory] = {}  # by the addresses of storages on the host
+        self.memory: dict[int, Memory] = {}  # of storages on the host, by their identity
         self.storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
         self.locked: dict[int, tuple[int, Accesses]] = {}  # page-locked memory of the host: bytes, and who reads it
         self.workspaces: dict[int, Memory] = {}  # of cuBLAS, for each stream
@@ -119,14 +125,14 @@ class Card:
     def lies_in(self, numbers: Tensor) -> tuple[Memory | None, bool]:
         """The card's memory for these numbers of the host's, and whether it is new. None where there are none."""
         storage = numbers.untyped_storage()
-        address = storage.data_ptr()
-        if not address:
+        key = storage._cdata
+        if not storage.nbytes():
             return None, False
-        if address in self.memory:
-            return self.memory[address], False
-        made = self.memory[address] = self.new_memory(storage.nbytes())
-        self.storages[address] = storage
-        weakref.finalize(storage, self.memory.pop, address, None)
+        if key in self.memory:
+            return self.memory[key], False
+        made = self.memory[key] = self.new_memory(storage.nbytes())
+        self.storages[key] = storage
+        weakref.finalize(storage, self.memory.pop, key, None)
         return made, True
 
     def use(self, memory: Memory, tensor: Tensor) -> None:
@@ -150,6 +156,10 @@ class Card:
         """What an operation makes of tensors of the host."""
         return operation(*args, **kwargs)
 
+    def tell(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the program is told, where it waits for numbers."""
+        return operation(*args, **kwargs)
+
     def touch(self, reads: Iterable[Memory | None], writes: Iterable[Memory | None]) -> None:
         """A piece of work on the current stream. Raises Race where it may get in another's way."""
         timeline = self.begin_work()
@@ -164,7 +174,7 @@ class Card:
     def launched(self, work: Callable[[], None], addresses: Sequence[int], writes: Sequence[bool]) -> None:
         """A kernel by the driver's own door."""
         storages = [self.storage_at(address) for address in addresses]
-        memory = [self.memory[storage.data_ptr()] for storage in storages]
+        memory = [self.memory[storage._cdata] for storage in storages]
         self.touch(memory, [one for one, written in zip(memory, writes, strict=True) if written])
         self.counts["launched"] += 1
         capture = self.current.capture
@@ -174,8 +184,8 @@ class Card:
             capture.keep(work, storages)
 
     def storage_at(self, address: int) -> torch.UntypedStorage:
-        for start, storage in self.storages.items():
-            if start <= address < start + storage.nbytes():
+        for storage in self.storages.values():
+            if 0 <= address - storage.data_ptr() < storage.nbytes():
                 return storage
         raise AssertionError(f"a kernel was given {address:#x}, where no tensor of the card lies")
 

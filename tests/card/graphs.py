@@ -90,7 +90,7 @@ class Graph:
         self.is_complete = True
         for block in self.card.allocator.blocks_of(self.captured.pool):
             block.accesses = Accesses()  # nothing was done yet
-        self.card.allocator.others += self.nbytes
+        self.card.allocator.take_others(self.nbytes)
         self.card.counts["captured"] += 1
 
     def replay(self) -> None:
@@ -109,7 +109,7 @@ class Graph:
         self.card.counts["replayed"] += 1
 
     def reset(self) -> None:
-        self.card.allocator.others -= self.nbytes
+        self.card.allocator.take_others(-self.nbytes)
         if self.is_complete and self.captured is not None:
             self.card.allocator.let_go(self.captured.pool)
         self.captured, self.is_complete = None, False

@@ -109,6 +109,7 @@ def answers(card: Card) -> dict[str, Any]:
         "get_arch_list": lambda: ["sm_86"],
         "get_device_properties": lambda _=None: SimpleNamespace(total_memory=allocator.total, uuid="pretended"),
         "mem_get_info": lambda _=None: (allocator.total - allocator.others - allocator.reserved, allocator.total),
+        "device_memory_used": lambda _=None: allocator.others + allocator.reserved,
         "memory_allocated": lambda _=None: allocator.allocated,
         "memory_reserved": lambda _=None: allocator.reserved,
         "max_memory_allocated": lambda _=None: allocator.most_allocated,
@@ -123,6 +124,7 @@ def answers(card: Card) -> dict[str, Any]:
         "Event": functools.partial(Event, card),
         "CUDAGraph": functools.partial(Graph, card),
         "graph_pool_handle": lambda: (0, next(card.next_pool)),
+        "_sleep": lambda _: None,
         "cudart": functools.partial(Runtime, card.lock, card.unlock),
         "_compile_kernel": compile_kernel,
     }

@@ -97,13 +97,13 @@ def run(card: Card, operation: Operation, args: Arguments, kwargs: Named) -> Any
     if not on_card and not goes_there:
         return operation(*args, **kwargs)
     if place is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs = {**kwargs, "device": card.place if goes_there else torch.device("cpu")}
     if operation in (TO_COPY, COPY):
         return transfer(card, operation, args, kwargs, goes_there or place is None)
     if operation in WAITED_FOR:
         wait_for_result(card, on_card)
         if operation is not aten.nonzero.default:
-            return operation(*numbers_of(args), **numbers_of(kwargs))
+            return card.tell(operation, numbers_of(args), numbers_of(kwargs))
     if on_card:
         check_together(card, operation, tensors)
     if place is not None and not goes_there:  # as an empty tensor on the host is made like one on the card
@@ -120,7 +120,7 @@ def transfer(card: Card, operation: Operation, args: Arguments, kwargs: Named, s
     elif not goes_there:
         assert not kwargs.get("non_blocking"), "to the host without waiting: this card cannot"
         wait_for_result(card, [source])
-        return operation(*numbers_of(args), **kwargs)
+        return card.tell(operation, numbers_of(args), kwargs)
     return work(card, operation, args, kwargs)
 
 

@@ -73,6 +73,12 @@ class Piece:
             start += aligned(tensor.nbytes)
             yield tensor, place
 
+    def fill(self, buffer: Tensor) -> None:
+        """Bring the tensors to a buffer of bytes."""
+        for tensor, place in self.views(buffer):
+            place.copy_(tensor.value, non_blocking=True)
+            tensor.put(place)
+
     def onload(self, device: torch.device) -> None:
         """Bring the tensors to the device; on the CPU that is the file's memory itself where the type is right."""
         for tensor in self.tensors:

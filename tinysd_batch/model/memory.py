@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 # What cuBLAS may take on every card in place of its own choice: what it takes on those up to Ampere.
 WORKSPACE_CONFIG, SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"
-# What torch's allocator leaves unused on a card: of what tensors take so much at most (more was seen only where nothing
-# was to be saved), and a segment of its size for tensors of 1 to 10 MB, of which it takes whole ones only.
-GAPS, SEGMENT_BYTES = 1 / 8, 20 * 2**20
+# What torch's allocator leaves unused on a card: of what work takes so much as a rule, and a segment of its size for
+# tensors of 1 to 10 MB, of which it takes whole ones only. Weights lie in one piece.
+GAPS, MOST_GAPS, SEGMENT_BYTES = 1 / 8, 1 / 2, 20 * 2**20
 UNET = "UNet"
 # On the CPU larger tensors take memory of the system's own. What a step at 512x512 uses is worth keeping for the next.
 BLOCK_BYTES, STEP_BLOCK_BYTES, TIGHT_BLOCK_BYTES = 2**22, 2**23, 2**17
@@ -151,6 +151,14 @@ class Planner:
         """What torch may take of a card within the budget."""
         return None if self.budget_bytes is None else max(0, self.budget_bytes - self.overhead.context)
 
+    def leave_larger_gaps(self) -> bool:
+        """In what is planned from now on, since they were too small; False where there is no more to be done."""
+        if self.own_bytes is None or not 0 < self.gaps < MOST_GAPS:
+            return False
+        self.gaps *= 2
+        self.known.clear()
+        return True
+
     def phases(self, shape: Shape) -> list[Phase]:
         """All three, measured even where there is no budget. Raises UsageError as `phase` does."""
         return [self.phase(task, measured=True) for task in self.tasks(shape)]
@@ -224,13 +232,14 @@ class Planner:
                 return phase
             tight.append(phase)
         assert budget is not None, task.name
-        if (least := min(phase.peak for phase in tight)) > budget:
+        least = min(tight, key=lambda phase: phase.peak)
+        if least.peak > budget and self.gaps <= GAPS:
             what = f"drawing {task.shape.width}x{task.shape.height}" if task.shape else "reading a prompt"
             raise UsageError(
-                f"vram_budget = {budget / 1e6:.1f} MB: {what} takes at least {least / 1e6:.1f} MB with this model, "
-                f"in the {task.name}, even when weights pass through the smallest buffers"
+                f"vram_budget = {budget / 1e6:.1f} MB: {what} takes at least {least.peak / 1e6:.1f} MB with this "
+                f"model, in the {task.name}, even when weights pass through the smallest buffers"
             )
-        return next(phase for phase in tight if phase.peak <= budget)
+        return next((phase for phase in tight if phase.peak <= budget), least)
 
     def candidates(self, task: Task, budget: int | None) -> Iterator[Phase]:
         """The ways of a task, with as many weights on the device as the budget leaves room for."""
@@ -240,9 +249,9 @@ class Planner:
             segments = self.segment * (2 if task.name == UNET else 1)  # a step that is captured has its own
             room = None
             if budget is not None:
-                room = max(0, int((budget - self.context - segments) / (1 + self.gaps)) - work)
+                room = max(0, int(budget - self.context - segments - work * (1 + self.gaps)))
             staying, buffers = self.model.residency.placed(task.fragments, room)
-            gaps = segments + int(self.gaps * (staying + buffers + work))
+            gaps = segments + int(self.gaps * work)
             yield Phase(task.name, task.fragments, way, room, weights, staying, buffers, work, self.context, gaps)
 
     def ways(self, task: Task) -> Sequence[Way]:
@@ -293,6 +302,22 @@ class Planner:
         model = self.model
         if phase.name == UNET and model.device.type == "cuda":
             SCRATCH.output(1, scratch_bytes(model.unet, model.dtype), torch.uint8, model.device)
+
+    def set_aside(self, phase: Phase) -> None:
+        """Take what the phase still needs in one piece, and free it: a graph's memory is cut from it then.
+
+        Else each large tensor would have a segment of its own, into which few others fit, and none goes back.
+        """
+        if self.own_bytes is not None:
+            device, alive = self.model.device, phase.staying + phase.buffers + phase.work + self.overhead.workspace
+            torch.empty(max(0, alive - torch.cuda.memory_allocated(device)), dtype=torch.uint8, device=device)
+
+    @contextlib.contextmanager
+    def capturing(self, phase: Phase, steps: int) -> Iterator[None]:
+        """A step after so many is captured as a graph, which has memory of its own for its work."""
+        self.set_aside(phase)
+        with self.model.residency.capturing(steps):
+            yield
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:

@@ -2,9 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,7 @@ from tinysd_batch.model.vae import decode_latents, decode_one, made_together
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
+Made = TypeVar("Made")
 Redone = dict[int, list[str]]  # row -> what had to be done again
 
 
@@ -207,15 +209,15 @@ class TinySD:
             torch.cuda.reset_peak_memory_stats(self.device)
         with on_working_stream(self.device):
             started = time.monotonic()
-            conditions = self.prompts.encode(
+            conditions = self.with_room(lambda: self.prompts.encode(
                 spread(prompt, size), spread(negative_prompt, size), spread(scales, size), spread(prompt_syntax, size),
                 long_prompts=long_prompts, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-            )  # fmt: skip
+            ))  # fmt: skip
             encoded = time.monotonic()
             drawing = Drawing(
                 conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, rng, latents, callback
             )
-            final, redone = self.draw_latents(drawing)
+            final, redone = self.with_room(lambda: self.draw_latents(drawing))
             denoised = time.monotonic()
             images = final.cpu() if output_type == "latent" else self.decode(final, output_type, redone)
         read = [(one.tokens, one.negative_tokens) for one in conditions]
@@ -231,6 +233,18 @@ class TinySD:
             decode_s=time.monotonic() - denoised,
             peak_memory_bytes=peak_memory_bytes(self.device),
         )
+
+    def with_room(self, work: Callable[[], Made]) -> Made:
+        """Do it again where memory ran out within a budget that should have sufficed, and leave larger gaps.
+
+        How torch's allocator cuts up memory, and what libraries want to work in, is known by experience only.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if not self.memory.leave_larger_gaps():
+                    raise
 
     def draw_latents(self, drawing: Drawing) -> tuple[Tensor, Redone]:
         """Final latents of the whole batch, float32. Images that float16 could not hold are drawn again in float32.
@@ -334,7 +348,7 @@ class TinySD:
         if self.device.type != "cuda" or steps < WORTH_IT or phase in self.uncaptured or not has_kernels(self.device):
             yield issue
             return
-        captured = CapturedStep(issue, self.residency.capturing, self.memory.own_bytes)
+        captured = CapturedStep(issue, partial(self.memory.capturing, phase), self.memory.own_bytes)
         try:
             yield captured
         finally:
@@ -356,11 +370,11 @@ class TinySD:
 
         Raises NotFiniteError for one that is NaN or all one colour even so.
         """
-        values = self.decode_values(latents)
+        values = self.with_room(lambda: self.decode_values(latents))
         lost = rows_that(no_picture(values))
         if lost and self.dtype is not torch.float32:
             with self.in_float32():
-                values[lost] = self.decode_values(latents[lost])
+                values[lost] = self.with_room(lambda: self.decode_values(latents[lost]))
             for row in lost:
                 redone.setdefault(row, []).append(DECODED)
         if no_picture(values).any():

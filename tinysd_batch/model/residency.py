@@ -54,8 +54,7 @@ class Residency:
                 with self.streaming(fragments):
                     yield
             else:
-                for fragment in fragments:
-                    fragment.onload(self.device)
+                self.place([tensor for fragment in fragments for tensor in fragment.host])
                 yield
         finally:
             for fragment in fragments:
@@ -63,12 +62,22 @@ class Residency:
             if self.device.type == "cpu" and sum(part.nbytes for part in fragments) > COPIED_WHOLE_BYTES:
                 return_freed_memory()  # of small models it is not worth taking back
 
+    def place(self, tensors: Sequence[HostTensor]) -> None:
+        """Bring tensors for the whole phase: to a card in one piece, to the CPU as the file holds them if it can be.
+
+        Many small ones would leave the segments of torch's allocator half empty, and a graph has segments of its own.
+        """
+        piece = Piece(list(tensors))
+        if self.device.type == "cuda":
+            piece.fill(torch.empty(piece.nbytes, dtype=torch.uint8, device=self.device))
+        else:
+            piece.onload(self.device)
+
     @contextlib.contextmanager
     def streaming(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Each piece comes when the first of its modules is about to work."""
         standing, passing = self.split(fragments)
-        for tensor in standing:
-            tensor.put(tensor.value.to(self.device, tensor.dtype))
+        self.place(standing)
         files = [part.file for part in fragments if part.file is not None]
         self.stream = stream = Stream(
             [piece for piece, _ in passing], self.device, self.arena(fragments[0], passing), files
