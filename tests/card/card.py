@@ -89,6 +89,7 @@ class Card:
         self.storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
         self.locked: dict[int, tuple[int, Accesses]] = {}  # page-locked memory of the host: bytes, and who reads it
         self.workspaces: dict[int, Memory] = {}  # of cuBLAS, for each stream
+        self.untold = ""  # an error that was met, and not yet told
         self.counts: Counter[str] = Counter()
 
     # Streams
@@ -96,6 +97,9 @@ class Card:
     def begin_work(self) -> Timeline:
         """On the current stream, after all that the program has waited for. Raises CaptureError once it is broken."""
         timeline = self.current
+        if self.untold:
+            error, self.untold = self.untold, ""
+            raise RuntimeError(f"CUDA error: {error}")
         if timeline.capture is not None and timeline.capture.is_broken:
             raise timeline.capture.refuse("a previous error")
         if timeline.capture is None:
@@ -204,6 +208,10 @@ class Card:
             return False
         self.locked[address] = nbytes, Accesses()
         return True
+
+    def fail_once(self, error: str) -> None:
+        """CUDA tells of an error that nobody asked for at the next launch, which is innocent."""
+        self.untold = error
 
     def unlock(self, address: int) -> None:
         """Raises Race where the card may still read the memory."""

@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinysd_batch.model.kernels import CONVERSIONS
+
+if TYPE_CHECKING:
+    from tests.card.card import Card
 
 COMPILER = shutil.which("g++")
 # The card's instructions spelt in C. A float is widened to double for products and sums: exact there, and rounded once
@@ -107,12 +110,20 @@ def library(source: str) -> ctypes.CDLL:
 class Runtime:
     """What the engine asks of `torch.cuda.cudart()`."""
 
-    lock: Callable[[int, int], bool]
-    unlock: Callable[[int], None]
+    card: "Card"
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 - as CUDA calls it
-        return NO_ERROR if self.lock(address, nbytes) else INVALID_VALUE
+        if self.card.lock(address, nbytes):
+            return NO_ERROR
+        self.card.fail_once("invalid argument")
+        return INVALID_VALUE
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        self.unlock(address)
+        self.card.unlock(address)
         return NO_ERROR
+
+
+def check(error: int) -> None:
+    """Stands for `torch.cuda._utils._check_cuda`."""
+    if error != NO_ERROR:
+        raise RuntimeError(f"CUDA error: {error}")

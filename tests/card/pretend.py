@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.card.card import Card, Event, Stream
-from tests.card.driver import Driver, Runtime, compile_kernel
+from tests.card.driver import Driver, Runtime, check, compile_kernel
 from tests.card.graphs import Graph
 from tests.card.streams import Race
 from tests.card.tensors import CardMode, CardTensor
@@ -36,6 +36,7 @@ def pretended(card: Card) -> Iterator[Card]:
             patch.setattr(torch.cuda, name, answer)
         for name in ("can_use_flash_attention", "can_use_efficient_attention"):
             patch.setattr(torch.backends.cuda, name, lambda _: True)
+        patch.setattr(torch.cuda._utils, "_check_cuda", check)
         patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: card.allocator.end(pool), raising=False)
         patch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: card.allocator.let_go(pool), raising=False)
         forget()
@@ -125,6 +126,6 @@ def answers(card: Card) -> dict[str, Any]:
         "CUDAGraph": functools.partial(Graph, card),
         "graph_pool_handle": lambda: (0, next(card.next_pool)),
         "_sleep": lambda _: None,
-        "cudart": functools.partial(Runtime, card.lock, card.unlock),
+        "cudart": functools.partial(Runtime, card),
         "_compile_kernel": compile_kernel,
     }

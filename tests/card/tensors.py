@@ -1,6 +1,7 @@
 """Tensors of the pretended card, and how operations on them are done: by the processor, under the card's rules."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,8 @@ class CardMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Operation, types: Any, args: Arguments = (), kwargs: Named | None = None
     ) -> Any:
+        if kwargs and kwargs.get("pin_memory"):
+            return pinned(self.card, operation, args, {**kwargs, "pin_memory": False})
         return run(self.card, operation, args, kwargs or {})
 
 
@@ -109,6 +112,14 @@ def run(card: Card, operation: Operation, args: Arguments, kwargs: Named) -> Any
     if place is not None and not goes_there:  # as an empty tensor on the host is made like one on the card
         return operation(*numbers_of(args), **numbers_of(kwargs))
     return work(card, operation, args, kwargs)
+
+
+def pinned(card: Card, operation: Operation, args: Arguments, kwargs: Named) -> Tensor:
+    """Memory of the host that torch locks, and keeps for itself until all copies of it are done."""
+    made: Tensor = operation(*args, **kwargs)
+    card.lock(made.data_ptr(), made.untyped_storage().nbytes())
+    weakref.finalize(made.untyped_storage(), card.locked.pop, made.data_ptr())
+    return made
 
 
 def transfer(card: Card, operation: Operation, args: Arguments, kwargs: Named, stays: bool) -> Any:

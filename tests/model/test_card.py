@@ -1,6 +1,7 @@
 """What can go wrong on a card, on one that is pretended."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,16 +16,20 @@ from benchmarks import full_size, full_size_gpu
 from tests.card import graphs
 from tests.card.allocator import USUAL, Allocator
 from tests.card.card import CONTEXT_BYTES, Card
+from tests.card.driver import Runtime
 from tests.card.idle import IdleCard
 from tests.tools import Quiet, check_whole, setup_for, write_csv
 from tinysd_batch import TinySD
 from tinysd_batch.config import Settings
+from tinysd_batch.errors import UsageError
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.pool import InlinePool
-from tinysd_batch.model import pipeline
+from tinysd_batch.model import kernels, pipeline, unpacking
+from tinysd_batch.model.devices import bytes_in_use, choose_device
 from tinysd_batch.model.graphs import CapturedStep, on_working_stream
 from tinysd_batch.model.memory import GAPS, Phase, Planner, Shape, Way
+from tinysd_batch.model.precision import PROBE_BYTES, probe
 from tinysd_batch.model.unet import predict
 
 MIB = 2**20
@@ -137,6 +142,75 @@ def test_page_locked_memory_is_let_go_of_when_nobody_reads_it_any_more(pretended
     del model
     gc.collect()
     assert not pretended_card.locked
+
+
+def test_where_pages_cannot_be_locked_torch_does_it(
+    pretended_card: Card, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_model(tiny_model)
+    expected = pictures(model)
+    refused: list[int] = []
+
+    def refuse(runtime: Runtime, address: int, nbytes: int, flags: int) -> int:
+        refused.append(nbytes)
+        runtime.card.fail_once("part or all of the requested memory range is already mapped")
+        return 712
+
+    monkeypatch.setattr(Runtime, "cudaHostRegister", refuse)
+    model.residency.streams_all = True
+    assert (pictures(model) == expected).all()
+    assert len(refused) == len(pretended_card.locked) == 2  # the prompts are known by now
+
+
+def test_a_card_on_which_no_kernel_compiles_draws_the_same(
+    pretended_card: Card, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pictures(new_model(tiny_model))
+    unpacking.has_kernels.cache_clear()
+    kernels.kernel.cache_clear()
+
+    def fail(source: str, name: str) -> None:
+        raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture\nand more")
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
+    pretended_card.counts.clear()
+    with pytest.warns(UserWarning, match=r"cuda:0: weights are unpacked without a kernel, which is slow: nvrtc.*ture$"):
+        found = pictures(new_model(tiny_model))
+    assert (found == expected).all()
+    assert pretended_card.counts["launched"] == 0
+
+
+def test_a_kernel_that_cannot_be_launched_is_an_error(pretended_card: Card) -> None:
+    kernel = kernels.kernel("unpack_rows", torch.float32, pretended_card.device)
+    with pytest.raises(RuntimeError, match="CUDA error: 1"):
+        kernel.launch(0, [0, 0, 0, 0], [0, 0, 2, 0])
+
+
+def test_the_probe_keeps_within_its_own_limit(idle_card: IdleCard) -> None:
+    assert probe(idle_card.device, torch.float16).is_right
+    allocator = idle_card.allocator
+    assert 0 < allocator.most_allocated <= PROBE_BYTES
+    assert (allocator.limit, allocator.reserved) == (allocator.total, 0)
+
+
+def test_the_driver_knows_what_this_process_takes(
+    pretended_card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it names processes; in containers it does not, and all that is in use counts."""
+    assert bytes_in_use(pretended_card.device) == CONTEXT_BYTES
+    for name, said, expected in (("knows", f"1, 900\n{os.getpid()}, 123\n", 123 * MIB), ("not", "", CONTEXT_BYTES)):
+        (tmp_path / name).mkdir()
+        program = tmp_path / name / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+        assert bytes_in_use(pretended_card.device) == expected
+
+
+def test_a_card_that_torch_has_no_code_for_is_refused(pretended_card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+    with pytest.raises(UsageError, match=r"a pretended card has compute capability 8\.6, and torch .* sm_90 only"):
+        choose_device(None)
 
 
 def test_copies_have_a_stream_of_their_own_however_many_phases(pretended_card: Card, tiny_model: Path) -> None:
