@@ -88,23 +88,30 @@ class Watch:
 @contextlib.contextmanager
 def watching_phases(model: TinySD, watch: Watch, found: dict[str, Any]) -> Iterator[None]:
     """Have a model tell of each phase torch's own peak, and what of the card is not torch's."""
-    working = model.memory.working
+    working, set_aside = model.memory.working, model.memory.set_aside
+    before = {"own": 0, "reserved": 0}  # a graph's room was taken, as large as it was planned
+
+    def unseen(phase: Phase) -> None:
+        before.update(own=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
+        set_aside(phase)
+        torch.cuda.reset_peak_memory_stats()
 
     @contextlib.contextmanager
     def watched(phase: Phase) -> Iterator[Way]:
         torch.cuda.empty_cache()  # else what is reserved would be what an earlier phase left
         torch.cuda.reset_peak_memory_stats()
+        before.update(own=0, reserved=0)
         with working(phase) as way:
             yield way
         found[phase.name] = {
-            "own": torch.cuda.max_memory_allocated(),
-            "reserved": torch.cuda.max_memory_reserved(),
+            "own": max(before["own"], torch.cuda.max_memory_allocated()),
+            "reserved": max(before["reserved"], torch.cuda.max_memory_reserved()),
             "others": watch.now() - torch.cuda.memory_reserved(),
         }
 
-    model.memory.working = watched  # type: ignore[method-assign]
+    model.memory.working, model.memory.set_aside = watched, unseen  # type: ignore[method-assign]
     yield
-    model.memory.working = working  # type: ignore[method-assign]
+    model.memory.working, model.memory.set_aside = working, set_aside  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -120,6 +120,10 @@ class Card:
 
     # Memory
 
+    def take_for_a_moment(self, nbytes: int) -> None:
+        """As torch does to change a type on the card."""
+        self.allocator.free(self.new_memory(nbytes).block)
+
     def new_memory(self, nbytes: int) -> Memory:
         capture = self.current.capture
         if capture is None:
@@ -151,8 +155,10 @@ class Card:
 
     def empty_cache(self) -> None:
         if not self.allocator.underway:
-            self.finish()  # to free memory waits for all work
+            before = len(self.allocator.segments)
             self.allocator.release()
+            if len(self.allocator.segments) < before:
+                self.finish()  # to free memory waits for all work
 
     # Work
 
@@ -175,8 +181,10 @@ class Card:
         capture = self.current.capture
         return memory.block.accesses if capture is None else capture.accesses(memory)
 
-    def launched(self, work: Callable[[], None], addresses: Sequence[int], writes: Sequence[bool]) -> None:
-        """A kernel by the driver's own door."""
+    def launched(self, work: Callable[[], None], stream: int, addresses: Sequence[int], writes: Sequence[bool]) -> None:
+        """A kernel by the driver's own door. What it writes must lie as 16 bytes at once can be written."""
+        assert stream == self.current.number, "a kernel went to another stream than torch's work"
+        assert not any(address % 16 for address in addresses), "a kernel was given an odd address"
         storages = [self.storage_at(address) for address in addresses]
         memory = [self.memory[storage._cdata] for storage in storages]
         self.touch(memory, [one for one, written in zip(memory, writes, strict=True) if written])
@@ -204,6 +212,8 @@ class Card:
         return None
 
     def lock(self, address: int, nbytes: int) -> bool:
+        if self.current.capture is not None:
+            raise self.current.capture.refuse("memory of the host is locked")
         if address in self.locked or nbytes <= 0:
             return False
         self.locked[address] = nbytes, Accesses()
@@ -215,5 +225,7 @@ class Card:
 
     def unlock(self, address: int) -> None:
         """Raises Race where the card may still read the memory."""
+        if self.current.capture is not None:
+            raise self.current.capture.refuse("memory of the host is unlocked")
         _, accesses = self.locked.pop(address)
         accesses.check(self.host, "unlocked", writes=True)

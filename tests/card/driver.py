@@ -54,14 +54,14 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """libcuda.so.1. `launched` is told of each launch: the work, the addresses, and which of them are written to."""
+    """libcuda.so.1. `launched` is told of a launch: the work, its stream, the addresses, which of them it writes to."""
 
-    launched: Callable[[Callable[[], None], Sequence[int], Sequence[bool]], None]
+    launched: Callable[[Callable[[], None], int, Sequence[int], Sequence[bool]], None]
 
     def cuLaunchKernel(  # noqa: N802 - as the driver calls it
         self, function: Function, *sizes_and_stream: Any
     ) -> int:
-        (x, y, z, threads, ty, tz, shared, _, arguments, extra) = sizes_and_stream
+        (x, y, z, threads, ty, tz, shared, stream, arguments, extra) = sizes_and_stream
         if (y, z, ty, tz, shared, extra) != (1, 1, 1, 1, 0, None) or not 0 < threads <= 1024 or x < 1:
             return INVALID_VALUE
         count = len(function.writes)
@@ -73,7 +73,7 @@ class Driver:
         def work() -> None:
             function.run(x, threads, *map(ctypes.c_void_p, pointers), *numbers)
 
-        self.launched(work, pointers, function.writes)
+        self.launched(work, stream.value or 0, pointers, function.writes)
         return NO_ERROR
 
 
@@ -102,7 +102,7 @@ def library(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cpp"
         file.write_text(source.replace(CONVERSIONS, PROCESSOR) + "".join(launches))
-        subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", "-o", file.with_suffix(".so"), file], check=True)
+        subprocess.run([COMPILER, "-O2", "-shared", "-fPIC", "-o", file.with_suffix(".so"), file], check=True)
         return ctypes.CDLL(str(file.with_suffix(".so")))
 
 

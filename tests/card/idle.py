@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from tests.card.card import Card
-from tests.card.tensors import COPY, TO_COPY
+from tests.card.tensors import COPY, TO_COPY, with_each
 
 
 class IdleCard(Card):
@@ -18,7 +16,7 @@ class IdleCard(Card):
     place = torch.device("meta")
 
     def compute(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = tree_map(lambda one: one.to(self.place) if isinstance(one, Tensor) else one, (args, kwargs))
+        args, kwargs = with_each(lambda tensor: tensor.to(self.place), (args, kwargs))
         if operation is F.scaled_dot_product_attention:  # there torch has no fused kernel, and would count all scores
             return torch.empty_like(args[0])
         return operation(*args, **kwargs)
@@ -31,6 +29,6 @@ class IdleCard(Card):
             )
         return args[0].zero_() if operation is COPY else True
 
-    def launched(self, work: Callable[[], None], addresses: Sequence[int], writes: Sequence[bool]) -> None:
+    def launched(self, work: Callable[[], None], stream: int, addresses: Sequence[int], writes: Sequence[bool]) -> None:
         self.begin_work()
         self.counts["launched"] += 1

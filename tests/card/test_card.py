@@ -45,6 +45,24 @@ def test_tensors_must_be_together(card: Card) -> None:
     with pytest.raises(RuntimeError, match="on the same device"):
         x + torch.ones(2)
     assert (x * torch.tensor(2.0)).tolist() == [2.0, 4.0]  # a single number may be elsewhere
+    assert x[torch.tensor([1])].tolist() == [2.0]  # and indices may
+    here = torch.tensor([1], device=card.device)
+    mixed: list[Callable[[], object]] = [
+        lambda: torch.ones(2)[here], lambda: torch.stack([x[0], torch.tensor(1.0)])
+    ]  # fmt: skip
+    for odd in mixed:
+        with pytest.raises(RuntimeError, match="on the same device"):
+            odd()
+
+
+def test_a_type_that_is_changed_on_the_way_takes_memory_of_its_own(card: Card) -> None:
+    """Where the program does not wait torch changes it on the card."""
+    half, place = torch.ones(MIB, dtype=torch.float16), torch.empty(MIB, device=card.device)
+    place.copy_(half)
+    assert card.allocator.most_allocated == 4 * MIB
+    place.copy_(half, non_blocking=True)
+    assert card.allocator.most_allocated == 6 * MIB
+    assert card.allocator.allocated == 4 * MIB
 
 
 # Memory
@@ -141,7 +159,8 @@ def test_what_cannot_be_captured_ends_the_capture(card: Card) -> None:
     recorded.record()
     refused: list[Callable[[], object]] = [
         x.item, lambda: x.copy_(torch.ones(1)), torch.cuda.synchronize, lambda: torch.equal(x, x),
-        lambda: torch.cuda.current_stream().wait_event(recorded), lambda: x[torch.tensor([0])],
+        lambda: torch.cuda.current_stream().wait_event(recorded), lambda: x[torch.tensor([0])], lambda: x[x > 0],
+        lambda: x.masked_select(x > 0), lambda: card.lock(4096, 4096),
     ]  # fmt: skip
     for number, work in enumerate(refused):
         with pytest.raises(CaptureError, match="previous error"):

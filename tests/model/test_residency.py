@@ -109,7 +109,7 @@ def test_a_piece_that_has_passed_cannot_compute(tiny_model: Path) -> None:
 
 def test_an_arena_holds_every_piece_as_the_device_wants_it(model: TinySD) -> None:
     fragment: Fragment = model.decode_fragment
-    arena = Arena.of(fragment.pieces, pinned=False)
+    arena = Arena.of(fragment.pieces)
     for number, piece in enumerate(fragment.pieces):
         for tensor, place in piece.views(arena.piece(number, piece.nbytes)):
             assert torch.equal(place, tensor.value.to(tensor.dtype))
@@ -118,7 +118,7 @@ def test_an_arena_holds_every_piece_as_the_device_wants_it(model: TinySD) -> Non
 def test_an_arena_does_not_serve_others_that_are_as_large(model: TinySD) -> None:
     """In another room other layers pass, and some sets of layers weigh the same."""
     fragment: Fragment = model.decode_fragment
-    arena = Arena.of(fragment.pieces, pinned=False)
+    arena = Arena.of(fragment.pieces)
     assert arena.is_of(fragment.pieces)
     assert not arena.is_of(fragment.pieces[::-1])
     assert not arena.is_of(fragment.pieces[:-1])

@@ -1,14 +1,14 @@
 """What can go wrong, what is done about it, and who is charged for it. Pure: no torch, no Ray, no clock.
 
 `fault_of` judges what one image did inside a worker, `loss_of` how a worker was lost, `POLICY` says what follows. Texts
-are those of CUDA's runtime (cudaGetErrorString), cuBLAS, cuDNN, torch's allocators and Ray 2.60.
+are those of CUDA's runtime (cudaGetErrorString), cuBLAS, cuDNN and Ray 2.60; `errors` has those for want of memory.
 """
 
 import re
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from tinysd_batch.errors import StorageError, TinySDError
+from tinysd_batch.errors import StorageError, TinySDError, is_out_of_memory
 from tinysd_batch.storage import is_transient
 
 
@@ -67,12 +67,6 @@ POLICY = {
     Fault.NODE_LOST: Policy(Action.REQUEUE, Charged.NOBODY),
 }
 
-NO_MEMORY = re.compile(
-    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|CU\w+_STATUS_ALLOC_FAILED|"
-    # how cuDNN and cuBLAS come to say that there is no memory for what they would like
-    r"unable to find an engine to execute|CU\w+_STATUS_NOT_INITIALIZED",
-    re.I,
-)
 BROKEN_DEVICE = re.compile(
     r"device-side assert|illegal memory access|illegal instruction|illegal address|misaligned address|"
     r"unspecified launch failure|launch timed out|uncorrectable (?:ecc|nvlink)|hardware stack error|"
@@ -91,10 +85,9 @@ def fault_of(error: BaseException) -> Fault:
         return Fault.TRANSIENT_IO if is_transient(error) else Fault.STORAGE
     if isinstance(error, TinySDError):
         return Fault.NOT_FINITE if type(error).__name__ == "NotFiniteError" else Fault.REFUSED
-    text = str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(text):
+    if is_out_of_memory(error):
         return Fault.OUT_OF_MEMORY
-    if type(error).__name__ in DEVICE_ERRORS or BROKEN_DEVICE.search(text):
+    if type(error).__name__ in DEVICE_ERRORS or BROKEN_DEVICE.search(str(error)):
         return Fault.DEVICE_BROKEN
     return Fault.ERROR
 

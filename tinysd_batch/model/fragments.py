@@ -33,6 +33,11 @@ class HostTensor:
         return self.value.numel() * self.dtype.itemsize
 
     @property
+    def lies_ready(self) -> bool:
+        """Whether the file holds it in the type in which it is needed."""
+        return self.dtype is self.value.dtype
+
+    @property
     def place(self) -> Tensor:
         """What the module has of it: itself, or an empty tensor."""
         here: Tensor = getattr(self.module, self.name)
@@ -76,7 +81,8 @@ class Piece:
     def fill(self, buffer: Tensor) -> None:
         """Bring the tensors to a buffer of bytes."""
         for tensor, place in self.views(buffer):
-            place.copy_(tensor.value, non_blocking=True)
+            # Without waiting torch changes the type on the card, in memory that nobody has planned.
+            place.copy_(tensor.value, non_blocking=tensor.lies_ready)
             tensor.put(place)
 
     def onload(self, device: torch.device) -> None:

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 # What cuBLAS may take on every card in place of its own choice: what it takes on those up to Ampere.
 WORKSPACE_CONFIG, SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"
-# What torch's allocator leaves unused on a card: of what work takes so much as a rule, and a segment of its size for
-# tensors of 1 to 10 MB, of which it takes whole ones only. Weights lie in one piece.
+# What torch's allocator leaves unused on a card: of what work takes so much as a rule, doubled up to the most where
+# memory ran out; and a segment of its size for tensors of 1 to 10 MB, of which it takes whole ones only. Weights lie in
+# one piece.
 GAPS, MOST_GAPS, SEGMENT_BYTES = 1 / 8, 1 / 2, 20 * 2**20
 UNET = "UNet"
 # On the CPU larger tensors take memory of the system's own. What a step at 512x512 uses is worth keeping for the next.
@@ -110,7 +111,7 @@ class Phase:
     buffers: int  # through which the others pass
     work: int  # all other tensors at their peak
     context: int
-    gaps: int = 0  # that torch's allocator leaves between tensors
+    gaps: int = 0  # that torch's allocator leaves between the tensors of work
 
     @property
     def is_in_small_parts(self) -> bool:
@@ -233,11 +234,12 @@ class Planner:
             tight.append(phase)
         assert budget is not None, task.name
         least = min(tight, key=lambda phase: phase.peak)
-        if least.peak > budget and self.gaps <= GAPS:
+        usual = least.peak - int(max(0, self.gaps - GAPS) * least.work)  # with gaps as a rule
+        if usual > budget:
             what = f"drawing {task.shape.width}x{task.shape.height}" if task.shape else "reading a prompt"
             raise UsageError(
-                f"vram_budget = {budget / 1e6:.1f} MB: {what} takes at least {least.peak / 1e6:.1f} MB with this "
-                f"model, in the {task.name}, even when weights pass through the smallest buffers"
+                f"vram_budget = {budget / 1e6:.1f} MB: {what} takes at least {usual / 1e6:.1f} MB with this model, "
+                f"in the {task.name}, even when weights pass through the smallest buffers"
             )
         return next((phase for phase in tight if phase.peak <= budget), least)
 

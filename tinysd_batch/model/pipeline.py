@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from tinysd_batch.config import parse_budget
-from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
+from tinysd_batch.errors import ModelError, NotFiniteError, UsageError, is_out_of_memory
 from tinysd_batch.model.attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
 from tinysd_batch.model.correction import read_correction
@@ -190,7 +190,8 @@ class TinySD:
             rng: whose noise: that of torch's generator on the CPU, or on a CUDA card, which is computed on the CPU, too
                 (pictures up to 768x768).
             latents: starting noise [B, 4, h, w] in place of the seeds' own.
-            callback: called after each step with step, timestep and latents (heun: after each half of a step).
+            callback: called after each step with step, timestep and latents (heun: after each half of a step); from the
+                first step again where images have to be drawn again.
 
         Raises:
             UsageError: arguments that do not fit together, or a picture that does not fit the budget.
@@ -217,7 +218,7 @@ class TinySD:
             drawing = Drawing(
                 conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, rng, latents, callback
             )
-            final, redone = self.with_room(lambda: self.draw_latents(drawing))
+            final, redone = self.draw_latents(drawing)
             denoised = time.monotonic()
             images = final.cpu() if output_type == "latent" else self.decode(final, output_type, redone)
         read = [(one.tokens, one.negative_tokens) for one in conditions]
@@ -235,15 +236,15 @@ class TinySD:
         )
 
     def with_room(self, work: Callable[[], Made]) -> Made:
-        """Do it again where memory ran out within a budget that should have sufficed, and leave larger gaps.
+        """Do it again where memory ran out within a budget that should have sufficed, with larger gaps from then on.
 
         How torch's allocator cuts up memory, and what libraries want to work in, is known by experience only.
         """
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                if not self.memory.leave_larger_gaps():
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not self.memory.leave_larger_gaps():
                     raise
 
     def draw_latents(self, drawing: Drawing) -> tuple[Tensor, Redone]:
@@ -252,11 +253,11 @@ class TinySD:
         Raises NotFiniteError for one that float32 cannot hold either.
         """
         rows = range(len(drawing.seeds))
-        final = self.draw_rows(drawing, rows)
+        final = self.with_room(lambda: self.draw_rows(drawing, rows))
         lost = rows_that(~final.isfinite().flatten(1).all(dim=1))
         if lost and self.dtype is not torch.float32:
             with self.in_float32():
-                final[lost] = self.draw_rows(drawing, lost)
+                final[lost] = self.with_room(lambda: self.draw_rows(drawing, lost))
         if not final.isfinite().all():
             raise NotFiniteError("the latents are not finite")
         return final, {row: [DENOISED] for row in lost}

@@ -43,7 +43,7 @@ class Residency:
 
     def must_copy_much(self, fragments: Sequence[Fragment]) -> bool:
         """Whether on the CPU much would be there twice: in the file's pages, and in the type that is needed."""
-        copied = sum(tensor.nbytes for part in fragments for tensor in part.host if not lies_ready(tensor))
+        copied = sum(tensor.nbytes for part in fragments for tensor in part.host if not tensor.lies_ready)
         return self.device.type == "cpu" and copied > COPIED_WHOLE_BYTES
 
     @contextlib.contextmanager
@@ -131,9 +131,9 @@ class Residency:
         if not pieces:  # of a small model, whose order of work nobody learnt
             return standing, []
         if self.room is None and not self.streams_all:
-            standing += [tensor for piece, _ in pieces for tensor in piece.tensors if lies_ready(tensor)]
+            standing += [tensor for piece, _ in pieces for tensor in piece.tensors if tensor.lies_ready]
             pieces = [
-                (Piece([one for one in piece.tensors if not lies_ready(one)]), modules) for piece, modules in pieces
+                (Piece([one for one in piece.tensors if not one.lies_ready]), modules) for piece, modules in pieces
             ]
             return standing, gather([item for item in pieces if item[0].tensors], buffer_bytes)
         room = 0 if self.streams_all or self.room is None else self.room
@@ -143,7 +143,7 @@ class Residency:
         passing, seen, staying = [], 0, 0
         for piece, modules in pieces:
             seen += piece.nbytes
-            may_stay = not only_ready or all(lies_ready(tensor) for tensor in piece.tensors)
+            may_stay = not only_ready or all(tensor.lies_ready for tensor in piece.tensors)
             if may_stay and staying + piece.nbytes <= share * seen:
                 staying += piece.nbytes
                 standing += piece.tensors
@@ -159,7 +159,7 @@ class Residency:
         known = self.arenas.get(first)
         if known is None or not known.is_of(pieces):
             self.arenas.pop(first, None)  # before another is made: both would be page-locked at once
-            known = self.arenas[first] = Arena.of(pieces)
+            known = self.arenas[first] = Arena.of(pieces, self.device)
         return known
 
 
@@ -179,11 +179,6 @@ def hand_back_blocks_of(nbytes: int) -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_THRESHOLD, nbytes)
             libc.mallopt(M_TRIM_THRESHOLD, 16 * nbytes)
-
-
-def lies_ready(tensor: HostTensor) -> bool:
-    """Whether the file holds the tensor in the type in which it is needed."""
-    return tensor.dtype is tensor.value.dtype
 
 
 def largest_piece(fragments: Sequence[Fragment]) -> int:
@@ -210,9 +205,10 @@ class Arena:
     contents: "Contents"
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], *, pinned: bool = True) -> "Arena":
+    def of(cls, pieces: Sequence[Piece], device: torch.device | None = None) -> "Arena":
+        """Page-locked for a card, or as any other memory."""
         nbytes = sum(piece.nbytes for piece in pieces)
-        memory = page_locked(nbytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
+        memory = page_locked(nbytes, device) if device else torch.empty(nbytes, dtype=torch.uint8)
         starts, end = [], 0
         for piece in pieces:
             starts.append(end)
@@ -236,11 +232,11 @@ def contents_of(pieces: Sequence[Piece]) -> Contents:
     return tuple(tuple((id(tensor), tensor.dtype) for tensor in piece.tensors) for piece in pieces)
 
 
-def page_locked(nbytes: int) -> Tensor:
-    """Bytes that the card can copy by itself. Torch's own door to such memory hands out powers of two."""
+def page_locked(nbytes: int, device: torch.device) -> Tensor:
+    """Bytes that a card can copy by itself. Torch's own door to such memory hands out powers of two."""
     memory = mmap.mmap(-1, nbytes)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    runtime, wait = torch.cuda.cudart(), torch.cuda.synchronize  # type: ignore[no-untyped-call]
+    runtime, wait = torch.cuda.cudart(), functools.partial(torch.cuda.synchronize, device)  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, PORTABLE)):
         forget_error()
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
