@@ -1,10 +1,13 @@
 """A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed.
 
-And a folder to work in.
+And a folder to work in, and a card to work on: one that is pretended always, a real one with `pytest -m gpu`.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import hypothesis
 import pytest
@@ -13,11 +16,17 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tests.card.card import Card
+from tests.card.driver import COMPILER
+from tests.card.idle import IdleCard
+from tests.card.pretend import pretended
+from tests.card.streams import Race
 from tests.tools import write_json
 from tinysd_batch.model.info import embedded_path
 from tinysd_batch.quantize.fast import quantize_folder
 
 TEXT_WIDTH = 32
+AnyCard = TypeVar("AnyCard", bound=Card)
 
 # A busy machine is no fault of the code: no deadlines, and no complaint about slow drawing of examples.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -85,3 +94,42 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "m.csv").write_text("prompt\ncat\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def pretended_card() -> Iterator[Card]:
+    """A card of 4 GiB; all work on it was in good order."""
+    with in_good_order(Card()) as card:
+        yield card
+
+
+@pytest.fixture
+def idle_card() -> Iterator[IdleCard]:
+    """The same, which computes nothing."""
+    with in_good_order(IdleCard()) as card:
+        yield card
+
+
+@contextmanager
+def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
+    if COMPILER is None:
+        pytest.skip("no g++ here to compile the kernels with")
+    if torch.cuda.is_available():
+        pytest.skip("there is a real card")
+    with pretended(card):
+        yield card
+    assert not Race.met
+    assert not card.allocator.underway, "a capture that was begun and not ended"
+
+
+@pytest.fixture
+def real_card() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=["pretended_card", pytest.param("real_card", marks=pytest.mark.gpu)])
+def card(request: pytest.FixtureRequest) -> Card | None:
+    """The pretended card, or None for a real one: what can be told of both is tested on both."""
+    found: Card | None = request.getfixturevalue(request.param)
+    return found
