@@ -17,7 +17,7 @@ class CustomBuildHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - what hatchling passes
         compiled = module_at(Path(self.root) / FOLDER / "compiled.py")
-        wanted = {target: compiled.library_path(target) for target in compiled.targets_here()}
+        wanted = {target: compiled.path_of(target) for target in compiled.targets_here()}
         for path in compiled.SOURCE.parent.glob("unpack-*"):
             if path not in wanted.values():
                 path.unlink()

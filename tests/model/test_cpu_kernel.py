@@ -158,7 +158,7 @@ def not_asked_yet() -> Iterator[None]:
 
 @pytest.mark.usefixtures("not_asked_yet")
 def test_without_a_library_torch_unpacks_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compiled, "library_path", lambda _: tmp_path / "missing.so")
+    monkeypatch.setattr(compiled, "path_of", lambda _: tmp_path / "missing.so")
     weight = WholeRowWeight(random_bytes(5, 24, seed=1), finite_halves(5, 2, seed=2))
     assert not unpacking.has_kernels(torch.device("cpu"))
     found = unpacking.unpack(weight, torch.empty(weight.shape))
@@ -172,7 +172,7 @@ def test_a_library_that_unpacks_wrongly_is_not_used(monkeypatch: pytest.MonkeyPa
     (tmp_path / "unpack.c").write_text("void unpack(void *work) { (void)work; }")
     monkeypatch.setattr(compiled, "SOURCE", tmp_path / "unpack.c")
     compiled.compile_for("plain", COMPILER, tmp_path / "idle.so")
-    monkeypatch.setattr(compiled, "library_path", lambda _: tmp_path / "idle.so")
+    monkeypatch.setattr(compiled, "path_of", lambda _: tmp_path / "idle.so")
     assert not unpacking.has_kernels(torch.device("cpu"))
 
 
@@ -185,10 +185,10 @@ def test_what_was_compiled_when_this_was_installed_is_used() -> None:
 
 
 def test_a_library_does_not_outlive_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = compiled.library_path("plain")
+    before = compiled.path_of("plain")
     (tmp_path / "unpack.c").write_text(compiled.SOURCE.read_text() + "\n")
     monkeypatch.setattr(compiled, "SOURCE", tmp_path / "unpack.c")
-    assert compiled.library_path("plain").name != before.name
+    assert compiled.path_of("plain").name != before.name
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ TARGETS = {
 }  # the fastest first
 
 
-def library_path(target: str) -> Path:
+def path_of(target: str) -> Path:
     """Where the library for a target is to be: its name has a digest of what made it, so that none outlives that."""
     digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, TARGETS)).encode()).hexdigest()[:12]
     return SOURCE.with_name(f"unpack-{digest}-{target}.so")

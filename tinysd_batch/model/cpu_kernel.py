@@ -56,7 +56,7 @@ def launch(weight: Weight, out: Tensor, function: ctypes.c_void_p | None = None)
 @cache
 def kernel() -> ctypes.c_void_p:
     """The address of the source's `unpack`."""
-    path = compiled.library_path(compiled.target_of(torch.backends.cpu.get_cpu_capability()))
+    path = compiled.path_of(compiled.target_of(torch.backends.cpu.get_cpu_capability()))
     return ctypes.cast(ctypes.CDLL(str(path)).unpack, ctypes.c_void_p)
 
 
