@@ -1,0 +1,91 @@
+"""The normal form of text, and what counts as missing and as a whole number: what every reader builds on."""
+
+import math
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinysd_batch.text import INVISIBLE_CHARACTERS, has_surrogates, normalize_text, storable_text
+from tinysd_batch.values import is_missing, is_missing_number, read_whole_number
+
+ANY_TEXT = st.text(st.characters())  # lone surrogates included
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("\ufeffred apple", "red apple"),
+        ("red\u200b apple", "red apple"),
+        ("a\u2060b", "ab"),
+        ("\u202ered\u202c \u200eapple\u2066", "red apple"),
+        ("Negative\u00a0prompt", "Negative prompt"),
+        ("red\u3000apple\u2009!", "red apple !"),
+        ("a\u2028b", "a b"),
+        ("\N{MAN}\u200d\N{WOMAN}", "\N{MAN}\u200d\N{WOMAN}"),  # one emoji of two
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # Persian spells with it
+        ("  two  blanks\tand a tab\n", "  two  blanks\tand a tab\n"),
+        ("é café 苹果", "é café 苹果"),
+    ],
+)
+def test_one_normal_form(text: str, normal: str) -> None:
+    assert normalize_text(text) == normal
+
+
+@given(ANY_TEXT)
+def test_normalizing_twice_changes_nothing_and_leaves_nothing_invisible(text: str) -> None:
+    normal = normalize_text(text)
+    assert normalize_text(normal) == normal
+    assert not INVISIBLE_CHARACTERS & set(normal)
+    assert len(normal) <= len(text)
+
+
+@given(ANY_TEXT)
+def test_storable_text_is_utf_8_without_nul(text: str) -> None:
+    stored = storable_text(text)
+    assert not has_surrogates(stored)
+    assert "\0" not in stored
+    if not has_surrogates(text) and "\0" not in text:
+        assert stored == text
+
+
+def test_bytes_of_another_encoding_stay_readable() -> None:
+    assert storable_text(b"/jobs/alt\xe9".decode("utf-8", "surrogateescape")) == "/jobs/alt\\xe9"
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "\t\n", "\u200b", "\u00a0", math.nan, Decimal("nan")])
+def test_missing(value: object) -> None:
+    assert is_missing(value)
+    assert is_missing_number(value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, "0", math.inf, Decimal("inf"), "x", 10**400])
+def test_not_missing(value: object) -> None:
+    assert not is_missing(value)
+    assert not is_missing_number(value)
+
+
+@pytest.mark.parametrize("word", ["None", "nan", "NULL", "NaN", " null ", "<NA>", "N/A"])
+def test_words_for_nothing_are_missing_numbers_but_text_in_text(word: str) -> None:
+    assert is_missing_number(word)
+    assert not is_missing(word)
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (42, 42), (42.0, 42), ("42", 42), ("42.0", 42), ("42.", 42), (" 42 ", 42), ("\u00a042", 42),
+        (Decimal("42.00"), 42), ("-1", -1), (-1.0, -1), ("9223372036854775807", 2**63 - 1),
+    ],
+)  # fmt: skip
+def test_whole_numbers(value: object, number: int) -> None:
+    assert read_whole_number(value) == number
+
+
+@pytest.mark.parametrize(
+    "value", [42.5, "42.5", "1e30", "forty", math.inf, math.nan, True, False, [1], None, "4.0.0", "4 2", Decimal("1.5")]
+)
+def test_no_whole_numbers(value: object) -> None:
+    with pytest.raises(ValueError, match="a whole number was expected"):
+        read_whole_number(value)

@@ -1,0 +1,61 @@
+"""The one normal form of text, and what text from the operating system needs before it is stored.
+
+Every prompt, cell, column name and setting goes through `normalize_text` before any lookup, table or image. Whatever
+comes from elsewhere (paths, host names, messages of libraries) goes through `storable_text` before a table, JSON or an
+image holds it.
+"""
+
+import re
+
+# Characters that nobody sees and that change nothing for a reader: byte-order mark, zero-width space, word joiner and
+# the invisible operators after it, soft hyphen, direction marks. The joiners U+200C and U+200D stay: emoji and several
+# scripts need them.
+INVISIBLE = "\ufeff\u200b\u2060\u2061\u2062\u2063\u2064\u00ad\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u180e"
+# Blanks other than the space: no-break spaces, those of fixed widths, the ideographic one, line separators.
+BLANKS = "\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0085"
+UNUSUAL = re.compile(f"[{INVISIBLE}]+|[{BLANKS}]")
+
+
+def normalize_text(text: str) -> str:
+    """Return `text` without invisible characters, with every Unicode blank as a space.
+
+    Tabs and line ends stay, as do runs of spaces and blanks at both ends.
+    """
+    if text.isascii():
+        return text
+    return UNUSUAL.sub(lambda match: " " if match[0][0] not in INVISIBLE_CHARACTERS else "", text)
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether half a character is in it: bytes that were no UTF-8, or JSON's \\ud800."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def storable_text(text: str) -> str:
+    """Return `text` as a UTF-8 table, JSON or an image can hold it.
+
+    Bytes that are not UTF-8, which Python keeps as lone surrogates in paths and messages, are written as `\\xe9`, other
+    lone surrogates as `\\ud800`, and a NUL becomes the replacement character.
+    """
+    if has_surrogates(text):
+        try:
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        except UnicodeEncodeError:  # half of a surrogate pair
+            text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def expand_ranges(characters: str) -> frozenset[str]:
+    """The characters of a regular expression's class, such as `a-c` or `xyz`."""
+    members: set[str] = set()
+    for match in re.finditer(r"(.)-(.)|(.)", characters, re.DOTALL):
+        first, last = (match[1], match[2]) if match[1] else (match[3], match[3])
+        members.update(map(chr, range(ord(first), ord(last) + 1)))
+    return frozenset(members)
+
+
+INVISIBLE_CHARACTERS = expand_ranges(INVISIBLE)
