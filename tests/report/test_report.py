@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.tools import draw, read_results, write_csv
+from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, columns_for, write_contact_sheet
 from tinysd_batch.report.progress import RunProgress
@@ -92,7 +93,7 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
     console = plain_console()
     params = SamplingParams(64, 64, 5, "plms", 0.0)
     with RunProgress(console, verbose=True) as progress:
-        progress.started(3, 1, [InvalidRow(9, "column seed = \x1b[31m: bad")])
+        progress.started(3, 1, InvalidRows([InvalidRow(9, "column seed = \x1b[31m: bad")], 1))
         for index, status in ((2, Status.OK), (3, Status.FAILED)):
             request = ImageRequest(index, 1, 1, "cat\x1b]0;evil\x07[red]", "", 5, 1.0, params, "", "f")
             progress.image(request, ImageResult(index, status, file_name="images/x.png", error_message="it broke"))

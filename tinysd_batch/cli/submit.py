@@ -183,7 +183,7 @@ def pool_for(job: "Job") -> "PoolFactory":
 
 
 def say_first_lines(job: "Job", console: "Console") -> None:
-    from tinysd_batch.report.text import count, say
+    from tinysd_batch.report.text import say
 
     settings = job.settings
     say(
@@ -192,8 +192,6 @@ def say_first_lines(job: "Job", console: "Console") -> None:
         f"{settings.width}x{settings.height}, {settings.steps} steps of {settings.sampler}, scale {settings.scale:g}",
     )
     say(console, f"Job: {job.folder}, seed {job.seed}")
-    if job.appended_rows:
-        say(console, f"The manifest has grown by {count(job.appended_rows, 'row')}")
 
 
 def warn_of_embedded_model(images: int, say: Any) -> None:

@@ -169,6 +169,7 @@ class ResultsWriter:
             if not newer.isdisjoint(keys):
                 self.rewrite(part, newer)
             newer.update(keys)
+            newer.update((row, 0) for row, index in keys if index)  # a fault is superseded by an image of its row
 
     def rewrite(self, part: Path, without: set[tuple[int, int]]) -> None:
         with damaged_table(part):

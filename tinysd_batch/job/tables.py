@@ -122,11 +122,15 @@ def keys_of(table: pa.Table) -> tuple[Any, Any]:
 
 
 def newest(table: pa.Table) -> pa.Table:
-    """One row per image (and per invalid manifest row), the last one written, in the manifest's order."""
+    """One row per image (and per invalid manifest row), the last one written, in the manifest's order.
+
+    A manifest row that had a fault and has images now has only those.
+    """
     row, index = keys_of(table)
     order = np.lexsort((index, row))  # stable: what was written later stays behind
     last = np.ones(len(order), bool)
-    last[:-1] = (np.diff(row[order]) != 0) | (np.diff(index[order]) != 0)
+    same_row = np.diff(row[order]) == 0
+    last[:-1] = ~same_row | ((np.diff(index[order]) != 0) & (index[order][:-1] != 0))
     return table.take(order[last])
 
 
