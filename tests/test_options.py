@@ -240,10 +240,10 @@ def test_submit_in_another_format_resumes_and_does_not_mix(tmp_path: Path, tiny_
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 3}])
     common = ["submit", "m.csv", "--model", tiny_model, "--inline", "--seed", 1]
     assert run_here(*common, "--format", "webp", "--limit", 1, cwd=tmp_path).returncode == 0
-    refused = run_here(*common, cwd=tmp_path)
+    refused = run_here(*common, "--format", "png", cwd=tmp_path)
     assert refused.returncode == 2
     assert "format: webp in the job, png now" in refused.stderr
-    assert run_here(*common, "--format", "webp", cwd=tmp_path).returncode == 0
+    assert run_here(*common, cwd=tmp_path).returncode == 0
     rows = check_whole(tmp_path / "outputs" / "m", 3)
     assert [row["file_name"][-5:] for row in rows] == [".webp"] * 3
 

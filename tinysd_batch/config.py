@@ -37,8 +37,9 @@ def find_sampler(name: str) -> str:
 def check_address(address: str) -> str:
     """Where a Ray cluster is, as `ray start` printed it; ValueError for what is no such place."""
     host, _, port = address.rpartition(":")
-    if address != "auto" and not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise ValueError("auto or HOST:PORT was expected, as `ray start` prints it")
+    is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
+    if address not in ("auto", "local") and not (host and is_port):
+        raise ValueError("auto, local or HOST:PORT was expected, as `ray start` prints it")
     if "/" in host:
         raise ValueError("HOST:PORT was expected, without ray:// before it")
     return address

@@ -151,7 +151,7 @@ def write_job_json(
         "seed": seed,
         "images": record.images,
         "invalid_rows": record.invalid_rows,
-        "model": {"name": model.name, "digest": model.digest, "path": str(model.path)},
+        "model": {"name": model.name, "digest": model.digest, "path": str(model.path.resolve())},
         "manifest": record.as_dict(manifest.resolve()),
         "reuse": str(reuse) if reuse else None,
         "settings": settings.model_dump(exclude={"seed"}),
