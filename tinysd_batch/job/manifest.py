@@ -102,7 +102,7 @@ def read_rows(
             empty = False
             row = check_row(number, line.values, defaults, line.shown, line.line)
             if is_missing_word(row.prompt) or (isinstance(row, Row) and is_missing_word(row.negative_prompt)):
-                notes.see("have a word for a missing value (nan, None, NULL) as a prompt, taken as text", number)
+                notes.see("prompts that are a word for a missing value (nan, None, NULL), taken as text: {}", number)
             yield row
     if empty:
         blank = f" besides {notes.blank_rows:,} blank ones" if notes.blank_rows else ""
