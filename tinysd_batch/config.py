@@ -57,9 +57,7 @@ def find_sampler(name: str) -> str:
     if own := known_sampler(squeeze(name)):
         return own
     for own, schedule in without_schedules(name):
-        raise ValueError(
-            f"{own} is there, but its {schedule} schedule is not; write {own} for the model's own schedule"
-        )
+        raise ValueError(f"{own} is known, but its {schedule} schedule is missing; write {own} for the model's own")
     raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
 
 

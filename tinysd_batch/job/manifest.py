@@ -88,8 +88,8 @@ def read_rows(
     number, empty = 0, True
     for line in read_lines(path, strict, notes=notes, interpret_lines=interpret_lines):
         if isinstance(line, SkippedRows):
-            number += line.count
-            notes.blank_rows += line.count if line.is_blank else 0
+            number += line.number
+            notes.blank_rows += line.number if line.is_blank else 0
             continue
         number += 1
         if isinstance(line, Fault):

@@ -110,10 +110,10 @@ def left_out_columns(path: Path, whole: Any, file: Any, columns: Columns) -> dic
 
     They may not fit into memory: a page of a column is unpacked as a whole.
     """
-    unknown = {name for name, our_name in zip(file.schema_arrow.names, columns.names, strict=True)
-               if our_name not in columns.shown}  # fmt: skip
-    left_out = {field.name: "not read, bytes within structures are not carried into the results" for field in file.schema_arrow
-                if field.name in unknown and holds_binary(field.type)}  # fmt: skip
+    our_names = dict(zip(file.schema_arrow.names, columns.names, strict=True))
+    unknown = {name for name, our_name in our_names.items() if our_name not in columns.shown}
+    nested_bytes = {field.name for field in file.schema_arrow if holds_binary(field.type)} & unknown
+    left_out = dict.fromkeys(nested_bytes, "not read, bytes within structures are not carried into the results")
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     if not any(group.total_byte_size > smallest_heavy_size(group.num_rows) for group in groups):
         return left_out
@@ -223,7 +223,7 @@ def read_scalar(scalar: Any, as_json: bool = True) -> Any:
         if pa.types.is_nested(scalar.type):
             value = scalar.as_py()
             return json.dumps(value, ensure_ascii=False, default=as_text) if as_json else value
-        return pc.cast(scalar, pa.string()).as_py()  # type: ignore[no-any-return]
+        return pc.cast(scalar, pa.string()).as_py()
     except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:
         return BadCell(f"cannot be read: {first_line(error)}")
 
