@@ -1,6 +1,7 @@
 """Rows that had a fault and are good now: by newer rules, or corrected in place. No other row of the job moves."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,42 @@ def test_reuse_gives_each_row_the_seed_it_had(job: Path, tmp_path: Path) -> None
     fixed.write_text("prompt,seed\nant,\ncat,\nowl,\n")
     new = open_job(fixed, tmp_path / "new", Settings(model=str(MODEL), **QUICK), reuse=job)
     assert new.given_seeds == {1: 103, 2: 104, 3: 101}
+
+
+@pytest.mark.parametrize("name", ["invalid_rows", "invalid_rows_limited"])
+def test_a_job_of_0_1_0_gets_the_rows_that_only_newer_rules_read(name: str, tmp_path: Path) -> None:
+    """Rows 2 (seed 42.0, steps 1.0) and 4 (seed -1) had a fault then."""
+    shutil.copytree(FIXTURES / name, tmp_path / name)
+    job = tmp_path / name / "job"
+    _, progress = draw(tmp_path / name / "m.csv", job, MODEL, **QUICK)
+    assert (
+        "2 rows of the manifest had a fault before and can be generated now; their images come last" in progress.notes
+    )
+    assert brief(job) == [
+        (1, 1, 7, "ok"), (2, 4, 42, "ok"), (3, 2, 6, "ok"), (4, 5, 9, "ok"), (5, None, None, "invalid"),
+        (6, 3, 7, "ok"),
+    ]  # fmt: skip
+    assert json.loads((job / "job.json").read_text())["reader"] == READER
+    _, progress = draw(tmp_path / name / "m.csv", job, MODEL, **QUICK)
+    assert (progress.made, progress.notes) == ([], [])
+    check_whole(job, 5)
+
+
+def test_a_job_of_0_1_0_may_grow_whatever_is_read_otherwise_now(tmp_path: Path) -> None:
+    """Its prompts keep the characters that are dropped today."""
+    shutil.copytree(FIXTURES / "invisible", tmp_path / "old")
+    with (tmp_path / "old" / "m.csv").open("a", encoding="utf-8") as file:
+        file.write("fo\u200bx\n")
+    draw(tmp_path / "old" / "m.csv", tmp_path / "old" / "job", MODEL, **QUICK)
+    rows = read_results(tmp_path / "old" / "job")
+    assert [row["prompt"] for row in rows] == ["red\u200b apple", "blue\u00a0heart", "owl", "fox"]
+    expected = json.loads((FIXTURES / "invisible" / "expected.json").read_text(encoding="utf-8"))
+    assert [row["image_id"] for row in rows[:3]] == [row["image_id"] for row in expected]
+    # The same rows in another order of bytes: each is still the row that it was.
+    text = (tmp_path / "old" / "m.csv").read_text(encoding="utf-8").replace("prompt\n", '"prompt"\n') + "emu\n"
+    (tmp_path / "old" / "m.csv").write_text(text, encoding="utf-8")
+    _, progress = draw(tmp_path / "old" / "m.csv", tmp_path / "old" / "job", MODEL, **QUICK)
+    assert progress.made == [5]
 
 
 def test_a_job_of_a_newer_version_is_refused(job: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Self
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.job.manifest_file import open_manifest
-from tinysd_batch.job.rows import Kept, KeptRow, RowKeeper, Snapshot, as_line, parse_line
+from tinysd_batch.job.rows import NEWER, Kept, KeptRow, RowKeeper, Snapshot, as_line, parse_line
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.text import normalize_text
 
@@ -122,7 +122,8 @@ def reads_alike(old: str, new: str) -> bool:
 
 def common_form(line: str) -> Kept:
     kept = parse_line(line)
-    kept.pop("reason", None)
+    for name in NEWER:
+        kept.pop(name, None)
     extra = {normalize_text(name): as_text(value) for name, value in kept.pop("extra").items()}
     own = {name: normalize_text(value) if isinstance(value, str) else value for name, value in kept.items()}
     return {**own, "extra": {name: text for name, text in extra.items() if text}}

@@ -19,9 +19,10 @@ from tinysd_batch.job.folder import (
     take_back,
 )
 from tinysd_batch.job.formats import is_jsonl, read_extra_fields
+from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.job.pool import Pool
-from tinysd_batch.job.results import ResultsWriter, invalid_row, results_schema
+from tinysd_batch.job.results import ResultsWriter, invalid_row, read_invalid_row, results_schema
 from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
 from tinysd_batch.job.summary import InvalidRows, Progress, Summary
@@ -44,6 +45,7 @@ class Survey:
     kept: RowKeeper | None  # all rows, if the job folder does not hold them all
     appended_rows: int = 0  # since the last run
     corrected_rows: int = 0  # that had a fault in the last run and can be generated now
+    notes: ReadingNotes = field(default_factory=ReadingNotes)  # on the manifest, where it was read
 
 
 def survey(job: Job) -> Survey:
@@ -51,7 +53,7 @@ def survey(job: Job) -> Survey:
     found = Survey(0, InvalidRows(), [], RowKeeper() if job.needs_snapshot else None)
     merger = job.merger() if job.record is not None and job.has_new_rows else None
     names: dict[str, None] = {}
-    for row in merger.merge(job.read_manifest()) if merger else job.read_own_rows():
+    for row in merger.merge(job.read_manifest(found.notes)) if merger else job.read_own_rows(found.notes):
         if found.kept is not None:
             found.kept.add(row)
         if isinstance(row, InvalidRow):
@@ -89,7 +91,7 @@ def read_invalid_rows(job: Job) -> Iterator[InvalidRow]:
         for row in table.filter(table["index"].is_null()).to_pylist():
             if row["status"] == Status.INVALID and row["row"] not in seen:
                 seen.add(row["row"])
-                yield InvalidRow(row["row"], row["error_message"] or "", row["prompt"], row["id"])
+                yield read_invalid_row(row)
 
 
 PoolFactory = Callable[[int], AbstractContextManager[Pool]]
@@ -141,7 +143,7 @@ class Run:
         job, surveyed = self.job, self.surveyed
         total = min(surveyed.images, limit) if limit else surveyed.images
         self.clean()
-        self.note_new_rows()
+        self.note_reading()
         schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
         writer = ResultsWriter(job.folder, schema, surveyed.images + surveyed.invalid.count, self.held.guard)
         done = read_finished(job)
@@ -170,8 +172,10 @@ class Run:
         summary.stopped = bool(summary.left)
         return summary
 
-    def note_new_rows(self) -> None:
-        """Say how the manifest has grown since the last run."""
+    def note_reading(self) -> None:
+        """Say what was noticed about the manifest, and how it has grown since the last run."""
+        for line in self.surveyed.notes.lines():
+            self.progress.note(f"{self.job.manifest.name}: {line}")
         appended, corrected = self.surveyed.appended_rows, self.surveyed.corrected_rows
         if appended:
             self.progress.note(f"The manifest has grown by {appended:,} row{'s' * (appended != 1)}")

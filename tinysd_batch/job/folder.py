@@ -22,7 +22,8 @@ from tinysd_batch.job.job_json import (
     write_job_json,
 )
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_rows
-from tinysd_batch.job.manifest_file import bare_name, is_packed
+from tinysd_batch.job.manifest_file import bare_name, is_packed, manifest_files
+from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import Common
 from tinysd_batch.job.rows import READER, ROWS_FILE, RowKeeper, Snapshot
 from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, read_seeds, save_seeds
@@ -92,20 +93,23 @@ class Job:
         """Whether the manifest's rows are not all kept in the folder yet."""
         return self.has_new_rows or not self.snapshot.is_there
 
-    def read_rows(self) -> Iterator[Row | InvalidRow]:
-        """The job's rows in the order of their images, with the seeds that another job gave them."""
-        for row in self.read_own_rows():
+    def read_rows(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
+        """The job's rows in the order of their images, with the seeds that another job gave them.
+
+        `notes` is filled with what was noticed about the manifest, where it has to be read.
+        """
+        for row in self.read_own_rows(notes):
             given = self.given_seeds.get(row.number)
             yield replace(row, seed=given) if given is not None and isinstance(row, Row) else row
 
-    def read_own_rows(self) -> Iterator[Row | InvalidRow]:
+    def read_own_rows(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
         """The same, with the seeds that the manifest gives."""
         if self.record is None:
-            return self.read_manifest()
+            return self.read_manifest(notes)
         if self.has_new_rows:
-            return self.merger().merge(self.read_manifest())
+            return self.merger().merge(self.read_manifest(notes))
         if not self.snapshot.is_there and self.record.reader == READER and not self.record.out_of_order:
-            return self.read_manifest()  # somebody removed it, and the manifest says the same
+            return self.read_manifest(notes)  # somebody removed it, and the manifest says the same
         return (row.read() for row in self.snapshot.rows())
 
     def merger(self) -> Merger:
@@ -113,9 +117,12 @@ class Job:
         assert self.record is not None
         return Merger(self.snapshot, self.record.rows)
 
-    def read_manifest(self) -> Iterator[Row | InvalidRow]:
+    def read_manifest(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
         """The manifest's rows as they stand there, read by today's rules."""
-        return read_rows(self.manifest, self.defaults(), self.settings.strict)
+        settings = self.settings
+        return read_rows(
+            self.manifest, self.defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines
+        )
 
     def run_columns(self) -> dict[str, Any]:
         """The results columns that are the same for all rows of a run."""
@@ -263,14 +270,14 @@ def has_images(folder: Path) -> bool:
 
 
 def stamp(manifest: Path) -> tuple[int, int]:
-    """Size and time of the last change: what tells quickly that a file was touched."""
+    """Size and time of the last change: what tells quickly that a file, or one of a folder's parts, was touched."""
     try:
-        status = manifest.stat()
+        parts = [file.stat() for file in manifest_files(manifest)]
     except FileNotFoundError:
         raise ManifestError(f"{manifest}: no such file") from None
     except OSError as error:
         raise ManifestError(f"{manifest}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    return status.st_size, status.st_mtime_ns
+    return sum(part.st_size for part in parts), max(part.st_mtime_ns for part in parts)
 
 
 def check_still_same_job(job: Job) -> None:

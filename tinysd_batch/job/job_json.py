@@ -122,7 +122,7 @@ def check_same_settings(
         )
     differences = [
         f"{name}: {was} in the job, {getattr(settings, name)} now"
-        for name in (*DECIDING, *(["strict"] if is_jsonl(manifest) else []))  # there it decides which rows are good
+        for name in (*DECIDING, *deciding_rows(manifest))
         if (was := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(settings, name)
     ]
     if saved["model"]["digest"] != model.digest:
@@ -134,6 +134,13 @@ def check_same_settings(
             f"{folder}: the job was started with other settings: {'; '.join(differences)}. "
             f"Use the same settings to go on, or another folder with -o"
         )
+
+
+def deciding_rows(manifest: Path) -> list[str]:
+    """Settings that decide which rows there are, or are good, in a manifest of this format."""
+    if is_jsonl(manifest):
+        return ["strict"]
+    return ["interpret_lines"] if format_of(manifest) == ".txt" else []
 
 
 def write_job_json(

@@ -57,7 +57,8 @@ class KeptRow(NamedTuple):
         """The row again. Raises StorageError for what no reading of a manifest gives."""
         kept = parse_line(self.line)
         if kept.get("invalid"):
-            return InvalidRow(self.number, kept.get("reason") or "", kept["prompt"], kept["id"], kept["extra"])
+            reason = kept.get("reason") or "had a fault when the job was started"  # 0.1.0 did not keep it
+            return InvalidRow(self.number, reason, kept["prompt"], kept["id"], kept["extra"], kept.get("line"))
         params = kept_params(*(kept[name] for name in SHARED))
         return Row(self.number, params=params, **{name: kept[name] for name in OWN})
 
@@ -70,7 +71,8 @@ def kept_params(*values: Any) -> SamplingParams:
 def kept_form(row: Row | InvalidRow) -> Kept:
     """What is kept of a row: all that decides its images and its lines of the table, but for its number."""
     if isinstance(row, InvalidRow):
-        return {"invalid": True, "prompt": row.prompt, "id": row.id, "extra": row.extra, "reason": row.reason}
+        shown = {"reason": row.reason, "line": row.line}
+        return {"invalid": True, "prompt": row.prompt, "id": row.id, "extra": row.extra, **shown}
     own = {name: getattr(row, name) for name in OWN}
     return own | {name: getattr(row.params, name) for name in SHARED}
 
@@ -190,7 +192,7 @@ def check_kept(kept: Kept) -> None:
     """Raises KeyError, TypeError or ValueError for values that no manifest's row has."""
     rules = RULES_OF_INVALID if kept.get("invalid") else RULES
     for name, is_good in rules.items():
-        if not is_good(kept[name] if name != "reason" else kept.get(name)):
+        if not is_good(kept[name] if name not in NEWER else kept.get(name)):
             raise ValueError(name)
     if not kept.get("invalid") and kept["n_iter"] * kept["n_samples"] > MAX_IMAGES_PER_ROW:
         raise ValueError("n_iter x n_samples")
@@ -221,7 +223,9 @@ RULES_OF_INVALID: dict[str, Callable[[Any], bool]] = {
     "id": is_text_or_none,
     "prompt": is_text_or_none,
     "reason": is_text_or_none,
+    "line": lambda value: value is None or is_integer(value, 1, MAX_SEED),
 }
+NEWER = ("reason", "line")  # which 0.1.0 did not keep
 RULES: dict[str, Callable[[Any], bool]] = {
     "extra": lambda value: isinstance(value, dict),
     "id": is_text_or_none,

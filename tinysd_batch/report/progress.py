@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
 from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.report.text import count, one_line, say
+from tinysd_batch.report.text import count, one_line, row_label, say
 
 PLAIN_LINE_EVERY_S = 10.0
 FAULTS_SHOWN = 10
@@ -57,7 +57,7 @@ class RunProgress:
         if invalid.count:
             self.say(f"{count(invalid.count, 'manifest row')} cannot be made:")
             for row in invalid.first[:FAULTS_SHOWN]:
-                self.say(f"  row {row.number}: {one_line(row.reason, 400)}")
+                self.say(f"  {row_label(row.number, row.line)}: {one_line(row.reason, 400)}")
             if invalid.count > FAULTS_SHOWN:
                 self.say(f"  and {invalid.count - FAULTS_SHOWN:,} more; the results table names them all")
         if finished < total:
