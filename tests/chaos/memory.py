@@ -114,7 +114,8 @@ class MemoryWorld(World):
 
     def read_footer(self, file: Path) -> SimpleNamespace:
         table = self.tables[file]
-        return SimpleNamespace(num_rows=table.num_rows, metadata=table.schema.metadata)
+        schema = SimpleNamespace(to_arrow_schema=lambda: table.schema)
+        return SimpleNamespace(num_rows=table.num_rows, metadata=table.schema.metadata, schema=schema)
 
     def read_table(self, file: Path, columns: list[str] | None = None) -> pa.Table:
         return self.tables[file].select(columns) if columns else self.tables[file]

@@ -22,7 +22,7 @@ from tinysd_batch.job.formats import is_jsonl, read_extra_fields
 from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.job.pool import Pool
-from tinysd_batch.job.results import ResultsWriter, invalid_row, read_invalid_row, results_schema
+from tinysd_batch.job.results import ResultsWriter, invalid_row, keep_columns, read_invalid_row, results_schema
 from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
 from tinysd_batch.job.summary import InvalidRows, Progress, Summary
@@ -145,6 +145,7 @@ class Run:
         self.clean()
         self.note_reading()
         schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
+        schema = keep_columns(schema, ResultsPaths(job.folder).schemas())
         writer = ResultsWriter(job.folder, schema, surveyed.images + surveyed.invalid.count, self.held.guard)
         done = read_finished(job)
         if retry_failed:

@@ -60,6 +60,17 @@ def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
     return pa.schema(fields)
 
 
+def keep_columns(schema: pa.Schema, older: Iterable[pa.Schema]) -> pa.Schema:
+    """The schema with the manifest's columns of older tables: none changes its type, and none is dropped."""
+    kept: dict[str, pa.Field] = {}
+    for table in older:
+        for field in table:
+            if field.name not in OUR_NAMES:
+                kept.setdefault(field.name, field)
+    fields = [kept.pop(field.name, field) for field in schema]
+    return pa.schema([*fields, *kept.values()])
+
+
 def extra_name(name: str) -> str:
     return f"manifest_{name}" if name in OUR_NAMES else name
 

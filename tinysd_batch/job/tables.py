@@ -192,6 +192,12 @@ class ResultsPaths:
         covered = self.covered()
         return [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]
 
+    def schemas(self) -> Iterator[pa.Schema]:
+        """Of each file that holds the table. Raises StorageError."""
+        for file in self.files():
+            with damaged_table(file):
+                yield read_footer(file).schema.to_arrow_schema()
+
     def read(self, columns: list[str] | None) -> Iterator[pa.Table]:
         """All rows, of the columns asked for, or of all; of an image's rows the last one counts."""
         return (read_table(file, columns) for file in self.files())
