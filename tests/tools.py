@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.fork_server import ForkedProcess, is_forkable
 from tinysd_batch.cli import main
 from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import Summary, run_job
@@ -54,11 +55,35 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "tinysd_batch", *(str(argument) for argument in arguments)]
 
 
-def run(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the program as a user does."""
-    return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=200, check=False
-    )
+def start(
+    *arguments: object,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    fresh: bool = False,
+    **options: Any,
+) -> subprocess.Popen[Any]:
+    """Start the program as a user does; `options` are those of `subprocess.Popen`.
+
+    The process is forked from one with its imports done, which saves it three seconds. It is a fresh one if `fresh`
+    says so, or if a variable of `env` may be read when an interpreter or a library loads.
+    """
+    variables = environment() if env is None else dict(env)
+    kind = subprocess.Popen if fresh or not is_forkable(variables) else ForkedProcess
+    return kind(command(*arguments), cwd=cwd, env=variables, **options)
+
+
+def run(
+    *arguments: object, cwd: Path | None = None, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user does, to its end."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with start(*arguments, cwd=cwd, env=environment(**env), fresh=fresh, text=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=200)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
