@@ -3,6 +3,7 @@
 And a folder to work in, and a card to work on: one that is pretended always, a real one with `pytest -m gpu`.
 """
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,12 @@ AnyCard = TypeVar("AnyCard", bound=Card)
 # A busy machine is no fault of the code: no deadlines, and no complaint about slow drawing of examples.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of each garbage collection, which takes half a second with it and is called a lot."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
