@@ -5,6 +5,7 @@ And a folder to work in, and a card to work on: one that is pretended always, a 
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +23,23 @@ from tests.card.driver import COMPILER
 from tests.card.idle import IdleCard
 from tests.card.pretend import pretended
 from tests.card.streams import Race
-from tests.tools import write_json
+from tests.tools import DEFAULT_EXAMPLES, write_json
 from tinysd_batch.model.info import embedded_path
 from tinysd_batch.quantize.fast import quantize_folder
 
 TEXT_WIDTH = 32
 AnyCard = TypeVar("AnyCard", bound=Card)
 
-# A busy machine is no fault of the code: no deadlines, and no complaint about slow drawing of examples.
-hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("patient")
+# A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
+# tries the same examples, ten times as many with HYPOTHESIS_PROFILE=thorough.
+hypothesis.settings.register_profile(
+    "patient", max_examples=DEFAULT_EXAMPLES, derandomize=True, deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)  # fmt: skip
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("patient"), max_examples=10 * DEFAULT_EXAMPLES
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "patient"))
 
 
 def pytest_collection_finish() -> None:

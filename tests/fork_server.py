@@ -113,7 +113,7 @@ class ForkedProcess(subprocess.Popen[Any]):
 STREAMS = ("p2cread", "c2pwrite", "errwrite")
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 # Variables that are read when they are needed, not when something is loaded.
-READ_LATE = {"COLUMNS", "LINES", "TERM", "NO_COLOR", "PYTEST_CURRENT_TEST"}
+READ_LATE = {"COLUMNS", "LINES", "TERM", "NO_COLOR", "CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST"}
 
 
 def comparable(environment: Any) -> dict[str, str]:

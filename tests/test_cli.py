@@ -26,7 +26,13 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_importing_the_package_loads_no_torch() -> None:
-    code = "import sys, tinysd_batch; assert not {'torch', 'ray', 'diffusers'} & set(sys.modules); tinysd_batch.TinySD"
+    code = "import sys, tinysd_batch; assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+@pytest.mark.slow
+def test_the_package_loads_torch_when_it_is_asked_for() -> None:
+    code = "import sys, tinysd_batch; tinysd_batch.TinySD; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -32,6 +33,7 @@ from tinysd_batch.storage import TEMPORARY_PREFIX
 
 Capture = pytest.CaptureFixture[str]
 Change = Callable[[Path], object]
+DEFAULT_EXAMPLES = 50  # of a property, by hypothesis
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -99,6 +101,11 @@ def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     finally:
         sys.argv = before
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def examples(count: int) -> hypothesis.settings:
+    """For a property that is slow to test: so many examples by default, in proportion in other profiles."""
+    return hypothesis.settings(max_examples=count * hypothesis.settings.default.max_examples // DEFAULT_EXAMPLES)
 
 
 def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
