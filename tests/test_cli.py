@@ -36,6 +36,7 @@ def test_the_package_loads_torch_when_it_is_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_submit_with_ray_then_status_then_again(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "red apple", "n_samples": 2}, {"prompt": "cat", "n_samples": 1}])

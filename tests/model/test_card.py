@@ -65,7 +65,7 @@ def pools(card: Card) -> set[tuple[int, int]]:
     return {segment.pool for segment in card.allocator.segments}
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_that_cannot_be_captured_is_issued_and_leaves_nothing_behind(
     pretended_card: Card, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
 ) -> None:
@@ -294,7 +294,7 @@ def check_plan(model: TinySD, shape: Shape, measured: dict[str, tuple[int, int]]
         assert reserved <= (model.memory.own_bytes or 0), name
 
 
-@pytest.mark.parametrize("dtype", ["full", "autocast"])
+@pytest.mark.parametrize("dtype", ["full", pytest.param("autocast", marks=pytest.mark.slow)])
 def test_a_plan_for_the_card_is_what_it_takes(pretended_card: Card, tiny_model: Path, dtype: str) -> None:
     model = new_model(tiny_model, dtype=dtype, vram_budget=CONTEXT_BYTES + 96 * MIB)
     with watching(pretended_card.allocator) as measured:
@@ -302,7 +302,10 @@ def test_a_plan_for_the_card_is_what_it_takes(pretended_card: Card, tiny_model: 
     check_plan(model, Shape(4, 64, 64, model.info.max_tokens, 3), measured, slack=300_000)
 
 
-NO_ROOM = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("unable to find an engine to execute this")]
+NO_ROOM = [
+    pytest.param(torch.OutOfMemoryError("CUDA out of memory."), marks=pytest.mark.slow),
+    RuntimeError("unable to find an engine to execute this"),
+]
 
 
 @pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)

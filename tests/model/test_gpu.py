@@ -44,7 +44,7 @@ def test_a_tight_budget_changes_no_bit_and_leaves_the_card_empty(card: Card | No
     assert not any(fragment.is_onloaded for fragment in tight.fragments)
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steps_are_replayed_and_change_no_bit(
     card: Card | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
 ) -> None:
@@ -66,7 +66,7 @@ def test_steps_are_replayed_and_change_no_bit(
     assert len(replayed) == STEPS - CAPTURED + 1
 
 
-@pytest.mark.parametrize("dtype", ["full", "autocast"])
+@pytest.mark.parametrize("dtype", [pytest.param("full", marks=pytest.mark.slow), "autocast"])
 def test_a_budget_is_kept(card: Card | None, tiny_model: Path, dtype: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     number = torch.float32 if dtype == "full" else torch.float16
