@@ -23,7 +23,7 @@ from tests.card.driver import COMPILER
 from tests.card.idle import IdleCard
 from tests.card.pretend import pretended
 from tests.card.streams import Race
-from tests.tools import DEFAULT_EXAMPLES, write_json
+from tests.tools import DEFAULT_EXAMPLES, made_once, write_json
 from tinysd_batch.model.info import embedded_path
 from tinysd_batch.quantize.fast import quantize_folder
 
@@ -56,7 +56,10 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model folder: 16x16 pixels, four blocks a side named as SD v1's, random weights."""
-    folder = tmp_path_factory.mktemp("models") / "float"
+    return made_once(tmp_path_factory, "models/float", write_float_model)
+
+
+def write_float_model(folder: Path) -> None:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -92,15 +95,12 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in (embedded_path() / part).iterdir():
             (folder / part / file.name).write_bytes(file.read_bytes())
     write_json(folder / "tinysd.json", {"name": "random 16", "steps": 2, "scale": 2.0})
-    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_model(float_model: Path) -> Path:
+def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model packed to 2, 4 and 8 bits."""
-    packed = float_model.parent / "packed"
-    quantize_folder(float_model, packed, "quality")
-    return packed
+    return made_once(tmp_path_factory, "models/packed", lambda out: quantize_folder(float_model, out, "quality"))
 
 
 @pytest.fixture
