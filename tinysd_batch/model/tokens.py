@@ -3,6 +3,7 @@
 Without torch: `plan` counts tokens with it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import CLIPTokenizer
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.prompts import Run, SubPrompt
+from tinysd_batch.text import fold_widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,9 @@ def tokenize_part(tokenizer: CLIPTokenizer, sub: SubPrompt, max_tokens: int, *, 
     ids: list[int] = []
     emphasis: list[float] = []
     for run in sub.runs:
-        found = tokenizer(run.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        found = tokenizer(
+            fold_text(tokenizer, run.text), add_special_tokens=False, truncation=False, verbose=False
+        ).input_ids
         ids += found
         emphasis += [run.emphasis] * len(found)
     room = max_tokens - 2
@@ -99,6 +103,17 @@ def tokenize_part(tokenizer: CLIPTokenizer, sub: SubPrompt, max_tokens: int, *, 
     )
     rest = [] if long_prompts else ids[room:]
     return Part(sub.weight, pieces, len(ids), (tokenizer.decode(rest).strip() or None) if rest else None)
+
+
+def fold_text(tokenizer: CLIPTokenizer, text: str) -> str:
+    """Text as tiny-stable-diffusion's tokenizer reads it: in usual width, all but the tokens that a model added."""
+    if fold_widths(text) == text:
+        return text
+    wide = [token for token in tokenizer.get_added_vocab() if fold_widths(token) != token]
+    if not wide:
+        return fold_widths(text)
+    parts = re.split(f"({'|'.join(map(re.escape, sorted(wide, key=len, reverse=True)))})", text)
+    return "".join(part if number % 2 else fold_widths(part) for number, part in enumerate(parts))
 
 
 def new_piece(tokenizer: CLIPTokenizer, ids: list[int], emphasis: list[float], max_tokens: int) -> Piece:
