@@ -58,7 +58,7 @@ OTHER_MODELS = {
         f"{ldm.UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", shape=(320, 1024)
     ),
     "Stable Diffusion 3, Flux or alike": named("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"),
-    "Stable Diffusion for inpainting: it needs a picture and a mask": named(FIRST, shape=(320, 9, 3, 3)),
+    "Stable Diffusion for inpainting: it needs an image and a mask": named(FIRST, shape=(320, 9, 3, 3)),
     "InstructPix2Pix": named(FIRST, shape=(320, 8, 3, 3)),
     "unCLIP or": named(f"{ldm.UNET}label_emb.0.0.weight", FIRST),
     "a model that predicts v": named("v_pred", FIRST),
