@@ -115,23 +115,43 @@ def read_configs(path: Path) -> dict[str, dict[str, Any]]:
 def look_at(path: Path, digest: str | None = None) -> ModelInfo:
     """Check a model folder's configurations and say what a job must know. Without a `digest` it is computed."""
     check_configs(path, read_configs(path))
-    unet = path / "unet" / "config.json"
-    vae = path / "vae" / "config.json"
-    text = path / "text_encoder" / "config.json"
-    defaults = read_defaults(path)
-    factor = 2 ** (levels(vae) - 1)
+    defaults, sizes = read_defaults(path), read_sizes(path)
     return ModelInfo(
         path=path,
         name=defaults.name,
         digest=model_digest(path) if digest is None else digest,
+        native_px=sizes.native_px,
+        channels=sizes.channels,
+        factor=sizes.factor,
+        step_px=sizes.step_px,
+        steps=defaults.steps,
+        scale=defaults.scale,
+        max_tokens=sizes.max_tokens,
+        unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a model's configurations say of its images and prompts; see `ModelInfo`."""
+
+    native_px: int
+    channels: int
+    factor: int
+    step_px: int
+    max_tokens: int
+
+
+def read_sizes(path: Path, *, own_vae: bool = True) -> Sizes:
+    """Raises ModelError for values that are out of bounds. Without the folder's own VAE pixels are latents."""
+    unet, text = path / "unet" / "config.json", path / "text_encoder" / "config.json"
+    factor = 2 ** (levels(path / "vae" / "config.json") - 1) if own_vae else 1
+    return Sizes(
         native_px=number(unet, "sample_size", 1, MAX_SIDE_PX // factor) * factor,
         channels=number(unet, "in_channels", 1, 1024),
         factor=factor,
         step_px=factor * 2 ** (levels(unet) - 1),
-        steps=defaults.steps,
-        scale=defaults.scale,
         max_tokens=number(text, "max_position_embeddings", 3, 10_000),
-        unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
     )
 
 

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import PIPELINE_INDEX, TEXT_SETTINGS, read_config
-from tinysd_batch.model.info import OUR_FILE, read_defaults, read_json
+from tinysd_batch.model.info import OUR_FILE, read_defaults, read_json, read_sizes
 from tinysd_batch.model.supported import CONFIGS, check_configs, sampler_notes
 from tinysd_batch.model.supported import check_text_encoder as check_text_config
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
@@ -61,6 +61,7 @@ class ModelFolder:
             configs.pop("vae", None)
         check_configs(path, configs)
         read_defaults(path)
+        read_sizes(path, own_vae=options.vae is None)
         self.scheduler = configs.get("scheduler", dict(SCHEDULER))
         self.found.notes += sampler_notes(self.scheduler)
 
