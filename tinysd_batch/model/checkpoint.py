@@ -196,9 +196,11 @@ def read_decoder(folder: Path) -> tuple[AutoencoderKL, MappedTensors]:
     where = folder / WEIGHTS
     with building_from(folder / "config.json"), KEEP_ON_META:
         vae = AutoencoderKL.from_config(read_config(folder / "config.json", AutoencoderKL))
+    tensors = MappedTensors.read(where)
+    if any(name.startswith("encoder.") for name in tensors):
+        check_names(vae, tensors, where)
     vae.encoder = vae.quant_conv = None
     use_strip_layers(vae)
-    tensors = MappedTensors.read(where)
     tensors.rename(lambda name: None if name.startswith(("encoder.", "quant_conv.")) else name)
     check_names(vae, tensors, where)
     return vae.eval(), tensors

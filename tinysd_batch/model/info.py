@@ -10,7 +10,7 @@ from typing import Any
 
 from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS, excerpt, printable
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.supported import CONFIGS, check_configs
+from tinysd_batch.model.supported import CONFIGS, MAX_LEVELS, check_configs
 from tinysd_batch.storage import read_file
 
 SD_V1_STEPS = 50
@@ -20,7 +20,6 @@ OUR_FILE = "tinysd.json"  # name and defaults; absent from folders that other to
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON_BYTES = 50_000_000
 MAX_NAME_CHARACTERS = 100
-MAX_LEVELS = 8  # of a UNet or an autoencoder; SD v1 has four
 PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 CONVERT_HINT = "make a model folder of it with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
 

@@ -18,6 +18,7 @@ from tinysd_batch.errors import ModelError
 Config = Mapping[str, Any]
 
 MAX_LAYERS = 100  # of any kind; SD v1's most are the text encoder's 12
+MAX_LEVELS = 8  # of a UNet or an autoencoder; SD v1 has four
 MAX_CHANNELS = 1024  # of the latents
 MAX_SHOWN = 60  # characters of a value in a message
 UNET_CLASS, VAE_CLASS = "UNet2DConditionModel", "AutoencoderKL"
@@ -90,6 +91,14 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
+def is_token(value: Any) -> bool:
+    return is_count(value) or (value == 0 and not is_flag(value) and isinstance(value, int))
+
+
+def is_token_or_null(value: Any) -> bool:
+    return value is None or is_token(value)
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -119,9 +128,13 @@ def one_of(*values: str | None) -> Callable[[Any], bool]:
 
 
 def all_of(*values: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(isinstance(each, str) and each in values for each in value)
+    """A list of them, one for each block."""
+    return lambda value: (
+        isinstance(value, list) and bool(value) and all(isinstance(each, str) and each in values for each in value)
+    )
 
 
+TOKEN = "the number of a token was expected"
 COUNTS = "a whole number above zero, or a list of them, was expected"
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 DOWN_BLOCKS, UP_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -197,6 +210,9 @@ VAE = {
 
 TEXT_MODELS = ("clip_text_model", "clip")
 TEXT = {
+    "bos_token_id": Setting(49406, is_token_or_null, TOKEN),
+    "eos_token_id": Setting(49407, is_token, TOKEN),
+    "pad_token_id": Setting(1, is_token_or_null, TOKEN),
     "hidden_act": Setting("quick_gelu", one_of("quick_gelu", "gelu"), "quick_gelu or gelu is"),
     "layer_norm_eps": Setting(1e-5, is_positive, "a number above zero was expected"),
     "model_type": Setting("clip_text_model", one_of(*TEXT_MODELS), "CLIP's text encoder is", "another text encoder"),
@@ -232,6 +248,7 @@ def check_unet(config: Config, where: Path) -> None:
     """Raise ModelError naming the first entry of a UNet's configuration that is not computed."""
     check_class(config, UNET_CLASS, where)
     check_all(UNET, config, where)
+    check_blocks(UNET, config, where)
     if config.get("out_channels", 4) != config.get("in_channels", 4):
         raise ModelError(
             f"{where}: out_channels = {shown(config.get('out_channels', 4))}: not supported; as many as in_channels, "
@@ -243,6 +260,7 @@ def check_vae(config: Config, where: Path) -> None:
     """The same of an autoencoder."""
     check_class(config, VAE_CLASS, where)
     check_all(VAE, config, where)
+    check_blocks(VAE, config, where)
 
 
 def check_text_encoder(config: Config, where: Path) -> None:
@@ -279,6 +297,15 @@ def check_all(settings: Mapping[str, Setting], config: Config, where: Path) -> N
 def check_class(config: Config, expected: str, where: Path) -> None:
     if (found := config.get("_class_name", expected)) != expected:
         raise ModelError(f"{where}: _class_name = {shown(found)}: not supported; {expected} was expected")
+
+
+def check_blocks(settings: Mapping[str, Setting], config: Config, where: Path) -> None:
+    """Raise ModelError unless there are as many types of blocks as widths, where those are sensible."""
+    widths = config.get("block_out_channels")
+    for name in ("down_block_types", "up_block_types"):
+        types = config.get(name, settings[name].sd_v1)
+        if isinstance(widths, list) and len(types) != len(widths) <= MAX_LEVELS:
+            raise ModelError(f"{where}: {name} = {shown(types)}: not supported; {len(widths)} types were expected")
 
 
 def check_layers(name: str, value: Any, where: Path) -> None:
@@ -332,8 +359,24 @@ def check_configs(folder: Path, configs: Mapping[str, Config]) -> None:
         raise ModelError(f"{folder}: this is {kind.name}: {kind.reason}")
     for part, config in configs.items():
         CHECKS[part](config, folder / part / CONFIGS[part])
+    for part, name, unet_name in FITS:
+        if part in configs:
+            check_fit(configs[part], name, unet, unet_name, folder / part / CONFIGS[part])
 
 
+def check_fit(config: Config, name: str, unet: Config, unet_name: str, where: Path) -> None:
+    """Raise ModelError where a part does not go with a UNet."""
+    mine = config.get(name, DEFAULTS[name])
+    widths = unet.get(unet_name, DEFAULTS[unet_name])
+    if any(width != mine for width in flatten(widths)):
+        raise ModelError(
+            f"{where}: does not go with this UNet: {name} is {shown(mine)}, the UNet's {unet_name} {shown(widths)}"
+        )
+
+
+# What has to be as wide as the UNet expects it, and what the libraries take where an entry is missing.
+FITS = (("vae", "latent_channels", "in_channels"), ("text_encoder", "hidden_size", "cross_attention_dim"))
+DEFAULTS = {"latent_channels": 4, "in_channels": 4, "hidden_size": 512, "cross_attention_dim": 1280}
 CONFIGS = {
     "unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",
 }  # fmt: skip

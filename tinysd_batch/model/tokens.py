@@ -4,9 +4,12 @@ Without torch: `plan` counts tokens with it.
 """
 
 import re
-from collections.abc import Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import CLIPTokenizer
 
@@ -62,12 +65,31 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder / name}: missing; the model folder is not complete")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        with without_byte_order_marks(folder) as readable:
+            tokenizer = CLIPTokenizer.from_pretrained(readable, local_files_only=True)
         tokenize_part(tokenizer, SubPrompt(1.0, (Run("a"),)), 3, long_prompts=True)  # does it work?
     except Exception as error:  # noqa: BLE001 - from Rust they come as no class but this
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {reason}") from None
     return tokenizer
+
+
+@contextmanager
+def without_byte_order_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or for the time of a `with` a copy of its files where one begins with a byte-order mark."""
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".txt") and file.is_file()]
+    if not any(begins_with_mark(file) for file in files):
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        for file in files:
+            (Path(copy) / file.name).write_bytes(file.read_bytes().removeprefix(BOM_UTF8))
+        yield Path(copy)
+
+
+def begins_with_mark(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(BOM_UTF8)) == BOM_UTF8
 
 
 def check_vocabulary(tokenizer: CLIPTokenizer, known: int, folder: Path) -> None:

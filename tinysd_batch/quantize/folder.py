@@ -10,7 +10,7 @@ from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
 from tinysd_batch.model.info import WEIGHTS, look_at, read_json
 from tinysd_batch.model.mapped import write_tensors
-from tinysd_batch.model.supported import flatten
+from tinysd_batch.model.supported import check_fit
 from tinysd_batch.quantize.checkpoint_files import open_tensors
 from tinysd_batch.quantize.model_folder import DECODER_ONLY, ModelFolder
 from tinysd_batch.quantize.origin import is_origin
@@ -88,17 +88,8 @@ def write_others(model: Source, folder: Path, wanted: torch.dtype | None, say: S
 
 def check_parts(unet: Mapping[str, Any], vae: Part, text: Part) -> None:
     """Raise ModelError where the parts do not go together."""
-    check_fit(vae, "latent_channels", unet, "in_channels")
-    check_fit(text, "hidden_size", unet, "cross_attention_dim")
-
-
-def check_fit(part: Part, name: str, unet: Mapping[str, Any], unet_name: str) -> None:
-    widths = set(flatten(unet.get(unet_name)))
-    if widths != {part.config.get(name)}:
-        raise ModelError(
-            f"{part.where}: does not go with this UNet: {name} is {part.config.get(name)}, "
-            f"the UNet's {unet_name} {unet.get(unet_name)}"
-        )
+    check_fit(vae.config, "latent_channels", unet, "in_channels", vae.where)
+    check_fit(text.config, "hidden_size", unet, "cross_attention_dim", text.where)
 
 
 def write_part(part: Part, folder: Path, file: str, wanted: torch.dtype | None, say: Say) -> None:

@@ -38,6 +38,7 @@ LATENT_CHANNELS = 4  # where a configuration does not say
 USABLE = (SD_V1, ORIGIN)
 PACKED, PACKED_REASON = "a packed model", "it is quantized already; a float model is needed"
 CPU = torch.device("cpu")
+EMBEDDED = "embedded"
 
 
 @dataclass(slots=True)
@@ -123,7 +124,8 @@ def check_source(source: Source) -> None:
 
 def check_loads(path: Path) -> None:
     """Raise ModelError where a model folder cannot be generated with: it is loaded, and walked through by shapes."""
-    model = TinySD(read_model_info(str(path.absolute())), CPU, torch.float32)
+    name = str(path if str(path) != EMBEDDED else path.absolute())  # a folder of that name is not the model
+    model = TinySD(read_model_info(name), CPU, torch.float32)
     info = model.info
     with building_from(path):
         model.memory.phases(Shape(1, info.native_px, info.native_px, info.max_tokens, prompts=1))
