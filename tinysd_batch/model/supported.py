@@ -134,7 +134,7 @@ def all_of(*values: str) -> Callable[[Any], bool]:
     )
 
 
-TOKEN = "the number of a token was expected"
+ID_EXPECTED = "the number of a token was expected"
 COUNTS = "a whole number above zero, or a list of them, was expected"
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 DOWN_BLOCKS, UP_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -210,9 +210,9 @@ VAE = {
 
 TEXT_MODELS = ("clip_text_model", "clip")
 TEXT = {
-    "bos_token_id": Setting(49406, is_token_or_null, TOKEN),
-    "eos_token_id": Setting(49407, is_token, TOKEN),
-    "pad_token_id": Setting(1, is_token_or_null, TOKEN),
+    "bos_token_id": Setting(49406, is_token_or_null, ID_EXPECTED),
+    "eos_token_id": Setting(49407, is_token, ID_EXPECTED),
+    "pad_token_id": Setting(1, is_token_or_null, ID_EXPECTED),
     "hidden_act": Setting("quick_gelu", one_of("quick_gelu", "gelu"), "quick_gelu or gelu is"),
     "layer_norm_eps": Setting(1e-5, is_positive, "a number above zero was expected"),
     "model_type": Setting("clip_text_model", one_of(*TEXT_MODELS), "CLIP's text encoder is", "another text encoder"),

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.info import read_json
 from tinysd_batch.model.prompts import Run, SubPrompt
 from tinysd_batch.text import fold_widths
 
@@ -71,7 +72,35 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     except Exception as error:  # noqa: BLE001 - from Rust they come as no class but this
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {reason}") from None
+    check_added_tokens(tokenizer, folder)
     return tokenizer
+
+
+def check_added_tokens(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Raise ModelError where an added token was read as another number than its file states: that of another word."""
+    known = tokenizer.get_vocab()
+    try:
+        stated = list(stated_tokens(folder))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ModelError(f"{folder}: not a readable CLIP tokenizer: its added tokens: {error}") from None
+    for file, token, number in stated:
+        if known.get(token) != number:
+            raise ModelError(
+                f"{folder / file}: token {excerpt(token)} is number {excerpt(number)}, and would be read as "
+                f"{known.get(token)}; numbers of added tokens must follow the vocabulary's without a gap"
+            )
+
+
+def stated_tokens(folder: Path) -> Iterator[tuple[str, str, object]]:
+    """Added tokens with their numbers, as the files have them: by token, and in newer ones by number."""
+    name = "added_tokens.json"
+    added = read_json(folder / name) if (folder / name).is_file() else {}
+    yield from ((name, token, number) for token, number in added.items())
+    name = "tokenizer_config.json"
+    config = read_json(folder / name) if (folder / name).is_file() else {}
+    for text, entry in (config.get("added_tokens_decoder") or {}).items():
+        number = int(text) if text.isdecimal() else text
+        yield name, entry["content"] if isinstance(entry, dict) else str(entry), number
 
 
 @contextmanager
