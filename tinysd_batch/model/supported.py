@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tinysd_batch.config import printable
 from tinysd_batch.errors import ModelError
@@ -87,7 +87,7 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
@@ -99,7 +99,7 @@ def is_token_or_null(value: Any) -> bool:
     return value is None or is_token(value)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -218,6 +218,7 @@ TEXT = {
     "model_type": Setting("clip_text_model", one_of(*TEXT_MODELS), "CLIP's text encoder is", "another text encoder"),
     "num_attention_heads": Setting(12, is_count, "a whole number above zero was expected"),
     "num_hidden_layers": Setting(12, is_count, "a whole number above zero was expected"),
+    "vocab_size": Setting(49408, is_count, "a whole number above zero was expected"),
     "use_attention_mask": Setting(False, one_of(None), meaning="masking the padding"),
 }
 

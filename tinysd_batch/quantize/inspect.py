@@ -166,7 +166,8 @@ def inspect_folder(path: Path, options: Options) -> Inspection:
 
 def layers_of(unet: Mapping[str, Any]) -> Mapping[str, Any]:
     """The packed layers that a UNet's configuration lists."""
-    return (unet.get("quantization_config") or {}).get("layers", {})
+    layers: Mapping[str, Any] = (unet.get("quantization_config") or {}).get("layers", {})
+    return layers
 
 
 def digest_of(path: Path) -> str:

@@ -55,7 +55,7 @@ class ModelFolder:
         configs = {
             part: read_json(path / part / name) for part, name in CONFIGS.items() if (path / part / name).exists()
         }
-        if "quantization_config" in configs.get("unet", {}):
+        if configs.get("unet", {}).get("quantization_config") is not None:
             raise ModelError(f"{path}: this is a packed model: it is quantized already; a float model is needed")
         if options.vae is not None:
             configs.pop("vae", None)
@@ -109,7 +109,7 @@ class ModelFolder:
     def read_tokenizer(self) -> CLIPTokenizer | None:
         """The folder's own tokenizer; None where it has none and its text encoder is CLIP's. Raises ModelError."""
         source = self.path / "tokenizer"
-        words = read_json(self.path / "text_encoder" / "config.json").get("vocab_size")
+        words: int = read_json(self.path / "text_encoder" / "config.json").get("vocab_size", VOCABULARY)
         if any((source / name).is_file() for name in TOKENIZER_FILES):
             tokenizer = read_tokenizer(source)
             check_vocabulary(tokenizer, words, source)
@@ -136,7 +136,7 @@ class ModelFolder:
 
 def is_same_tokenizer(one: CLIPTokenizer, other: CLIPTokenizer) -> bool:
     """Whether two tokenizers have the same tokens, marks and rules."""
-    return (
+    return bool(
         one.get_vocab() == other.get_vocab()
         and one.added_tokens_decoder == other.added_tokens_decoder
         and one.special_tokens_map == other.special_tokens_map
