@@ -61,10 +61,12 @@ def test_files_without_rows_are_adopted_not_redrawn(
     (tmp_path / "job" / "results.parquet").unlink()
     monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was drawn again"))
     draw(manifest, tmp_path / "job", tiny_model)
-    kept = ("index", "sha256", "n_tokens", "precision", "denoise_s")
-    assert [[row[name] for name in kept] for row in check_whole(tmp_path / "job", 6)] == [
-        [row[name] for name in kept] for row in before
-    ]
+    kept = ("index", "sha256", "n_tokens", "precision")
+    after = check_whole(tmp_path / "job", 6)
+    assert [[row[name] for name in kept] for row in after] == [[row[name] for name in kept] for row in before]
+    measured = ("text_s", "denoise_s", "decode_s", "peak_memory_bytes")
+    assert all(row[name] is not None for row in before if row["index"] for name in measured)
+    assert all(row[name] is None for row in after for name in measured)  # the file does not hold them
 
 
 def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:

@@ -20,7 +20,7 @@ from tinysd_batch.job.plan import file_name
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.storage import read_file, share, storage_errors, sync_folder
+from tinysd_batch.storage import read_file, share, storage_errors, sync_path
 
 SYNC_EVERY = 500  # pictures
 FILE_SETTINGS = ("format", "quality", "no_metadata", "skip_save")
@@ -122,7 +122,7 @@ def take_group(
     good = [(row, request) for row, request in group if take_file(job, old, row, request, writer)]
     for folder in {(job.folder / request.file_name).parent for _, request in good}:
         with storage_errors(folder):
-            sync_folder(folder)
+            sync_path(folder)
     for row, request in good:
         new = image_row(request, ImageResult(request.index, Status.OK), job.run_columns())
         made = {name: row[name] for name in CARRIED}
