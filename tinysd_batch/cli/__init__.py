@@ -16,6 +16,7 @@ from tinysd_batch.cli.status import status
 from tinysd_batch.cli.streams import named_streams
 from tinysd_batch.cli.submit import submit
 from tinysd_batch.cli.txt2img import txt2img
+from tinysd_batch.cli.verify import verify
 from tinysd_batch.config import printable
 from tinysd_batch.errors import StorageError, TinySDError
 
@@ -23,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(submit)
 app.command()(plan)
 app.command()(status)
+app.command()(verify)
 app.command()(export)
 app.command()(txt2img)
 app.command()(quantize)

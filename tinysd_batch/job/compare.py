@@ -7,7 +7,7 @@ and no symbolic link is followed.
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,7 @@ IMAGES_FOLDER = "images"
 FILE_NAME = re.compile(rf"({IMAGES_FOLDER}/\d{{5,12}})/([^/\0]+)", re.ASCII)
 COMPARED_COLUMNS = ["row", "index", "status", "file_name", "bytes", "run_id"]
 NAMED_FILES = 3  # in a message
+SavedImage = tuple[int, str, int | None]  # index, file name, bytes as the table has them
 
 
 class FileState(StrEnum):
@@ -55,32 +56,37 @@ class ComparedFolder:
 
 
 def read_saved_images(job_folder: Path) -> pa.Table:
-    """The newest rows of the images that were saved: index, file_name, bytes and run_id. Raises StorageError."""
+    """The newest rows of the images that were saved. Raises StorageError."""
     table = ResultsPaths(job_folder).read_newest(COMPARED_COLUMNS)
     is_saved = pc.and_(pc.equal(table["status"], str(Status.OK)), pc.is_valid(table["file_name"]))
-    return table.filter(pc.and_(is_saved, pc.is_valid(table["index"]))).select(
-        ["index", "file_name", "bytes", "run_id"]
-    )
+    return table.filter(pc.and_(is_saved, pc.is_valid(table["index"])))
 
 
-def compare_folders(job_folder: Path, images: pa.Table) -> Iterator[ComparedFolder]:
-    """Compare these images with the disk, folder by folder. Raises StorageError where a folder cannot be read."""
-    names = images["file_name"].to_pylist()
-    indexes = images["index"].to_numpy()
-    sizes = pc.fill_null(images["bytes"], 0).to_numpy()
-    positions: defaultdict[str, list[int]] = defaultdict(list)
-    for position, name in enumerate(names):
-        match = FILE_NAME.fullmatch(name)
-        positions[match[1] if match else ""].append(position)
-    for folder in sorted(positions):
-        listed = list_sizes(job_folder / folder) if folder else {}
-        files: list[ComparedFile] = []
-        for position in positions[folder]:
-            name = names[position]
-            size = listed.pop(name[len(folder) + 1 :], None) if folder else None
-            state = compare_size(size, int(sizes[position])) if folder else FileState.OUTSIDE
-            files.append(ComparedFile(int(indexes[position]), name, state))
-        yield ComparedFolder(files, [f"{folder}/{name}" for name in sorted(listed)])
+def as_images(table: pa.Table) -> Iterator[SavedImage]:
+    return zip(*(table[name].to_pylist() for name in ("index", "file_name", "bytes")), strict=True)
+
+
+def compare_folders(job_folder: Path, images: Iterable[SavedImage]) -> Iterator[ComparedFolder]:
+    """Compare images (index, file name, bytes) with the disk, folder by folder.
+
+    Raises StorageError where a folder cannot be read.
+    """
+    by_folder: defaultdict[str, list[SavedImage]] = defaultdict(list)
+    for image in images:
+        match = FILE_NAME.fullmatch(image[1])
+        by_folder[match[1] if match else ""].append(image)
+    for index, name, _ in by_folder.pop("", ()):
+        yield ComparedFolder([ComparedFile(index, name, FileState.OUTSIDE)], [])
+    for folder in sorted(by_folder):
+        sizes = list_sizes(job_folder / folder)
+        start = len(folder) + 1
+        images_here = by_folder.pop(folder)
+        files = [
+            ComparedFile(index, name, compare_size(sizes.get(name[start:]), expected or 0))
+            for index, name, expected in images_here
+        ]
+        extra = sizes.keys() - {name[start:] for _, name, _ in images_here}
+        yield ComparedFolder(files, [f"{folder}/{name}" for name in sorted(extra)])
 
 
 def compare_size(size: int | None, expected: int) -> FileState:
@@ -145,6 +151,12 @@ class Differences:
     def is_mostly_missing(self) -> bool:
         return 2 * self.counts[FileState.MISSING] > self.images
 
+    @property
+    def advice(self) -> str:
+        if self.is_mostly_missing:
+            return "is a disk not mounted? Submit with --redo-missing generates them again"
+        return "submit generates them again"
+
     def __str__(self) -> str:
         """`of 80 image files 2 are missing, 1 is shorter than the table says (images/00000/seed_5_00001.png, ...)`"""
         parts = [f"{self.counts[state]:,} {be(self.counts[state])} {words}" for state, words in WORDS.items()
@@ -167,7 +179,7 @@ def find_differences(job_folder: Path, run_id: str | None = None) -> Differences
     if run_id is not None:
         images = of_same_folders(images, pc.equal(images["run_id"], run_id))
     differences = Differences()
-    for folder in compare_folders(job_folder, images):
+    for folder in compare_folders(job_folder, as_images(images)):
         for file in folder.files:
             differences.add(file)
     return differences
