@@ -156,6 +156,10 @@ def call(capture: Capture, *arguments: object) -> tuple[int, str, str]:
     return (end.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
 
 
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
 def snapshot(folder: Path) -> dict[str, object]:
     """Every file below with its bytes. The lock holds the number of the last process and may change."""
     return {

@@ -53,7 +53,7 @@ def named_streams() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a prompt that the terminal cannot show ends no job
     out, err = NamedStream(before[0], "standard output"), NamedStream(before[1], "standard error")
-    sys.stdout, sys.stderr = (out if before[0] else None), (err if before[1] else None)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (out if before[0] else None), (err if before[1] else None)
     try:
         yield
     finally:
