@@ -22,7 +22,7 @@ from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import ImageResult
 
 QUICK = ("--sampler", "ddim", "--steps", 1, "--scale", 1, "--seed", 5)
-PROMPTS = ("apple", "pear", "owl", "fox", "bee")
+MANIFEST = "prompt\napple\npear\nowl\nfox\nbee\n"
 Program = Callable[..., CompletedProcess[str]]
 
 loaded = functools.cache(TinySD.from_pretrained)
@@ -31,7 +31,7 @@ loaded = functools.cache(TinySD.from_pretrained)
 @pytest.fixture
 def submit(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     monkeypatch.setattr(TinySD, "from_pretrained", loaded)
-    (tmp_path / "m.csv").write_text("prompt\n" + "".join(f"{prompt}\n" for prompt in PROMPTS))
+    (tmp_path / "m.csv").write_text(MANIFEST)
 
     def program(*arguments: object, command: str = "submit") -> CompletedProcess[str]:
         inline = ("--inline", "--skip_grid") if command == "submit" else ()
@@ -40,11 +40,21 @@ def submit(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     return program
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "m.csv").write_text(MANIFEST)
+    done = run_here(
+        "submit", "m.csv", *QUICK, "--model", tiny_model, "--inline", "--skip_grid", "-o", "job", cwd=folder
+    )
+    assert done.returncode == 0
+    return folder / "job"
+
+
 @pytest.fixture
-def job(submit: Program, tmp_path: Path) -> Path:
+def job(finished: Path, tmp_path: Path) -> Path:
     """A finished job of five images."""
-    assert submit("-o", "job").returncode == 0
-    return tmp_path / "job"
+    return Path(shutil.copytree(finished, tmp_path / "job"))
 
 
 def files_of(job: Path) -> list[Path]:
@@ -91,42 +101,48 @@ LOST: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", LOST)
-def test_what_is_missing_or_shorter_is_generated_again(submit: Program, job: Path, how: str) -> None:
-    before = {path.name: path.read_bytes() for path in files_of(job)}
-    LOST[how](files_of(job)[1])
-    assert "of 5 image files 1 is" in say("status", job).stdout
-    assert say("verify", job).returncode == 3
-    planned = submit("-o", "job", command="plan").stdout
-    assert "4 are there already; 1 to be generated again" in planned
-    done = submit("-o", "job")
+def test_what_is_missing_or_shorter_is_generated_again(submit: Program, tmp_path: Path) -> None:
+    job, many = tmp_path / "job", ("-o", "job", "--n_samples", 2)
+    submit(*many)
+    files = files_of(job)
+    before = {path.name: path.read_bytes() for path in files}
+    for path, change in zip(files, LOST.values(), strict=False):
+        change(path)
+    told = "of 10 image files 1 is missing, 4 are shorter than the table says, 2 are no regular file (images/00000/"
+    assert told in say("status", job).stdout
+    assert "3 are there already; 7 to be generated again" in submit(*many, command="plan").stdout
+    done = submit(*many)
     assert done.returncode == 0, done.stderr
-    assert "Generating images again: of 5 image files 1 is" in done.stdout
-    assert "1 image made" in done.stdout
-    assert generated(job) == [2]
-    check_whole(job, 5)
+    assert f"Generating images again: {told}" in done.stdout
+    assert "7 images made" in done.stdout
+    assert generated(job) == [1, 2, 3, 4, 5, 6, 7]
+    check_whole(job, 10)
     assert {path.name: path.read_bytes() for path in files_of(job)} == before
-    assert "again" not in say("status", job).stdout + submit("-o", "job").stdout
+    assert "again" not in say("status", job).stdout + submit(*many).stdout
     assert (say("verify", job).returncode, say("verify", job).stderr) == (0, "")
 
 
-@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
-@pytest.mark.parametrize("size", [-1, -2, -5, 1])
-def test_files_of_every_format_that_were_cut_are_never_taken_over(
-    submit: Program, tmp_path: Path, kind: str, size: int
-) -> None:
+@pytest.mark.parametrize("kind", [
+    "png", pytest.param("jpg", marks=pytest.mark.slow), pytest.param("webp", marks=pytest.mark.slow)
+])  # fmt: skip
+def test_files_that_were_cut_are_never_taken_over(submit: Program, tmp_path: Path, kind: str) -> None:
+    job = tmp_path / "job"
     submit("-o", "job", "--format", kind)
-    before = [path.read_bytes() for path in files_of(tmp_path / "job")]
-    cut(size)(files_of(tmp_path / "job")[0])
-    submit("-o", "job", "--format", kind)
-    assert [path.read_bytes() for path in files_of(tmp_path / "job")] == before
-    cut(size)(files_of(tmp_path / "job")[0])
-    (tmp_path / "job" / "results.parquet").unlink()
-    submit("-o", "job", "--format", kind)
-    assert [path.read_bytes() for path in files_of(tmp_path / "job")] == before
+    before = [path.read_bytes() for path in files_of(job)]
+    for forget_table in (False, True):
+        for path, size in zip(files_of(job), (-1, -2, -5, 1), strict=False):
+            cut(size)(path)
+        if forget_table:
+            (job / "results.parquet").unlink()
+        submit("-o", "job", "--format", kind)
+        assert [path.read_bytes() for path in files_of(job)] == before
 
 
-@pytest.mark.parametrize("options", [["--no-metadata"], ["--n_samples", 2], ["--format", "jpg", "--quality", 50]])
+@pytest.mark.parametrize("options", [
+    ["--no-metadata"],
+    pytest.param(["--n_samples", 2], marks=pytest.mark.slow),
+    pytest.param(["--format", "jpg", "--quality", 50], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_jobs_of_every_kind_are_compared(submit: Program, tmp_path: Path, options: list[object]) -> None:
     submit("-o", "job", *options)
     files = files_of(tmp_path / "job")
@@ -187,7 +203,7 @@ def test_what_is_as_large_or_larger_is_left_alone_and_told_by_verify(submit: Pro
     assert snapshot(job) == before
 
 
-@pytest.mark.parametrize(("lost", "stops"), [(2, False), (3, True), (5, True)])
+@pytest.mark.parametrize(("lost", "stops"), [(2, False), (3, True)])
 def test_more_than_half_missing_is_taken_for_an_unmounted_disk(
     submit: Program, job: Path, lost: int, stops: bool
 ) -> None:
@@ -209,6 +225,7 @@ def test_more_than_half_missing_is_taken_for_an_unmounted_disk(
     check_whole(job, 5)
 
 
+@pytest.mark.slow
 def test_a_job_whose_image_folder_is_gone(submit: Program, job: Path) -> None:
     shutil.rmtree(job / "images")
     assert submit("-o", "job").returncode == 5
@@ -218,6 +235,7 @@ def test_a_job_whose_image_folder_is_gone(submit: Program, job: Path) -> None:
     check_whole(job, 5)
 
 
+@pytest.mark.slow
 def test_files_that_were_cut_are_no_sign_of_an_unmounted_disk(submit: Program, job: Path) -> None:
     for path in files_of(job):
         os.truncate(path, 0)
