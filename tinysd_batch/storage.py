@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tinysd_batch.errors import JobLockedError, OccupiedPathError, StorageError
-from tinysd_batch.filesystem import NO_LINKS, NO_RENAME, NoLocksError, lock_handle, patiently, sync
+from tinysd_batch.filesystem import NO_LINKS, NO_RENAME, NoLocksError, lock_handle, patiently, sync, sync_path
 from tinysd_batch.filesystem import is_transient as is_transient
 from tinysd_batch.filesystem import storage_errors as storage_errors
 from tinysd_batch.text import storable_text
@@ -62,15 +62,6 @@ def synced_temporary(data: bytes, folder: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sync_path(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        sync(handle)
-    finally:
-        os.close(handle)
-
-
 @patiently
 def sync_found_file(path: Path) -> None:
     """Make a file durable that was found rather than written: whoever wrote it may have died before syncing its folder.
@@ -101,9 +92,7 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
     system, for the file while it is being written.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent.is_symlink():
-            raise StorageError(f"{path.parent}: is a symbolic link; pictures are not written through links")
+        make_image_folder(path.parent)
         scratch.mkdir(parents=True, exist_ok=True)
         with synced_temporary(data, scratch) as temporary:
             try:
@@ -116,15 +105,26 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
     return data
 
 
+def make_image_folder(folder: Path) -> None:
+    """Make a folder for images and those around it, durably where these can be read."""
+    if folder.is_symlink():
+        raise StorageError(f"{folder}: is a symbolic link; images are not written through links")
+    if folder.is_dir():
+        return
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(new):
+        with contextlib.suppress(PermissionError):
+            sync_path(each.parent)
+
+
 def share(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> None:
     """Make `path` the same file as `source`, or a copy where file systems do not allow that.
 
     The folder is not synced: the caller does that once for many. `is_same` is `publish`'s, for what is there already.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent.is_symlink():
-            raise StorageError(f"{path.parent}: is a symbolic link; pictures are not written through links")
+        make_image_folder(path.parent)
         try:
             os.link(source, path, follow_symlinks=False)
         except OSError:

@@ -365,7 +365,7 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     images = [(index, f"images/0000{index % 2}/{'a' if index < 2 else 'b'}.png", 3) for index in range(10)]
     compared = [file for folder in compare_folders(tmp_path, images) for file in folder.files]
     assert listed == ["00000", "00001"]
-    assert {file.index: file.state for file in compared if file.state is FileState.SAME_SIZE}.keys() == {0, 1}
+    assert {file.image: file.state for file in compared if file.state is FileState.SAME_SIZE}.keys() == {0, 1}
 
 
 # Jobs that have lost their job.json

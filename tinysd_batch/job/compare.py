@@ -42,7 +42,7 @@ class FileState(StrEnum):
 class ComparedFile(NamedTuple):
     """An image that the table says was saved. A million of them are made at a time."""
 
-    index: int
+    image: int  # its index
     file_name: str  # relative to the job folder
     state: FileState
 
@@ -144,7 +144,7 @@ class Differences:
     def add(self, file: ComparedFile) -> None:
         self.images += 1
         if file.state in WORDS:
-            self.indexes.add(file.index)
+            self.indexes.add(file.image)
             self.counts[file.state] += 1
             if len(self.names) < NAMED_FILES:
                 self.names.append(file.file_name)

@@ -128,9 +128,9 @@ class Run:
         done = read_finished(job)
         if retry_failed:
             self.forget_failed(done)
-        if to_redo.indexes:
+        if any(index <= total for index in to_redo.indexes):
             self.progress.note(f"Generating images again: {to_redo}")
-            done.images -= to_redo.indexes
+        done.images -= to_redo.indexes
         finished = {index for index in done.images if 1 <= index <= total}
         summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
         with self.held.guard():

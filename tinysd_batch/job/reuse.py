@@ -15,13 +15,14 @@ from typing import Any, Protocol
 
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import OccupiedPathError, UsageError
+from tinysd_batch.filesystem import sync_path
 from tinysd_batch.job.compare import FileState, compare_folders
 from tinysd_batch.job.folder import DECIDING, JOB_FILE, Job, check_reusable
 from tinysd_batch.job.plan import file_name
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.storage import read_file, share, storage_errors, sync_path
+from tinysd_batch.storage import read_file, share, storage_errors
 
 SYNC_EVERY = 500  # pictures
 REUSE_COLUMNS = ["row", "status", "image_id", "sha256", "bytes", "index", "seed", "file_name"]
@@ -133,7 +134,7 @@ def count_reusable(job: Job, wanted: Mapping[str, int]) -> int:
     rows = [row for row in table.to_pylist() if row["image_id"] in wanted and is_reusable(row, suffix)]
     files = [(row["index"], file_name(row["seed"], row["index"], suffix), row["bytes"]) for row in rows]
     compared = (file for folder in compare_folders(job.reuse, files) for file in folder.files)
-    same = {file.index for file in compared if file.state is FileState.SAME_SIZE}
+    same = {file.image for file in compared if file.state is FileState.SAME_SIZE}
     return sum(wanted[image_id] for image_id in {row["image_id"] for row in rows if row["index"] in same})
 
 

@@ -81,7 +81,7 @@ def verify_job(job_folder: Path, on_image: Callable[[int, int], None]) -> Verifi
     for folder in compare_folders(job_folder, (image[:3] for image in saved)):
         for file in folder.files:
             listed.add(file.file_name.rpartition("/")[0])
-            check_file(job_folder, file, hashes[file.index], found)
+            check_file(job_folder, file, hashes[file.image], found)
             checked += 1
             on_image(checked, found.images)
         add_extra(found, folder.extra)
