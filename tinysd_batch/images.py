@@ -15,7 +15,7 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from tinysd_batch.records import ImageRequest
-from tinysd_batch.text import storable_text, storable_value
+from tinysd_batch.text import storable_value
 
 OUR_KEY = "tinysd"
 PILLOW_NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -64,7 +64,7 @@ def parameters_text(request: ImageRequest, model_name: str, model_digest: str, v
 
 def encode_image(image: Image.Image, kind: FileFormat, parameters: str, ours: dict[str, Any]) -> bytes:
     """The picture as a file's bytes."""
-    parameters, ours = storable_text(parameters), storable_value(ours)
+    parameters, ours = storable_value(parameters), storable_value(ours)
     options: dict[str, Any] = {"quality": kind.quality}
     if kind.name == "png":
         options = {"compress_level": PNG_COMPRESSION}

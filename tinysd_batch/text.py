@@ -51,13 +51,13 @@ def storable_text(text: str) -> str:
 
 
 def storable_value(value: Any) -> Any:
-    """Return a value, list or dictionary with every text in it, keys too, as `storable_text` writes it."""
+    """Return a value, list or dictionary whose texts and keys are valid UTF-8. NULs stay: JSON and Arrow hold them."""
     if isinstance(value, str):
-        return storable_text(value)
+        return storable_text(value) if has_surrogates(value) else value
     if isinstance(value, list):
         return [storable_value(each) for each in value]
     if isinstance(value, dict):
-        return {storable_text(name): storable_value(each) for name, each in value.items()}
+        return {storable_value(name): storable_value(each) for name, each in value.items()}
     return value
 
 
