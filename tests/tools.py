@@ -122,7 +122,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 def examples(count: int) -> hypothesis.settings:
     """For a property that is slow to test: so many examples by default, in proportion in other profiles."""
-    return hypothesis.settings(max_examples=count * hypothesis.settings.default.max_examples // DEFAULT_EXAMPLES)
+    default = hypothesis.settings.default
+    assert default is not None
+    return hypothesis.settings(max_examples=count * default.max_examples // DEFAULT_EXAMPLES)
 
 
 def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
@@ -206,6 +208,10 @@ def call(capture: Capture, *arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
             main()
     return (end.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
 def snapshot(folder: Path) -> dict[str, object]:

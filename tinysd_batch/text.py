@@ -8,6 +8,7 @@ image holds it.
 import codecs
 import re
 import unicodedata
+from typing import Any
 
 # Characters that nobody sees and that change nothing for a reader: byte-order mark, zero-width space, word joiner and
 # the invisible operators after it, soft hyphen, direction marks. The joiners U+200C and U+200D stay: emoji and several
@@ -70,6 +71,17 @@ def storable_text(text: str) -> str:
         except UnicodeEncodeError:  # half of a surrogate pair
             text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def storable_value(value: Any) -> Any:
+    """Return a value, list or dictionary whose texts and keys are valid UTF-8. NULs stay: JSON and Arrow hold them."""
+    if isinstance(value, str):
+        return storable_text(value) if has_surrogates(value) else value
+    if isinstance(value, list):
+        return [storable_value(each) for each in value]
+    if isinstance(value, dict):
+        return {storable_value(name): storable_value(each) for name, each in value.items()}
+    return value
 
 
 def expand_ranges(characters: str) -> frozenset[str]:

@@ -88,6 +88,12 @@ def submit(
         bool,
         typer.Option("--take-over", help="Take the job from another tinysd-batch that has it and does not answer."),
     ] = False,
+    redo_missing: Annotated[
+        bool,
+        typer.Option(
+            "--redo-missing", help="Generate images again whose files are gone, even if that is more than half of them."
+        ),
+    ] = False,
     preset: options.Preset = None,
     strict: options.Strict = False,
     verbose: options.Verbose = False,
@@ -103,7 +109,7 @@ def submit(
     }  # fmt: skip
     job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
     console = Console(highlight=False)
-    how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over}
+    how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over, "redo_missing": redo_missing}
     raise typer.Exit(run(job, named_model, how, verbose, console))
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tinysd_batch.config import Settings
 from tinysd_batch.job.columns import near_misses
+from tinysd_batch.job.compare import find_differences
 from tinysd_batch.job.driver import read_finished
 from tinysd_batch.job.folder import JOB_FILE, Job
 from tinysd_batch.job.plan import cut_batches, plan_images
@@ -63,6 +64,8 @@ class Plan:
     images: int = 0
     batches: int = 0
     finished: int = 0  # images that an earlier run made
+    redo: int = 0  # others that an earlier run made, whose files are missing or damaged
+    redo_reason: str = ""
     reusable: int = 0  # others that the job named by --reuse has
     largest: Batch | None = None  # the most that is drawn at once
     memory: MemoryPlan | None = None
@@ -105,8 +108,11 @@ def make_plan(job: Job, on_row: Callable[[PlannedRow | InvalidRow], None]) -> Pl
                 yield row
 
     finished = read_finished(job).images if (job.folder / JOB_FILE).exists() else set()
+    differences = find_differences(job.folder)
+    plan.redo, plan.redo_reason = len(differences.indexes & finished), f"{differences}; {differences.advice}"
+    finished -= differences.indexes
     plan.finished = len(finished)
-    wanted: set[str] = set()
+    wanted: Counter[str] = Counter()
     for batch in cut_batches(plan_images(rows(), job.common()), (), job.settings.max_batch):
         plan.batches += 1
         if job.reuse is not None:
@@ -206,6 +212,7 @@ class PlanPrinter:
             + (f", of which {plan.invalid_rows:,} cannot be made" if plan.invalid_rows else ""),
             "Images": f"{plan.images:,} in {count(plan.batches, 'batch', 'batches')}"
             + (f"; {plan.finished:,} are there already" if plan.finished else "")
+            + (f"; {plan.redo:,} to be generated again: {plan.redo_reason}" if plan.redo else "")
             + reuse_words(job, plan),
             "Model": f"{job.model.name}, digest {job.model.digest[:10]}",
             "Sizes": told(plan.sizes),
