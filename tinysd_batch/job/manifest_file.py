@@ -49,6 +49,17 @@ class ReadingOptions(NamedTuple):
     interpret_lines: bool = False  # in a .txt: skip comments, read the options of other programs
 
 
+def leave_out_long(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:
+    """Remove values of unknown columns that are too long for the results: they are no reason to lose the row."""
+    for name in [name for name, value in values.items() if name not in shown and isinstance(value, str)]:
+        if len(values[name]) > MAX_CELL_CHARACTERS:
+            notes.leave_out(name, too_long(f"{len(values.pop(name)):,} characters"))
+
+
+def too_long(size: str) -> str:
+    return f"some values are not carried into the results: {size}, at most {MAX_CELL_CHARACTERS:,}"
+
+
 RowRead = Line | Fault | SkippedRows
 
 
