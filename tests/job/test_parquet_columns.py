@@ -82,13 +82,15 @@ def test_a_long_value_is_left_out_of_its_row(tmp_path: Path) -> None:
     (cat, dog), notes = read(write(tmp_path / "m.parquet", columns))
     assert (cat.prompt, cat.extra) == ("cat", {"few": ["a"]})
     assert dog.extra == {"note": "y", "tags": ["y"]}
-    assert notes[0] == "column 'note': some values are not carried into the results: some 131073 bytes, at most 131072"
+    assert (
+        notes[0] == "column 'note': some values are not carried into the results: some 131,073 bytes, at most 131,072"
+    )
 
 
 def test_a_long_value_of_ours_costs_its_row(tmp_path: Path) -> None:
     columns = {"prompt": ["x" * 131_073, "dog"], "negative_prompt": [None, "y"]}
     bad, dog = rows_of(write(tmp_path / "m.parquet", columns))
-    assert "column prompt: some 131073 bytes, at most 131072" in reason(bad)
+    assert "column prompt: some 131,073 bytes, at most 131,072" in reason(bad)
     assert dog.prompt == "dog"
 
 
