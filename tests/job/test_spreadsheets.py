@@ -244,7 +244,7 @@ def test_a_fault_knows_its_line(tmp_path: Path) -> None:
         ('"a\nb","red apple\nblue heart,3\n', "opens in line 3 is not closed and takes in the line after it"),
         ('"red apple\nblue "heart,3\n', "opens in line 2 is not closed and takes in the line after it"),
         ('cat,1\n"red apple', "opens in line 3 is not closed; check the quotes there"),
-        ('"' + f"{'x' * 1000}\n" * 300, "over 262,144 characters: the quote that opens in line 2 is not closed and takes"),
+        ('"' + f"{'x' * 1000}\n" * 300, "over 262,144 characters: the quote that opens in line 2 is not closed"),
     ],
 )  # fmt: skip
 def test_an_unclosed_quote_is_named_by_its_line(tmp_path: Path, lines: str, where: str) -> None:

@@ -100,11 +100,9 @@ def manifest_files(path: Path) -> list[Path]:
 def is_folder_of_parts(path: Path) -> bool:
     """Whether the folder is one table; the folder of a job, with its results, is not."""
     try:
-        return (
-            path.is_dir()
-            and not (path / "job.json").exists()
-            and any(each.suffix.lower() in PART_SUFFIXES for each in path.iterdir())
-        )
+        if not path.is_dir() or (path / "job.json").exists():
+            return False
+        return any(each.suffix.lower() in PART_SUFFIXES for each in path.iterdir())
     except OSError:
         return False
 
