@@ -28,6 +28,7 @@ from tinysd_batch.job.driver import Summary, run_job
 from tinysd_batch.job.folder import Job, open_job
 from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
 from tinysd_batch.job.summary import InvalidRows
+from tinysd_batch.job.tables import readable
 from tinysd_batch.job.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
 from tinysd_batch.storage import TEMPORARY_PREFIX
@@ -144,7 +145,7 @@ def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
 
 
 def read_results(job: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(job / "results.parquet").to_pylist()
+    rows: list[dict[str, Any]] = readable(pq.read_table(job / "results.parquet")).to_pylist()
     return rows
 
 
