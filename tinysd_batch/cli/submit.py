@@ -11,7 +11,6 @@ from tinysd_batch.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinysd_batch.job.driver import PoolFactory
     from tinysd_batch.job.folder import Job
     from tinysd_batch.job.summary import Summary
 
@@ -138,6 +137,7 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
     """Run the job and return the exit code. `how` goes to `run_job`."""
     from tinysd_batch.cli.signals import stop_on_signals
     from tinysd_batch.job.driver import run_job
+    from tinysd_batch.job.open_pool import pool_for
     from tinysd_batch.report.contact_sheet import write_contact_sheet
     from tinysd_batch.report.progress import RunProgress
 
@@ -157,29 +157,6 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
     if summary.stopped:
         return stop.exit_code if stop else 1
     return 3 if summary.failed or summary.invalid_rows else 0
-
-
-def pool_for(job: "Job") -> "PoolFactory":
-    """How to open the workers: one in this process, or Ray's."""
-    from tinysd_batch.job.pool import InlinePool, cpu_workers
-    from tinysd_batch.job.ray_pool import RayPool
-    from tinysd_batch.job.worker import WorkerSetup
-
-    settings = job.settings
-
-    def open_pool(images: int) -> InlinePool | RayPool:
-        wanted = 1 if settings.inline else settings.workers
-        count, threads = cpu_workers(images, wanted, job.model.is_small)
-        setup = WorkerSetup.of(
-            settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
-            stop_file=job.stop_file.resolve(),
-        )  # fmt: skip
-        if settings.inline:
-            return InlinePool(setup)
-        ray_init = {"address": settings.address} if settings.address else {}
-        return RayPool(setup, settings.workers, count, ray_init, settings.worker_wait)
-
-    return open_pool
 
 
 def say_first_lines(job: "Job", console: "Console") -> None:

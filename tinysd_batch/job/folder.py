@@ -19,6 +19,7 @@ from tinysd_batch.job.formats import format_of, is_jsonl
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_rows
 from tinysd_batch.job.manifest_file import bare_name
 from tinysd_batch.job.plan import Common
+from tinysd_batch.job.precision_record import RECORD_FILE
 from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, read_kept_lines
 from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, read_seeds, save_seeds
 from tinysd_batch.job.tables import ResultsPaths
@@ -85,6 +86,10 @@ class Job:
     @property
     def stop_file(self) -> Path:
         return self.state / "stop"
+
+    @property
+    def precision_file(self) -> Path:
+        return self.state / RECORD_FILE
 
     def defaults(self) -> Defaults:
         """What a row that says nothing gets."""
@@ -386,7 +391,7 @@ def missing_folders(folder: Path) -> list[Path]:
 def take_back(job: Job, new_folders: list[Path]) -> None:
     """Remove what a run wrote that ended before its first picture, so that it may start with other settings."""
     paths = ResultsPaths(job.folder)
-    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE, "lock")]
+    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE, RECORD_FILE, "lock")]
     for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, *state):
         file.unlink(missing_ok=True)
     for folder in (paths.parts_folder, paths.journal, job.scratch, job.state, *new_folders):
