@@ -190,7 +190,7 @@ class Dispatch:
     def welcome(self, event: WorkerReady) -> None:
         """Keep a new worker's precision, or have the worker start again with that of the others of its machine."""
         self.progress.worker(event)
-        if self.job.settings.precision != "auto":
+        if self.job.settings.precision != "auto" or "precision_key" not in event.description:
             return
         with self.writer.guard():
             conflict = update_record(self.job.precision_file, event.description)

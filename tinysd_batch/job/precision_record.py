@@ -32,9 +32,11 @@ Record = dict[str, dict[str, str]]  # machine and device -> dtype and reason
 
 def record_key(device: "torch.device") -> str:
     """A machine's devices of one name have one precision."""
-    import torch
+    name = f"{device.type} ({platform.machine()})"
+    if device.type == "cuda":
+        import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+        name = torch.cuda.get_device_name(device)
     return storable_text(f"{platform.node()}/{name}")
 
 
