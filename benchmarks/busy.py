@@ -1,10 +1,11 @@
 """What another busy program costs: wall seconds beside a single-threaded loop and alone, in rounds that alternate.
 
-    python -m benchmarks.busy                     the embedded model, a worker at SD v1's size, quantizing at that size
-    python -m benchmarks.busy --only generate     one of generate, worker and quantize
-    python -m benchmarks.busy --before CHECKOUT   alone, also by an earlier version, right after each measurement of ours
+    python -m benchmarks.busy                    the embedded model, a worker at SD v1's size, quantizing at that size
+    python -m benchmarks.busy --only generate    one of generate, worker and quantize
+    python -m benchmarks.busy --before CHECKOUT  alone, also by an earlier version, right after each measurement of ours
+    python -m benchmarks.busy --spins 4000       with another GOMP_SPINCOUNT than the one of `threads.WAITING`
 
-Prints the median over the rounds of busy / alone, and of alone now / alone before. The models are made on the first run:
+Prints the median of busy / alone over the rounds, and of alone now / alone before. Models are made on the first run:
 random weights, 0.6 GB for the worker, 4.3 GB for quantizing (--source FOLDER: a smaller model). Each measurement is a
 process of its own, in which importing and loading do not count, but for quantizing. Variables that choose how threads
 wait, and OMP_NUM_THREADS, are taken out of the environment first.
@@ -21,8 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinysd_batch.threads import USER_CHOICES
+from tinysd_batch.threads import USER_CHOICES, WAITING
 
+HERE = Path(__file__).resolve().parents[1]
 ROUNDS = 9
 SIZE_PX = 256
 STEPS = 2
@@ -71,24 +73,28 @@ def busy_loop() -> Iterator[None]:
         process.wait()
 
 
-def environment(checkout: Path) -> dict[str, str]:
+def environment(checkout: Path, given: argparse.Namespace) -> dict[str, str]:
     """As a user has it who sets nothing, with the package of that checkout."""
     ours = {name: value for name, value in os.environ.items() if name not in {*USER_CHOICES, "OMP_NUM_THREADS"}}
+    if given.spins is not None and checkout == HERE:
+        ours |= {**WAITING, "GOMP_SPINCOUNT": str(given.spins)}
     return {**ours, "PYTHONPATH": str(checkout)}
 
 
-def printed_seconds(code: str, checkout: Path, *arguments: Path) -> float:
-    words = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(words, cwd=checkout, env=environment(checkout), stdout=subprocess.PIPE, text=True, check=True)
+def printed_seconds(code: str, checkout: Path, given: argparse.Namespace) -> float:
+    words = [sys.executable, "-c", code, str(given.model.resolve())]
+    done = subprocess.run(
+        words, cwd=checkout, env=environment(checkout, given), stdout=subprocess.PIPE, text=True, check=True
+    )
     return float(done.stdout.splitlines()[-1])
 
 
-def generate(checkout: Path, _: argparse.Namespace) -> float:
-    return printed_seconds(GENERATE, checkout)
+def generate(checkout: Path, given: argparse.Namespace) -> float:
+    return printed_seconds(GENERATE, checkout, given)
 
 
 def worker(checkout: Path, given: argparse.Namespace) -> float:
-    return printed_seconds(WORKER, checkout, given.model.resolve())
+    return printed_seconds(WORKER, checkout, given)
 
 
 def quantize(checkout: Path, given: argparse.Namespace) -> float:
@@ -96,7 +102,7 @@ def quantize(checkout: Path, given: argparse.Namespace) -> float:
     shutil.rmtree(out, ignore_errors=True)
     words = [sys.executable, "-m", "tinysd_batch", "quantize", str(given.source.resolve()), str(out), "--level", "fast"]
     started = time.monotonic()
-    subprocess.run(words, cwd=checkout, env=environment(checkout), stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(words, cwd=checkout, env=environment(checkout, given), stdout=subprocess.DEVNULL, check=True)
     took = time.monotonic() - started
     shutil.rmtree(out)
     return took
@@ -118,16 +124,16 @@ def make_models(given: argparse.Namespace) -> None:
 
 
 def compare(name: str, given: argparse.Namespace) -> None:
-    measure, here = MEASURED[name], Path(__file__).resolve().parents[1]
+    measure = MEASURED[name]
     alone: list[float] = []
     busy: list[float] = []
     before: list[float] = []
     for number in range(1, given.rounds + 1):
-        alone.append(measure(here, given))
+        alone.append(measure(HERE, given))
         if given.before is not None:
             before.append(measure(given.before.resolve(), given))
         with busy_loop():
-            busy.append(measure(here, given))
+            busy.append(measure(HERE, given))
         earlier = f", before {before[-1]:.2f} s" if before else ""
         print(f"{name:<10} round {number}: alone {alone[-1]:.2f} s{earlier}, busy {busy[-1]:.2f} s", flush=True)
     tell(name, "busy / alone", busy, alone)
@@ -149,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", action="append", choices=MEASURED)
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--spins", type=int)
     parser.add_argument("--model", type=Path, default=Path("outputs/random-sd-v1"))
     parser.add_argument("--source", type=Path, default=Path("outputs/random-sd-v1-float"))
     parser.add_argument("--out", type=Path, default=Path("outputs/random-sd-v1-busy"))
