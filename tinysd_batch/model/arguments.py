@@ -1,6 +1,7 @@
 """What `TinySD.generate` is given, under all its names, checked and spread over the images of a batch."""
 
 import difflib
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ ALIASES = {
     "negative_prompt": ("negative",),
 }
 NAMES = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
-SWITCHES = ("long_prompts", "output_type", "callback", "progress")  # which decide nothing about the request
+SWITCHES = ("output_type", "callback", "progress")  # which decide nothing about the request
 INSTEAD = {
     "generator": "seed",
     "scheduler": "sampler",
@@ -54,6 +55,7 @@ class Request:
     sampler: str
     eta: float
     rng: Rng
+    long_prompts: bool
     latents: Tensor | None
     prompt_embeds: Tensor | None
     negative_prompt_embeds: Tensor | None
@@ -62,7 +64,8 @@ class Request:
         """What decided each image, under the names of the results table."""
         shared = {
             "width": self.width, "height": self.height, "steps": self.steps, "sampler": self.sampler, "eta": self.eta,
-            "rng": self.rng, "model": model.name, "model_digest": model.digest, "version": version,
+            "rng": self.rng, "long_prompts": self.long_prompts, "model": model.name, "model_digest": model.digest,
+            "version": version,
         }  # fmt: skip
         each = zip(
             self.prompts, self.negative_prompts, self.syntaxes, self.seeds, self.noise_seeds, self.scales, strict=True
@@ -135,9 +138,10 @@ def read_request(model: ModelInfo, given: Mapping[str, Any], *, normalize: bool)
         width=side("width", given.get("width", model.native_px), model.step_px),
         steps=whole("num_inference_steps", given.get("num_inference_steps", model.steps), 1, MAX_STEPS),
         sampler=read_sampler(given.get("sampler", "plms")),
-        eta=read_number("eta", given.get("eta", 0.0)),
+        eta=read_number("eta", given.get("eta", 0.0), 0, 1),
         rng=given.get("rng", "cpu"),
-        latents=given.get("latents"),
+        long_prompts=bool(given.get("long_prompts")),
+        latents=check_latents(given.get("latents"), len(seeds)),
         prompt_embeds=repeated(given.get("prompt_embeds"), images),
         negative_prompt_embeds=repeated(given.get("negative_prompt_embeds"), images),
     )
@@ -184,11 +188,23 @@ def side(name: str, value: Any, step: int) -> int:
     return pixels
 
 
-def read_number(name: str, value: Any) -> float:
+def read_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number. Raises UsageError."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} = {excerpt(value)}: a number was expected") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{name} = {excerpt(value)}: a number was expected")
+    if not least <= number <= most:
+        raise UsageError(f"{name} = {number:g}: must be between {least:g} and {most:g}")
+    return number
+
+
+def check_latents(latents: Tensor | None, images: int) -> Tensor | None:
+    if latents is not None and len(latents) != images:
+        raise UsageError(f"latents: {len(latents)} given for {images} images; give one each")
+    return latents
 
 
 def read_sampler(value: Any) -> str:

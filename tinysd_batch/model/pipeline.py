@@ -207,27 +207,26 @@ class TinySD:
             "height": height, "width": width, "num_inference_steps": num_inference_steps, "eta": eta, "rng": rng,
             "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt, "sampler": sampler,
             "noise_seed": noise_seed, "latents": latents, "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds, "long_prompts": long_prompts,
         }  # fmt: skip
         request = read_request(self.info, merge_aliases(own, aliases), normalize=normalize)
         one_thread = 1 if self.device.type == "cpu" and self.info.is_small else None
         with torch.no_grad(), at_most_threads(one_thread), step_bar(request.steps, callback, shown=progress) as on_step:
-            made = self.generate_batch(request, output_type, on_step, long_prompts=long_prompts)
+            made = self.generate_batch(request, output_type, on_step)
         made.settings = request.settings(self.info, tinysd_batch.__version__)
         if output_type == "pil":
             made.attach_settings()
         return made
 
-    def generate_batch(
-        self, request: Request, output_type: OutputType, callback: Callback | None, *, long_prompts: bool
-    ) -> Generated:
+    def generate_batch(self, request: Request, output_type: OutputType, callback: Callback | None) -> Generated:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with on_working_stream(self.device):
             started = time.monotonic()
             conditions = self.with_room(lambda: self.prompts.encode(
-                request.prompts, request.negative_prompts, request.scales, request.syntaxes, long_prompts=long_prompts,
-                prompt_embeds=request.prompt_embeds, negative_prompt_embeds=request.negative_prompt_embeds,
+                request.prompts, request.negative_prompts, request.scales, request.syntaxes,
+                long_prompts=request.long_prompts, prompt_embeds=request.prompt_embeds,
+                negative_prompt_embeds=request.negative_prompt_embeds,
             ))  # fmt: skip
             encoded = time.monotonic()
             final, redone = self.draw_latents(Drawing(conditions, request, callback))
