@@ -151,7 +151,7 @@ def test_a_job_and_its_results(tiny_model: Path, here: Path, capsys: pytest.Capt
     write_csv(
         here / "m.csv", [{"prompt": "red apple", "seed": "42", "note": "a"}, {"prompt": "", "seed": "", "note": "b"}]
     )
-    how = {"model": tiny_model, "inline": True, "ddim_steps": 2}
+    how: dict[str, Any] = {"model": tiny_model, "inline": True, "ddim_steps": 2}
     first = submit("m.csv", limit=1, **how)
     assert first.folder == Path("outputs/m")
     assert (first.images, first.generated, first.left, first.invalid_rows) == (1, 1, 0, 1)

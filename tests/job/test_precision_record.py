@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +29,7 @@ def large_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cpu_with(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
-    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
 
 

@@ -1,4 +1,5 @@
 import logging
+import platform
 import time
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_the_instruction_set_decides_on_a_cpu_whatever_a_measurement_says(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, expected: torch.dtype, reason: str
 ) -> None:
     """Beside a busy program a measurement chose float32 on CPUs with AMX."""
-    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
     monkeypatch.setattr(precision, "probe", lambda *_: pytest.fail("was measured"))
     choice = choose_precision(None, CPU)
@@ -93,7 +94,7 @@ def test_what_instructions_do_not_tell_is_measured(
     monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype, machine: str, flags: str, limit: str
 ) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
     monkeypatch.setattr(precision, "probe", lambda *_: Probe(True, speedup))
     assert dtype_of(None, CPU) is expected
@@ -137,7 +138,7 @@ def test_the_choice_and_its_reason_are_logged(caplog: pytest.LogCaptureFixture) 
 def test_whether_an_earlier_choice_can_be_kept(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, flags: str, expected: bool
 ) -> None:
-    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
     assert can_compute(dtype, CPU) is expected
 
