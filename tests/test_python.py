@@ -174,8 +174,8 @@ def test_a_job_file(tiny_model: Path, here: Path) -> None:
     (here / "job.toml").write_text(
         f'manifest = "m.csv"\nmodel = "{tiny_model}"\nsteps = 2\ninline = true\noutput = "out"'
     )
-    assert submit("job.toml", steps=1).folder == Path("out")
-    assert read_results("out", ["steps"]).to_pylist() == [{"steps": 1}]
+    assert submit("job.toml", steps=1.0, seed=np.int64(7)).folder == Path("out")
+    assert read_results("out", ["steps", "seed"]).to_pylist() == [{"steps": 1, "seed": 7}]
 
 
 def test_settings_that_are_not_known(here: Path) -> None:
@@ -183,6 +183,8 @@ def test_settings_that_are_not_known(here: Path) -> None:
         submit("m.csv", stpes=3)
     with pytest.raises(UsageError, match="two names of one setting"):
         submit("m.csv", steps=3, num_inference_steps=4)
+    with pytest.raises(UsageError, match=r"steps = '2\.5'"):
+        submit("m.csv", steps=2.5)
     with pytest.raises(ManifestError, match="no such file"):
         submit("none.csv", inline=True)
 

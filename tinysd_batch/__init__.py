@@ -1,4 +1,4 @@
-"""Turn a table of prompts into pictures with a 2-bit Stable Diffusion.
+"""Generate images for a table of prompts with a 2-bit Stable Diffusion.
 
     from tinysd_batch import TinySD
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tinysd_batch.config import Settings, read_job_file, resolve
 from tinysd_batch.errors import UsageError
 from tinysd_batch.records import Status
+from tinysd_batch.values import read_whole_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +22,7 @@ OTHER_NAMES = {
     "W": "width",
     "ddim_eta": "eta",
 }
+WHOLE_NUMBERS = {"seed", "steps", "height", "width", "n_iter", "n_samples"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +105,31 @@ def read_manifest(manifest: Path, output: str | Path | None) -> tuple[dict[str, 
 def own_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings under their own names. Raises TypeError for an unknown one, UsageError for one that is given twice."""
     named: dict[str, Any] = {}
-    for given, value in settings.items():
+    for given, written in settings.items():
         name = OTHER_NAMES.get(given, given)
         if name not in Settings.model_fields:
             raise TypeError(f"submit() got an unexpected keyword argument {given!r}{suggestion(given)}")
+        value = plain_value(name, written)
         if name in named and named[name] != value:
             raise UsageError(
                 f"{name} = {named[name]} and {given} = {value}: two names of one setting; give one of them"
             )
-        named[name] = str(value) if isinstance(value, Path) else value
+        named[name] = value
     return named
+
+
+def plain_value(name: str, value: Any) -> Any:
+    """A setting's value as job.toml would have it: paths as text, whole numbers of any type as int, no seed as None."""
+    if isinstance(value, Path):
+        return str(value)
+    if name not in WHOLE_NUMBERS or isinstance(value, str | bool) or value is None:
+        return value
+    if name == "seed" and value == -1:
+        return None
+    try:
+        return read_whole_number(value)
+    except ValueError:
+        return value  # which `config.resolve` refuses by name
 
 
 def suggestion(name: str) -> str:

@@ -102,6 +102,7 @@ def update_record(path: Path, description: Mapping[str, Any]) -> str | None:
         return None
     if recorded is not None and recorded != description["precision_replaces"]:
         return f"chose {chosen}, where the job computes in {recorded} on {key}"
+    logger.info("%s computes in %s: %s", key, chosen, description["precision_reason"])
     record[key] = {"dtype": chosen, "reason": description["precision_reason"]}
     write_atomically((json.dumps(record, indent=2) + "\n").encode(), path)
     return None
