@@ -12,6 +12,7 @@ from tinysd_batch.job.failures import POLICY, Action, Fault
 from tinysd_batch.job.folder import Job
 from tinysd_batch.job.plan import neutral_image, split_to_singles
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
+from tinysd_batch.job.precision_record import update_record
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.savings import Shape, shape_of
 from tinysd_batch.job.scheduler import Patience, Speed, Standing, work_for, work_of
@@ -181,10 +182,20 @@ class Dispatch:
                     if flight := self.flights.pop(worker, None):
                         self.backlog.give_back(flight.batches)  # none, unless it was told to stop
                 case WorkerReady():
-                    self.progress.worker(event)
+                    self.welcome(event)
                 case WorkerLost():
                     self.progress.worker(event)
                     self.recover(event)
+
+    def welcome(self, event: WorkerReady) -> None:
+        """Keep a new worker's precision, or have the worker start again with that of the others of its machine."""
+        self.progress.worker(event)
+        if self.job.settings.precision != "auto" or "precision_key" not in event.description:
+            return
+        with self.writer.guard():
+            conflict = update_record(self.job.precision_file, event.description)
+        if conflict is not None:
+            self.handle([self.pool.kill(event.worker, conflict, Fault.WORKER_DIED)])
 
     def finish_batch(self, worker: str, results: list[ImageResult], seconds: float | None) -> None:
         flight, now = self.flights.get(worker), self.clock()

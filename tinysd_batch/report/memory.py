@@ -1,6 +1,7 @@
 """What drawing takes of a device's memory, phase by phase, foretold without drawing."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinysd_batch.report.text import count, size
@@ -8,6 +9,7 @@ from tinysd_batch.report.text import count, size
 if TYPE_CHECKING:
     from tinysd_batch.config import Settings
     from tinysd_batch.model.memory import Phase
+    from tinysd_batch.model.precision import PrecisionChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class MemoryPlan:
 
     batch: Batch
     device: str
-    precision: str
+    precision: "PrecisionChoice"
     budget: str | None
     phases: list["Phase"]
     elsewhere: bool = False  # the device is not at hand, so that what it takes for itself could not be measured
@@ -45,7 +47,8 @@ class MemoryPlan:
         what = f"{size(self.peak_bytes)} at most for {count(batch.images, 'image')} of {batch.width}x{batch.height}"
         budget = f", vram_budget {self.budget}" if self.budget else ""
         return {
-            "Memory": f"{what} at a time ({self.precision} on {self.device}{budget})",
+            "Precision": str(self.precision),
+            "Memory": f"{what} at a time ({self.precision.name} on {self.device}{budget})",
             **{f"  {phase.name}": phase_line(phase, batch.rows, self.elsewhere) for phase in self.phases},
         }
 
@@ -59,7 +62,13 @@ class MemoryPlan:
             }
             for phase in self.phases
         ]  # fmt: skip
-        return {"device": self.device, "precision": self.precision, "peak": self.peak_bytes, "phases": phases}
+        return {
+            "device": self.device,
+            "precision": self.precision.name,
+            "precision_reason": self.precision.reason,
+            "peak": self.peak_bytes,
+            "phases": phases,
+        }
 
 
 def phase_line(phase: "Phase", rows: int, elsewhere: bool) -> str:
@@ -81,27 +90,37 @@ def phase_line(phase: "Phase", rows: int, elsewhere: bool) -> str:
     return ", ".join(told)
 
 
-def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
-    """Raises UsageError or ModelError where the batch does not fit the budget."""
+def plan_memory(settings: "Settings", batch: Batch, precision_file: Path | None = None) -> MemoryPlan:
+    """What a batch takes, in the precision that a job has recorded in `precision_file`, if it has.
+
+    Raises UsageError or ModelError where the batch does not fit the budget."""
     import torch
 
     from tinysd_batch.config import parse_budget
+    from tinysd_batch.job.precision_record import choose_as_recorded
     from tinysd_batch.model.devices import choose_device, total_bytes
     from tinysd_batch.model.info import read_model_info
     from tinysd_batch.model.memory import Shape
     from tinysd_batch.model.pipeline import TinySD
-    from tinysd_batch.model.precision import choose_dtype, name_of
+    from tinysd_batch.model.precision import PrecisionChoice, choose_precision
 
     info = read_model_info(settings.model)
     precision = None if settings.precision == "auto" else settings.precision
     elsewhere = settings.device == "cuda" and not torch.cuda.is_available()
     if elsewhere:
         device, total = torch.device("cuda"), None
-        dtype = torch.float32 if precision == "full" else torch.float16
+        choice = PrecisionChoice(torch.float16, "what most GPUs are good at; this one is not here")
+        if precision is not None:
+            choice = choose_precision(precision, device)
     else:
         device = choose_device(None if settings.device == "auto" else settings.device)
-        dtype, total = choose_dtype(precision, device, is_small=info.is_small), total_bytes(device)
+        total = total_bytes(device)
+        choice = (
+            choose_as_recorded(precision_file, device, is_small=info.is_small)
+            if precision is None
+            else choose_precision(precision, device, is_small=info.is_small)
+        )
     budget = parse_budget(settings.vram_budget, total)
-    model = TinySD(info, device, dtype, budget, turbo=settings.turbo, unet_bs=settings.unet_bs)
+    model = TinySD(info, device, choice.dtype, budget, turbo=settings.turbo, unet_bs=settings.unet_bs)
     phases = model.memory.phases(Shape(batch.rows, batch.height, batch.width, info.max_tokens))
-    return MemoryPlan(batch, device.type, name_of(dtype), settings.vram_budget, phases, elsewhere)
+    return MemoryPlan(batch, device.type, choice, settings.vram_budget, phases, elsewhere)

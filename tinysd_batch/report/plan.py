@@ -119,7 +119,7 @@ def make_plan(job: Job, on_row: Callable[[PlannedRow | InvalidRow], None]) -> Pl
             wanted.update(image.image_id for image in batch.images if image.index not in finished)
     plan.reusable = count_reusable(job, wanted)
     plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
-    plan.memory = plan_memory(job.settings, plan.largest) if plan.largest else None
+    plan.memory = plan_memory(job.settings, plan.largest, job.precision_file) if plan.largest else None
     plan.carried_columns = list(carried)
     plan.near_misses = near_misses(carried)
     return plan
