@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 MODULE = [sys.executable, "-m", "tinysd_batch"]  # the one command that is forked
 LARGEST_REQUEST = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36
+AT_START = dict(os.environ)  # before any test changes it
 
 
 # In the test's process
@@ -46,12 +47,11 @@ class ForkServer:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REQUEST)
         self.lock = threading.Lock()
-        self.environment = comparable(os.environ)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**AT_START, "OMP_NUM_THREADS": "1"},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -122,7 +122,7 @@ def comparable(environment: Any) -> dict[str, str]:
 
 def is_forkable(environment: dict[str, str]) -> bool:
     """Return whether the server's libraries would have loaded alike in this environment."""
-    return comparable(environment) == fork_server().environment
+    return comparable(environment) == comparable(AT_START)
 
 
 def current_umask() -> int:

@@ -121,7 +121,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 def examples(count: int) -> hypothesis.settings:
     """For a property that is slow to test: so many examples by default, in proportion in other profiles."""
-    return hypothesis.settings(max_examples=count * hypothesis.settings.default.max_examples // DEFAULT_EXAMPLES)
+    profile = hypothesis.settings.default
+    assert profile is not None
+    return hypothesis.settings(max_examples=count * profile.max_examples // DEFAULT_EXAMPLES)
 
 
 def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
