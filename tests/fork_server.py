@@ -254,7 +254,7 @@ def run_program() -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError:
+        except (OSError, ValueError):  # a pipe that nobody reads, or a stream that is closed
             raise end from None
         os._exit(code & 0xFF)
 
