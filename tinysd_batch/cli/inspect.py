@@ -16,14 +16,13 @@ def inspect(
     """Say what a model is and what it holds: parts, weights, bits and bytes, type, digest."""
     import json
 
-    from rich.console import Console
-
     from tinysd_batch.model.info import embedded_path
     from tinysd_batch.quantize.inspect import inspect_model
+    from tinysd_batch.report.console import make_console
     from tinysd_batch.report.model import inspection_as_dict, print_inspection
 
     found = inspect_model(embedded_path() if str(path) == "embedded" else path, allow_pickle=allow_pickle)
     if as_json:
         typer.echo(json.dumps(inspection_as_dict(found)))
     else:
-        print_inspection(found, Console(highlight=False))
+        print_inspection(found, make_console())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
+from tinysd_batch.cli.hints import refuse_prompt
 from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,14 +91,14 @@ def submit(
     settings: dict[str, Any],
 ) -> None:
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
-    from rich.console import Console
+    from tinysd_batch.report.console import make_console
 
     flags = {
         **settings, "workers": workers, "inline": inline or None, "address": address, "worker_wait": worker_wait,
         "strict": strict or None,
     }  # fmt: skip
     job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
-    console = Console(highlight=False)
+    console = make_console()
     how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over}
     raise typer.Exit(run(job, named_model, how, verbose, console))
 
@@ -106,6 +107,8 @@ def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
     """The origin names its file of prompts by an option; ours is an argument."""
     if manifest is not None and from_file is not None:
         raise UsageError(f"{manifest} and --from-file {from_file}: give one of the two")
+    if manifest is not None:
+        refuse_prompt(manifest)
     if chosen := manifest or from_file:
         return chosen
     raise UsageError("name a manifest: a .csv or .parquet table with a prompt column, or a .txt with a prompt a line")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
+from tinysd_batch.cli.hints import refuse_no_prompt
 from tinysd_batch.config import printable
 from tinysd_batch.errors import UsageError
 
@@ -39,6 +40,8 @@ def txt2img(
     text = " ".join([*([prompt] if prompt else []), *(words or [])])
     if text and from_file:
         raise UsageError("a prompt and --from-file: give one of the two")
+    if not text.strip() and not from_file:
+        refuse_no_prompt()
     resolved = resolve(*(read_preset(path) for path in preset or []), settings)
     if dry_run:
         tell_memory(text, from_file, resolved)

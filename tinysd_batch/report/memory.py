@@ -1,7 +1,7 @@
 """What drawing takes of a device's memory, phase by phase, foretold without drawing."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 from tinysd_batch.report.text import count, size
 
@@ -24,6 +24,37 @@ class Batch:
         """Of the UNet."""
         return self.images * (2 if self.guided else 1)
 
+    @property
+    def pixels(self) -> int:
+        """Over all rows of the UNet."""
+        return self.rows * self.width * self.height
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPhase:
+    """What a phase takes of the device, in bytes; plain numbers, since torch may be in another process."""
+
+    name: str
+    peak: int
+    weights: int
+    weights_staying: int
+    buffers: int
+    work: int
+    context: int
+    gaps: int
+    rows_at_once: int | None
+    part_bytes: int
+    half_maps: bool
+    makes_anew: bool
+    is_in_small_parts: bool
+
+    @classmethod
+    def of(cls, phase: "Phase") -> Self:
+        return cls(
+            phase.name, phase.peak, phase.weights, phase.staying, phase.buffers, phase.work, phase.context, phase.gaps,
+            phase.way.rows, phase.way.part_bytes, phase.way.half_maps, phase.way.makes_anew, phase.is_in_small_parts,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -33,12 +64,20 @@ class MemoryPlan:
     device: str
     precision: str
     budget: str | None
-    phases: list["Phase"]
+    phases: list[PlannedPhase]
     elsewhere: bool = False  # the device is not at hand, so that what it takes for itself could not be measured
+    available_bytes: int | None = None  # of the device's memory now; None where it is not at hand or does not tell
 
     @property
     def peak_bytes(self) -> int:
         return max(phase.peak for phase in self.phases)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it goes into the memory that is available; None where that is not known."""
+        if self.budget:
+            return True
+        return None if self.available_bytes is None else self.peak_bytes <= self.available_bytes
 
     def lines(self) -> dict[str, str]:
         batch = self.batch
@@ -51,30 +90,28 @@ class MemoryPlan:
 
     def as_dict(self) -> dict[str, Any]:
         phases = [
-            {
-                "name": phase.name, "peak": phase.peak, "weights": phase.weights, "weights_staying": phase.staying,
-                "buffers": phase.buffers, "work": phase.work, "context": phase.context, "gaps": phase.gaps,
-                "rows_at_once": phase.way.rows, "part_bytes": phase.way.part_bytes, "half_maps": phase.way.half_maps,
-                "makes_anew": phase.way.makes_anew,
-            }
+            {name: value for name, value in asdict(phase).items() if name != "is_in_small_parts"}
             for phase in self.phases
-        ]  # fmt: skip
-        return {"device": self.device, "precision": self.precision, "peak": self.peak_bytes, "phases": phases}
+        ]
+        return {
+            "device": self.device, "precision": self.precision, "peak": self.peak_bytes,
+            "available": self.available_bytes, "phases": phases,
+        }  # fmt: skip
 
 
-def phase_line(phase: "Phase", rows: int, elsewhere: bool) -> str:
+def phase_line(phase: PlannedPhase, rows: int, elsewhere: bool) -> str:
     weights = f"{size(phase.weights)} of weights stay"
-    if phase.staying < phase.weights:
+    if phase.weights_staying < phase.weights:
         weights = (
-            f"{size(phase.staying)} of {size(phase.weights)} of weights stay, the rest passes through "
+            f"{size(phase.weights_staying)} of {size(phase.weights)} of weights stay, the rest passes through "
             f"{size(phase.buffers)}"
         )
     told = [f"{size(phase.peak)}: {weights}", f"work takes {size(phase.work)}"]
-    if phase.way.rows and phase.way.rows < rows:
-        told.append(f"{phase.way.rows} of {rows} rows at once")
+    if phase.rows_at_once and phase.rows_at_once < rows:
+        told.append(f"{phase.rows_at_once} of {rows} rows at once")
     told += ["in small parts"] if phase.is_in_small_parts else []
-    told += ["maps kept as float16"] if phase.way.half_maps else []
-    told += ["the largest made anew each time"] if phase.way.makes_anew else []
+    told += ["maps kept as float16"] if phase.half_maps else []
+    told += ["the largest made anew each time"] if phase.makes_anew else []
     if phase.context:
         how = "assumed for" if elsewhere else "taken by"
         told.append(f"{size(phase.context)} {how} CUDA and its libraries, {size(phase.gaps)} left for gaps")
@@ -91,6 +128,7 @@ def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
     from tinysd_batch.model.memory import Shape
     from tinysd_batch.model.pipeline import TinySD
     from tinysd_batch.model.precision import choose_dtype, name_of
+    from tinysd_batch.quantize.room import available_memory
 
     info = read_model_info(settings.model)
     precision = None if settings.precision == "auto" else settings.precision
@@ -103,5 +141,7 @@ def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
         dtype, total = choose_dtype(precision, device, is_small=info.is_small), total_bytes(device)
     budget = parse_budget(settings.vram_budget, total)
     model = TinySD(info, device, dtype, budget, turbo=settings.turbo, unet_bs=settings.unet_bs)
-    phases = model.memory.phases(Shape(batch.rows, batch.height, batch.width, info.max_tokens))
-    return MemoryPlan(batch, device.type, name_of(dtype), settings.vram_budget, phases, elsewhere)
+    found = model.memory.phases(Shape(batch.rows, batch.height, batch.width, info.max_tokens))
+    phases = [PlannedPhase.of(phase) for phase in found]
+    available = None if elsewhere else available_memory(device)
+    return MemoryPlan(batch, device.type, name_of(dtype), settings.vram_budget, phases, elsewhere, available)

@@ -1,0 +1,179 @@
+"""What `plan` says of many rows, and of many images a row (case 42), and what it says first (case 35)."""
+
+import io
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.tools import draw, run_here, write_csv
+from tinysd_batch.config import Settings
+from tinysd_batch.job import identity
+from tinysd_batch.job.folder import open_job
+from tinysd_batch.records import InvalidRow
+from tinysd_batch.report import prompts, reading
+from tinysd_batch.report.answers import judge
+from tinysd_batch.report.plan import PlanPrinter, make_plan
+from tinysd_batch.report.prompts import PromptReader
+from tinysd_batch.report.reading import ReadingProgress
+
+
+def line_of(text: str, name: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(name))
+
+
+def test_images_are_counted_without_making_one(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_id(**_: object) -> str:
+        raise AssertionError("an id was computed")
+
+    monkeypatch.setattr("tinysd_batch.job.plan.image_id", no_id)
+    (tmp_path / "m.csv").write_text("prompt,n_samples\n" + "red apple,4\n" * 1000)
+    started = time.process_time()
+    done = run_here("plan", "m.csv", "--model", tiny_model, "--n_iter", "25000", "--skip_save", cwd=tmp_path)
+    assert time.process_time() - started < 20
+    assert "100,000,000 in 25,000,000 batches" in done.stdout, done.stderr
+    assert identity.image_id is not no_id
+
+
+def test_ids_are_computed_where_a_job_is_reused(tmp_path: Path, tiny_model: Path) -> None:
+    old = write_csv(tmp_path / "old.csv", [{"prompt": "cat", "seed": 1}, {"prompt": "dog", "seed": 2}])
+    draw(old, tmp_path / "old", tiny_model)
+    write_csv(tmp_path / "new.csv", [{"prompt": "cat", "seed": 1}, {"prompt": "frog", "seed": 2}])
+    done = run_here("plan", "new.csv", "--model", tiny_model, "--reuse", "old", cwd=tmp_path)
+    assert "1 can be reused from" in line_of(done.stdout, "Images")
+
+
+def test_a_prompt_is_counted_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative prompts, too; and more different ones than are remembered give the right numbers."""
+    counted: list[str] = []
+    count = prompts.count_tokens
+    monkeypatch.setattr(
+        prompts, "count_tokens", lambda tokenizer, texts: (counted.extend(texts), count(tokenizer, texts))[1]
+    )
+    rows = [{"prompt": f"cat {number % 700}", "negative_prompt": "blurry, low quality"} for number in range(2100)]
+    manifest = write_csv(tmp_path / "m.csv", rows)
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    found = list(PromptReader(job).read(job.read_rows()))
+    assert len(counted) == len(set(counted)) == 701
+    monkeypatch.setattr(prompts, "MAX_CACHED_PROMPTS", 10)
+    assert [row.prompt for row in PromptReader(job).read(job.read_rows())] == [row.prompt for row in found]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("syntax", ["seed", "a1111", "none"])
+@pytest.mark.parametrize("long_prompts", [False, True])
+def test_counts_are_what_the_text_encoder_gets(
+    tmp_path: Path, tiny_model: Path, syntax: str, long_prompts: bool
+) -> None:
+    texts = [
+        "red apple", "tabby cat:0.25 white duck:0.75 hybrid", "(a (b:1.2) c) [d]", "é ü 猫 🐈 \uff46\uff55\uff4c\uff4c \uff11\uff0c", "x" * 3000,
+        " ".join(["apple"] * 22), " ".join(["apple"] * 23), "a, b: c", "<|endoftext|> cat", "Ĳ ﬁ a\u0301",
+    ]  # fmt: skip
+    manifest = write_csv(tmp_path / "m.csv", [{"prompt": text} for text in texts])
+    settings = Settings(model=str(tiny_model), prompt_syntax=syntax, long_prompts=long_prompts)  # type: ignore[arg-type]
+    job = open_job(manifest, tmp_path / "job", settings)
+    reader = PromptReader(job)
+    for row in reader.read(job.read_rows()):
+        assert not isinstance(row, InvalidRow)
+        exact = reader.tokenize(row.row.prompt, syntax)
+        assert (row.prompt.n_tokens, row.prompt.is_cut) == (exact.n_tokens, exact.truncated is not None)
+
+
+def test_a_row_is_a_line_of_the_terminal(tmp_path: Path, tiny_model: Path) -> None:
+    """Case 44: a prompt of thousands of weighted parts was a line of 60 kB."""
+    parts = " ".join(f"part {number}:1" for number in range(700))
+    manifest = write_csv(tmp_path / "m.csv", [{"prompt": parts}, {"prompt": "cat " * 2000}])
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    for terminal, most in ((True, 60), (False, 300)):
+        console = Console(file=io.StringIO(), width=60, force_terminal=terminal)
+        progress = ReadingProgress(console, "Reading")
+        printer = PlanPrinter(console, True, progress)
+        make_plan(job, printer.row, progress=progress)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert len(lines) == 2
+        assert all(re.match(r"row \d: 1 image, \d,?\d+ tokens, cut off: ", line) for line in lines)
+        assert all(len(line) <= most for line in lines)
+
+
+def test_a_long_manifest_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "SHOW_AFTER_S", 0.02)
+    monkeypatch.setattr(reading, "PLAIN_LINE_EVERY_S", 0.02)
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), width=60, force_terminal=terminal, _environ={"TERM": "xterm"})
+        with ReadingProgress(console, "Reading m.csv") as progress:
+            progress.rows = 340_000
+            time.sleep(0.2)
+            with progress.hidden():
+                console.print("a row")
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "Reading m.csv: 340,000 rows, elapsed 0:00" in text
+        assert ("\x1b[2K" in text) is terminal  # the line is taken away again
+
+
+def test_a_short_one_and_json_show_none(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
+    monkeypatch.setattr(reading, "SHOW_AFTER_S", 0.0)
+    done = run_here("plan", "m.csv", "--model", tiny_model, "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    quiet = Console(file=io.StringIO(), quiet=True)
+    with ReadingProgress(quiet, "Reading") as progress:
+        assert not progress.thread.is_alive()
+
+
+# Fits? How long? How good?
+
+
+def test_the_first_lines_answer(tmp_path: Path, tiny_model: Path) -> None:
+    manifest = write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 4}])
+    before = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", cwd=tmp_path).stdout.splitlines()
+    assert [line.split("  ")[0] for line in before[:4]] == ["Fits", "", "Takes", "Quality"]
+    assert "yes: " in before[0]
+    assert "--device cuda --vram-budget 4GB" in before[1]
+    assert "not known on this machine yet: submit with --limit 4" in before[2]
+    assert "not measured" in before[3]
+    draw(manifest, tmp_path / "old", tiny_model)
+    after = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", cwd=tmp_path).stdout
+    assert "for 4 images with 1 worker, by the speed of old" in line_of(after, "Takes")
+    done = run_here("plan", "m.csv", "--model", tiny_model, "-o", "old", cwd=tmp_path).stdout
+    assert "nothing is left to generate" in line_of(done, "Takes")
+    other = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", "--width", "32", cwd=tmp_path).stdout
+    assert "not known" in line_of(other, "Takes")
+
+
+def test_a_gpu_that_is_not_here(tmp_path: Path, tiny_model: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
+    options = "plan", "m.csv", "--model", tiny_model, "--device", "cuda"
+    assert "--vram-budget 4GB" in line_of(run_here(*options, cwd=tmp_path).stdout, "Fits")
+    told = line_of(run_here(*options, "--vram-budget", "4GB", cwd=tmp_path).stdout, "Fits")
+    assert re.search(r"yes: \d+ MB at most, within --vram-budget 4GB \(float16 on cuda, estimated", told)
+
+
+def test_the_embedded_model_says_how_good_it_is(tmp_path: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
+    quality = line_of(run_here("plan", "m.csv", cwd=tmp_path).stdout, "Quality")
+    assert "PSNR 30.9 dB, level calib" in quality
+
+
+def test_judgements_are_in_order() -> None:
+    assert len({judge(psnr) for psnr in (40, 30, 24, 18, 5)}) == 5
+    assert judge(float("-inf")) == judge(-3)
+
+
+# The options of submit
+
+
+def test_plan_takes_every_option_of_submit(tmp_path: Path, tiny_model: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 3}, {"prompt": "dog", "n_samples": 3}])
+    done = run_here(
+        "plan", "m.csv", "--model", tiny_model, "--workers", 2, "--worker-wait", 5, "--limit", 4, "--retry-failed",
+        "--take-over", "--address", "127.0.0.1:6379", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert (found["images"], found["batches"], found["rows"]) == (4, 2, 2)
+    assert not (tmp_path / "outputs").exists()
