@@ -71,8 +71,9 @@ def test_counts_are_what_the_text_encoder_gets(
     tmp_path: Path, tiny_model: Path, syntax: str, long_prompts: bool
 ) -> None:
     texts = [
-        "red apple", "tabby cat:0.25 white duck:0.75 hybrid", "(a (b:1.2) c) [d]", "é ü 猫 🐈 \uff46\uff55\uff4c\uff4c \uff11\uff0c", "x" * 3000,
-        " ".join(["apple"] * 22), " ".join(["apple"] * 23), "a, b: c", "<|endoftext|> cat", "Ĳ ﬁ a\u0301",
+        "red apple", "tabby cat:0.25 white duck:0.75 hybrid", "(a (b:1.2) c) [d]", "x" * 3000, "a, b: c",
+        "é ü 猫 🐈 \uff46\uff55\uff4c\uff4c \uff11\uff0c", " ".join(["apple"] * 22), " ".join(["apple"] * 23),
+        "<|endoftext|> cat", "Ĳ ﬁ a\u0301",
     ]  # fmt: skip
     manifest = write_csv(tmp_path / "m.csv", [{"prompt": text} for text in texts])
     settings = Settings(model=str(tiny_model), prompt_syntax=syntax, long_prompts=long_prompts)  # type: ignore[arg-type]
