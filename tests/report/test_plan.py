@@ -16,7 +16,7 @@ from tinysd_batch.job import identity
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.records import InvalidRow
 from tinysd_batch.report import prompts, reading
-from tinysd_batch.report.answers import judge
+from tinysd_batch.report.judgement import judge
 from tinysd_batch.report.plan import PlanPrinter, make_plan
 from tinysd_batch.report.prompts import PromptReader
 from tinysd_batch.report.reading import ReadingProgress

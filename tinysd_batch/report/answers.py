@@ -17,6 +17,7 @@ from tinysd_batch.job.folder import JOB_FILE, Job, read_job_json
 from tinysd_batch.job.tables import ResultsPaths, read_table
 from tinysd_batch.model.info import MAX_JSON_BYTES, ModelInfo, read_json
 from tinysd_batch.records import Row, Status
+from tinysd_batch.report.judgement import judge
 from tinysd_batch.report.memory import MemoryPlan
 from tinysd_batch.report.text import count, duration, one_line, size
 from tinysd_batch.storage import read_file
@@ -193,19 +194,6 @@ def time_line(images: int, seconds: float | None, speed: Speed | None) -> str:
 
 
 # How good is the model?
-
-# The median picture's PSNR against the float model's, and what it looks like side by side.
-JUDGEMENTS = (
-    (35.0, "hard to tell from the float model's images"),
-    (28.0, "close to the float model's images, small details differ"),
-    (22.0, "the float model's subjects and composition, details differ"),
-    (16.0, "the float model's subjects, often drawn differently"),
-    (float("-inf"), "often other images than the float model's"),
-)
-
-
-def judge(psnr_db: float) -> str:
-    return next(words for least, words in JUDGEMENTS if psnr_db >= least)
 
 
 @dataclass(frozen=True, slots=True)
