@@ -128,12 +128,12 @@ def draw_and_tell(rows: Sequence["Row"], setup: Any, common: Any, settings: "Set
 def write_grid(made: Sequence["ImageRequest"], output: Path, n_rows: int) -> Path | None:
     """This run's pictures in one, named after the first."""
     from tinysd_batch.config import MAX_GRID_IMAGES
-    from tinysd_batch.report.contact_sheet import Shown, write_grid
+    from tinysd_batch.report.contact_sheet import Shown, seed_caption, write_grid
     from tinysd_batch.report.text import one_line
 
     several = len({request.prompt for request in made}) > 1
     shown = [
-        Shown(output / one.file_name, one_line(one.prompt, 200) if several else f"seed {one.seed}")
+        Shown(output / one.file_name, one_line(one.prompt, 200) if several else seed_caption(one.seed))
         for one in made[:MAX_GRID_IMAGES]
     ]
     return write_grid(shown, output / f"grid_{made[0].index:05d}.png", n_rows)
