@@ -92,12 +92,15 @@ def submit(
 ) -> None:
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
     from tinysd_batch.report.console import make_console
+    from tinysd_batch.report.reading import ReadingProgress
 
     flags = {
         **settings, "workers": workers, "inline": inline or None, "address": address, "worker_wait": worker_wait,
         "strict": strict or None,
     }  # fmt: skip
-    job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
+    chosen = one_manifest(manifest, from_file)
+    with ReadingProgress(make_console(stderr=True), f"Reading {chosen}"):
+        job, named_model = prepare(chosen, output, preset or [], flags, reuse)
     console = make_console()
     how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over}
     raise typer.Exit(run(job, named_model, how, verbose, console))

@@ -12,6 +12,7 @@ from rich.text import Text
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 from tinysd_batch.report.console import has_live_display
+from tinysd_batch.report.reading import ReadingProgress
 from tinysd_batch.report.text import clock, count, one_line, say
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -36,7 +37,8 @@ class RunProgress:
             TextColumn("{task.description}"), *bar, MofNCompleteColumn(), TimesColumn(self), console=console,
             transient=True, disable=not self.is_live,
         )  # fmt: skip
-        self.task = self.bar.add_task("starting", total=None)
+        self.task = self.bar.add_task("reading the manifest", total=None)
+        self.reading = ReadingProgress(console, "Reading the manifest")  # for plain lines, until the job starts
         self.on_start: Callable[[int], None] | None = None
         self.first_image_at: float | None = None
         self.last_image_at = 0.0
@@ -44,11 +46,14 @@ class RunProgress:
 
     def __enter__(self) -> Self:
         self.bar.start()
+        if not self.is_live:
+            self.reading.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.reading.stop()
         self.bar.stop()
 
     def say(self, line: str) -> None:
@@ -56,6 +61,7 @@ class RunProgress:
         say(self.bar.console, line)
 
     def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None:
+        self.reading.stop()
         self.total, self.done = total, finished
         if self.on_start is not None:
             self.on_start(total - finished)

@@ -1,5 +1,6 @@
 """Tell on stderr how far the reading of a long manifest is."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -37,14 +38,17 @@ class ReadingProgress:
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def __enter__(self) -> Self:
-        if not self.console.quiet:
-            self.thread.start()
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def start(self) -> None:
+        if not self.console.quiet:
+            self.thread.start()
 
     def stop(self) -> None:
         """Take the line away; nothing is shown any more."""
@@ -63,12 +67,12 @@ class ReadingProgress:
     def run(self) -> None:
         wait = SHOW_AFTER_S
         while not self.done.wait(wait):
-            with self.lock:
+            with self.lock, contextlib.suppress(OSError):  # a terminal that is gone ends no job
                 if has_live_display(self.console):
                     wait = REDRAW_EVERY_S
                     self.live.start()
                     self.live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
-                else:
+                elif self.rows or time.monotonic() - self.started >= PLAIN_LINE_EVERY_S:
                     wait = PLAIN_LINE_EVERY_S
                     say(self.console, self.line())
 
