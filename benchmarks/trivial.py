@@ -13,8 +13,9 @@ from PIL import Image
 
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
 from tinysd_batch.job.ray_pool import RayPool, WorkerProcess
+from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.job.worker import WorkerSetup
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
+from tinysd_batch.records import ImageRequest, ImageResult
 
 SIDE_PX = 64
 SECONDS_MARK = "trivial:"  # in `WorkerSetup.model_name`: how long an image takes
@@ -65,7 +66,7 @@ class TrivialPool(RayPool):
 class Silent:
     """A progress that nobody sees."""
 
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
+    def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
     def worker(self, event: WorkerReady | WorkerLost) -> None: ...
     def image(self, request: ImageRequest, result: ImageResult) -> None: ...
     def note(self, line: str) -> None: ...

@@ -25,8 +25,9 @@ from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import Summary, run_job
 from tinysd_batch.job.folder import Job, open_job
 from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.job.worker import WorkerSetup
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow
+from tinysd_batch.records import ImageRequest, ImageResult
 from tinysd_batch.storage import TEMPORARY_PREFIX
 
 Capture = pytest.CaptureFixture[str]
@@ -120,11 +121,14 @@ class Quiet:
 
     def __init__(self) -> None:
         self.made: list[int] = []
+        self.notes: list[str] = []
 
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None: ...
+    def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
     def worker(self, event: WorkerReady | WorkerLost) -> None: ...
     def durable(self) -> None: ...
-    def note(self, line: str) -> None: ...
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
     def image(self, request: ImageRequest, result: ImageResult) -> None:
         self.made.append(request.index)

@@ -10,7 +10,7 @@ Importing the package loads nothing heavy: torch comes with `TinySD`.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["TinySD", "__version__"]
 
 if TYPE_CHECKING:

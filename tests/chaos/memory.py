@@ -21,6 +21,7 @@ from tinysd_batch import storage
 from tinysd_batch.job import driver, results, tables
 from tinysd_batch.job.folder import Job
 from tinysd_batch.job.plan import RowImages, cut_batches, plan_images
+from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.records import ImageRequest, ImageResult, Row, Status
 
 # Enough of the table to check it by: a row of all columns takes half a millisecond.
@@ -42,7 +43,7 @@ class MemoryWorld(World):
         return nullcontext()
 
     def submit(self) -> driver.Summary:
-        surveyed = driver.Survey(sum(len(images) for _, images in self.planned), [], [], None)
+        surveyed = driver.Survey(sum(len(images) for _, images in self.planned), InvalidRows(), [], None)
         run = driver.Run(self.the_job, surveyed, self, Silent(), lambda: False)  # type: ignore[arg-type]
         return run.make(lambda _: SimPool(self), None, retry_failed=False)
 
@@ -60,9 +61,9 @@ class MemoryWorld(World):
         with storage.storage_errors(path), self.write(data, path.parent):
             self.tables[path] = data
 
-    def save_job(self, job: Job, *_: Any) -> None:
+    def save_job(self, job: Job, *_: Any) -> Job:
         with storage.storage_errors(job.folder), self.write(b"", job.folder):
-            pass
+            return job
 
     def publish(self, image: ImageRequest) -> ImageResult:
         drawn = image.file_name not in self.pictures
@@ -113,7 +114,8 @@ class MemoryWorld(World):
 
     def read_footer(self, file: Path) -> SimpleNamespace:
         table = self.tables[file]
-        return SimpleNamespace(num_rows=table.num_rows, metadata=table.schema.metadata)
+        schema = SimpleNamespace(to_arrow_schema=lambda: table.schema)
+        return SimpleNamespace(num_rows=table.num_rows, metadata=table.schema.metadata, schema=schema)
 
     def read_table(self, file: Path, columns: list[str] | None = None) -> pa.Table:
         return self.tables[file].select(columns) if columns else self.tables[file]

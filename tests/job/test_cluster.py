@@ -156,8 +156,8 @@ def test_an_address_where_nothing_answers(tmp_path: Path, tiny_model: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--address", "box"], "auto or HOST:PORT was expected"),
-        (["--address", "box:99999"], "auto or HOST:PORT was expected"),
+        (["--address", "box"], "auto, local or HOST:PORT was expected"),
+        (["--address", "box:99999"], "auto, local or HOST:PORT was expected"),
         (["--address", "ray://box:10001"], "without ray:// before it"),
         (["--address", "box:6379", "--inline"], "--inline and --address box:6379: give one of the two"),
     ],

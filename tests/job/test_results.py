@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.job import results
-from tinysd_batch.job.results import ResultsWriter, image_row, invalid_row, results_schema
+from tinysd_batch.job.results import ResultsWriter, image_row, invalid_row, keep_columns, results_schema
 from tinysd_batch.job.tables import FIELDS, ResultsPaths, newest
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 
@@ -190,6 +190,21 @@ def test_a_table_that_gains_a_column_keeps_its_rows(tmp_path: Path) -> None:
     assert [(one["index"], one["artist"]) for one in found] == [(1, None), (2, "artist 2")]
 
 
+def test_a_job_that_goes_on_keeps_its_columns_and_their_types(tmp_path: Path) -> None:
+    """Newer rules may read a list where text was read, or not carry a column any more."""
+    first = ResultsWriter(tmp_path, results_schema([pa.field("tags", pa.string()), pa.field("old", pa.int64())]), 2)
+    first.append({**row(1), "tags": "[1, 2]", "old": 7})
+    first.seal()
+    newer = results_schema([pa.field("tags", pa.list_(pa.int64())), pa.field("artist", pa.string())])
+    second = ResultsWriter(tmp_path, keep_columns(newer, ResultsPaths(tmp_path).schemas()), 2)
+    second.append({**row(2), "tags": [3, None]})
+    second.seal()
+    found = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(one["tags"], one["old"], one["artist"]) for one in found] == [
+        ("[1, 2]", 7, None), ("[3, null]", None, "artist 2"),
+    ]  # fmt: skip
+
+
 KEYS = st.lists(st.tuples(st.integers(1, 4), st.one_of(st.none(), st.integers(1, 6))), max_size=30)
 
 
@@ -197,7 +212,8 @@ KEYS = st.lists(st.tuples(st.integers(1, 4), st.one_of(st.none(), st.integers(1,
 def test_of_rows_written_more_than_once_the_last_counts(keys: list[tuple[int, int | None]]) -> None:
     written = [{"row": number, "index": index, "error_message": str(when)} for when, (number, index) in enumerate(keys)]
     schema = pa.schema([field for field in FIELDS if field.name in ("row", "index", "error_message")])
-    last = {(one["row"], one["index"] or 0): one for one in written}
+    with_images = {number for number, index in keys if index}  # what was wrong with such a row is the past
+    last = {(one["row"], one["index"] or 0): one for one in written if one["index"] or one["row"] not in with_images}
     assert newest(pa.Table.from_pylist(written, schema)).select(["row", "index", "error_message"]).to_pylist() == [
         last[key] for key in sorted(last)
     ]

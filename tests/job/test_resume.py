@@ -12,8 +12,8 @@ from tinysd_batch.errors import JobMismatchError, ManifestError
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.pool import InlinePool
+from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.job.worker import Worker
-from tinysd_batch.records import InvalidRow
 
 
 def pixels(job: Path) -> dict[int, bytes]:
@@ -81,8 +81,8 @@ def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny
 
 
 class Told(Quiet):
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None:
-        self.invalid = [(row.number, row.reason) for row in invalid]
+    def started(self, total: int, finished: int, invalid: InvalidRows) -> None:
+        self.invalid = [(row.number, row.reason) for row in invalid.first]
 
 
 def test_a_resumed_job_tells_of_its_bad_rows_without_reading_the_manifest_twice(
@@ -91,7 +91,7 @@ def test_a_resumed_job_tells_of_its_bad_rows_without_reading_the_manifest_twice(
     told: list[list[tuple[int, str]]] = []
     for limit in (2, 4, None):
         job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-        assert job.is_surveyed == bool(told)
+        assert job.needs_snapshot == (not told)
         progress = Told()
         run_job(job, lambda _: InlinePool(setup_for(job)), progress, lambda: False, limit)  # noqa: B023 - called here
         told.append(progress.invalid)

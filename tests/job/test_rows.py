@@ -1,6 +1,7 @@
 """Rows kept, and how a changed manifest is told from one that has grown."""
 
 import gzip
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, parse_line, read_kept_lines
+from tinysd_batch.job.changes import Change, Pair, begins_with
+from tinysd_batch.job.manifest import fingerprint
+from tinysd_batch.job.rows import ROWS_FILE, KeptRow, RowKeeper, Snapshot, as_line, parse_line, read_kept_lines
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)
@@ -20,6 +23,10 @@ def row(number: int, prompt: str, seed: int | None = None, **extra: object) -> R
 
 def lines(*prompts: str) -> list[str]:
     return [as_line(row(number, prompt)) for number, prompt in enumerate(prompts, start=1)]
+
+
+def pairs(old: list[str], new: list[str]) -> list[Pair]:
+    return [(number, *both) for number, both in enumerate(zip_longest(old, new), start=1)]
 
 
 @pytest.mark.parametrize(
@@ -41,8 +48,8 @@ def lines(*prompts: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_what_is_told_of_a_change(now: str, told: str) -> None:
-    change = Change.between(lines(*"abcde"), lines(*now.split()))
-    assert change.appended is None
+    change = Change.between(pairs(lines(*"abcde"), lines(*now.split())))
+    assert not change.is_growth
     assert str(change) == told
 
 
@@ -51,9 +58,9 @@ PROMPTS = st.lists(st.sampled_from("abc"), max_size=8)
 
 @given(PROMPTS, PROMPTS)
 def test_only_rows_behind_the_old_ones_are_appended(old: list[str], new: list[str]) -> None:
-    change = Change.between(lines(*old), lines(*new))
+    change = Change.between(pairs(lines(*old), lines(*new)))
     grown = new[: len(old)] == old
-    assert change.appended == (len(new) - len(old) if grown else None)
+    assert change.is_growth == grown
     assert grown or str(change)
 
 
@@ -64,13 +71,7 @@ def test_a_difference_names_columns_with_both_values() -> None:
         (row(1, "a", artist="\x1b[2J"), "row 1: artist nothing is now '\\x1b[2J'"),
         (faulty, "row 1: is faulty now: prompt 'a'"),
     ):
-        assert str(Change.between(lines("a"), [as_line(new)])) == told
-    assert str(Change.between([as_line(faulty)], lines("a"))) == "row 1: was faulty, and can be made now"
-
-
-def test_the_wording_of_faults_is_no_change() -> None:
-    one, other = (InvalidRow(1, reason, prompt="a") for reason in ("bad seed", "a seed that is bad"))
-    assert Change.between([as_line(one)], [as_line(other)]).appended == 0
+        assert str(Change.between(pairs(lines("a"), [as_line(new)]))) == told
 
 
 def test_rows_are_read_as_they_were_kept_and_no_further_than_asked(tmp_path: Path) -> None:
@@ -81,6 +82,68 @@ def test_rows_are_read_as_they_were_kept_and_no_further_than_asked(tmp_path: Pat
     keeper.save(tmp_path)
     assert list(read_kept_lines(tmp_path, 2)) == [as_line(one) for one in kept]
     assert list(read_kept_lines(tmp_path, 1)) == [as_line(kept[0])]
+    assert [one.read() for one in Snapshot(tmp_path, 2).rows()] == kept
+
+
+NUMBERS = st.integers(1, 10**9)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+EXTRA = st.dictionaries(st.text(max_size=3), st.text() | st.floats(allow_nan=False))
+SEEDS = st.none() | st.integers(0, 2**63 - 1)
+GOOD_ROWS = st.builds(
+    lambda number, prompt, seed, extra: row(number, prompt, seed, **extra), NUMBERS, TEXT, SEEDS, EXTRA
+)
+BAD_ROWS = st.builds(InvalidRow, NUMBERS, TEXT.filter(bool), st.none() | TEXT, st.none() | TEXT)
+
+
+@given(st.lists(GOOD_ROWS | BAD_ROWS, max_size=6))
+def test_every_row_comes_back_with_its_number(rows: list[Row | InvalidRow]) -> None:
+    keeper = RowKeeper()
+    for one in rows:
+        keeper.add(one)
+    assert keeper.last_number == max((one.number for one in rows), default=0)
+    assert list(keeper.rows()) == rows
+
+
+@pytest.mark.parametrize("size", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new", "grows"),
+    [
+        ("prompt\ncat\n", "prompt\ncat\ndog\n", True),
+        ("prompt\ncat", "prompt\ncat\ndog", True),
+        ("prompt\r\ncat", "prompt\r\ncat\r\ndog\r\n", True),
+        ("prompt\ncat", "prompt\ncats\n", False),  # the same bytes at its start, and another row
+        ("prompt\ncat\n", "prompt\ndog\ncat\n", False),
+        ("prompt\ncat\n", "prompt\ncat\n", True),
+        ("prompt\ncat\ndog\n", "prompt\ncat\n", False),
+    ],
+)
+def test_a_file_that_only_grew_is_known_by_its_bytes(
+    tmp_path: Path, old: str, new: str, grows: bool, size: bool
+) -> None:
+    file = tmp_path / "m.csv"
+    file.write_bytes(old.encode())
+    digest = fingerprint(file)
+    file.write_bytes(new.encode())
+    assert begins_with(file, digest, len(old) if size else None) == grows
+
+
+VALID = parse_line(as_line(row(1, "a", 7)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", 7), ("prompt", "a\0"), ("prompt", "x" * 10_001), ("seed", -1), ("seed", 1.0), ("seed", True),
+        ("steps", 0), ("steps", 10**9), ("width", "64"), ("height", 10**6), ("n_iter", 10**6), ("scale", float("nan")),
+        ("scale", "7"), ("eta", 2), ("sampler", "magic"), ("sampler", []), ("prompt_syntax", {}), ("extra", []),
+        ("id", 7), ("negative_prompt", None),
+    ],
+)  # fmt: skip
+def test_a_row_that_no_manifest_gives_is_refused(name: str, value: object) -> None:
+    import json
+
+    with pytest.raises(StorageError, match="not a row of a job"):
+        KeptRow(1, json.dumps({**VALID, name: value})).read()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +160,7 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     whole = gzip.compress("".join(f"{line}\n" for line in lines("a", "b")).encode())
     for content in (whole, whole[:-12], b"no gzip", gzip.compress(b"{}\n{}"), gzip.compress(b"\xff\n" * 3)):
         file.write_bytes(content)
-        with pytest.raises(StorageError, match="bring the manifest back"):
+        with pytest.raises(StorageError, match="restore it from a backup"):
             list(read_kept_lines(tmp_path, 3))
     file.unlink()
     with pytest.raises(StorageError, match="No such file"):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tests.tools import draw, read_results, write_csv
 from tinysd_batch.job.pool import WorkerReady
+from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, columns_for, write_contact_sheet
 from tinysd_batch.report.progress import RunProgress
@@ -62,7 +63,7 @@ def test_status_tells_counts_speed_and_faults(job: Path) -> None:
     assert "ok       7" in text
     assert "invalid  1" in text
     assert "inline on cpu" in text
-    assert "row 2: invalid: column n_samples = 'x'" in text
+    assert "row 2 (line 3): invalid: column n_samples = 'x'" in text
 
 
 def test_status_while_the_driver_seals(job: Path, tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
     console = plain_console()
     params = SamplingParams(64, 64, 5, "plms", 0.0)
     with RunProgress(console, verbose=True) as progress:
-        progress.started(3, 1, [InvalidRow(9, "column seed = \x1b[31m: bad")])
+        progress.started(3, 1, InvalidRows([InvalidRow(9, "column seed = \x1b[31m: bad")], 1))
         for index, status in ((2, Status.OK), (3, Status.FAILED)):
             request = ImageRequest(index, 1, 1, "cat\x1b]0;evil\x07[red]", "", 5, 1.0, params, "", "f")
             progress.image(request, ImageResult(index, status, file_name="images/x.png", error_message="it broke"))
@@ -117,7 +118,7 @@ def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pyte
     monkeypatch.setattr("time.monotonic", lambda: now)
     console = plain_console()
     progress = RunProgress(console, verbose=False)
-    progress.started(408, 0, [])
+    progress.started(408, 0, InvalidRows())
     now = 112.0
     for index in range(1, 9):  # a batch of eight, at once
         image_comes(progress, index)
@@ -140,7 +141,7 @@ def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pyte
 def test_the_bar_is_one_line_on_any_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, _environ={"TERM": "xterm"})
     progress = RunProgress(console, verbose=False)
-    progress.started(1_000_000, 0, [])
+    progress.started(1_000_000, 0, InvalidRows())
     progress.worker(WorkerReady("cpu-0", {"device_name": "cpu"}))
     progress.began -= 4000
     progress.first_image_at, progress.last_image_at, progress.timed = 1.0, 3001.0, 70

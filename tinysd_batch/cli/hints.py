@@ -20,8 +20,8 @@ def refuse_prompt(manifest: Path) -> None:
     what = f"tinysd-batch txt2img {shlex.quote(text)}" if len(text) <= MAX_SHOWN else EXAMPLE
     shown = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
     raise UsageError(
-        f"{shown}: no such file; name a manifest (.csv, .jsonl, .parquet, .txt, a prompt for each row), "
-        f"or for one prompt type: {what}"
+        f"{shown}: no such file; name a manifest (.csv, .jsonl, .parquet, .txt, a prompt for each row) "
+        f"or a job folder, or for one prompt type: {what}"
     )
 
 

@@ -32,7 +32,8 @@ def plan(
     from tinysd_batch.report.plan import PlanPrinter, make_plan, plan_as_dict
     from tinysd_batch.report.reading import ReadingProgress
 
-    flags = {name: value for name, value in others.items() if name in Settings.model_fields and value is not False}
+    flags = {name: value for name, value in others.items() if name in Settings.model_fields}
+    flags["strict"] = others["strict"] or None
     chosen = one_manifest(manifest, from_file)
     with ReadingProgress(make_console(stderr=True, quiet=as_json), f"Reading {chosen}") as progress:
         job, _ = prepare(chosen, output, preset or [], flags, reuse)

@@ -1,5 +1,6 @@
 """`tinysd-batch submit`: run a job, or go on with it."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ Manifest = Annotated[
     Path | None,
     typer.Argument(
         help="A table with a prompt column (.csv, .tsv, .jsonl, .parquet), a .txt of prompts, any of these also as "
-        ".gz, or a job.toml that names one.",
+        ".gz, a job.toml that names one, or the folder of a job to go on with.",
         show_default=False,
     ),
 ]
@@ -48,13 +49,17 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    inline: Annotated[bool, typer.Option("--inline", help="One worker in this process, without Ray.")] = False,
+    inline: Annotated[
+        bool | None,
+        typer.Option("--inline/--no-inline", help="One worker in this process, without Ray.", show_default=False),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(
             "--address",
             metavar="HOST:PORT",
-            help="A Ray cluster to work on, as `ray start` printed it, or auto for the one this machine belongs to.",
+            help="A Ray cluster to work on, as `ray start` printed it, auto for the one this machine belongs to, or "
+            "local for this machine alone (default).",
             show_default=False,
         ),
     ] = None,
@@ -95,7 +100,7 @@ def submit(
     from tinysd_batch.report.reading import ReadingProgress
 
     flags = {
-        **settings, "workers": workers, "inline": inline or None, "address": address, "worker_wait": worker_wait,
+        **settings, "workers": workers, "inline": inline, "address": address, "worker_wait": worker_wait,
         "strict": strict or None,
     }  # fmt: skip
     chosen = one_manifest(manifest, from_file)
@@ -121,12 +126,16 @@ def prepare(
     manifest: Path, output: Path | None, presets: list[Path], flags: dict[str, Any], reuse: Path | None = None
 ) -> tuple["Job", bool]:
     """The job, and whether its model was named: preset < job.toml < flag."""
-    from tinysd_batch.config import read_job_file, read_preset, resolve
+    from tinysd_batch.config import read_job_file, read_preset
     from tinysd_batch.job.folder import default_folder, open_job
+    from tinysd_batch.job.resume import is_job_folder, manifest_of, resolve_with_job
 
     from_job: dict[str, Any] = {}
     folder = None
-    if manifest.suffix == ".toml":
+    is_named = is_job_folder(manifest)
+    if is_named:
+        folder, manifest = manifest, manifest_of(manifest, output)
+    elif manifest.suffix == ".toml":
         job_file = manifest
         from_job, manifest, folder = read_job_file(job_file)
         folder = (
@@ -135,9 +144,10 @@ def prepare(
             or default_folder(job_file, job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem)
         )
     layers = [*(read_preset(path) for path in presets), from_job, flags]
-    settings = resolve(*layers)
-    named = any(layer.get("model") is not None for layer in layers)
-    return open_job(manifest, output or folder or default_folder(manifest), settings, reuse), named
+    folder = output or folder or default_folder(manifest)
+    settings, goes_on = resolve_with_job(folder, layers, is_named=is_named)
+    named = goes_on or any(layer.get("model") is not None for layer in layers)
+    return open_job(manifest, folder, settings, reuse), named
 
 
 def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, console: "Console") -> int:
@@ -157,7 +167,7 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
                 settings = job.settings
                 sheet = None if settings.skip_grid else write_contact_sheet(job.folder, settings.n_rows)
         except KeyboardInterrupt:
-            console.print("Stopped at once. The same command goes on.")
+            say_how_to_go_on("Stopped at once", job, console)
             return stop.exit_code
     say_last_lines(job, summary, sheet, console)
     if summary.stopped:
@@ -189,7 +199,7 @@ def pool_for(job: "Job") -> "PoolFactory":
 
 
 def say_first_lines(job: "Job", console: "Console") -> None:
-    from tinysd_batch.report.text import count, say
+    from tinysd_batch.report.text import say
 
     settings = job.settings
     say(
@@ -198,8 +208,6 @@ def say_first_lines(job: "Job", console: "Console") -> None:
         f"{settings.width}x{settings.height}, {settings.steps} steps of {settings.sampler}, scale {settings.scale:g}",
     )
     say(console, f"Job: {job.folder}, seed {job.seed}")
-    if job.appended_rows:
-        say(console, f"The manifest has grown by {count(job.appended_rows, 'row')}")
 
 
 def warn_of_embedded_model(images: int, say: Any) -> None:
@@ -230,5 +238,19 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
     for table in (job.folder / "results.parquet", job.folder / "results"):
         if table.exists():
             say(console, f"Table: {table}")
+    say_what_is_left(job, summary, console)
+
+
+def say_what_is_left(job: "Job", summary: "Summary", console: "Console") -> None:
+    from tinysd_batch.report.text import count
+
     if summary.stopped:
-        console.print(f"Stopped with {count(summary.left, 'image')} left. The same command goes on.", markup=False)
+        say_how_to_go_on(f"Stopped with {count(summary.left, 'image')} left", job, console)
+    elif summary.beyond_limit:
+        say_how_to_go_on(f"{count(summary.beyond_limit, 'image')} left beyond --limit", job, console)
+
+
+def say_how_to_go_on(what: str, job: "Job", console: "Console") -> None:
+    """The line to type, for a shell; whole, however narrow the terminal is."""
+    console.print(f"{what}. To go on:", markup=False)
+    console.print(f"  tinysd-batch submit {shlex.quote(str(job.folder))}", markup=False, soft_wrap=True)

@@ -7,30 +7,31 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.dispatch import CHANGED, Dispatch
+from tinysd_batch.job.dispatch import Dispatch
 from tinysd_batch.job.folder import (
     JOB_FILE,
     Job,
     check_still_same_job,
     missing_folders,
+    remove_state,
     save_job,
     stamp,
     take_back,
 )
 from tinysd_batch.job.formats import is_jsonl, read_extra_fields
+from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.job.pool import Pool
-from tinysd_batch.job.results import ResultsWriter, invalid_row, results_schema
+from tinysd_batch.job.results import ResultsWriter, invalid_row, keep_columns, read_invalid_row, results_schema
 from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
-from tinysd_batch.job.summary import Progress, Summary
+from tinysd_batch.job.summary import InvalidRows, Progress, Summary
 from tinysd_batch.job.tables import ResultsPaths
-from tinysd_batch.records import InvalidRow, MicroBatch, Row, Status
+from tinysd_batch.records import InvalidRow, MicroBatch, Status
 from tinysd_batch.storage import Lock, lock, sweep_temporaries
 
 __all__ = ["PoolFactory", "Progress", "Summary", "run_job"]
 
-STAT_EVERY_ROWS = 64
 MAX_KEYS = 500  # different ones of a JSONL file, of which each becomes a column
 
 
@@ -39,41 +40,58 @@ class Survey:
     """What a first pass over the manifest found."""
 
     images: int
-    invalid: list[InvalidRow]
+    invalid: InvalidRows
     extra: list[str]  # names of the columns we do not know, in the order they came
     kept: RowKeeper | None  # all rows, if the job folder does not hold them all
+    appended_rows: int = 0  # since the last run
+    corrected_rows: int = 0  # that had a fault in the last run and can be generated now
+    notes: ReadingNotes = field(default_factory=ReadingNotes)  # on the manifest, where it was read
 
 
 def survey(job: Job) -> Survey:
     """Read the whole manifest once, so that its faults show before anything heavy starts."""
-    found = Survey(0, [], [], RowKeeper() if job.rows_to_keep else None)
+    found = Survey(0, InvalidRows(), [], RowKeeper() if job.needs_snapshot else None)
+    merger = job.merger() if job.record is not None and job.has_new_rows else None
     names: dict[str, None] = {}
-    for row in job.read_own_rows():
+    for row in merger.merge(job.read_manifest(found.notes)) if merger else job.read_own_rows(found.notes):
         if found.kept is not None:
             found.kept.add(row)
         if isinstance(row, InvalidRow):
-            found.invalid.append(row)
+            found.invalid.add(row)
         else:
             found.images += row.n_iter * row.n_samples
         names.update(dict.fromkeys(row.extra))
         if len(names) > MAX_KEYS and is_jsonl(job.manifest):
             raise ManifestError(f"{job.manifest}: over {MAX_KEYS} different keys besides the known ones")
     found.extra.extend(names)
+    if merger:
+        found.appended_rows, found.corrected_rows = merger.appended, merger.corrected
     return found
 
 
 def remembered(job: Job) -> Survey | None:
     """What the first pass of an earlier run found in the same manifest; None where not all of that is known."""
-    if not job.is_surveyed or job.known is None or job.known.columns is None:
+    record = job.record
+    if record is None or job.needs_snapshot:
         return None
-    invalid: list[InvalidRow] = []
-    if job.known.invalid_rows:
-        table = ResultsPaths(job.folder).read_newest(["row", "index", "id", "prompt", "status", "error_message"])
-        told = (row for row in table.to_pylist() if row["status"] == Status.INVALID)
-        invalid += (InvalidRow(row["row"], row["error_message"] or "", row["prompt"], row["id"]) for row in told)
-    if len(invalid) != job.known.invalid_rows:
+    invalid = InvalidRows()
+    if record.invalid_rows:
+        for row in read_invalid_rows(job):
+            invalid.add(row)
+    if invalid.count != record.invalid_rows:
         return None
-    return Survey(job.known.images, invalid, list(job.known.columns), None)
+    return Survey(record.images, invalid, list(record.columns or ()), None)
+
+
+def read_invalid_rows(job: Job) -> Iterator[InvalidRow]:
+    """Those that the results name, the first time each is met."""
+    seen: set[int] = set()
+    columns = ["row", "index", "id", "prompt", "status", "error_message"]
+    for table in ResultsPaths(job.folder).read(columns):
+        for row in table.filter(table["index"].is_null()).to_pylist():
+            if row["status"] == Status.INVALID and row["row"] not in seen:
+                seen.add(row["row"])
+                yield read_invalid_row(row)
 
 
 PoolFactory = Callable[[int], AbstractContextManager[Pool]]
@@ -89,11 +107,16 @@ def run_job(
     that has it and does not give it up.
     """
     started = time.monotonic()
-    surveyed = None if job.is_surveyed else survey(job)
+    surveyed = survey(job) if job.needs_snapshot else None
+    if surveyed is not None and stamp(job.manifest) != job.manifest_stamp:
+        raise ManifestError(f"{job.manifest}: changed while it was read; try again")
     new_folders = missing_folders(job.folder)
     with lock(job.state / "lock", take_over) as held:
         check_still_same_job(job)
-        is_new = not (job.folder / JOB_FILE).exists()
+        is_new = job.begins_anew or not (job.folder / JOB_FILE).exists()
+        if job.begins_anew:
+            with held.guard():
+                remove_state(job)
         run = Run(job, surveyed or remembered(job) or survey(job), held, progress, should_stop)
         try:
             summary = run.make(open_pool, limit, retry_failed)
@@ -120,15 +143,20 @@ class Run:
         job, surveyed = self.job, self.surveyed
         total = min(surveyed.images, limit) if limit else surveyed.images
         self.clean()
+        self.note_reading()
         schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
-        writer = ResultsWriter(job.folder, schema, surveyed.images + len(surveyed.invalid), self.held.guard)
+        schema = keep_columns(schema, ResultsPaths(job.folder).schemas())
+        writer = ResultsWriter(job.folder, schema, surveyed.images + surveyed.invalid.count, self.held.guard)
         done = read_finished(job)
         if retry_failed:
             self.forget_failed(done)
         finished = {index for index in done.images if 1 <= index <= total}
-        summary = Summary(total, len(finished), len(surveyed.invalid), failed_before=len(done.failed & finished))
+        summary = Summary(
+            total, len(finished), surveyed.invalid.count, failed_before=len(done.failed & finished),
+            beyond_limit=surveyed.images - total,
+        )  # fmt: skip
         with self.held.guard():
-            save_job(job, surveyed.images, len(surveyed.invalid), surveyed.extra, surveyed.kept)
+            job = self.job = save_job(job, surveyed.images, surveyed.invalid.count, surveyed.extra, surveyed.kept)
         write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
         try:
             self.reuse(summary, finished, writer)
@@ -139,10 +167,24 @@ class Run:
             self.clean()  # a killed worker cannot
             self.flush(writer)
             writer.seal()
-            if retry_failed or done.doubled:
+            corrected = len(done.invalid_rows) > surveyed.invalid.count
+            if retry_failed or done.doubled or corrected:
                 writer.drop_superseded()
         summary.stopped = bool(summary.left)
         return summary
+
+    def note_reading(self) -> None:
+        """Say what was noticed about the manifest, and how it has grown since the last run."""
+        for line in self.surveyed.notes.lines():
+            self.progress.note(f"{self.job.manifest.name}: {line}")
+        appended, corrected = self.surveyed.appended_rows, self.surveyed.corrected_rows
+        if appended:
+            self.progress.note(f"The manifest has grown by {appended:,} row{'s' * (appended != 1)}")
+        if corrected:
+            rows, images = ("row", "its images come") if corrected == 1 else ("rows", "their images come")
+            self.progress.note(
+                f"{corrected:,} {rows} of the manifest had a fault before and can be generated now; {images} last"
+            )
 
     def clean(self) -> None:
         with self.held.guard():
@@ -187,16 +229,8 @@ def sweep(job: Job) -> None:
     job.stop_file.unlink(missing_ok=True)
 
 
-def read_unchanged_rows(job: Job) -> Iterator[Row | InvalidRow]:
-    """The manifest's rows again, hours later perhaps; raise ManifestError when the file is not what it was."""
-    for number, row in enumerate(job.read_rows()):
-        if number % STAT_EVERY_ROWS == 0 and stamp(job.manifest) != job.manifest_stamp:
-            raise ManifestError(f"{job.manifest}: {CHANGED}")
-        yield row
-
-
 def todo(job: Job, finished: set[int]) -> Iterator[MicroBatch]:
-    return cut_batches(plan_images(read_unchanged_rows(job), job.common()), finished, job.settings.max_batch)
+    return cut_batches(plan_images(job.read_rows(), job.common()), finished, job.settings.max_batch)
 
 
 def within(batches: Iterable[MicroBatch], last_index: int) -> Iterator[MicroBatch]:
@@ -232,8 +266,10 @@ def read_finished(job: Job) -> Finished:
     return finished
 
 
-def write_invalid_rows(job: Job, invalid: list[InvalidRow], written: set[int], writer: ResultsWriter) -> None:
-    for row in invalid:
+def write_invalid_rows(job: Job, invalid: InvalidRows, written: set[int], writer: ResultsWriter) -> None:
+    """A row of the table for each, but those that have one. Only the first of many are in memory: then all are read."""
+    rows = invalid.first if invalid.are_all_shown else (row for row in job.read_rows() if isinstance(row, InvalidRow))
+    for row in rows:
         if row.number not in written:
             writer.append(invalid_row(row, job.run_columns()))
             writer.flush_if_due()

@@ -1,60 +1,42 @@
-"""The job folder: `job.json` says what the job is, so that the same command goes on and another one is refused."""
+"""A job and its folder: open a new one or one to go on with, and give back what a run leaves that generated nothing."""
 
 import contextlib
-import json
-import os
-import platform
 import secrets
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import tinysd_batch
-from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_SEED, Settings
+from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
-from tinysd_batch.job.formats import format_of, is_jsonl
+from tinysd_batch.job.changes import Change, Merger, begins_with, pair_rows
+from tinysd_batch.job.formats import format_of
+from tinysd_batch.job.job_json import (
+    DECIDING,
+    JOB_FILE,
+    ManifestRecord,
+    check_same_settings,
+    read_job_json,
+    write_job_json,
+)
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_rows
-from tinysd_batch.job.manifest_file import bare_name
+from tinysd_batch.job.manifest_file import bare_name, is_packed, manifest_files
+from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import Common
-from tinysd_batch.job.rows import ROWS_FILE, Change, RowKeeper, as_line, read_kept_lines
+from tinysd_batch.job.rows import READER, ROWS_FILE, RowKeeper, Snapshot
 from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, read_seeds, save_seeds
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.prompts import parse_prompt
 from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.storage import check_unlocked, read_file, storage_errors, write_atomically
+from tinysd_batch.storage import check_unlocked, storage_errors
 
-JOB_FILE = "job.json"
+__all__ = ["DECIDING", "JOB_FILE", "STATE_FOLDER", "Job", "open_job", "read_job_json", "save_job"]
+
 STATE_FOLDER = "_tinysd"
-MAX_JOB_BYTES = 10_000_000
-# What decides pixels and files and must not change within a job. `model` is compared by digest, `seed` on its own.
-DECIDING = (
-    "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
-    "n_samples", "fixed_code", "rng", "precision", "format", "quality", "no_metadata", "skip_save",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What `job.json` says of the manifest."""
-
-    fingerprint: str
-    rows: int
-    images: int
-    invalid_rows: int
-    columns: tuple[str, ...] | None  # that we do not know; None where another version of us read the manifest
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> "Known":
-        manifest = saved["manifest"]
-        columns = manifest.get("columns") if saved["version"] == tinysd_batch.__version__ else None
-        return cls(
-            manifest["fingerprint"], manifest["rows"], saved["images"], saved["invalid_rows"],
-            tuple(columns) if columns is not None else None,
-        )  # fmt: skip
+GROWING = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")  # files to which lines are appended
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +51,10 @@ class Job:
     run_id: str
     fingerprint: str  # of the manifest
     manifest_stamp: tuple[int, int]
-    known: Known | None = None  # None: a new job
-    appended_rows: int = 0  # since the last run
-    reuse: Path | None = None  # the job that pictures are taken over from
+    record: ManifestRecord | None = None  # of the run before; None: a new job
+    is_new: bool = True  # no run before has begun it
+    begins_anew: bool = False  # in a folder whose job generated nothing and had other settings or rows
+    reuse: Path | None = None  # the job that images are taken over from
     given_seeds: dict[int, int] = field(default_factory=dict)  # row -> its first image's seed, as `reuse` had it
 
     @property
@@ -95,27 +78,51 @@ class Job:
         return common_of(self.settings, self.model, self.seed)
 
     @property
-    def rows_to_keep(self) -> bool:
-        """Whether the manifest's rows are not all kept in the folder yet."""
-        return self.known is None or self.known.fingerprint != self.fingerprint
+    def snapshot(self) -> Snapshot:
+        """The rows of the run before."""
+        assert self.record is not None
+        return self.record.snapshot(self.state)
 
     @property
-    def is_surveyed(self) -> bool:
-        """Whether a run of this version has read all of just this manifest, and would find nothing new in it."""
-        known = self.known
-        if known is None or known.columns is None or known.fingerprint != self.fingerprint:
-            return False
-        return not (self.settings.strict and known.columns)
+    def has_new_rows(self) -> bool:
+        """Whether the manifest may say something that the snapshot of its rows does not."""
+        return self.record is None or self.record.fingerprint != self.fingerprint or not self.record.is_complete
 
-    def read_rows(self) -> Iterator[Row | InvalidRow]:
-        """The manifest's rows, with the seeds that another job gave them."""
-        for row in self.read_own_rows():
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether the manifest's rows are not all kept in the folder yet."""
+        return self.has_new_rows or not self.snapshot.is_there
+
+    def read_rows(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
+        """The job's rows in the order of their images, with the seeds that another job gave them.
+
+        `notes` is filled with what was noticed about the manifest, where it has to be read.
+        """
+        for row in self.read_own_rows(notes):
             given = self.given_seeds.get(row.number)
             yield replace(row, seed=given) if given is not None and isinstance(row, Row) else row
 
-    def read_own_rows(self) -> Iterator[Row | InvalidRow]:
-        """The manifest's rows as they stand there."""
-        return read_rows(self.manifest, self.defaults(), self.settings.strict)
+    def read_own_rows(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
+        """The same, with the seeds that the manifest gives."""
+        if self.record is None:
+            return self.read_manifest(notes)
+        if self.has_new_rows:
+            return self.merger().merge(self.read_manifest(notes))
+        if not self.snapshot.is_there and self.record.reader == READER and not self.record.out_of_order:
+            return self.read_manifest(notes)  # somebody removed it, and the manifest says the same
+        return (row.read() for row in self.snapshot.rows())
+
+    def merger(self) -> Merger:
+        """What puts the manifest's new rows behind those of the job."""
+        assert self.record is not None
+        return Merger(self.snapshot, self.record.rows)
+
+    def read_manifest(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
+        """The manifest's rows as they stand there, read by today's rules."""
+        settings = self.settings
+        return read_rows(
+            self.manifest, self.defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines
+        )
 
     def run_columns(self) -> dict[str, Any]:
         """The results columns that are the same for all rows of a run."""
@@ -177,25 +184,23 @@ def check_settings(settings: Settings) -> None:
 
 
 def open_job(manifest: Path, folder: Path, settings: Settings, reuse: Path | None = None) -> Job:
-    """The job in `folder`, new or to be resumed. A new one may take pictures over from the job `reuse`.
+    """The job in `folder`, new or to be resumed. A new one may take images over from the job `reuse`.
 
-    Raises JobMismatchError when the folder holds another manifest's job, or one whose pixels other settings decided.
-    Writes nothing: `save_job` does, once the manifest has been read through.
+    Raises JobMismatchError when images were generated there of another manifest, or with other settings. Writes
+    nothing: `save_job` does, once the manifest has been read through.
     """
     format_of(manifest)
     seen = stamp(manifest)
     check_folder(folder)
-    found = fingerprint(manifest)
+    digest = fingerprint(manifest)
     model = read_model_info(settings.model)
-    filled = fill_in_model_defaults(settings, model)
-    saved = read_job_json(folder) if (folder / JOB_FILE).exists() else None
-    if saved is not None:
-        check_same_settings(saved, manifest, folder, filled, model)
     job = Job(
-        folder, manifest, filled, model, run_id=uuid.uuid4().hex[:12], fingerprint=found, manifest_stamp=seen,
+        folder, manifest, fill_in_model_defaults(settings, model), model, run_id=uuid.uuid4().hex[:12],
+        fingerprint=digest, manifest_stamp=seen,
         seed=settings.seed if settings.seed is not None else secrets.randbelow(2**31),
     )  # fmt: skip
-    job = start_from(job, reuse) if saved is None else go_on_with(job, saved, reuse)
+    saved = read_job_json(folder) if (folder / JOB_FILE).exists() else None
+    job = start_from(job, reuse) if saved is None else go_on_or_begin_anew(job, saved, reuse)
     if stamp(manifest) != seen:
         raise ManifestError(f"{manifest}: changed while it was read; try again")
     return job
@@ -210,42 +215,69 @@ def start_from(job: Job, reuse: Path | None) -> Job:
     return replace(job, reuse=reuse.resolve(), given_seeds=given)
 
 
+def go_on_or_begin_anew(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
+    """Settings and rows bind a job from its first image on; before that another job may take the folder."""
+    try:
+        return go_on_with(job, saved, reuse)
+    except JobMismatchError:
+        if has_images(job.folder):
+            raise
+    seed = job.settings.seed if job.settings.seed is not None else saved["seed"]
+    return replace(start_from(replace(job, seed=seed), reuse), begins_anew=True)
+
+
 def go_on_with(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
-    """The job as it was saved, and grown if rows were appended. Raises JobMismatchError for any other change."""
+    """The job as it was saved. Raises JobMismatchError for other settings, and for rows that are not what they were."""
+    check_same_settings(saved, job.manifest, job.folder, job.settings, job.model)
     began_with = Path(saved["reuse"]) if saved.get("reuse") is not None else None
     if reuse is not None and reuse.resolve() != began_with:
         raise JobMismatchError(
             f"{job.folder}: this job was begun {f'with --reuse {began_with}' if began_with else 'without --reuse'}; "
             f"name a new folder with -o"
         )
-    known = Known.of(saved)
     given = read_seeds(job.state) if began_with else {}
-    job = replace(job, seed=saved["seed"], known=known, reuse=began_with, given_seeds=given)
-    return replace(job, appended_rows=count_appended(job, known)) if job.rows_to_keep else job
+    job = replace(
+        job, seed=saved["seed"], record=ManifestRecord.of(saved), is_new=False, reuse=began_with, given_seeds=given
+    )
+    check_only_growth(job)
+    if job.settings.strict and job.record is not None and job.record.columns:
+        next(job.read_manifest(), None)  # raises for a file with columns that are not known
+    return job
 
 
-def count_appended(job: Job, known: Known) -> int:
-    """How many rows the manifest has grown by. Raises JobMismatchError, with the difference, where rows changed."""
-    rows_now = (as_line(row) for row in job.read_own_rows())
-    change = Change.between(read_kept_lines(job.state, known.rows), rows_now)
-    if change.appended is None:
+def check_only_growth(job: Job) -> None:
+    """Raises JobMismatchError, with the difference, where the manifest's rows are not those of the job and new ones."""
+    record = job.record
+    if record is None or record.fingerprint == job.fingerprint:
+        return
+    grows = format_of(job.manifest) in GROWING and not is_packed(job.manifest)
+    if grows and begins_with(job.manifest, record.fingerprint, record.bytes):
+        return
+    change = Change.between(pair_rows(job.snapshot, job.read_manifest()))
+    if not change.is_growth:
         raise JobMismatchError(
             f"{job.folder}: {job.manifest} is not the manifest that this job was started with: {change}. Rows may be "
             f"added at the end only; for another change make a new job, and let it take over what is the same: "
             f"-o NEW_FOLDER --reuse {job.folder}"
         )
-    return change.appended
+
+
+def has_images(folder: Path) -> bool:
+    """Whether any image was generated in the folder, or failed, by its files or its table."""
+    if next(folder.glob("images/*/*"), None) is not None:
+        return True
+    return any(table["index"].null_count < len(table) for table in ResultsPaths(folder).read(["index"]))
 
 
 def stamp(manifest: Path) -> tuple[int, int]:
-    """Size and time of the last change: what tells quickly that a file was touched."""
+    """Size and time of the last change: what tells quickly that a file, or one of a folder's parts, was touched."""
     try:
-        status = manifest.stat()
+        parts = [file.stat() for file in manifest_files(manifest)]
     except FileNotFoundError:
         raise ManifestError(f"{manifest}: no such file") from None
     except OSError as error:
         raise ManifestError(f"{manifest}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    return status.st_size, status.st_mtime_ns
+    return sum(part.st_size for part in parts), max(part.st_mtime_ns for part in parts)
 
 
 def check_still_same_job(job: Job) -> None:
@@ -253,11 +285,19 @@ def check_still_same_job(job: Job) -> None:
     if not (job.folder / JOB_FILE).exists():
         return
     saved = read_job_json(job.folder)
+    if job.begins_anew:
+        if has_images(job.folder):
+            raise another_run(job)
+        return
     check_same_settings(saved, job.manifest, job.folder, job.settings, job.model)
-    seen = {job.fingerprint} | ({job.known.fingerprint} if job.known else set())
+    seen = {job.fingerprint} | ({job.record.fingerprint} if job.record else set())
     reuse = str(job.reuse) if job.reuse else None
     if saved["seed"] != job.seed or saved["manifest"]["fingerprint"] not in seen or saved.get("reuse") != reuse:
-        raise JobMismatchError(f"{job.folder}: another run started this job meanwhile; submit again to go on with it")
+        raise another_run(job)
+
+
+def another_run(job: Job) -> JobMismatchError:
+    return JobMismatchError(f"{job.folder}: another run started this job meanwhile; submit again to go on with it")
 
 
 def check_reusable(reuse: Path, folder: Path) -> None:
@@ -281,101 +321,27 @@ def check_folder(folder: Path) -> None:
         raise JobMismatchError(f"{folder}: holds results but no {JOB_FILE}; choose another folder with -o")
 
 
-def read_job_json(folder: Path) -> dict[str, Any]:
-    """Raises UsageError when the folder is no job."""
-    path = folder / JOB_FILE
-    if not path.exists():
-        raise UsageError(f"{folder}: not a job folder, it has no {JOB_FILE}; name the folder that submit printed")
-    try:
-        saved: dict[str, Any] = json.loads(read_file(path, MAX_JOB_BYTES).decode("utf-8"))
-        check_saved(saved)
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: damaged: {type(error).__name__}: {error}; put the right one back, or name another folder with -o"
-        ) from None
-    return saved
-
-
-def check_saved(saved: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError where `job.json` is not as `save_job` writes it."""
-    columns = saved["manifest"].get("columns", [])
-    texts = (
-        saved["version"], saved["created_at"], saved["model"]["name"], saved["model"]["digest"],
-        saved["manifest"]["path"], saved["manifest"]["fingerprint"],
-    )  # fmt: skip
-    numbers = saved["seed"], saved["images"], saved["invalid_rows"], saved["manifest"]["rows"]
-    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-        raise TypeError("columns are no names")
-    if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("an entry is of another type than was written")
-    if not isinstance(saved.get("reuse"), str | None):
-        raise TypeError("reuse is no text")
-    if not all(type(number) is int and 0 <= number <= MAX_SEED for number in numbers):
-        raise ValueError("seed, images, invalid_rows or rows is no number of theirs")
-
-
-def check_same_settings(
-    saved: dict[str, Any], manifest: Path, folder: Path, settings: Settings, model: ModelInfo
-) -> None:
-    then = Path(saved["manifest"]["path"])
-    if format_of(then) != format_of(manifest):
-        raise JobMismatchError(
-            f"{folder}: this job belongs to the manifest {then}, and {manifest} is read in another way; "
-            f"give it a folder of its own with -o"
-        )
-    differences = [
-        f"{name}: {was} in the job, {getattr(settings, name)} now"
-        for name in (*DECIDING, *(["strict"] if is_jsonl(manifest) else []))  # there it decides which rows are good
-        if (was := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(settings, name)
-    ]
-    if saved["model"]["digest"] != model.digest:
-        differences.append(f"model: {saved['model']['name']} in the job, {model.name} now (the weights differ)")
-    if settings.seed is not None and settings.seed != saved["seed"]:
-        differences.append(f"seed: {saved['seed']} in the job, {settings.seed} now")
-    if differences:
-        raise JobMismatchError(
-            f"{folder}: the job was started with other settings: {'; '.join(differences)}. "
-            f"Use the same settings to go on, or another folder with -o"
-        )
-
-
-def save_job(job: Job, images: int, invalid_rows: int, columns: Sequence[str], kept: RowKeeper | None) -> None:
-    """Write `job.json`, keeping the time of the first run; before it the rows and seeds that it speaks of.
+def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], kept: RowKeeper | None) -> Job:
+    """Write `job.json`, and before it the rows and seeds that it speaks of; return the job as it stands there now.
 
     A run that is killed in between leaves more rows than `job.json` counts, and those are not looked at.
     """
-    path = job.folder / JOB_FILE
     with storage_errors(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
     if kept is not None:
         kept.save(job.state)
-    if job.known is None and job.reuse is not None:
+    if job.is_new and job.reuse is not None:
         save_seeds(job.given_seeds, job.state)
-    created = read_job_json(job.folder)["created_at"] if path.exists() else datetime.now(UTC).isoformat()
-    content = {
-        "version": tinysd_batch.__version__,
-        "created_at": created,
-        "last_run": {
-            "run_id": job.run_id,
-            "started_at": datetime.now(UTC).isoformat(),
-            "host": platform.node(),
-            "pid": os.getpid(),
-        },
-        "seed": job.seed,
-        "images": images,
-        "invalid_rows": invalid_rows,
-        "model": {"name": job.model.name, "digest": job.model.digest, "path": str(job.model.path)},
-        "manifest": {
-            "path": str(job.manifest.resolve()),
-            "fingerprint": job.fingerprint,
-            "rows": kept.count if kept is not None else job.known.rows if job.known else 0,
-            "columns": list(columns),
-        },
-        "reuse": str(job.reuse) if job.reuse else None,
-        "settings": job.settings.model_dump(exclude={"seed"}),
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names that are no UTF-8 become JSON's escapes
+    before = job.record
+    record = ManifestRecord(
+        fingerprint=job.fingerprint, rows=kept.last_number if kept else before.rows if before else 0, images=images,
+        invalid_rows=invalid_rows, columns=tuple(columns), lines=kept.count if kept else before.lines if before else 0,
+        out_of_order=kept.out_of_order if kept else before.out_of_order if before else 0, bytes=job.manifest_stamp[0],
+    )  # fmt: skip
+    write_job_json(
+        job.folder, job.manifest, record, job.settings, job.model, seed=job.seed, run_id=job.run_id, reuse=job.reuse
+    )
+    return replace(job, record=record, begins_anew=False)
 
 
 def missing_folders(folder: Path) -> list[Path]:
@@ -384,11 +350,18 @@ def missing_folders(folder: Path) -> list[Path]:
 
 
 def take_back(job: Job, new_folders: list[Path]) -> None:
-    """Remove what a run wrote that ended before its first picture, so that it may start with other settings."""
+    """Remove what a run wrote that ended before its first image, so that it may start with other settings."""
+    remove_state(job)
+    (job.state / "lock").unlink(missing_ok=True)
     paths = ResultsPaths(job.folder)
-    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE, "lock")]
-    for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, *state):
-        file.unlink(missing_ok=True)
     for folder in (paths.parts_folder, paths.journal, job.scratch, job.state, *new_folders):
         with contextlib.suppress(OSError):  # not empty, or never made
             folder.rmdir()
+
+
+def remove_state(job: Job) -> None:
+    """Remove what the job's folder says of settings, rows and results."""
+    paths = ResultsPaths(job.folder)
+    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE)]
+    for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, *state):
+        file.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def reuse_pictures(
 def tell(job: Job, old: Path, why_none: str, taken: int, broken: int, notes: Notes) -> None:
     if taken:
         notes.note(f"Reused from {old}: {taken:,} image{'s' * (taken != 1)}")
-    elif job.known is None:
+    elif job.is_new:
         notes.note(f"Nothing can be reused from {old}: {why_none or 'no image is the same'}")
     if broken:
         notes.note(f"Drawn again: {broken:,} whose file in {old} is missing or not what its table says")

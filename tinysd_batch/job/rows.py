@@ -1,48 +1,89 @@
-"""The manifest's rows as the job took them, kept in the job folder as `_tinysd/rows.jsonl.gz`.
+"""The manifest's rows as the job read them, kept in the job folder as `_tinysd/rows.jsonl.gz`: the snapshot.
 
-With them a manifest that has changed can be told from one that has only grown, the difference can be shown, and another
-job can take over what is the same. A row is kept with all its settings filled in, so neither quotes nor the order of
-columns matter. Of a row that could not be made, its faults are not kept: their wording may change between versions.
+A job takes its rows from here, so that a newer version that reads manifests differently changes nothing in it. A row is
+kept with all its settings filled in, so neither quotes nor the order of columns matter. Lines are in the order in which
+the job learned of its rows, which is the order of their images: those of the first run as the manifest has them, then
+rows that were appended, or that had a fault and are good now. A line out of its place says which row it is.
 """
 
 import gzip
-import hashlib
 import json
+import re
 import tempfile
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple
 
-from tinysd_batch.config import MAX_SEED, excerpt
+from tinysd_batch.config import (
+    MAX_IMAGES_PER_ROW,
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEED,
+    MAX_SIDE_PX,
+    MAX_STEPS,
+    SAMPLERS,
+)
 from tinysd_batch.errors import StorageError
+from tinysd_batch.model.prompts import SYNTAXES
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 from tinysd_batch.storage import check_regular, write_atomically
+from tinysd_batch.text import has_surrogates
 
+READER = 2  # counts the versions of the rules by which manifests are read; 0.1.0 read them by the first
 ROWS_FILE = "rows.jsonl.gz"
 MAX_LINE_BYTES = 64 << 20
 MEMORY_BYTES = 64 << 20  # packed rows beyond this wait on disk until the job's lock is held
-SHOWN = 3  # changed rows
 OWN = tuple(each.name for each in fields(Row) if each.name not in ("number", "params"))
 SHARED = tuple(each.name for each in fields(SamplingParams))
 ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 PACKED_TOGETHER = 256  # rows
+NUMBER = re.compile(r',"row":(\d{1,18})}$', re.ASCII)
 Kept = dict[str, Any]
+
+
+class KeptRow(NamedTuple):
+    """A row of the snapshot: its number in the manifest, and its line without that."""
+
+    number: int
+    line: str
+
+    @property
+    def is_invalid(self) -> bool:
+        return '"invalid":true' in self.line and bool(parse_line(self.line).get("invalid"))
+
+    def read(self) -> Row | InvalidRow:
+        """The row again. Raises StorageError for what no reading of a manifest gives."""
+        kept = parse_line(self.line)
+        if kept.get("invalid"):
+            reason = kept.get("reason") or "had a fault when the job was started"  # 0.1.0 did not keep it
+            return InvalidRow(self.number, reason, kept["prompt"], kept["id"], kept["extra"], kept.get("line"))
+        params = kept_params(*(kept[name] for name in SHARED))
+        return Row(self.number, params=params, **{name: kept[name] for name in OWN})
+
+
+@lru_cache(1024, typed=True)
+def kept_params(*values: Any) -> SamplingParams:
+    return SamplingParams(*values)
 
 
 def kept_form(row: Row | InvalidRow) -> Kept:
     """What is kept of a row: all that decides its images and its lines of the table, but for its number."""
     if isinstance(row, InvalidRow):
-        return {"invalid": True, "prompt": row.prompt, "id": row.id, "extra": row.extra}
+        shown = {"reason": row.reason, "line": row.line}
+        return {"invalid": True, "prompt": row.prompt, "id": row.id, "extra": row.extra, **shown}
     own = {name: getattr(row, name) for name in OWN}
     return own | {name: getattr(row.params, name) for name in SHARED}
 
 
 def as_line(row: Row | InvalidRow) -> str:
     return ENCODER.encode(kept_form(row))
+
+
+def numbered(line: str, number: int, place: int) -> str:
+    """The line as the snapshot holds it at this place."""
+    return line if number == place else f'{line[:-1]},"row":{number}}}'
 
 
 class RowKeeper:
@@ -53,10 +94,14 @@ class RowKeeper:
         self.packer = gzip.GzipFile(fileobj=self.file, mode="wb", compresslevel=1, mtime=0)
         self.lines: list[str] = []  # not packed yet
         self.count = 0
+        self.last_number = 0  # the highest row number
+        self.out_of_order = 0  # rows that come after later ones
 
     def add(self, row: Row | InvalidRow) -> None:
-        self.lines.append(as_line(row) + "\n")
         self.count += 1
+        self.out_of_order += row.number < self.last_number
+        self.last_number = max(self.last_number, row.number)
+        self.lines.append(numbered(as_line(row), row.number, self.count) + "\n")
         if len(self.lines) >= PACKED_TOGETHER:
             self.pack()
 
@@ -64,16 +109,58 @@ class RowKeeper:
         self.packer.write("".join(self.lines).encode())
         self.lines.clear()
 
-    def save(self, state: Path) -> None:
-        """Write them all. Raises StorageError."""
+    def close(self) -> None:
+        """Pack what is left; nothing more can be added."""
         self.pack()
         self.packer.close()
         self.file.seek(0)
+
+    def save(self, state: Path) -> None:
+        """Write them all. Raises StorageError."""
+        self.close()
         write_atomically(self.file.read(), state / ROWS_FILE)
+
+    def rows(self) -> Iterator[Row | InvalidRow]:
+        """Close, and read the rows back in the order in which they were added."""
+        self.close()
+        with gzip.open(self.file) as lines:
+            yield from (row.read() for row in with_numbers(line.decode().rstrip("\n") for line in lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The rows that a job folder holds, of which the first `count` lines are the job's."""
+
+    state: Path
+    count: int
+    out_of_order: int = 0  # rows that come after some of a higher number
+
+    @property
+    def is_there(self) -> bool:
+        return (self.state / ROWS_FILE).exists()
+
+    def rows(self) -> Iterator[KeptRow]:
+        """In the order of their images. Raises StorageError for a damaged or short file."""
+        return with_numbers(read_kept_lines(self.state, self.count))
+
+    def rows_out_of_order(self) -> dict[int, KeptRow]:
+        """Those by number; a pass over the whole file where there are any."""
+        late: dict[int, KeptRow] = {}
+        highest = 0
+        for row in self.rows() if self.out_of_order else ():
+            if row.number < highest:
+                late[row.number] = row
+            highest = max(highest, row.number)
+        return late
+
+
+def with_numbers(lines: Iterable[str]) -> Iterator[KeptRow]:
+    for place, line in enumerate(lines, start=1):
+        explicit = NUMBER.search(line)
+        yield KeptRow(int(explicit[1]), line[: explicit.start()] + "}") if explicit else KeptRow(place, line)
 
 
 def read_kept_lines(state: Path, count: int) -> Iterator[str]:
-    """The first `count` rows, each as `as_line` wrote it. Raises StorageError for a damaged or short file."""
     path = state / ROWS_FILE
     try:
         check_regular(path)
@@ -86,115 +173,72 @@ def read_kept_lines(state: Path, count: int) -> Iterator[str]:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StorageError(
-            f"{path}: cannot be read: {reason}; bring the manifest back to what it was, or name another folder with -o"
+            f"{path}: cannot be read: {reason}; restore it from a backup, or name another folder with -o and take "
+            f"the images over with --reuse {state.parent}"
         ) from None
 
 
 def parse_line(line: str) -> Kept:
-    """A kept row again. Raises StorageError for what `as_line` did not write: job folders may come from anybody."""
+    """The content of a line. Raises StorageError for what `as_line` did not write: anybody may make a job folder."""
     try:
         kept = json.loads(line)
-        if not (isinstance(kept["extra"], dict) and isinstance(kept["id"], str | None)):
-            raise TypeError("id or extra")
-        if not kept.get("invalid"):
-            images = [kept["n_iter"], kept["n_samples"]]
-            seed = [] if kept["seed"] is None else [kept["seed"]]
-            if not all(type(number) is int and 0 <= number <= MAX_SEED for number in images + seed):
-                raise TypeError("n_iter, n_samples or seed")
+        check_kept(kept)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise StorageError(f"{ROWS_FILE}: not a row of a job: {error}; name another folder with -o") from None
     return dict(kept)
 
 
-@dataclass(slots=True)
-class Change:
-    """How a manifest's rows differ from the ones a job kept."""
-
-    kept: int  # rows of the job
-    now: int = 0
-    changed: int = 0  # rows that differ from the one of the same number, as far as both go
-    first: list[tuple[int, str, str]] = field(default_factory=list)  # number, kept line, line now
-    same_at_start: int = 0
-    same_at_end: int = 0
-
-    @property
-    def appended(self) -> int | None:
-        """How many rows came behind the kept ones; None where any of those differs or is gone."""
-        return self.now - self.kept if not self.changed and self.now >= self.kept else None
-
-    @classmethod
-    def between(cls, kept_lines: Iterable[str], lines_now: Iterable[str]) -> Self:
-        change = cls(0)
-        tails = array("Q"), array("Q")  # of the rows from the first difference on
-        for number, (old, new) in enumerate(zip_longest(kept_lines, lines_now), start=1):
-            change.kept += old is not None
-            change.now += new is not None
-            if old is not None and new is not None and old != new:
-                change.changed += 1
-                if len(change.first) < SHOWN:
-                    change.first.append((number, old, new))
-            if old == new and not tails[0] and not tails[1]:
-                change.same_at_start += 1
-                continue
-            for tail, line in zip(tails, (old, new), strict=True):
-                if line is not None:
-                    tail.append(short_hash(line))
-        change.same_at_end = common_end(*tails)
-        return change
-
-    def __str__(self) -> str:
-        """`row 57: prompt 'tabby cta' is now 'tabby cat'; row 60: seed 7 is now nothing; and 12 rows more`"""
-        same = self.same_at_start + self.same_at_end
-        before, after = self.kept - same, self.now - same
-        if not before:
-            return f"{rows(self.same_at_start + 1, after)} new, before {self.same_at_end} of the old ones"
-        if not after:
-            return f"{rows(self.same_at_start + 1, before)} gone"
-        told = [f"row {number}: {difference(old, new)}" for number, old, new in self.first]
-        if before == after or 2 * self.changed <= min(before, after):
-            return "; ".join([*told, *self.more()])
-        words = f"from row {self.same_at_start + 1} on {before} row{'s' * (before != 1)} became {after}"
-        return f"{words}; {told[0]}"
-
-    def more(self) -> Iterator[str]:
-        if self.changed > len(self.first):
-            yield f"{self.changed - len(self.first):,} rows more differ"
-        if self.now != self.kept:
-            yield f"and there are {self.now:,} rows instead of {self.kept:,}"
+def check_kept(kept: Kept) -> None:
+    """Raises KeyError, TypeError or ValueError for values that no manifest's row has."""
+    rules = RULES_OF_INVALID if kept.get("invalid") else RULES
+    for name, is_good in rules.items():
+        if not is_good(kept[name] if name not in NEWER else kept.get(name)):
+            raise ValueError(name)
+    if not kept.get("invalid") and kept["n_iter"] * kept["n_samples"] > MAX_IMAGES_PER_ROW:
+        raise ValueError("n_iter x n_samples")
 
 
-def rows(first: int, count: int) -> str:
-    return f"row {first} is" if count == 1 else f"rows {first} to {first + count - 1} are"
+def is_integer(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
-def short_hash(line: str) -> int:
-    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())
+def is_number(value: object, most: float) -> bool:
+    return type(value) in (int, float) and 0 <= value <= most  # type: ignore[operator]  # NaN is not below anything
 
 
-def common_end(one: "array[int]", other: "array[int]") -> int:
-    count = 0
-    for a, b in zip(reversed(one), reversed(other), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+def is_prompt(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_PROMPT_CHARACTERS and is_storable(value)
 
 
-def difference(old: str, new: str) -> str:
-    """`prompt 'cta' is now 'cat', seed 7 is now nothing`"""
-    before, after = flat(parse_line(old)), flat(parse_line(new))
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    if after.get("invalid"):
-        return f"is faulty now: prompt {shown(after.get('prompt'))}"
-    if before.get("invalid"):
-        return "was faulty, and can be made now"
-    return ", ".join(f"{name} {shown(before.get(name))} is now {shown(after.get(name))}" for name in names[:SHOWN])
+def is_text_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, str) and is_storable(value))
 
 
-def flat(kept: Kept) -> Kept:
-    """With the carried columns beside ours."""
-    return {**kept.pop("extra"), **kept}
+def is_storable(text: str) -> bool:
+    return "\0" not in text and not has_surrogates(text)
 
 
-def shown(value: object) -> str:
-    return "nothing" if value in (None, "") else excerpt(value, 40) if isinstance(value, str) else f"{value}"
+RULES_OF_INVALID: dict[str, Callable[[Any], bool]] = {
+    "extra": lambda value: isinstance(value, dict),
+    "id": is_text_or_none,
+    "prompt": is_text_or_none,
+    "reason": is_text_or_none,
+    "line": lambda value: value is None or is_integer(value, 1, MAX_SEED),
+}
+NEWER = ("reason", "line")  # which 0.1.0 did not keep
+RULES: dict[str, Callable[[Any], bool]] = {
+    "extra": lambda value: isinstance(value, dict),
+    "id": is_text_or_none,
+    "prompt": is_prompt,
+    "negative_prompt": is_prompt,
+    "prompt_syntax": lambda value: value in SYNTAXES,
+    "sampler": lambda value: value in SAMPLERS,
+    "seed": lambda value: value is None or is_integer(value, 0, MAX_SEED),
+    "steps": partial(is_integer, least=1, most=MAX_STEPS),
+    "width": partial(is_integer, least=1, most=MAX_SIDE_PX),
+    "height": partial(is_integer, least=1, most=MAX_SIDE_PX),
+    "n_iter": partial(is_integer, least=1, most=MAX_IMAGES_PER_ROW),
+    "n_samples": partial(is_integer, least=1, most=MAX_IMAGES_PER_ROW),
+    "scale": partial(is_number, most=100),
+    "eta": partial(is_number, most=1),
+}

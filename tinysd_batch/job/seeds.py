@@ -12,9 +12,11 @@ from typing import Any
 
 from tinysd_batch.config import MAX_SEED
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.rows import kept_form, parse_line, read_kept_lines
+from tinysd_batch.job.job_json import ManifestRecord
+from tinysd_batch.job.rows import kept_form, parse_line
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.storage import read_file, write_atomically
+from tinysd_batch.text import normalize_text
 
 SEEDS_FILE = "seeds.json.gz"
 NOT_CONTENT = ("id", "seed", "extra")
@@ -44,7 +46,7 @@ def read_old_rows(state: Path, saved: dict[str, Any]) -> Iterator[SeededRow]:
     """The valid rows of a job with the seeds they were given. Raises StorageError."""
     given = read_seeds(state) if saved.get("reuse") else {}
     index = 1
-    for number, line in enumerate(read_kept_lines(state, saved["manifest"]["rows"]), start=1):
+    for number, line in ManifestRecord.of(saved).snapshot(state).rows():
         kept = parse_line(line)
         if kept.get("invalid"):
             continue
@@ -55,9 +57,15 @@ def read_old_rows(state: Path, saved: dict[str, Any]) -> Iterator[SeededRow]:
 
 
 def seeded(number: int, kept: dict[str, Any], own_seed: bool = False) -> SeededRow:
-    content = {name: value for name, value in kept.items() if name not in NOT_CONTENT} | {"own_seed": own_seed}
+    content = {name: in_normal_form(value) for name, value in kept.items() if name not in NOT_CONTENT}
+    content["own_seed"] = own_seed
     text = json.dumps(content, sort_keys=True)
     return SeededRow(number, kept["id"], hashlib.blake2b(text.encode(), digest_size=16).digest(), kept["seed"])
+
+
+def in_normal_form(value: Any) -> Any:
+    """Jobs of 0.1.0 hold text as it was written."""
+    return normalize_text(value) if isinstance(value, str) else value
 
 
 def match_seeds(old: Iterable[SeededRow], new: Iterable[SeededRow]) -> dict[int, int]:

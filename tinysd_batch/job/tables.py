@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tinysd_batch.errors import StorageError
+from tinysd_batch.job.parquet_types import is_time, plain_type
 from tinysd_batch.storage import check_regular
 
 MANY_ROWS = 4096  # from which on a table is read by several threads
@@ -116,17 +117,35 @@ def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
+def readable(table: pa.Table) -> pa.Table:
+    """The table with carried times as text: Python has none of nanoseconds, or beyond the year 9999."""
+    ours = {field.name for field in FIELDS}
+    for position, field in enumerate(table.schema):
+        if is_time(field.type) and field.name not in ours:
+            column = table.column(position)
+            try:
+                column = column.cast(pa.string())
+            except pa.ArrowException:  # a time zone that is not known here
+                column = column.cast(plain_type(field.type)).cast(pa.string())
+            table = table.set_column(position, field.name, column)
+    return table
+
+
 def keys_of(table: pa.Table) -> tuple[Any, Any]:
     """What tells rows apart, as two arrays: manifest row, and the image's index, which is 0 for an invalid row."""
     return table["row"].to_numpy(), pc.fill_null(table["index"], 0).to_numpy()
 
 
 def newest(table: pa.Table) -> pa.Table:
-    """One row per image (and per invalid manifest row), the last one written, in the manifest's order."""
+    """One row per image (and per invalid manifest row), the last one written, in the manifest's order.
+
+    A manifest row that had a fault and has images now has only those.
+    """
     row, index = keys_of(table)
     order = np.lexsort((index, row))  # stable: what was written later stays behind
     last = np.ones(len(order), bool)
-    last[:-1] = (np.diff(row[order]) != 0) | (np.diff(index[order]) != 0)
+    same_row = np.diff(row[order]) == 0
+    last[:-1] = ~same_row | ((np.diff(index[order]) != 0) & (index[order][:-1] != 0))
     return table.take(order[last])
 
 
@@ -173,6 +192,12 @@ class ResultsPaths:
         covered = self.covered()
         return [*self.sealed_files(), *(part for part in self.journal_parts() if part.stem not in covered)]
 
+    def schemas(self) -> Iterator[pa.Schema]:
+        """Of each file that holds the table. Raises StorageError."""
+        for file in self.files():
+            with damaged_table(file):
+                yield read_footer(file).schema.to_arrow_schema()
+
     def read(self, columns: list[str] | None) -> Iterator[pa.Table]:
         """All rows, of the columns asked for, or of all; of an image's rows the last one counts."""
         return (read_table(file, columns) for file in self.files())
@@ -181,7 +206,7 @@ class ResultsPaths:
         """The same, row by row."""
         for file in self.files():
             with damaged_table(file):
-                rows = read_table(file, columns).to_pylist()
+                rows = readable(read_table(file, columns)).to_pylist()
             yield from rows
 
     def read_newest(self, columns: list[str]) -> pa.Table:

@@ -16,7 +16,9 @@ from tinysd_batch.job.columns import near_misses
 from tinysd_batch.job.driver import MAX_KEYS, read_finished
 from tinysd_batch.job.folder import JOB_FILE, Job
 from tinysd_batch.job.formats import is_jsonl
+from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import RowImages, batch_runs, plan_images
+from tinysd_batch.job.results import fault_message
 from tinysd_batch.job.reuse import count_reusable
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.report.answers import Answers, Work, find_answers
@@ -24,7 +26,7 @@ from tinysd_batch.report.memory import Batch, MemoryPlan
 from tinysd_batch.report.memory_process import plan_memory_apart
 from tinysd_batch.report.prompts import PlannedRow, PromptReader
 from tinysd_batch.report.reading import ReadingProgress
-from tinysd_batch.report.text import count, one_line, say, size
+from tinysd_batch.report.text import count, one_line, row_label, say, size
 
 OnRow = Callable[[PlannedRow | InvalidRow], None]
 MAX_FAULTS = 1000  # kept for --json
@@ -58,6 +60,7 @@ class Plan:
     weighted_rows: int = 0
     disk_bytes: int = 0
     free_bytes: int = 0
+    notes: list[str] = field(default_factory=list)  # on how the manifest was read
     carried_columns: list[str] = field(default_factory=list)
     near_misses: dict[str, str] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)  # row number -> what is wrong with it, the first 1000
@@ -92,7 +95,7 @@ def make_plan(
 
 def finished_images(job: Job, limit: int | None, *, retry_failed: bool) -> set[int]:
     """Indexes of the images that an earlier run made, and that this one would not make again."""
-    if not (job.folder / JOB_FILE).exists():
+    if job.begins_anew or not (job.folder / JOB_FILE).exists():
         return set()
     found = read_finished(job)
     kept = found.images - found.failed if retry_failed else found.images
@@ -115,20 +118,22 @@ class PlanSurvey:
     def rows(self, on_row: OnRow, progress: ReadingProgress) -> Iterator[Row]:
         """The rows that can be made, after they were counted and reported."""
         plan = self.plan
-        for planned in PromptReader(self.job).read(self.job.read_rows()):
+        notes = ReadingNotes()
+        for planned in PromptReader(self.job).read(self.job.read_rows(notes)):
             plan.rows += 1
             progress.rows = plan.rows
             if isinstance(planned, InvalidRow):
                 self.add_columns(planned.extra)
                 plan.invalid_rows += 1
                 if len(plan.faults) < MAX_FAULTS:
-                    plan.faults[planned.number] = planned.reason
+                    plan.faults[planned.number] = fault_message(planned)
                 on_row(planned)
             else:
                 self.add_columns(planned.row.extra)
                 self.add_prompts(planned)
                 on_row(planned)
                 yield planned.row
+        plan.notes = list(notes.lines())
 
     def add_columns(self, extra: dict[str, Any]) -> None:
         """Raises ManifestError for more different keys than a job takes."""
@@ -196,13 +201,15 @@ class PlanPrinter:
 
     def line(self, row: PlannedRow | InvalidRow) -> str:
         if isinstance(row, InvalidRow):
-            return f"row {row.number} cannot be made: {one_line(row.reason, 400)}"
+            return f"{row_label(row.number, row.line)} cannot be made: {one_line(row.reason, 400)}"
         return one_line(row.line(), self.most_characters)
 
     def plan(self, job: Job, plan: Plan) -> None:
         hidden = sum(max(0, number - SHOWN) for kind, number in self.seen.items() if kind != "plain")
         if hidden and not self.verbose:
             say(self.console, f"and {hidden:,} more like these; --verbose shows every row")
+        for note in plan.notes:
+            say(self.console, f"{job.manifest.name}: {note}")
         lines = {
             **(plan.answers.lines() if plan.answers else {}),
             "Rows": f"{plan.rows:,}"

@@ -10,10 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
+from tinysd_batch.job.summary import InvalidRows
+from tinysd_batch.records import ImageRequest, ImageResult, Status
 from tinysd_batch.report.console import has_live_display
 from tinysd_batch.report.reading import ReadingProgress
-from tinysd_batch.report.text import clock, count, one_line, say
+from tinysd_batch.report.text import clock, count, one_line, row_label, say
 
 PLAIN_LINE_EVERY_S = 10.0
 SPEED_AFTER_S = 3.0  # between the first image and the last
@@ -60,19 +61,19 @@ class RunProgress:
         """A line above the bar."""
         say(self.bar.console, line)
 
-    def started(self, total: int, finished: int, invalid: list[InvalidRow]) -> None:
+    def started(self, total: int, finished: int, invalid: InvalidRows) -> None:
         self.reading.stop()
         self.total, self.done = total, finished
         if self.on_start is not None:
             self.on_start(total - finished)
         if finished:
             self.say(f"Resuming: {finished:,} of {count(total, 'image')} are there already")
-        if invalid:
-            self.say(f"{count(len(invalid), 'manifest row')} cannot be made:")
-            for row in invalid[:FAULTS_SHOWN]:
-                self.say(f"  row {row.number}: {one_line(row.reason, 400)}")
-            if len(invalid) > FAULTS_SHOWN:
-                self.say(f"  and {len(invalid) - FAULTS_SHOWN:,} more; the results table names them all")
+        if invalid.count:
+            self.say(f"{count(invalid.count, 'manifest row')} cannot be made:")
+            for row in invalid.first[:FAULTS_SHOWN]:
+                self.say(f"  {row_label(row.number, row.line)}: {one_line(row.reason, 400)}")
+            if invalid.count > FAULTS_SHOWN:
+                self.say(f"  and {invalid.count - FAULTS_SHOWN:,} more; the results table names them all")
         if finished < total:
             self.bar.update(self.task, description="loading the model", total=total, completed=finished)
 
