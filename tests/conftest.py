@@ -3,7 +3,9 @@
 And a folder to work in, and a card to work on: one that is pretended always, a real one with `pytest -m gpu`.
 """
 
+import gc
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +23,29 @@ from tests.card.driver import COMPILER
 from tests.card.idle import IdleCard
 from tests.card.pretend import pretended
 from tests.card.streams import Race
-from tests.tools import write_json
+from tests.tools import DEFAULT_EXAMPLES, made_once, write_json
 from tinysd_batch.model.info import embedded_path
 from tinysd_batch.quantize.fast import quantize_folder
 
 TEXT_WIDTH = 32
 AnyCard = TypeVar("AnyCard", bound=Card)
 
-# A busy machine is no fault of the code: no deadlines, and no complaint about slow drawing of examples.
-hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("patient")
+# A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
+# tries the same examples, ten times as many with HYPOTHESIS_PROFILE=thorough.
+hypothesis.settings.register_profile(
+    "patient", max_examples=DEFAULT_EXAMPLES, derandomize=True, deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)  # fmt: skip
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("patient"), max_examples=10 * DEFAULT_EXAMPLES
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "patient"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of each garbage collection, which takes half a second with it and is called a lot."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,7 +56,10 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model folder: 16x16 pixels, four blocks a side named as SD v1's, random weights."""
-    folder = tmp_path_factory.mktemp("models") / "float"
+    return made_once(tmp_path_factory, "models/float", write_float_model)
+
+
+def write_float_model(folder: Path) -> None:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -77,15 +95,12 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in (embedded_path() / part).iterdir():
             (folder / part / file.name).write_bytes(file.read_bytes())
     write_json(folder / "tinysd.json", {"name": "random 16", "steps": 2, "scale": 2.0})
-    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_model(float_model: Path) -> Path:
+def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model packed to 2, 4 and 8 bits."""
-    packed = float_model.parent / "packed"
-    quantize_folder(float_model, packed, "quality")
-    return packed
+    return made_once(tmp_path_factory, "models/packed", lambda out: quantize_folder(float_model, out, "quality"))
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_importing_the_package_loads_no_torch() -> None:
-    code = "import sys, tinysd_batch; assert not {'torch', 'ray', 'diffusers'} & set(sys.modules); tinysd_batch.TinySD"
+    code = "import sys, tinysd_batch; assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
@@ -97,6 +97,13 @@ def test_completion_is_installed_and_answers(tmp_path: Path) -> None:
     assert found.split() == ["--num-inference-steps"]
 
 
+@pytest.mark.slow
+def test_the_package_loads_torch_when_it_is_asked_for() -> None:
+    code = "import sys, tinysd_batch; tinysd_batch.TinySD; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+@pytest.mark.alone
 @pytest.mark.slow
 def test_submit_with_ray_then_status_then_again(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "red apple", "n_samples": 2}, {"prompt": "cat", "n_samples": 1}])

@@ -31,7 +31,7 @@ DRAWN: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(params=["tiny", "embedded"])
+@pytest.fixture(params=["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
     return tiny_model if request.param == "tiny" else embedded_path()
 

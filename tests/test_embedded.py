@@ -70,7 +70,12 @@ def test_inspect_knows_it_by_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "strong", "weak"), [("red heart", 0, 2), ("green heart", 1, 0), ("blue heart", 2, 0)]
+    ("prompt", "strong", "weak"),
+    [
+        ("red heart", 0, 2),
+        pytest.param("green heart", 1, 0, marks=pytest.mark.slow),
+        pytest.param("blue heart", 2, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_hearts_have_the_colour_asked_for(model: TinySD, prompt: str, strong: int, weak: int) -> None:
     colour = mean_colour(model, prompt)

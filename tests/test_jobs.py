@@ -73,6 +73,7 @@ def bytes_of(job: Path, row: dict[str, Any]) -> bytes:
         return image.tobytes()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_long_prompts_job_reads_to_the_end(tmp_path: Path) -> None:
     rows = run_job("long-prompts", tmp_path, 6)
@@ -80,6 +81,7 @@ def test_the_long_prompts_job_reads_to_the_end(tmp_path: Path) -> None:
     assert len({bytes_of(tmp_path / "long-prompts", row) for row in rows}) == 6  # they differ in their last words only
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_weighted_job_turns_an_apple_into_a_lemon(tmp_path: Path) -> None:
     rows = run_job("weighted", tmp_path, 12)
@@ -90,6 +92,7 @@ def test_the_weighted_job_turns_an_apple_into_a_lemon(tmp_path: Path) -> None:
     assert greens == sorted(greens)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_samplers_job_draws_with_each(tmp_path: Path) -> None:
     rows = run_job("samplers", tmp_path, 33)
@@ -97,6 +100,7 @@ def test_the_samplers_job_draws_with_each(tmp_path: Path) -> None:
     assert len({bytes_of(tmp_path / "samplers", row) for row in rows}) == 33
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_two_runs_of_the_demo_are_the_same(tmp_path: Path) -> None:
     """With Ray and in process: same identities, same seeds, same pixels."""

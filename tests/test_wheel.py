@@ -16,6 +16,7 @@ from tinysd_batch.model import compiled
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True)

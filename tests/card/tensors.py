@@ -1,8 +1,9 @@
 """Tensors of the pretended card, and how operations on them are done: by the processor, under the card's rules."""
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ COUNTED = {aten.nonzero.default, aten.masked_select.default}  # the program wait
 JOINED = {aten.cat.default, aten.stack.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+PLAIN = {int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format}
 EMPTY = {
     aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
     aten.new_empty_strided.default,
@@ -84,6 +86,11 @@ class CardMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.card = card
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, so that each operation can do without the two wrappers that keep dynamo away."""
+        return False
+
     def __torch_dispatch__(
         self, operation: Operation, types: Any, args: Arguments = (), kwargs: Named | None = None
     ) -> Any:
@@ -94,8 +101,7 @@ class CardMode(TorchDispatchMode):
 
 def run(card: Card, operation: Operation, args: Arguments, kwargs: Named) -> Any:
     """Wherever the tensors are. Raises RuntimeError as torch does where they are not together."""
-    tensors = list(tensors_in(args, kwargs))
-    on_card = [tensor for tensor in tensors if isinstance(tensor, CardTensor)]
+    on_card = [tensor for tensor in tensors_in(args, kwargs) if isinstance(tensor, CardTensor)]
     place = kwargs.get("device")
     goes_there = place is not None and torch.device(place).type == "cuda"
     if not on_card and not goes_there:
@@ -278,19 +284,29 @@ def take_workspace(card: Card) -> None:
         memory.users = 1
 
 
-def tensors_in(*things: Any) -> Iterator[Tensor]:
+def tensors_in(*things: Any) -> list[Tensor]:
     """In order; what torch's pytrees do, many times faster for what operations are given."""
+    tensors: list[Tensor] = []
+    collect(things, tensors)
+    return tensors
+
+
+def collect(things: Iterable[Any], tensors: list[Tensor]) -> None:
     for thing in things:
+        if type(thing) in PLAIN:
+            continue
         if isinstance(thing, Tensor):
-            yield thing
+            tensors.append(thing)
         elif isinstance(thing, list | tuple):
-            yield from tensors_in(*thing)
+            collect(thing, tensors)
         elif isinstance(thing, dict):
-            yield from tensors_in(*thing.values())
+            collect(thing.values(), tensors)
 
 
 def with_each(change: Callable[[Tensor], Any], thing: Any) -> Any:
     """The same with every tensor changed."""
+    if type(thing) in PLAIN:
+        return thing
     if isinstance(thing, Tensor):
         return change(thing)
     if isinstance(thing, list | tuple):
@@ -307,12 +323,21 @@ def numbers_of(thing: Any) -> Any:
 
 def written_by(operation: Operation, args: Arguments, kwargs: Named) -> list[Tensor]:
     """The arguments that an operation writes to."""
-    schema = getattr(operation, "_schema", None)
     written: list[Tensor] = []
-    for place, argument in enumerate(schema.arguments if schema else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written += tensors_in(args[place] if place < len(args) else kwargs.get(argument.name))
+    for position, name in written_arguments(operation):
+        written += tensors_in(args[position] if position < len(args) else kwargs.get(name))
     return written
+
+
+@functools.cache
+def written_arguments(operation: Operation) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that an operation writes to."""
+    schema = getattr(operation, "_schema", None)
+    return [
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments if schema else ())
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def spoil(tensor: Tensor) -> None:

@@ -102,6 +102,7 @@ def submit(cluster: Cluster, cwd: Path, *more: object, box: str = BOXES[0], **en
     )  # fmt: skip
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_each_box_draws_with_a_worker_of_its_own(
@@ -122,6 +123,7 @@ def test_each_box_draws_with_a_worker_of_its_own(
     assert cluster.processes(), "the cluster goes on without us"
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_only_who_has_the_token_may_join(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
     for box in BOXES:
@@ -136,6 +138,7 @@ def test_only_who_has_the_token_may_join(cluster: Cluster, tmp_path: Path, tiny_
     assert not [line for line in out.splitlines() if "gcs_client" in line]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_nothing_listens_on_a_dashboard(cluster: Cluster) -> None:
     ports = {

@@ -235,6 +235,7 @@ def test_settings_that_contradict_each_other_start_no_job(manifest: Path, tmp_pa
     assert not (tmp_path / "job").exists()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_chunks_grow_with_speed_and_shrink_at_the_end(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch

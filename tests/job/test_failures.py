@@ -98,6 +98,9 @@ def test_pieces_are_as_equal_as_may_be() -> None:
     assert [image for part in pieces(images, 2) for image in part] == images
 
 
+QUICK: dict[str, Any] = {"steps": 1, "sampler": "ddim"}  # one call of the UNet for an image
+
+
 def too_large_above(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the card hold so many rows in the UNet at once. Returns the sizes that were too large, as they come."""
     refused: list[int] = []
@@ -129,10 +132,10 @@ def test_a_small_card_goes_down_the_ladder_once_for_each_shape(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, rows: int, refused: list[int],
     degraded: list[list[str]],
 ) -> None:  # fmt: skip
-    draw(manifest, tmp_path / "large", tiny_model, seed=1)
+    draw(manifest, tmp_path / "large", tiny_model, seed=1, **QUICK)
     with monkeypatch.context() as card:
         found = too_large_above(rows, card)
-        summary, _ = draw(manifest, tmp_path / "small", tiny_model, seed=1)
+        summary, _ = draw(manifest, tmp_path / "small", tiny_model, seed=1, **QUICK)
     assert summary.counts[Status.OK] == 8
     assert found == refused  # the second row's batch knows the limit of the first's
     small = check_whole(tmp_path / "small", 8)
@@ -157,7 +160,7 @@ def test_what_no_saving_helps_is_named_and_costs_itself(
 
     monkeypatch.setattr(unet, "encode_half", encode_half)
     path = write_csv(tmp_path / "m.csv", [{"prompt": "a", "width": 16}, {"prompt": "b", "width": 32}])
-    draw(path, tmp_path / "job", tiny_model)
+    draw(path, tmp_path / "job", tiny_model, **QUICK)
     good, large = check_whole(tmp_path / "job", 2)
     assert (good["status"], good["degraded"]) == ("ok", [])
     assert (large["status"], large["error_class"]) == ("failed", "out_of_memory")

@@ -37,6 +37,7 @@ PLACEMENT = """
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("visible", "expected"), [(None, "['0', '1', '2']"), ("5,6,7", "['5', '6', '7']")])
 def test_three_gpus_are_three_actors_with_a_card_each(
@@ -67,6 +68,7 @@ def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_ray_may_have_been_imported_before(tmp_path: Path) -> None:
     """Ray reads its mode of authentication on import, which a caller of ours may have done."""

@@ -27,13 +27,13 @@ from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.pool import InlinePool
 from tinysd_batch.model import kernels, pipeline, unpacking
 from tinysd_batch.model.devices import bytes_in_use, choose_device
-from tinysd_batch.model.graphs import WORTH_IT, CapturedStep, on_working_stream
+from tinysd_batch.model.graphs import CapturedStep, on_working_stream
 from tinysd_batch.model.memory import GAPS, MOST_GAPS, Phase, Planner, Shape, Way
 from tinysd_batch.model.precision import PROBE_BYTES, probe
 from tinysd_batch.model.unet import predict
 
 MIB = 2**20
-STEPS = WORTH_IT
+STEPS = 3  # two before a step is captured, and one that replays it
 
 
 def new_model(path: Path, **options: Any) -> TinySD:
@@ -45,6 +45,12 @@ def pictures(model: TinySD, **options: Any) -> np.ndarray[Any, np.dtype[np.float
         "cat", 1, num_inference_steps=STEPS, output_type="np", **options
     ).images
     return made
+
+
+@pytest.fixture(autouse=True)
+def captures_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few steps are captured, too: this GPU's time is dear."""
+    monkeypatch.setattr(pipeline, "WORTH_IT", STEPS)
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def pools(card: Card) -> set[tuple[int, int]]:
     return {segment.pool for segment in card.allocator.segments}
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_that_cannot_be_captured_is_issued_and_leaves_nothing_behind(
     pretended_card: Card, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
 ) -> None:
@@ -233,7 +239,7 @@ def test_a_job_on_a_small_card_saves_memory_and_draws_everything(
     pretended_card: Card, tiny_model: Path, tmp_path: Path
 ) -> None:
     allocator = pretended_card.allocator
-    manifest = write_csv(tmp_path / "m.csv", [{"prompt": "cat", "seed": 1, "n_samples": 4, "width": 96, "height": 96}])
+    manifest = write_csv(tmp_path / "m.csv", [{"prompt": "cat", "seed": 1, "n_samples": 4, "width": 48, "height": 48}])
 
     def draw(name: str) -> list[dict[str, Any]]:
         torch.cuda.empty_cache()
@@ -288,7 +294,7 @@ def check_plan(model: TinySD, shape: Shape, measured: dict[str, tuple[int, int]]
         assert reserved <= (model.memory.own_bytes or 0), name
 
 
-@pytest.mark.parametrize("dtype", ["full", "autocast"])
+@pytest.mark.parametrize("dtype", ["full", pytest.param("autocast", marks=pytest.mark.slow)])
 def test_a_plan_for_the_card_is_what_it_takes(pretended_card: Card, tiny_model: Path, dtype: str) -> None:
     model = new_model(tiny_model, dtype=dtype, vram_budget=CONTEXT_BYTES + 96 * MIB)
     with watching(pretended_card.allocator) as measured:
@@ -296,7 +302,10 @@ def test_a_plan_for_the_card_is_what_it_takes(pretended_card: Card, tiny_model: 
     check_plan(model, Shape(4, 64, 64, model.info.max_tokens, 3), measured, slack=300_000)
 
 
-NO_ROOM = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("unable to find an engine to execute this")]
+NO_ROOM = [
+    pytest.param(torch.OutOfMemoryError("CUDA out of memory."), marks=pytest.mark.slow),
+    RuntimeError("unable to find an engine to execute this"),
+]
 
 
 @pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)

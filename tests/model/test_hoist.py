@@ -59,7 +59,7 @@ def test_what_was_drawn_before_changes_no_bit(float_model: Path, model: TinySD) 
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_all_timesteps_are_known_before_the_loop(model: TinySD, sampler: str, steps: int) -> None:
     asked: list[float] = []
     at = model.hoisted.at

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.tools import examples
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model import fbgemm, packed, packing, unpacking
@@ -110,7 +111,7 @@ def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int
     assert torch.equal(dense(weight), expected)
 
 
-@settings(max_examples=30)
+@examples(10)
 @given(st.integers(1, 400), st.sampled_from([64, 640, 5760]), st.integers(0, 2**32 - 1))
 def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -1,6 +1,6 @@
 """The samplers against the origin's mathematics, written down once more here, in float64 and without any shortcut."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ SD_V1 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 ALPHAS = alphas_cumprod(SD_V1)
 SIGMAS = np.sqrt((1 - ALPHAS) / ALPHAS)
 SHAPE = (4, 8, 8)
+STEPS = 5  # so that a multistep method looks back as far as it can; a number by which the origin divides 1000
 ORIGIN = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms")
 
 Noise = Callable[[], Tensor]
@@ -116,16 +117,16 @@ def test_final_latents_are_the_origins(predict: Predict, name: str, eta: float) 
         return generator, draw_noise([generator], SHAPE)
 
     generator, unit = start()
-    ours = sample(name, Run(predict, 8, SD_V1, [generator], eta), unit)
+    ours = sample(name, Run(predict, STEPS, SD_V1, [generator], eta), unit)
     generator, unit = start()
 
     def noise() -> Tensor:
         return draw_noise([generator], SHAPE).double()
 
     if name in ("plms", "ddim"):
-        theirs = origin_alphas(predict, unit.double(), 8, eta, noise, multistep=name == "plms")
+        theirs = origin_alphas(predict, unit.double(), STEPS, eta, noise, multistep=name == "plms")
     else:
-        theirs = origin_sigmas(name, predict, unit.double(), 8, noise)
+        theirs = origin_sigmas(name, predict, unit.double(), STEPS, noise)
     assert theirs.std() > 0.5
     assert (ours - theirs).abs().max() < 0.002
 
@@ -172,15 +173,25 @@ THEIRS = {
 
 
 SOME = (*range(1, 20), 37, 101, 333, 501, 999, 1000)  # drawn to the end; all would take many minutes
+FEW = (*range(1, 20), 37, 101, 333)
 
 
 def new_run(steps: int) -> Run:
     return Run(toy, steps, SD_V1, [])
 
 
+def counted(thorough: bool) -> Iterable[int]:
+    """Numbers of steps: all, or every seventh and those that are drawn to the end."""
+    return range(1, 1001) if thorough else sorted({*range(1, 1001, 7), *SOME})
+
+
+THOROUGH = pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+@THOROUGH
 @pytest.mark.parametrize("name", OWN)
-def test_every_number_of_steps(name: str) -> None:
-    for steps in range(1, 1001):
+def test_every_number_of_steps(name: str, thorough: bool) -> None:
+    for steps in counted(thorough):
         if name in ("plms", "ddim"):
             times = [level.time for level in levels(new_run(steps))]
             assert times[0] >= 999 - 1000 / steps
@@ -189,20 +200,21 @@ def test_every_number_of_steps(name: str) -> None:
             assert times[0] == 999
         assert len(set(times)) == steps
         assert (times, min(times) >= 0) == (sorted(times, reverse=True), True)
-    for steps in SOME:
+    for steps in SOME if thorough else FEW:
         check_steps(name, steps)
 
 
+@THOROUGH
 @pytest.mark.parametrize("name", THEIRS)
-def test_every_number_of_steps_by_diffusers(name: str) -> None:
+def test_every_number_of_steps_by_diffusers(name: str, thorough: bool) -> None:
     per_step, besides = EVALUATIONS.get(name, (1, 0))
-    for steps in range(1, 1001):
+    for steps in counted(thorough):
         times = new_scheduler(*THEIRS[name], steps, SD_V1).timesteps
         assert len(times) == per_step * steps + besides
         assert len(times.unique()) == steps
         assert (float(times[0]), float(times.max())) == (999, 999)
         assert times.min() >= 0
-    for steps in SOME:
+    for steps in SOME if thorough else FEW:
         check_steps(name, steps)
 
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import ldm
+from tests.tools import examples
 from tinysd_batch.model import vae as strips
 from tinysd_batch.model.parts import in_parts_of
 
@@ -36,8 +37,8 @@ def in_strips(whole: AutoencoderKL) -> AutoencoderKL:
 
 
 @pytest.mark.parametrize("makes_anew", [False, True])
-@pytest.mark.parametrize("strip_bytes", [1, 20_000, 2**25])
-@pytest.mark.parametrize("size", [(8, 8), (9, 5), (2, 16)])
+@pytest.mark.parametrize("strip_bytes", [1, 10_000, 2**25])
+@pytest.mark.parametrize("size", [(4, 4), (5, 3), (2, 8)])
 def test_strips_show_no_seam(
     whole: AutoencoderKL, in_strips: AutoencoderKL, size: tuple[int, int], strip_bytes: int, makes_anew: bool
 ) -> None:
@@ -48,7 +49,7 @@ def test_strips_show_no_seam(
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # a 255th of -1..1 is 0.0078
 
 
-@settings(max_examples=25, deadline=None)
+@examples(8)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 60_000), st.integers(0, 2**16))
 def test_maps_made_anew_are_the_maps(
     whole: AutoencoderKL, in_strips: AutoencoderKL, height: int, width: int, strip_bytes: int, seed: int

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import ldm
+from tests.tools import made_once
 from tinysd_batch.quantize.fast import quantize_model
 from tinysd_batch.quantize.folder import convert_model
 from tinysd_batch.quantize.sources import Options
@@ -31,25 +32,27 @@ def tensors(models: ldm.Models) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "mine.safetensors"
-    save_file(tensors, path)
-    return path
+    return made_once(tmp_path_factory, "checkpoint/mine.safetensors", lambda out: save_file(tensors, out))
 
 
 @pytest.fixture(scope="session")
-def floats(checkpoint: Path) -> Path:
+def floats(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint as a float folder."""
-    out = checkpoint.parent / "floats"
-    convert_model(checkpoint, out, Options(), None, lambda _: None)
-    return out
+
+    def convert(out: Path) -> None:
+        convert_model(checkpoint, out, Options(), None, lambda _: None)
+
+    return made_once(tmp_path_factory, "checkpoint/floats", convert)
 
 
 @pytest.fixture(scope="session")
-def packed(checkpoint: Path) -> Path:
+def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint at 2 bits."""
-    out = checkpoint.parent / "packed"
-    quantize_model(checkpoint, out, Options(), lambda _: None)
-    return out
+
+    def quantize(out: Path) -> None:
+        quantize_model(checkpoint, out, Options(), lambda _: None)
+
+    return made_once(tmp_path_factory, "checkpoint/packed", quantize)
 
 
 @pytest.fixture

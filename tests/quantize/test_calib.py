@@ -11,12 +11,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.tools import run_here
+from tests.tools import examples, run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.info import WEIGHTS, read_model_info
@@ -93,7 +93,7 @@ def error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> f
 
 # The last ones have more columns than work on each other at once: in groups, and in rows of one group.
 @given(st.integers(0, 10_000), st.sampled_from([(16, 32, 16), (8, 128, 64), (5, 96, 32), (4, 576, 64), (4, 544, 544)]))
-@settings(max_examples=20, deadline=None)
+@examples(10)
 def test_a_layer_errs_less_than_without_data(seed: int, sizes: tuple[int, int, int]) -> None:
     rows, columns, group_size = sizes
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -128,7 +128,7 @@ def test_moments_are_those_of_all_tokens() -> None:
 
 
 @given(st.integers(0, 10_000), st.sampled_from([48, 600]))
-@settings(max_examples=10, deadline=None)
+@examples(5)
 def test_the_root_of_an_inverse(seed: int, columns: int) -> None:
     hessian = hessian_of(columns, seed).double()
     wanted = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)

@@ -92,7 +92,13 @@ def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm.Mo
     assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16, torch.float8_e4m3fn, pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_types_of_numbers(tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
     path = save({name: value.to(dtype) for name, value in tensors.items()})
     convert(path, tmp_path / "model")
@@ -102,7 +108,10 @@ def test_types_of_numbers(tensors: Tensors, models: ldm.Models, save: Save, tmp_
     assert written.dtype == kept
 
 
-@pytest.mark.parametrize(("word", "dtype"), [("fp16", torch.float16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [("fp16", torch.float16), pytest.param("fp32", torch.float32, marks=pytest.mark.slow)],
+)
 def test_the_type_can_be_chosen(
     checkpoint: Path, models: ldm.Models, tmp_path: Path, word: str, dtype: torch.dtype
 ) -> None:
@@ -119,7 +128,10 @@ def test_numbers_too_large_for_float16(tensors: Tensors, save: Save, tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "beside"),
-    [("old.ckpt", {"epoch": 3, "global_step": 7, "optimizer_states": [{"state": {}}]}), ("old.pth", None)],
+    [
+        ("old.ckpt", {"epoch": 3, "global_step": 7, "optimizer_states": [{"state": {}}]}),
+        pytest.param("old.pth", None, marks=pytest.mark.slow),
+    ],
 )
 def test_pickles(
     tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, name: str, beside: dict[str, Any] | None
@@ -151,7 +163,7 @@ def test_averaged_copies(tensors: Tensors, models: ldm.Models, save: Save, tmp_p
     ("prefix", "positions"),
     [
         ("cond_stage_model.transformer.", None),
-        ("cond_stage_model.transformer.", torch.arange(77)[None].half()),
+        pytest.param("cond_stage_model.transformer.", torch.arange(77)[None].half(), marks=pytest.mark.slow),
         ("cond_stage_model.transformer.text_model.", torch.arange(77)[None]),
     ],
 )
@@ -174,13 +186,25 @@ def test_old_autoencoders_have_matrices_for_attention(
     check_same(tmp_path / "model", models)
 
 
-@pytest.mark.parametrize("kind", ["ldm", "prefixed", "pickle", "diffusers", "folder", "model", "checkpoint"])
+def without_autoencoder(tensors: Tensors) -> Tensors:
+    return {name: value for name, value in tensors.items() if not name.startswith(ldm.VAE)}
+
+
+def test_without_an_autoencoder_one_has_to_be_named(tensors: Tensors, save: Save, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no autoencoder is in it; name one with --vae"):
+        convert(save(without_autoencoder(tensors)), tmp_path / "model")
+
+
+SELDOM = ("prefixed", "diffusers", "folder", "checkpoint")
+
+
+@pytest.mark.parametrize(
+    "kind", ["ldm", "pickle", "model", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SELDOM)]
+)
 def test_an_autoencoder_from_elsewhere(
     tensors: Tensors, models: ldm.Models, checkpoint: Path, save: Save, tmp_path: Path, kind: str
 ) -> None:
-    mine = save({name: value for name, value in tensors.items() if not name.startswith(ldm.VAE)})
-    with pytest.raises(ModelError, match="no autoencoder is in it; name one with --vae"):
-        convert(mine, tmp_path / "model")
+    mine = save(without_autoencoder(tensors))
     part = {name.removeprefix(ldm.VAE): value for name, value in tensors.items() if name.startswith(ldm.VAE)}
     if kind in ("folder", "model"):
         vae = tmp_path / "other"
@@ -218,18 +242,32 @@ def change(tensors: Tensors, name: str, value: Tensor | None) -> Tensors:
     ("name", "value", "message"),
     [
         (f"{ldm.UNET}out.2.bias", None, r"1 tensors are missing, the first is conv_out\.bias"),
-        (f"{ldm.UNET}input_blocks.0.0.weight", None, r"tensor conv_in\.weight is missing"),
+        pytest.param(
+            f"{ldm.UNET}input_blocks.0.0.weight", None, r"tensor conv_in\.weight is missing", marks=pytest.mark.slow
+        ),
         (f"{ldm.UNET}input_blocks.3.0.op.bias", None, r"down_blocks\.0\.downsamplers\.0\.conv\.bias is missing"),
-        (f"{ldm.UNET}output_blocks.2.1.conv.bias", None, r"output_blocks\.2\.1\.conv\.bias is missing"),
+        pytest.param(
+            f"{ldm.UNET}output_blocks.2.1.conv.bias",
+            None,
+            r"output_blocks\.2\.1\.conv\.bias is missing",
+            marks=pytest.mark.slow,
+        ),
         (f"{ldm.UNET}middle_block.1.norm.bias", torch.zeros(3), r"norm\.bias has shape \[3\], \[128\] was expected"),
         (f"{ldm.UNET}out.2.bias", torch.full((4,), torch.nan), r"conv_out\.bias is not finite"),
         (f"{ldm.UNET}out.2.bias", torch.zeros(4, dtype=torch.int32), r"conv_out\.bias is torch\.int32; floats"),
         (f"{ldm.UNET}stray.weight", torch.ones(1), r"1 unexpected tensors, the first is model\.diffusion_model\.stray"),
         ("stray", torch.ones(1), r"1 unexpected names, the first is 'stray'"),
         (f"{ldm.VAE}decoder.conv_out.bias", None, r"the first is decoder\.conv_out\.bias"),
-        (f"{ldm.VAE}post_quant_conv.weight", None, r"tensor post_quant_conv\.weight is missing"),
+        pytest.param(
+            f"{ldm.VAE}post_quant_conv.weight",
+            None,
+            r"tensor post_quant_conv\.weight is missing",
+            marks=pytest.mark.slow,
+        ),
         (f"{ldm.VAE}decoder.mid.attn_1.q.weight", torch.ones(1), r"dimensions|shape"),
-        (f"{ldm.CLIP}final_layer_norm.bias", None, r"the first is final_layer_norm\.bias"),
+        pytest.param(
+            f"{ldm.CLIP}final_layer_norm.bias", None, r"the first is final_layer_norm\.bias", marks=pytest.mark.slow
+        ),
         (f"{ldm.CLIP}embeddings.token_embedding.weight", torch.ones(9, 32), r"9 tokens; CLIP's tokenizer has 49,408"),
         ("betas", torch.linspace(0.0001, 0.02, 1000), "noise schedule .* is not SD v1's"),
     ],
@@ -254,9 +292,15 @@ def test_an_existing_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def folder(models: ldm.Models, tmp_path: Path) -> Path:
+def folder(published: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(published, tmp_path / "folder"))
+
+
+@pytest.fixture(scope="module")
+def published(models: ldm.Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As people published them in 2022: old names in the text encoder, no `model_index.json`."""
-    folder = tmp_path / "folder"
+    folder = tmp_path_factory.mktemp("published") / "folder"
     models.unet.save_pretrained(folder / "unet")
     models.vae.save_pretrained(folder / "vae")
     (folder / "text_encoder").mkdir()

@@ -17,7 +17,7 @@ from tests import ldm, origin
 from tests.tools import command, environment
 from tinysd_batch import TinySD
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 PARTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 REPEATED = 2**22  # random numbers, over and over
 

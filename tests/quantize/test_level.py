@@ -1,6 +1,8 @@
 """The level that is taken where none is named, and how long calibrating is foretold to take."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ from tinysd_batch.quantize import level as levels
 from tinysd_batch.quantize import resources
 from tinysd_batch.quantize.foretell import Effort, Foretold, Speed, foretell, layer_efforts, multiply_adds, walk
 from tinysd_batch.quantize.level import rounded
-from tinysd_batch.quantize.presets import DEFAULT, layers_to_pack
+from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources import Part
+from tinysd_batch.quantize.sources import Options, Part
 from tinysd_batch.quantize.work import open_work
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_calib_is_chosen_where_it_is_soon_done(float_model: Path, folder: Path) -> None:
+    recipe = read_recipe(folder / "recipe.toml")
+    level = levels.choose_level(
+        float_model, folder / "out", Options(), Size(), recipe, torch.device("cpu"), noise_correction=True
+    )
+    assert level.name == "calib"
+    assert level.why.startswith("level calib: some ")
+
+
+@pytest.mark.slow
 def test_a_model_that_is_soon_calibrated_is(float_model: Path, folder: Path) -> None:
     said = run_here("quantize", float_model, "out", "--recipe", "recipe.toml", cwd=folder)
     assert said.returncode == 0, said.stderr
@@ -73,8 +85,9 @@ def test_a_stopped_run_goes_on_with_its_level_whatever_is_foretold(
     assert "was begun with another source" in said.stderr  # so it is that level that goes on
 
 
-def sd_v1(recipe: Recipe) -> Foretold:
-    """Of SD v1's size."""
+@pytest.fixture(scope="module")
+def sd_v1() -> Callable[[Recipe], Foretold]:
+    """What is foretold of a model of SD v1's size."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         vae = AutoencoderKL(
@@ -82,10 +95,10 @@ def sd_v1(recipe: Recipe) -> Foretold:
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=512,
         )  # fmt: skip
     parts = [Part(dict(one.config), one.state_dict(), Path("here")) for one in (unet, vae)]
-    return foretell(parts[0], parts[1], layers_to_pack(unet, DEFAULT), recipe)
+    return partial(foretell, parts[0], parts[1], layers_to_pack(unet, DEFAULT))
 
 
-def test_what_is_foretold_is_what_it_took_within_a_factor_of_two() -> None:
+def test_what_is_foretold_is_what_it_took_within_a_factor_of_two(sd_v1: Callable[[Recipe], Foretold]) -> None:
     found = sd_v1(read_recipe(ROOT / "benchmarks" / "small_calib.toml"))
     layers = sum(one.seconds(XEON) for one in found.layers.values())
     foretold = {"drawing": found.drawing.seconds(XEON), "layers": layers, "measuring": found.measuring.seconds(XEON)}

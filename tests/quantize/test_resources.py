@@ -20,6 +20,7 @@ from tinysd_batch.quantize.calibrate import Calibration, Pair, Use, after
 from tinysd_batch.quantize.presets import Size, layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.resources import (
+    Place,
     bytes_to_calibrate,
     file_bytes,
     places_of,
@@ -60,13 +61,23 @@ def test_too_small_a_disk_is_said_with_need_and_have(
     assert not list(tmp_path.iterdir())
 
 
-def test_at_sd_v1s_size_rows_wait_as_float16(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sd_v1() -> Part:
+    """SD v1's UNet, without weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    part = Part(dict(unet.config), {}, tmp_path)
+    return Part(dict(unet.config), {}, Path("nowhere"))
+
+
+@pytest.fixture(scope="module")
+def places(sd_v1: Part) -> list[Place]:
+    return places_of(sd_v1)
+
+
+def test_at_sd_v1s_size_rows_wait_as_float16(sd_v1: Part, places: list[Place], tmp_path: Path) -> None:
     recipe = read_recipe(None)
-    assert state_dtype(part, recipe) is torch.float16
-    assert 2 * rows_of(recipe) * 2 * widest_state(places_of(part)) < 5e9
+    assert state_dtype(sd_v1, recipe) is torch.float16
+    assert 2 * rows_of(recipe) * 2 * widest_state(places) < 5e9
     small = Part(dict(small_unet().config), {}, tmp_path)
     assert state_dtype(small, recipe) is torch.float32
 
@@ -95,12 +106,9 @@ def test_calibrating_takes_the_tensors_that_are_foretold(tmp_path: Path) -> None
     assert 0.6 * foretold < live.peak < 1.1 * foretold
 
 
-def test_at_sd_v1s_size_a_small_recipe_takes_under_three_gigabytes(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    part = Part(dict(unet.config), {}, tmp_path)
+def test_at_sd_v1s_size_a_small_recipe_takes_under_three_gigabytes(sd_v1: Part, places: list[Place]) -> None:
     recipe = read_recipe(Path(__file__).parents[2] / "benchmarks" / "small_calib.toml")
-    assert 2e9 < bytes_to_calibrate(part, places_of(part), recipe) < 3e9
+    assert 2e9 < bytes_to_calibrate(sd_v1, places, recipe) < 3e9
 
 
 def test_waiting_as_float16_changes_little() -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.tools import draw, run_here, write_csv
 from tinysd_batch.config import Settings
 from tinysd_batch.job import identity
 from tinysd_batch.job.folder import open_job
+from tinysd_batch.model.tokens import count_tokens
 from tinysd_batch.records import InvalidRow
 from tinysd_batch.report import prompts, reading
 from tinysd_batch.report.judgement import judge
@@ -52,17 +54,19 @@ def test_ids_are_computed_where_a_job_is_reused(tmp_path: Path, tiny_model: Path
 def test_a_prompt_is_counted_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative prompts, too; and more different ones than are remembered give the right numbers."""
     counted: list[str] = []
-    count = prompts.count_tokens
-    monkeypatch.setattr(
-        prompts, "count_tokens", lambda tokenizer, texts: (counted.extend(texts), count(tokenizer, texts))[1]
-    )
+
+    def count_and_note(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+        counted.extend(texts)
+        return count_tokens(tokenizer, texts)
+
+    monkeypatch.setattr(prompts, "count_tokens", count_and_note)
     rows = [{"prompt": f"cat {number % 700}", "negative_prompt": "blurry, low quality"} for number in range(2100)]
     manifest = write_csv(tmp_path / "m.csv", rows)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
     found = list(PromptReader(job).read(job.read_rows()))
     assert len(counted) == len(set(counted)) == 701
     monkeypatch.setattr(prompts, "MAX_CACHED_PROMPTS", 10)
-    assert [row.prompt for row in PromptReader(job).read(job.read_rows())] == [row.prompt for row in found]  # type: ignore[union-attr]
+    assert [row.prompt for row in PromptReader(job).read(job.read_rows())] == [row.prompt for row in found]
 
 
 @pytest.mark.parametrize("syntax", ["seed", "a1111", "none"])

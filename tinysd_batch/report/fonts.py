@@ -4,6 +4,7 @@ The subset covers Latin, Greek, Cyrillic, Armenian, Hebrew, Georgian, punctuatio
 Japanese, Korean and others fontconfig is asked; where it knows no font either, such characters stay boxes.
 """
 
+import io
 import shutil
 import subprocess
 from functools import lru_cache
@@ -29,8 +30,7 @@ def font_for(text: str, size: int) -> Font:
 
 @lru_cache
 def own_font(size: int) -> Font:
-    with (files("tinysd_batch.report") / "data" / SUBSET).open("rb") as file:
-        return ImageFont.truetype(file, size)
+    return ImageFont.truetype(io.BytesIO((files("tinysd_batch.report") / "data" / SUBSET).read_bytes()), size)
 
 
 @lru_cache(maxsize=16)
