@@ -205,6 +205,7 @@ def test_without_samples(float_model: Path, tmp_path: Path) -> None:
     assert "No image was generated" in (tmp_path / "fast" / "report" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_samples_that_take_long_or_fail_are_told(
     float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

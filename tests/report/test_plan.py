@@ -3,8 +3,11 @@
 import io
 import json
 import re
+import shutil
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,17 @@ from rich.console import Console
 
 from tests.tools import draw, run_here, write_csv
 from tinysd_batch.config import Settings
+from tinysd_batch.errors import UsageError
 from tinysd_batch.job import identity
 from tinysd_batch.job.folder import open_job
+from tinysd_batch.model.info import read_model_info
 from tinysd_batch.model.tokens import count_tokens
 from tinysd_batch.records import InvalidRow
 from tinysd_batch.report import prompts, reading
+from tinysd_batch.report.answers import fit_line, read_quality
 from tinysd_batch.report.judgement import judge
+from tinysd_batch.report.memory import Batch, MemoryPlan, PlannedPhase, plan_memory
+from tinysd_batch.report.memory_process import plan_memory_apart, read_answer
 from tinysd_batch.report.plan import PlanPrinter, make_plan
 from tinysd_batch.report.prompts import PromptReader
 from tinysd_batch.report.reading import ReadingProgress
@@ -152,16 +160,56 @@ def test_the_first_lines_answer(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_a_gpu_that_is_not_here(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
-    options = "plan", "m.csv", "--model", tiny_model, "--device", "cuda"
-    assert "--vram-budget 4GB" in line_of(run_here(*options, cwd=tmp_path).stdout, "Fits")
-    told = line_of(run_here(*options, "--vram-budget", "4GB", cwd=tmp_path).stdout, "Fits")
+    options = "--device", "cuda", "--vram-budget", "4GB"
+    told = line_of(run_here("plan", "m.csv", "--model", tiny_model, *options, cwd=tmp_path).stdout, "Fits")
     assert re.search(r"yes: \d+ MB at most, within --vram-budget 4GB \(float16 on cuda, estimated", told)
 
 
-def test_the_embedded_model_says_how_good_it_is(tmp_path: Path) -> None:
-    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
-    quality = line_of(run_here("plan", "m.csv", cwd=tmp_path).stdout, "Quality")
-    assert "PSNR 30.9 dB, level calib" in quality
+@pytest.mark.parametrize(
+    ("available", "budget", "told"),
+    [
+        (8 * 10**9, None, "yes: 5.0 GB at most, 8.0 GB available (float32 on cpu)"),
+        (4 * 10**9, None, "no: 5.0 GB at most, 4.0 GB available (float32 on cpu); --vram-budget uses less"),
+        (None, None, "not known: 5.0 GB at most (float32 on cpu); add --vram-budget 4GB for a GPU of 4 GB"),
+        (None, "6GB", "yes: 5.0 GB at most, within --vram-budget 6GB (float32 on cpu)"),
+    ],
+)
+def test_whether_it_fits(available: int | None, budget: str | None, told: str) -> None:
+    phase = PlannedPhase("UNet", 5 * 10**9, 1, 1, 0, 1, 0, 0, None, 1, False, False, False)
+    batch = Batch(1, 512, 512, True)
+    memory = MemoryPlan(batch, "cpu", "float32", budget, [phase], available_bytes=available)
+    assert fit_line(memory) == told
+
+
+def test_the_embedded_model_says_how_good_it_is() -> None:
+    quality = read_quality(read_model_info("embedded"))
+    assert str(quality) == f"{judge(30.93)} (PSNR 30.9 dB, level calib, at most 4.7 MB)"
+
+
+@pytest.mark.parametrize(
+    "report", ["", "[]", '{"median_picture_psnr_db": NaN}', '{"median_picture_psnr_db": true}', "{"]
+)
+def test_a_report_that_says_nothing_is_no_measurement(tmp_path: Path, tiny_model: Path, report: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "report").mkdir(exist_ok=True)
+    (folder / "report" / "report.json").write_text(report)
+    assert read_quality(read_model_info(str(folder))).psnr_db is None
+
+
+@pytest.mark.slow
+def test_memory_is_planned_in_another_process_alike(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `plan` does where torch is not loaded: the same numbers, the same errors."""
+    settings = Settings(model=str(tiny_model), height=16, width=16, steps=2, scale=2.0, device="cpu")
+    batch = Batch(2, 16, 16, True)
+    here = plan_memory(settings, batch)
+    monkeypatch.delitem(sys.modules, "torch")
+    apart = plan_memory_apart(settings, batch)
+    assert replace(apart, available_bytes=None) == replace(here, available_bytes=None)
+
+
+def test_errors_come_through_from_the_other_process() -> None:
+    with pytest.raises(UsageError, match="vram_budget = 1 MB"):
+        read_answer({"error": "UsageError", "message": "vram_budget = 1 MB: too little"})
 
 
 def test_judgements_are_in_order() -> None:

@@ -148,8 +148,8 @@ def speed_of(folder: Path, model: ModelInfo, settings: Settings) -> Speed | None
     call_s, other_s = {}, {}
     for kind in {kind_of(row) for row in last}:
         alike = [row for row in last if kind_of(row) == kind]
-        call_s[kind] = median(row["denoise_s"] / calls_of(row["steps"]) for row in alike)
-        other_s[kind] = median((row["text_s"] or 0.0) + (row["decode_s"] or 0.0) for row in alike)
+        call_s[kind] = median(seconds_of(row, "denoise_s") / calls_of(row["steps"]) for row in alike)
+        other_s[kind] = median(seconds_of(row, "text_s") + seconds_of(row, "decode_s") for row in alike)
     return Speed(call_s, other_s, len({row["worker"] for row in last}), folder)
 
 
@@ -160,18 +160,26 @@ def timed_rows(folder: Path, digest: str, device: str) -> Iterator[dict[str, Any
     if not files:
         return
     for row in reversed(read_last_rows(files[-1])):
-        on_cpu = (row["device_name"] or "").startswith("cpu")
-        if (
-            row["status"] == Status.OK and row["denoise_s"] and not row["reused"] and row["model_digest"] == digest
-            and row["node"] == platform.node() and device in ("auto", "cpu" if on_cpu else "cuda")
-        ):  # fmt: skip
-            yield row
+        if is_timed(row) and row["model_digest"] == digest and row["node"] == platform.node():
+            on_cpu = (row["device_name"] or "").startswith("cpu")
+            if device in ("auto", "cpu" if on_cpu else "cuda"):
+                yield row
+
+
+def is_timed(row: dict[str, Any]) -> bool:
+    return bool(row["status"] == Status.OK and row["steps"] and seconds_of(row, "denoise_s") and not row["reused"])
 
 
 def read_last_rows(file: Path) -> list[dict[str, Any]]:
     table = read_table(file, TIMED)
     rows: list[dict[str, Any]] = table.slice(max(0, len(table) - 2 * MAX_TIMED_IMAGES)).to_pylist()
     return rows
+
+
+def seconds_of(row: dict[str, Any], name: str) -> float:
+    """0 for what is no time: tables may come from elsewhere."""
+    value = row[name]
+    return float(value) if value is not None and math.isfinite(value) and value > 0 else 0.0
 
 
 def kind_of(row: dict[str, Any]) -> Kind:

@@ -16,8 +16,15 @@ from tinysd_batch.config import Settings
 from tinysd_batch.report.memory import Batch, MemoryPlan, PlannedPhase, plan_memory
 
 ROOT = Path(tinysd_batch.__file__).parents[1]
-# Without -P Python would import from the current folder; the package itself may lie beside it, not installed.
-CODE = "import sys; sys.path.append(sys.argv[1]); from tinysd_batch.report.memory_process import answer; answer()"
+# Without -P Python would import from the current folder; the package itself may lie beside it, not installed. Ctrl-C
+# reaches both processes, and only this one has something to say about it.
+CODE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.path.append(sys.argv[1])
+from tinysd_batch.report.memory_process import answer
+answer()
+"""
 
 
 def plan_memory_apart(settings: Settings, batch: Batch) -> MemoryPlan:

@@ -80,11 +80,11 @@ def make_plan(
     plan = Plan(token_limit=job.model.max_tokens - 2, free_bytes=free_bytes(job.folder))
     survey = PlanSurvey(plan, job, finished_images(job, limit, retry_failed=retry_failed), limit)
     planned = plan_images(survey.rows(on_row, progress), job.common())
-    wanted: set[str] = set()
+    wanted = Counter[str]()
     for run in batch_runs(survey.images(planned, wanted), job.settings.max_batch):
         plan.batches += (run if limit is None else run.upto(limit)).batches
     plan.finished = len(survey.finished)
-    plan.reusable = count_reusable(job, wanted)
+    plan.reusable = count_reusable(job, wanted.keys())
     plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
     progress.stop()
     plan.memory = plan_memory_apart(job.settings, plan.largest) if plan.largest else None
@@ -148,7 +148,7 @@ class PlanSurvey:
         plan.cut_rows += planned.is_cut
         plan.weighted_rows += planned.prompt.is_marked
 
-    def images(self, planned: Iterable[tuple[Row, RowImages]], wanted: set[str]) -> Iterator[tuple[Row, RowImages]]:
+    def images(self, planned: Iterable[tuple[Row, RowImages]], wanted: Counter[str]) -> Iterator[tuple[Row, RowImages]]:
         """Each row with its images, after these were counted; `wanted` gets the ids that `--reuse` looks for."""
         for row, images in planned:
             number = len(images) if self.limit is None else max(0, min(len(images), self.limit - images.first + 1))
