@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleDimensions
 MIN_COLUMNS, DEFAULT_COLUMNS = 20, 80
 MIN_LINES, DEFAULT_LINES = 5, 25
 MAX_SIDE = 10_000
+BAR_FROM_COLUMNS = 90  # narrower terminals show the numbers of a progress alone
 
 
 class TextConsole(Console):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tinysd_batch.quantize.layers_done import LayersDone
-from tinysd_batch.report.console import has_live_display
+from tinysd_batch.report.console import BAR_FROM_COLUMNS, has_live_display
 from tinysd_batch.report.text import clock, count, say
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -23,7 +23,8 @@ class LayerProgress:
         self.task = ""
         self.began = self.last_line = time.monotonic()
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), console=console,
+            TextColumn("{task.description}"), *([BarColumn()] if console.width >= BAR_FROM_COLUMNS else []),
+            TextColumn("{task.fields[words]}"), console=console,
             transient=True, disable=not has_live_display(console), redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
 

@@ -12,14 +12,13 @@ from rich.text import Text
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
 from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.report.console import has_live_display
+from tinysd_batch.report.console import BAR_FROM_COLUMNS, has_live_display
 from tinysd_batch.report.reading import ReadingProgress
 from tinysd_batch.report.text import clock, count, one_line, row_label, say
 
 PLAIN_LINE_EVERY_S = 10.0
 SPEED_AFTER_S = 3.0  # between the first image and the last
 BURST_S = 0.5  # the first images come together, as a batch: they say nothing of speed
-BAR_FROM_COLUMNS = 90  # narrower terminals show the numbers alone
 FAULTS_SHOWN = 10
 
 
