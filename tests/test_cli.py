@@ -22,6 +22,8 @@ from tests.tools import (
 )
 from tinysd_batch.cli import app
 
+GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = dict(GROUP.commands)
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "PIL", "numpy")
 
 
@@ -46,17 +48,12 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 def test_plan_takes_what_submit_takes() -> None:
     """Its own are `verbose`, which says more there, and `--json`."""
-    commands: Any = typer.main.get_command(app)
-    taken = {
-        name: {each.name: tuple(each.opts) for each in commands.commands[name].params} for name in ("submit", "plan")
-    }
+    taken = {name: {each.name: tuple(each.opts) for each in COMMANDS[name].params} for name in ("submit", "plan")}
     assert taken["plan"].pop("as_json") == ("--json",)
     assert taken["plan"] == taken["submit"]
 
 
-@pytest.mark.parametrize(
-    "name", ["", "submit", "plan", "status", "export", "txt2img", "quantize", "convert", "inspect"]
-)
+@pytest.mark.parametrize("name", ["", *(str(command.name) for command in COMMANDS.values())])
 def test_h_is_help(name: str, capsys: Capture) -> None:
     code, out, _ = call(capsys, *name.split(), "-h")
     assert code == 0

@@ -47,6 +47,13 @@ def test_pixels_and_metadata_survive(name: str) -> None:
     assert read_entries(data) == ("p\N{SNOWMAN}", OURS)
 
 
+@pytest.mark.parametrize("name", ["png", "jpg", "webp"])
+def test_metadata_may_hold_names_that_are_no_text(name: str) -> None:
+    odd = {"model": "mod\udce9", "made": {"device_name": "\ud800", "degraded": ["\udce9"]}}
+    parameters, ours = read_entries(encode_image(Image.fromarray(pixels()), FileFormat(name), "mod\udce9", odd))
+    assert (parameters, ours["model"], ours["made"]["degraded"]) == ("mod\\xe9", "mod\\xe9", ["\\xe9"])
+
+
 @pytest.mark.parametrize("name", ["jpg", "webp"])
 def test_quality_costs_bytes(name: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.text import INVISIBLE_CHARACTERS, has_surrogates, normalize_text, storable_text
+from tinysd_batch.text import INVISIBLE_CHARACTERS, fold_widths, has_surrogates, normalize_text, storable_text
 from tinysd_batch.values import is_missing, is_missing_number, read_whole_number
 
 ANY_TEXT = st.text(st.characters())  # lone surrogates included
@@ -89,3 +89,16 @@ def test_whole_numbers(value: object, number: int) -> None:
 def test_no_whole_numbers(value: object) -> None:
     with pytest.raises(ValueError, match="a whole number was expected"):
         read_whole_number(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a:1", "a:1"),
+        ("\uff41\uff1a\uff11\uff0c\uff5e", "a:1,~"),
+        ("\uff76\uff9e", "\u30ab\u3099"),  # to be composed by NFC
+        ("\ufb01 \u201cx\u201d \u00e9 \u3000", "\ufb01 \u201cx\u201d \u00e9 \u3000"),
+    ],
+)
+def test_widths_are_folded(text: str, expected: str) -> None:
+    assert fold_widths(text) == expected

@@ -28,6 +28,7 @@ from tinysd_batch.job.driver import Summary, run_job
 from tinysd_batch.job.folder import Job, open_job
 from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
 from tinysd_batch.job.summary import InvalidRows
+from tinysd_batch.job.tables import readable
 from tinysd_batch.job.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
 from tinysd_batch.storage import TEMPORARY_PREFIX
@@ -122,7 +123,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 def examples(count: int) -> hypothesis.settings:
     """For a property that is slow to test: so many examples by default, in proportion in other profiles."""
-    return hypothesis.settings(max_examples=count * hypothesis.settings.default.max_examples // DEFAULT_EXAMPLES)
+    default = hypothesis.settings.default
+    assert default is not None
+    return hypothesis.settings(max_examples=count * default.max_examples // DEFAULT_EXAMPLES)
 
 
 def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
@@ -142,7 +145,7 @@ def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
 
 
 def read_results(job: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(job / "results.parquet").to_pylist()
+    rows: list[dict[str, Any]] = readable(pq.read_table(job / "results.parquet")).to_pylist()
     return rows
 
 
@@ -206,6 +209,10 @@ def call(capture: Capture, *arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
             main()
     return (end.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
 def snapshot(folder: Path) -> dict[str, object]:

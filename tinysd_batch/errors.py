@@ -68,3 +68,7 @@ class BrokenWorkerError(NoWorkerError):
 
 class NotFiniteError(TinySDError):
     """An image came out as NaN, infinite or one flat colour."""
+
+
+class OccupiedPathError(TinySDError):
+    """A folder is where an image's file should be."""

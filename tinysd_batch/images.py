@@ -15,9 +15,11 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from tinysd_batch.records import ImageRequest
+from tinysd_batch.text import storable_value
 
 OUR_KEY = "tinysd"
 PILLOW_NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+END_MARKS = {"png": b"IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 PNG_COMPRESSION = 6
 MAX_SHOWN_PX = 8192  # a side; nobody's pictures of ours are larger
 MAX_EXIF_BYTES = 65_000  # a JPEG's segment holds no more
@@ -62,6 +64,7 @@ def parameters_text(request: ImageRequest, model_name: str, model_digest: str, v
 
 def encode_image(image: Image.Image, kind: FileFormat, parameters: str, ours: dict[str, Any]) -> bytes:
     """The picture as a file's bytes."""
+    parameters, ours = storable_value(parameters), storable_value(ours)
     options: dict[str, Any] = {"quality": kind.quality}
     if kind.name == "png":
         options = {"compress_level": PNG_COMPRESSION}
@@ -99,6 +102,13 @@ def shorter_and_shorter(parameters: str, ours: dict[str, Any]) -> Iterator[tuple
     yield parameters, ours
     yield "", ours
     yield "", {name: value for name, value in ours.items() if name not in ("prompt", "negative_prompt")}
+
+
+def is_whole(data: bytes, kind: str) -> bool:
+    """Whether a file's last bytes are there, which Pillow does not ask for: a PNG's IEND, a JPEG's end mark."""
+    if kind == "webp":
+        return len(data) >= int.from_bytes(data[4:8], "little") + 8
+    return data.endswith(END_MARKS[kind])
 
 
 @contextmanager

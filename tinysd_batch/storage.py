@@ -3,11 +3,9 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import glob
 import os
 import platform
-import random
 import shutil
 import stat
 import time
@@ -15,59 +13,20 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
-from tinysd_batch.errors import JobLockedError, StorageError
+from tinysd_batch.errors import JobLockedError, OccupiedPathError, StorageError
+from tinysd_batch.filesystem import NO_LINKS, NO_RENAME, NoLocksError, lock_handle, patiently, sync, sync_path
+from tinysd_batch.filesystem import is_transient as is_transient
+from tinysd_batch.filesystem import storage_errors as storage_errors
+from tinysd_batch.text import storable_text
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_FILE_BYTES = 100_000_000  # a larger picture is not one of ours
 MAX_HOLDER_BYTES = 1000
 LOCK_ATTEMPTS = 4
 LOCK_WAIT_S = 0.05
-ATTEMPTS = 6  # at a write that fails by what may pass, with 0.5, 1, 2, 4 and 8 seconds between, give or take a half
-TRANSIENT = {
-    errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT,
-}  # fmt: skip
 TAKE_OVER_S = 10.0  # a write takes less
 GUARD_WAIT_S = 60.0  # where nobody asked to take anything over: for a write of another onto a slow disk
-NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # file systems without hard links
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only, forbidden, broken or vanished disk into a StorageError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StorageError(f"{path}: {reason}; make room or choose another folder, then try again") from error
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether a StorageError's cause may pass by itself: a network file system that is away for a while, say."""
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in TRANSIENT
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def patiently(write: Callable[P, R]) -> Callable[P, R]:
-    """Have a write that can be repeated wait and try again, before it raises what may be transient."""
-
-    @functools.wraps(write)
-    def tried(*args: P.args, **kwargs: P.kwargs) -> R:
-        for attempt in range(ATTEMPTS - 1):
-            try:
-                return write(*args, **kwargs)
-            except StorageError as error:
-                if not is_transient(error):
-                    raise
-            time.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
-        return write(*args, **kwargs)
-
-    return tried
 
 
 def check_regular(path: Path) -> None:
@@ -97,19 +56,21 @@ def synced_temporary(data: bytes, folder: Path) -> Iterator[Path]:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+@patiently
+def sync_found_file(path: Path) -> None:
+    """Make a file durable that was found rather than written: whoever wrote it may have died before syncing its folder.
+
+    Raises StorageError.
+    """
+    with storage_errors(path):
+        sync_path(path)
+        sync_path(path.parent)
 
 
 @patiently
@@ -119,7 +80,7 @@ def write_atomically(data: bytes, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with synced_temporary(data, path.parent) as temporary:
             temporary.replace(path)
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
 @patiently
@@ -131,9 +92,7 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
     system, for the file while it is being written.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent.is_symlink():
-            raise StorageError(f"{path.parent}: is a symbolic link; pictures are not written through links")
+        make_image_folder(path.parent)
         scratch.mkdir(parents=True, exist_ok=True)
         with synced_temporary(data, scratch) as temporary:
             try:
@@ -142,8 +101,21 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
                 if error.errno not in (errno.EEXIST, *NO_LINKS):
                     raise
                 return replace_unless_same(data, temporary, path, is_same)
-        sync_folder(path.parent)
+        sync_path(path.parent)
     return data
+
+
+def make_image_folder(folder: Path) -> None:
+    """Make a folder for images and those around it, durably where these can be read."""
+    if folder.is_symlink():
+        raise StorageError(f"{folder}: is a symbolic link; images are not written through links")
+    if folder.is_dir():
+        return
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(new):
+        with contextlib.suppress(PermissionError):
+            sync_path(each.parent)
 
 
 def share(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> None:
@@ -152,9 +124,7 @@ def share(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bo
     The folder is not synced: the caller does that once for many. `is_same` is `publish`'s, for what is there already.
     """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent.is_symlink():
-            raise StorageError(f"{path.parent}: is a symbolic link; pictures are not written through links")
+        make_image_folder(path.parent)
         try:
             os.link(source, path, follow_symlinks=False)
         except OSError:
@@ -162,20 +132,38 @@ def share(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bo
 
 
 def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Callable[[bytes], bool]) -> bytes:
-    """Publish where something may be in the way, one writer at a time."""
+    """Publish where something may be in the way, or where there are no hard links; one writer at a time."""
+    if path.is_dir() and not path.is_symlink():
+        raise OccupiedPathError(
+            f"{path}: a folder is in the image's place; move it away, then submit with --retry-failed"
+        )
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not lock_handle(folder, path.parent, fcntl.LOCK_EX):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path.parent))
         there = b""
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_FILE_BYTES:
             there = path.read_bytes()
         if is_same(there):
-            return there
-        temporary.replace(path)
-        os.fsync(folder)
-        return data
+            sync_path(path)
+        else:
+            there = data
+            move(temporary, path, data)
+        sync(folder)
+        return there
     finally:
         os.close(folder)
+
+
+def move(temporary: Path, path: Path, data: bytes) -> None:
+    """Rename a temporary file, or write it beside `path` where its folder is on another file system."""
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+        with synced_temporary(data, path.parent) as beside:
+            beside.replace(path)
 
 
 def sweep_temporaries(*folders: Path) -> None:
@@ -224,8 +212,8 @@ def gate_of(path: Path, wait_s: float) -> Iterator[None]:
         folder = os.open(path.parent, os.O_RDONLY)
     try:
         deadline = time.monotonic() + wait_s
-        while not try_flock(folder):
-            if time.monotonic() > deadline:
+        while not try_lock(folder, path.parent):
+            if time.monotonic() >= deadline:
                 raise in_a_write(path)
             time.sleep(0.1)
         yield
@@ -245,15 +233,13 @@ def in_a_write(path: Path) -> JobLockedError:
 
 
 def holder_here() -> str:
-    return f"process {os.getpid()} on {platform.node()}"
+    return f"process {os.getpid()} on {storable_text(platform.node())}"
 
 
-def try_flock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def try_lock(handle: int, folder: Path) -> bool:
+    """Lock an open file or folder, unless another process has locked it. Raises StorageError."""
+    with storage_errors(folder):
+        return lock_handle(handle, folder)
 
 
 def holder_of(path: Path) -> str:
@@ -274,11 +260,35 @@ def lock(path: Path, take_over: bool = False) -> Iterator[Lock]:
 
     With `take_over` it is taken from one that has it, who finds out before its next write.
     """
+    with without_traces(path):
+        held = take(path, take_over)
+    try:
+        sign(held.handle, path)
+        yield held
+    finally:
+        os.close(held.handle)
+
+
+@contextlib.contextmanager
+def without_traces(path: Path) -> Iterator[None]:
+    """Remove a new lock file and the folders made for it where the file system turns out to have no locks."""
+    new = [each for each in (path, *path.parents) if not os.path.lexists(each)]
+    try:
+        yield
+    except NoLocksError:
+        for each in new:
+            with contextlib.suppress(OSError):
+                each.unlink() if each == path else each.rmdir()
+        raise
+
+
+def take(path: Path, take_over: bool) -> Lock:
+    """Lock the file `path`, which is made if need be."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open_lock(path)
     try:
-        if not try_for_a_moment(handle):
+        if not try_for_a_moment(handle, path):
             if not take_over:
                 advice = "wait for it, stop it, or where that cannot be, take the job from it with --take-over"
                 raise held_by_another(path, advice)
@@ -287,10 +297,12 @@ def lock(path: Path, take_over: bool = False) -> Iterator[Lock]:
         held = Lock(handle, path)
         if not held.is_ours():
             raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
-        sign(handle, path)
-        yield held
-    finally:
+        with contextlib.suppress(JobLockedError), gate_of(path, 0.0):
+            pass  # every later write needs it: raises where files can be locked and folders cannot
+    except BaseException:
         os.close(handle)
+        raise
+    return held
 
 
 def open_lock(path: Path) -> int:
@@ -299,13 +311,13 @@ def open_lock(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
-def try_for_a_moment(handle: int) -> bool:
+def try_for_a_moment(handle: int, path: Path) -> bool:
     """`status` holds it for a moment, too."""
     for _ in range(LOCK_ATTEMPTS - 1):
-        if try_flock(handle):
+        if try_lock(handle, path.parent):
             return True
         time.sleep(LOCK_WAIT_S)
-    return try_flock(handle)
+    return try_lock(handle, path.parent)
 
 
 def sign(handle: int, path: Path) -> None:
@@ -321,24 +333,30 @@ def take_from_holder(path: Path) -> int:
     with gate_of(path, TAKE_OVER_S), storage_errors(path):
         new.unlink(missing_ok=True)  # of one that was killed here
         handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock_handle(handle, path.parent, fcntl.LOCK_EX)
         new.replace(path)
     return handle
 
 
 def check_unlocked(path: Path) -> None:
     """Raise JobLockedError while another process holds `path`. Takes nothing and writes nothing."""
+    if is_locked(path):
+        raise held_by_another(path, "wait for it or stop it")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock `path` now; never where the file system has no locks."""
     with storage_errors(path):
         if not path.exists():
-            return
+            return False
         check_regular(path)
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise held_by_another(path, "wait for it or stop it") from None
-    finally:
-        os.close(handle)
+        try:
+            return not lock_handle(handle, path.parent, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except NoLocksError:
+            return False
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -355,23 +373,24 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     handle = os.open(temporary, os.O_RDONLY)
     try:
-        try_flock(handle)
+        with contextlib.suppress(NoLocksError):  # then `remove_abandoned` removes nothing either
+            try_lock(handle, parent)
         yield temporary
         for file in temporary.rglob("*"):
-            sync_folder(file)
+            sync_path(file)
         temporary.rename(path)
-        sync_folder(parent)
+        sync_path(parent)
     finally:
         os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove a folder, unless a process that lives holds its lock."""
-    with contextlib.suppress(OSError):
+    """Remove a folder, unless a process that lives holds its lock, or the file system has no locks."""
+    with contextlib.suppress(OSError, StorageError):
         handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         try:
-            if try_flock(handle):
+            if try_lock(handle, folder):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(handle)

@@ -7,6 +7,8 @@ image holds it.
 
 import codecs
 import re
+import unicodedata
+from typing import Any
 
 # Characters that nobody sees and that change nothing for a reader: byte-order mark, zero-width space, word joiner and
 # the invisible operators after it, soft hyphen, direction marks. The joiners U+200C and U+200D stay: emoji and several
@@ -15,6 +17,12 @@ INVISIBLE = "\ufeff\u200b\u2060\u2061\u2062\u2063\u2064\u00ad\u061c\u200e\u200f\
 # Blanks other than the space: no-break spaces, those of fixed widths, the ideographic one, line separators.
 BLANKS = "\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0085"
 UNUSUAL = re.compile(f"[{INVISIBLE}]+|[{BLANKS}]")
+
+# Full-width Latin letters, digits and marks, half-width katakana and hangul, and what they are in usual width: the map
+# of ftfy's `fix_character_width`, which tiny-stable-diffusion's tokenizer applies. U+3000 is a blank.
+WIDTHS = {
+    code: folded for code in range(0xFF01, 0xFFF0) if (folded := unicodedata.normalize("NFKC", chr(code))) != chr(code)
+}
 
 
 def normalize_text(text: str) -> str:
@@ -35,6 +43,11 @@ def decode_text(data: bytes) -> str:
     is_utf_16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     text = data.decode("utf-16" if is_utf_16 else "utf-8")
     return re.sub("^\ufeff+", "", text, flags=re.MULTILINE) if "\ufeff" in text else text
+
+
+def fold_widths(text: str) -> str:
+    """Return `text` with full-width and half-width characters in their usual width."""
+    return text if text.isascii() else text.translate(WIDTHS)
 
 
 def has_surrogates(text: str) -> bool:
@@ -58,6 +71,17 @@ def storable_text(text: str) -> str:
         except UnicodeEncodeError:  # half of a surrogate pair
             text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def storable_value(value: Any) -> Any:
+    """Return a value, list or dictionary whose texts and keys are valid UTF-8. NULs stay: JSON and Arrow hold them."""
+    if isinstance(value, str):
+        return storable_text(value) if has_surrogates(value) else value
+    if isinstance(value, list):
+        return [storable_value(each) for each in value]
+    if isinstance(value, dict):
+        return {storable_value(name): storable_value(each) for name, each in value.items()}
+    return value
 
 
 def expand_ranges(characters: str) -> frozenset[str]:

@@ -45,7 +45,7 @@ class MemoryWorld(World):
     def submit(self) -> driver.Summary:
         surveyed = driver.Survey(sum(len(images) for _, images in self.planned), InvalidRows(), [], None)
         run = driver.Run(self.the_job, surveyed, self, Silent(), lambda: False)  # type: ignore[arg-type]
-        return run.make(lambda _: SimPool(self), None, retry_failed=False)
+        return run.make(lambda _: SimPool(self), None, retry_failed=False, redo_missing=False)
 
     def leftovers(self) -> list[Path]:
         return list(self.temporaries)

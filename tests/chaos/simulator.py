@@ -223,7 +223,7 @@ class World:
         monkeypatch.setattr(driver, "sweep", sweep_unless_killed)
         monkeypatch.setattr(results, "time", SimpleNamespace(monotonic=self.clock))
         monkeypatch.setattr(storage, "synced_temporary", self.write)
-        monkeypatch.setattr(storage, "sync_folder", lambda _: None)
+        monkeypatch.setattr(storage, "sync_path", lambda _: None)
 
 
 class SimPool:

@@ -134,6 +134,19 @@ def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
     assert image_id(**{**IDENTITY, "scale": 7}, params=PARAMS) == image_id(**{**IDENTITY, "scale": 7.0}, params=PARAMS)
 
 
+def test_full_width_characters_have_ids_of_their_own() -> None:
+    """They are read in usual width since 0.2.0, so their pixels changed; blanks of full width never mattered."""
+    wide = {"prompt": "a:1 b\uff1a1\uff0cc"}
+    before = "84a2a8e3690706a86e95aabdba640383"
+    assert image_id(**{**IDENTITY, **wide}, params=PARAMS) not in (
+        before,
+        image_id(**{**IDENTITY, "prompt": "a:1 b:1,c"}, params=PARAMS),
+    )
+    assert image_id(**{**IDENTITY, **wide}, params=PARAMS) == "3d64b692351ceaac3f7574b42ea1fc7c"
+    blank = {**IDENTITY, "negative_prompt": "red\u3000apple"}
+    assert image_id(**blank, params=PARAMS) == "2534ebed171e442325d73f0236928910"
+
+
 def test_everything_that_decides_pixels_decides_identity() -> None:
     variants: list[dict[str, Any]] = [
         {},

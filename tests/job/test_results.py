@@ -143,6 +143,79 @@ def test_a_crash_between_sealing_and_deleting_doubles_nothing(tmp_path: Path, mo
     assert indexes(tmp_path) == [1, 2]
 
 
+LOST_FILES = {
+    "a journal part": ["_tinysd/journal/00000002.parquet"],
+    "two journal parts": ["_tinysd/journal/00000001.parquet", "_tinysd/journal/00000003.parquet"],
+    "all journal parts": [f"_tinysd/journal/0000000{number}.parquet" for number in (1, 2, 3)],
+}
+
+
+@pytest.mark.parametrize("lost", LOST_FILES)
+def test_journal_parts_that_are_deleted_meanwhile_are_noticed(tmp_path: Path, lost: str) -> None:
+    writer = ResultsWriter(tmp_path, SCHEMA, 3)
+    for index in (1, 2, 3):
+        writer.append(row(index))
+        writer.flush()
+    for name in LOST_FILES[lost]:
+        (tmp_path / name).unlink()
+    gone = len(LOST_FILES[lost])
+    with pytest.raises(StorageError, match=rf"{LOST_FILES[lost][0]}.*deleted.* with {gone} rows.*submit again"):
+        writer.seal()
+    writer.seal()  # what is left is sealed, and said once
+    assert len(list(ResultsPaths(tmp_path).read_rows(["row", "status"]))) == 3 - gone
+    following = ResultsWriter(tmp_path, SCHEMA, 3)
+    for index in (1, 2, 3):
+        following.append(row(index))
+    following.seal()
+    assert indexes(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_table_that_is_deleted_or_cut_short_meanwhile_is_noticed(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "results.parquet"
+    first = ResultsWriter(tmp_path, SCHEMA, 3)
+    first.append(row(1))
+    first.append(row(2))
+    first.seal()
+    second = ResultsWriter(tmp_path, SCHEMA, 3)
+    second.append(row(3))
+    second.flush()
+    shorter = pq.read_table(path).slice(0, left)
+    path.unlink()
+    if left:
+        pq.write_table(shorter, path)
+    with pytest.raises(StorageError, match=rf"results\.parquet: deleted or cut short.* with {2 - left} row"):
+        second.seal()
+    assert indexes(tmp_path) == [1, 3][-1 - left :]
+
+
+def test_a_part_never_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one of a lower number was deleted."""
+    monkeypatch.setattr(results, "ONE_FILE_ROWS", 1)
+    for index in (1, 2):
+        writer = ResultsWriter(tmp_path, SCHEMA, 3)
+        writer.append(row(index))
+        writer.seal()
+    (tmp_path / "results" / "part-00000.parquet").unlink()
+    writer = ResultsWriter(tmp_path, SCHEMA, 3)
+    writer.append(row(3))
+    writer.seal()
+    assert [path.name for path in ResultsPaths(tmp_path).sealed_files()] == ["part-00001.parquet", "part-00002.parquet"]
+    assert sorted(one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])) == [2, 3]
+
+
+def test_text_from_the_system_is_stored_whatever_it_is(tmp_path: Path) -> None:
+    """Paths and host names may be no UTF-8, messages of libraries anything."""
+    writer = ResultsWriter(tmp_path, SCHEMA, 1)
+    odd = "x\udce9\ud800\0"
+    names = ("error_class", "error_message", "model", "precision", "device_name", "worker", "node", "reused")
+    writer.append(row(1) | dict.fromkeys(names, odd) | {"degraded": [odd]})
+    writer.seal()
+    (found,) = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert {found[name] for name in names} == {found["degraded"][0]}
+    assert found["node"].startswith("x")
+
+
 def test_journal_names_never_come_again(tmp_path: Path) -> None:
     """A new part under a name that the sealed file covers would be deleted as a leftover."""
     for index in (1, 2, 3):

@@ -1,5 +1,7 @@
 """Jobs that go on where they stopped, and such as are refused because they would be others."""
 
+import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,8 @@ from PIL import Image
 
 from tests.tools import Quiet, check_whole, draw, read_results, setup_for
 from tinysd_batch.config import Settings
-from tinysd_batch.errors import JobMismatchError, ManifestError
+from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError
+from tinysd_batch.job import results
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import open_job
 from tinysd_batch.job.pool import InlinePool
@@ -61,10 +64,12 @@ def test_files_without_rows_are_adopted_not_redrawn(
     (tmp_path / "job" / "results.parquet").unlink()
     monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was drawn again"))
     draw(manifest, tmp_path / "job", tiny_model)
-    kept = ("index", "sha256", "n_tokens", "precision", "denoise_s")
-    assert [[row[name] for name in kept] for row in check_whole(tmp_path / "job", 6)] == [
-        [row[name] for name in kept] for row in before
-    ]
+    kept = ("index", "sha256", "n_tokens", "precision")
+    after = check_whole(tmp_path / "job", 6)
+    assert [[row[name] for name in kept] for row in after] == [[row[name] for name in kept] for row in before]
+    measured = ("text_s", "denoise_s", "decode_s", "peak_memory_bytes")
+    assert all(row[name] is not None for row in before if row["index"] for name in measured)
+    assert all(row[name] is None for row in after for name in measured)  # the file does not hold them
 
 
 def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -159,3 +164,47 @@ def test_results_without_their_job_are_refused(manifest: Path, tmp_path: Path, t
     (tmp_path / "job" / "job.json").unlink()
     with pytest.raises(JobMismatchError, match=r"holds results but no job\.json"):
         draw(manifest, tmp_path / "job", tiny_model)
+
+
+def test_a_run_whose_journal_is_deleted_ends_resumable(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FLUSH_EVERY_S", 0.0)
+    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+
+    class Vandal(Quiet):
+        def durable(self) -> None:
+            for part in (tmp_path / "job" / "_tinysd" / "journal").iterdir():
+                part.unlink()
+
+    with pytest.raises(StorageError, match=r"journal/00000001\.parquet.*: deleted or cut short while the job ran"):
+        run_job(job, lambda _: InlinePool(setup_for(job)), Vandal(), lambda: False)
+    monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was generated again"))
+    draw(manifest, tmp_path / "job", tiny_model)
+    check_whole(tmp_path / "job", 6)
+
+
+@pytest.mark.parametrize("kind", [
+    "png", pytest.param("jpg", marks=pytest.mark.slow), pytest.param("webp", marks=pytest.mark.slow)
+])  # fmt: skip
+def test_equal_settings_give_equal_files(manifest: Path, tmp_path: Path, tiny_model: Path, kind: str) -> None:
+    for name in ("one", "two"):
+        draw(manifest, tmp_path / name, tiny_model, seed=5, format=kind)
+    one, two = ({row["file_name"]: row["sha256"] for row in check_whole(tmp_path / name, 6)} for name in ("one", "two"))
+    assert one == two
+    row = read_results(tmp_path / "one")[0]
+    assert all(row[name] is not None for name in ("text_s", "denoise_s", "decode_s", "peak_memory_bytes"))
+
+
+def test_a_host_with_an_odd_name_and_a_reused_job_with_another(
+    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "h\udce9st")
+    old, new = tmp_path / os.fsdecode(b"alt\xe9"), tmp_path / "new"
+    draw(manifest, old, tiny_model, seed=5)
+    for _ in range(2):
+        job = open_job(manifest, new, Settings(model=str(tiny_model)), old)
+        run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)  # noqa: B023 - called here
+    rows = [row for row in check_whole(new, 6) if row["index"]]
+    assert {row["reused"] for row in rows} == {f"{tmp_path}/alt\\xe9"}
+    assert {row["node"] for row in rows} == {"h\\xe9st"}

@@ -1,10 +1,16 @@
 """Tables as spreadsheets, pandas and other programs write them, and what the reader says about them."""
 
+import csv
 import gzip
+import io
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.job.test_manifest import DEFAULTS, reason
 from tests.tools import Capture, call
@@ -112,7 +118,7 @@ def test_several_columns_without_a_name_cost_no_row(tmp_path: Path) -> None:
     [
         ("m.csv", "prompt,seed,note\r\nred apple,7,\r\n,,\r\n , ,\u00a0\r\nblue heart,8,\r\n"),
         ("m.csv", "prompt,seed,note\r\nred apple,7,\r\n,,,,,\r\n,\r\nblue heart,8,\r\n"),
-        ("m.jsonl", '{"prompt": "red apple", "seed": 7}\n{}\n{"prompt": null, "x": NaN}\n{"text": "blue heart", "seed": 8}\n'),
+        ("m.jsonl", '{"text": "red apple", "seed": 7}\n{}\n{"text": null, "x":NaN}\n{"text": "blue heart", "seed": 8}'),
     ],
 )  # fmt: skip
 def test_blank_rows_are_skipped_and_keep_their_numbers(tmp_path: Path, name: str, content: str) -> None:
@@ -125,6 +131,20 @@ def test_a_short_row_has_empty_cells_and_a_long_one_is_a_fault(tmp_path: Path) -
     rows, _ = read(tmp_path / "m.csv", "prompt,seed,note\ncat\ndog,1\nowl,1,2,3\nfox,1,2,,\n")
     assert prompts_and_seeds([rows[0], rows[1], rows[3]]) == [(1, "cat", None), (2, "dog", 1), (4, "fox", 1)]
     assert "4 cells where the header has 3 columns" in reason(rows[2])
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv.gz", "m.jsonl", "m.json"])
+def test_a_long_value_that_nobody_reads_is_left_out(tmp_path: Path, name: str) -> None:
+    """Images as text, say (case 6)."""
+    objects = [{"prompt": "cat", "image": "x" * 300_000, "n": "1"}, {"prompt": "dog", "image": "y", "n": "2"}]
+    lines = [json.dumps(one) for one in objects]
+    if "sv" in name:
+        lines = [("\t" if "tsv" in name else ",").join(cells) for cells in (objects[0], *(o.values() for o in objects))]
+    content = json.dumps(objects, indent=1) if name == "m.json" else "\n".join(lines)
+    rows, notes = read(tmp_path / name, content)
+    assert [(row.prompt, row.extra) for row in rows] == [("cat", {"n": "1"}), ("dog", {"image": "y", "n": "2"})]
+    limit = "some values are not carried into the results: 300,000 characters, at most 131,072"
+    assert notes == [f"column 'image': {limit}"]
 
 
 # Separators and encodings (case 4)
@@ -140,6 +160,7 @@ def test_a_short_row_has_empty_cells_and_a_long_one_is_a_fault(tmp_path: Path) -
         ("m.tsv", '"prompt";"seed";"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
         ("m.csv", '\n\n"pro\u200bmpt" ;seed;"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
         ("m.csv", 'prompt, seed, "scale"\n"red; apple" , 7, "7.5"\n', None),
+        ("m.csv", ',,\n"",,\nprompt,seed,scale\nred; apple,7,7.5\n', None),
     ],
 )
 def test_the_header_tells_what_separates_cells(tmp_path: Path, name: str, content: str, note: str | None) -> None:
@@ -225,11 +246,11 @@ def test_a_fault_knows_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "where"),
     [
-        ('cat,1\n"red apple,2\nblue heart,3\nowl,4\n', "opens in line 3 is not closed and takes in the 2 lines after it"),
+        ('cat,1\n"red apple,2\nblue heart,3\nowl,4\n', "opens in line 3 is not closed and takes in the 2 lines after"),
         ('"a\nb","red apple\nblue heart,3\n', "opens in line 3 is not closed and takes in the line after it"),
         ('"red apple\nblue "heart,3\n', "opens in line 2 is not closed and takes in the line after it"),
         ('cat,1\n"red apple', "opens in line 3 is not closed; check the quotes there"),
-        ('"' + "x\n" * 140_000, "over 262144 characters: the quote that opens in line 2 is not closed"),
+        ('"' + f"{'x' * 1000}\n" * 300, "over 262,144 characters: the quote that opens in line 2 is not closed"),
     ],
 )  # fmt: skip
 def test_an_unclosed_quote_is_named_by_its_line(tmp_path: Path, lines: str, where: str) -> None:
@@ -297,3 +318,19 @@ def test_samplers_in_a_column(tmp_path: Path) -> None:
     assert isinstance(rows[2], Row)
     assert (rows[0].params.sampler, rows[2].params.sampler) == ("euler_a", "ddim")
     assert "dpmpp_2m is known, but its Karras schedule is missing" in reason(rows[1])
+
+
+CELLS = st.text(st.sampled_from('ab ,;"\n\t='), min_size=1, max_size=12).filter(lambda cell: bool(cell.strip()))
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4), st.sampled_from(",;\t"), st.sampled_from([0, 1]))
+def test_what_the_csv_module_writes_is_read_as_it_was(cells: list[tuple[str, str]], mark: str, quoting: Any) -> None:
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, delimiter=mark, quoting=quoting, lineterminator="\r\n")
+    writer.writerows([("prompt", "note"), *cells])
+    with tempfile.TemporaryDirectory() as folder:
+        rows, _ = read(
+            Path(folder) / "m.csv",
+            sheet.getvalue(),
+        )
+    assert [(row.prompt, row.extra["note"]) for row in rows] == cells

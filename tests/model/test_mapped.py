@@ -1,3 +1,6 @@
+import json
+import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,15 @@ def test_a_file_that_is_missing_or_damaged(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         MappedTensors.read(tmp_path / "cut.safetensors")
+
+
+def test_very_many_names_are_refused_at_once(tmp_path: Path) -> None:
+    """Once the square of their number was the time that converting took."""
+    names = [f"model.diffusion_model.input_blocks.{number}.0.weight" for number in range(200_000)]
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    start = time.process_time()
+    with pytest.raises(ModelError, match="200,000 tensors; at most 50,000 are read"):
+        MappedTensors.read(path)
+    assert time.process_time() - start < 1

@@ -1,6 +1,7 @@
 """CLIP's tokenizer as it ships, against another implementation's ids (see how in clip_tokens.json)."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,15 @@ def test_its_vocabulary(folder: Path, tokenizer: CLIPTokenizer) -> None:
     assert tokenizer.model_max_length == 77
 
 
+def ids_of(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    """What our reader makes of a text, without begin and end marks."""
+    (part,) = tokenize_prompt(tokenizer, parse_prompt(text, "none"), 1000, long_prompts=False).parts
+    return list(part.pieces[0].ids[1 : 1 + part.n_tokens])
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case["text"][:20]))
 def test_ids_are_those_of_an_independent_tokenizer(tokenizer: CLIPTokenizer, case: dict[str, Any]) -> None:
-    ids = tokenizer(case["text"], add_special_tokens=False, verbose=False).input_ids
-    assert ids == case.get("ours", case["open_clip"])
+    assert ids_of(tokenizer, case["text"]) == case.get("ours", case["open_clip"])
     assert ("ours" in case) == ("why" in case)
 
 
@@ -50,3 +56,38 @@ def test_a_prompt_is_filled_up_with_end_marks(tokenizer: CLIPTokenizer) -> None:
     (part,) = tokenize_prompt(tokenizer, parse_prompt("a cat", "none"), 77, long_prompts=False).parts
     (piece,) = part.pieces
     assert piece.ids == (49406, 320, 2368, *[49407] * 74)
+
+
+# What people type on Chinese, Japanese and Korean keyboards, and how ftfy 6.3's fix_text writes it.
+WIDTHS = {
+    "a:\uff11 b\uff1a1\uff0cc": "a:1 b:1,c",
+    "\uff21\uff22\uff23\u3000\uff58\uff59\uff5a": "ABC xyz",
+    "\uff08red\uff1a1.2\uff09\uff01\uff1f": "(red:1.2)!?",
+    "\uffe5100 \uffe15 \uff5e": "¥100 £5 ~",
+    "\uff76\uff9e\uff97\uff7d \uff8a\uff9f\uff9d\uff61": "\u30ac\u30e9\u30b9 \u30d1\u30f3\u3002",
+    "\uffa1 \uffe9": "\u1100 \u2190",
+    "é e\u0301": "é é",
+    "\uff1ccat\uff1e": "<cat>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WIDTHS)
+def test_full_width_characters_are_read_in_their_usual_width(tokenizer: CLIPTokenizer, text: str) -> None:
+    assert ids_of(tokenizer, text) == ids_of(tokenizer, WIDTHS[text])
+
+
+def test_weights_are_read_from_the_prompt_as_written(tokenizer: CLIPTokenizer) -> None:
+    """tiny-stable-diffusion parses weights before its tokenizer folds widths: only an ASCII colon makes one."""
+    parts = tokenize_prompt(tokenizer, parse_prompt("a:\uff11 b\uff1a1\uff0cc"), 77, long_prompts=False).parts
+    plain = tokenize_prompt(tokenizer, parse_prompt("a:1 b\\:1,c"), 77, long_prompts=False).parts
+    assert [(part.weight, part.pieces) for part in parts] == [(part.weight, part.pieces) for part in plain]
+    assert len(parts) == 2
+
+
+def test_an_added_token_in_full_width_stays_a_token(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text(
+        json.dumps({"\uff1c\u732b\uff1e": VOCABULARY}), encoding="utf-8"
+    )
+    added = read_tokenizer(tmp_path / "tokenizer")
+    assert ids_of(added, "\uff41 \uff1c\u732b\uff1e") == [*ids_of(added, "a"), VOCABULARY]

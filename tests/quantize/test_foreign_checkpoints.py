@@ -51,6 +51,34 @@ def named(*names: str, shape: tuple[int, ...] = (4, 4)) -> dict[str, Tensor]:
 
 
 FIRST = f"{ldm.UNET}input_blocks.0.0.weight"
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+LORA = [
+    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha",
+    f"unet.{ATTENTION}.to_k.lora_A.weight",
+    f"unet.{ATTENTION}.processor.to_q_lora.down.weight",
+    f"{ATTENTION}.processor.to_q_lora.up.weight",
+    f"{ATTENTION}.to_q.lora.down.weight",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_q.lora_linear_layer.up.weight",
+    f"base_model.model.{ATTENTION}.to_q.lora_A.weight",
+    f"base_model.model.{ATTENTION}.to_q.lora_magnitude_vector",
+    "diffusion_model.input_blocks.1.1.proj_in.lora_up.weight",
+    "lycoris_unet_mid.hada_w1_a",
+    "lycoris_unet_mid.lokr_w1",
+    "unet_mid_block.oft_blocks",
+    "unet_mid_block.dora_scale",
+    "unet_mid_block.on_input",
+    "text_encoder.lora_alpha",
+]
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_lora_is_refused_by_name_in_every_spelling(save: Save, name: str) -> None:
+    path = save(named(name))
+    check_refused(path, "this is LoRA or LyCORIS: it is an addition to a model")
+    assert inspect_model(path).fault
+
+
 OTHER_MODELS = {
     "Stable Diffusion XL": named("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", FIRST),
     "Stable Diffusion v2: its text": named("cond_stage_model.model.token_embedding.weight", FIRST),
@@ -58,14 +86,23 @@ OTHER_MODELS = {
         f"{ldm.UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", shape=(320, 1024)
     ),
     "Stable Diffusion 3, Flux or alike": named("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"),
-    "Stable Diffusion for inpainting: it needs a picture and a mask": named(FIRST, shape=(320, 9, 3, 3)),
+    "Stable Diffusion for inpainting: it needs an image and a mask": named(FIRST, shape=(320, 9, 3, 3)),
     "InstructPix2Pix": named(FIRST, shape=(320, 8, 3, 3)),
     "unCLIP or": named(f"{ldm.UNET}label_emb.0.0.weight", FIRST),
     "a model that predicts v": named("v_pred", FIRST),
-    "LoRA or LyCORIS: it is an addition": named("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"),
-    "LoRA or LyCORIS": named("unet.down_blocks.0.attentions.0.to_k.lora_A.weight"),
-    "LoRA or LyCORIS:": named("lycoris_unet_mid.hada_w1_a"),
     "ControlNet": named("control_model.zero_convs.0.0.weight"),
+    "ControlNet:": named("controlnet_mid_block.weight", "down_blocks.0.resnets.0.conv1.weight"),
+    "IP-Adapter": named("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
+    "T2I-Adapter": named("adapter.body.0.resnets.0.block1.weight"),
+    "GLIGEN": named(FIRST, f"{ldm.UNET}position_net.linears.0.weight"),
+    "a latent consistency model .* which is not supported": named(FIRST, f"{ldm.UNET}time_embed.cond_proj.weight"),
+    "a model with EDM's noise levels": named(FIRST, "edm_mean"),
+    "averaged copies of a UNet": named(
+        "model_ema.diffusion_modelout2bias",
+        "first_stage_model.decoder.conv_in.weight",
+        "first_stage_model.post_quant_conv.weight",
+    ),
+    "text encoder: it holds no UNet": named("cond_stage_model.transformer.text_model.final_layer_norm.bias"),
     "AnimateDiff": named("down_blocks.0.motion_modules.0.temporal_transformer.norm.bias"),
     "textual inversion": named("emb_params", shape=(4, 768)),
     "textual inversion: it is an addition": named("<my-cat>", shape=(768,)),
@@ -80,7 +117,14 @@ OTHER_MODELS = {
 def test_other_models_are_refused_by_name(save: Save, message: str) -> None:
     path = save(OTHER_MODELS[message])
     check_refused(path, f"this is {message}")
-    assert inspect_model(path).refused
+    found = inspect_model(path)
+    assert found.refused
+    assert found.fault == f"{path}: this is {found.kind}: {found.refused}"
+
+
+def test_a_pickled_hypernetwork(save: Save) -> None:
+    content = {768: ({"linear.0.weight": torch.zeros(4, 4)}, {}), "step": 3, "layer_structure": [1, 2, 1]}
+    check_refused(save(content, "style.pt"), "this is hypernetwork: it is an addition")
 
 
 def test_a_pickled_textual_inversion(save: Save) -> None:
@@ -150,6 +194,13 @@ def test_lying_headers(tmp_path: Path, entry: dict[str, Any]) -> None:
     path = tmp_path / "lie.safetensors"
     path.write_bytes(header({FIRST: entry}))
     check_refused(path, "not a readable safetensors file")
+
+
+def test_renaming_does_not_take_the_square_of_the_names(tensors: dict[str, Tensor], save: Save) -> None:
+    many = {f"{ldm.UNET}input_blocks.{number}.0.bias": torch.zeros(1) for number in range(12, 10_000)}
+    start = time.process_time()
+    check_refused(save(tensors | many), "10,674 tensors in a part of the model; at most 4,000 are read")
+    assert time.process_time() - start < 2
 
 
 def test_torn_and_flipped_files(tensors: dict[str, Tensor], tmp_path: Path) -> None:

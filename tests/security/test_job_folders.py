@@ -120,7 +120,7 @@ RECORDS: list[object] = [
     {"text_s": "1"}, {"text_s": False}, {"decode_s": -(10**400)}, {"truncated": ["a"]}, {"truncated": "\ud800"},
     {"negative_truncated": {}}, {"degraded": [[]]}, {"degraded": "split"}, {"degraded": ["\ud800"]},
     {"degraded": [ESCAPES]}, {"device_name": None}, {"device_name": ESCAPES}, {"device_name": "\ud800"},
-    {"precision": 16}, {"node": "x"}, {"index": 7}, {"status": "failed"}, {"file_name": "../x"},
+    {"precision": 16}, {"node": "x"}, {"text_s": 1.0}, {"index": 7}, {"status": "failed"}, {"file_name": "../x"},
 ]  # fmt: skip
 
 
@@ -143,6 +143,35 @@ def test_records_that_the_table_cannot_hold_are_drawn_anew(here: Path, capfd: Ca
     rows = check_whole(here / "outputs" / "m", len(records))
     adopted = [record for record, row in zip(records, rows, strict=True) if not is_the_models(here, row)]
     assert adopted == [{}]
+
+
+MEASURED = {"text_s": 0.1, "denoise_s": 1, "decode_s": 0.2, "peak_memory_bytes": 3}
+
+
+def test_an_image_of_version_0_1_is_adopted_with_its_measurements(
+    here: Path, capfd: Capture, entries: dict[str, Any]
+) -> None:
+    adopt(here, capfd, entries | {"schema": 1}, made=MEASURED)
+    assert not was_drawn(here)
+    (row,) = read_results(here / "outputs" / "m")
+    assert {name: row[name] for name in MEASURED} == MEASURED
+
+
+@pytest.mark.parametrize("schema", [None, 0, 3, 1, "2", True, 2.0, [2], 10**30])
+def test_an_image_with_another_schema_is_generated_again(
+    here: Path, capfd: Capture, entries: dict[str, Any], schema: object
+) -> None:
+    adopt(here, capfd, entries | {"schema": schema})
+    assert was_drawn(here)
+
+
+@pytest.mark.parametrize("bad", [{"peak_memory_bytes": 2**80}, {"peak_memory_bytes": 1.5}, {"text_s": float("nan")},
+                                 {"text_s": float("inf")}, {"text_s": "1"}, {"text_s": False}], ids=str)  # fmt: skip
+def test_measurements_that_the_table_cannot_hold_are_not_adopted(
+    here: Path, capfd: Capture, entries: dict[str, Any], bad: dict[str, object]
+) -> None:
+    adopt(here, capfd, entries | {"schema": 1}, made=MEASURED | bad)
+    assert was_drawn(here)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -229,18 +258,26 @@ def test_a_huge_webp_costs_no_memory(here: Path, capfd: Capture, entries: dict[s
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
-def test_a_folder_in_the_way_of_a_picture_stops_the_job_and_stays(here: Path, capfd: Capture) -> None:
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_a_folder_in_the_place_of_an_image_costs_that_image_and_stays(
+    here: Path, capfd: Capture, n_samples: int
+) -> None:
+    (here / "m.csv").write_text("prompt\ncat\ndog\n")
     there = here / "outputs" / "m" / "images" / "00000" / "seed_5_00001.png"
     there.mkdir(parents=True)
     (there / "precious").touch()
-    code, _, stderr = submit(capfd)
-    assert code == 5
-    assert stderr.startswith("tinysd-batch: ")
-    assert "seed_5_00001.png: Is a directory" in stderr
+    code, stdout, stderr = submit(capfd, "m.csv", "--n_samples", n_samples)
+    assert (code, stderr) == (3, "")
+    assert "1 failed" in stdout
     assert (there / "precious").exists()
+    first, *others = read_results(here / "outputs" / "m")
+    assert (first["status"], first["error_class"], first["file_name"]) == ("failed", "refused", None)
+    told = f"{there}: a folder is in the image's place; move it away, then submit with --retry-failed"
+    assert first["error_message"] == told
+    assert [(row["status"], row["degraded"]) for row in others] == [("ok", [])] * (2 * n_samples - 1)
     shutil.rmtree(there)
-    assert submit(capfd)[0] == 0
-    check_whole(here / "outputs" / "m", 1)
+    assert submit(capfd, "m.csv", "--n_samples", n_samples, "--retry-failed")[0] == 0
+    check_whole(here / "outputs" / "m", 2 * n_samples)
 
 
 def test_a_huge_file_in_the_way_is_not_read(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The command line. Each command parses, calls one function, prints, and exits; heavy imports happen inside."""
 
-import io
+import contextlib
 import sys
 from typing import Annotated
 
@@ -13,8 +13,10 @@ from tinysd_batch.cli.inspect import inspect
 from tinysd_batch.cli.plan import plan
 from tinysd_batch.cli.quantize import quantize
 from tinysd_batch.cli.status import status
+from tinysd_batch.cli.streams import named_streams
 from tinysd_batch.cli.submit import submit
 from tinysd_batch.cli.txt2img import txt2img
+from tinysd_batch.cli.verify import verify
 from tinysd_batch.config import printable
 from tinysd_batch.errors import StorageError, TinySDError
 
@@ -25,6 +27,7 @@ app = typer.Typer(
 app.command()(submit)
 app.command()(plan)
 app.command()(status)
+app.command()(verify)
 app.command()(export)
 app.command()(txt2img)
 app.command()(quantize)
@@ -49,20 +52,24 @@ def options(
 
 def main() -> None:
     """Run a command; an error of ours is one line on stderr and its own exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a prompt that the terminal cannot show ends no job
-    try:
-        app()
-    except TinySDError as error:
-        typer.echo(printable(f"tinysd-batch: {error}"), err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("tinysd-batch: stopped", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:
-        typer.echo(printable(f"tinysd-batch: {error.filename or 'system'}: {error.strerror or error}"), err=True)
-        sys.exit(StorageError.exit_code if error.filename else 1)
+    with named_streams():
+        try:
+            app()
+        except TinySDError as error:
+            print_error(str(error))
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print_error("stopped")
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+        except OSError as error:
+            print_error(f"{error.filename or 'system'}: {error.strerror or error}")
+            sys.exit(StorageError.exit_code if error.filename else 1)
+
+
+def print_error(line: str) -> None:
+    """Print an error to stderr, unless that cannot be written either."""
+    with contextlib.suppress(OSError):
+        typer.echo(printable(f"tinysd-batch: {line}"), err=True)

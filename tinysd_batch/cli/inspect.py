@@ -13,9 +13,13 @@ def inspect(
     allow_pickle: AllowPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Say what a model is and what it holds: parts, weights, bits and bytes, type, digest."""
+    """Say what a model is and what it holds: parts, weights, bits and bytes, type, digest.
+
+    Ends with exit code 2 where no command takes the model, and says why.
+    """
     import json
 
+    from tinysd_batch.errors import ModelError
     from tinysd_batch.model.info import embedded_path
     from tinysd_batch.quantize.inspect import inspect_model
     from tinysd_batch.report.console import make_console
@@ -26,3 +30,5 @@ def inspect(
         typer.echo(json.dumps(inspection_as_dict(found)))
     else:
         print_inspection(found, make_console())
+    if found.fault:
+        raise ModelError(found.fault)

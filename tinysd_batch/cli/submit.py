@@ -89,6 +89,12 @@ def submit(
         bool,
         typer.Option("--take-over", help="Take the job from another tinysd-batch that has it and does not answer."),
     ] = False,
+    redo_missing: Annotated[
+        bool,
+        typer.Option(
+            "--redo-missing", help="Generate images again whose files are gone, even if that is more than half of them."
+        ),
+    ] = False,
     preset: options.Preset = None,
     strict: options.Strict = False,
     verbose: options.Verbose = False,
@@ -107,7 +113,7 @@ def submit(
     with ReadingProgress(make_console(stderr=True), f"Reading {chosen}"):
         job, named_model = prepare(chosen, output, preset or [], flags, reuse)
     console = make_console()
-    how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over}
+    how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over, "redo_missing": redo_missing}
     raise typer.Exit(run(job, named_model, how, verbose, console))
 
 

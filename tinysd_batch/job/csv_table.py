@@ -9,14 +9,22 @@ from pathlib import Path
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.columns import NUMBERS, WHOLE_NUMBERS, Columns, is_column, table_columns
-from tinysd_batch.job.manifest_file import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, unpacked_name
+from tinysd_batch.job.manifest_file import (
+    MAX_CELL_CHARACTERS,
+    Fault,
+    Line,
+    ReadingOptions,
+    leave_out_long,
+    unpacked_name,
+)
 from tinysd_batch.job.notes import ReadingNotes
-from tinysd_batch.job.text_lines import BoundedLines, open_text, read_records
+from tinysd_batch.job.text_lines import MAX_LINE_CHARACTERS, BoundedLines, open_text, read_records
 from tinysd_batch.text import normalize_text
 from tinysd_batch.values import is_missing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE | re.DOTALL)  # Excel's, before the header
+NOTHING = ' ,;\t|"\r\n'  # a line of these is blank
 DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+\s*", re.ASCII)
 THOUSANDS = re.compile(r"\s*[+-]?\d{1,3}([.,]\d{3})+\s*", re.ASCII)
 # A cell: blanks, a quoted part (that may be open at the end of the line), and whatever follows up to the separator.
@@ -89,7 +97,7 @@ def read_csv(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
             options.notes.separator = SEPARATORS.get(separator, f"{separator!r}")
         columns = table_columns(path, header, options.strict)
         reader = csv.reader(lines, delimiter=separator, strict=True)
-        table = CsvTable(path, columns, separator, options)
+        table = CsvTable(path, columns, separator, options, lines)
         for first, cells in read_records(reader, lines):
             if isinstance(cells, Fault):
                 yield cells
@@ -100,8 +108,10 @@ def read_csv(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
 class CsvTable:
     """Turns the cells of a row into values."""
 
-    def __init__(self, path: Path, columns: Columns, separator: str, options: ReadingOptions) -> None:
-        self.path, self.columns, self.options = path, columns, options
+    def __init__(
+        self, path: Path, columns: Columns, separator: str, options: ReadingOptions, lines: BoundedLines
+    ) -> None:
+        self.path, self.columns, self.options, self.lines = path, columns, options, lines
         self.width = len(columns.names)
         self.unnamed = columns.names.count("")
         # Where a comma stands within numbers, something else stands between cells.
@@ -113,7 +123,13 @@ class CsvTable:
         names = self.columns.names
         if len(cells) > self.width and not all(map(is_missing, cells[self.width :])):
             return self.ragged(cells, line)
-        values = {name: cell for name, cell in zip(names, cells, strict=False) if cell and not is_missing(cell)}
+        values = {
+            name: cell
+            for name, cell in zip(names, cells, strict=False)
+            if cell and ("!" <= cell[0] <= "~" or not is_missing(cell))  # most cells need no closer look
+        }
+        if self.lines.length > MAX_CELL_CHARACTERS:
+            leave_out_long(values, self.columns.shown, self.options.notes)
         if self.unnamed and "" in values:
             self.read_unnamed(values, line)
         try:
@@ -156,7 +172,7 @@ def own_separator(path: Path) -> str:
 
 def read_header(path: Path, lines: CsvLines) -> tuple[str, tuple[str, ...]]:
     """What separates the cells, and the names of the columns. Raises ManifestError."""
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    csv.field_size_limit(MAX_LINE_CHARACTERS)
     try:
         record = first_record(lines)
         if match := SEPARATOR_LINE.fullmatch("".join(record)):
@@ -175,15 +191,16 @@ def read_header(path: Path, lines: CsvLines) -> tuple[str, tuple[str, ...]]:
 def first_record(lines: CsvLines) -> list[str]:
     """The lines of the first row that is not blank: several where a quoted name holds line ends."""
     record: list[str] = []
+    quotes = 0
     lines.start_record()
     for line in lines:
-        record.append(line)
-        if not line.strip() and len(record) == 1:
-            record.clear()
-        elif "".join(record).count('"') % 2 == 0:
-            break
-        if not record:
+        if not record and not line.strip(NOTHING):
             lines.start_record()
+            continue
+        record.append(line)
+        quotes += line.count('"')
+        if quotes % 2 == 0:
+            break
     return record
 
 

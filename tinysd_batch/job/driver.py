@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from tinysd_batch.errors import ManifestError, UsageError
+from tinysd_batch.job.compare import find_differences, find_images_to_redo
 from tinysd_batch.job.dispatch import Dispatch
 from tinysd_batch.job.folder import (
     JOB_FILE,
@@ -99,12 +100,13 @@ PoolFactory = Callable[[int], AbstractContextManager[Pool]]
 
 def run_job(
     job: Job, open_pool: PoolFactory, progress: Progress, should_stop: Callable[[], bool], limit: int | None = None,
-    *, retry_failed: bool = False, take_over: bool = False,
+    *, retry_failed: bool = False, take_over: bool = False, redo_missing: bool = False,
 ) -> Summary:  # fmt: skip
     """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make.
 
     `retry_failed`: images that failed or were quarantined are not finished. `take_over`: the job is taken from a driver
-    that has it and does not give it up.
+    that has it and does not give it up. `redo_missing`: images whose files are gone are generated again even where that
+    is more than half of them.
     """
     started = time.monotonic()
     surveyed = survey(job) if job.needs_snapshot else None
@@ -119,7 +121,7 @@ def run_job(
                 remove_state(job)
         run = Run(job, surveyed or remembered(job) or survey(job), held, progress, should_stop)
         try:
-            summary = run.make(open_pool, limit, retry_failed)
+            summary = run.make(open_pool, limit, retry_failed, redo_missing)
         except UsageError:
             if is_new and not read_finished(job).images:
                 with held.guard():
@@ -139,8 +141,9 @@ class Run:
     progress: Progress
     should_stop: Callable[[], bool]
 
-    def make(self, open_pool: PoolFactory, limit: int | None, retry_failed: bool) -> Summary:
+    def make(self, open_pool: PoolFactory, limit: int | None, retry_failed: bool, redo_missing: bool) -> Summary:
         job, surveyed = self.job, self.surveyed
+        to_redo = find_images_to_redo(job.folder, redo_missing)
         total = min(surveyed.images, limit) if limit else surveyed.images
         self.clean()
         self.note_reading()
@@ -150,6 +153,9 @@ class Run:
         done = read_finished(job)
         if retry_failed:
             self.forget_failed(done)
+        if any(index <= total for index in to_redo.indexes):
+            self.progress.note(f"Generating images again: {to_redo}")
+        done.images -= to_redo.indexes
         finished = {index for index in done.images if 1 <= index <= total}
         summary = Summary(
             total, len(finished), surveyed.invalid.count, failed_before=len(done.failed & finished),
@@ -168,8 +174,9 @@ class Run:
             self.flush(writer)
             writer.seal()
             corrected = len(done.invalid_rows) > surveyed.invalid.count
-            if retry_failed or done.doubled or corrected:
+            if retry_failed or done.doubled or corrected or to_redo.indexes:
                 writer.drop_superseded()
+        self.check_written(summary)
         summary.stopped = bool(summary.left)
         return summary
 
@@ -185,6 +192,15 @@ class Run:
             self.progress.note(
                 f"{corrected:,} {rows} of the manifest had a fault before and can be generated now; {images} last"
             )
+
+    def check_written(self, summary: Summary) -> None:
+        """Count images as left whose files somebody deleted or cut short while the run went on."""
+        if not summary.counts[Status.OK]:
+            return
+        lost = find_differences(self.job.folder, self.job.run_id)
+        if lost.indexes:
+            self.progress.note(f"Deleted or changed while the job ran: {lost}")
+            summary.counts[Status.OK] -= min(len(lost.indexes), summary.counts[Status.OK])
 
     def clean(self) -> None:
         with self.held.guard():

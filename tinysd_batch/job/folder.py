@@ -26,7 +26,7 @@ from tinysd_batch.job.manifest_file import bare_name, is_packed, manifest_files
 from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import Common
 from tinysd_batch.job.rows import READER, ROWS_FILE, RowKeeper, Snapshot
-from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, read_seeds, save_seeds
+from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, find_seeds_in_table, read_seeds, save_seeds
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.prompts import parse_prompt
@@ -210,8 +210,9 @@ def start_from(job: Job, reuse: Path | None) -> Job:
     """A new job, with the seeds that the job `reuse` gave to the same rows."""
     if reuse is None:
         return job
-    check_reusable(reuse, job.folder)
-    given = find_seeds(reuse / STATE_FOLDER, read_job_json(reuse), job.read_own_rows())
+    saved = check_reusable(reuse, job.folder)
+    rows = job.read_own_rows()
+    given = find_seeds(reuse / STATE_FOLDER, saved, rows) if saved else find_seeds_in_table(reuse, rows)
     return replace(job, reuse=reuse.resolve(), given_seeds=given)
 
 
@@ -300,16 +301,33 @@ def another_run(job: Job) -> JobMismatchError:
     return JobMismatchError(f"{job.folder}: another run started this job meanwhile; submit again to go on with it")
 
 
-def check_reusable(reuse: Path, folder: Path) -> None:
-    """Raises UsageError where `reuse` is no job, or the job itself, and JobLockedError while it runs."""
-    read_job_json(reuse)
-    check_folder(reuse)
+def check_reusable(reuse: Path, folder: Path) -> dict[str, Any] | None:
+    """The `job.json` of the job `reuse`; None where it has lost that and its results remain.
+
+    Raises UsageError where `reuse` is no job, or the job itself, and JobLockedError while it runs.
+    """
+    results = ResultsPaths(reuse)
+    has_lost_it = not (reuse / JOB_FILE).exists() and bool(results.sealed_files() or results.journal_parts())
+    saved = None if has_lost_it else read_job_json(reuse)
+    check_places(reuse)
     if reuse.resolve() == folder.resolve():
         raise UsageError(f"--reuse {reuse}: is the folder of the new job, too; name another for that with -o")
     check_unlocked(reuse / STATE_FOLDER / "lock")
+    return saved
 
 
 def check_folder(folder: Path) -> None:
+    """Raise UsageError where no job can be in this folder, or go on there."""
+    check_places(folder)
+    results = ResultsPaths(folder)
+    if not (folder / JOB_FILE).exists() and (results.sealed_files() or results.journal_parts()):
+        raise JobMismatchError(
+            f"{folder}: holds results but no {JOB_FILE}; choose another folder with -o, which takes over what is the "
+            f"same with --reuse {folder}"
+        )
+
+
+def check_places(folder: Path) -> None:
     """The folder itself may be a link, to a larger disk say; what is in it may not lead elsewhere."""
     state, results = folder / STATE_FOLDER, ResultsPaths(folder)
     for path in (folder, folder / "images", state, state / "tmp", results.journal, results.parts_folder):
@@ -317,8 +335,6 @@ def check_folder(folder: Path) -> None:
             raise UsageError(f"{path}: is a symbolic link; pictures are not written through links")
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; name a folder for the job with -o")
-    if not (folder / JOB_FILE).exists() and (results.sealed_files() or results.journal_parts()):
-        raise JobMismatchError(f"{folder}: holds results but no {JOB_FILE}; choose another folder with -o")
 
 
 def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], kept: RowKeeper | None) -> Job:

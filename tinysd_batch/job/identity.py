@@ -5,6 +5,7 @@ import json
 import unicodedata
 
 from tinysd_batch.records import SamplingParams
+from tinysd_batch.text import fold_widths
 
 IDENTITY_VERSION = 1
 ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -49,5 +50,7 @@ def image_id(
         decides["long_prompts"] = True
     if noise_seed not in (None, seed):
         decides["noise_seed"] = noise_seed
+    if any(fold_widths(each) != each for each in (prompt, negative_prompt)):
+        decides["widths"] = "folded"
     text = ENCODER.encode(decides)
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()

@@ -202,7 +202,12 @@ def rules_for(step_px: int) -> dict[str, Rule]:
 def remember(rule: Rule) -> Rule:
     """The same rule, quicker for values that come again, as those of most columns do."""
     known = lru_cache(1024, typed=True)(rule)  # typed: True is 1 for a dictionary, and no number here
-    return lambda value: known(value) if type(value) in (str, int, float) else rule(value)
+
+    def check(value: Any) -> Any:
+        is_short = len(value) <= MAX_PROMPT_CHARACTERS if type(value) is str else type(value) in (int, float)
+        return known(value) if is_short else rule(value)
+
+    return check
 
 
 def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[str, Any]) -> Row:
@@ -249,11 +254,13 @@ def faults_between_columns(seed: int | None, images: int, shown: Mapping[str, st
 
 
 def check_prompt(value: Any) -> str | None:
-    if is_missing(value):
-        return None
     if not isinstance(value, str):
+        if is_missing(value):
+            return None
         raise ValueError("text was expected")
     text = normalize_text(value)
+    if not text or text.isspace():
+        return None
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"{len(text)} characters, at most {MAX_PROMPT_CHARACTERS}")
     if "\0" in text:

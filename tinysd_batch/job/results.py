@@ -3,6 +3,7 @@
 While a job runs, finished rows go to small Parquet parts under `_tinysd/journal/`, about one a second, each written
 whole or not at all. At the end they are sealed into `results.parquet`, or for big jobs into `results/part-*.parquet`.
 A sealed file names the journal parts it holds, so a crash between sealing and deleting loses and doubles nothing.
+Sealing compares the files with what was written to them, so that files which somebody deletes meanwhile are noticed.
 """
 
 import json
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinysd_batch.config import excerpt
-from tinysd_batch.errors import ManifestError
+from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.job.parquet_types import plain_schema
 from tinysd_batch.job.tables import (
     COVERS,
@@ -34,6 +35,7 @@ from tinysd_batch.job.tables import (
 )
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 from tinysd_batch.storage import write_atomically
+from tinysd_batch.text import storable_value
 
 SCHEMA_VERSION = "1"
 ONE_FILE_ROWS = 100_000  # jobs up to this many rows end as one results.parquet
@@ -45,6 +47,11 @@ PARAMS_COLUMNS = ("width", "height", "steps", "sampler", "eta")
 RESULT_COLUMNS = tuple(field.name for field in fields(ImageResult))
 OUR_NAMES = {field.name for field in FIELDS}
 LINE = re.compile(r"line (\d{1,18}): ", re.ASCII)  # before the reason in the message of an invalid row
+# Texts from the system rather than the manifest, which was checked: host and device names, paths, messages.
+SYSTEM_COLUMNS = (
+    "error_class", "error_message", "degraded", "model", "precision", "device_name", "worker", "node", "reused",
+)  # fmt: skip
+NAMED_FILES = 3  # in a message
 
 
 def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
@@ -146,14 +153,15 @@ class ResultsWriter:
         # Names that a sealed file covers must not come again: they would be taken for leftovers and deleted.
         used = {part.stem for part in self.paths.journal_parts()} | self.paths.covered()
         self.sequence = 1 + max((int(name) for name in used), default=0)
-        self.journal_rows = sum(read_footer(part).num_rows for part in self.paths.journal_parts())
+        self.rows_in = {file: read_footer(file).num_rows for file in self.paths.files()}  # of each file of the table
+        self.journal_rows = sum(self.rows_in[part] for part in self.paths.journal_parts())
 
     def append(self, row: dict[str, Any]) -> None:
         for name in self.text_columns:  # a job that began with text goes on with text
             value = row.get(name)
             if value is not None and not isinstance(value, str):
                 row[name] = json.dumps(value, ensure_ascii=False)
-        self.buffer.append(row)
+        self.buffer.append(row | {name: storable_value(row[name]) for name in SYSTEM_COLUMNS if row.get(name)})
 
     def flush_if_due(self) -> bool:
         """Flush when a second has passed or many rows wait; True when rows became durable."""
@@ -169,6 +177,7 @@ class ResultsWriter:
         with self.guard():
             part = self.paths.journal / f"{self.sequence:08d}.parquet"
             write_atomically(to_parquet(table, compression="none"), part)
+        self.rows_in[part] = len(self.buffer)
         self.journal_rows += len(self.buffer)
         self.sequence += 1
         self.buffer.clear()
@@ -177,11 +186,34 @@ class ResultsWriter:
         return True
 
     def seal(self) -> None:
-        """Move the journal into the results: one sorted file, or for big jobs one more part."""
+        """Move the journal into the results: one sorted file, or for big jobs one more part.
+
+        Raises StorageError where somebody has deleted files of the table, once what is left is sealed.
+        """
         self.flush()
-        parts = self.paths.journal_parts()
-        if not parts:
-            return
+        with self.guard():
+            gone = self.find_lost_files()
+        if parts := self.paths.journal_parts():
+            self.seal_parts(parts)
+        self.rows_in = {file: read_footer(file).num_rows for file in self.paths.files()}
+        if gone:
+            rows, names = sum(gone.values()), ", ".join(str(file) for file in sorted(gone)[:NAMED_FILES])
+            more = f" and {len(gone) - NAMED_FILES:,} more" if len(gone) > NAMED_FILES else ""
+            raise StorageError(
+                f"{names}{more}: deleted or cut short while the job ran, with {rows:,} rows of the table; submit "
+                f"again: images that are there are taken over"
+            )
+
+    def find_lost_files(self) -> dict[Path, int]:
+        """Files of the table that hold fewer rows than were written to them, and how many are lost."""
+        lost: dict[Path, int] = {}
+        for file, rows in self.rows_in.items():
+            there = read_footer(file).num_rows if file.exists() else 0
+            if there < rows:
+                lost[file] = rows - there
+        return lost
+
+    def seal_parts(self, parts: list[Path]) -> None:
         older = [self.paths.one_file] if not self.big and self.paths.one_file.exists() else []
         tables = [read_table(file) for file in [*older, *parts]]
         with damaged_table(self.paths.one_file):
@@ -194,7 +226,7 @@ class ResultsWriter:
         self.journal_rows = 0
 
     def next_part(self) -> Path:
-        return self.paths.part(len(self.paths.sealed_files()))
+        return self.paths.part(1 + max(map(part_number, self.paths.sealed_files()), default=-1))
 
     def drop_superseded(self) -> None:
         """Leave the newest row of each image only: in a big job, one tried again has its older row in a sealed part.
@@ -216,6 +248,13 @@ class ResultsWriter:
         table = table.replace_schema_metadata(read_footer(part).metadata)
         with self.guard():
             write_atomically(to_parquet(table), part)
+        self.rows_in[part] = len(table)
+
+
+def part_number(part: Path) -> int:
+    """The number in `part-00007.parquet`; -1 for another name."""
+    number = part.stem.removeprefix("part-")
+    return int(number) if number.isascii() and number.isdecimal() else -1
 
 
 def keys_in(table: pa.Table) -> list[tuple[int, int]]:

@@ -3,26 +3,29 @@
 That is so where the `image_id` is the same and the file is what the other job's table says.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from tinysd_batch.config import Settings
-from tinysd_batch.errors import UsageError
-from tinysd_batch.job.folder import DECIDING, Job, check_reusable, read_job_json
+from tinysd_batch.errors import OccupiedPathError, UsageError
+from tinysd_batch.filesystem import sync_path
+from tinysd_batch.job.compare import FileState, compare_folders
+from tinysd_batch.job.folder import DECIDING, JOB_FILE, Job, check_reusable
 from tinysd_batch.job.plan import file_name
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.storage import read_file, share, storage_errors, sync_folder
+from tinysd_batch.storage import read_file, share, storage_errors
 
 SYNC_EVERY = 500  # pictures
+REUSE_COLUMNS = ["row", "status", "image_id", "sha256", "bytes", "index", "seed", "file_name"]
 FILE_SETTINGS = ("format", "quality", "no_metadata", "skip_save")
 # What the new row says as the old one did: how the picture was made.
 CARRIED = (
@@ -48,15 +51,16 @@ def reuse_pictures(
     runs, StorageError where its table or our disk fails.
     """
     try:
-        check_reusable(old, job.folder)
-        saved = read_job_json(old)
+        saved = check_reusable(old, job.folder)
     except UsageError as error:
         notes.note(f"No more pictures are reused: {error}")
         return set()
+    if saved is None and job.is_new:
+        notes.note(f"{old} has lost its {JOB_FILE}: images and seeds are taken over by its results table alone")
     taken: set[int] = set()
     broken = 0
     reason = reason_against(job, saved)
-    pairs = iter(()) if reason else find_pairs(old, wanted)
+    pairs = iter(()) if reason else find_pairs(old, wanted, job.settings.format)
     while (group := list(islice(pairs, SYNC_EVERY))) and not should_stop():
         indexes = take_group(job, old, group, writer)
         broken += len(group) - len(indexes)
@@ -75,15 +79,19 @@ def tell(job: Job, old: Path, why_none: str, taken: int, broken: int, notes: Not
         notes.note(f"Drawn again: {broken:,} whose file in {old} is missing or not what its table says")
 
 
-def reason_against(job: Job, saved: dict[str, Any]) -> str:
+def reason_against(job: Job, saved: dict[str, Any] | None) -> str:
     """Why no picture of the job that `saved` describes can be one of ours, where that is plain."""
+    if saved is None:
+        return ""
     if saved["model"]["digest"] != job.model.digest:
         return f"it was drawn by the model {saved['model']['name']}, and {job.model.name} has other weights"
     return told_differences(job, saved, FILE_SETTINGS)
 
 
-def told_differences(job: Job, saved: dict[str, Any], names: Iterable[str] = DECIDING) -> str:
+def told_differences(job: Job, saved: dict[str, Any] | None, names: Iterable[str] = DECIDING) -> str:
     """`steps: 20 there, 30 here`"""
+    if saved is None:
+        return ""
     return "; ".join(
         f"{name}: {was} there, {getattr(job.settings, name)} here"
         for name in names
@@ -91,28 +99,43 @@ def told_differences(job: Job, saved: dict[str, Any], names: Iterable[str] = DEC
     )
 
 
-def find_pairs(old: Path, wanted: Iterable[ImageRequest]) -> Iterator[tuple[dict[str, Any], ImageRequest]]:
+def find_pairs(old: Path, wanted: Iterable[ImageRequest], suffix: str) -> Iterator[tuple[dict[str, Any], ImageRequest]]:
     """Rows of the old table, each with an image that is the same."""
     by_id: dict[str, list[ImageRequest]] = defaultdict(list)
     for request in wanted:
         by_id[request.image_id].append(request)
     for row in ResultsPaths(old).read_rows(None):
-        if is_reusable(row):
+        if is_reusable(row, suffix):
             for request in by_id.pop(row["image_id"], ()):
                 yield row, request
 
 
-def is_reusable(row: dict[str, Any]) -> bool:
-    return row["status"] == Status.OK and None not in (row["sha256"], row["index"], row["seed"], row["file_name"])
+def is_reusable(row: dict[str, Any], suffix: str) -> bool:
+    """Whether a row of the old table names a file of this format."""
+    has_all = None not in (row["sha256"], row["index"], row["seed"], row["file_name"])
+    return row["status"] == Status.OK and has_all and str(row["file_name"]).endswith(f".{suffix}")
 
 
-def count_reusable(job: Job, image_ids: AbstractSet[str]) -> int:
-    """How many of these images the job's `reuse` has, by its table; the files are not looked at."""
-    if job.reuse is None or reason_against(job, read_job_json(job.reuse)):
+def count_reusable(job: Job, wanted: Mapping[str, int]) -> int:
+    """How many images of the ids `wanted` (id -> how many images have it) the job's `reuse` has.
+
+    Files are judged by name and size; `submit` reads them, too. Raises StorageError.
+    """
+    if job.reuse is None:
         return 0
-    rows = ResultsPaths(job.reuse).read_rows(["row", "status", "image_id", "sha256", "index", "seed", "file_name"])
-    there = {row["image_id"] for row in rows if is_reusable(row)}
-    return len(there & image_ids)
+    try:
+        saved = check_reusable(job.reuse, job.folder)
+    except UsageError:  # gone since the job began
+        return 0
+    if reason_against(job, saved):
+        return 0
+    suffix = job.settings.format
+    table = ResultsPaths(job.reuse).read_newest(REUSE_COLUMNS)
+    rows = [row for row in table.to_pylist() if row["image_id"] in wanted and is_reusable(row, suffix)]
+    files = [(row["index"], file_name(row["seed"], row["index"], suffix), row["bytes"]) for row in rows]
+    compared = (file for folder in compare_folders(job.reuse, files) for file in folder.files)
+    same = {file.image for file in compared if file.state is FileState.SAME_SIZE}
+    return sum(wanted[image_id] for image_id in {row["image_id"] for row in rows if row["index"] in same})
 
 
 def take_group(
@@ -122,7 +145,7 @@ def take_group(
     good = [(row, request) for row, request in group if take_file(job, old, row, request, writer)]
     for folder in {(job.folder / request.file_name).parent for _, request in good}:
         with storage_errors(folder):
-            sync_folder(folder)
+            sync_path(folder)
     for row, request in good:
         new = image_row(request, ImageResult(request.index, Status.OK), job.run_columns())
         made = {name: row[name] for name in CARRIED}
@@ -139,9 +162,10 @@ def take_file(job: Job, old: Path, row: dict[str, Any], request: ImageRequest, w
         return False
     if not has_hash(data, row["sha256"]):
         return False
-    with writer.guard():
+    with writer.guard(), contextlib.suppress(OccupiedPathError):  # then its worker says so
         share(source, job.folder / request.file_name, job.scratch, lambda found: has_hash(found, row["sha256"]))
-    return True
+        return True
+    return False
 
 
 def read_picture(path: Path) -> bytes:

@@ -14,12 +14,16 @@ from tinysd_batch.config import MAX_SEED
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.job_json import ManifestRecord
 from tinysd_batch.job.rows import kept_form, parse_line
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.storage import read_file, write_atomically
 from tinysd_batch.text import normalize_text
 
 SEEDS_FILE = "seeds.json.gz"
 NOT_CONTENT = ("id", "seed", "extra")
+TABLE_CONTENT = (
+    "prompt", "negative_prompt", "prompt_syntax", "width", "height", "steps", "sampler", "scale", "eta",
+)  # fmt: skip
 MAX_BYTES = 1 << 30
 
 
@@ -40,6 +44,33 @@ def find_seeds(old_state: Path, saved: dict[str, Any], rows: Iterable[Row | Inva
     """
     wanted = [seeded(row.number, kept_form(row)) for row in rows if isinstance(row, Row)]
     return match_seeds(list(read_old_rows(old_state, saved)), [row for row in wanted if row.seed is None])
+
+
+def find_seeds_in_table(old: Path, rows: Iterable[Row | InvalidRow]) -> dict[int, int]:
+    """The same from a job's results alone, for one that has lost its `job.json`.
+
+    The table knows neither which seeds the manifest gave nor rows without any image. Raises StorageError.
+    """
+    new = [table_row(row.number, table_form(row)) for row in rows if isinstance(row, Row) and row.seed is None]
+    names = ["row", "index", "sample", "id", "seed", *TABLE_CONTENT]
+    first: dict[int, SeededRow] = {}
+    for values in ResultsPaths(old).read_newest(names).to_pylist() if new else ():
+        number, seed, sample = values["row"], values["seed"], values["sample"]
+        if values["index"] is not None and seed is not None and sample is not None:
+            values["seed"] = (seed - sample + 1) % (MAX_SEED + 1)
+            first.setdefault(number, table_row(number, values))
+    return match_seeds(first.values(), new)
+
+
+def table_form(row: Row) -> dict[str, Any]:
+    kept = kept_form(row)
+    return {name: kept[name] for name in ("id", "seed", *TABLE_CONTENT)}
+
+
+def table_row(number: int, values: dict[str, Any]) -> SeededRow:
+    texts = [str(float(value) if isinstance(value := values[name], int | float) else value) for name in TABLE_CONTENT]
+    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
+    return SeededRow(number, values["id"], digest, values["seed"])
 
 
 def read_old_rows(state: Path, saved: dict[str, Any]) -> Iterator[SeededRow]:

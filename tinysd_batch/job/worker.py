@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
 import tinysd_batch
 from tinysd_batch.config import MAX_SEED, Settings, printable
-from tinysd_batch.errors import BrokenWorkerError
+from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
 from tinysd_batch.job.failures import POLICY, Action, Fault, error_class, fault_of
 from tinysd_batch.job.savings import BATCH_HALVED, BATCH_SPLIT, Limit, Shape, pieces, shape_of
 from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
-from tinysd_batch.storage import MAX_FILE_BYTES, publish, storage_errors
+from tinysd_batch.storage import MAX_FILE_BYTES, publish, storage_errors, sync_found_file
 from tinysd_batch.text import has_surrogates
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE_CHARACTERS = 2000
 MAX_COUNT = 2**31 - 1  # of tokens, as the table holds it
-# The columns that travel inside the picture, for a run that adopts it. No host names: people share pictures.
+# The columns that are stored inside the image, for a run that adopts it. No host names: people share images. No
+# measurements: equal settings on one machine give equal files.
 EMBEDDED_COLUMNS: dict[str, type | UnionType] = {
     "n_tokens": int | None,
     "truncated": str | None,
@@ -40,10 +41,12 @@ EMBEDDED_COLUMNS: dict[str, type | UnionType] = {
     "precision": str,
     "degraded": list,
     "device_name": str,
-    "text_s": int | float,
-    "denoise_s": int | float,
-    "decode_s": int | float,
-    "peak_memory_bytes": int,
+}
+METADATA_SCHEMA = 2
+RECORDS: dict[int, dict[str, type | UnionType]] = {  # the stored columns by the metadata's schema
+    1: EMBEDDED_COLUMNS
+    | {"text_s": int | float, "denoise_s": int | float, "decode_s": int | float, "peak_memory_bytes": int},
+    METADATA_SCHEMA: EMBEDDED_COLUMNS,
 }
 
 
@@ -200,10 +203,19 @@ class Worker:
             eta=params.eta,
         )
         return [
-            self.publish(image, generated, position, started)
+            self.publish_or_fail(image, generated, position, started)
             for position, image in enumerate(images)
             if image.index in wanted
         ]
+
+    def publish_or_fail(
+        self, request: ImageRequest, generated: "Generated", position: int, started: float
+    ) -> ImageResult:
+        """Publish one image of a batch; where something else has its place, only that image fails."""
+        try:
+            return self.publish(request, generated, position, started)
+        except OccupiedPathError as error:
+            return self.failed(request, error_class(error), first_line(error))
 
     def publish(self, request: ImageRequest, generated: "Generated", position: int, started: float) -> ImageResult:
         from tinysd_batch.images import FileFormat, encode_image, parameters_text
@@ -240,7 +252,7 @@ class Worker:
         """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
         params = request.params
         return {
-            "schema": 1,
+            "schema": METADATA_SCHEMA,
             "image_id": request.image_id,
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -280,14 +292,20 @@ def load_model(setup: WorkerSetup) -> "TinySD":
 
 
 def adopt(job_folder: Path, request: ImageRequest) -> ImageResult | None:
-    """The result of an image that is on disk already: a worker that died after the file and before its row left it."""
+    """The result of an image that is on disk already: a worker that died after the file and before its row left it.
+
+    The file is made durable before it is reported. Raises StorageError.
+    """
     path = job_folder / request.file_name
     with storage_errors(path):
         if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
             return None
         data = path.read_bytes()
     made = record_in(data, request)
-    return None if made is None else file_columns(ImageResult(request.index, Status.OK, **made), request, data)
+    if made is None:
+        return None
+    sync_found_file(path)
+    return file_columns(ImageResult(request.index, Status.OK, **made), request, data)
 
 
 def file_columns(result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
@@ -298,21 +316,24 @@ def file_columns(result: ImageResult, request: ImageRequest, data: bytes) -> Ima
 
 
 def record_in(data: bytes, request: ImageRequest) -> dict[str, Any] | None:
-    """What a file says of how it was made, if it is the picture asked for in size and format, by its own word."""
-    from tinysd_batch.images import read_entries
+    """What a file says of how it was made, if it is the whole image asked for in size and format, by its own word."""
+    from tinysd_batch.images import is_whole, read_entries
 
     suffix = request.file_name.rpartition(".")[2]
     _, found = read_entries(data, (request.params.width, request.params.height), [suffix])
-    made = found.get("made")
-    return made if found.get("image_id") == request.image_id and is_record(made) else None
+    schema, made = found.get("schema"), found.get("made")
+    columns = RECORDS.get(schema) if type(schema) is int else None
+    if columns is None or found.get("image_id") != request.image_id or not is_whole(data, suffix):
+        return None
+    return made if is_record(made, columns) else None
 
 
-def is_record(made: object) -> TypeGuard[dict[str, Any]]:
+def is_record(made: object, columns: dict[str, type | UnionType]) -> TypeGuard[dict[str, Any]]:
     """Whether what a file holds fits the table: anybody may have written the file."""
     return (
         isinstance(made, dict)
-        and made.keys() == EMBEDDED_COLUMNS.keys()
-        and all(isinstance(made[name], kind) for name, kind in EMBEDDED_COLUMNS.items())
+        and made.keys() == columns.keys()
+        and all(isinstance(made[name], kind) for name, kind in columns.items())
         and all(isinstance(step, str) for step in made["degraded"])
         and all(printable(text) == text for text in [*made["degraded"], made["precision"], made["device_name"]])
         and not any(isinstance(value, bool) or is_unstorable(value) for value in made.values())

@@ -24,16 +24,15 @@ from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.model.mapped import MappedTensors, write_tensors
 from tinysd_batch.model.packed import swap_packed_layers
 from tinysd_batch.model.packing import Layout, Weight
+from tinysd_batch.model.supported import BETAS, check_scheduler, check_text_encoder, check_unet, check_vae
 from tinysd_batch.model.vae import use_strip_layers
 from tinysd_batch.storage import write_atomically
 
 PIPELINE_INDEX = "model_index.json"
 TEXT_WEIGHTS = "model.safetensors"
 QUANT_METHOD = "tinysd"
-BETA_SCHEDULES = ("scaled_linear", "linear")
 FORMAT_VERSION = "1.0"
 KEEP_ON_META = torch.device("meta")
-MAX_LAYERS = 100  # of any kind; SD v1's most are the text encoder's 12
 # All that decides what a text encoder computes. Others could name code to be fetched from elsewhere.
 TEXT_SETTINGS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -54,21 +53,12 @@ def building_from(config: Path) -> Iterator[None]:
 
 
 def read_config(path: Path, model: type[nn.Module]) -> dict[str, Any]:
-    """What a class of diffusers takes out of a `config.json`, and no more. Raises ModelError for too many layers."""
+    """What a class of diffusers takes out of a `config.json`, and no more. Raises ModelError as `supported` does."""
     known = inspect.signature(model.__init__).parameters
-    config = {name: value for name, value in read_json(path).items() if name in known and name != "self"}
-    for name, value in config.items():
-        check_layers(path, name, value)
-    return config
-
-
-def check_layers(path: Path, name: str, value: Any) -> None:
-    """Each layer costs time and memory, weights or not."""
-    counts = value if isinstance(value, list) else [value]
-    if len(counts) > MAX_LAYERS or (
-        "layers" in name and any(isinstance(one, int) and one > MAX_LAYERS for one in counts)
-    ):
-        raise ModelError(f"{path}: {name} = {excerpt(value)}: at most {MAX_LAYERS} were expected")
+    config = read_json(path)
+    check = check_unet if model is UNet2DConditionModel else check_vae
+    check(config, path)
+    return {name: value for name, value in config.items() if name in known and name != "self"}
 
 
 # The UNet
@@ -184,7 +174,7 @@ def read_text_encoder(folder: Path) -> tuple[CLIPTextModel, MappedTensors]:
     """The text encoder on the meta device and the file's tensors."""
     where = folder / TEXT_WEIGHTS
     config = read_json(folder / "config.json")
-    check_layers(folder / "config.json", "num_hidden_layers", config.get("num_hidden_layers"))
+    check_text_encoder(config, folder / "config.json")
     with building_from(folder / "config.json"), KEEP_ON_META:
         encoder = CLIPTextModel(CLIPTextConfig(**{name: config[name] for name in TEXT_SETTINGS if name in config}))
     # Files of transformers before 5 keep the tower one name further down.
@@ -206,11 +196,11 @@ def read_decoder(folder: Path) -> tuple[AutoencoderKL, MappedTensors]:
     where = folder / WEIGHTS
     with building_from(folder / "config.json"), KEEP_ON_META:
         vae = AutoencoderKL.from_config(read_config(folder / "config.json", AutoencoderKL))
-        if kinds := {type(block).__name__ for block in vae.decoder.up_blocks} - {"UpDecoderBlock2D"}:
-            raise ModelError(f"{folder / 'config.json'}: up_block_types: {', '.join(kinds)} is not read")
+    tensors = MappedTensors.read(where)
+    if any(name.startswith("encoder.") for name in tensors):
+        check_names(vae, tensors, where)
     vae.encoder = vae.quant_conv = None
     use_strip_layers(vae)
-    tensors = MappedTensors.read(where)
     tensors.rename(lambda name: None if name.startswith(("encoder.", "quant_conv.")) else name)
     check_names(vae, tensors, where)
     return vae.eval(), tensors
@@ -219,11 +209,5 @@ def read_decoder(folder: Path) -> tuple[AutoencoderKL, MappedTensors]:
 def read_schedule(path: Path) -> dict[str, Any]:
     """The noise schedule of `scheduler_config.json`: beta_start, beta_end and beta_schedule."""
     config = read_json(path)
-    if (kind := config.get("prediction_type", "epsilon")) != "epsilon":
-        raise ModelError(f"{path}: prediction_type {kind!r}: only models that predict the noise (epsilon) are read")
-    for name in ("beta_start", "beta_end"):
-        if not isinstance(value := config.get(name), float) or not 0 < value < 1:
-            raise ModelError(f"{path}: {name} = {excerpt(value)}: a number between 0 and 1 was expected")
-    if (kind := config.get("beta_schedule")) not in BETA_SCHEDULES:
-        raise ModelError(f"{path}: beta_schedule = {excerpt(kind)}: one of {', '.join(BETA_SCHEDULES)} was expected")
-    return {name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+    check_scheduler(config, path)
+    return {name: config[name] for name in BETAS}

@@ -10,6 +10,7 @@ from typing import Any
 
 from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS, excerpt, printable
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.supported import CONFIGS, MAX_LEVELS, check_configs
 from tinysd_batch.storage import read_file
 
 SD_V1_STEPS = 50
@@ -19,7 +20,6 @@ OUR_FILE = "tinysd.json"  # name and defaults; absent from folders that other to
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON_BYTES = 50_000_000
 MAX_NAME_CHARACTERS = 100
-MAX_LEVELS = 8  # of a UNet or an autoencoder; SD v1 has four
 PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 CONVERT_HINT = "make a model folder of it with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
 
@@ -73,7 +73,7 @@ def resolve_path(model: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(read_file(path, MAX_JSON_BYTES).decode("utf-8"))
+        loaded = json.loads(read_file(path, MAX_JSON_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; the model folder is not complete") from None
     except OSError as error:
@@ -106,24 +106,71 @@ def read_model_info(model: str) -> ModelInfo:
         raise ModelError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None
 
 
-def look_at(path: Path) -> ModelInfo:
-    unet = path / "unet" / "config.json"
-    vae = path / "vae" / "config.json"
-    text = path / "text_encoder" / "config.json"
-    ours = read_json(path / OUR_FILE) if (path / OUR_FILE).exists() else {}
-    factor = 2 ** (levels(vae) - 1)
+def read_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """The configurations of a model folder's parts. Raises ModelError for one that is missing or no JSON object."""
+    return {part: read_json(path / part / name) for part, name in CONFIGS.items()}
+
+
+def look_at(path: Path, digest: str | None = None) -> ModelInfo:
+    """Check a model folder's configurations and say what a job must know. Without a `digest` it is computed."""
+    check_configs(path, read_configs(path))
+    defaults, sizes = read_defaults(path), read_sizes(path)
     return ModelInfo(
         path=path,
-        name=printable(str(ours.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
-        digest=model_digest(path),
+        name=defaults.name,
+        digest=model_digest(path) if digest is None else digest,
+        native_px=sizes.native_px,
+        channels=sizes.channels,
+        factor=sizes.factor,
+        step_px=sizes.step_px,
+        steps=defaults.steps,
+        scale=defaults.scale,
+        max_tokens=sizes.max_tokens,
+        unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a model's configurations say of its images and prompts; see `ModelInfo`."""
+
+    native_px: int
+    channels: int
+    factor: int
+    step_px: int
+    max_tokens: int
+
+
+def read_sizes(path: Path, *, own_vae: bool = True) -> Sizes:
+    """Raises ModelError for values that are out of bounds. Without the folder's own VAE pixels are latents."""
+    unet, text = path / "unet" / "config.json", path / "text_encoder" / "config.json"
+    factor = 2 ** (levels(path / "vae" / "config.json") - 1) if own_vae else 1
+    return Sizes(
         native_px=number(unet, "sample_size", 1, MAX_SIDE_PX // factor) * factor,
         channels=number(unet, "in_channels", 1, 1024),
         factor=factor,
         step_px=factor * 2 ** (levels(unet) - 1),
-        steps=number(path / OUR_FILE, "steps", 1, MAX_STEPS) if "steps" in ours else SD_V1_STEPS,
-        scale=float(number(path / OUR_FILE, "scale", 0, 100, float)) if "scale" in ours else SD_V1_SCALE,
         max_tokens=number(text, "max_position_embeddings", 3, 10_000),
-        unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDefaults:
+    """What a model's folder says of itself in `tinysd.json`; SD v1's values where it does not."""
+
+    name: str
+    steps: int
+    scale: float
+
+
+def read_defaults(path: Path) -> ModelDefaults:
+    """Raises ModelError for values that are out of bounds."""
+    file = path / OUR_FILE
+    ours = read_json(file) if file.exists() else {}
+    return ModelDefaults(
+        name=printable(str(ours.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
+        steps=number(file, "steps", 1, MAX_STEPS) if "steps" in ours else SD_V1_STEPS,
+        scale=float(number(file, "scale", 0, 100, float)) if "scale" in ours else SD_V1_SCALE,
     )
 
 

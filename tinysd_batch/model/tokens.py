@@ -3,15 +3,21 @@
 Without torch: `plan` counts tokens with it.
 """
 
+import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import CLIPTokenizer
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.info import read_json
 from tinysd_batch.model.prompts import Run, SubPrompt
+from tinysd_batch.text import fold_widths
 
 CHARACTERS_AT_ONCE = 100_000
 
@@ -62,12 +68,59 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder / name}: missing; the model folder is not complete")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        with without_byte_order_marks(folder) as readable:
+            tokenizer = CLIPTokenizer.from_pretrained(readable, local_files_only=True)
         tokenize_part(tokenizer, SubPrompt(1.0, (Run("a"),)), 3, long_prompts=True)  # does it work?
     except Exception as error:  # noqa: BLE001 - from Rust they come as no class but this
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {reason}") from None
+    check_added_tokens(tokenizer, folder)
     return tokenizer
+
+
+def check_added_tokens(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Raise ModelError where an added token was read as another number than its file states: that of another word."""
+    known = tokenizer.get_vocab()
+    try:
+        stated = list(stated_tokens(folder))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ModelError(f"{folder}: not a readable CLIP tokenizer: its added tokens: {error}") from None
+    for file, token, number in stated:
+        if known.get(token) != number:
+            raise ModelError(
+                f"{folder / file}: token {excerpt(token)} is number {excerpt(number)}, and would be read as "
+                f"{known.get(token)}; numbers of added tokens must follow the vocabulary's without a gap"
+            )
+
+
+def stated_tokens(folder: Path) -> Iterator[tuple[str, str, object]]:
+    """Added tokens with their numbers, as the files have them: by token, and in newer ones by number."""
+    name = "added_tokens.json"
+    added = read_json(folder / name) if (folder / name).is_file() else {}
+    yield from ((name, token, number) for token, number in added.items())
+    name = "tokenizer_config.json"
+    config = read_json(folder / name) if (folder / name).is_file() else {}
+    for text, entry in (config.get("added_tokens_decoder") or {}).items():
+        number = int(text) if text.isdecimal() else text
+        yield name, entry["content"] if isinstance(entry, dict) else str(entry), number
+
+
+@contextmanager
+def without_byte_order_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or for the time of a `with` a copy of its files where one begins with a byte-order mark."""
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".txt") and file.is_file()]
+    if not any(begins_with_mark(file) for file in files):
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        for file in files:
+            (Path(copy) / file.name).write_bytes(file.read_bytes().removeprefix(BOM_UTF8))
+        yield Path(copy)
+
+
+def begins_with_mark(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(BOM_UTF8)) == BOM_UTF8
 
 
 def check_vocabulary(tokenizer: CLIPTokenizer, known: int, folder: Path) -> None:
@@ -90,7 +143,9 @@ def tokenize_part(tokenizer: CLIPTokenizer, sub: SubPrompt, max_tokens: int, *, 
     ids: list[int] = []
     emphasis: list[float] = []
     for run in sub.runs:
-        found = tokenizer(run.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        found = tokenizer(
+            fold_text(tokenizer, run.text), add_special_tokens=False, truncation=False, verbose=False
+        ).input_ids
         ids += found
         emphasis += [run.emphasis] * len(found)
     room = max_tokens - 2
@@ -107,8 +162,9 @@ def count_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[int]:
     """How many tokens each text has, without begin and end tokens: many at once, on all cores."""
     # Tokenizers keep each token's text and place beside its number: what is encoded together has a bound.
     counts: list[int] = []
+    texts = [fold_text(tokenizer, text) for text in texts]
     for start, end in spans_of_characters([len(text) for text in texts], CHARACTERS_AT_ONCE):
-        found = tokenizer.backend_tokenizer.encode_batch_fast(list(texts[start:end]), add_special_tokens=False)
+        found = tokenizer.backend_tokenizer.encode_batch_fast(texts[start:end], add_special_tokens=False)
         counts += [len(encoding) for encoding in found]
     return counts
 
@@ -123,6 +179,17 @@ def spans_of_characters(lengths: Sequence[int], most: int) -> Iterator[tuple[int
         total += length
     if start < len(lengths):
         yield start, len(lengths)
+
+
+def fold_text(tokenizer: CLIPTokenizer, text: str) -> str:
+    """Text as tiny-stable-diffusion's tokenizer reads it: in usual width, all but the tokens that a model added."""
+    if fold_widths(text) == text:
+        return text
+    wide = [token for token in tokenizer.get_added_vocab() if fold_widths(token) != token]
+    if not wide:
+        return fold_widths(text)
+    parts = re.split(f"({'|'.join(map(re.escape, sorted(wide, key=len, reverse=True)))})", text)
+    return "".join(part if number % 2 else fold_widths(part) for number, part in enumerate(parts))
 
 
 def new_piece(tokenizer: CLIPTokenizer, ids: list[int], emphasis: list[float], max_tokens: int) -> Piece:

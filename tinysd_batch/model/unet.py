@@ -23,7 +23,8 @@ class Halfway:
 
 
 def half_modules(unet: UNet2DConditionModel, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    return {name: getattr(unet, name) for name in names}
+    """Those that the UNet has: some were distilled down to no middle block."""
+    return {name: module for name in names if (module := getattr(unet, name)) is not None}
 
 
 def predict(
@@ -57,7 +58,8 @@ def encode_half(unet: UNet2DConditionModel, latents: Tensor, embedding: Tensor, 
         else:
             hidden, outputs = block(hidden, embedding)
         skips += outputs
-    hidden = unet.mid_block(hidden, embedding, encoder_hidden_states=context)
+    if unet.mid_block is not None:
+        hidden = unet.mid_block(hidden, embedding, encoder_hidden_states=context)
     return Halfway(hidden, skips, embedding)
 
 

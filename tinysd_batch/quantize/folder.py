@@ -8,8 +8,9 @@ import torch
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
-from tinysd_batch.model.info import WEIGHTS, read_json
+from tinysd_batch.model.info import WEIGHTS, look_at, read_json
 from tinysd_batch.model.mapped import write_tensors
+from tinysd_batch.model.supported import check_fit
 from tinysd_batch.quantize.checkpoint_files import open_tensors
 from tinysd_batch.quantize.model_folder import DECODER_ONLY, ModelFolder
 from tinysd_batch.quantize.origin import is_origin
@@ -63,18 +64,18 @@ def refuse_existing(out: Path) -> None:
 def tell_left_out(model: Source, say: Say) -> None:
     if model.found.left_out:
         say(f"left out: {model.found}")
+    for note in model.found.notes:
+        say(f"note: {note}")
 
 
 def write_others(model: Source, folder: Path, wanted: torch.dtype | None, say: Say) -> None:
     """Everything but the UNet, which is there already. Raises ModelError where the parts do not go together."""
     unet = read_json(folder / "unet" / "config.json")
-    vae = model.vae()
-    check_fit(vae, "latent_channels", unet, "in_channels")
+    vae, text = model.vae(), model.text_encoder()
+    check_parts(unet, vae, text)
     parts = {} if has_encoder(vae) else {"vae": DECODER_ONLY}
     write_part(vae, folder / "vae", WEIGHTS, wanted, say)
     del vae
-    text = model.text_encoder()
-    check_fit(text, "hidden_size", unet, "cross_attention_dim")
     # Under the old name older libraries find them, too; transformers 5 and we read both.
     named = {f"text_model.{name}": value for name, value in text.tensors.items()}
     # transformers 5 would load float16 as float16, while diffusers loads all else as float32, unless told otherwise.
@@ -82,14 +83,13 @@ def write_others(model: Source, folder: Path, wanted: torch.dtype | None, say: S
     write_part(Part(config, named, text.where), folder / "text_encoder", TEXT_WEIGHTS, wanted, say)
     model.write_rest(folder)
     write_pipeline_index(folder, **parts)
+    look_at(folder, digest="")
 
 
-def check_fit(part: Part, name: str, unet: Mapping[str, Any], unet_name: str) -> None:
-    if part.config.get(name) != unet.get(unet_name):
-        raise ModelError(
-            f"{part.where}: does not go with this UNet: {name} is {part.config.get(name)}, "
-            f"the UNet's {unet_name} {unet.get(unet_name)}"
-        )
+def check_parts(unet: Mapping[str, Any], vae: Part, text: Part) -> None:
+    """Raise ModelError where the parts do not go together."""
+    check_fit(vae.config, "latent_channels", unet, "in_channels", vae.where)
+    check_fit(text.config, "hidden_size", unet, "cross_attention_dim", text.where)
 
 
 def write_part(part: Part, folder: Path, file: str, wanted: torch.dtype | None, say: Say) -> None:

@@ -8,16 +8,24 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint import building_from
 from tinysd_batch.model.correction import NoiseCorrection, read_correction
-from tinysd_batch.model.info import OUR_FILE, model_digest, read_json
+from tinysd_batch.model.info import model_digest, read_defaults, read_json, read_model_info
+from tinysd_batch.model.memory import Shape
 from tinysd_batch.model.packing import PackedWeight, RowWeight, WholeRowWeight
+from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.supported import sampler_notes
 from tinysd_batch.quantize.checkpoint_files import Contents, open_tensors
-from tinysd_batch.quantize.kinds import EMA, SD_V1, TEXT, UNET, VAE, Kind, kind_of, kind_of_configs
-from tinysd_batch.quantize.model_folder import STEMS, weights_file
+from tinysd_batch.quantize.folder import check_parts
+from tinysd_batch.quantize.kinds import EMA, ORIGIN, SD_V1, TEXT, UNET, VAE, kind_of
+from tinysd_batch.quantize.model_folder import STEMS, ModelFolder, weights_file
 from tinysd_batch.quantize.presets import sort_of
+from tinysd_batch.quantize.single_file import SingleFile
+from tinysd_batch.quantize.sources import Options, Source
 
 PREFIXES = {UNET: "unet", VAE: "vae", TEXT: "text_encoder", EMA: "EMA copies"}
 OTHERS = "others"
@@ -27,6 +35,10 @@ KINDS = (PackedWeight, WholeRowWeight, RowWeight)
 PACKED_NAMES = {each.name for kind in KINDS for each in fields(kind) if each.name != "bits"}
 CODES = "qweight"
 LATENT_CHANNELS = 4  # where a configuration does not say
+USABLE = (SD_V1, ORIGIN)
+PACKED, PACKED_REASON = "a packed model", "it is quantized already; a float model is needed"
+CPU = torch.device("cpu")
+EMBEDDED = "embedded"
 
 
 @dataclass(slots=True)
@@ -72,17 +84,51 @@ class Inspection:
     digest: str  # of a folder as jobs record it; of a file its SHA-256
     parts: list[PartFound]
     correction: NoiseCorrection | None = None
+    notes: list[str] = field(default_factory=list)
+    fault: str | None = None  # of a file: why no command takes it
 
 
 def inspect_model(path: Path, *, allow_pickle: bool = False) -> Inspection:
-    """Look into a model folder or a checkpoint file. Raises ModelError where that cannot be read at all."""
+    """Look into a model folder or a checkpoint file. Raises ModelError where that cannot be read.
+
+    A folder must pass the checks of the command that takes it: `submit` and `txt2img` of a packed one, `convert` and
+    `quantize` of one with floats. What is wrong with a file stands in `fault`.
+    """
+    options = Options(allow_pickle=allow_pickle)
     if path.is_dir():
-        return inspect_folder(path, allow_pickle=allow_pickle)
+        return inspect_folder(path, options)
     contents = open_tensors(path, allow_pickle=allow_pickle)
     kind = kind_of(contents)
+    fault = None if kind.name in USABLE else f"{path}: this is {kind.name}: {kind.reason}"
+    if kind.name == SD_V1:
+        fault = fault_of(path, options)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Inspection(str(path), path.stem, kind.name, kind.reason, digest, parts_of_file(contents))
+    return Inspection(str(path), path.stem, kind.name, kind.reason, digest, parts_of_file(contents), fault=fault)
+
+
+def fault_of(path: Path, options: Options) -> str | None:
+    """Why `convert` and `quantize` refuse a file."""
+    try:
+        check_source(SingleFile(path, options))
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def check_source(source: Source) -> None:
+    """Raise ModelError where a part of a float model is missing or wrong."""
+    unet, vae, text = source.unet(), source.vae(), source.text_encoder()
+    check_parts(unet.config, vae, text)
+
+
+def check_loads(path: Path) -> None:
+    """Raise ModelError where a model folder cannot be generated with: it is loaded, and walked through by shapes."""
+    name = str(path if str(path) != EMBEDDED else path.absolute())  # a folder of that name is not the model
+    model = TinySD(read_model_info(name), CPU, torch.float32)
+    info = model.info
+    with building_from(path):
+        model.memory.phases(Shape(1, info.native_px, info.native_px, info.max_tokens, prompts=1))
 
 
 def parts_of_file(contents: Contents) -> list[PartFound]:
@@ -94,26 +140,34 @@ def parts_of_file(contents: Contents) -> list[PartFound]:
     return [count_part(name, parts[name], {}) for name in order if name in parts]
 
 
-def inspect_folder(path: Path, *, allow_pickle: bool) -> Inspection:
+def inspect_folder(path: Path, options: Options) -> Inspection:
     if not (path / "unet" / "config.json").exists():
         raise ModelError(f"{path}: not a model folder, it has no unet/config.json")
     unet = read_json(path / "unet" / "config.json")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    kind = kind_of_configs(unet, read_json(scheduler) if scheduler.exists() else {})
-    packed = unet.get("quantization_config", {}).get("layers", {})
+    notes, name = [], read_defaults(path).name
+    if is_packed := "quantization_config" in unet:
+        check_loads(path)
+        notes = sampler_notes(read_json(path / "scheduler" / "scheduler_config.json"))
+    else:
+        source = ModelFolder(path, options)
+        check_source(source)
+        source.check_tokenizer()
+        notes = source.found.notes
+    packed = layers_of(unet)
     parts = []
-    for name in STEMS:
-        if (path / name).is_dir():
-            tensors = open_tensors(weights_file(path / name, name), allow_pickle=allow_pickle).tensors
-            parts.append(count_part(name, tensors, packed if name == "unet" else {}))
-    ours = read_json(path / OUR_FILE) if (path / OUR_FILE).exists() else {}
-    name = str(ours.get("name", path.resolve().name))
+    for part in STEMS:
+        if (path / part).is_dir():
+            tensors = open_tensors(weights_file(path / part, part), allow_pickle=options.allow_pickle).tensors
+            parts.append(count_part(part, tensors, packed if part == "unet" else {}))
     correction = read_correction(path / "unet", unet.get("out_channels", LATENT_CHANNELS))
-    return Inspection(str(path), name, folder_kind(kind), kind.reason, digest_of(path), parts, correction)
+    kind, reason = (PACKED, PACKED_REASON) if is_packed else (f"{SD_V1}'s architecture, float folder", None)
+    return Inspection(str(path), name, kind, reason, digest_of(path), parts, correction, notes)
 
 
-def folder_kind(kind: Kind) -> str:
-    return f"{SD_V1}'s architecture, float folder" if kind.name == SD_V1 else kind.name
+def layers_of(unet: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The packed layers that a UNet's configuration lists."""
+    layers: Mapping[str, Any] = (unet.get("quantization_config") or {}).get("layers", {})
+    return layers
 
 
 def digest_of(path: Path) -> str:

@@ -1,11 +1,11 @@
 """What a checkpoint is, told from the names and shapes of its tensors, and why some are not read."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from tinysd_batch.model.supported import LCM, NOT_SD_V1, OTHER_INPUTS, SD2_CONTEXT, Kind
 from tinysd_batch.quantize.checkpoint_files import Contents
 
 UNET = "model.diffusion_model."
@@ -16,25 +16,9 @@ SD_V1 = "Stable Diffusion v1"
 AUTOENCODER = "autoencoder"
 ORIGIN = "the origin's 2-bit checkpoint"
 
+EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 SD_V1_CHANNELS = 4
-SD2_CONTEXT = 1024
-# By how many channels the UNet takes in.
-OTHER_INPUTS = {
-    5: ("Stable Diffusion for depth maps", "it needs a depth map beside the prompt"),
-    7: ("Stable Diffusion upscaler", "it needs a picture beside the prompt"),
-    8: ("InstructPix2Pix", "it needs a picture beside the prompt"),
-    9: ("Stable Diffusion for inpainting", "it needs a picture and a mask beside the prompt"),
-}
 ADDITION = "it is an addition to a model, not a model; merge it into one with another program first"
-SECOND = "only Stable Diffusion v1 is read, with 768 wide text and noise prediction"
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a checkpoint is, and why it is not read, if it is not."""
-
-    name: str
-    reason: str | None = None
 
 
 def anywhere(*marks: str) -> Callable[[str], bool]:
@@ -45,6 +29,12 @@ def beginning(*marks: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(marks)
 
 
+# LoRA as kohya's scripts, diffusers (`processor.to_q_lora.down`), peft (`lora_A`) and others spell it, and LyCORIS:
+# LoHa, LoKr, OFT, IA3, DoRA and plain differences.
+LORA = re.compile(
+    r"lora|lycoris|loha_|hada_[wt]|lokr_|\b(b?oft|ia3)_|dora_scale|\.on_input$|\.diff(_b)?$", re.IGNORECASE
+)
+
 # The first rule that one of the names fits decides.
 RULES: tuple[tuple[Callable[[str], bool], Kind], ...] = (
     (
@@ -52,22 +42,28 @@ RULES: tuple[tuple[Callable[[str], bool], Kind], ...] = (
         Kind(ORIGIN, "it is at 2 bits already; `tinysd-batch convert` takes it over as it is"),
     ),
     (
-        anywhere("lora_up", "lora_down", "lora_A", "lora_B", "lora_unet_", "lora_te", "hada_w", "lokr_", "oft_blocks"),
-        Kind("LoRA or LyCORIS", ADDITION),
-    ),
-    (
-        anywhere("control_model.", "input_hint_block", "controlnet_cond_embedding", "controlnet_down_blocks"),
+        anywhere("control_model.", "input_hint_block", "controlnet_", "lora_controlnet"),
         Kind("ControlNet", ADDITION),
     ),
+    (lambda name: LORA.search(name) is not None, Kind("LoRA or LyCORIS", ADDITION)),
+    (beginning("ip_adapter.", "image_proj."), Kind("IP-Adapter", ADDITION)),
+    (beginning("adapter.body.", "body.0.in_conv.", "body.0.resnets."), Kind("T2I-Adapter", ADDITION)),
+    (lambda name: name == "layer_structure", Kind("hypernetwork", ADDITION)),
+    (anywhere("position_net."), Kind("GLIGEN", "it needs boxes beside the prompt")),
+    (anywhere("time_embed.cond_proj.", "time_embedding.cond_proj."), Kind(*LCM)),
     (anywhere("motion_modules."), Kind("AnimateDiff", ADDITION)),
     (
         lambda name: name in ("string_to_param", "string_to_token", "emb_params", "clip_l", "clip_g"),
         Kind("textual inversion", ADDITION),
     ),
-    (beginning("conditioner.embedders."), Kind("Stable Diffusion XL", SECOND)),
-    (anywhere("joint_blocks.", "double_blocks.", "single_blocks."), Kind("Stable Diffusion 3, Flux or alike", SECOND)),
-    (beginning("cond_stage_model.model."), Kind("Stable Diffusion v2", f"its text encoder is OpenCLIP's; {SECOND}")),
-    (lambda name: name in ("v_pred", "ztsnr"), Kind("a model that predicts v", SECOND)),
+    (beginning("conditioner.embedders."), Kind("Stable Diffusion XL", NOT_SD_V1)),
+    (
+        anywhere("joint_blocks.", "double_blocks.", "single_blocks."),
+        Kind("Stable Diffusion 3, Flux or alike", NOT_SD_V1),
+    ),
+    (beginning("cond_stage_model.model."), Kind("Stable Diffusion v2", f"its text encoder is OpenCLIP's; {NOT_SD_V1}")),
+    (lambda name: name in ("v_pred", "ztsnr", "edm_vpred.sigma_max"), Kind("a model that predicts v", NOT_SD_V1)),
+    (lambda name: name in ("edm_mean", "edm_std"), Kind("a model with EDM's noise levels", NOT_SD_V1)),
     (beginning("down_blocks.", "text_model."), Kind("a part of a model folder", "name the whole folder")),
 )
 
@@ -80,11 +76,22 @@ def kind_of(contents: Contents) -> Kind:
             return kind
     if any(name.startswith(UNET) for name in contents.tensors):
         return kind_of_unet({name: tuple(value.shape) for name, value in contents.tensors.items()})
+    return kind_without_unet(contents, names)
+
+
+def kind_without_unet(contents: Contents, names: Collection[str]) -> Kind:
+    """What a file without a UNet is."""
+    if any(name.startswith(EMA) and name not in EMA_COUNTERS for name in names):
+        return Kind("averaged copies of a UNet (EMA) alone", "the UNet itself is missing; take the full checkpoint")
     if is_autoencoder(names):
         return Kind(AUTOENCODER, "it holds no UNet; `--vae` takes it beside a checkpoint that lacks one")
+    if is_hypernetwork(contents):
+        return Kind("hypernetwork", ADDITION)
     if is_embedding(contents.tensors):
         return Kind("textual inversion", ADDITION)
-    first = f"; the first of {len(names)} names is {names[0]!r}" if names else "; it is empty"
+    if any(name.startswith(TEXT) for name in names):
+        return Kind("text encoder", "it holds no UNet")
+    first = f"; the first of {len(names)} names is {next(iter(names))!r}" if names else "; it is empty"
     return Kind("unknown", f"no UNet of Stable Diffusion v1 is in it{first}")
 
 
@@ -95,11 +102,11 @@ def kind_of_unet(shapes: Mapping[str, tuple[int, ...]]) -> Kind:
     if channels and channels[0] in OTHER_INPUTS:
         return Kind(*OTHER_INPUTS[channels[0]])
     if any(name.startswith(f"{UNET}label_emb.") for name in shapes):
-        return Kind("unCLIP or Stable Diffusion XL", SECOND)
+        return Kind("unCLIP or Stable Diffusion XL", NOT_SD_V1)
     linear = any(name.startswith(UNET) and name.endswith(".1.proj_in.weight") and len(shape) == 2
                  for name, shape in shapes.items())  # fmt: skip
     if linear or (context and context[0] >= SD2_CONTEXT):
-        return Kind("Stable Diffusion v2", f"its cross attention is {context[0] if context else '?'} wide; {SECOND}")
+        return Kind("Stable Diffusion v2", f"its cross attention is {context[0] if context else '?'} wide; {NOT_SD_V1}")
     return Kind(SD_V1)
 
 
@@ -108,26 +115,13 @@ def is_autoencoder(names: Collection[str]) -> bool:
     return {"post_quant_conv.weight", "decoder.conv_in.weight"} <= bare
 
 
+def is_hypernetwork(contents: Contents) -> bool:
+    """Whether it holds layers for texts and maps of these widths and no tensor beside them, as the web UI writes it."""
+    return not contents.tensors and {"320", "640", "768", "1280"} & set(contents.others) != set()
+
+
 def is_embedding(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are the vectors of a few words for CLIP."""
     return 0 < len(tensors) <= 4 and all(
         value.dim() in (1, 2) and value.shape[-1] in (768, 1024, 1280) for value in tensors.values()
     )
-
-
-def kind_of_configs(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Kind:
-    """What a model folder is, by its `config.json` files."""
-    if "quantization_config" in unet:
-        return Kind("a packed model", "it is quantized already; a float model is needed")
-    if (found := unet.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
-        return Kind("ControlNet" if "ControlNet" in str(found) else str(found), SECOND)
-    if unet.get("in_channels") in OTHER_INPUTS:
-        return Kind(*OTHER_INPUTS[unet["in_channels"]])
-    if unet.get("addition_embed_type") or unet.get("class_embed_type"):
-        return Kind("Stable Diffusion XL or unCLIP", SECOND)
-    context = unet.get("cross_attention_dim")
-    if unet.get("use_linear_projection") or (isinstance(context, int) and context >= SD2_CONTEXT):
-        return Kind("Stable Diffusion v2", f"its cross attention is {context} wide; {SECOND}")
-    if (predicts := scheduler.get("prediction_type", "epsilon")) != "epsilon":
-        return Kind("a model that predicts v", f"prediction_type is {predicts!r}; {SECOND}")
-    return Kind(SD_V1)

@@ -108,9 +108,11 @@ def text_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
 
 def check_schedule(tensors: Mapping[str, Tensor], where: Path) -> None:
     """Raise ModelError where the file was trained on another noise schedule than SD v1's."""
-    if (betas := tensors.get("betas")) is None:
-        return
     start, end = (beta**0.5 for beta in BETAS)
-    expected = torch.linspace(start, end, 1000) ** 2
-    if betas.shape != expected.shape or not torch.allclose(betas.float(), expected, rtol=0.02):
-        raise ModelError(f"{where}: its noise schedule (betas) is not SD v1's; only that is read")
+    betas = torch.linspace(start, end, 1000) ** 2
+    for name, expected in (("betas", betas), ("alphas_cumprod", (1 - betas).cumprod(0))):
+        found = tensors.get(name)
+        if found is None:
+            continue
+        if found.shape != expected.shape or not torch.allclose(found.float(), expected, rtol=0.02):
+            raise ModelError(f"{where}: its noise schedule ({name}) is not SD v1's; only that is read")

@@ -5,13 +5,16 @@ from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import PIPELINE_INDEX, TEXT_SETTINGS, read_config
-from tinysd_batch.model.info import OUR_FILE, read_json
+from tinysd_batch.model.info import OUR_FILE, read_defaults, read_json, read_sizes
+from tinysd_batch.model.supported import CONFIGS, check_configs, sampler_notes
+from tinysd_batch.model.supported import check_text_encoder as check_text_config
+from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.quantize.checkpoint_files import open_tensors
 from tinysd_batch.quantize.clip_tokenizer import VOCABULARY, write_tokenizer
-from tinysd_batch.quantize.kinds import kind_of_configs
 from tinysd_batch.quantize.layout import SCHEDULER, VAE_SCALE
 from tinysd_batch.quantize.sources import (
     Found,
@@ -30,7 +33,11 @@ STEMS = {"unet": [DIFFUSERS_STEM], "vae": [DIFFUSERS_STEM], "text_encoder": ["mo
 ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 # diffusers' names of an autoencoder's attention before 0.18.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+# All that transformers reads of a CLIP tokenizer, of any age.
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.json",
+)  # fmt: skip
 TEXT_KINDS = ("architectures", "model_type")
 DECODER_ONLY = ["tinysd_batch.diffusers", "AutoencoderKLDecoder"]
 
@@ -45,11 +52,18 @@ class ModelFolder:
         self.options = options
         self.name = path.resolve().name
         self.found = Found()
-        scheduler = path / "scheduler" / "scheduler_config.json"
-        self.scheduler = read_json(scheduler) if scheduler.exists() else dict(SCHEDULER)
-        kind = kind_of_configs(read_json(path / "unet" / "config.json"), self.scheduler)
-        if kind.reason:
-            raise ModelError(f"{path}: this is {kind.name}: {kind.reason}")
+        configs = {
+            part: read_json(path / part / name) for part, name in CONFIGS.items() if (path / part / name).exists()
+        }
+        if configs.get("unet", {}).get("quantization_config") is not None:
+            raise ModelError(f"{path}: this is a packed model: it is quantized already; a float model is needed")
+        if options.vae is not None:
+            configs.pop("vae", None)
+        check_configs(path, configs)
+        read_defaults(path)
+        read_sizes(path, own_vae=options.vae is None)
+        self.scheduler = configs.get("scheduler", dict(SCHEDULER))
+        self.found.notes += sampler_notes(self.scheduler)
 
     def unet(self) -> Part:
         part = read_part(self.path / "unet", "unet", self.options)
@@ -88,19 +102,46 @@ class ModelFolder:
         write_json(folder / OUR_FILE, {"name": self.name, **ours})
         self.write_tokenizer(folder / "tokenizer")
 
-    def write_tokenizer(self, folder: Path) -> None:
-        """The folder's own tokenizer; CLIP's where it has none and its text encoder is CLIP's."""
-        files = [self.path / "tokenizer" / name for name in TOKENIZER_FILES]
-        if (self.path / "tokenizer" / "vocab.json").exists() and (self.path / "tokenizer" / "merges.txt").exists():
-            folder.mkdir()
-            for file in files:
-                if file.exists():
-                    (folder / file.name).write_bytes(file.read_bytes())
-            return
-        text = read_json(self.path / "text_encoder" / "config.json")
-        if text.get("vocab_size") != VOCABULARY:
+    def check_tokenizer(self) -> None:
+        """Raise ModelError where the folder has a tokenizer that cannot be read."""
+        self.read_tokenizer()
+
+    def read_tokenizer(self) -> CLIPTokenizer | None:
+        """The folder's own tokenizer; None where it has none and its text encoder is CLIP's. Raises ModelError."""
+        source = self.path / "tokenizer"
+        words: int = read_json(self.path / "text_encoder" / "config.json").get("vocab_size", VOCABULARY)
+        if any((source / name).is_file() for name in TOKENIZER_FILES):
+            tokenizer = read_tokenizer(source)
+            check_vocabulary(tokenizer, words, source)
+            return tokenizer
+        if words != VOCABULARY:
             raise ModelError(f"{self.path}: it has no tokenizer, and its text encoder is not CLIP's")
-        write_tokenizer(folder, text["max_position_embeddings"])
+        return None
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """The folder's own tokenizer, as it is; CLIP's where it has none and its text encoder is CLIP's."""
+        tokenizer = self.read_tokenizer()
+        if tokenizer is None:
+            text = read_json(self.path / "text_encoder" / "config.json")
+            write_tokenizer(folder, text["max_position_embeddings"])
+            return
+        source = self.path / "tokenizer"
+        folder.mkdir()
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                (folder / name).write_bytes((source / name).read_bytes())
+        if not is_same_tokenizer(tokenizer, read_tokenizer(folder)):
+            raise ModelError(f"{source}: a copy of this tokenizer reads texts in another way; it is not supported")
+
+
+def is_same_tokenizer(one: CLIPTokenizer, other: CLIPTokenizer) -> bool:
+    """Whether two tokenizers have the same tokens, marks and rules."""
+    return bool(
+        one.get_vocab() == other.get_vocab()
+        and one.added_tokens_decoder == other.added_tokens_decoder
+        and one.special_tokens_map == other.special_tokens_map
+        and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    )
 
 
 def read_part(folder: Path, kind: str, options: Options) -> Part:
@@ -116,9 +157,10 @@ def known_settings(path: Path, kind: str) -> dict[str, Any]:
     """What decides the part's layers and what they compute: other entries could name code to be fetched."""
     config = read_json(path)
     if kind == "text_encoder":
+        check_text_config(config, path)
         return {name: config[name] for name in (*TEXT_KINDS, *TEXT_SETTINGS) if name in config}
     model = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[kind]
-    return {"_class_name": config.get("_class_name", model.__name__), **read_config(path, model)}
+    return {"_class_name": model.__name__, **read_config(path, model)}
 
 
 def weights_file(folder: Path, kind: str) -> Path:
@@ -149,8 +191,6 @@ def read_vae_folder(path: Path, options: Options) -> Part:
     folder = path / "vae" if (path / "vae").is_dir() else path
     part = read_part(folder, "vae", options)
     part = Part(part.config, modern_attention(part.tensors), part.where)
-    if (found := part.config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ModelError(f"{folder}: this is {found}; an AutoencoderKL is needed")
     if (scale := part.config.get("scaling_factor", VAE_SCALE)) != VAE_SCALE:
         raise ModelError(f"{folder}: its scaling_factor is {scale}; that of SD v1's autoencoder is {VAE_SCALE}")
     check_vae(part)

@@ -27,6 +27,7 @@ PREFIXES = ("model.diffusion_model.model.", LDM_PREFIX)  # the first is the orig
 DELTA, ZERO = "weight_quantizer.delta", "weight_quantizer.zero_point"
 IGNORED = (".act_quantizer.delta", ".act_quantizer.zero_point", ".weight_quantizer.alpha")
 MULTIPLIERS = (1, 2, 4, 4)
+MAX_TENSORS = 4000  # of a part; SD v1's UNet has 686, and in tiny-stable-diffusion's file some 1,750
 LATENT_PX = 64  # SD v1's own size, 512 pixels
 
 
@@ -58,7 +59,7 @@ def read_origin_unet(tensors: Mapping[str, Tensor], where: str, dtype: torch.dty
         model = UNet2DConditionModel.from_config(unet_config(reader))
     places = model.state_dict()
     unet = OriginUNet(dict(model.config))
-    for name, source in ldm_names(mine, unet.config).items():
+    for name, source in ldm_names(mine, unet.config, where).items():
         place = places.get(name)
         if place is None:
             raise ModelError(f"{where}: tensor {prefix}{source} is unexpected")
@@ -87,13 +88,20 @@ def unet_config(reader: "Reader") -> dict[str, Any]:
     }
 
 
-def ldm_names(tensors: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, str]:
+def ldm_names(tensors: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, str]:
     """diffusers' names -> the checkpoint's, of weights and biases. diffusers renames whatever hangs on the names."""
+    check_count(len(tensors), where)
     sources = {LDM_PREFIX + name: name for name in tensors if name.endswith((".weight", ".bias"))}
     try:
         return dict(convert_ldm_unet_checkpoint(sources, config))
     except KeyError as error:
-        raise ModelError(f"tensor {error} of the UNet is missing") from None
+        raise ModelError(f"{where}: tensor {error} of the UNet is missing") from None
+
+
+def check_count(tensors: int, where: object) -> None:
+    """Raise ModelError for more tensors than a part can have: renaming them takes the square of their number."""
+    if tensors > MAX_TENSORS:
+        raise ModelError(f"{where}: {tensors:,} tensors in a part of the model; at most {MAX_TENSORS:,} are read")
 
 
 class Reader:

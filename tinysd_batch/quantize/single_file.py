@@ -27,7 +27,7 @@ from tinysd_batch.quantize.layout import (
     vae_config,
 )
 from tinysd_batch.quantize.model_folder import modern_attention, read_vae_folder
-from tinysd_batch.quantize.origin import OriginUNet, read_origin_unet
+from tinysd_batch.quantize.origin import OriginUNet, check_count, read_origin_unet
 from tinysd_batch.quantize.sources import (
     Found,
     Options,
@@ -151,6 +151,7 @@ def ema_copy(name: str, tensors: Mapping[str, Tensor], where: Path) -> Tensor:
 
 def convert(tensors: dict[str, Tensor], rename: Callable[[Any], Any], where: Path) -> dict[str, Tensor]:
     """Tensors in diffusers' names; raise ModelError for one that the renaming lost or missed."""
+    check_count(len(tensors), where)
     try:
         renamed: dict[str, Tensor | None] = rename(tensors)
     except KeyError as error:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model import supported
 from tinysd_batch.model.checkpoint import KEEP_ON_META, check_names
 from tinysd_batch.model.mapped import MappedTensors
 
-MOST_LAYERS = 64  # of any kind, in a row; a configuration that asks for more would only cost time
 SMALL_FLOATS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 Say = Callable[[str], None]
@@ -47,9 +47,10 @@ class Options:
 
 @dataclass(slots=True)
 class Found:
-    """What was left out of a source, and how much of it."""
+    """What was left out of a source, and how much of it; and what else is worth knowing of it."""
 
     left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.left_out.items()))
@@ -81,14 +82,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def check_unet(part: Part) -> UNet2DConditionModel:
     """The empty UNet that the tensors fit; raise ModelError naming one that does not."""
-    check_depths(part)
+    supported.check_unet(part.config, part.where)
     unet = build(part, lambda: UNet2DConditionModel.from_config(part.config))
     check_tensors(part, unet)
     return unet
 
 
 def check_vae(part: Part) -> None:
-    check_depths(part)
+    supported.check_vae(part.config, part.where)
     vae = build(part, lambda: AutoencoderKL.from_config(part.config))
     if not has_encoder(part):
         vae.encoder = vae.quant_conv = None
@@ -96,7 +97,7 @@ def check_vae(part: Part) -> None:
 
 
 def check_text_encoder(part: Part) -> None:
-    check_depths(part)
+    supported.check_text_encoder(part.config, part.where)
     check_tensors(part, build(part, lambda: CLIPTextModel(CLIPTextConfig(**part.config))))
 
 
@@ -112,14 +113,6 @@ def build(part: Part, make: Callable[[], nn.Module]) -> Any:
             return make()
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{part.where}: its config.json does not fit: {type(error).__name__}: {error}") from None
-
-
-def check_depths(part: Part) -> None:
-    for name in ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block"):
-        depth = part.config.get(name, 1)
-        for each in depth if isinstance(depth, list) else [depth]:
-            if not isinstance(each, int) or not 0 <= each <= MOST_LAYERS:
-                raise ModelError(f"{part.where}: {name} is {each!r}; at most {MOST_LAYERS} are read")
 
 
 def check_tensors(part: Part, module: nn.Module) -> None:

@@ -145,7 +145,8 @@ def units_of(unet: UNet2DConditionModel) -> list[Unit]:
     found = [Unit("start", ("conv_in", "time_embedding"), leaves_skip=True)]
     for number, block in enumerate(unet.down_blocks):
         found += block_units(f"down_blocks.{number}", block)
-    found += middle_units(unet.mid_block)
+    if unet.mid_block is not None:
+        found += middle_units(unet.mid_block)
     for number, block in enumerate(unet.up_blocks):
         found += block_units(f"up_blocks.{number}", block)
     return [*found, Unit("end", ("conv_norm_out", "conv_out"))]

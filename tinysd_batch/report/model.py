@@ -14,6 +14,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(f"{one_line(found.name)}: {one_line(found.kind)}", markup=False)
     if found.refused:
         console.print(f"not taken by convert and quantize: {one_line(found.refused, 300)}", markup=False)
+    for note in found.notes:
+        console.print(f"note: {one_line(note, 300)}", markup=False)
     if found.digest:
         console.print(f"digest {found.digest}", soft_wrap=True)
     if found.correction:
@@ -44,6 +46,7 @@ def inspection_as_dict(found: Inspection) -> dict[str, Any]:
     return {
         "path": found.path, "name": found.name, "kind": found.kind, "refused": found.refused,
         "digest": found.digest, "noise_correction": correction, "parts": parts,
+        "notes": found.notes, "fault": found.fault,
     }  # fmt: skip
 
 

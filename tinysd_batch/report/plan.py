@@ -13,6 +13,7 @@ from rich.console import Console
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.columns import near_misses
+from tinysd_batch.job.compare import find_differences
 from tinysd_batch.job.driver import MAX_KEYS, read_finished
 from tinysd_batch.job.folder import JOB_FILE, Job
 from tinysd_batch.job.formats import is_jsonl
@@ -47,6 +48,8 @@ class Plan:
     images: int = 0
     batches: int = 0
     finished: int = 0  # images that an earlier run made
+    redo: int = 0  # others that an earlier run made, whose files are missing or damaged
+    redo_reason: str = ""
     reusable: int = 0  # others that the job named by --reuse has
     largest: Batch | None = None  # the most that is drawn at once
     memory: MemoryPlan | None = None
@@ -78,13 +81,13 @@ def make_plan(
     `limit` and `retry_failed` as in `run_job`. No image is looked at: rows may have millions of them.
     """
     plan = Plan(token_limit=job.model.max_tokens - 2, free_bytes=free_bytes(job.folder))
-    survey = PlanSurvey(plan, job, finished_images(job, limit, retry_failed=retry_failed), limit)
+    survey = PlanSurvey(plan, job, finished_images(plan, job, limit, retry_failed=retry_failed), limit)
     planned = plan_images(survey.rows(on_row, progress), job.common())
     wanted = Counter[str]()
     for run in batch_runs(survey.images(planned, wanted), job.settings.max_batch):
         plan.batches += (run if limit is None else run.upto(limit)).batches
     plan.finished = len(survey.finished)
-    plan.reusable = count_reusable(job, wanted.keys())
+    plan.reusable = count_reusable(job, wanted)
     plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
     progress.stop()
     plan.memory = plan_memory_apart(job.settings, plan.largest) if plan.largest else None
@@ -93,13 +96,16 @@ def make_plan(
     return plan
 
 
-def finished_images(job: Job, limit: int | None, *, retry_failed: bool) -> set[int]:
+def finished_images(plan: Plan, job: Job, limit: int | None, *, retry_failed: bool) -> set[int]:
     """Indexes of the images that an earlier run made, and that this one would not make again."""
     if job.begins_anew or not (job.folder / JOB_FILE).exists():
         return set()
     found = read_finished(job)
     kept = found.images - found.failed if retry_failed else found.images
-    return kept if limit is None else {index for index in kept if index <= limit}
+    finished = kept if limit is None else {index for index in kept if index <= limit}
+    differences = find_differences(job.folder)
+    plan.redo, plan.redo_reason = len(differences.indexes & finished), f"{differences}; {differences.advice}"
+    return finished - differences.indexes
 
 
 @dataclass(slots=True)
@@ -216,6 +222,7 @@ class PlanPrinter:
             + (f", of which {plan.invalid_rows:,} cannot be made" if plan.invalid_rows else ""),
             "Images": f"{plan.images:,} in {count(plan.batches, 'batch', 'batches')}"
             + (f"; {plan.finished:,} are there already" if plan.finished else "")
+            + (f"; {plan.redo:,} to be generated again: {plan.redo_reason}" if plan.redo else "")
             + reuse_words(job, plan),
             "Model": f"{job.model.name}, digest {job.model.digest[:10]}",
             "Sizes": told(plan.sizes),

@@ -1,25 +1,26 @@
 """What a job folder says of itself, while the job runs and after."""
 
 import contextlib
-import fcntl
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.images import read_entries
+from tinysd_batch.job.compare import Differences, find_differences
 from tinysd_batch.job.folder import STATE_FOLDER, read_job_json
 from tinysd_batch.job.results import split_line
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.text import count, one_line, row_label, say
-from tinysd_batch.storage import check_regular, read_file
+from tinysd_batch.storage import is_locked, read_file
 
+Read = TypeVar("Read")
 MAX_FAULTS = 10
 READ_ATTEMPTS = 5
 TOLD = ("row", "index", "status", "error_message", "device_name", "worker", "text_s", "denoise_s", "decode_s")
@@ -37,6 +38,7 @@ class JobStatus:
     seed: int
     model: str
     running: bool
+    differences: Differences  # between the table and the files on disk
     by_status: Counter[str] = field(default_factory=Counter)
     by_worker: Counter[str] = field(default_factory=Counter)
     seconds_by_worker: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -53,6 +55,7 @@ def read_status(job_folder: Path) -> JobStatus:
     status = JobStatus(
         images=saved["images"], invalid_rows=saved["invalid_rows"], seed=saved["seed"],
         model=saved["model"]["name"], running=is_locked(job_folder / STATE_FOLDER / "lock"),
+        differences=while_running(lambda: find_differences(job_folder)),
     )  # fmt: skip
     for row, index, state, message, device, worker, *seconds in read_told(job_folder):
         status.by_status[state] += 1
@@ -69,29 +72,16 @@ def read_status(job_folder: Path) -> JobStatus:
 
 def read_told(job_folder: Path) -> Iterator[tuple[Any, ...]]:
     """The columns `TOLD` of each row that counts."""
-    table = read_table_of_running_job(job_folder)
+    table = while_running(lambda: ResultsPaths(job_folder).read_newest([*TOLD]))
     return zip(*(table[name].to_pylist() for name in TOLD), strict=True)
 
 
-def read_table_of_running_job(job_folder: Path) -> Any:
-    """Read anew when the driver sealed the journal away meanwhile."""
+def while_running(read: Callable[[], Read]) -> Read:
+    """Read the table, and again when the driver sealed the journal away meanwhile."""
     for _ in range(READ_ATTEMPTS - 1):
         with contextlib.suppress(StorageError):
-            return ResultsPaths(job_folder).read_newest([*TOLD])
-    return ResultsPaths(job_folder).read_newest([*TOLD])
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a driver holds the job's lock now."""
-    if not path.exists():
-        return False
-    check_regular(path)
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+            return read()
+    return read()
 
 
 def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
@@ -104,6 +94,8 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     if status.left > 0:
         table.add_row("left", f"{status.left:,}")
     console.print(table)
+    if status.differences.indexes:
+        say(console, f"Files: {status.differences}; {status.differences.advice}")
     for worker, images in sorted(status.by_worker.items()):
         each = status.seconds_by_worker[worker] / images
         say(console, f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour")

@@ -1,0 +1,170 @@
+"""Check a job's files against its table, and the table against itself. Takes no lock and writes nothing."""
+
+import errno
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import pyarrow as pa
+
+from tinysd_batch.errors import StorageError, UsageError
+from tinysd_batch.job.compare import IMAGES_FOLDER, ComparedFile, FileState, compare_folders, list_sizes
+from tinysd_batch.job.folder import STATE_FOLDER
+from tinysd_batch.job.tables import ResultsPaths
+from tinysd_batch.records import Status
+from tinysd_batch.storage import is_locked
+
+COLUMNS = ["row", "index", "status", "file_name", "sha256", "bytes"]
+BLOCK_BYTES = 1 << 20
+READ_ATTEMPTS = 5
+
+
+class Problem(StrEnum):
+    """What can be wrong with a file or a row."""
+
+    MISSING = "missing"
+    SHORTER = "shorter"
+    CHANGED = "changed"
+    NO_FILE = "no_file"
+    OUTSIDE = "outside"
+    UNREADABLE = "unreadable"
+    EXTRA = "extra"
+    DOUBLED = "doubled"
+    UNKNOWN_STATUS = "unknown_status"
+    NO_HASH = "no_hash"
+
+
+PROBLEM_OF = {
+    FileState.MISSING: Problem.MISSING,
+    FileState.SHORTER: Problem.SHORTER,
+    FileState.LARGER: Problem.CHANGED,
+    FileState.NO_FILE: Problem.NO_FILE,
+    FileState.OUTSIDE: Problem.OUTSIDE,
+}
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was found: counts, and the names of all files and rows with a problem."""
+
+    images: int = 0  # rows whose image was saved
+    unsaved: int = 0  # rows of images that were not saved (--skip_save)
+    unmade: int = 0  # rows of images that failed, and invalid rows
+    running: bool = False  # another process works on the job: files without a row are its newest
+    problems: dict[Problem, list[str]] = field(default_factory=lambda: {problem: [] for problem in Problem})
+
+    @property
+    def is_right(self) -> bool:
+        return not any(self.problems.values())
+
+
+def verify_job(job_folder: Path, on_image: Callable[[int, int], None]) -> Verification:
+    """Check everything; `on_image` gets how many images were checked, and how many there are.
+
+    Raises UsageError where there is no table, StorageError where table or folders cannot be read.
+    """
+    paths = ResultsPaths(job_folder)
+    if not paths.sealed_files() and not paths.journal_parts():
+        raise UsageError(f"{job_folder}: has no results to verify; name the folder that submit printed")
+    found = Verification(running=is_locked(job_folder / STATE_FOLDER / "lock"))
+    table = read_newest(paths)
+    saved = check_table(table, found)
+    hashes = {index: sha256 for index, _, _, sha256 in saved}
+    found.images = len(saved)
+    checked = 0
+    listed: set[str] = set()
+    for folder in compare_folders(job_folder, (image[:3] for image in saved)):
+        for file in folder.files:
+            listed.add(file.file_name.rpartition("/")[0])
+            check_file(job_folder, file, hashes[file.image], found)
+            checked += 1
+            on_image(checked, found.images)
+        add_extra(found, folder.extra)
+    add_extra(found, list_unlisted(job_folder, listed))
+    return found
+
+
+def read_newest(paths: ResultsPaths) -> pa.Table:
+    """Read the table, and again when a driver sealed the journal away meanwhile."""
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            return paths.read_newest(COLUMNS)
+        except StorageError:
+            if attempt + 1 == READ_ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def check_table(table: pa.Table, found: Verification) -> list[tuple[int, str, int | None, str | None]]:
+    """Check the rows; return index, file name, bytes and hash of the images that were saved."""
+    saved: list[tuple[int, str, int | None, str | None]] = []
+    indexes: Counter[int] = Counter()
+    names: Counter[str] = Counter()
+    for row, index, status, name, sha256, size in zip(
+        *(table[column].to_pylist() for column in COLUMNS), strict=True
+    ):  # fmt: skip
+        where = f"row {row}" if index is None else f"image {index}"
+        if status not in set(Status):
+            found.problems[Problem.UNKNOWN_STATUS].append(f"{where}: {status}")
+        if index is not None:
+            indexes[index] += 1
+        if status != Status.OK:
+            found.unmade += 1
+        elif name is None or index is None:
+            found.unsaved += 1
+        else:
+            names[name] += 1
+            saved.append((index, name, size, sha256))
+    doubled = found.problems[Problem.DOUBLED]
+    doubled += [f"image {index}: {count} rows" for index, count in indexes.items() if count > 1]
+    doubled += [f"{name}: {count} rows" for name, count in names.items() if count > 1]
+    return saved
+
+
+def check_file(job_folder: Path, file: ComparedFile, sha256: str | None, found: Verification) -> None:
+    problem = PROBLEM_OF.get(file.state)
+    if problem is None and sha256 is None:
+        problem = Problem.NO_HASH
+    if problem is None:
+        try:
+            problem = None if hash_file(job_folder / file.file_name) == sha256 else Problem.CHANGED
+        except OSError as error:
+            found.problems[Problem.UNREADABLE].append(f"{file.file_name}: {error.strerror or error}")
+            return
+    if problem is not None:
+        found.problems[problem].append(file.file_name)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a regular file. Raises OSError, also for a link."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb", buffering=0) as file:  # noqa: PTH123 - pathlib opens no handles
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        digest = hashlib.sha256()
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def list_unlisted(job_folder: Path, listed: set[str]) -> Iterator[str]:
+    """What lies in `images/` besides the folders that were compared: files, and the content of other folders."""
+    for name in sorted(list_sizes(job_folder / IMAGES_FOLDER)):
+        folder = f"{IMAGES_FOLDER}/{name}"
+        path = job_folder / folder
+        if folder in listed:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from (f"{folder}/{each}" for each in sorted(list_sizes(path)))
+        else:
+            yield folder
+
+
+def add_extra(found: Verification, names: Iterable[str]) -> None:
+    if not found.running:
+        found.problems[Problem.EXTRA] += names
