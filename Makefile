@@ -2,22 +2,28 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Another wheel index for torch, such as https://download.pytorch.org/whl/cpu or .../whl/cu126 for old cards.
+# Another wheel index for torch, such as $(TORCH_WHEELS)/cpu; if not given, configs/torch_build.sh looks for the GPU.
 TORCH_INDEX ?=
+TORCH_WHEELS := https://download.pytorch.org/whl
 
 BIN := $(VENV)/bin
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install demo test test-rest test-all lint benchmark train clean
+.PHONY: help gpu install demo test test-rest test-all lint benchmark train clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+gpu: ## Say which build of torch suits this machine
+	@build=$$(sh configs/torch_build.sh); echo "TORCH_INDEX=$${build:+$(TORCH_WHEELS)/$$build}"
+
 $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py tinysd_batch/model/unpack.c tinysd_batch/model/compiled.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one with PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing torch: some 200 MB as a CPU build, 3 GB with CUDA. TORCH_INDEX=... names another wheel index."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@index="$(TORCH_INDEX)"; \
+	if [ -z "$$index" ]; then build=$$(sh configs/torch_build.sh); index="$${build:+$(TORCH_WHEELS)/$$build}"; fi; \
+	echo "Installing torch: some 200 MB as a CPU build, 3 GB with CUDA. TORCH_INDEX=... names another wheel index."; \
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch $${index:+--index-url "$$index"}
 	@echo "Installing tinysd-batch and what it needs: some 250 MB."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@

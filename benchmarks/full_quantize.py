@@ -123,7 +123,17 @@ def main() -> None:
         make_source(partial)
         partial.rename(given.source)
     shutil.rmtree(given.out, ignore_errors=True)
-    words = [sys.executable, "-m", "tinysd_batch", "quantize", given.source, given.out, "--level", given.level]
+    words = [
+        sys.executable,
+        "-m",
+        "tinysd_batch",
+        "quantize",
+        given.source,
+        given.out,
+        "--level",
+        given.level,
+        "--no-samples",
+    ]
     if given.recipe:
         words += ["--recipe", given.recipe]
     started = time.monotonic()

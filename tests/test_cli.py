@@ -3,11 +3,27 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from tests.tools import check_whole, command, environment, read_results, run, run_here, write_csv
+from tests.tools import (
+    Capture,
+    call,
+    check_refused,
+    check_whole,
+    command,
+    environment,
+    read_results,
+    run,
+    run_here,
+    write_csv,
+)
+from tinysd_batch.cli import app
 
+GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = dict(GROUP.commands)
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "PIL", "numpy")
 
 
@@ -28,6 +44,54 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, tinysd_batch; assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+def test_plan_takes_what_submit_takes() -> None:
+    """Its own are `verbose`, which says more there, and `--json`."""
+    taken = {name: {each.name: tuple(each.opts) for each in COMMANDS[name].params} for name in ("submit", "plan")}
+    assert taken["plan"].pop("as_json") == ("--json",)
+    assert taken["plan"] == taken["submit"]
+
+
+@pytest.mark.parametrize("name", ["", *(str(command.name) for command in COMMANDS.values())])
+def test_h_is_help(name: str, capsys: Capture) -> None:
+    code, out, _ = call(capsys, *name.split(), "-h")
+    assert code == 0
+    assert out.startswith("Usage: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["txt2img"], "tinysd-batch txt2img red apple"),
+        (["txt2img", "--prompt", " "], "tinysd-batch txt2img red apple"),
+        (["submit", "red apple"], "type: tinysd-batch txt2img 'red apple'"),
+        (["submit", "apple"], "type: tinysd-batch txt2img apple"),
+        (["plan", "red apple, 4k. v1.5"], "type: tinysd-batch txt2img 'red apple, 4k. v1.5'"),
+        (["submit", "apple " * 60], "type: tinysd-batch txt2img red apple"),
+        (["submit"], "name a manifest"),
+    ],
+)
+def test_a_command_that_got_the_wrong_thing_says_what_to_type(
+    arguments: list[str], told: str, here: Path, capsys: Capture
+) -> None:
+    check_refused(capsys, here, list(arguments), 2, told)
+
+
+def test_completion_is_installed_and_answers(tmp_path: Path) -> None:
+    code = "import sys; sys.argv[0] = 'tinysd-batch'; from tinysd_batch.cli import main; main()"
+
+    def ask(*words: str, **env: str) -> str:
+        arguments = [sys.executable, "-c", code, *words]
+        return subprocess.run(
+            arguments, capture_output=True, text=True, env=environment(HOME=str(tmp_path), **env), check=True
+        ).stdout
+
+    ask("--install-completion", "bash")
+    script = (tmp_path / ".bash_completions" / "tinysd-batch.sh").read_text()
+    assert "_TINYSD_BATCH_COMPLETE=complete_bash" in script
+    found = ask(COMP_WORDS="tinysd-batch submit --num", COMP_CWORD="2", _TINYSD_BATCH_COMPLETE="complete_bash")
+    assert found.split() == ["--num-inference-steps"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.job.identity import image_id
-from tinysd_batch.job.plan import Common, cut_batches, file_name, plan_images, split_to_singles
+from tinysd_batch.job.plan import Common, count_batches, cut_batches, file_name, plan_images, split_to_singles
 from tinysd_batch.records import ImageRequest, InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=512, height=512, steps=50, sampler="plms", eta=0.0)
@@ -172,3 +172,31 @@ def test_everything_that_decides_pixels_decides_identity() -> None:
         image_id(**IDENTITY, params=p) for p in params
     }
     assert len(ids) == len(variants) + len(params) - 1
+
+
+ROWS_OF_KINDS = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([50, 20])),
+    max_size=8,
+)
+
+
+@given(ROWS_OF_KINDS, st.sets(st.integers(1, 60)), st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 60))
+def test_batches_are_counted_as_they_are_cut(
+    specs: list[tuple[int, int, float, int]], finished: set[int], max_batch: int | None, limit: int
+) -> None:
+    """Rows of one kind and of several, all finished, some, none: by arithmetic what cutting gives."""
+    rows: list[Row | InvalidRow] = [
+        replace(row(number, None, n_iter, n_samples), scale=scale, params=replace(PARAMS, steps=steps))
+        for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
+    ]
+    planned = list(plan_images(rows, common(5)))
+    cut = list(cut_batches(planned, finished, max_batch))
+    assert count_batches(planned, finished, max_batch) == len(cut)
+    within = [batch for batch in cut if any(index <= limit for index in batch.wanted)]
+    assert count_batches(planned, finished, max_batch, limit) == len(within)
+
+
+def test_counting_batches_looks_at_no_image() -> None:
+    rows: list[Row | InvalidRow] = [row(number, None, 25_000, 4) for number in range(1, 1001)]
+    assert count_batches(plan_images(rows, common(5))) == 25_000_000
+    assert count_batches(plan_images(rows, common(5)), range(1, 9), 8) == 12_499_999

@@ -1,15 +1,19 @@
 """Quantizing with data: a small float model, calibrated by its own drawings."""
 
+import html
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tools import examples, run_here
@@ -174,7 +178,13 @@ def test_without_data_the_report_tells_how_far_the_weights_moved(source: Path, t
     report = json.loads((folder / "report.json").read_text())
     assert "noise_sqnr_db" not in report
     assert report["sensitivity"] is None
-    assert not (folder / "pictures.png").exists()
+    with Image.open(folder / "pictures.png") as sheet:  # four pairs (case 35), each with its difference
+        assert sheet.width > sheet.height > 0
+    assert len(report["prompts"]) == 4
+    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("images: "))
+    assert f"PSNR {report['median_picture_psnr_db']:.1f} dB: " in sentence
+    assert "comparing 4 images with the float model's, some " in done.stderr
+    assert re.search(r"packing: \d+ layers in 0:\d\d", done.stderr)
     name, weight = "mid_block.resnets.0.conv1", to_matrix(small_unet().mid_block.resnets[0].conv1.weight.detach())
     stored = load_file(tmp_path / "fast" / "unet" / WEIGHTS)
     packed = Layout(2, 64).weight({leaf: stored[f"{name}.{leaf}"] for leaf in ("qweight", "qscale", "qoff", "qmeta")})
@@ -184,6 +194,30 @@ def test_without_data_the_report_tells_how_far_the_weights_moved(source: Path, t
     page = (folder / "index.html").read_text()
     assert "Of each layer's weights" in page
     assert "<code>--recipe</code>" in page
+    assert sentence.removeprefix("images: ") in html.unescape(page)
+
+
+def test_without_samples(float_model: Path, tmp_path: Path) -> None:
+    done = run_here("quantize", float_model, "fast", "--level", "fast", "--no-samples", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "images" not in done.stderr
+    assert sorted(path.name for path in (tmp_path / "fast" / "report").iterdir()) == ["index.html", "report.json"]
+    assert "No image was generated" in (tmp_path / "fast" / "report" / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_samples_that_take_long_or_fail_are_told(
+    float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is there all the same."""
+    monkeypatch.setattr("tinysd_batch.quantize.samples.estimate_seconds", lambda *_: 3600.0)
+    monkeypatch.setattr("tinysd_batch.quantize.samples.generate_pairs", Mock(side_effect=MemoryError("out of memory")))
+    done = run_here("quantize", float_model, "one", "--level", "fast", cwd=tmp_path)
+    assert "no images were compared, as that takes some 60 minutes here; --samples" in done.stderr
+    asked = run_here("quantize", float_model, "two", "--level", "fast", "--samples", cwd=tmp_path)
+    assert "no images were compared: out of memory" in asked.stderr
+    assert (done.returncode, asked.returncode) == (0, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
 @pytest.mark.slow

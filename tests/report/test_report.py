@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.tools import draw, read_results, write_csv
+from tinysd_batch.job.pool import WorkerReady
 from tinysd_batch.job.summary import InvalidRows
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, columns_for, write_contact_sheet
@@ -103,6 +104,53 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
     assert "images/x.png  seed 5  cat ]0;evil [red]" in text
     assert "Image 3 (row 1): failed: it broke" in text
     assert "\x1b" not in text
+
+
+def image_comes(progress: RunProgress, index: int) -> None:
+    params = SamplingParams(64, 64, 5, "plms", 0.0)
+    request = ImageRequest(index, 1, 1, "cat", "", 5, 1.0, params, "", "f")
+    progress.image(request, ImageResult(index, Status.OK, file_name="images/x.png"))
+
+
+def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 30: the first batch came as "7000.00 images/s", with two times that said not what they were."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    console = plain_console()
+    progress = RunProgress(console, verbose=False)
+    progress.started(408, 0, InvalidRows())
+    now = 112.0
+    for index in range(1, 9):  # a batch of eight, at once
+        image_comes(progress, index)
+        assert progress.times(now) == "elapsed 0:12"
+    now = 114.0
+    image_comes(progress, 9)
+    assert progress.times(now) == "elapsed 0:14"  # two seconds say little
+    now = 132.0
+    for index in range(10, 17):
+        image_comes(progress, index)
+    assert progress.times(now) == "0.40 images/s, elapsed 0:32, about 16:20 left"
+    assert progress.times(now + 60) == "0.40 images/s, elapsed 1:32, about 15:20 left"
+    assert text_of(console).splitlines() == [
+        "1 of 408 images, elapsed 0:12, 0 failed",
+        "10 of 408 images, 0.10 images/s, elapsed 0:32, about 1:06:20 left, 0 failed",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [20, 60, 100])
+def test_the_bar_is_one_line_on_any_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, _environ={"TERM": "xterm"})
+    progress = RunProgress(console, verbose=False)
+    progress.started(1_000_000, 0, InvalidRows())
+    progress.worker(WorkerReady("cpu-0", {"device_name": "cpu"}))
+    progress.began -= 4000
+    progress.first_image_at, progress.last_image_at, progress.timed = 1.0, 3001.0, 70
+    lines = console.render_lines(progress.bar.get_renderable(), pad=False)
+    assert len(lines) == 1
+    text = "".join(segment.text for segment in lines[0])
+    assert len(text) <= width
+    if width >= 60:
+        assert "43 s an image, elapsed 1:06:4" in text
 
 
 def test_words() -> None:

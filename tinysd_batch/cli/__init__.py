@@ -20,7 +20,10 @@ from tinysd_batch.cli.verify import verify
 from tinysd_batch.config import printable
 from tinysd_batch.errors import StorageError, TinySDError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 app.command()(submit)
 app.command()(plan)
 app.command()(status)

@@ -19,17 +19,16 @@ def inspect(
     """
     import json
 
-    from rich.console import Console
-
     from tinysd_batch.errors import ModelError
     from tinysd_batch.model.info import embedded_path
     from tinysd_batch.quantize.inspect import inspect_model
+    from tinysd_batch.report.console import make_console
     from tinysd_batch.report.model import inspection_as_dict, print_inspection
 
     found = inspect_model(embedded_path() if str(path) == "embedded" else path, allow_pickle=allow_pickle)
     if as_json:
         typer.echo(json.dumps(inspection_as_dict(found)))
     else:
-        print_inspection(found, Console(highlight=False))
+        print_inspection(found, make_console())
     if found.fault:
         raise ModelError(found.fault)

@@ -104,6 +104,34 @@ Reuse = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each image, with its seed and path.")]
 
 
+def takes_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command every option of another that it does not have, so that the same command line suits both.
+
+    It gets their values as the dictionary `others`; an option that is added to `other` is accepted from then on.
+    """
+
+    def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(command)
+        own = [each for each in signature.parameters.values() if each.name != "others"]
+        names = {each.name for each in own}
+        added = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for each in inspect.signature(other).parameters.values()
+            if each.name not in names
+        ]
+
+        @functools.wraps(command)
+        def with_others(**values: Any) -> Any:
+            others = {each.name: values.pop(each.name) for each in added}
+            return command(**values, others=others)
+
+        with_others.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        with_others.__annotations__ = {each.name: each.annotation for each in [*own, *added]}
+        return with_others
+
+    return with_options
+
+
 def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command an option for each setting. It gets them as a dictionary, None for what was not said."""
     own = [each for each in inspect.signature(command).parameters.values() if each.name != "settings"]

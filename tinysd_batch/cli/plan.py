@@ -5,34 +5,40 @@ from typing import Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
-from tinysd_batch.cli.submit import Manifest, Output, one_manifest, prepare
+from tinysd_batch.cli.submit import Manifest, Output, one_manifest, prepare, submit
 from tinysd_batch.errors import StorageError
 
 
-@options.takes_settings
+@options.takes_options_of(submit)
 def plan(
     manifest: Manifest = None,
     from_file: options.FromFile = None,
     output: Output = None,
     reuse: options.Reuse = None,
     preset: options.Preset = None,
-    strict: options.Strict = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each row of the manifest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     *,
-    settings: dict[str, Any],
+    others: dict[str, Any],
 ) -> None:
-    """Check a manifest without drawing: rows, images, faults, weights, tokens, disk, memory. Writes nothing."""
+    """Check a manifest without generating: rows, faults, memory, time, disk. Writes nothing, takes submit's options.
+
+    For a GPU that is not here: --device cuda --vram-budget 4GB.
+    """
     import json
 
-    from rich.console import Console
-
+    from tinysd_batch.config import Settings
+    from tinysd_batch.report.console import make_console
     from tinysd_batch.report.plan import PlanPrinter, make_plan, plan_as_dict
+    from tinysd_batch.report.reading import ReadingProgress
 
-    flags = {**settings, "strict": strict or None}
-    job, _ = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
-    printer = PlanPrinter(Console(highlight=False, quiet=as_json), verbose)
-    planned = make_plan(job, printer.row)
+    flags = {name: value for name, value in others.items() if name in Settings.model_fields}
+    flags["strict"] = others["strict"] or None
+    chosen = one_manifest(manifest, from_file)
+    with ReadingProgress(make_console(stderr=True, quiet=as_json), f"Reading {chosen}") as progress:
+        job, _ = prepare(chosen, output, preset or [], flags, reuse)
+        printer = PlanPrinter(make_console(quiet=as_json), verbose, progress)
+        planned = make_plan(job, printer.row, others["limit"], retry_failed=others["retry_failed"], progress=progress)
     printer.plan(job, planned)
     if as_json:
         typer.echo(json.dumps(plan_as_dict(planned)))

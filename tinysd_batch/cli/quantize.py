@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tinysd_batch.quantize.recipe import Recipe
     from tinysd_batch.quantize.sources import Options
 
+MOST_SAMPLE_S = 900.0  # that comparing images may take where nobody asked for it
 LEVELS = ("auto", "fast", "calib", "distill")
 
 
@@ -55,6 +56,14 @@ def quantize(
     no_noise_correction: Annotated[
         bool, typer.Option("--no-noise-correction", help="Have calib and distill measure none.")
     ] = False,
+    samples: Annotated[
+        bool | None,
+        typer.Option(
+            "--samples/--no-samples",
+            help="Whether fast ends with four images by both models; if not given, where it takes 15 minutes at most.",
+            show_default=False,
+        ),
+    ] = None,
     allow_pickle: AllowPickle = False,
     ema: Ema = False,
     vae: Vae = None,
@@ -65,7 +74,11 @@ def quantize(
     size = size_of(preset, target_size)
     how = options(allow_pickle, ema, vae)
     with end_on_sigterm():
-        make_and_report(source, out, how, level, recipe, device, size, noise_correction=not no_noise_correction)
+        page, is_measured = make_and_report(
+            source, out, how, level, recipe, device, size, noise_correction=not no_noise_correction
+        )
+        if not is_measured and samples is not False:
+            compare_samples(source, out, how, device, page, MOST_SAMPLE_S if samples is None else None)
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
 
 
@@ -83,8 +96,8 @@ def size_of(preset: str | None, target: str | None) -> "Size":
 def make_and_report(
     source: Path, out: Path, how: "Options", level: str, file: Path | None, device: str, size: "Size", *,
     noise_correction: bool,
-) -> None:  # fmt: skip
-    """Quantize, measure what can be, and report. Level fast draws nothing unless a recipe is given."""
+) -> tuple[Path, bool]:  # fmt: skip
+    """Quantize, measure, and report: the report's page, and whether images were measured, as fast does by a recipe."""
     from tinysd_batch.quantize.calib import quantize_calibrated
     from tinysd_batch.quantize.fast import quantize_model
     from tinysd_batch.quantize.folder import open_source
@@ -92,11 +105,15 @@ def make_and_report(
     from tinysd_batch.quantize.sensitivity import harms_of
     from tinysd_batch.quantize.summary import summarize
     from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS
-    from tinysd_batch.report.quantization import write_report
+    from tinysd_batch.report.console import make_console
+    from tinysd_batch.report.judgement import judge
+    from tinysd_batch.report.layers import LayerProgress
+    from tinysd_batch.report.quantization import median_psnr_db, write_report
 
     level, recipe, chosen = decide(source, out, how, level, file, device, size, noise_correction=noise_correction)
     if recipe is None or level == "fast":
-        made = quantize_model(source, out, how, tell, size, recipe, chosen)
+        with LayerProgress(make_console(stderr=True)) as bar:
+            made = quantize_model(source, out, how, bar.say, size, recipe, chosen, bar.show)
     else:
         made = quantize_calibrated(
             source, out, how, recipe, chosen, tell,
@@ -110,12 +127,39 @@ def make_and_report(
             f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "
             f"final latents {errors.final_db:.1f} dB, pictures {errors.psnr_db:.1f} dB"
         )
+        tell(f"images: {judge(median_psnr_db(errors))}")
         tell("measuring what each sort of layer harms alone")
         harms = harms_of(open_source(source, how).unet(), out / "unet", made.held_out, recipe.scale, chosen)
     made = replace(made, seconds=made.seconds + time.monotonic() - started)
     summary = summarize(out, made, str(chosen), recipe)
     page = write_report(out, summary, errors, recipe.held_out if recipe else [], harms)
     tell(f"report: {page}")
+    return page, errors is not None
+
+
+def compare_samples(source: Path, out: Path, how: "Options", device: str, page: Path, most_s: float | None) -> None:
+    """Generate four images by both models and put them into the report. The model is finished: a failure is a line."""
+    from tinysd_batch.errors import TinySDError, is_out_of_memory
+    from tinysd_batch.model.devices import choose_device
+    from tinysd_batch.quantize.level import rounded
+    from tinysd_batch.quantize.samples import PAIRS, generate_pairs, seconds_of_samples
+    from tinysd_batch.report.quantization import add_samples
+
+    chosen = choose_device(None if device == "auto" else device)
+    try:
+        seconds = seconds_of_samples(source, how, chosen)
+        if most_s is not None and seconds > most_s:
+            tell(f"no images were compared, as that takes some {rounded(seconds)} here; --samples does it all the same")
+            return
+        tell(
+            f"{out} is finished; comparing {PAIRS} images with the float model's, some {rounded(seconds)}; "
+            f"--no-samples leaves it out"
+        )
+        tell(f"images: {add_samples(page, generate_pairs(source, out, how, chosen))}")
+    except (TinySDError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, TinySDError) and not is_out_of_memory(error):
+            raise
+        tell(f"no images were compared: {error}")
 
 
 def decide(

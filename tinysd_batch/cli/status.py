@@ -16,11 +16,10 @@ def status(
     ] = None,
 ) -> None:
     """Say how far a job is, what failed and why; works while it runs and after."""
-    from rich.console import Console
-
+    from tinysd_batch.report.console import make_console
     from tinysd_batch.report.status import print_image, print_status, read_status
 
-    console = Console(highlight=False)
+    console = make_console()
     if job is None and image is None:
         raise UsageError("name a job folder, or a picture with --image")
     if image is not None:

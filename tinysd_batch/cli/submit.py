@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
+from tinysd_batch.cli.hints import refuse_prompt
 from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -100,14 +101,17 @@ def submit(
     settings: dict[str, Any],
 ) -> None:
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
-    from rich.console import Console
+    from tinysd_batch.report.console import make_console
+    from tinysd_batch.report.reading import ReadingProgress
 
     flags = {
         **settings, "workers": workers, "inline": inline, "address": address, "worker_wait": worker_wait,
         "strict": strict or None,
     }  # fmt: skip
-    job, named_model = prepare(one_manifest(manifest, from_file), output, preset or [], flags, reuse)
-    console = Console(highlight=False)
+    chosen = one_manifest(manifest, from_file)
+    with ReadingProgress(make_console(stderr=True), f"Reading {chosen}"):
+        job, named_model = prepare(chosen, output, preset or [], flags, reuse)
+    console = make_console()
     how = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over, "redo_missing": redo_missing}
     raise typer.Exit(run(job, named_model, how, verbose, console))
 
@@ -116,6 +120,8 @@ def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
     """The origin names its file of prompts by an option; ours is an argument."""
     if manifest is not None and from_file is not None:
         raise UsageError(f"{manifest} and --from-file {from_file}: give one of the two")
+    if manifest is not None:
+        refuse_prompt(manifest)
     if chosen := manifest or from_file:
         return chosen
     raise UsageError("name a manifest: a .csv or .parquet table with a prompt column, or a .txt with a prompt a line")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
+from tinysd_batch.cli.hints import refuse_no_prompt
 from tinysd_batch.config import printable
 from tinysd_batch.errors import UsageError
 
@@ -39,6 +40,8 @@ def txt2img(
     text = " ".join([*([prompt] if prompt else []), *(words or [])])
     if text and from_file:
         raise UsageError("a prompt and --from-file: give one of the two")
+    if not text.strip() and not from_file:
+        refuse_no_prompt()
     resolved = resolve(*(read_preset(path) for path in preset or []), settings)
     if dry_run:
         tell_memory(text, from_file, resolved)
@@ -140,12 +143,12 @@ def draw_and_tell(rows: Sequence["Row"], setup: Any, common: Any, settings: "Set
 def write_grid(made: Sequence["ImageRequest"], output: Path, n_rows: int) -> Path | None:
     """This run's pictures in one, named after the first."""
     from tinysd_batch.config import MAX_GRID_IMAGES
-    from tinysd_batch.report.contact_sheet import Shown, write_grid
+    from tinysd_batch.report.contact_sheet import Shown, seed_caption, write_grid
     from tinysd_batch.report.text import one_line
 
     several = len({request.prompt for request in made}) > 1
     shown = [
-        Shown(output / one.file_name, one_line(one.prompt, 200) if several else f"seed {one.seed}")
+        Shown(output / one.file_name, one_line(one.prompt, 200) if several else seed_caption(one.seed))
         for one in made[:MAX_GRID_IMAGES]
     ]
     return write_grid(shown, output / f"grid_{made[0].index:05d}.png", n_rows)

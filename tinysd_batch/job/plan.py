@@ -1,7 +1,10 @@
 """From rows to images, and from images to micro-batches. Pure: the same manifest always gives the same plan."""
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from tinysd_batch.config import MAX_SEED, Settings
 from tinysd_batch.job.identity import image_id
@@ -108,6 +111,58 @@ def wanted_batch(together: Sequence[tuple[RowImages, int]], finished: Container[
     wanted = frozenset(index for _, index in together if index not in finished)
     if wanted:
         yield MicroBatch(tuple(images.image(index) for images, index in together), wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """Images with consecutive indexes that are cut into micro-batches of `size` from the first on."""
+
+    first: int
+    images: int
+    size: int
+
+    def upto(self, last_index: int) -> "BatchRun":
+        """The part of it with indexes up to `last_index`."""
+        return BatchRun(self.first, max(0, min(self.images, last_index - self.first + 1)), self.size)
+
+    @property
+    def batches(self) -> int:
+        return -(-self.images // self.size)
+
+    def finished_batches(self, finished: Sequence[int]) -> int:
+        """How many batches have no image left. `finished`: sorted indexes without repetition."""
+        start, end = bisect_left(finished, self.first), bisect_left(finished, self.first + self.images)
+        if end - start == self.images:
+            return self.batches
+        there = Counter((index - self.first) // self.size for index in finished[start:end])
+        rest = self.images % self.size or self.size  # images of the last batch
+        return sum(number == (rest if batch == self.batches - 1 else self.size) for batch, number in there.items())
+
+
+def batch_runs(planned: Iterable[tuple[Row, RowImages]], max_batch: int | None = None) -> Iterator[BatchRun]:
+    """The runs of images that `cut_batches` cuts alike, without looking at a single image.
+
+    Without `max_batch` each row is a run; with it neighbouring rows that can share batches are one.
+    """
+    if max_batch is None:
+        yield from (BatchRun(images.first, len(images), row.n_samples) for row, images in planned)
+        return
+    for _, run in groupby(planned, key=lambda pair: (pair[0].params, pair[0].scale == 1)):
+        first, images = None, 0
+        for _, row_images in run:
+            first = row_images.first if first is None else first
+            images += len(row_images)
+        yield BatchRun(first or 1, images, max_batch)
+
+
+def count_batches(
+    planned: Iterable[tuple[Row, RowImages]], finished: Collection[int] = (), max_batch: int | None = None,
+    last_index: int | None = None,
+) -> int:  # fmt: skip
+    """How many micro-batches `cut_batches` gives, without making images; those beyond `last_index` do not count."""
+    in_order = sorted(set(finished))
+    runs = (run if last_index is None else run.upto(last_index) for run in batch_runs(planned, max_batch))
+    return sum(run.batches - run.finished_batches(in_order) for run in runs)
 
 
 def split_to_singles(batches: Iterable[MicroBatch]) -> list[MicroBatch]:

@@ -12,6 +12,7 @@ from tinysd_batch.model.packing import BITS, GROUPS, ROW, USUAL_GROUP, Layout, g
 from tinysd_batch.model.unpacking import unpack
 from tinysd_batch.quantize.affine import quantize_matrix
 from tinysd_batch.quantize.hessian import layer_of
+from tinysd_batch.quantize.layers_done import OnLayers, ignore_layers, watched
 from tinysd_batch.quantize.presets import SMALLEST, layers_to_pack, level_of, levels_of, sort_of, unet_bytes
 
 SAMPLE = 2**16  # weights of a layer that its errors are told from
@@ -45,7 +46,7 @@ def check_target(unet: nn.Module, target: int, widest: int | None = None) -> Non
 
 def allocate(
     unet: nn.Module, tensors: Mapping[str, Tensor], target: int, inputs: Iterable[tuple[str, Tensor]] | None = None,
-    widest: int | None = None,
+    widest: int | None = None, on_layers: OnLayers = ignore_layers,
 ) -> dict[str, Layout]:  # fmt: skip
     """The layouts of a file of at most `target` bytes.
 
@@ -54,7 +55,9 @@ def allocate(
     the groups that allow it.
     """
     names, levels = list(layers_to_pack(unet, SMALLEST)), levels_of(unet)
-    given = ((name, None) for name in names) if inputs is None else inputs
+    weights = {name: tensors[f"{name}.weight"].numel() for name in names}
+    unseen = ((name, None) for name in watched(names, weights, "measuring", on_layers))
+    given = unseen if inputs is None else inputs
     choices = {name: choices_of(name, levels, to_matrix(tensors[f"{name}.weight"]), x, widest) for name, x in given}
     return promote(unet, {name: choices[name] for name in names}, target)
 

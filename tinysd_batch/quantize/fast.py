@@ -14,6 +14,7 @@ from tinysd_batch.model.packing import Layout, Weight, to_matrix
 from tinysd_batch.quantize.affine import quantize_matrix, weights_sqnr_db
 from tinysd_batch.quantize.allocate import allocate, check_target
 from tinysd_batch.quantize.folder import open_source, refuse_existing, tell_left_out, write_others
+from tinysd_batch.quantize.layers_done import OnLayers, ignore_layers, watched
 from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.resources import check_room, hand_back_memory, needs_of_drawing, needs_of_fast
@@ -36,11 +37,12 @@ class Packed:
     sqnr_db: float  # of the weights
 
 
-def quantize_unet(part: Part, layouts: Mapping[str, Layout]) -> dict[str, Packed]:
+def quantize_unet(part: Part, layouts: Mapping[str, Layout], on_layers: OnLayers = ignore_layers) -> dict[str, Packed]:
     """Each layer, from a UNet's float tensors."""
     found: dict[str, Packed] = {}
-    for name, layout in layouts.items():
-        weight = part.tensors[f"{name}.weight"]
+    weights = {name: part.tensors[f"{name}.weight"].numel() for name in layouts}
+    for name in watched(layouts, weights, "packing", on_layers):
+        weight, layout = part.tensors[f"{name}.weight"], layouts[name]
         matrix = to_matrix(weight)
         packed = quantize_matrix(matrix, layout.group_in(matrix.shape[1]), layout.bits)
         found[name] = Packed(packed.stored_as(layout), tuple(weight.shape), weights_sqnr_db(matrix, packed))
@@ -58,13 +60,13 @@ def quantize_folder(source: Path, out: Path, preset: str = DEFAULT) -> None:
 
 def quantize_model(
     source: Path, out: Path, options: Options, say: Say, size: Size = SIZE, recipe: Recipe | None = None,
-    device: torch.device = CPU,
+    device: torch.device = CPU, on_layers: OnLayers = ignore_layers,
 ) -> Made:  # fmt: skip
     """Write `out`, a packed folder of the float model `source`: its UNet packed, the other parts as float16.
 
     A layer's floats are in memory at a time. A `recipe` changes nothing of that: its held-out prompts are drawn by the
-    float model on `device`, to measure with. `say` is told what is being done. Raises ModelError as
-    `folder.convert_model` does, and UsageError for a size that cannot be met.
+    float model on `device`, to measure with. `say` is told what is being done, `on_layers` how far packing is.
+    Raises ModelError as `folder.convert_model` does, and UsageError for a size that cannot be met.
     """
     started = time.monotonic()
     refuse_existing(out)
@@ -79,7 +81,7 @@ def quantize_model(
         hand_back_memory(unet, size, device)
     held_out = None
     with storage_errors(out), new_folder(out) as folder:
-        layers = pack_unet(part, unet, folder / "unet", size, say)
+        layers = pack_unet(part, unet, folder / "unet", size, say, on_layers)
         write_others(model, folder, torch.float16, say)
         if recipe is not None:
             say(f"drawing {len(recipe.held_out):,} held-out prompts in {recipe.steps} steps by the float model")
@@ -88,12 +90,18 @@ def quantize_model(
     return Made(layers, held_out, time.monotonic() - started)
 
 
-def pack_unet(part: Part, unet: nn.Module, folder: Path, size: Size, say: Say) -> dict[str, float]:
+def pack_unet(
+    part: Part, unet: nn.Module, folder: Path, size: Size, say: Say, on_layers: OnLayers = ignore_layers
+) -> dict[str, float]:
     """Write the UNet; the SQNR in dB of each packed layer's weights is returned."""
     check_finite(part)
-    layouts = layers_to_pack(unet, size.preset) if size.most is None else allocate(unet, part.tensors, size.most)
+    if size.most is None:
+        layouts = layers_to_pack(unet, size.preset)
+    else:
+        say("unet: measuring what more bits gain each layer")
+        layouts = allocate(unet, part.tensors, size.most, on_layers=on_layers)
     say(f"unet: packing, {size}: {size_in_words(unet, layouts)}")
-    packed = quantize_unet(part, layouts)
+    packed = quantize_unet(part, layouts, on_layers)
     others = {
         name: as_stored(name, value, torch.float16, part.where)
         for name, value in part.tensors.items()

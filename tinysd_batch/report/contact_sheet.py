@@ -7,19 +7,20 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from tinysd_batch.config import MAX_GRID_IMAGES, MAX_SIDE_PX
 from tinysd_batch.images import open_picture
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import Status
+from tinysd_batch.report.fonts import Font, font_for
 from tinysd_batch.report.text import one_line
 from tinysd_batch.storage import write_atomically
 
 CELL_PX = 128
 CAPTION_PX = 18
 GAP_PX = 8
-FONT_PX = 11
+FONT_SIZES_PX = (11, 10, 9)  # the largest in which a caption fits; one that fits in none is cut
 FILE = "contact_sheet.png"
 TOLD = ("sampler", "steps", "scale", "eta", "seed")
 
@@ -54,11 +55,20 @@ def captions(rows: Sequence[dict[str, Any]]) -> list[str]:
         return [one_line(row["prompt"] or "", 200) for row in rows]
     differ = [name for name in TOLD if len({row[name] for row in rows}) > 1]
     told = [name for name in differ if name != "seed"] or ["seed"]
+    if told == ["seed"]:
+        return [seed_caption(row["seed"]) for row in rows]
     return [", ".join(setting(name, row[name]) for name in told) for row in rows]
 
 
+def seed_caption(seed: int) -> str:
+    """A seed of up to 19 digits is as wide as a cell."""
+    return f"seed {seed}" if seed < 10**12 else f"{seed}"
+
+
 def setting(name: str, value: Any) -> str:
-    return one_line(str(value)) if name == "sampler" or value is None else f"{name} {value:g}"
+    if name == "sampler" or value is None:
+        return one_line(str(value))
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def write_grid(shown: Sequence[Shown], path: Path, n_rows: int = 0) -> Path | None:
@@ -77,7 +87,6 @@ def draw_sheet(shown: Sequence[Shown], n_rows: int = 0) -> Image.Image:
     width, height = CELL_PX + GAP_PX, CELL_PX + CAPTION_PX + GAP_PX
     sheet = Image.new("RGB", (columns * width + GAP_PX, rows * height + GAP_PX), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(FONT_PX)
     for number, one in enumerate(shown):
         x, y = GAP_PX + number % columns * width, GAP_PX + number // columns * height
         try:
@@ -88,7 +97,8 @@ def draw_sheet(shown: Sequence[Shown], n_rows: int = 0) -> Image.Image:
         except OSError:
             continue  # a damaged picture leaves its cell empty; the job is done all the same
         sheet.paste(fitted, (x + (CELL_PX - fitted.width) // 2, y + (CELL_PX - fitted.height) // 2))
-        draw.text((x + CELL_PX // 2, y + CELL_PX + 3), shorten(one.caption, font), "black", font, anchor="ma")
+        text, font = fit_caption(one.caption)
+        draw.text((x + CELL_PX // 2, y + CELL_PX + CAPTION_PX // 2), text, "black", font, anchor="mm")
     return sheet
 
 
@@ -106,10 +116,17 @@ def fit(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of the text as fits under a cell."""
-    if font.getlength(text) <= CELL_PX:
-        return text
+def fit_caption(caption: str) -> tuple[str, Font]:
+    """As much of it as fits under a cell, and the font for it."""
+    for size in FONT_SIZES_PX:
+        font = font_for(caption, size)
+        if font.getlength(caption) <= CELL_PX:
+            return caption, font
+    font = font_for(caption, FONT_SIZES_PX[0])
+    return shorten(caption, font), font
+
+
+def shorten(text: str, font: Font) -> str:
     while text and font.getlength(text + "…") > CELL_PX:
         text = text[:-1]
-    return text + "…"
+    return text.rstrip() + "…"

@@ -1,58 +1,42 @@
-"""What a job would do, found out without loading the model: rows, images, faults, tokens, disk."""
+"""What a job would do, worked out without loading the model: rows, images, faults, tokens, disk, memory, time."""
 
 import shutil
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tinysd_batch.config import Settings
+from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.columns import near_misses
 from tinysd_batch.job.compare import find_differences
-from tinysd_batch.job.driver import read_finished
+from tinysd_batch.job.driver import MAX_KEYS, read_finished
 from tinysd_batch.job.folder import JOB_FILE, Job
-from tinysd_batch.job.plan import cut_batches, plan_images
+from tinysd_batch.job.formats import is_jsonl
+from tinysd_batch.job.notes import ReadingNotes
+from tinysd_batch.job.plan import RowImages, batch_runs, plan_images
 from tinysd_batch.job.results import fault_message
 from tinysd_batch.job.reuse import count_reusable
-from tinysd_batch.model.prompts import SubPrompt, parse_prompt
-from tinysd_batch.model.tokens import TokenizedPrompt, read_tokenizer, tokenize_prompt
 from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.report.memory import Batch, MemoryPlan, plan_memory
+from tinysd_batch.report.answers import Answers, Work, find_answers
+from tinysd_batch.report.memory import Batch, MemoryPlan
+from tinysd_batch.report.memory_process import plan_memory_apart
+from tinysd_batch.report.prompts import PlannedRow, PromptReader
+from tinysd_batch.report.reading import ReadingProgress
 from tinysd_batch.report.text import count, one_line, row_label, say, size
 
+OnRow = Callable[[PlannedRow | InvalidRow], None]
 MAX_FAULTS = 1000  # kept for --json
 WIDEST_NAME = 14
+MAX_LINE_CHARACTERS = 300  # of a row
 SHOWN = 10  # faults, cut prompts and weighted prompts, unless all are asked for
 # As the embedded model's drawings come out, lossy ones at quality 90: a guess for other models, and said with "some".
 BYTES_PER_PIXEL = {"png": 1.8, "jpg": 0.6, "webp": 0.4}
 BYTES_PER_ROW = 2500  # what is written into a picture, and its row of the table
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
-    """A row that can be made, as the model will take it."""
-
-    row: Row
-    prompt: list[SubPrompt]
-    tokens: TokenizedPrompt
-    negative_tokens: TokenizedPrompt
-
-    def line(self) -> str:
-        """`row 3: 4 images, 5 tokens: tabby cat (0.125) + white duck (0.375) + hybrid (0.5)`"""
-        images = count(self.row.n_iter * self.row.n_samples, "image")
-        told = f"row {self.row.number}: {images}, {count(self.tokens.n_tokens, 'token')}: {weights_line(self.prompt)}"
-        if cut := self.tokens.truncated:
-            told += f"; cut off: {one_line(cut, 80)}"
-        return told
-
-    @property
-    def is_marked(self) -> bool:
-        """Whether its prompt has weights or emphasis."""
-        return len(self.prompt) > 1 or any(run.emphasis != 1 for run in self.prompt[0].runs)
 
 
 @dataclass(slots=True)
@@ -69,6 +53,8 @@ class Plan:
     reusable: int = 0  # others that the job named by --reuse has
     largest: Batch | None = None  # the most that is drawn at once
     memory: MemoryPlan | None = None
+    answers: Answers | None = None
+    work: Work = field(default_factory=Work.none)  # what is left to be generated
     sizes: Counter[str] = field(default_factory=Counter)
     samplings: Counter[str] = field(default_factory=Counter)
     longest_prompt_tokens: int = 0
@@ -77,6 +63,7 @@ class Plan:
     weighted_rows: int = 0
     disk_bytes: int = 0
     free_bytes: int = 0
+    notes: list[str] = field(default_factory=list)  # on how the manifest was read
     carried_columns: list[str] = field(default_factory=list)
     near_misses: dict[str, str] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)  # row number -> what is wrong with it, the first 1000
@@ -86,81 +73,112 @@ class Plan:
         return self.disk_bytes <= self.free_bytes
 
 
-def make_plan(job: Job, on_row: Callable[[PlannedRow | InvalidRow], None]) -> Plan:
-    """Read the whole manifest, and tell of each row. Raises ManifestError for faults of the whole file."""
+def make_plan(
+    job: Job, on_row: OnRow, limit: int | None = None, *, retry_failed: bool = False, progress: ReadingProgress
+) -> Plan:
+    """Read the whole manifest, and report each row. Raises ManifestError for faults of the whole file.
+
+    `limit` and `retry_failed` as in `run_job`. No image is looked at: rows may have millions of them.
+    """
     plan = Plan(token_limit=job.model.max_tokens - 2, free_bytes=free_bytes(job.folder))
-    carried: dict[str, None] = {}
-    reader = PromptReader(job)
-
-    def rows() -> Iterator[Row]:
-        for row in job.read_rows():
-            plan.rows += 1
-            carried.update(dict.fromkeys(row.extra))
-            if isinstance(row, InvalidRow):
-                plan.invalid_rows += 1
-                if len(plan.faults) < MAX_FAULTS:
-                    plan.faults[row.number] = fault_message(row)
-                on_row(row)
-            else:
-                planned = reader.read(row)
-                add_row(plan, planned, job.settings)
-                on_row(planned)
-                yield row
-
-    finished = read_finished(job).images if (job.folder / JOB_FILE).exists() else set()
-    differences = find_differences(job.folder)
-    plan.redo, plan.redo_reason = len(differences.indexes & finished), f"{differences}; {differences.advice}"
-    finished -= differences.indexes
-    plan.finished = len(finished)
-    wanted: Counter[str] = Counter()
-    for batch in cut_batches(plan_images(rows(), job.common()), (), job.settings.max_batch):
-        plan.batches += 1
-        if job.reuse is not None:
-            wanted.update(image.image_id for image in batch.images if image.index not in finished)
+    survey = PlanSurvey(plan, job, finished_images(plan, job, limit, retry_failed=retry_failed), limit)
+    planned = plan_images(survey.rows(on_row, progress), job.common())
+    wanted = Counter[str]()
+    for run in batch_runs(survey.images(planned, wanted), job.settings.max_batch):
+        plan.batches += (run if limit is None else run.upto(limit)).batches
+    plan.finished = len(survey.finished)
     plan.reusable = count_reusable(job, wanted)
     plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
-    plan.memory = plan_memory(job.settings, plan.largest, job.precision_file) if plan.largest else None
-    plan.carried_columns = list(carried)
-    plan.near_misses = near_misses(carried)
+    progress.stop()
+    plan.memory = plan_memory_apart(job.settings, plan.largest, job.precision_file) if plan.largest else None
+    plan.near_misses = near_misses(plan.carried_columns)
+    plan.answers = find_answers(job, plan.memory, plan.work)
     return plan
 
 
-class PromptReader:
-    """Counts tokens; prompts that come again are read once."""
-
-    def __init__(self, job: Job) -> None:
-        tokenizer = read_tokenizer(job.model.path / "tokenizer")
-
-        @lru_cache(maxsize=4096)
-        def tokenize(prompt: str, syntax: str) -> TokenizedPrompt:
-            return tokenize_prompt(
-                tokenizer, parse_prompt(prompt, syntax), job.model.max_tokens, long_prompts=job.settings.long_prompts
-            )
-
-        self.tokenize = tokenize
-
-    def read(self, row: Row) -> PlannedRow:
-        syntax = row.prompt_syntax
-        return PlannedRow(
-            row, parse_prompt(row.prompt, syntax), self.tokenize(row.prompt, syntax),
-            self.tokenize(row.negative_prompt, syntax),
-        )  # fmt: skip
+def finished_images(plan: Plan, job: Job, limit: int | None, *, retry_failed: bool) -> set[int]:
+    """Indexes of the images that an earlier run made, and that this one would not make again."""
+    if job.begins_anew or not (job.folder / JOB_FILE).exists():
+        return set()
+    found = read_finished(job)
+    kept = found.images - found.failed if retry_failed else found.images
+    finished = kept if limit is None else {index for index in kept if index <= limit}
+    differences = find_differences(job.folder)
+    plan.redo, plan.redo_reason = len(differences.indexes & finished), f"{differences}; {differences.advice}"
+    return finished - differences.indexes
 
 
-def add_row(plan: Plan, planned: PlannedRow, settings: Settings) -> None:
-    params = planned.row.params
-    images = planned.row.n_iter * planned.row.n_samples
-    plan.images += images
-    together = max(planned.row.n_samples, settings.max_batch or 1)
-    batch = Batch(together, params.width, params.height, planned.row.scale != 1)
-    plan.largest = max(plan.largest or batch, batch, key=lambda one: one.rows * one.width * one.height)
-    plan.sizes[f"{params.width}x{params.height}"] += images
-    plan.samplings[f"{params.sampler}, {count(params.steps, 'step')}"] += images
-    plan.longest_prompt_tokens = max(plan.longest_prompt_tokens, planned.tokens.n_tokens)
-    plan.cut_rows += bool(planned.tokens.truncated or planned.negative_tokens.truncated)
-    plan.weighted_rows += planned.is_marked
-    pixels = 0 if settings.skip_save else params.width * params.height
-    plan.disk_bytes += round(images * (pixels * BYTES_PER_PIXEL[settings.format] + BYTES_PER_ROW))
+@dataclass(slots=True)
+class PlanSurvey:
+    """Adds up a plan while rows pass."""
+
+    plan: Plan
+    job: Job
+    finished: set[int]
+    limit: int | None
+    in_order: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.in_order = sorted(self.finished)
+
+    def rows(self, on_row: OnRow, progress: ReadingProgress) -> Iterator[Row]:
+        """The rows that can be made, after they were counted and reported."""
+        plan = self.plan
+        notes = ReadingNotes()
+        for planned in PromptReader(self.job).read(self.job.read_rows(notes)):
+            plan.rows += 1
+            progress.rows = plan.rows
+            if isinstance(planned, InvalidRow):
+                self.add_columns(planned.extra)
+                plan.invalid_rows += 1
+                if len(plan.faults) < MAX_FAULTS:
+                    plan.faults[planned.number] = fault_message(planned)
+                on_row(planned)
+            else:
+                self.add_columns(planned.row.extra)
+                self.add_prompts(planned)
+                on_row(planned)
+                yield planned.row
+        plan.notes = list(notes.lines())
+
+    def add_columns(self, extra: dict[str, Any]) -> None:
+        """Raises ManifestError for more different keys than a job takes."""
+        carried = self.plan.carried_columns
+        carried += [name for name in extra if name not in carried]
+        if len(carried) > MAX_KEYS and is_jsonl(self.job.manifest):
+            raise ManifestError(f"{self.job.manifest}: over {MAX_KEYS} different keys besides the known ones")
+
+    def add_prompts(self, planned: PlannedRow) -> None:
+        plan = self.plan
+        plan.longest_prompt_tokens = max(plan.longest_prompt_tokens, planned.prompt.n_tokens)
+        plan.cut_rows += planned.is_cut
+        plan.weighted_rows += planned.prompt.is_marked
+
+    def images(self, planned: Iterable[tuple[Row, RowImages]], wanted: Counter[str]) -> Iterator[tuple[Row, RowImages]]:
+        """Each row with its images, after these were counted; `wanted` gets the ids that `--reuse` looks for."""
+        for row, images in planned:
+            number = len(images) if self.limit is None else max(0, min(len(images), self.limit - images.first + 1))
+            if number:
+                self.add_images(row, number)
+                last = images.first + number
+                if self.job.reuse is not None:
+                    indexes = (index for index in range(images.first, last) if index not in self.finished)
+                    wanted.update(images.image(index).image_id for index in indexes)
+                done = bisect_left(self.in_order, last) - bisect_left(self.in_order, images.first)
+                self.plan.work.add(row, number - done)
+            yield row, images
+
+    def add_images(self, row: Row, images: int) -> None:
+        plan, params, settings = self.plan, row.params, self.job.settings
+        plan.images += images
+        together = max(row.n_samples, settings.max_batch or 1)
+        batch = Batch(together, params.width, params.height, row.scale != 1)
+        if plan.largest is None or batch.pixels > plan.largest.pixels:
+            plan.largest = batch
+        plan.sizes[f"{params.width}x{params.height}"] += images
+        plan.samplings[f"{params.sampler}, {count(params.steps, 'step')}"] += images
+        pixels = 0 if settings.skip_save else params.width * params.height
+        plan.disk_bytes += round(images * (pixels * BYTES_PER_PIXEL[settings.format] + BYTES_PER_ROW))
 
 
 def free_bytes(folder: Path) -> int:
@@ -169,45 +187,37 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def weights_line(prompt: list[SubPrompt]) -> str:
-    """What a prompt's marks came to: `tabby cat (0.25) + white duck (0.75)`, or `a | red x1.1 | apple`."""
-    parts = []
-    for sub in prompt:
-        runs = (
-            one_line(run.text.strip(), 100) + (f" x{run.emphasis:.3g}" if run.emphasis != 1 else "") for run in sub.runs
-        )
-        parts.append(" | ".join(runs) + (f" ({sub.weight:.3g})" if len(prompt) > 1 else ""))
-    return " + ".join(parts)
-
-
 class PlanPrinter:
     """Prints rows worth a look as they are read, all with `verbose`, and at the end what they come to."""
 
-    def __init__(self, console: Console, verbose: bool) -> None:
+    def __init__(self, console: Console, verbose: bool, progress: ReadingProgress) -> None:
         self.console = console
         self.verbose = verbose
-        self.told: Counter[str] = Counter()
+        self.progress = progress
+        self.seen: Counter[str] = Counter()
+        # A row is a line of a terminal; in a file lines may be longer.
+        self.most_characters = console.width if console.is_terminal else MAX_LINE_CHARACTERS
 
     def row(self, row: PlannedRow | InvalidRow) -> None:
-        if isinstance(row, InvalidRow):
-            self.say("fault", f"{row_label(row.number, row.line)} cannot be made: {one_line(row.reason, 400)}")
-        elif row.tokens.truncated or row.negative_tokens.truncated:
-            self.say("cut", row.line())
-        elif row.is_marked:
-            self.say("marked", row.line())
-        else:
-            self.say("plain", row.line())
+        kind = kind_of(row)
+        self.seen[kind] += 1
+        if self.verbose or (kind != "plain" and self.seen[kind] <= SHOWN):
+            with self.progress.hidden():
+                say(self.console, self.line(row))
 
-    def say(self, kind: str, line: str) -> None:
-        self.told[kind] += 1
-        if self.verbose or (kind != "plain" and self.told[kind] <= SHOWN):
-            say(self.console, line)
+    def line(self, row: PlannedRow | InvalidRow) -> str:
+        if isinstance(row, InvalidRow):
+            return f"{row_label(row.number, row.line)} cannot be made: {one_line(row.reason, 400)}"
+        return one_line(row.line(), self.most_characters)
 
     def plan(self, job: Job, plan: Plan) -> None:
-        hidden = sum(max(0, number - SHOWN) for kind, number in self.told.items() if kind != "plain")
+        hidden = sum(max(0, number - SHOWN) for kind, number in self.seen.items() if kind != "plain")
         if hidden and not self.verbose:
-            self.console.print(f"and {hidden:,} more like these; --verbose shows every row")
+            say(self.console, f"and {hidden:,} more like these; --verbose shows every row")
+        for note in plan.notes:
+            say(self.console, f"{job.manifest.name}: {note}")
         lines = {
+            **(plan.answers.lines() if plan.answers else {}),
             "Rows": f"{plan.rows:,}"
             + (f", of which {plan.invalid_rows:,} cannot be made" if plan.invalid_rows else ""),
             "Images": f"{plan.images:,} in {count(plan.batches, 'batch', 'batches')}"
@@ -234,6 +244,12 @@ class PlanPrinter:
             say(self.console, f"{name:<{WIDEST_NAME}} {line}")
 
 
+def kind_of(row: PlannedRow | InvalidRow) -> str:
+    if isinstance(row, InvalidRow):
+        return "fault"
+    return "cut" if row.is_cut else "marked" if row.prompt.is_marked else "plain"
+
+
 def reuse_words(job: Job, plan: Plan) -> str:
     if job.reuse is None:
         return ""
@@ -253,6 +269,12 @@ def tokens_advice(plan: Plan, settings: Settings) -> str:
     return f"; {count(plan.cut_rows, 'row')} will be cut, --long-prompts keeps all" if plan.cut_rows else ""
 
 
+OBJECTS = ("largest", "memory", "work", "answers")  # of a Plan, which JSON has in other words or not
+
+
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    told = {each.name: getattr(plan, each.name) for each in fields(plan) if each.name not in ("largest", "memory")}
-    return {**told, "fits_disk": plan.fits_disk, "memory": plan.memory.as_dict() if plan.memory else None}
+    told = {each.name: getattr(plan, each.name) for each in fields(plan) if each.name not in OBJECTS}
+    return {
+        **told, **(plan.answers.as_dict() if plan.answers else {}), "fits_disk": plan.fits_disk,
+        "memory": plan.memory.as_dict() if plan.memory else None,
+    }  # fmt: skip

@@ -16,8 +16,10 @@ from PIL import Image
 
 from tinysd_batch.quantize.correction import Judged
 from tinysd_batch.quantize.measure import Errors
+from tinysd_batch.quantize.samples import Pairs
 from tinysd_batch.quantize.sensitivity import EVERYTHING, Harm
 from tinysd_batch.quantize.summary import Summary
+from tinysd_batch.report.judgement import judge
 from tinysd_batch.report.similarity import HOW_TO_GET, mean_ssim
 from tinysd_batch.storage import write_atomically
 
@@ -27,7 +29,8 @@ CELL_PX = 128
 BAR_REM = 16  # the longest
 GAP_PX = 4
 DIFFERENCE_GAIN = 3  # differences are shown so many times as large
-NOT_DRAWN = "Nothing was drawn: with <code>--recipe</code> this level measures pictures, too."
+NOT_GENERATED = "No image was generated to compare with the float model."
+ONLY_SAMPLES = "Compared with the float model on {} images; <code>--recipe</code> measures more."
 LAYERS_OF = {
     "outputs": "Of each layer's output on held-out prompts, in the packed model, against the float model's.",
     "weights": "Of each layer's weights: packed without data, nothing is known of its outputs.",
@@ -48,6 +51,23 @@ def write_report(
     if errors is not None:
         write_atomically(png_of(picture_sheet(errors)), folder / "pictures.png")
     return write_content(folder, as_dict(summary, errors, prompts, harms))
+
+
+def add_samples(page: Path, pairs: Pairs) -> str:
+    """Add images by both models to a report that has none; what they look like is returned as a sentence."""
+    folder = page.parent
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    psnr = median_psnr_db(pairs)
+    content |= {"prompts": pairs.prompts, "median_picture_psnr_db": round(psnr, 2)}
+    write_atomically(png_of(picture_sheet(pairs)), folder / "pictures.png")
+    write_content(folder, content)
+    return judgement(content)
+
+
+def judgement(content: Mapping[str, Any]) -> str:
+    """`PSNR 30.9 dB: close to the float model's images, small details differ`"""
+    psnr = content["median_picture_psnr_db"]
+    return f"PSNR {psnr:.1f} dB: {judge(psnr)}"
 
 
 def measure_anew(folder: Path, errors: Errors, harms: Sequence[Harm]) -> Path:
@@ -104,7 +124,7 @@ def errors_as_dict(errors: Errors) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def median_psnr_db(errors: Errors) -> float:
+def median_psnr_db(errors: Errors | Pairs) -> float:
     """Of the median picture: in the error of all together one that became another picture outweighs the rest."""
     wrong = np.square(errors.floats - errors.packed).mean(axis=(1, 2, 3))
     return float(-10 * np.log10(max(1e-20, np.median(wrong))))
@@ -128,7 +148,7 @@ def harms_as_dicts(harms: Sequence[Harm], bytes_of: Mapping[str, int]) -> list[d
     ]  # fmt: skip
 
 
-def picture_sheet(errors: Errors) -> Image.Image:
+def picture_sheet(errors: Errors | Pairs) -> Image.Image:
     """A row for each of the first pictures: float, packed, difference; several rows side by side."""
     rows = [
         np.concatenate([cell(one) for one in (floats, packed, difference(floats, packed))], axis=1)
@@ -170,18 +190,18 @@ def page(content: Mapping[str, Any]) -> str:
     ]
     worst = sorted((one for one in content["layers"] if one["sqnr_db"] is not None), key=lambda one: one["sqnr_db"])
     layers = [(one["name"], one["class"], f"{one['bits']}", f"{one['sqnr_db']:.1f}") for one in worst]
-    drawn = "noise_sqnr_db" in content
+    measured, compared = "noise_sqnr_db" in content, "median_picture_psnr_db" in content
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-<p>{how_measured(content) if drawn else NOT_DRAWN}
+<p>{how_measured(content)}
 Decibels are signal to noise: power of what is wanted over power of the difference; larger is better, 10 more is a tenth
 of the error.</p>
 {table((), facts(content))}
-{pictures(content) if drawn else ""}<h2>Bytes by sort of layer</h2>
+{pictures(content) if compared else ""}<h2>Bytes by sort of layer</h2>
 {table(("layers", "weights", "bits each", "bytes"), classes)}
 {sensitivity(content["sensitivity"]) if content["sensitivity"] else ""}\
-{along_the_trajectory(content) if drawn else ""}<h2>Layers, worst first</h2>
+{along_the_trajectory(content) if measured else ""}<h2>Layers, worst first</h2>
 <p>{LAYERS_OF[content["layers_sqnr_db_of"]]}</p>
 {table(("layer", "sort", "bits", "dB"), layers)}
 </body></html>
@@ -189,7 +209,9 @@ of the error.</p>
 
 
 def how_measured(content: Mapping[str, Any]) -> str:
-    return f"Measured on {len(content['prompts'])} prompts and seeds that calibration never saw."
+    if "noise_sqnr_db" in content:
+        return f"Measured on {len(content['prompts'])} prompts and seeds that calibration never saw."
+    return ONLY_SAMPLES.format(len(content["prompts"])) if "median_picture_psnr_db" in content else NOT_GENERATED
 
 
 def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -208,6 +230,8 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
                 HOW_TO_GET if ssim is None else f"{ssim:.4f}",
             ),
         ]
+    elif "median_picture_psnr_db" in content:
+        found += [("the median picture (PSNR)", f"{content['median_picture_psnr_db']:.2f} dB")]
     return [
         *found,
         ("time", f"{minutes}:{seconds:02} on {content['device']}"),
@@ -217,6 +241,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def pictures(content: Mapping[str, Any]) -> str:
     return f"""<h2>Pictures</h2>
+<p><strong>{html.escape(judgement(content))}.</strong></p>
 <p>Float, packed, and {DIFFERENCE_GAIN} times the difference (grey: none).</p>
 <p><img src="pictures.png" alt="Held-out prompts drawn by the float and by the packed model"></p>
 <p>{html.escape("; ".join(content["prompts"][:MOST_SHOWN]))}</p>

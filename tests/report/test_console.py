@@ -1,0 +1,65 @@
+"""What is believed of a terminal: case 24, Docker and CI set COLUMNS=0."""
+
+import io
+import os
+
+import pytest
+from rich.console import Console
+
+from tests.tools import Capture, call
+from tinysd_batch.report.console import has_live_display, make_console, without_bad_sizes
+from tinysd_batch.report.text import say
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"),
+    [("0", 80), ("5", 80), ("19", 80), ("20", 20), ("132", 132), ("abc", 80), ("-3", 80), ("", 80), ("²", 80),
+     ("٣٠", 80), ("1e3", 80), ("999999999999", 80)],
+)  # fmt: skip
+def test_columns_that_are_no_width_are_unknown(
+    columns: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def no_terminal(_: int) -> os.terminal_size:
+        raise OSError
+
+    monkeypatch.setattr(os, "get_terminal_size", no_terminal)
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("LINES", columns)
+    console = make_console()
+    assert console.width == width
+    assert console.height > 4
+    say(console, "a line")
+    assert capsys.readouterr().out == "a line\n"
+
+
+@pytest.mark.parametrize("columns", ["0", "7"])
+def test_status_and_inspect_print_whatever_the_width(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = call(capsys, "inspect", "embedded")
+    assert code == 0
+    assert "tinysd emoji 64" in out
+
+
+def test_a_terminal_that_reports_no_or_little_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `docker run -t` does until the terminal is resized."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("LINES", raising=False)
+    for found in ((0, 0), (1, 1), (12, 3)):
+        monkeypatch.setattr(os, "get_terminal_size", lambda _, found=found: os.terminal_size(found))
+        assert (make_console().width, make_console().height) == (80, 25)
+
+
+def test_colours_and_live_lines_are_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI runners set it
+    assert not has_live_display(make_console())
+    monkeypatch.delenv("FORCE_COLOR")
+    for name, live in (("xterm", True), ("dumb", False)):
+        console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": name})
+        assert has_live_display(console) is live
+
+
+def test_other_variables_stay() -> None:
+    given = {"COLUMNS": "0", "LINES": "24", "NO_COLOR": "1"}
+    assert without_bad_sizes(given) == {"LINES": "24", "NO_COLOR": "1"}
