@@ -121,8 +121,9 @@ def test_images_carry_their_settings(model: TinySD, tmp_path: Path) -> None:
         )
         assert again.images[0].tobytes() == made.images[0].tobytes()
     assert made.images[0].tobytes() == Image.open(tmp_path / "a_00001.png").tobytes()
-    (path,) = model.generate("cat", 1).save(tmp_path / "one.PNG")
-    assert path == tmp_path / "one.PNG"
+    (path,) = model.generate("cat", 1).save(tmp_path / "new" / "one.PNG")
+    assert path == tmp_path / "new" / "one.PNG"
+    assert path.is_file()
 
 
 def test_what_cannot_be_saved(model: TinySD, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     from tinysd_batch import TinySD
 
     model = TinySD.from_pretrained("embedded")
-    model.generate("red apple", seed=7).images[0].save("apple.png")
+    model.generate("red apple", seed=7).save("apple.png")
 
 Importing the package loads nothing heavy: torch comes with `TinySD`.
 """

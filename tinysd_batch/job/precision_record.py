@@ -8,6 +8,7 @@ driver has the others start again.
 import json
 import logging
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from tinysd_batch.text import storable_text
 if TYPE_CHECKING:
     import torch
 
+    from tinysd_batch.job.tables import ResultsPaths
     from tinysd_batch.model.pipeline import TinySD
     from tinysd_batch.model.precision import PrecisionChoice
 
 RECORD_FILE = "precision.json"
 MAX_RECORD_BYTES = 10_000_000
+THREADS = re.compile(r", \d+ threads\)$")  # at the end of a CPU's name in the results
 DTYPES = ("float32", "float16", "bfloat16")
 
 logger = logging.getLogger(__name__)
@@ -89,6 +92,28 @@ def describe_precision(model: "TinySD") -> dict[str, str | None]:
     }
 
 
+def record_earlier(path: Path, results: "ResultsPaths") -> None:
+    """Record what the results say, for a job that version 0.1.0 began: it kept no record."""
+    import pyarrow.compute as pc
+
+    if path.exists():
+        return
+    record: Record = {}
+    for table in results.read(["node", "device_name", "precision", "degraded", "reused"]):
+        usual = pc.and_(pc.equal(pc.list_value_length(table["degraded"]), 0), pc.is_null(table["reused"]))
+        rows = table.filter(usual).group_by(["node", "device_name", "precision"]).aggregate([]).to_pylist()
+        for row in rows:
+            if row["precision"] in DTYPES:
+                device = THREADS.sub(")", row["device_name"] or "")
+                record[f"{row['node']}/{device}"] = {"dtype": row["precision"], "reason": "its earlier images have it"}
+    if record:
+        write_record(path, record)
+
+
+def write_record(path: Path, record: Record) -> None:
+    write_atomically((json.dumps(record, indent=2) + "\n").encode(), path)
+
+
 def update_record(path: Path, description: Mapping[str, Any]) -> str | None:
     """Record what a worker that is ready computes in, if nothing is recorded yet.
 
@@ -104,5 +129,5 @@ def update_record(path: Path, description: Mapping[str, Any]) -> str | None:
         return f"chose {chosen}, where the job computes in {recorded} on {key}"
     logger.info("%s computes in %s: %s", key, chosen, description["precision_reason"])
     record[key] = {"dtype": chosen, "reason": description["precision_reason"]}
-    write_atomically((json.dumps(record, indent=2) + "\n").encode(), path)
+    write_record(path, record)
     return None

@@ -15,6 +15,7 @@ from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.samplers import Callback, Noise, draw_noise
 from tinysd_batch.model.text import Condition
 from tinysd_batch.records import ImageRequest, SamplingParams
+from tinysd_batch.storage import write_atomically
 
 OutputType = Literal["pil", "np", "latent"]
 
@@ -48,6 +49,7 @@ class Generated:
 
         Raises:
             UsageError: the suffix is another one, or the output is not PIL images.
+            StorageError: the disk is full or cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
@@ -60,7 +62,7 @@ class Generated:
             paths = [path.with_stem(f"{path.stem}_{number:05d}") for number in range(1, len(self.images) + 1)]
         kind = FileFormat(suffix, quality)
         for image, settings, each in zip(self.images, self.settings, paths, strict=True):
-            each.write_bytes(encode_image(image, kind, describe(settings), {"schema": 1, **settings}))
+            write_atomically(encode_image(image, kind, describe(settings), {"schema": 1, **settings}), each)
         return paths
 
     def attach_settings(self) -> None:
