@@ -70,7 +70,7 @@ def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path
 @pytest.mark.slow
 def test_ray_may_have_been_imported_before(tmp_path: Path) -> None:
     """Ray reads its mode of authentication on import, which a caller of ours may have done."""
-    script = "import ray; from tinysd_batch.job.cluster import *; start_ray({'num_cpus': 1}); stop_ray(); print('END')"
+    script = "import ray; from tinysd_batch.job.cluster import *; start_ray({'num_cpus': 1}).stop(); print('END')"
     env = {name: value for name, value in environment().items() if name != "RAY_AUTH_MODE"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, check=False

@@ -4,17 +4,25 @@ It knows no Ray: an actor and what refers to its answers are handles here, which
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinysd_batch.job.failures import Fault
 from tinysd_batch.job.fleet import Card
 from tinysd_batch.job.savings import Limit, Shape
+from tinysd_batch.text import storable_text
 
 BOOT_ATTEMPTS = 2  # a card on which the model does not load is tried once more, then left out
 MAX_BACKOFF_S = 30.0
 MAX_HOST_LOSSES = 3  # of a machine's last worker, for want of the machine's memory, in a row
+
+
+def free_name(machine: str, device: str, number: int, taken: Collection[str]) -> str:
+    """A worker's name, such as `miner2/cuda-0`. Several nodes of a cluster may be on one machine."""
+    while (name := f"{storable_text(machine)}/{device}-{number}") in taken:
+        number += 1
+    return name
 
 
 @dataclass(slots=True)
