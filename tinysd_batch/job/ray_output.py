@@ -1,4 +1,4 @@
-"""Send Ray's own text to the job's log. Its native half writes to descriptor 2, its Python half to the standard streams.
+"""Send Ray's own text to the job's log: its native half writes to descriptor 2, its Python half to standard streams.
 
 While that descriptor is the log, `sys.stderr` writes to what it was before, so that our own lines still reach people.
 """
