@@ -1,6 +1,7 @@
 """Faults of every kind, on real processes with a model that obeys (`tests.chaos.farm`)."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_a_poison_row_on_the_only_card(tmp_path: Path) -> None:
     done = farm(tmp_path, "--workers", 1)
     assert done.returncode == 3, done.stdout + done.stderr
     assert faults(check_whole(tmp_path / "job", 12)) == {1: ("quarantined", "worker_died")}
-    assert done.stdout.count("Worker cpu-0: lost (its process died: ") == 3
+    assert done.stdout.count(f"Worker {platform.node()}/cpu-0: lost (its process died: ") == 3
     assert "given up" not in done.stdout
 
 

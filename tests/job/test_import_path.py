@@ -79,9 +79,8 @@ def test_what_is_trusted() -> None:
     entries = ["", ".", here, "/opt/lib", f"{here}/sub", PACKAGE_ROOT]
     assert trusted(entries, [here], []) == ["/opt/lib", f"{here}/sub", PACKAGE_ROOT]
     assert trusted(entries, [here], [here]) == [here, "/opt/lib", f"{here}/sub", PACKAGE_ROOT]
-    assert trusted([os.path.dirname(os.__file__)], [os.path.dirname(os.__file__)], [])[0] == os.path.dirname(
-        os.__file__
-    )
+    library = str(Path(os.__file__).parent)
+    assert trusted([library], [library], [])[0] == library
     assert trusted([PACKAGE_ROOT, "/opt/lib"], [PACKAGE_ROOT], []) == ["/opt/lib", PACKAGE_ROOT], "last, in a checkout"
 
 

@@ -13,6 +13,7 @@ from tinysd_batch.job.cluster import fault_line
 pytestmark = pytest.mark.timeout(200)
 
 PLACEMENT = """
+    import platform
     import sys
     from pathlib import Path
     from tinysd_batch.job.pool import WorkerReady
@@ -30,9 +31,10 @@ PLACEMENT = """
                 for event in pool.events(1.0):
                     assert isinstance(event, WorkerReady), event
                     seen[event.worker] = event.description["cuda_visible_devices"]
-            assert sorted(pool.idle()) == ["gpu-0", "gpu-1", "gpu-2"]
-            pool.submit("gpu-1", [])
-            assert sorted(pool.idle()) == ["gpu-0", "gpu-2"]
+            names = [f"{platform.node()}/cuda-{number}" for number in range(3)]
+            assert sorted(pool.idle()) == names
+            pool.submit(names[1], [])
+            assert sorted(pool.idle()) == names[::2]
             print("DEVICES", sorted(seen.values()))
 """
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 BOOT_S = 1800.0  # for which a model may load
 LOOK_EVERY_S = 5.0  # for cards that came and went
+LOOK_SOON_S = 1.0  # when a machine may be lost
+UNREACHABLE_S = 60.0  # for which a worker waits to hear that; Ray takes some 20
 MAX_RESTARTS = 2  # of a Ray of our own that stopped in the middle of a run
 BROKEN_EXIT_CODE = 70
 GO_ON = "the same command goes on where it stopped"
@@ -195,6 +197,11 @@ class RayPool:
                 self.boot(slot)
         overdue = [slot for slot in self.slots if slot.booting is not None and slot.boot_by <= now]
         left += [self.lose(slot, Fault.HUNG, f"not ready after {BOOT_S:,.0f} s") for slot in overdue]
+        left += [
+            self.lose(slot, Fault.NODE_LOST, slot.unreachable)
+            for slot in self.slots
+            if slot.unreachable is not None and slot.unreachable_until <= now
+        ]
         waiting: dict[Any, Slot] = {
             reference: slot
             for slot in self.slots
@@ -239,7 +246,8 @@ class RayPool:
     def look_for_cards(self) -> list[Event]:
         """Begin with cards that joined, and lose those whose node left; every few seconds."""
         now = time.monotonic()
-        if self.looked_at and now - self.looked_at < LOOK_EVERY_S:
+        pause_s = LOOK_SOON_S if any(slot.unreachable for slot in self.slots) else LOOK_EVERY_S
+        if self.looked_at and now - self.looked_at < pause_s:
             return []
         nodes = self.session.nodes()
         self.looked_at = now
@@ -298,9 +306,16 @@ class RayPool:
             return [self.lose(slot, Fault.WORKER_DIED, fault_line(error))]
         except ray.exceptions.RayError as error:
             self.stop_where_all_would_fail(slot, error)
-            if slot.card is not None and self.is_dead(slot.card.node):
+            return self.lose_worker_or_machine(slot, loss_of(error), fault_line(error))
+
+    def lose_worker_or_machine(self, slot: Slot, fault: Fault, reason: str) -> list[Event]:
+        if self.on_cluster and slot.card is not None:
+            if self.is_dead(slot.card.node):
                 return self.lose_machine(slot.card.node)
-            return [self.lose(slot, loss_of(error), fault_line(error))]
+            if fault is Fault.NODE_LOST:
+                slot.lost_touch(reason, time.monotonic() + UNREACHABLE_S)
+                return []
+        return [self.lose(slot, fault, reason)]
 
     def welcome(self, slot: Slot, description: dict[str, Any]) -> Event:
         slot.booted(description["node_id"])

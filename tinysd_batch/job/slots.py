@@ -37,6 +37,8 @@ class Slot:
     working: Any = None  # generator of references to results
     ready: bool = False
     boot_by: float = 0.0
+    unreachable: str | None = None  # why its process is out of reach, while it is open whether its machine is lost
+    unreachable_until: float = 0.0
     boot_failures: int = 0
     deaths: int = 0  # in a row
     start_at: float = field(default_factory=time.monotonic)
@@ -55,10 +57,16 @@ class Slot:
     def worked(self, limits: dict[Shape, Limit]) -> None:
         self.deaths, self.limits = 0, limits
 
+    def lost_touch(self, reason: str, until: float) -> None:
+        """Wait for word of its machine: a lost one takes all its workers with it."""
+        self.booting = self.working = None
+        self.ready = False
+        self.unreachable, self.unreachable_until = reason, until
+
     def died(self, fault: Fault, now: float) -> None:
         """Its actor is no more; the next one starts after a delay that grows."""
         self.boot_failures += not self.ready and fault is not Fault.NODE_LOST
-        self.actor = self.booting = self.working = None
+        self.actor = self.booting = self.working = self.unreachable = None
         self.ready = False
         self.deaths += 1
         self.start_at = now + min(MAX_BACKOFF_S, 0.5 * 2 ** (self.deaths - 1))
