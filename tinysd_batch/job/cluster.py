@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import NoWorkerError
-from tinysd_batch.job.own_ray import INLINE, OwnRay, closed_job_config, ended_process, forget_token
+from tinysd_batch.job.own_ray import INLINE, OwnRay, check_loopback, closed_job_config, ended_process, forget_token
 from tinysd_batch.job.ray_calls import Caller, RayLostError
 from tinysd_batch.job.ray_output import RayOutput
 
@@ -51,7 +51,9 @@ class RaySession:
 
     def start(self) -> None:
         """Raises NoWorkerError where that is not possible."""
-        if not self.is_own:
+        if self.is_own:
+            check_loopback()
+        else:
             check_answers(self.address)
         wanted_open = os.environ.get("RAY_AUTH_MODE", "token") != "token"  # by the user's own word
         ray = import_ray()

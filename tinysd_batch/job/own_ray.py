@@ -30,8 +30,7 @@ class OwnRay:
     """The folder and the guardian of one Ray, from before it starts until nothing is left of it."""
 
     def __init__(self) -> None:
-        """Raises NoWorkerError where Ray could not start."""
-        check_loopback()
+        """Raises NoWorkerError where there is no place for Ray's files."""
         self.folder: RayFolder = make_folder()
         self.mark = uuid.uuid4().hex
         owner = self.folder.owner.fileno()  # a folder is ours for as long as its guardian lives

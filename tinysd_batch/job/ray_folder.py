@@ -19,13 +19,13 @@ from typing import IO
 import tinysd_batch
 from tinysd_batch.errors import NoWorkerError
 
-PREFIX = "tsdray-"
+PREFIX = "tsd-"
 OWNER = "owner"
 OWNED_BY = b"tinysd-batch\n"  # what that file holds
 TOKEN = "auth_token"  # noqa: S105 - the name of the file
 SHARED_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108 - with a folder of random name and our own in it
 MAX_SOCKET_PATH_BYTES = 107
-SOCKET_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+SOCKET_BYTES = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 RANDOM_BYTES = 9  # of the folder's own name, with a slash
 
 
@@ -38,7 +38,7 @@ class RayFolder:
 
     @property
     def for_ray(self) -> Path:
-        return self.path / "ray"
+        return self.path / "r"
 
     @property
     def packages(self) -> Path:
@@ -62,7 +62,7 @@ def make_folder() -> RayFolder:
             check_length(place)
             folder = make_in(place)
         except OSError as error:
-            problems.append(f"{place}: {(error.strerror or str(error)).lower()}")
+            problems.append(f"{place}: {error.strerror.lower() if error.strerror else error}")
             continue
         remove_stale(place)
         return folder
