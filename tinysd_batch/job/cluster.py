@@ -30,9 +30,9 @@ DRIVER_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AUTH_MODE": "token",
-    # Without its head Ray would end this process after a minute, before it has written down what it knows.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
 }
+# Ray would end this process a minute after its gcs_server, also where another one has long been started.
+OWN_SETTINGS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3600"}
 
 
 class RaySession:
@@ -44,6 +44,7 @@ class RaySession:
         self.output = RayOutput(log)
         self.call = Caller()
         self.own: OwnRay | None = None
+        self.node_id = ""  # of this process, in a cluster
 
     @property
     def is_own(self) -> bool:
@@ -56,7 +57,7 @@ class RaySession:
         else:
             check_answers(self.address)
         wanted_open = os.environ.get("RAY_AUTH_MODE", "token") != "token"  # by the user's own word
-        ray = import_ray()
+        ray = import_ray(DRIVER_SETTINGS | OWN_SETTINGS if self.is_own else DRIVER_SETTINGS)
         self.output.open()
         try:
             with our_signals():
@@ -84,6 +85,8 @@ class RaySession:
             raise NoWorkerError(why_not(self.address, error)) from error
         if self.own is not None:
             self.own.started()
+        else:
+            self.node_id = ray.get_runtime_context().get_node_id()
 
     def check_closed(self, ray: Any) -> None:
         """Raise NoWorkerError where the cluster runs code for anybody who reaches its ports."""
@@ -111,6 +114,8 @@ class RaySession:
 
         self.check_alive()
         nodes: list[dict[str, Any]] = self.call(ray.nodes)
+        if self.node_id and not any(node["Alive"] for node in nodes if node["NodeID"] == self.node_id):
+            raise RayLostError("this machine has left the cluster, and so ended its workers; `ray start` joins it")
         return nodes
 
     def stop(self) -> None:
@@ -135,8 +140,8 @@ def start_ray(options: dict[str, Any], log: Path | None = None) -> RaySession:
     return session
 
 
-def import_ray() -> Any:
-    for name, value in DRIVER_SETTINGS.items():
+def import_ray(settings: dict[str, str]) -> Any:
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     knows_settings = "ray" not in sys.modules
     import ray
