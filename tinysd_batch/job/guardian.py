@@ -68,8 +68,7 @@ def main() -> None:
     folders = [f"{folder}/" for folder in more[:1]]
     if len(more) > 1 and not wait_for_start(float(more[1])):
         end(mark, folders)
-    while sys.stdin.buffer.read1():
-        pass
+    sys.stdin.buffer.read()  # until the driver is no more
     end(mark, folders)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """A Ray of our own on this machine: what it needs to start, closed to others, and what ends it with this process."""
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -113,9 +114,8 @@ def closed_job_config() -> Any:
 
 def forget_token() -> None:
     """Ray's native half reads a token once per process; each Ray of our own has another."""
-    from ray._raylet import AuthenticationTokenLoader
-
-    AuthenticationTokenLoader.instance().reset_cache()
+    native: Any = importlib.import_module("ray._raylet")
+    native.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def ended_process() -> str | None:
