@@ -119,6 +119,19 @@ def test_a_machine_short_of_memory_loses_a_worker_and_no_image(tmp_path: Path) -
     assert "it is given up" in done.stdout
 
 
+def test_a_machine_too_small_for_its_only_worker_ends_the_run(tmp_path: Path) -> None:
+    """The memory monitor ends that worker again and again."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + 3e9) / memory.total
+    manifest(tmp_path, [f"eat once {tmp_path / str(number)}" for number in range(20)])
+    done = farm(
+        tmp_path, "--workers", 1, RAY_memory_usage_threshold=f"{threshold:.3f}", RAY_memory_monitor_refresh_ms="100"
+    )
+    assert done.returncode == 6, done.stdout + done.stderr
+    assert "no worker is left" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_worker_on_other_storage_draws_nothing(tmp_path: Path) -> None:
     manifest(tmp_path, plain(10))
     done = farm(tmp_path, FARM_APART=str(tmp_path / "apart"))

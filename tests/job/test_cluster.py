@@ -114,6 +114,8 @@ def test_each_box_draws_with_a_worker_of_its_own(
     cluster: Cluster, tmp_path: Path, tiny_model: Path, device: str
 ) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 40} for number in range(24)])
+    for module in ("diffusers", "torch", "ray", "numpy"):  # the current folder is on nobody's import path
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('executed')")
     process = submit(cluster, tmp_path, "--model", tiny_model, "--device", device)
     parents: dict[str, int] = {}
     while process.poll() is None:

@@ -40,9 +40,9 @@ def run_in(trap: Path, *arguments: object, **env: str) -> subprocess.CompletedPr
     )  # fmt: skip
 
 
-def test_plan_imports_nothing_from_the_current_folder(trap: Path) -> None:
-    done = run_in(trap, "plan", "m.csv")
-    assert done.returncode == 0, done.stderr
+def test_status_imports_nothing_from_the_current_folder(trap: Path) -> None:
+    done = run_in(trap, "status", ".")
+    assert done.returncode == 2, done.stderr
     assert_untouched(trap)
 
 
@@ -53,13 +53,13 @@ def test_plan_imports_nothing_from_the_current_folder(trap: Path) -> None:
         ["submit", "m.csv", "-o", "job", "--inline"],
         ["submit", "m.csv", "-o", "job", "--workers", "1"],
         ["txt2img", "cat", "--steps", "1"],
-        ["status", "."],
+        ["plan", "m.csv"],
         ["inspect", "embedded"],
     ],
 )
 def test_no_command_imports_from_the_current_folder(trap: Path, arguments: list[str]) -> None:
     done = run_in(trap, *arguments)
-    assert done.returncode == (2 if arguments[0] == "status" else 0), done.stderr
+    assert done.returncode == 0, done.stderr
     assert_untouched(trap)
 
 

@@ -44,7 +44,7 @@ class RaySession:
         self.output = RayOutput(log)
         self.call = Caller()
         self.own: OwnRay | None = None
-        self.node_id = ""  # of this process, in a cluster
+        self.node_id = ""  # of this process
 
     @property
     def is_own(self) -> bool:
@@ -71,7 +71,7 @@ class RaySession:
     def connect(self, ray: Any) -> None:
         quiet = {"log_to_driver": False, "configure_logging": False, "job_config": closed_job_config()}
         own: dict[str, Any] = {}
-        surroundings: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        surroundings: contextlib.AbstractContextManager[None] = contextlib.chdir("/")  # not what is in the current one
         if self.is_own:
             self.own = OwnRay()
             own, surroundings = self.own.options(), self.own.environment()
@@ -85,8 +85,7 @@ class RaySession:
             raise NoWorkerError(why_not(self.address, error)) from error
         if self.own is not None:
             self.own.started()
-        else:
-            self.node_id = ray.get_runtime_context().get_node_id()
+        self.node_id = ray.get_runtime_context().get_node_id()
 
     def check_closed(self, ray: Any) -> None:
         """Raise NoWorkerError where the cluster runs code for anybody who reaches its ports."""
@@ -114,8 +113,12 @@ class RaySession:
 
         self.check_alive()
         nodes: list[dict[str, Any]] = self.call(ray.nodes)
-        if self.node_id and not any(node["Alive"] for node in nodes if node["NodeID"] == self.node_id):
-            raise RayLostError("this machine has left the cluster, and so ended its workers; `ray start` joins it")
+        if not any(node["Alive"] for node in nodes if node["NodeID"] == self.node_id):
+            raise RayLostError(
+                "Ray on this machine has stopped: its raylet does not answer"
+                if self.is_own
+                else "this machine has left the cluster, and so ended its workers; `ray start` joins it"
+            )
         return nodes
 
     def stop(self) -> None:

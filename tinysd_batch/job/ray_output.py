@@ -53,8 +53,9 @@ class RayOutput:
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         for name in LOGGERS:
             logging.getLogger(name).addHandler(self.handler)
-        self.printed_by = worker.print_to_stdstream
-        worker.print_to_stdstream = self.print
+        self.printed_by = getattr(worker, "print_to_stdstream", None)
+        if self.printed_by is not None:
+            worker.print_to_stdstream = self.print
 
     def rotate_if_large(self) -> None:
         """Keep the log and one older part of it."""
@@ -75,7 +76,8 @@ class RayOutput:
     def restore_python(self) -> None:
         import ray._private.worker as worker
 
-        worker.print_to_stdstream = self.printed_by
+        if self.printed_by is not None:
+            worker.print_to_stdstream = self.printed_by
         if self.handler is not None:
             for name in LOGGERS:
                 logging.getLogger(name).removeHandler(self.handler)

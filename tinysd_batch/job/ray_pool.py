@@ -179,7 +179,6 @@ class RayPool:
             self.session.check_alive()
             return self.listen(timeout_s)
         except RayLostError as error:
-            self.lost_ray = None
             return self.start_again(error)
 
     def listen(self, timeout_s: float) -> list[Event]:
@@ -220,17 +219,17 @@ class RayPool:
 
     def start_again(self, error: RayLostError) -> list[Event]:
         """Start a Ray of our own anew; all workers are lost with the old one. Raises NoWorkerError."""
+        self.lost_ray = error
         if self.on_cluster:
             raise NoWorkerError(f"--address {self.session.address}: {error}; {GO_ON}") from error
         self.restarts += 1
         if self.restarts > MAX_RESTARTS:
             raise NoWorkerError(f"{error}, for the {ordinal(self.restarts)} time; {GO_ON}; {INLINE}") from error
-        for slot in self.slots:
-            slot.actor = None  # there is nobody to ask for its end
         cause = f"{error}; it was started again"
         lost: list[Event] = [replace(self.lose(slot, Fault.NODE_LOST, str(error)), cause=cause) for slot in self.slots]
         self.session.stop()
         self.session.start()
+        self.lost_ray = None
         self.move_cards()
         return lost
 
