@@ -174,6 +174,7 @@ class Dispatch:
     # Hearing back
 
     def handle(self, events: list[Event]) -> None:
+        self.announce([event for event in events if isinstance(event, WorkerLost) and event.cause])
         for event in events:
             match event:
                 case BatchDone(worker, results, seconds):
@@ -196,6 +197,14 @@ class Dispatch:
             conflict = update_record(self.job.precision_file, event.description)
         if conflict is not None:
             self.handle([self.pool.kill(event.worker, conflict, Fault.WORKER_DIED)])
+
+    def announce(self, lost: list[WorkerLost]) -> None:
+        """One line for each cause that ended several workers."""
+        for cause in dict.fromkeys(event.cause for event in lost):
+            workers = [event.worker for event in lost if event.cause == cause]
+            images = sum(self.flights[worker].images for worker in workers if worker in self.flights)
+            plural = "s go" if images > 1 else " goes"
+            self.progress.note(f"{cause}; its {images:,} image{plural} to others" if images else str(cause))
 
     def finish_batch(self, worker: str, results: list[ImageResult], seconds: float | None) -> None:
         flight, now = self.flights.get(worker), self.clock()
