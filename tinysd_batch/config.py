@@ -3,13 +3,16 @@
 import os
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.storage import read_file
+from tinysd_batch.text import decode_text, normalize_text
+from tinysd_batch.values import is_missing_number, is_nan, read_whole_number
 
 SAMPLERS = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "unipc")
 TAKE_ETA = ("plms", "ddim")  # the others have no use for it
@@ -25,13 +28,93 @@ EMBEDDED = "embedded"
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+# What other programs call our samplers, as `squeeze` leaves it: k-diffusion, the web UI, ComfyUI, InvokeAI, and the
+# scheduler classes of diffusers.
+SAMPLER_NAMES = {
+    **{name.replace("_", ""): name for name in SAMPLERS},
+    "pndm": "plms",
+    "eulerancestral": "euler_a",
+    "dpm2ancestral": "dpm2_a",
+    "dpmsolvermultistep": "dpmpp_2m",
+    "dpmsolverpp": "dpmpp_2m",
+    "dpmsolverpp2m": "dpmpp_2m",
+    "unipcmultistep": "unipc",
+}
+# Sigma schedules that such names end in.
+SCHEDULES = {
+    "karras": "Karras", "ka": "Karras", "polyexponential": "polyexponential", "exponential": "exponential",
+    "sgmuniform": "SGM uniform", "ddimuniform": "DDIM uniform", "uniform": "uniform", "normal": "normal",
+    "simple": "simple", "beta": "beta", "linearquadratic": "linear quadratic", "kloptimal": "KL optimal",
+    "alignyoursteps": "align your steps", "ays": "align your steps", "automatic": "automatic", "turbo": "turbo",
+}  # fmt: skip
+
+
 def find_sampler(name: str) -> str:
-    """A sampler's own name from what other programs call it, such as `Euler a` or `DPM++ 2M`; ValueError for none."""
-    plain = re.sub(r"[\s_-]+", "_", name.strip().lower().replace("++", "pp")).removeprefix("k_")
-    own = {known.replace("_", ""): known for known in SAMPLERS}.get(plain.replace("_", ""))
-    if own is None:
-        raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
-    return own
+    """A sampler's own name from what other programs call it, such as `Euler a`, `DPM++ 2M` or `k_dpm_2_ancestral`.
+
+    Raises ValueError for a name that is none, and for one that asks for a sigma schedule, which is what is missing.
+    """
+    if own := known_sampler(squeeze(name)):
+        return own
+    for own, schedule in without_schedules(name):
+        raise ValueError(f"{own} is there, but its {schedule} schedule is not; write {own} for the model's own schedule")
+    raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
+
+
+def squeeze(name: str) -> str:
+    """`k_dpm_2_ancestral` -> `kdpm2ancestral`, `diffusers.EulerDiscreteScheduler` -> `euler`"""
+    plain = normalize_text(name).strip().rpartition(".")[2].lower().replace("++", "pp")
+    plain = re.sub(r"[\W_]+", "", plain).removeprefix("sample").removesuffix("scheduler")
+    return plain.replace("discrete", "")
+
+
+def known_sampler(squeezed: str) -> str | None:
+    """k-diffusion's samplers are known with a k before them, too."""
+    return SAMPLER_NAMES.get(squeezed) or SAMPLER_NAMES.get(squeezed.removeprefix("k"))
+
+
+def without_schedules(name: str) -> Iterator[tuple[str, str]]:
+    """The samplers whose name, with a schedule behind it, this is, and the schedule."""
+    squeezed = squeeze(name)
+    for ending, schedule in SCHEDULES.items():
+        if squeezed.endswith(ending) and (own := known_sampler(squeezed.removesuffix(ending))):
+            yield own, schedule
+    # InvokeAI's dpmpp_2m_k
+    if re.search(r"[\s_-]k$", name.strip().lower()) and (own := known_sampler(squeezed.removesuffix("k"))):
+        yield own, "Karras"
+
+
+WHOLE_NUMBER_SETTINGS = (
+    "height", "width", "steps", "n_iter", "n_samples", "seed", "quality", "n_rows", "unet_bs", "max_batch", "workers",
+    "C", "f",
+)  # fmt: skip
+NUMBER_SETTINGS = ("scale", "eta", "worker_wait")
+TEXT_SETTINGS = (
+    "negative_prompt", "prompt_syntax", "sampler", "rng", "precision", "format", "device", "vram_budget", "address",
+)  # fmt: skip
+
+
+def tidy_settings(values: Any) -> Any:
+    """Settings as manifests' cells are read: `30.0` is 30, NaN and a seed of -1 say nothing, text is normalized."""
+    if not isinstance(values, dict):
+        return values
+    tidied: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in WHOLE_NUMBER_SETTINGS or name in NUMBER_SETTINGS:
+            if is_missing_number(value) or (name == "seed" and value in (-1, "-1")):
+                continue
+            tidied[name] = as_whole_number(value) if name in WHOLE_NUMBER_SETTINGS else value
+        else:
+            tidied[name] = normalize_text(value) if name in TEXT_SETTINGS and isinstance(value, str) else value
+    return tidied
+
+
+def as_whole_number(value: Any) -> Any:
+    """The value itself where it is none, for pydantic to say so."""
+    try:
+        return read_whole_number(value)
+    except ValueError:
+        return value
 
 
 def check_address(address: str) -> str:
@@ -48,6 +131,7 @@ class Settings(BaseModel):
     """Everything a job can be told besides its rows. None means: the model's own default."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    _tidy = model_validator(mode="before")(tidy_settings)
 
     # What decides the pixels of a row that does not say otherwise.
     model: str = EMBEDDED
@@ -77,6 +161,7 @@ class Settings(BaseModel):
 
     # How the work is done.
     strict: bool = False  # refuse columns of the manifest that are not known
+    interpret_lines: bool = False  # in a .txt: skip comments, read options behind prompts
     device: Literal["auto", "cpu", "cuda"] = "auto"
     vram_budget: str | None = None
     turbo: bool = False
@@ -102,7 +187,7 @@ class JobFile(Settings):
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_file(path, MAX_TOML_BYTES).decode("utf-8"))
+        return tomllib.loads(decode_text(read_file(path, MAX_TOML_BYTES)))
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except RecursionError:
@@ -170,7 +255,7 @@ def resolve(*layers: dict[str, Any]) -> Settings:
     """Settings from layers, later ones winning; a value of None in a layer says nothing."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged |= {key: value for key, value in layer.items() if value is not None}
+        merged |= {key: value for key, value in layer.items() if not (value is None or is_nan(value))}
     settings: Settings = validate(Settings, merged, "settings")
     parse_budget(settings.vram_budget, MAX_SEED)
     return settings

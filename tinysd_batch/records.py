@@ -51,6 +51,7 @@ class InvalidRow:
     prompt: str | None = None
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    line: int | None = None  # of the file, from 1, where the row starts; None where a file has no lines
 
 
 @dataclass(frozen=True, slots=True)

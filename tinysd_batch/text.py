@@ -5,6 +5,7 @@ comes from elsewhere (paths, host names, messages of libraries) goes through `st
 image holds it.
 """
 
+import codecs
 import re
 
 # Characters that nobody sees and that change nothing for a reader: byte-order mark, zero-width space, word joiner and
@@ -24,6 +25,16 @@ def normalize_text(text: str) -> str:
     if text.isascii():
         return text
     return UNUSUAL.sub(lambda match: " " if match[0][0] not in INVISIBLE_CHARACTERS else "", text)
+
+
+def decode_text(data: bytes) -> str:
+    """Return a text file's text: UTF-8, or UTF-16 where a byte-order mark says so, without such marks at line starts.
+
+    Raises UnicodeDecodeError for bytes that are neither.
+    """
+    is_utf_16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = data.decode("utf-16" if is_utf_16 else "utf-8")
+    return re.sub("^\ufeff+", "", text, flags=re.MULTILINE) if "\ufeff" in text else text
 
 
 def has_surrogates(text: str) -> bool:

@@ -1,6 +1,7 @@
 """Column names: ours, what other programs call them, and which of a manifest's columns is which."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
+from tinysd_batch.text import has_surrogates, normalize_text
 
 COLUMNS = (
     "prompt",
@@ -38,7 +40,8 @@ ALIASES = {
 SPELLINGS = {name: column for column in COLUMNS for name in (column, *ALIASES.get(column, ()))}
 MAX_NAME_CHARACTERS = 1000
 MAX_COLUMNS = 1000
-SEPARATORS = {";": "semicolons", "\t": "tabs"}
+WHOLE_NUMBERS = ("seed", "height", "width", "steps", "n_iter", "n_samples")
+NUMBERS = ("scale", "eta")
 LIKENESS = 0.8  # of 1, as difflib measures; below it a name is another word rather than a slip
 
 
@@ -61,41 +64,44 @@ def match_columns(names: tuple[str, ...]) -> Columns:
     check_names(names)
     found: dict[str, list[str]] = {}
     for name in names:
-        if column := SPELLINGS.get(normal(name)):
+        if column := is_column(name):
             found.setdefault(column, []).append(name)
     taken = {choose(column, spellings): column for column, spellings in found.items()}
+    carried = {name: normalize_text(name) for name in names if name not in taken}
+    refuse_doubled([name for name in carried.values() if name])
     return Columns(
-        names=tuple(taken.get(name, name) for name in names),
-        shown={column: name.strip() for name, column in taken.items()},
-        unknown=tuple(name for name in names if name not in taken),
+        names=tuple(taken.get(name) or carried[name] for name in names),
+        shown={column: normalize_text(name).strip() for name, column in taken.items()},
+        unknown=tuple(name for name in carried.values() if name),
     )
 
 
 def check_names(names: tuple[str, ...]) -> None:
-    if len(names) > MAX_COLUMNS:
-        raise ColumnError(f"{len(names)} columns, at most {MAX_COLUMNS}; leave out what is not needed")
-    for name in names:
+    """Columns without a name are looked at where they hold something."""
+    named = [name for name in names if name]
+    if len(named) > MAX_COLUMNS:
+        raise ColumnError(f"{len(named)} columns, at most {MAX_COLUMNS}; leave out what is not needed")
+    for name in named:
         if has_surrogates(name):
             raise ColumnError("not UTF-8; save the file as UTF-8")
         if "\0" in name or len(name) > MAX_NAME_CHARACTERS:
             rule = f"at most {MAX_NAME_CHARACTERS} characters, without NUL"
             raise ColumnError(f"column {excerpt(name)}: a name has {rule}")
-    if len(set(names)) < len(names):
-        doubled = min(name for name in names if names.count(name) > 1)
-        raise ColumnError(f"column {excerpt(doubled)} stands there twice; rename one")
+    refuse_doubled(named)
 
 
-def has_surrogates(text: str) -> bool:
-    """Whether half a character is in it: bytes that were no UTF-8, or JSON's \\ud800."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+def refuse_doubled(names: list[str]) -> None:
+    if doubled := [name for name, count in Counter(names).items() if count > 1]:
+        raise ColumnError(f"column {excerpt(min(doubled))} stands there twice; rename one")
 
 
 def normal(name: str) -> str:
-    return name.strip().lower().replace(" ", "_").replace("-", "_")
+    return normalize_text(name).strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def is_column(name: str) -> str | None:
+    """Our column of that name, if there is one."""
+    return SPELLINGS.get(normal(name))
 
 
 def choose(column: str, spellings: list[str]) -> str:
@@ -148,7 +154,6 @@ def listed(names: Iterable[str]) -> str:
 
 
 def separator_hint(header: tuple[str, ...]) -> str:
-    for separator, name in SEPARATORS.items():
-        if len(header) == 1 and separator in header[0]:
-            return f"; its cells seem to be split by {name}: save it with commas, or with tabs as .tsv"
+    if len(header) == 1 and any(separator in header[0] for separator in ",;\t"):
+        return "; the whole line is one cell: save the file again, without quotes around its lines"
     return ""

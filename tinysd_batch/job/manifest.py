@@ -24,13 +24,18 @@ from tinysd_batch.config import (
     find_sampler,
 )
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.columns import has_surrogates
 from tinysd_batch.job.formats import read_lines
-from tinysd_batch.job.manifest_file import Fault, open_manifest
+from tinysd_batch.job.manifest_file import Fault, SkippedRows, manifest_files, open_manifest
+from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.model.prompts import SYNTAXES, parse_prompt
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
+from tinysd_batch.text import has_surrogates, normalize_text
+from tinysd_batch.values import MISSING_WORDS, is_missing, is_missing_number, read_whole_number
 
 NO_NAMES: Mapping[str, str] = {}
+NO_SEED = -1
+LONGEST_MISSING_WORD = 10  # with blanks around it
+MARKS = {"seed": frozenset(":"), "a1111": frozenset("()[]"), "none": frozenset[str]()}  # faults need one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +56,61 @@ class Defaults:
 
 
 def fingerprint(path: Path) -> str:
-    """BLAKE2b of the manifest's bytes, 32 hex digits."""
+    """BLAKE2b of the manifest's bytes, 32 hex digits; for a folder of its parts' names and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    with open_manifest(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in manifest_files(path):
+        if part != path:
+            digest.update(f"{part.name}/{part.stat().st_size}/".encode("utf-8", "surrogateescape"))
+        with open_manifest(part) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
-def read_rows(path: Path, defaults: Defaults, strict: bool = False) -> Iterator[Row | InvalidRow]:
-    """Every line of the manifest in order, checked. Raises ManifestError for faults of the whole file.
+def read_rows(
+    path: Path,
+    defaults: Defaults,
+    strict: bool = False,
+    *,
+    notes: ReadingNotes | None = None,
+    interpret_lines: bool = False,
+) -> Iterator[Row | InvalidRow]:
+    """Every row of the manifest in order, checked. Raises ManifestError for faults of the whole file.
 
-    `strict`: columns that we do not know are such a fault, or in JSONL one of their row.
+    A blank row is none, and keeps its number.
+
+    Args:
+        strict: Columns that we do not know are a fault of the file, or in JSONL one of their row.
+        notes: Is filled with what was noticed besides the rows; complete when all rows are read.
+        interpret_lines: In a .txt, skip comments and read options behind a prompt.
     """
-    empty = True
-    for number, line in enumerate(read_lines(path, strict), start=1):
-        empty = False
+    notes = notes if notes is not None else ReadingNotes()
+    number, empty = 0, True
+    for line in read_lines(path, strict, notes=notes, interpret_lines=interpret_lines):
+        if isinstance(line, SkippedRows):
+            number += line.count
+            notes.blank_rows += line.count if line.is_blank else 0
+            continue
+        number += 1
         if isinstance(line, Fault):
-            yield InvalidRow(number, line.reason, prompt=clean_text(line.prompt) if line.prompt is not None else None)
+            empty = False
+            prompt = clean_text(line.prompt) if line.prompt is not None else None
+            yield InvalidRow(number, line.reason, prompt=prompt, line=line.line)
+        elif not line.values:
+            notes.blank_rows += 1
         else:
-            yield check_row(number, line.values, defaults, line.shown)
+            empty = False
+            row = check_row(number, line.values, defaults, line.shown, line.line)
+            if is_missing_word(row.prompt) or (isinstance(row, Row) and is_missing_word(row.negative_prompt)):
+                notes.see("have a word for a missing value (nan, None, NULL) as a prompt, taken as text", number)
+            yield row
     if empty:
-        raise ManifestError(f"{path}: no rows; add one for each prompt")
+        blank = f" besides {notes.blank_rows:,} blank ones" if notes.blank_rows else ""
+        raise ManifestError(f"{path}: no rows{blank}; add one for each prompt")
+
+
+def is_missing_word(prompt: str | None) -> bool:
+    return prompt is not None and len(prompt) < LONGEST_MISSING_WORD and prompt.strip().lower() in MISSING_WORDS
 
 
 # Checking
@@ -87,7 +125,11 @@ def clean_text(text: object, length: int = MAX_PROMPT_CHARACTERS) -> str:
 
 
 def check_row(
-    number: int, values: dict[str, Any], defaults: Defaults, shown: Mapping[str, str] = NO_NAMES
+    number: int,
+    values: dict[str, Any],
+    defaults: Defaults,
+    shown: Mapping[str, str] = NO_NAMES,
+    line: int | None = None,
 ) -> Row | InvalidRow:
     """The row with defaults filled in, or all that is wrong with it, with columns named as in `shown`."""
     rules, faults = rules_for(defaults.step_px), []
@@ -96,39 +138,54 @@ def check_row(
     for column, value in values.items():
         if column not in rules:
             extra[column] = plain(value)
-        elif value is not None:
-            try:
-                given[column] = rules[column](value)
-            except ValueError as error:
-                faults.append(f"column {shown.get(column, column)} = {excerpt(clean_text(value))}: {error}")
+            continue
+        try:
+            checked = rules[column](value)
+        except ValueError as error:
+            faults.append(f"column {shown.get(column, column)} = {excerpt(clean_text(value))}: {error}")
+        else:
+            if checked is not None:
+                given[column] = checked
     row = fill_in(number, given, defaults, extra)
-    faults += faults_of_prompts(row, values, shown)
+    if not row.prompt and is_missing(values.get("prompt")):
+        faults.append(f"column {shown.get('prompt', 'prompt')} is empty; write a prompt or remove the row")
+    faults += faults_of_prompts(row, shown)
     faults += faults_between_columns(row.seed, row.n_iter * row.n_samples, shown)
     if faults:
-        told = clean_text(values["prompt"]) if values.get("prompt") is not None else None
-        return InvalidRow(number, "; ".join(faults), prompt=told, id=row.id, extra=extra)
+        prompt = clean_text(values["prompt"]) if values.get("prompt") is not None else None
+        return InvalidRow(number, "; ".join(faults), prompt=prompt, id=row.id, extra=extra, line=line)
     return row
 
 
+Rule = Callable[[Any], Any]
+
+
 @lru_cache
-def rules_for(step_px: int) -> dict[str, Callable[[Any], Any]]:
-    """What reads a cell of each known column; it raises ValueError for what must not stand there."""
-    side = partial(check_integer, least=8, most=MAX_SIDE_PX, multiple_of=step_px)
+def rules_for(step_px: int) -> dict[str, Rule]:
+    """What reads a cell of each known column: None for one that is empty, ValueError for what must not stand there."""
+    side = remember(partial(check_integer, least=8, most=MAX_SIDE_PX, multiple_of=step_px))
+    number = partial(check_number, least=0)
     return {
         "prompt": check_prompt,
         "id": check_id,
-        "negative_prompt": check_prompt,
-        "prompt_syntax": check_syntax,
-        "seed": partial(check_integer, least=0, most=MAX_SEED),
+        "negative_prompt": remember(check_prompt),
+        "prompt_syntax": remember(check_syntax),
+        "seed": check_seed,
         "height": side,
         "width": side,
-        "steps": partial(check_integer, least=1, most=MAX_STEPS),
-        "scale": partial(check_number, least=0, most=100),
-        "sampler": check_sampler,
-        "eta": partial(check_number, least=0, most=1),
-        "n_iter": partial(check_integer, least=1, most=MAX_IMAGES_PER_ROW),
-        "n_samples": partial(check_integer, least=1, most=1024),
+        "steps": remember(partial(check_integer, least=1, most=MAX_STEPS)),
+        "scale": remember(partial(number, most=100)),
+        "sampler": remember(check_sampler),
+        "eta": remember(partial(number, most=1)),
+        "n_iter": remember(partial(check_integer, least=1, most=MAX_IMAGES_PER_ROW)),
+        "n_samples": remember(partial(check_integer, least=1, most=1024)),
     }
+
+
+def remember(rule: Rule) -> Rule:
+    """The same rule, quicker for values that come again, as those of most columns do."""
+    known = lru_cache(1024, typed=True)(rule)  # typed: True is 1 for a dictionary, and no number here
+    return lambda value: known(value) if type(value) in (str, int, float) else rule(value)
 
 
 def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[str, Any]) -> Row:
@@ -136,8 +193,8 @@ def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[
     value = given.get
     return Row(
         number,
-        value("prompt") or "",
-        value("negative_prompt") or defaults.negative_prompt,
+        value("prompt", ""),
+        value("negative_prompt", defaults.negative_prompt),
         value("seed"),
         value("scale", defaults.scale),
         value("n_iter", defaults.n_iter),
@@ -157,13 +214,14 @@ def sampling_params(width: int, height: int, steps: int, sampler: str, eta: floa
     return SamplingParams(width, height, steps, sampler, eta if sampler in TAKE_ETA else 0.0)
 
 
-def faults_of_prompts(row: Row, values: dict[str, Any], shown: Mapping[str, str]) -> Iterator[str]:
-    told = values.get("prompt") or ""
-    if isinstance(told, str) and not told.strip():
-        yield f"column {shown.get('prompt', 'prompt')} is empty; write a prompt or remove the row"
-    for column, text in (("prompt", row.prompt), ("negative_prompt", row.negative_prompt)):
-        for fault in faults_of_marks(text, row.prompt_syntax):
-            yield f"column {shown.get(column, column)} = {excerpt(text)}: {fault}"
+def faults_of_prompts(row: Row, shown: Mapping[str, str]) -> Iterator[str]:
+    syntax = row.prompt_syntax
+    for column, fault in (
+        ("prompt", fault_of_marks(row.prompt, syntax)),
+        ("negative_prompt", fault_of_marks_again(row.negative_prompt, syntax)),
+    ):
+        if fault:
+            yield f"column {shown.get(column, column)} = {excerpt(getattr(row, column))}: {fault}"
 
 
 def faults_between_columns(seed: int | None, images: int, shown: Mapping[str, str]) -> Iterator[str]:
@@ -174,47 +232,71 @@ def faults_between_columns(seed: int | None, images: int, shown: Mapping[str, st
 
 
 def check_prompt(value: Any) -> str | None:
+    if is_missing(value):
+        return None
     if not isinstance(value, str):
         raise ValueError("text was expected")
-    if len(value) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"{len(value)} characters, at most {MAX_PROMPT_CHARACTERS}")
-    if "\0" in value:
+    text = normalize_text(value)
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"{len(text)} characters, at most {MAX_PROMPT_CHARACTERS}")
+    if "\0" in text:
         raise ValueError("it holds a NUL character")
-    if has_surrogates(value):
+    if not text.isascii() and has_surrogates(text):
         raise ValueError("it is not UTF-8; save the file as UTF-8")
-    return value if value.strip() else None
+    return text
 
 
-def check_syntax(value: Any) -> str:
-    if value not in SYNTAXES:
-        raise ValueError(f"one of {', '.join(SYNTAXES)} was expected")
-    return str(value)
+def check_syntax(value: Any) -> str | None:
+    text = normalize_text(str(value)).strip()
+    if text in SYNTAXES:
+        return text
+    if is_missing_number(value):
+        return None
+    raise ValueError(f"one of {', '.join(SYNTAXES)} was expected")
 
 
-def faults_of_marks(prompt: str, syntax: str) -> Iterator[str]:
+def fault_of_marks(prompt: str, syntax: str) -> str | None:
+    if MARKS[syntax].isdisjoint(prompt):
+        return None
     try:
         parse_prompt(prompt, syntax)
     except UsageError as error:
-        yield str(error)
+        return str(error)
+    return None
 
 
-def check_integer(value: Any, least: int, most: int, multiple_of: int = 1) -> int:
-    try:
-        number = int(value, 10) if isinstance(value, str) else int(value)
-        if isinstance(value, bool) or (not isinstance(value, str) and number != value):
-            raise ValueError
-    except (ValueError, OverflowError, TypeError):
-        raise ValueError("a whole number was expected") from None
-    if not least <= number <= most:
-        raise ValueError(f"must be between {least} and {most}")
+fault_of_marks_again = lru_cache(1024)(fault_of_marks)  # negative prompts are mostly the same
+
+
+def check_seed(value: Any) -> int | None:
+    """-1, which means a random seed to other programs, is no seed."""
+    if is_missing_number(value) or (number := read_whole_number(value)) == NO_SEED:
+        return None
+    return check_bounds(number, 0, MAX_SEED)
+
+
+def check_integer(value: Any, least: int, most: int, multiple_of: int = 1) -> int | None:
+    if is_missing_number(value):
+        return None
+    number = check_bounds(read_whole_number(value), least, most)
     if number % multiple_of:
         raise ValueError(f"must be a multiple of {multiple_of} with this model")
     return number
 
 
-def check_number(value: Any, least: float, most: float) -> float:
+def check_bounds(number: int, least: int, most: int) -> int:
+    if not least <= number <= most:
+        raise ValueError(f"must be between {least} and {most}")
+    return number
+
+
+def check_number(value: Any, least: float, most: float) -> float | None:
+    if is_missing_number(value):
+        return None
     try:
-        number = float(value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(normalize_text(value) if isinstance(value, str) else value)
     except (ValueError, OverflowError, TypeError):
         raise ValueError("a number was expected") from None
     if not math.isfinite(number):
@@ -224,19 +306,25 @@ def check_number(value: Any, least: float, most: float) -> float:
     return number
 
 
-def check_sampler(value: Any) -> str:
-    return find_sampler(str(value))
+def check_sampler(value: Any) -> str | None:
+    return None if is_missing_number(value) else find_sampler(str(value))
 
 
-def check_id(value: Any) -> str:
-    text = str(value)
+def check_id(value: Any) -> str | None:
+    if is_missing(value):
+        return None
+    text = normalize_text(str(value))
     if has_surrogates(text) or "\0" in text or len(text) > 1000:
         raise ValueError("at most 1000 characters of UTF-8 without NUL")
     return text
 
 
 def plain(value: Any) -> Any:
-    """A value of an unknown column as the results can hold it: text, number or nothing."""
+    """A value of an unknown column as the results can hold it: text, number, a list or structure of these."""
     if isinstance(value, str):
         return clean_text(value, sys.maxsize)
+    if isinstance(value, list):
+        return [None if each is None else plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: None if each is None else plain(each) for name, each in value.items()}
     return value if isinstance(value, bool | int | float) else str(value)

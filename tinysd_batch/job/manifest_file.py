@@ -1,6 +1,7 @@
 """A manifest's file: its name, its bytes, unpacked as they are read, and what a row of it is."""
 
 import gzip
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -9,17 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinysd_batch.errors import ManifestError
+from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.storage import check_regular
 
 MAX_CELL_CHARACTERS = 131_072
 MAX_UNPACKED_BYTES = 4 << 30  # of a .parquet.gz, which must be unpacked whole
+PART_SUFFIXES = (".parquet", ".pq")  # of the files in a folder that is one table
 
 
 class Line(NamedTuple):
-    """A row as the file gives it, without the cells that are empty."""
+    """A row as the file gives it, without the cells that are empty; a blank row has none."""
 
     values: dict[str, Any]  # known columns under our names
     shown: Mapping[str, str]  # our name -> the file's
+    line: int | None = None  # of the file, from 1, where the row starts; None where a file has no lines
 
 
 class Fault(NamedTuple):
@@ -27,6 +31,25 @@ class Fault(NamedTuple):
 
     reason: str
     prompt: str | None = None
+    line: int | None = None
+
+
+class SkippedRows(NamedTuple):
+    """Rows that are none and keep their numbers."""
+
+    count: int
+    is_blank: bool = True
+
+
+class ReadingOptions(NamedTuple):
+    """How to read, and where to write down what was noticed."""
+
+    notes: ReadingNotes
+    strict: bool = False  # unknown columns are a fault
+    interpret_lines: bool = False  # in a .txt: skip comments, read the options of other programs
+
+
+RowRead = Line | Fault | SkippedRows
 
 
 def is_packed(path: Path) -> bool:
@@ -40,6 +63,40 @@ def unpacked_name(path: Path) -> str:
 def bare_name(path: Path) -> str:
     """The file's name without the suffixes that say how to read it."""
     return Path(unpacked_name(path)).stem
+
+
+def manifest_files(path: Path) -> list[Path]:
+    """The files that hold the manifest: itself, or the Parquet parts of a folder in their order.
+
+    Spark, Dask and pandas write a table as a folder of parts; names that begin with `_` or `.` are their own notes.
+    Raises ManifestError for a folder without parts, or with tables in folders below it.
+    """
+    try:
+        if not path.is_dir():
+            return [path]
+        inside = sorted((each for each in path.iterdir() if each.name[0] not in "._"), key=natural_order)
+        folders = [each for each in inside if each.is_dir()]
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    parts = [each for each in inside if each.suffix.lower() in PART_SUFFIXES and each not in folders]
+    if folders and not parts:
+        raise ManifestError(f"{path}: its tables are in folders below it ({folders[0].name}); name one of those")
+    if not parts:
+        raise ManifestError(f"{path}: is a directory without Parquet files; name a file")
+    return parts
+
+
+def is_folder_of_parts(path: Path) -> bool:
+    try:
+        return path.is_dir() and any(each.suffix.lower() in PART_SUFFIXES for each in path.iterdir())
+    except OSError:
+        return False
+
+
+def natural_order(path: Path) -> list[tuple[bool, int, str]]:
+    """`part.2` before `part.10`."""
+    words = re.split(r"([0-9]+)", path.name)
+    return [(word.isdecimal(), int(word) if word.isdecimal() else 0, word) for word in words]
 
 
 def open_manifest(path: Path) -> Any:

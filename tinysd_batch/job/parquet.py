@@ -1,4 +1,8 @@
-"""Read Parquet manifests a batch of rows at a time; no cell, and no row group, without a bound."""
+"""Read Parquet manifests a batch of rows at a time; no cell, and no row group, without a bound.
+
+A column that nobody asked for never costs a row: what cannot be carried into the results is left out and noted, and
+where that shows before reading, the column is not read at all.
+"""
 
 import json
 from collections.abc import Iterator
@@ -10,10 +14,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tinysd_batch.config import MAX_PROMPT_CHARACTERS, excerpt
+from tinysd_batch.config import MAX_PROMPT_CHARACTERS
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.columns import Columns, table_columns
-from tinysd_batch.job.manifest_file import MAX_CELL_CHARACTERS, Fault, Line, first_line, open_whole
+from tinysd_batch.job.manifest_file import (
+    MAX_CELL_CHARACTERS,
+    Fault,
+    Line,
+    ReadingOptions,
+    RowRead,
+    SkippedRows,
+    first_line,
+    manifest_files,
+    open_whole,
+)
+from tinysd_batch.job.notes import ReadingNotes
+from tinysd_batch.job.parquet_footer import column_sizes
+from tinysd_batch.job.parquet_types import (
+    carried_type,
+    holds_binary,
+    is_binary,
+    is_number,
+    is_string,
+    is_time,
+    nested_type,
+    plain_type,
+    text_or_number,
+)
+from tinysd_batch.values import is_missing
 
 PARQUET_BATCH_ROWS = 1024
 PARQUET_SPARE_BYTES = 64 << 20  # what a row group may hold besides MAX_PROMPT_CHARACTERS a row
@@ -25,17 +53,42 @@ class BadCell(NamedTuple):
     reason: str
 
 
-def read_parquet(path: Path, strict: bool) -> Iterator[Line | Fault]:
+def read_parquet(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
+    """The rows of the file, or of all files of a folder."""
+    parts = manifest_files(path)
+    clashing = {name for name, kind in unknown_types(parts).items() if kind is None} if len(parts) > 1 else set()
+    for name in clashing:
+        options.notes.leave_out(name, "its type differs between the parts")
+    for part in parts:
+        for row in read_part(part, options):
+            if clashing and isinstance(row, Line):
+                for name in clashing & row.values.keys():
+                    del row.values[name]
+            yield row
+
+
+def read_part(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
     """Text is read as references to its different values: a small file can repeat a huge one many times."""
     with open_whole(path) as whole, parquet_errors(path):
         file = pq.ParquetFile(whole)
-        columns = table_columns(path, file.schema_arrow.names, strict)
-        check_sizes(path, file.metadata)
-        leaves = [file.schema.column(number) for number in range(len(file.schema))]
-        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        header = file.schema_arrow.names
+        columns = table_columns(path, header, options.strict)
+        left_out = left_out_columns(path, whole, file, columns)
+        for name, reason in left_out.items():
+            options.notes.leave_out(name, reason)
+        wanted = [name for name in header if name not in left_out] if left_out else None
+        texts = [leaf.path for leaf in map(file.schema.column, range(len(file.schema))) if is_text_leaf(leaf)]
         file = pq.ParquetFile(whole, metadata=file.metadata, read_dictionary=texts)
-        for batch in file.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
-            yield from batch_lines(batch, columns)
+        our_names = dict(zip(header, columns.names, strict=True))
+        for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
+            if all(array.null_count == len(array) for array in batch.columns):
+                yield SkippedRows(len(batch))
+            else:
+                yield from batch_lines(batch, our_names, columns, options.notes)
+
+
+def is_text_leaf(leaf: Any) -> bool:
+    return bool(leaf.physical_type == "BYTE_ARRAY")
 
 
 @contextmanager
@@ -46,59 +99,96 @@ def parquet_errors(path: Path) -> Iterator[None]:
         raise ManifestError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
-def check_sizes(path: Path, metadata: Any) -> None:
-    """Refuse row groups with pages that may not fit into memory.
+def left_out_columns(path: Path, whole: Any, file: Any, columns: Columns) -> dict[str, str]:
+    """Columns of the file that are not read, and why not. Raises ManifestError where the others are too large.
 
-    Not column by column: asking a damaged file for a column's size ends the process within pyarrow.
+    They may not fit into memory: a page of a column is unpacked as a whole.
     """
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        if group.total_byte_size > PARQUET_SPARE_BYTES + MAX_PROMPT_CHARACTERS * group.num_rows:
-            size = f"{group.total_byte_size:,} bytes in {group.num_rows:,} rows"
+    unknown = {name for name, our_name in zip(file.schema_arrow.names, columns.names, strict=True)
+               if our_name not in columns.shown}  # fmt: skip
+    left_out = {field.name: "it holds bytes" for field in file.schema_arrow
+                if field.name in unknown and holds_binary(field.type)}  # fmt: skip
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    if not any(group.total_byte_size > smallest_heavy_size(group.num_rows) for group in groups):
+        return left_out
+    for number, (group, sizes) in enumerate(zip(groups, column_sizes(whole), strict=True)):
+        limit = PARQUET_SPARE_BYTES + MAX_PROMPT_CHARACTERS * group.num_rows
+        total = sum(size for name, size in sizes.items() if name not in unknown)
+        if total > limit:
+            size = f"{total:,} bytes in {group.num_rows:,} rows"
             raise ManifestError(f"{path}: row group {number}: {size} is too much; leave out columns with long values")
+        for name in sorted(unknown - left_out.keys(), key=lambda name: (sizes[name], name)):
+            total += sizes[name]
+            if sizes[name] > MAX_CELL_CHARACTERS * group.num_rows or total > limit:
+                left_out[name] = "its values are too long"
+    return left_out
 
 
-def batch_lines(batch: Any, columns: Columns) -> Iterator[Line | Fault]:
-    names = columns.names
-    cells = [read_cells(array, name in columns.shown) for name, array in zip(names, batch.columns, strict=True)]
+def smallest_heavy_size(rows: int) -> int:
+    """Bytes of a row group in which no column can be too large."""
+    return min(MAX_CELL_CHARACTERS * rows, PARQUET_SPARE_BYTES + MAX_PROMPT_CHARACTERS * rows)
+
+
+def batch_lines(batch: Any, our_names: dict[str, str], columns: Columns, notes: ReadingNotes) -> Iterator[Line | Fault]:
+    names = [our_names[name] for name in batch.schema.names]
+    cells = [read_column(array, name, columns) for name, array in zip(names, batch.columns, strict=True)]
     for row in zip(*cells, strict=True):
-        values = {name: cell for name, cell in zip(names, row, strict=True) if cell is not None and cell != ""}
-        bad = [(name, cell) for name, cell in values.items() if type(cell) is BadCell]
+        values = {name: cell for name, cell in zip(names, row, strict=True) if not is_missing(cell)}
+        bad = {name: cell.reason for name, cell in values.items() if type(cell) is BadCell}
+        for name in bad.keys() - columns.shown.keys():
+            del values[name]
+            notes.leave_out(name, f"not everywhere: {bad.pop(name)}")
         if bad:
             prompt = values.get("prompt")
-            reasons = (f"column {columns.shown.get(name, excerpt(name))}: {cell.reason}" for name, cell in bad)
+            reasons = (f"column {columns.shown[name]}: {reason}" for name, reason in bad.items())
             yield Fault("; ".join(reasons), prompt if isinstance(prompt, str) else None)
         else:
             yield Line(values, columns.shown)
 
 
-def read_cells(array: Any, known: bool) -> list[Any]:
+def read_column(array: Any, name: str, columns: Columns) -> list[Any]:
+    return read_cells(array) if name in columns.shown else read_carried(array)
+
+
+def read_encoded(array: Any, read: Any) -> list[Any] | None:
+    """The values of an array that is encoded in some way, read by `read` without it; None for a plain array."""
+    if pa.types.is_dictionary(array.type):
+        used = array.indices.unique()
+        entries = dict(zip(used.to_pylist(), read(array.dictionary.take(used)), strict=True))
+        return [entries[index] for index in array.indices.to_pylist()]
+    if isinstance(array.type, pa.BaseExtensionType):
+        return read(array.storage)  # type: ignore[no-any-return]
+    if pa.types.is_float16(array.type):
+        return read(array.cast(pa.float32()))  # type: ignore[no-any-return]
+    return None
+
+
+def read_cells(array: Any) -> list[Any]:
     """Numbers as they are, all else as text; None and BadCell where there is nothing or nothing to be used."""
     kind = array.type
-    if pa.types.is_dictionary(kind):
-        used = array.indices.unique()
-        entries = dict(zip(used.to_pylist(), read_cells(array.dictionary.take(used), known), strict=True))
-        return [entries[index] for index in array.indices.to_pylist()]
-    if isinstance(kind, pa.BaseExtensionType):
-        return read_cells(array.storage, known)
-    if pa.types.is_float16(kind):
-        return read_cells(array.cast(pa.float32()), known)
+    if (cells := read_encoded(array, read_cells)) is not None:
+        return cells
     if is_number(kind) or pa.types.is_decimal(kind):
         return array.to_pylist()  # type: ignore[no-any-return]
-    if is_text(kind):
+    if is_string(kind) or is_binary(kind):
         return read_texts(array)
-    if pa.types.is_nested(kind) and known:
+    if pa.types.is_nested(kind):
         return [BadCell("a single value was expected") if one.is_valid else None for one in array]
     return [read_scalar(one) for one in array]
 
 
-def is_number(kind: Any) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
-
-
-def is_text(kind: Any) -> bool:
-    kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
-    return any(getattr(pa.types, f"is_{name}")(kind) for name in kinds)
+def read_carried(array: Any) -> list[Any]:
+    """Values as they travel to the results (`parquet_types`)."""
+    kind = array.type
+    if (cells := read_encoded(array, read_carried)) is not None:
+        return cells
+    if is_time(kind) or pa.types.is_decimal(kind):
+        return array.cast(plain_type(kind)).to_pylist()  # type: ignore[no-any-return]
+    if nested_type(kind) is not None:
+        return [read_scalar(one, as_json=False) for one in array]
+    if pa.types.is_nested(kind):
+        return [read_scalar(one) for one in array]
+    return read_cells(array)
 
 
 def read_texts(array: Any) -> list[Any]:
@@ -117,15 +207,16 @@ def too_long(size: int) -> BadCell:
     return BadCell(f"some {size} bytes, at most {MAX_CELL_CHARACTERS}")
 
 
-def read_scalar(scalar: Any) -> str | BadCell | None:
-    """A time or a nested value as text."""
+def read_scalar(scalar: Any, as_json: bool = True) -> Any:
+    """A time as text, a nested value as JSON or as it is."""
     if not scalar.is_valid:
         return None
     if (size := weight(scalar)) > MAX_CELL_CHARACTERS:
         return too_long(size)
     try:
         if pa.types.is_nested(scalar.type):
-            return json.dumps(scalar.as_py(), ensure_ascii=False, default=as_text)
+            value = scalar.as_py()
+            return json.dumps(value, ensure_ascii=False, default=as_text) if as_json else value
         return pc.cast(scalar, pa.string()).as_py()  # type: ignore[no-any-return]
     except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:
         return BadCell(f"cannot be read: {first_line(error)}")
@@ -153,19 +244,38 @@ def weight(scalar: Any) -> int:
     return total
 
 
-def read_unknown_fields(path: Path) -> list[pa.Field]:
-    """Unknown columns as the results will hold them: numbers kept, all else text."""
-    with open_whole(path) as whole, parquet_errors(path):
-        schema = pq.read_schema(whole)
-    unknown = set(table_columns(path, schema.names, strict=False).unknown)
-    return [pa.field(field.name, kept_type(field.type)) for field in schema if field.name in unknown]
+def read_unknown_fields(path: Path, *, as_text: bool = False) -> list[pa.Field]:
+    """Unknown columns as the results will hold them; `as_text` keeps the types of numbers only."""
+    kinds = unknown_types(manifest_files(path))
+    kept = text_or_number if as_text else carried_type
+    return [pa.field(name, kept(kind)) for name, kind in kinds.items() if kind is not None]
 
 
-def kept_type(kind: Any) -> Any:
-    if pa.types.is_dictionary(kind):
-        return kept_type(kind.value_type)
-    if isinstance(kind, pa.BaseExtensionType):
-        return kept_type(kind.storage_type)
-    if pa.types.is_float16(kind):
-        return pa.float32()
-    return kind if is_number(kind) else pa.string()
+def unknown_types(parts: list[Path]) -> dict[str, Any]:
+    """The type of each unknown column that can be carried; None where the parts have nothing in common."""
+    kinds: dict[str, Any] = {}
+    for part in parts:
+        with open_whole(part) as whole, parquet_errors(part):
+            file = pq.ParquetFile(whole)
+            columns = table_columns(part, file.schema_arrow.names, strict=False)
+            left_out = left_out_columns(part, whole, file, columns)
+        for field, name in zip(file.schema_arrow, columns.names, strict=True):
+            if name not in columns.shown and field.name not in left_out:
+                kind = carried_type(field.type) if not pa.types.is_null(field.type) else pa.null()
+                kinds[name] = common_type(kinds.get(name, kind), kind)
+    return kinds
+
+
+def common_type(one: Any, other: Any) -> Any | None:
+    """The type of a column in several parts: equal ones, numbers, or parts without any value."""
+    if one == other or pa.types.is_null(other):
+        return one
+    if one is None or pa.types.is_null(one):
+        return one and other
+    if not (is_number(one) and is_number(other)):
+        return None
+    schemas = [pa.schema([pa.field("x", kind)]) for kind in (one, other)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+    except pa.ArrowException:
+        return None

@@ -6,6 +6,7 @@ A sealed file names the journal parts it holds, so a crash between sealing and d
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
+from tinysd_batch.job.parquet_types import plain_schema
 from tinysd_batch.job.tables import (
     COVERS,
     FIELDS,
@@ -42,6 +44,7 @@ REQUEST_COLUMNS = ("row", "sample", "id", "prompt", "negative_prompt", "prompt_s
 PARAMS_COLUMNS = ("width", "height", "steps", "sampler", "eta")
 RESULT_COLUMNS = tuple(field.name for field in fields(ImageResult))
 OUR_NAMES = {field.name for field in FIELDS}
+LINE = re.compile(r"line (\d{1,18}): ", re.ASCII)  # before the reason in the message of an invalid row
 
 
 def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
@@ -86,9 +89,20 @@ def invalid_row(row: InvalidRow, run: dict[str, Any]) -> dict[str, Any]:
     now = datetime.now(UTC)
     ours = {
         "row": row.number, "id": row.id, "prompt": row.prompt, "status": str(Status.INVALID), "attempts": 0,
-        "error_class": "invalid_row", "error_message": row.reason[:2000], "started_at": now, "finished_at": now,
+        "error_class": "invalid_row", "error_message": fault_message(row)[:2000], "started_at": now, "finished_at": now,
     }  # fmt: skip
     return {**ours, **run, **{extra_name(name): value for name, value in row.extra.items()}}
+
+
+def fault_message(row: InvalidRow) -> str:
+    """`line 8: column seed = 'x': a whole number was expected`"""
+    return f"line {row.line}: {row.reason}" if row.line is not None else row.reason
+
+
+def split_line(message: str) -> tuple[int | None, str]:
+    """The line and the reason that `fault_message` put together."""
+    match = LINE.match(message)
+    return (int(match[1]), message[match.end() :]) if match else (None, message)
 
 
 class ResultsWriter:
@@ -102,6 +116,9 @@ class ResultsWriter:
         self.guard = guard
         self.paths = ResultsPaths(job_folder)
         self.schema = schema
+        carried = list(schema)[len(FIELDS) :]
+        self.plain_schema = plain_schema(schema, [field.name for field in carried])
+        self.text_columns = [field.name for field in carried if pa.types.is_string(field.type)]
         self.big = total_rows > ONE_FILE_ROWS
         self.buffer: list[dict[str, Any]] = []
         self.last_flush = time.monotonic()
@@ -115,6 +132,10 @@ class ResultsWriter:
         self.journal_rows = sum(read_footer(part).num_rows for part in self.paths.journal_parts())
 
     def append(self, row: dict[str, Any]) -> None:
+        for name in self.text_columns:  # a job that began with text goes on with text
+            value = row.get(name)
+            if value is not None and not isinstance(value, str):
+                row[name] = json.dumps(value, ensure_ascii=False)
         self.buffer.append(row)
 
     def flush_if_due(self) -> bool:
@@ -127,7 +148,7 @@ class ResultsWriter:
         self.last_flush = time.monotonic()
         if not self.buffer:
             return False
-        table = pa.Table.from_pylist(self.buffer, self.schema)
+        table = fit(pa.Table.from_pylist(self.buffer, self.plain_schema), self.schema)
         with self.guard():
             part = self.paths.journal / f"{self.sequence:08d}.parquet"
             write_atomically(to_parquet(table, compression="none"), part)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tinysd_batch.errors import StorageError
+from tinysd_batch.job.parquet_types import is_time, plain_type
 from tinysd_batch.storage import check_regular
 
 MANY_ROWS = 4096  # from which on a table is read by several threads
@@ -116,6 +117,20 @@ def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
+def readable(table: pa.Table) -> pa.Table:
+    """The table with carried times as text: Python has none of nanoseconds, or beyond the year 9999."""
+    ours = {field.name for field in FIELDS}
+    for position, field in enumerate(table.schema):
+        if is_time(field.type) and field.name not in ours:
+            column = table.column(position)
+            try:
+                column = column.cast(pa.string())
+            except pa.ArrowException:  # a time zone that is not known here
+                column = column.cast(plain_type(field.type)).cast(pa.string())
+            table = table.set_column(position, field.name, column)
+    return table
+
+
 def keys_of(table: pa.Table) -> tuple[Any, Any]:
     """What tells rows apart, as two arrays: manifest row, and the image's index, which is 0 for an invalid row."""
     return table["row"].to_numpy(), pc.fill_null(table["index"], 0).to_numpy()
@@ -181,7 +196,7 @@ class ResultsPaths:
         """The same, row by row."""
         for file in self.files():
             with damaged_table(file):
-                rows = read_table(file, columns).to_pylist()
+                rows = readable(read_table(file, columns)).to_pylist()
             yield from rows
 
     def read_newest(self, columns: list[str]) -> pa.Table:

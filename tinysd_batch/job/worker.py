@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 import tinysd_batch
 from tinysd_batch.config import MAX_SEED, Settings, printable
 from tinysd_batch.errors import BrokenWorkerError
-from tinysd_batch.job.columns import has_surrogates
 from tinysd_batch.job.failures import POLICY, Action, Fault, error_class, fault_of
 from tinysd_batch.job.savings import BATCH_HALVED, BATCH_SPLIT, Limit, Shape, pieces, shape_of
 from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import MAX_FILE_BYTES, publish, storage_errors
+from tinysd_batch.text import has_surrogates
 
 if TYPE_CHECKING:
     from tinysd_batch.model.drawing import Generated

@@ -48,7 +48,9 @@ def to_csv(rows: list[dict[str, Any]], separator: str) -> str:
     writer = csv.writer(sheet, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     names = list(rows[0]) if rows else []
     writer.writerow([cell(name) for name in names])
-    writer.writerows([cell(row.get(name)) for name in names] for row in rows)
+    for row in rows:
+        row["degraded"] = " ".join(row.get("degraded") or [])
+        writer.writerow([cell(row.get(name)) for name in names])
     return sheet.getvalue()
 
 
@@ -57,6 +59,6 @@ def cell(value: Any) -> Any:
 
     Manifests may come from anybody, and Excel and its like run what begins with these marks (OWASP, CSV injection).
     """
-    if isinstance(value, list):
-        value = " ".join(str(part) for part in value)
+    if isinstance(value, list | dict):
+        value = json.dumps(value, ensure_ascii=False, default=str)
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_MARKS) else value

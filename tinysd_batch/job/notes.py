@@ -1,0 +1,62 @@
+"""What a reader noticed about a manifest besides its rows: one line each for people, and counts for programs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+MAX_NAMED = 8  # columns in one line
+
+
+@dataclass(slots=True)
+class Sightings:
+    """How often something was seen, and in which row first."""
+
+    count: int = 0
+    first_row: int = 0
+
+    def add(self, row: int) -> None:
+        self.count += 1
+        self.first_row = self.first_row or row
+
+    def __str__(self) -> str:
+        return f"{self.count:,} row{'s' * (self.count != 1)} (first: row {self.first_row})"
+
+
+@dataclass(slots=True)
+class ReadingNotes:
+    """Filled while a manifest is read once; use a new object for each pass.
+
+    `rows` maps what was seen in rows to how often; `left_out` maps a column that is not carried to the reason.
+    """
+
+    separator: str = ""  # what stands between cells where it is not what the file's suffix says
+    encoding: str = ""  # where it is not UTF-8
+    blank_rows: int = 0
+    rows: dict[str, Sightings] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    advice: dict[str, None] = field(default_factory=dict)  # sentences about the whole file
+
+    def see(self, what: str, row: int) -> None:
+        self.rows.setdefault(what, Sightings()).add(row)
+
+    def leave_out(self, column: str, reason: str) -> None:
+        self.left_out.setdefault(column, reason)
+
+    def advise(self, sentence: str) -> None:
+        self.advice.setdefault(sentence)
+
+    def lines(self) -> Iterator[str]:
+        """One sentence for each kind of thing, without the file's name."""
+        if self.encoding:
+            yield f"read as {self.encoding}"
+        if self.separator:
+            yield f"{self.separator} between cells"
+        if self.blank_rows:
+            yield f"{self.blank_rows:,} blank row{'s' * (self.blank_rows != 1)} skipped"
+        yield from self.advice
+        for what, sightings in self.rows.items():
+            yield f"{sightings} {what}"
+        named = list(self.left_out.items())
+        for column, reason in named[:MAX_NAMED]:
+            yield f"column {column!r} is not carried into the results: {reason}"
+        if len(named) > MAX_NAMED:
+            yield f"{len(named) - MAX_NAMED:,} more columns are not carried into the results"

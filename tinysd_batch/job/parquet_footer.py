@@ -1,0 +1,110 @@
+"""How large each column of a Parquet file is, read from its footer without pyarrow.
+
+pyarrow has the same numbers, but asking it for those of a damaged file ends the process: the C++ exception is not
+caught. The footer is a Thrift structure in the compact protocol
+(https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md,
+https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift).
+"""
+
+from collections import Counter
+from typing import Any
+
+MAX_DEPTH = 16
+MARK = b"PAR1"
+# Field numbers of parquet.thrift
+ROW_GROUPS = 4  # of FileMetaData
+COLUMNS = 1  # of RowGroup
+META_DATA = 3  # of ColumnChunk
+PATH, UNCOMPRESSED_SIZE = 3, 6  # of ColumnMetaData
+
+
+def column_sizes(file: Any) -> list[Counter[str]]:
+    """Bytes of each column of the table, nested ones with all their parts, for each row group.
+
+    Raises ValueError for a footer that is damaged.
+    """
+    file.seek(-8, 2)
+    length, mark = int.from_bytes(file.read(4), "little"), file.read(4)
+    end = file.seek(0, 2)
+    if mark != MARK or length + 8 > end:
+        raise ValueError("the footer is damaged")
+    file.seek(end - 8 - length)
+    try:
+        groups = CompactReader(file.read(length)).read_struct(0).get(ROW_GROUPS, [])
+        return [group_sizes(group) for group in groups]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError("the footer is damaged") from error
+
+
+def group_sizes(group: dict[int, Any]) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    for chunk in group.get(COLUMNS, []):
+        found = chunk[META_DATA]
+        sizes[found[PATH][0].decode("utf-8", "surrogateescape")] += max(0, found[UNCOMPRESSED_SIZE])
+    return sizes
+
+
+class CompactReader:
+    """Structures as dictionaries from field numbers to values."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.position = 0
+
+    def read_struct(self, depth: int) -> dict[int, Any]:
+        if depth > MAX_DEPTH:
+            raise ValueError("the footer is nested too deep")
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self.read_byte():
+            number = number + (head >> 4) if head >> 4 else self.read_signed()
+            fields[number] = self.read_value(head & 15, depth, is_field=True)
+        return fields
+
+    def read_value(self, kind: int, depth: int, is_field: bool = False) -> Any:
+        match kind:
+            case 1 | 2:  # a field's truth is in its kind
+                return kind == 1 if is_field else self.read_byte() == 1
+            case 3:
+                return self.read_byte()
+            case 4 | 5 | 6:
+                return self.read_signed()
+            case 7:
+                return self.read_bytes(8)
+            case 8:
+                return self.read_bytes(self.read_number())
+            case 9 | 10:
+                return self.read_list(depth)
+            case 12:
+                return self.read_struct(depth + 1)
+        raise ValueError("the footer holds a type that Parquet does not use")
+
+    def read_list(self, depth: int) -> list[Any]:
+        head = self.read_byte()
+        count = head >> 4 if head >> 4 != 15 else self.read_number()
+        if count > len(self.data) - self.position:
+            raise ValueError("the footer is cut off")
+        return [self.read_value(head & 15, depth + 1) for _ in range(count)]
+
+    def read_byte(self) -> int:
+        self.position += 1
+        return self.data[self.position - 1]
+
+    def read_bytes(self, count: int) -> bytes:
+        self.position += count
+        if self.position > len(self.data):
+            raise ValueError("the footer is cut off")
+        return self.data[self.position - count : self.position]
+
+    def read_number(self) -> int:
+        number = shift = 0
+        while (byte := self.read_byte()) & 128:
+            number |= (byte & 127) << shift
+            shift += 7
+            if shift > 63:
+                raise ValueError("the footer is damaged")
+        return number | byte << shift
+
+    def read_signed(self) -> int:
+        number = self.read_number()
+        return (number >> 1) ^ -(number & 1)

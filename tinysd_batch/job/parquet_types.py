@@ -1,0 +1,96 @@
+"""The types that columns of a Parquet manifest keep in the results, and their values on the way there.
+
+Between manifest and table a row travels as JSON (job snapshots, other processes). So times and durations travel as the
+whole numbers that Arrow stores, decimals as text, and lists and structures as JSON's; the table casts them back.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+
+def carried_type(kind: Any) -> Any:
+    """The type in the results: the same, without encodings; text for what has no plain values."""
+    if pa.types.is_dictionary(kind):
+        return carried_type(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return carried_type(kind.storage_type)
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if is_number(kind) or pa.types.is_decimal(kind) or is_time(kind):
+        return kind
+    return nested_type(kind) or pa.string()
+
+
+def text_or_number(kind: Any) -> Any:
+    """The type that jobs of version 0.1 gave the column."""
+    kept = carried_type(kind)
+    return kept if is_number(kept) else pa.string()
+
+
+def nested_type(kind: Any) -> Any | None:
+    """The same list or structure, if all that it holds is numbers and text."""
+    if is_list(kind):
+        item = leaf_type(kind.value_type)
+        return item and pa.list_(item)
+    if pa.types.is_struct(kind):
+        parts = [(field.name, leaf_type(field.type)) for field in kind]
+        names = {name for name, _ in parts}
+        return pa.struct(parts) if parts and all(part for _, part in parts) and len(names) == len(parts) else None
+    return None
+
+
+def leaf_type(kind: Any) -> Any | None:
+    if pa.types.is_dictionary(kind):
+        return leaf_type(kind.value_type)
+    if is_string(kind):
+        return pa.string()
+    if is_number(kind):
+        return pa.float32() if pa.types.is_float16(kind) else kind
+    return nested_type(kind)
+
+
+def plain_type(kind: Any) -> Any:
+    """The type as which values of a carried column travel."""
+    if is_time(kind):
+        return pa.int32() if kind.bit_width == 32 else pa.int64()
+    return pa.string() if pa.types.is_decimal(kind) else kind
+
+
+def plain_schema(schema: Any, names: Iterable[str]) -> Any:
+    """The schema with these columns as they travel."""
+    for name in names:
+        position = schema.get_field_index(name)
+        schema = schema.set(position, pa.field(name, plain_type(schema.field(position).type)))
+    return schema
+
+
+def is_number(kind: Any) -> bool:
+    return any(is_kind(kind) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
+
+
+def is_time(kind: Any) -> bool:
+    kinds = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time, pa.types.is_duration)
+    return any(is_kind(kind) for is_kind in kinds)
+
+
+def is_string(kind: Any) -> bool:
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in ("string", "large_string", "string_view"))
+
+
+def is_binary(kind: Any) -> bool:
+    kinds = ("binary", "large_binary", "binary_view", "fixed_size_binary")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in kinds)
+
+
+def is_list(kind: Any) -> bool:
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in kinds)
+
+
+def holds_binary(kind: Any) -> bool:
+    """Whether bytes are somewhere within a nested value, as an image's are in a table of images."""
+    return pa.types.is_nested(kind) and any(
+        is_binary(part.type) or holds_binary(part.type) for part in (kind.field(i) for i in range(kind.num_fields))
+    )
