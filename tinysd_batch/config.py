@@ -57,7 +57,7 @@ def find_sampler(name: str) -> str:
     if own := known_sampler(squeeze(name)):
         return own
     for own, schedule in without_schedules(name):
-        raise ValueError(f"{own} is there, but its {schedule} schedule is not; write {own} for the model's own schedule")
+        raise ValueError(f"{own} is known, but its {schedule} schedule is missing; write {own} for the model's own")
     raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
 
 
@@ -230,8 +230,8 @@ def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
     job = validate(JobFile, values, str(path))
     merged: dict[str, Any] = {}
     for preset in job.preset:
-        merged |= read_preset(beside(path, preset))
-    merged |= {key: value for key, value in values.items() if key not in ("manifest", "output", "preset")}
+        merged |= without_missing(read_preset(beside(path, preset)))
+    merged |= without_missing({key: values[key] for key in values.keys() - {"manifest", "output", "preset"}})
     if job.model != EMBEDDED and "model" in values:
         merged["model"] = str(beside(path, job.model))
     output = beside(path, job.output) if job.output else None
@@ -255,10 +255,14 @@ def resolve(*layers: dict[str, Any]) -> Settings:
     """Settings from layers, later ones winning; a value of None in a layer says nothing."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged |= {key: value for key, value in layer.items() if not (value is None or is_nan(value))}
+        merged |= without_missing(layer)
     settings: Settings = validate(Settings, merged, "settings")
     parse_budget(settings.vram_budget, MAX_SEED)
     return settings
+
+
+def without_missing(layer: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in layer.items() if not (value is None or is_nan(value))}
 
 
 def parse_budget(amount: str | int | None, total: int | None) -> int | None:

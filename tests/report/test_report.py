@@ -61,7 +61,7 @@ def test_status_tells_counts_speed_and_faults(job: Path) -> None:
     assert "ok       7" in text
     assert "invalid  1" in text
     assert "inline on cpu" in text
-    assert "row 2: invalid: column n_samples = 'x'" in text
+    assert "row 2 (line 3): invalid: column n_samples = 'x'" in text
 
 
 def test_status_while_the_driver_seals(job: Path, tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ SETTINGS = {
     "format": Setting(str, ("--format",), "png (default), jpg or webp."),
     "quality": Setting(int, ("--quality",), "Of jpg and webp, 1 to 100 (default 90)."),
     "no_metadata": Setting(bool, ("--no-metadata",), "Write no prompt, seed or settings into the pictures."),
+    "interpret_lines": Setting(
+        bool,
+        ("--interpret-lines",),
+        "In a .txt, skip lines that begin with # and read options behind a prompt (-n4 -S7, --steps 20).",
+    ),
     "skip_save": Setting(bool, ("--skip_save", "--skip-save"), "Draw, but write no pictures: to measure speed."),
     "skip_grid": Setting(bool, ("--skip_grid", "--skip-grid"), "Write no grid, or contact sheet, of the pictures."),
     "n_rows": Setting(int, ("--n_rows", "--n-rows"), "Rows of the grid (default: as it fits best)."),

@@ -54,7 +54,7 @@ def tell_memory(text: str, from_file: Path | None, settings: "Settings") -> None
 
     model = read_model_info(settings.model)
     settings = fill_in_model_defaults(settings, model)
-    rows, _ = read_prompts(text, from_file, defaults_of(settings, model))
+    rows, _ = read_prompts(text, from_file, defaults_of(settings, model), settings.interpret_lines)
     batches = [
         Batch(max(row.n_samples, settings.max_batch or 1), row.params.width, row.params.height, row.scale != 1)
         for row in rows
@@ -72,31 +72,46 @@ def draw(text: str, from_file: Path | None, settings: "Settings", output: Path) 
     from tinysd_batch.job.pool import cpu_workers
     from tinysd_batch.job.worker import WorkerSetup
     from tinysd_batch.model.info import read_model_info
+    from tinysd_batch.report.text import row_label
 
     model = read_model_info(settings.model)
     settings = fill_in_model_defaults(settings, model)
-    rows, invalid = read_prompts(text, from_file, defaults_of(settings, model))
+    rows, invalid = read_prompts(text, from_file, defaults_of(settings, model), settings.interpret_lines)
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: is a file; name a folder for the pictures with -o")
     seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
     typer.echo(f"Model: {model.name}, {model.native_px}x{model.native_px} pixels by nature; seed {seed}")
     _, threads = cpu_workers(1, 1, model.is_small)
     for row in invalid:
-        typer.echo(printable(f"row {row.number} cannot be drawn: {row.reason}"), err=True)
+        typer.echo(printable(f"{row_label(row.number, row.line)} cannot be drawn: {row.reason}"), err=True)
     setup = WorkerSetup.of(settings, model, job_folder=output.resolve(), scratch=output.resolve(), threads=threads)
     failed = draw_and_tell(rows, setup, common_of(settings, model, seed), settings, output)
     return failed + len(invalid)
 
 
-def read_prompts(text: str, from_file: Path | None, defaults: "Defaults") -> tuple[list["Row"], list["InvalidRow"]]:
-    """The prompt as a row, or the file's rows in their order, and those that cannot be drawn."""
-    from tinysd_batch.job.manifest import check_row, read_rows
-    from tinysd_batch.records import InvalidRow
+def read_prompts(
+    text: str, from_file: Path | None, defaults: "Defaults", interpret_lines: bool
+) -> tuple[list["Row"], list["InvalidRow"]]:
+    """The prompt as a row, or the file's rows in their order, and those that cannot be drawn.
 
-    found = list(read_rows(from_file, defaults)) if from_file else [check_row(1, {"prompt": text}, defaults)]
+    What was noticed about the file goes to stderr.
+    """
+    from tinysd_batch.job.manifest import check_row, read_rows
+    from tinysd_batch.job.notes import ReadingNotes
+    from tinysd_batch.records import InvalidRow
+    from tinysd_batch.report.text import row_label
+
+    if from_file:
+        notes = ReadingNotes()
+        found = list(read_rows(from_file, defaults, notes=notes, interpret_lines=interpret_lines))
+        for line in notes.lines():
+            typer.echo(printable(f"{from_file}: {line}"), err=True)
+    else:
+        found = [check_row(1, {"prompt": text}, defaults)]
     invalid = [row for row in found if isinstance(row, InvalidRow)]
     if len(invalid) == len(found):
-        raise UsageError(f"{from_file or 'the prompt'} cannot be drawn: {invalid[0].reason}")
+        where = f"{from_file}: {row_label(invalid[0].number, invalid[0].line)}" if from_file else "the prompt"
+        raise UsageError(f"{where} cannot be drawn: {invalid[0].reason}")
     return [row for row in found if not isinstance(row, InvalidRow)], invalid
 
 

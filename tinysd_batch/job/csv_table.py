@@ -131,7 +131,7 @@ class CsvTable:
             )
         if self.unnamed > 1:
             del values[""]
-            self.options.notes.leave_out("", "several columns have no name; name them in the header")
+            self.options.notes.leave_out("", "not carried into the results, several columns have no name")
 
     def ragged(self, cells: list[str], line: int) -> Fault:
         reason = f"{len(cells)} cells where the header has {self.width} columns"

@@ -78,11 +78,12 @@ def read_object_lines(path: Path, options: ReadingOptions) -> Iterator[Line | Fa
 
 def read_object(text: str, number: int, decoder: "ObjectDecoder", strict: bool) -> Line | Fault:
     """The object of one line, or what is wrong with it."""
+    text = text.rstrip("\ufeff \t\r\n")
     try:
         if has_surrogates(text):
             raise ValueError("not UTF-8; save the file as UTF-8")
         value, end = decoder.decode_at(text, BLANKS.match(text).end())  # type: ignore[union-attr] # it matches anything
-        if text[end:].strip("\ufeff \t\r\n"):
+        if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
         return Fault(describe(error), line=number)

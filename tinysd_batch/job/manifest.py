@@ -88,8 +88,8 @@ def read_rows(
     number, empty = 0, True
     for line in read_lines(path, strict, notes=notes, interpret_lines=interpret_lines):
         if isinstance(line, SkippedRows):
-            number += line.count
-            notes.blank_rows += line.count if line.is_blank else 0
+            number += line.number
+            notes.blank_rows += line.number if line.is_blank else 0
             continue
         number += 1
         if isinstance(line, Fault):
@@ -102,7 +102,7 @@ def read_rows(
             empty = False
             row = check_row(number, line.values, defaults, line.shown, line.line)
             if is_missing_word(row.prompt) or (isinstance(row, Row) and is_missing_word(row.negative_prompt)):
-                notes.see("have a word for a missing value (nan, None, NULL) as a prompt, taken as text", number)
+                notes.see("prompts that are a word for a missing value (nan, None, NULL), taken as text: {}", number)
             yield row
     if empty:
         blank = f" besides {notes.blank_rows:,} blank ones" if notes.blank_rows else ""

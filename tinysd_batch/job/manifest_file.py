@@ -37,7 +37,7 @@ class Fault(NamedTuple):
 class SkippedRows(NamedTuple):
     """Rows that are none and keep their numbers."""
 
-    count: int
+    number: int
     is_blank: bool = True
 
 

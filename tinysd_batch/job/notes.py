@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tinysd_batch.config import excerpt
+
 MAX_NAMED = 8  # columns in one line
 
 
@@ -18,14 +20,15 @@ class Sightings:
         self.first_row = self.first_row or row
 
     def __str__(self) -> str:
-        return f"{self.count:,} row{'s' * (self.count != 1)} (first: row {self.first_row})"
+        return f"{self.count:,} (first: row {self.first_row})"
 
 
 @dataclass(slots=True)
 class ReadingNotes:
     """Filled while a manifest is read once; use a new object for each pass.
 
-    `rows` maps what was seen in rows to how often; `left_out` maps a column that is not carried to the reason.
+    `rows` maps what was seen in rows, a sentence with {} for the number, to how often; `left_out` maps a column that is
+    not (always) carried into the results to what becomes of it.
     """
 
     separator: str = ""  # what stands between cells where it is not what the file's suffix says
@@ -38,8 +41,8 @@ class ReadingNotes:
     def see(self, what: str, row: int) -> None:
         self.rows.setdefault(what, Sightings()).add(row)
 
-    def leave_out(self, column: str, reason: str) -> None:
-        self.left_out.setdefault(column, reason)
+    def leave_out(self, column: str, what: str) -> None:
+        self.left_out.setdefault(column, what)
 
     def advise(self, sentence: str) -> None:
         self.advice.setdefault(sentence)
@@ -54,9 +57,9 @@ class ReadingNotes:
             yield f"{self.blank_rows:,} blank row{'s' * (self.blank_rows != 1)} skipped"
         yield from self.advice
         for what, sightings in self.rows.items():
-            yield f"{sightings} {what}"
+            yield what.format(sightings)
         named = list(self.left_out.items())
-        for column, reason in named[:MAX_NAMED]:
-            yield f"column {column!r} is not carried into the results: {reason}"
+        for column, what in named[:MAX_NAMED]:
+            yield f"column {excerpt(column)}: {what}"
         if len(named) > MAX_NAMED:
             yield f"{len(named) - MAX_NAMED:,} more columns are not carried into the results"

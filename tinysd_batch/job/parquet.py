@@ -58,7 +58,7 @@ def read_parquet(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
     parts = manifest_files(path)
     clashing = {name for name, kind in unknown_types(parts).items() if kind is None} if len(parts) > 1 else set()
     for name in clashing:
-        options.notes.leave_out(name, "its type differs between the parts")
+        options.notes.leave_out(name, "not carried into the results, its type differs between the parts")
     for part in parts:
         for row in read_part(part, options):
             if clashing and isinstance(row, Line):
@@ -76,15 +76,21 @@ def read_part(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
         left_out = left_out_columns(path, whole, file, columns)
         for name, reason in left_out.items():
             options.notes.leave_out(name, reason)
-        wanted = [name for name in header if name not in left_out] if left_out else None
+        wanted = [name for name in header if name not in left_out]
         texts = [leaf.path for leaf in map(file.schema.column, range(len(file.schema))) if is_text_leaf(leaf)]
         file = pq.ParquetFile(whole, metadata=file.metadata, read_dictionary=texts)
         our_names = dict(zip(header, columns.names, strict=True))
-        for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
+        for batch in read_batches(file, wanted):
             if all(array.null_count == len(array) for array in batch.columns):
                 yield SkippedRows(len(batch))
             else:
                 yield from batch_lines(batch, our_names, columns, options.notes)
+
+
+def read_batches(file: Any, wanted: list[str]) -> Iterator[Any]:
+    """One row group after the other: pyarrow cannot put lists of references from two of them into one batch."""
+    for group in range(file.metadata.num_row_groups):
+        yield from file.iter_batches(PARQUET_BATCH_ROWS, [group], columns=wanted, use_threads=False)
 
 
 def is_text_leaf(leaf: Any) -> bool:
@@ -104,10 +110,10 @@ def left_out_columns(path: Path, whole: Any, file: Any, columns: Columns) -> dic
 
     They may not fit into memory: a page of a column is unpacked as a whole.
     """
-    unknown = {name for name, our_name in zip(file.schema_arrow.names, columns.names, strict=True)
-               if our_name not in columns.shown}  # fmt: skip
-    left_out = {field.name: "it holds bytes" for field in file.schema_arrow
-                if field.name in unknown and holds_binary(field.type)}  # fmt: skip
+    our_names = dict(zip(file.schema_arrow.names, columns.names, strict=True))
+    unknown = {name for name, our_name in our_names.items() if our_name not in columns.shown}
+    nested_bytes = {field.name for field in file.schema_arrow if holds_binary(field.type)} & unknown
+    left_out = dict.fromkeys(nested_bytes, "not read, bytes within structures are not carried into the results")
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     if not any(group.total_byte_size > smallest_heavy_size(group.num_rows) for group in groups):
         return left_out
@@ -120,7 +126,7 @@ def left_out_columns(path: Path, whole: Any, file: Any, columns: Columns) -> dic
         for name in sorted(unknown - left_out.keys(), key=lambda name: (sizes[name], name)):
             total += sizes[name]
             if sizes[name] > MAX_CELL_CHARACTERS * group.num_rows or total > limit:
-                left_out[name] = "its values are too long"
+                left_out[name] = "not read, its values are too long for the results"
     return left_out
 
 
@@ -137,7 +143,7 @@ def batch_lines(batch: Any, our_names: dict[str, str], columns: Columns, notes: 
         bad = {name: cell.reason for name, cell in values.items() if type(cell) is BadCell}
         for name in bad.keys() - columns.shown.keys():
             del values[name]
-            notes.leave_out(name, f"not everywhere: {bad.pop(name)}")
+            notes.leave_out(name, f"some values are not carried into the results: {bad.pop(name)}")
         if bad:
             prompt = values.get("prompt")
             reasons = (f"column {columns.shown[name]}: {reason}" for name, reason in bad.items())
@@ -217,7 +223,7 @@ def read_scalar(scalar: Any, as_json: bool = True) -> Any:
         if pa.types.is_nested(scalar.type):
             value = scalar.as_py()
             return json.dumps(value, ensure_ascii=False, default=as_text) if as_json else value
-        return pc.cast(scalar, pa.string()).as_py()  # type: ignore[no-any-return]
+        return pc.cast(scalar, pa.string()).as_py()
     except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:
         return BadCell(f"cannot be read: {first_line(error)}")
 

@@ -51,17 +51,17 @@ def read_prompt_line(text: str, number: int, row: int, options: ReadingOptions) 
     if row == 1 and is_header(plain):
         notes.advise("the first line looks like the header of a table; rename the file to .tsv to read it as one")
     if WEB_UI.match(plain) and PROMPT_OPTION.search(plain):
-        notes.see("with the web UI's options (--prompt ...) are read as it reads them", row)
+        notes.see("lines with the web UI's options, read as it reads them: {}", row)
         return read_options(plain, number, ())
     if COMMENT.match(plain):
         if options.interpret_lines:
-            notes.see("are comments and are skipped", row)
+            notes.see("comments skipped: {}", row)
             return SkippedRows(1, is_blank=False)
-        notes.see(f"look like comments and are read as prompts; {OPTION} skips them", row)
+        notes.see(f"lines that look like comments, read as prompts: {{}}; {OPTION} skips them", row)
     elif OPTION_BEHIND.search(plain):
         if options.interpret_lines:
             return read_options(plain, number, SHORT)
-        notes.see(f"look like prompts with another program's options, read as text; {OPTION} reads these", row)
+        notes.see(f"lines that look like another program's, options read as text: {{}}; {OPTION} reads them", row)
     return Line({"prompt": text}, {}, number)
 
 

@@ -15,12 +15,13 @@ from tinysd_batch.job.columns import near_misses
 from tinysd_batch.job.driver import read_finished
 from tinysd_batch.job.folder import JOB_FILE, Job
 from tinysd_batch.job.plan import cut_batches, plan_images
+from tinysd_batch.job.results import fault_message
 from tinysd_batch.job.reuse import count_reusable
 from tinysd_batch.model.prompts import SubPrompt, parse_prompt
 from tinysd_batch.model.tokens import TokenizedPrompt, read_tokenizer, tokenize_prompt
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.report.memory import Batch, MemoryPlan, plan_memory
-from tinysd_batch.report.text import count, one_line, say, size
+from tinysd_batch.report.text import count, one_line, row_label, say, size
 
 MAX_FAULTS = 1000  # kept for --json
 WIDEST_NAME = 14
@@ -95,7 +96,7 @@ def make_plan(job: Job, on_row: Callable[[PlannedRow | InvalidRow], None]) -> Pl
             if isinstance(row, InvalidRow):
                 plan.invalid_rows += 1
                 if len(plan.faults) < MAX_FAULTS:
-                    plan.faults[row.number] = row.reason
+                    plan.faults[row.number] = fault_message(row)
                 on_row(row)
             else:
                 planned = reader.read(row)
@@ -183,7 +184,7 @@ class PlanPrinter:
 
     def row(self, row: PlannedRow | InvalidRow) -> None:
         if isinstance(row, InvalidRow):
-            self.say("fault", f"row {row.number} cannot be made: {one_line(row.reason, 400)}")
+            self.say("fault", f"{row_label(row.number, row.line)} cannot be made: {one_line(row.reason, 400)}")
         elif row.tokens.truncated or row.negative_tokens.truncated:
             self.say("cut", row.line())
         elif row.is_marked:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinysd_batch.job.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
-from tinysd_batch.report.text import count, one_line, say
+from tinysd_batch.report.text import count, one_line, row_label, say
 
 PLAIN_LINE_EVERY_S = 10.0
 FAULTS_SHOWN = 10
@@ -56,7 +56,7 @@ class RunProgress:
         if invalid:
             self.say(f"{count(len(invalid), 'manifest row')} cannot be made:")
             for row in invalid[:FAULTS_SHOWN]:
-                self.say(f"  row {row.number}: {one_line(row.reason, 400)}")
+                self.say(f"  {row_label(row.number, row.line)}: {one_line(row.reason, 400)}")
             if len(invalid) > FAULTS_SHOWN:
                 self.say(f"  and {len(invalid) - FAULTS_SHOWN:,} more; the results table names them all")
         if finished < total:

@@ -14,9 +14,10 @@ from rich.table import Table
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.images import read_entries
 from tinysd_batch.job.folder import STATE_FOLDER, read_job_json
+from tinysd_batch.job.results import split_line
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import Status
-from tinysd_batch.report.text import count, one_line, say
+from tinysd_batch.report.text import count, one_line, row_label, say
 from tinysd_batch.storage import check_regular, read_file
 
 MAX_FAULTS = 10
@@ -56,7 +57,8 @@ def read_status(job_folder: Path) -> JobStatus:
     for row, index, state, message, device, worker, *seconds in read_told(job_folder):
         status.by_status[state] += 1
         if state != Status.OK:
-            where = f"row {row}" + (f", image {index}" if index else "")
+            line, message = split_line(message or "") if state == Status.INVALID else (None, message)
+            where = row_label(row, line) + (f", image {index}" if index else "")
             status.faults.append(f"{where}: {state}: {message}")
         elif seconds[1] is not None:
             name = f"{worker or 'earlier run'} on {device}"

@@ -15,6 +15,11 @@ def count(number: int, thing: str, things: str = "") -> str:
     return f"{number:,} " + (thing if number == 1 else things or f"{thing}s")
 
 
+def row_label(number: int, line: int | None = None) -> str:
+    """`row 7 (line 8)`: a row of the manifest, and where a spreadsheet or an editor shows it."""
+    return f"row {number}" if line is None else f"row {number} (line {line})"
+
+
 def size(number: int) -> str:
     """`812 bytes`, `45 kB`, `1.2 GB`."""
     amount, unit = float(number), "bytes"
