@@ -181,7 +181,7 @@ def test_a_bad_line_of_the_file_costs_that_line(draw: Any, tmp_path: Path) -> No
     (tmp_path / "prompts.txt").write_text("cat\na:0 b:0\ndog\n")
     pictures, told = draw("--from-file", tmp_path / "prompts.txt", "--seed", 1, expect=3)
     assert [made["prompt"] for made in pictures.values()] == ["cat", "dog"]
-    assert "row 2 cannot be drawn: column prompt = 'a:0 b:0': the prompt's weights sum to 0" in told
+    assert "row 2 (line 2) cannot be drawn: column prompt = 'a:0 b:0': the prompt's weights sum to 0" in told
 
 
 @pytest.mark.parametrize("arguments", [["--turbo"], ["--unet_bs", "1"], ["--precision", "full"], ["--device", "cpu"]])
@@ -306,7 +306,7 @@ def test_plan_says_what_submit_would_do(manifest: Path, tmp_path: Path, tiny_mod
     done = run_here("plan", "m.csv", "--model", tiny_model, cwd=tmp_path)
     assert done.returncode == 3
     assert "tabby cat (0.125) + white duck (0.375) + hybrid (0.5)" in done.stdout
-    assert "row 3 cannot be made: column seed = 'x': a whole number was expected" in done.stdout
+    assert "row 3 (line 4) cannot be made: column seed = 'x': a whole number was expected" in done.stdout
     assert "30 in the longest prompt, the model takes 22; 1 row will be cut" in done.stdout
     assert "cut off: " + " ".join(["apple"] * 8) in done.stdout
     assert "4 in 3 batches" in done.stdout
@@ -323,7 +323,7 @@ def test_plan_for_machines(manifest: Path, tmp_path: Path, tiny_model: Path) -> 
         1,
         1,
     )
-    assert told["faults"] == {"3": "column seed = 'x': a whole number was expected"}
+    assert told["faults"] == {"3": "line 4: column seed = 'x': a whole number was expected"}
     assert told["carried_columns"] == ["artst"]
     assert 0 < told["disk_bytes"] < told["free_bytes"]
 

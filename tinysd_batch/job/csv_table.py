@@ -68,7 +68,7 @@ class CsvLines(BoundedLines):
             hint = "; write a quote within a quoted cell twice" if "expected after" in str(error) else ""
             return f"{error}{hint}"
         swallowed = self.number - self.opened
-        lines = f"the {swallowed} lines" if swallowed > 1 else "the line"
+        lines = f"the {swallowed:,} lines" if swallowed > 1 else "the line"
         took_in = f" and takes in {lines} after it" if swallowed else ""
         reason = "" if "unexpected end" in str(error) else f"{error}: "
         return f"{reason}the quote that opens in line {self.opened} is not closed{took_in}; check the quotes there"
@@ -188,20 +188,23 @@ def first_record(lines: CsvLines) -> list[str]:
 
 
 def split_header(record: list[str], separators: list[str], lines: CsvLines) -> tuple[str, tuple[str, ...]]:
-    """The separator that gives a prompt and most names that are known; the first where several do. Raises csv.Error."""
+    """The separator that gives a prompt and most names that are known; the first where several do.
+
+    Raises csv.Error where none gives a prompt and the first gives nothing at all.
+    """
     best: tuple[tuple[bool, int], str, tuple[str, ...]] | None = None
     failure: csv.Error | None = None
     for separator in separators:
         try:
             names = read_names(record, separator, lines)
         except csv.Error as error:
-            failure = failure or error
+            failure = error if separator == separators[0] else failure
             continue
         known = [column for name in names if (column := is_column(name))]
         score = ("prompt" in known, len(known))
         if best is None or score > best[0]:
             best = score, separator, names
-    if best is None:
+    if best is None or (failure is not None and not best[0][0]):
         raise failure or csv.Error("cannot be read")
     return best[1:]
 

@@ -20,7 +20,7 @@ from tinysd_batch.job.folder import (
 from tinysd_batch.job.formats import is_jsonl, read_extra_fields
 from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.job.pool import Pool
-from tinysd_batch.job.results import ResultsWriter, invalid_row, results_schema
+from tinysd_batch.job.results import ResultsWriter, invalid_row, read_invalid_row, results_schema
 from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
 from tinysd_batch.job.summary import Progress, Summary
@@ -70,7 +70,7 @@ def remembered(job: Job) -> Survey | None:
     if job.known.invalid_rows:
         table = ResultsPaths(job.folder).read_newest(["row", "index", "id", "prompt", "status", "error_message"])
         told = (row for row in table.to_pylist() if row["status"] == Status.INVALID)
-        invalid += (InvalidRow(row["row"], row["error_message"] or "", row["prompt"], row["id"]) for row in told)
+        invalid += map(read_invalid_row, told)
     if len(invalid) != job.known.invalid_rows:
         return None
     return Survey(job.known.images, invalid, list(job.known.columns), None)

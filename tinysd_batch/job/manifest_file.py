@@ -82,7 +82,7 @@ def manifest_files(path: Path) -> list[Path]:
     if folders and not parts:
         raise ManifestError(f"{path}: its tables are in folders below it ({folders[0].name}); name one of those")
     if not parts:
-        raise ManifestError(f"{path}: is a directory without Parquet files; name a file")
+        raise ManifestError(f"{path}: cannot be read: is a directory without Parquet files; name a file")
     return parts
 
 

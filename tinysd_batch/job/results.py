@@ -99,6 +99,12 @@ def fault_message(row: InvalidRow) -> str:
     return f"line {row.line}: {row.reason}" if row.line is not None else row.reason
 
 
+def read_invalid_row(row: dict[str, Any]) -> InvalidRow:
+    """What `invalid_row` wrote, as far as it is about the fault."""
+    line, reason = split_line(row["error_message"] or "")
+    return InvalidRow(row["row"], reason, row["prompt"], row["id"], line=line)
+
+
 def split_line(message: str) -> tuple[int | None, str]:
     """The line and the reason that `fault_message` put together."""
     match = LINE.match(message)
