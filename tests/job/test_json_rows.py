@@ -67,8 +67,13 @@ def test_an_array_of_objects(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"prompt": "cat"}\n{"prompt": "dog"}\n', '{\n"prompt": "cat"}{"prompt":\n"dog"\n}', '[{"prompt":"cat"},{"prompt":"dog"},]']
-)  # fmt: skip
+    "content",
+    [
+        '{"prompt": "cat"}\n{"prompt": "dog"}\n',
+        '{\n"prompt": "cat"}{"prompt":\n"dog"\n}',
+        '[{"prompt":"cat"},{"prompt":"dog"},]',
+    ],
+)
 def test_what_else_a_json_file_may_hold(tmp_path: Path, content: str) -> None:
     rows, _ = read(tmp_path / "m.json", content)
     assert [row.prompt for row in rows] == ["cat", "dog"]

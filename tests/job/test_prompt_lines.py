@@ -34,7 +34,10 @@ def settings_of(row: Row | InvalidRow) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('--prompt "x" --negative_prompt "y" --steps 20 --seed 7', {"prompt": "x", "negative": "y", "steps": 20, "seed": 7}),
+        (
+            '--prompt "x" --negative_prompt "y" --steps 20 --seed 7',
+            {"prompt": "x", "negative": "y", "steps": 20, "seed": 7},
+        ),
         ("--prompt a cat on a mat --cfg_scale 5", {"prompt": "a cat on a mat", "scale": 5.0}),
         ('--steps 3.0 --seed -1 --prompt "say \\"hi\\""', {"prompt": 'say "hi"', "steps": 3}),
         (

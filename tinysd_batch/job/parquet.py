@@ -141,7 +141,7 @@ def batch_lines(batch: Any, our_names: dict[str, str], columns: Columns, notes: 
     for row in zip(*cells, strict=True):
         values = {name: cell for name, cell in zip(names, row, strict=True) if not is_missing(cell)}
         bad = {name: cell.reason for name, cell in values.items() if type(cell) is BadCell}
-        for name in bad.keys() - columns.shown.keys():
+        for name in [name for name in bad if name not in columns.shown]:
             del values[name]
             notes.leave_out(name, f"some values are not carried into the results: {bad.pop(name)}")
         if bad:
