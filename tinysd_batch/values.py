@@ -16,7 +16,7 @@ def is_missing(value: Any) -> bool:
     if value is None:
         return True
     if isinstance(value, str):
-        return not value or value.isspace() or not normalize_text(value).strip()
+        return not value or value.isspace() if value.isascii() else not normalize_text(value).strip()
     return is_nan(value)
 
 

@@ -112,7 +112,7 @@ def test_several_columns_without_a_name_cost_no_row(tmp_path: Path) -> None:
     [
         ("m.csv", "prompt,seed,note\r\nred apple,7,\r\n,,\r\n , ,\u00a0\r\nblue heart,8,\r\n"),
         ("m.csv", "prompt,seed,note\r\nred apple,7,\r\n,,,,,\r\n,\r\nblue heart,8,\r\n"),
-        ("m.jsonl", '{"text": "red apple", "seed": 7}\n{}\n{"text": null, "x": NaN}\n{"text": "blue heart", "seed": 8}'),
+        ("m.jsonl", '{"text": "red apple", "seed": 7}\n{}\n{"text": null, "x":NaN}\n{"text": "blue heart", "seed": 8}'),
     ],
 )  # fmt: skip
 def test_blank_rows_are_skipped_and_keep_their_numbers(tmp_path: Path, name: str, content: str) -> None:

@@ -113,7 +113,11 @@ class CsvTable:
         names = self.columns.names
         if len(cells) > self.width and not all(map(is_missing, cells[self.width :])):
             return self.ragged(cells, line)
-        values = {name: cell for name, cell in zip(names, cells, strict=False) if cell and not is_missing(cell)}
+        values = {
+            name: cell
+            for name, cell in zip(names, cells, strict=False)
+            if cell and ("!" <= cell[0] <= "~" or not is_missing(cell))  # most cells need no closer look
+        }
         if self.unnamed and "" in values:
             self.read_unnamed(values, line)
         try:
