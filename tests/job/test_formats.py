@@ -24,7 +24,7 @@ from tinysd_batch.job.columns import near_misses
 from tinysd_batch.job.folder import default_folder
 from tinysd_batch.job.formats import READERS
 from tinysd_batch.job.manifest import read_rows
-from tinysd_batch.job.text_lines import MAX_RECORD_CHARACTERS
+from tinysd_batch.job.text_lines import MAX_LINE_CHARACTERS
 from tinysd_batch.records import InvalidRow, Row
 
 ROWS: list[dict[str, object]] = [
@@ -102,7 +102,7 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
         ('{"prompt": "cat", "a\\u0000": 1}', "without NUL"),
         ('{"prompt": "cat", "cfg": 1, "scale": 2}', "columns 'cfg' and 'scale' both mean scale"),
         ('{"seed": 7}', "column prompt is empty"),
-        ('{"prompt": "cat", "x": "' + "x" * MAX_RECORD_CHARACTERS + '"}', "over 262144 characters"),
+        ('{"prompt": "cat", "x": "' + "x" * MAX_LINE_CHARACTERS + '"}', "over 8,388,608 characters"),
     ],
 )
 def test_a_bad_object_costs_its_row(tmp_path: Path, line: str, message: str) -> None:
@@ -232,7 +232,6 @@ import resource, sys
 from pathlib import Path
 from tests.job.test_manifest import DEFAULTS
 from tinysd_batch.job.manifest import read_rows
-from tinysd_batch.job.text_lines import MAX_RECORD_CHARACTERS
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 kinds = [type(row).__name__ for row in read_rows(Path(sys.argv[1]), DEFAULTS)]
@@ -263,7 +262,7 @@ def test_a_csv_row_over_many_lines_is_bounded(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", b"prompt,seed\ncat,1\n" + b'"a\n",' * 100_000)
     rows = rows_of(path)
     assert rows[0].prompt == "cat"
-    assert "over 262144 characters" in reason(rows[1])
+    assert "over 262,144 characters" in reason(rows[1])
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -286,9 +285,9 @@ def test_a_parquet_bomb_is_read_in_bounded_memory(tmp_path: Path, kind: str, pac
 
 
 def test_a_parquet_file_with_huge_pages_of_prompts_is_refused(tmp_path: Path) -> None:
-    table = pa.table({"prompt": ["x" * 2_000_000] * 100})
+    table = pa.table({"prompt": ["x" * 2_000_000] * 40})
     pq.write_table(table, tmp_path / "m.parquet", compression="zstd", use_dictionary=False)
-    with pytest.raises(ManifestError, match=r"row group 0: 200,.* bytes in 100 rows is too much"):
+    with pytest.raises(ManifestError, match=r"row group 0: 80,.* bytes in 40 rows is too much"):
         rows_of(tmp_path / "m.parquet")
 
 

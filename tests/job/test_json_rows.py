@@ -96,7 +96,7 @@ def test_what_is_no_good_in_an_array_costs_its_row(tmp_path: Path) -> None:
         ('[{"prompt": "cat"},\n', "line 2: the array is not closed"),
         ('[{"prompt": "cat"}', "line 1: the array is not closed"),
         ('[{"prompt": "cat"}] more', "line 1: text behind the end of the array"),
-        ('[{"prompt": "cat", "x": "' + "x" * 300_000 + '"}]', "over 262144 characters in one object"),
+        ('[{"prompt": "cat", "x": "' + "x" * 9_000_000 + '"}]', "over 8,388,608 characters in one object"),
         ('[{"prompt": "cat", "x": ' + "[" * 100_000, "nested too deep"),
         ("[]", "no rows"),
         ("[{}, {}]", "no rows besides 2 blank ones"),

@@ -152,7 +152,7 @@ def test_a_cell_over_the_limit_costs_one_row(tmp_path: Path) -> None:
         (b"words,seed\ncat,1\n", "no column named prompt; found 'words', 'seed'"),
         (b"prompt,prompt\ncat,1\n", "column 'prompt' stands there twice"),
         (b"\xef\xbb\xbf", "no column named prompt; found nothing"),
-        (b"x" * 200_000 + b",prompt\ncat\n", "header: field larger than field limit"),
+        (b"x" * 200_000 + b",prompt\ncat\n", "header: column 'xxx.*: a name has at most 1000 characters"),
         (b"prompt\n", "no rows; add one for each prompt"),
         ("prompt\ncat\n".encode("utf-16-le"), "not UTF-8"),
         ("prompt\ncat\n".encode("utf-32"), r"not UTF-8 \(it looks like UTF-32"),

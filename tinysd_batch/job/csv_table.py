@@ -9,9 +9,16 @@ from pathlib import Path
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.columns import NUMBERS, WHOLE_NUMBERS, Columns, is_column, table_columns
-from tinysd_batch.job.manifest_file import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, unpacked_name
+from tinysd_batch.job.manifest_file import (
+    MAX_CELL_CHARACTERS,
+    Fault,
+    Line,
+    ReadingOptions,
+    leave_out_long,
+    unpacked_name,
+)
 from tinysd_batch.job.notes import ReadingNotes
-from tinysd_batch.job.text_lines import BoundedLines, open_text, read_records
+from tinysd_batch.job.text_lines import MAX_LINE_CHARACTERS, BoundedLines, open_text, read_records
 from tinysd_batch.text import normalize_text
 from tinysd_batch.values import is_missing
 
@@ -89,7 +96,7 @@ def read_csv(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
             options.notes.separator = SEPARATORS.get(separator, f"{separator!r}")
         columns = table_columns(path, header, options.strict)
         reader = csv.reader(lines, delimiter=separator, strict=True)
-        table = CsvTable(path, columns, separator, options)
+        table = CsvTable(path, columns, separator, options, lines)
         for first, cells in read_records(reader, lines):
             if isinstance(cells, Fault):
                 yield cells
@@ -100,8 +107,10 @@ def read_csv(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
 class CsvTable:
     """Turns the cells of a row into values."""
 
-    def __init__(self, path: Path, columns: Columns, separator: str, options: ReadingOptions) -> None:
-        self.path, self.columns, self.options = path, columns, options
+    def __init__(
+        self, path: Path, columns: Columns, separator: str, options: ReadingOptions, lines: BoundedLines
+    ) -> None:
+        self.path, self.columns, self.options, self.lines = path, columns, options, lines
         self.width = len(columns.names)
         self.unnamed = columns.names.count("")
         # Where a comma stands within numbers, something else stands between cells.
@@ -118,6 +127,8 @@ class CsvTable:
             for name, cell in zip(names, cells, strict=False)
             if cell and ("!" <= cell[0] <= "~" or not is_missing(cell))  # most cells need no closer look
         }
+        if self.lines.length > MAX_CELL_CHARACTERS:
+            leave_out_long(values, self.columns.shown, self.options.notes)
         if self.unnamed and "" in values:
             self.read_unnamed(values, line)
         try:
@@ -160,7 +171,7 @@ def own_separator(path: Path) -> str:
 
 def read_header(path: Path, lines: CsvLines) -> tuple[str, tuple[str, ...]]:
     """What separates the cells, and the names of the columns. Raises ManifestError."""
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    csv.field_size_limit(MAX_LINE_CHARACTERS)
     try:
         record = first_record(lines)
         if match := SEPARATOR_LINE.fullmatch("".join(record)):

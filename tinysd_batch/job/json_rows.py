@@ -11,9 +11,9 @@ from typing import Any
 from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.columns import MAX_COLUMNS, Columns, listed, match_columns, refuse_unknown
-from tinysd_batch.job.manifest_file import Fault, Line, ReadingOptions
+from tinysd_batch.job.manifest_file import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, leave_out_long
 from tinysd_batch.job.text_lines import (
-    MAX_RECORD_CHARACTERS,
+    MAX_LINE_CHARACTERS,
     BoundedLines,
     find_encoding,
     open_text,
@@ -73,10 +73,10 @@ def read_object_lines(path: Path, options: ReadingOptions) -> Iterator[Line | Fa
             if isinstance(text, Fault):
                 yield text
             elif text.strip():
-                yield read_object(text, number, decoder, options.strict)
+                yield read_object(text, number, decoder, options)
 
 
-def read_object(text: str, number: int, decoder: "ObjectDecoder", strict: bool) -> Line | Fault:
+def read_object(text: str, number: int, decoder: "ObjectDecoder", options: ReadingOptions) -> Line | Fault:
     """The object of one line, or what is wrong with it."""
     text = text.rstrip("\ufeff \t\r\n")
     try:
@@ -87,10 +87,10 @@ def read_object(text: str, number: int, decoder: "ObjectDecoder", strict: bool) 
             raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
         return Fault(describe(error), line=number)
-    return as_line(value, decoder.fault, text, number, strict)
+    return as_line(value, decoder.fault, text, number, options)
 
 
-def as_line(value: Any, fault: str | None, text: str, number: int, strict: bool) -> Line | Fault:
+def as_line(value: Any, fault: str | None, text: str, number: int, options: ReadingOptions) -> Line | Fault:
     """A decoded object as a row, or what is wrong with it."""
     prompt = None
     try:
@@ -105,11 +105,13 @@ def as_line(value: Any, fault: str | None, text: str, number: int, strict: bool)
         prompt = named.get("prompt")
         if fault:
             raise ValueError(fault)
-        if strict:
+        if options.strict:
             refuse_unknown(columns)
         values = {name: json_cell(name, cell, columns) for name, cell in named.items() if not is_missing(cell)}
     except (ValueError, RecursionError) as error:
         return Fault(describe(error), prompt if isinstance(prompt, str) else None, number)
+    if len(text) > MAX_CELL_CHARACTERS:
+        leave_out_long(values, columns.shown, options.notes)
     return Line(values, columns.shown, number)
 
 
@@ -172,7 +174,7 @@ def read_array(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
         while not stream.at_end() and not (in_array and stream.skip_mark("]")):
             value, text, number = stream.next_value(decoder)
             fault = "not UTF-8; save the file as UTF-8" if has_surrogates(text) else decoder.fault
-            yield as_line(value, fault, text, number, options.strict)
+            yield as_line(value, fault, text, number, options)
             if in_array and not (stream.skip_mark(",") or stream.peek("]") or stream.at_end()):
                 raise stream.fault("',' or ']' was expected behind an object")
         if in_array and not stream.ended_array:
@@ -193,7 +195,7 @@ class ValueStream:
     def read_more(self) -> bool:
         if self.ended:
             return False
-        block = self.file.read(BLOCK_CHARACTERS)
+        block = self.file.read(max(BLOCK_CHARACTERS, len(self.text) - self.start))  # twice as much each time
         self.ended = not block
         self.text = self.text[self.start :] + block
         self.start = 0
@@ -235,8 +237,8 @@ class ValueStream:
             except (ValueError, RecursionError) as problem:
                 is_whole, error, end = False, problem, self.start
             size = max(end, len(self.text)) - self.start if error else end - self.start
-            if size > MAX_RECORD_CHARACTERS:
-                raise self.fault(f"over {MAX_RECORD_CHARACTERS} characters in one object; it may not be closed")
+            if size > MAX_LINE_CHARACTERS:
+                raise self.fault(f"over {MAX_LINE_CHARACTERS:,} characters in one object; it may not be closed")
             if not is_whole and self.read_more():
                 continue
             if error is not None:

@@ -232,11 +232,13 @@ def faults_between_columns(seed: int | None, images: int, shown: Mapping[str, st
 
 
 def check_prompt(value: Any) -> str | None:
-    if is_missing(value):
-        return None
     if not isinstance(value, str):
+        if is_missing(value):
+            return None
         raise ValueError("text was expected")
     text = normalize_text(value)
+    if not text or text.isspace():
+        return None
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"{len(text)} characters, at most {MAX_PROMPT_CHARACTERS}")
     if "\0" in text:

@@ -49,6 +49,17 @@ class ReadingOptions(NamedTuple):
     interpret_lines: bool = False  # in a .txt: skip comments, read the options of other programs
 
 
+def leave_out_long(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:
+    """Remove values of unknown columns that are too long for the results: they are no reason to lose the row."""
+    for name in [name for name, value in values.items() if name not in shown and isinstance(value, str)]:
+        if len(values[name]) > MAX_CELL_CHARACTERS:
+            notes.leave_out(name, too_long(f"{len(values.pop(name)):,} characters"))
+
+
+def too_long(size: str) -> str:
+    return f"some values are not carried into the results: {size}, at most {MAX_CELL_CHARACTERS:,}"
+
+
 RowRead = Line | Fault | SkippedRows
 
 
@@ -87,8 +98,11 @@ def manifest_files(path: Path) -> list[Path]:
 
 
 def is_folder_of_parts(path: Path) -> bool:
+    """Whether the folder is one table; the folder of a job, with its results, is not."""
     try:
-        return path.is_dir() and any(each.suffix.lower() in PART_SUFFIXES for each in path.iterdir())
+        if not path.is_dir() or (path / "job.json").exists():
+            return False
+        return any(each.suffix.lower() in PART_SUFFIXES for each in path.iterdir())
     except OSError:
         return False
 

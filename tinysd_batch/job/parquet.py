@@ -210,7 +210,7 @@ def read_texts(array: Any) -> list[Any]:
 
 
 def too_long(size: int) -> BadCell:
-    return BadCell(f"some {size} bytes, at most {MAX_CELL_CHARACTERS}")
+    return BadCell(f"some {size:,} bytes, at most {MAX_CELL_CHARACTERS:,}")
 
 
 def read_scalar(scalar: Any, as_json: bool = True) -> Any:

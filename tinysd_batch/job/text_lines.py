@@ -12,7 +12,8 @@ from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest_file import Fault, open_unpacked
 from tinysd_batch.job.notes import ReadingNotes
 
-MAX_RECORD_CHARACTERS = 262_144  # of one line, or of one CSV row over several lines
+MAX_LINE_CHARACTERS = 8 << 20  # images as text are in some; they are left out, and the row stays
+MAX_RECORD_CHARACTERS = 262_144  # of a CSV row over several lines, which mostly is a quote that is not closed
 START_BYTES = 4096
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
@@ -51,31 +52,32 @@ def read_start(path: Path) -> bytes:
 
 
 class BoundedLines:
-    """Lines with their ends. One without an end raises csv.Error at the limit; the next call goes on behind it."""
+    """Lines with their ends. One that is too long raises csv.Error; the next call goes on behind it."""
 
     def __init__(self, file: io.TextIOWrapper) -> None:
         self.readline = file.readline
         self.number = 0  # of the last line read
-        self.room = MAX_RECORD_CHARACTERS  # left for this record
         self.starts_record = True  # the next line does
+        self.length = 0  # of the record so far
 
     def start_record(self) -> None:
-        self.room = MAX_RECORD_CHARACTERS
         self.starts_record = True
+        self.length = 0
 
     def __iter__(self) -> "BoundedLines":
         return self
 
     def __next__(self) -> str:
-        line = self.readline(self.room + 1)
+        limit = MAX_LINE_CHARACTERS if self.starts_record else max(0, MAX_RECORD_CHARACTERS - self.length)
+        line = self.readline(limit + 1)
         if not line:
             raise StopIteration
         self.number += 1
-        if len(line) > self.room:
+        if len(line) > limit:
             while line and line[-1] not in "\r\n":
                 line = self.readline(MAX_RECORD_CHARACTERS)
-            raise csv.Error(f"over {MAX_RECORD_CHARACTERS} characters")
-        self.room -= len(line)
+            raise csv.Error(f"over {limit + self.length:,} characters")
+        self.length += len(line)
         if self.starts_record:
             self.starts_record = False
             if line[0] == "\ufeff":  # at the start of any line: somebody put files together
