@@ -1,11 +1,16 @@
 """Tables as spreadsheets, pandas and other programs write them, and what the reader says about them."""
 
+import csv
 import gzip
+import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.job.test_manifest import DEFAULTS, reason
 from tests.tools import Capture, call
@@ -155,6 +160,7 @@ def test_a_long_value_that_nobody_reads_is_left_out(tmp_path: Path, name: str) -
         ("m.tsv", '"prompt";"seed";"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
         ("m.csv", '\n\n"pro\u200bmpt" ;seed;"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
         ("m.csv", 'prompt, seed, "scale"\n"red; apple" , 7, "7.5"\n', None),
+        ("m.csv", ',,\n"",,\nprompt,seed,scale\nred; apple,7,7.5\n', None),
     ],
 )
 def test_the_header_tells_what_separates_cells(tmp_path: Path, name: str, content: str, note: str | None) -> None:
@@ -312,3 +318,19 @@ def test_samplers_in_a_column(tmp_path: Path) -> None:
     assert isinstance(rows[2], Row)
     assert (rows[0].params.sampler, rows[2].params.sampler) == ("euler_a", "ddim")
     assert "dpmpp_2m is known, but its Karras schedule is missing" in reason(rows[1])
+
+
+CELLS = st.text(st.sampled_from('ab ,;"\n\t='), min_size=1, max_size=12).filter(lambda cell: bool(cell.strip()))
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4), st.sampled_from(",;\t"), st.sampled_from([0, 1]))
+def test_what_the_csv_module_writes_is_read_as_it_was(cells: list[tuple[str, str]], mark: str, quoting: Any) -> None:
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, delimiter=mark, quoting=quoting, lineterminator="\r\n")
+    writer.writerows([("prompt", "note"), *cells])
+    with tempfile.TemporaryDirectory() as folder:
+        rows, _ = read(
+            Path(folder) / "m.csv",
+            sheet.getvalue(),
+        )
+    assert [(row.prompt, row.extra["note"]) for row in rows] == cells

@@ -150,7 +150,7 @@ def table_columns(path: Path, names: Iterable[str], strict: bool) -> Columns:
 
 
 def listed(names: Iterable[str]) -> str:
-    return ", ".join(excerpt(name, 20) for name in list(names)[:8]) or "nothing"
+    return ", ".join(excerpt(name, 20) for name in [name for name in names if name][:8]) or "nothing"
 
 
 def separator_hint(header: tuple[str, ...]) -> str:

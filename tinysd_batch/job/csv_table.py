@@ -24,6 +24,7 @@ from tinysd_batch.values import is_missing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE | re.DOTALL)  # Excel's, before the header
+NOTHING = ' ,;\t|"\r\n'  # a line of these is blank
 DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+\s*", re.ASCII)
 THOUSANDS = re.compile(r"\s*[+-]?\d{1,3}([.,]\d{3})+\s*", re.ASCII)
 # A cell: blanks, a quoted part (that may be open at the end of the line), and whatever follows up to the separator.
@@ -193,7 +194,7 @@ def first_record(lines: CsvLines) -> list[str]:
     lines.start_record()
     for line in lines:
         record.append(line)
-        if not line.strip() and len(record) == 1:
+        if len(record) == 1 and not line.strip(NOTHING):
             record.clear()
         elif "".join(record).count('"') % 2 == 0:
             break
