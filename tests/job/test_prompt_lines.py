@@ -96,9 +96,12 @@ def test_other_lines_are_interpreted_where_that_is_asked_for(tmp_path: Path) -> 
     assert notes == ["comments skipped: 2 (first: row 2)"]
 
 
-def test_the_header_of_a_table_is_noted(tmp_path: Path) -> None:
-    _, notes = read(tmp_path / "m.txt", "Prompt\tSeed\r\ncat\t7\r\n".encode("utf-16"))
-    assert notes[1] == "the first line looks like the header of a table; rename the file to .tsv to read it as one"
+def test_a_table_that_a_spreadsheet_saved_as_text(tmp_path: Path) -> None:
+    (row,), notes = read(tmp_path / "m.txt", "Prompt\tSeed\tNote\r\ncat\t7\tx\r\n".encode("utf-16"))
+    assert (settings_of(row), row.extra) == ({"prompt": "cat", "seed": 7}, {"Note": "x"})
+    assert notes == ["read as UTF-16", "tabs between cells", "read as a table, since the first line is a header"]
+    rows, _ = read(tmp_path / "m.txt", "a prompt\twith tabs\nprompt\n")
+    assert [row.prompt for row in rows] == ["a prompt\twith tabs", "prompt"]
 
 
 def test_txt2img_tells_and_interprets(here: Path, capfd: Capture, tiny_model: Path) -> None:

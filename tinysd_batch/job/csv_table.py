@@ -191,15 +191,16 @@ def read_header(path: Path, lines: CsvLines) -> tuple[str, tuple[str, ...]]:
 def first_record(lines: CsvLines) -> list[str]:
     """The lines of the first row that is not blank: several where a quoted name holds line ends."""
     record: list[str] = []
+    quotes = 0
     lines.start_record()
     for line in lines:
-        record.append(line)
-        if len(record) == 1 and not line.strip(NOTHING):
-            record.clear()
-        elif "".join(record).count('"') % 2 == 0:
-            break
-        if not record:
+        if not record and not line.strip(NOTHING):
             lines.start_record()
+            continue
+        record.append(line)
+        quotes += line.count('"')
+        if quotes % 2 == 0:
+            break
     return record
 
 

@@ -185,7 +185,12 @@ def rules_for(step_px: int) -> dict[str, Rule]:
 def remember(rule: Rule) -> Rule:
     """The same rule, quicker for values that come again, as those of most columns do."""
     known = lru_cache(1024, typed=True)(rule)  # typed: True is 1 for a dictionary, and no number here
-    return lambda value: known(value) if type(value) in (str, int, float) else rule(value)
+
+    def check(value: Any) -> Any:
+        is_short = len(value) <= MAX_PROMPT_CHARACTERS if type(value) is str else type(value) in (int, float)
+        return known(value) if is_short else rule(value)
+
+    return check
 
 
 def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[str, Any]) -> Row:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tinysd_batch.config import MAX_PROMPT_CHARACTERS, excerpt
 from tinysd_batch.job.columns import SPELLINGS, is_column, normal
+from tinysd_batch.job.csv_table import read_csv
 from tinysd_batch.job.manifest_file import Fault, Line, ReadingOptions, RowRead, SkippedRows
-from tinysd_batch.job.text_lines import BoundedLines, open_text, read_records
+from tinysd_batch.job.text_lines import BoundedLines, find_encoding, open_text, read_records, read_start
 from tinysd_batch.text import normalize_text
 from tinysd_batch.values import is_missing
 
@@ -31,6 +32,20 @@ OPTION = "--interpret-lines"
 
 
 def read_txt(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
+    if is_table(path):
+        options.notes.advise("read as a table, since the first line is a header")
+        return read_csv(path, options)
+    return read_prompt_lines(path, options)
+
+
+def is_table(path: Path) -> bool:
+    """Whether the first line names columns, with tabs between them: Excel's "Unicode text" has this suffix."""
+    start = read_start(path).decode(find_encoding(path), "replace")
+    cells = start.partition("\n")[0].split("\t")
+    return len(cells) > 1 and "prompt" in map(is_column, cells)
+
+
+def read_prompt_lines(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
     row = 0
     with open_text(path, options.notes) as file:
         lines = BoundedLines(file)
@@ -48,8 +63,6 @@ def read_prompt_line(text: str, number: int, row: int, options: ReadingOptions) 
     plain = normalize_text(text)
     if is_missing(plain):
         return Line({}, {}, number)
-    if row == 1 and is_header(plain):
-        notes.advise("the first line looks like the header of a table; rename the file to .tsv to read it as one")
     if WEB_UI.match(plain) and PROMPT_OPTION.search(plain):
         notes.see("lines with the web UI's options, read as it reads them: {}", row)
         return read_options(plain, number, ())
@@ -63,11 +76,6 @@ def read_prompt_line(text: str, number: int, row: int, options: ReadingOptions) 
             return read_options(plain, number, SHORT)
         notes.see(f"lines that look like another program's, options read as text: {{}}; {OPTION} reads them", row)
     return Line({"prompt": text}, {}, number)
-
-
-def is_header(text: str) -> bool:
-    cells = text.split("\t")
-    return len(cells) > 1 and "prompt" in map(is_column, cells)
 
 
 def read_options(text: str, number: int, short: Collection[str]) -> Line | Fault:
