@@ -112,7 +112,7 @@ def left_out_columns(path: Path, whole: Any, file: Any, columns: Columns) -> dic
     """
     our_names = dict(zip(file.schema_arrow.names, columns.names, strict=True))
     unknown = {name for name, our_name in our_names.items() if our_name not in columns.shown}
-    nested_bytes = {field.name for field in file.schema_arrow if holds_binary(field.type)} & unknown
+    nested_bytes = [field.name for field in file.schema_arrow if field.name in unknown and holds_binary(field.type)]
     left_out = dict.fromkeys(nested_bytes, "not read, bytes within structures are not carried into the results")
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     if not any(group.total_byte_size > smallest_heavy_size(group.num_rows) for group in groups):
