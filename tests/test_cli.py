@@ -53,11 +53,11 @@ def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: P
     write_csv(tmp_path / "m.csv", [{"prompt": "red apple", "seed": 1}, {"prompt": "cat", "seed": "x"}])
     done = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "job", cwd=tmp_path)
     assert done.returncode == 3
-    assert "row 2: column seed = 'x': a whole number was expected" in done.stdout
+    assert "row 2 (line 3): column seed = 'x': a whole number was expected" in done.stdout
     check_whole(tmp_path / "job", 1)
     again = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "job", cwd=tmp_path)
     assert again.returncode == 3
-    assert "row 2: invalid: column seed" in run("status", "job", cwd=tmp_path).stdout
+    assert "row 2 (line 3): invalid: column seed" in run("status", "job", cwd=tmp_path).stdout
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> None:
