@@ -8,21 +8,22 @@
 Importing the package loads nothing heavy: torch comes with `TinySD`.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from tinysd_batch.threads import set_wait_policy
 
 __version__ = "0.2.0.dev0"
 __all__ = ["JobResult", "TinySD", "__version__", "read_results", "submit"]
 
+TYPE_CHECKING = False  # that of `typing`, which may lie in the current folder when `python -m` loads this
 if TYPE_CHECKING:
+    from typing import Any
+
     from tinysd_batch.api import JobResult, read_results, submit
     from tinysd_batch.model.pipeline import TinySD
 
 set_wait_policy()  # before anything imports torch
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "TinySD":
         from tinysd_batch.model.pipeline import TinySD
 

@@ -1,4 +1,6 @@
-"""How the threads of torch wait for each other, decided before torch is imported. Imports no torch at module level.
+"""How the threads of torch wait for each other, decided before torch is imported.
+
+Loaded with the package, before the current folder is off the import path: imports only what Python has loaded itself.
 
 A thread of GNU's OpenMP that has finished its part of a parallel region spins for several milliseconds, waiting for the
 others. Beside another busy program one of them is often suspended meanwhile, and the spinning ones use up the time that
@@ -7,17 +9,13 @@ woken thousands of times in each step of a large model. So they spin for a momen
 recent Intel cores), which bridges the gap from one operation to the next, and sleep then.
 """
 
-import contextlib
-import logging
 import os
 import sys
-from collections.abc import Iterator
 
 # libgomp, which the wheels of torch contain, reads both. libomp and libiomp read the first, and sleep at once.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 USER_CHOICES = {*WAITING, "KMP_BLOCKTIME", "KMP_LIBRARY"}
 
-logger = logging.getLogger(__name__)
 is_too_late = False  # torch was imported before this package, so that OpenMP has not read our variables
 
 
@@ -31,24 +29,32 @@ def set_wait_policy() -> None:
 
 def warn_if_threads_spin(count: int) -> None:
     """Log what to do where `count` threads will compute and OpenMP did not see the wait policy."""
+    import logging
+
     if is_too_late and count > 1:
-        logger.warning(
+        logging.getLogger(__name__).warning(
             "torch was imported before tinysd_batch, so its threads spin while they wait, which is slow beside other "
             "busy programs; import tinysd_batch first, or set OMP_WAIT_POLICY=PASSIVE"
         )
 
 
-@contextlib.contextmanager
-def at_most_threads(count: int | None) -> Iterator[None]:
+class at_most_threads:  # noqa: N801 - used as a function, as contextlib's are
     """Let torch compute on at most `count` threads, any number for None, and restore the number afterwards."""
-    import torch
 
-    before = torch.get_num_threads()
-    if count is None or before <= count:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+        self.before: int | None = None
+
+    def __enter__(self) -> None:
+        import torch
+
+        before = torch.get_num_threads()
+        if self.count is not None and before > self.count:
+            self.before = before
+            torch.set_num_threads(self.count)
+
+    def __exit__(self, *exception: object) -> None:
+        import torch
+
+        if self.before is not None:
+            torch.set_num_threads(self.before)

@@ -13,7 +13,7 @@ from tinysd_batch.import_path import PACKAGE_ROOT, absolute_entries, trusted
 
 NAMES = (
     "diffusers", "torch", "ray", "numpy", "pyarrow", "typer", "rich", "pydantic", "transformers", "PIL", "json", "csv",
-    "pathlib", "logging", "sitecustomize", "usercustomize", "xformers", "accelerate", "safetensors",
+    "pathlib", "logging", "typing", "sitecustomize", "usercustomize", "xformers", "accelerate", "safetensors",
 )  # fmt: skip
 
 

@@ -144,6 +144,7 @@ def test_many_blank_rows_are_skipped_at_once(tmp_path: Path) -> None:
 
 # Types in the results (case 6)
 
+SPAN = pa.struct([("from", pa.timestamp("us", "UTC")), ("days", pa.list_(pa.date32()))])
 TYPED = {
     "prompt": ["cat", "dog"],
     "seed": [7, 8],
@@ -155,6 +156,10 @@ TYPED = {
     "day": pa.array([date(2024, 2, 29), None]),
     "price": pa.array([Decimal("1.50"), None], pa.decimal128(9, 2)),
     "lasting": pa.array([5, None], pa.duration("s")),
+    "moments": pa.array([[5, None], None], pa.list_(pa.timestamp("ns"))),
+    "span": pa.array([{"from": 5, "days": [date(2024, 2, 29)]}, None], SPAN),
+    "pair": pa.array([[1, 2], None], pa.list_(pa.int8(), 2)),
+    "large": pa.array([[1, 2], None], pa.large_list(pa.int8())),
     "small": pa.array([3, None], pa.uint8()),
     "flag": pa.array([True, None]),
     "kind": pa.array(["a", None]).dictionary_encode(),

@@ -148,7 +148,8 @@ class Run:
         total = min(surveyed.images, limit) if limit else surveyed.images
         self.clean()
         self.note_reading()
-        schema = results_schema(read_extra_fields(job.manifest, surveyed.extra))
+        as_text = job.record is not None and job.record.columns_as_text
+        schema = results_schema(read_extra_fields(job.manifest, surveyed.extra, as_text=as_text))
         schema = keep_columns(schema, ResultsPaths(job.folder).schemas())
         writer = ResultsWriter(job.folder, schema, surveyed.images + surveyed.invalid.count, self.held.guard)
         done = read_finished(job)

@@ -358,6 +358,7 @@ def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], kept:
         fingerprint=job.fingerprint, rows=kept.last_number if kept else before.rows if before else 0, images=images,
         invalid_rows=invalid_rows, columns=tuple(columns), lines=kept.count if kept else before.lines if before else 0,
         out_of_order=kept.out_of_order if kept else before.out_of_order if before else 0, bytes=job.manifest_stamp[0],
+        columns_as_text=before.columns_as_text if before else False,
     )  # fmt: skip
     write_job_json(
         job.folder, job.manifest, record, job.settings, job.model, seed=job.seed, run_id=job.run_id, reuse=job.reuse

@@ -15,6 +15,7 @@ from tinysd_batch.job.formats import format_of, is_jsonl
 from tinysd_batch.job.rows import READER, Snapshot
 from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.storage import read_file, write_atomically
+from tinysd_batch.text import normalize_text
 
 JOB_FILE = "job.json"
 MAX_JOB_BYTES = 10_000_000
@@ -38,6 +39,7 @@ class ManifestRecord:
     lines: int = 0  # of the snapshot
     out_of_order: int = 0  # rows in it that come after some of a higher number
     bytes: int | None = None  # of the manifest's file; None for jobs of 0.1.0
+    columns_as_text: bool = False  # carried columns that hold no numbers are text, as 0.1.0 had them
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Self:
@@ -47,6 +49,7 @@ class ManifestRecord:
             manifest["fingerprint"], manifest["rows"], saved["images"], saved["invalid_rows"],
             tuple(columns) if columns is not None else None, saved.get("reader", 1),
             manifest.get("lines", manifest["rows"]), manifest.get("out_of_order", 0), manifest.get("bytes"),
+            manifest.get("columns_as_text", saved.get("reader", 1) == 1),
         )  # fmt: skip
 
     @property
@@ -66,6 +69,7 @@ class ManifestRecord:
             "out_of_order": self.out_of_order,
             "bytes": self.bytes,
             "columns": list(self.columns or ()),
+            "columns_as_text": self.columns_as_text,
         }
 
 
@@ -105,6 +109,8 @@ def check_saved(saved: dict[str, Any]) -> None:
         raise TypeError("columns are no names")
     if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
         raise TypeError("an entry is of another type than was written")
+    if not isinstance(manifest.get("columns_as_text", False), bool):
+        raise TypeError("columns_as_text is neither true nor false")
     if not isinstance(saved.get("reuse"), str | None):
         raise TypeError("reuse is no text")
     if not all(type(number) is int and 0 <= number <= MAX_SEED for number in numbers):
@@ -123,7 +129,8 @@ def check_same_settings(
     differences = [
         f"{name}: {was} in the job, {getattr(settings, name)} now"
         for name in (*DECIDING, *deciding_rows(manifest))
-        if (was := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(settings, name)
+        if (was := in_normal_form(saved["settings"].get(name, Settings.model_fields[name].default)))
+        != getattr(settings, name)
     ]
     if saved["model"]["digest"] != model.digest:
         differences.append(f"model: {saved['model']['name']} in the job, {model.name} now (the weights differ)")
@@ -134,6 +141,11 @@ def check_same_settings(
             f"{folder}: the job was started with other settings: {'; '.join(differences)}. "
             f"Use the same settings to go on, or another folder with -o"
         )
+
+
+def in_normal_form(value: Any) -> Any:
+    """A setting as it is read today: 0.1.0 kept text as it was written."""
+    return normalize_text(value) if isinstance(value, str) else value
 
 
 def deciding_rows(manifest: Path) -> list[str]:

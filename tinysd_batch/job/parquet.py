@@ -112,7 +112,7 @@ def left_out_columns(path: Path, whole: Any, file: Any, columns: Columns) -> dic
     """
     our_names = dict(zip(file.schema_arrow.names, columns.names, strict=True))
     unknown = {name for name, our_name in our_names.items() if our_name not in columns.shown}
-    nested_bytes = {field.name for field in file.schema_arrow if holds_binary(field.type)} & unknown
+    nested_bytes = [field.name for field in file.schema_arrow if field.name in unknown and holds_binary(field.type)]
     left_out = dict.fromkeys(nested_bytes, "not read, bytes within structures are not carried into the results")
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     if not any(group.total_byte_size > smallest_heavy_size(group.num_rows) for group in groups):
@@ -190,8 +190,9 @@ def read_carried(array: Any) -> list[Any]:
         return cells
     if is_time(kind) or pa.types.is_decimal(kind):
         return array.cast(plain_type(kind)).to_pylist()  # type: ignore[no-any-return]
-    if nested_type(kind) is not None:
-        return [read_scalar(one, as_json=False) for one in array]
+    if (kept := nested_type(kind)) is not None:
+        plain = plain_type(kept)
+        return [read_scalar(one, None if plain == kind else plain, as_json=False) for one in array]
     if pa.types.is_nested(kind):
         return [read_scalar(one) for one in array]
     return read_cells(array)
@@ -213,15 +214,15 @@ def too_long(size: int) -> BadCell:
     return BadCell(f"some {size:,} bytes, at most {MAX_CELL_CHARACTERS:,}")
 
 
-def read_scalar(scalar: Any, as_json: bool = True) -> Any:
-    """A time as text, a nested value as JSON or as it is."""
+def read_scalar(scalar: Any, kind: Any = None, *, as_json: bool = True) -> Any:
+    """A time as text, a nested value as JSON or as it is, or as another type."""
     if not scalar.is_valid:
         return None
     if (size := weight(scalar)) > MAX_CELL_CHARACTERS:
         return too_long(size)
     try:
         if pa.types.is_nested(scalar.type):
-            value = scalar.as_py()
+            value = (pc.cast(scalar, kind) if kind is not None else scalar).as_py()
             return json.dumps(value, ensure_ascii=False, default=as_text) if as_json else value
         return pc.cast(scalar, pa.string()).as_py()
     except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -4,7 +4,7 @@ Between manifest and table a row travels as JSON (job snapshots, other processes
 whole numbers that Arrow stores, decimals as text, and lists and structures as JSON's; the table casts them back.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -30,10 +30,9 @@ def text_or_number(kind: Any) -> Any:
 
 
 def nested_type(kind: Any) -> Any | None:
-    """The same list or structure, if all that it holds is numbers and text."""
+    """The same list or structure, if all that it holds is numbers, text and times."""
     if is_list(kind):
-        item = leaf_type(kind.value_type)
-        return item and pa.list_(item)
+        return list_like(kind, leaf_type(kind.value_type))
     if pa.types.is_struct(kind):
         parts = [(field.name, leaf_type(field.type)) for field in kind]
         names = {name for name, _ in parts}
@@ -46,16 +45,38 @@ def leaf_type(kind: Any) -> Any | None:
         return leaf_type(kind.value_type)
     if is_string(kind):
         return pa.string()
-    if is_number(kind):
+    if is_number(kind) or is_time(kind):
         return pa.float32() if pa.types.is_float16(kind) else kind
     return nested_type(kind)
 
 
+def list_like(kind: Any, item: Any | None) -> Any | None:
+    """A list of the same kind, of other items."""
+    if item is None:
+        return None
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(item, kind.list_size)
+    return pa.large_list(item) if pa.types.is_large_list(kind) else pa.list_(item)
+
+
 def plain_type(kind: Any) -> Any:
     """The type as which values of a carried column travel."""
+    return pa.string() if pa.types.is_decimal(kind) else with_times_as(kind, whole_number_of)
+
+
+def whole_number_of(kind: Any) -> Any:
+    return pa.int32() if kind.bit_width == 32 else pa.int64()
+
+
+def with_times_as(kind: Any, convert: Callable[[Any], Any]) -> Any:
+    """The type with all times in it converted."""
     if is_time(kind):
-        return pa.int32() if kind.bit_width == 32 else pa.int64()
-    return pa.string() if pa.types.is_decimal(kind) else kind
+        return convert(kind)
+    if is_list(kind):
+        return list_like(kind, with_times_as(kind.value_type, convert))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, with_times_as(field.type, convert)) for field in kind])
+    return kind
 
 
 def plain_schema(schema: Any, names: Iterable[str]) -> Any:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.parquet_types import is_time, plain_type
+from tinysd_batch.job.parquet_types import plain_type, with_times_as
 from tinysd_batch.storage import check_regular
 
 MANY_ROWS = 4096  # from which on a table is read by several threads
@@ -121,12 +121,13 @@ def readable(table: pa.Table) -> pa.Table:
     """The table with carried times as text: Python has none of nanoseconds, or beyond the year 9999."""
     ours = {field.name for field in FIELDS}
     for position, field in enumerate(table.schema):
-        if is_time(field.type) and field.name not in ours:
+        as_text = with_times_as(field.type, lambda _: pa.string())
+        if as_text != field.type and field.name not in ours:
             column = table.column(position)
             try:
-                column = column.cast(pa.string())
+                column = column.cast(as_text)
             except pa.ArrowException:  # a time zone that is not known here
-                column = column.cast(plain_type(field.type)).cast(pa.string())
+                column = column.cast(plain_type(field.type)).cast(as_text)
             table = table.set_column(position, field.name, column)
     return table
 
