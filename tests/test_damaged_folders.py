@@ -208,7 +208,7 @@ JOBS: list[tuple[str, Change, int, str]] = [
     (SUBMIT, put("_tinysd/journal/00000009.parquet", b"PAR1"), 5, "journal/00000009.parquet: cannot be read"),
     (SUBMIT, instead("_tinysd/journal/00000009.parquet", Path.mkdir), 5, "00000009.parquet: cannot be read"),
     (SUBMIT, instead("_tinysd/lock", Path.mkdir), 5, "job/_tinysd/lock: Is a directory"),
-    (SUBMIT, pipe("_tinysd/lock"), 5, "job/_tinysd/lock: Invalid argument"),
+    (SUBMIT, pipe("_tinysd/lock"), 5, "job/_tinysd/lock: Not a regular file"),
     (SUBMIT, instead("images", Path.touch), 2, "job/images: is a file"),
     (SUBMIT, instead("_tinysd", Path.touch), 2, "job/_tinysd: is a file"),
     (SUBMIT, instead("results", Path.touch), 2, "job/results: is a file"),

@@ -40,7 +40,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason = next(iter((error.strerror or str(error)).splitlines()), type(error).__name__)
         raise StorageError(f"{path}: {reason}; make room or choose another folder, then try again") from error
 
 

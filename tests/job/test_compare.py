@@ -363,7 +363,11 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "images" / folder / "a.png").write_bytes(b"123")
     monkeypatch.setattr(os, "scandir", note)
     images = [(index, f"images/0000{index % 2}/{'a' if index < 2 else 'b'}.png", 3) for index in range(10)]
-    compared = [file for folder in compare_folders(tmp_path, images) for file in folder.files]
+    compared = [
+        file
+        for folder in compare_folders(tmp_path, sorted(images, key=lambda image: image[1]))
+        for file in folder.files
+    ]
     assert listed == ["00000", "00001"]
     assert {file.image: file.state for file in compared if file.state is FileState.SAME_SIZE}.keys() == {0, 1}
 

@@ -6,10 +6,11 @@ and no symbolic link is followed.
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from tinysd_batch.storage import storage_errors
 IMAGES_FOLDER = "images"
 FOLDER_NAME = re.compile(rf"{IMAGES_FOLDER}/\d{{5,12}}", re.ASCII)
 COMPARED_COLUMNS = ["row", "index", "status", "file_name", "bytes", "run_id"]
+BATCH_ROWS = 10_000
 NAMED_FILES = 3  # in a message
 SavedImage = tuple[int, str, int | None]  # index, file name, bytes as the table has them
 
@@ -63,19 +65,19 @@ def read_saved_images(job_folder: Path) -> pa.Table:
 
 
 def as_images(table: pa.Table) -> Iterator[SavedImage]:
-    return zip(*(table[name].to_pylist() for name in ("index", "file_name", "bytes")), strict=True)
+    """Index, file name and bytes, folder by folder; few of them are Python objects at a time."""
+    columns = table.select(["index", "file_name", "bytes"]).sort_by("file_name")
+    for batch in columns.to_batches(BATCH_ROWS):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def compare_folders(job_folder: Path, images: Iterable[SavedImage]) -> Iterator[ComparedFolder]:
-    """Compare images (index, file name, bytes) with the disk, folder by folder.
+    """Compare images (index, file name, bytes), which come folder by folder, with the disk.
 
     Raises StorageError where a folder cannot be read.
     """
-    by_folder: defaultdict[str, list[SavedImage]] = defaultdict(list)
-    for image in images:
-        by_folder[image[1].rpartition("/")[0]].append(image)
-    for folder in sorted(by_folder):
-        images_here = by_folder.pop(folder)
+    for folder, group in groupby(images, lambda image: image[1].rpartition("/")[0]):
+        images_here = list(group)
         if FOLDER_NAME.fullmatch(folder) is None:
             yield ComparedFolder([ComparedFile(index, name, FileState.OUTSIDE) for index, name, _ in images_here], [])
             continue
@@ -189,9 +191,8 @@ def find_differences(job_folder: Path, run_id: str | None = None) -> Differences
 
 def of_same_folders(images: pa.Table, chosen: pa.ChunkedArray) -> pa.Table:
     """The images that lie in a folder of a chosen one."""
-    folders = [name.rpartition("/")[0] for name in images["file_name"].to_pylist()]
-    wanted = {folder for folder, is_chosen in zip(folders, chosen.to_pylist(), strict=True) if is_chosen}
-    return images.filter(pa.array([folder in wanted for folder in folders], pa.bool_()))
+    folders = pc.replace_substring_regex(images["file_name"], "/[^/]*$", "")
+    return images.filter(pc.is_in(folders, pc.unique(folders.filter(chosen))))
 
 
 def find_images_to_redo(job_folder: Path, redo_missing: bool) -> Differences:

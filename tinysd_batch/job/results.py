@@ -206,12 +206,9 @@ class ResultsWriter:
 
     def find_lost_files(self) -> dict[Path, int]:
         """Files of the table that hold fewer rows than were written to them, and how many are lost."""
-        lost: dict[Path, int] = {}
-        for file, rows in self.rows_in.items():
-            there = read_footer(file).num_rows if file.exists() else 0
-            if there < rows:
-                lost[file] = rows - there
-        return lost
+        there = {*self.paths.sealed_files(), *self.paths.journal_parts()}
+        left = {file: read_footer(file).num_rows if file in there else 0 for file in self.rows_in}
+        return {file: rows - left[file] for file, rows in self.rows_in.items() if left[file] < rows}
 
     def seal_parts(self, parts: list[Path]) -> None:
         older = [self.paths.one_file] if not self.big and self.paths.one_file.exists() else []

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,7 +134,9 @@ def count_reusable(job: Job, wanted: Mapping[str, int]) -> int:
     table = ResultsPaths(job.reuse).read_newest(REUSE_COLUMNS)
     rows = [row for row in table.to_pylist() if row["image_id"] in wanted and is_reusable(row, suffix)]
     files = [(row["index"], file_name(row["seed"], row["index"], suffix), row["bytes"]) for row in rows]
-    compared = (file for folder in compare_folders(job.reuse, files) for file in folder.files)
+    compared = (
+        file for folder in compare_folders(job.reuse, sorted(files, key=itemgetter(1))) for file in folder.files
+    )
     same = {file.image for file in compared if file.state is FileState.SAME_SIZE}
     return sum(wanted[image_id] for image_id in {row["image_id"] for row in rows if row["index"] in same})
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,7 +79,7 @@ def verify_job(job_folder: Path, on_image: Callable[[int, int], None]) -> Verifi
     found.images = len(saved)
     checked = 0
     listed: set[str] = set()
-    for folder in compare_folders(job_folder, (image[:3] for image in saved)):
+    for folder in compare_folders(job_folder, (image[:3] for image in sorted(saved, key=itemgetter(1)))):
         for file in folder.files:
             listed.add(file.file_name.rpartition("/")[0])
             check_file(job_folder, file, hashes[file.image], found)
