@@ -48,7 +48,10 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 def test_plan_takes_what_submit_takes() -> None:
     """Its own are `verbose`, which says more there, and `--json`."""
-    taken = {name: {each.name: tuple(each.opts) for each in COMMANDS[name].params} for name in ("submit", "plan")}
+    taken = {
+        name: {each.name: (*each.opts, *each.secondary_opts) for each in COMMANDS[name].params}
+        for name in ("submit", "plan")
+    }
     assert taken["plan"].pop("as_json") == ("--json",)
     assert taken["plan"] == taken["submit"]
 
