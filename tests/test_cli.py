@@ -61,6 +61,7 @@ def test_h_is_help(name: str, capsys: Capture) -> None:
     code, out, _ = call(capsys, *name.split(), "-h")
     assert code == 0
     assert out.startswith("Usage: ")
+    assert "[]" not in out
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,10 @@ def test_h_is_help(name: str, capsys: Capture) -> None:
         (["txt2img"], "tinysd-batch txt2img red apple"),
         (["txt2img", "--prompt", " "], "tinysd-batch txt2img red apple"),
         (["submit", "red apple"], "type: tinysd-batch txt2img 'red apple'"),
+        (["submit", "red", "apple,", "-n", "4"], "No such option: -n"),
+        (["submit", "red", "apple", "--steps", "4"], "type: tinysd-batch txt2img 'red apple'"),
+        (["submit", "m.csv", "other.csv"], "other.csv: a job has one manifest, m.csv"),
+        (["plan", "red", "apple"], "type: tinysd-batch txt2img 'red apple'"),
         (["submit", "apple"], "type: tinysd-batch txt2img apple"),
         (["plan", "red apple, 4k. v1.5"], "type: tinysd-batch txt2img 'red apple, 4k. v1.5'"),
         (["submit", "apple " * 60], "type: tinysd-batch txt2img red apple"),
