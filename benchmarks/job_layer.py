@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.trivial import SIDE_PX, Silent, TrivialModel, TrivialPool, TrivialProcess
 from tinysd_batch.config import Settings
-from tinysd_batch.job.cluster import start_ray, stop_ray
+from tinysd_batch.job.cluster import start_ray
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.folder import Job, open_job
 from tinysd_batch.job.parcels import Parcel
@@ -143,7 +143,7 @@ def ray_data_run(images: int) -> float:
     """
     import ray.data
 
-    start_ray({})
+    session = start_ray({})
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder), images)
         setup = replace(setup_for(job), model_name="trivial:0.0")
@@ -164,7 +164,7 @@ def ray_data_run(images: int) -> float:
         ).write_parquet(folder + "/rows")
         elapsed = time.perf_counter() - started
         assert len(list(job.folder.rglob("seed_*"))) == images
-    stop_ray()
+    session.stop()
     return elapsed
 
 

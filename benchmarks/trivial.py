@@ -25,7 +25,8 @@ class TrivialModel:
     """Draws one flat colour per seed, in so many seconds."""
 
     device_name = "none"
-    dtype = "float32"
+    device = SimpleNamespace(type="none")
+    precision = SimpleNamespace(name="float32", reason="it computes nothing", replaces=None)
 
     def __init__(self, seconds: float = 0.0, digest: str = "") -> None:
         self.seconds = seconds

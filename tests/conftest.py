@@ -9,26 +9,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import hypothesis
 import pytest
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.card.card import Card
-from tests.card.driver import COMPILER
-from tests.card.idle import IdleCard
-from tests.card.pretend import pretended
-from tests.card.streams import Race
 from tests.tools import DEFAULT_EXAMPLES, made_once, write_json
 from tinysd_batch.model.info import embedded_path
-from tinysd_batch.quantize.fast import quantize_folder
+
+# Heavy libraries are imported in fixtures: the process that only hands out tests to its workers has no use for them.
+if TYPE_CHECKING:
+    from tests.card.card import Card
+    from tests.card.idle import IdleCard
 
 TEXT_WIDTH = 32
-AnyCard = TypeVar("AnyCard", bound=Card)
+AnyCard = TypeVar("AnyCard", bound="Card")
 
 # A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
 # tries the same examples, ten times as many with HYPOTHESIS_PROFILE=thorough.
@@ -50,6 +45,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -60,6 +57,11 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_float_model(folder: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -100,6 +102,8 @@ def write_float_model(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model packed to 2, 4 and 8 bits."""
+    from tinysd_batch.quantize.fast import quantize_folder
+
     return made_once(tmp_path_factory, "models/packed", lambda out: quantize_folder(float_model, out, "quality"))
 
 
@@ -112,21 +116,31 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pretended_card() -> Iterator[Card]:
+def pretended_card() -> "Iterator[Card]":
     """A card of 4 GiB; all work on it was in good order."""
+    from tests.card.card import Card
+
     with in_good_order(Card()) as card:
         yield card
 
 
 @pytest.fixture
-def idle_card() -> Iterator[IdleCard]:
+def idle_card() -> "Iterator[IdleCard]":
     """The same, which computes nothing."""
+    from tests.card.idle import IdleCard
+
     with in_good_order(IdleCard()) as card:
         yield card
 
 
 @contextmanager
 def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
+    import torch
+
+    from tests.card.driver import COMPILER
+    from tests.card.pretend import pretended
+    from tests.card.streams import Race
+
     if COMPILER is None:
         pytest.skip("no g++ here to compile the kernels with")
     if torch.cuda.is_available():
@@ -139,12 +153,14 @@ def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
 
 @pytest.fixture
 def real_card() -> None:
+    import torch
+
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
 
 @pytest.fixture(params=["pretended_card", pytest.param("real_card", marks=pytest.mark.gpu)])
-def card(request: pytest.FixtureRequest) -> Card | None:
+def card(request: pytest.FixtureRequest) -> "Card | None":
     """The pretended card, or None for a real one: what can be told of both is tested on both."""
     found: Card | None = request.getfixturevalue(request.param)
     return found

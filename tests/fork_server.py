@@ -26,7 +26,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 MODULE = [sys.executable, "-m", "tinysd_batch"]  # the one command that is forked
 LARGEST_REQUEST = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36
+AT_START = dict(os.environ)  # before any test changes it
 
 
 # In the test's process
@@ -46,25 +47,27 @@ class ForkServer:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REQUEST)
         self.lock = threading.Lock()
-        self.environment = comparable(os.environ)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**AT_START, "OMP_NUM_THREADS": "1"},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
+        self.receive()  # that all is imported
+
+    def receive(self) -> int:
+        answer = self.socket.recv(64)
+        if not answer:
+            raise ChildProcessError("the fork server ended; its messages are on stderr")
+        return int(answer)
 
     def fork(self, request: dict[str, Any], streams: list[int]) -> int:
         """Start a process and return its id."""
-        data = json.dumps(request).encode("utf-8", "surrogateescape")
         with self.lock, adopting_orphans():
-            socket.send_fds(self.socket, [data], streams)
-            answer = self.socket.recv(64)
-        if not answer:
-            raise ChildProcessError("the fork server is gone; its messages are on stderr")
-        return int(answer)
+            socket.send_fds(self.socket, [json.dumps(request).encode()], streams)
+            return self.receive()
 
 
 @functools.cache
@@ -114,15 +117,16 @@ STREAMS = ("p2cread", "c2pwrite", "errwrite")
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 # Variables that are read when they are needed, not when something is loaded.
 READ_LATE = {"COLUMNS", "LINES", "TERM", "NO_COLOR", "CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST"}
+SET_BY_LIBRARIES = {"TORCHINDUCTOR_CACHE_DIR", "RAY_CLIENT_MODE"}  # while they load, in the server as well
 
 
-def comparable(environment: Any) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in READ_LATE}
+def comparable(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in READ_LATE | SET_BY_LIBRARIES}
 
 
-def is_forkable(environment: dict[str, str]) -> bool:
+def is_forkable(environment: Mapping[str, str]) -> bool:
     """Return whether the server's libraries would have loaded alike in this environment."""
-    return comparable(environment) == fork_server().environment
+    return comparable(environment) == comparable(AT_START)
 
 
 def current_umask() -> int:
@@ -146,6 +150,7 @@ def preload() -> None:
 
 def next_request(door: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Fork a process for each request. Return in the forked ones, with the request; or with None at the end."""
+    door.send(b"0")
     while True:
         data, streams, _, _ = socket.recv_fds(door, LARGEST_REQUEST, len(STREAMS))
         if not data:
@@ -154,7 +159,7 @@ def next_request(door: socket.socket) -> tuple[dict[str, Any], list[int]] | None
             raise RuntimeError(f"threads that a fork would lose: {threading.enumerate()}")
         pid = fork_orphan()
         if not pid:
-            return json.loads(data.decode("utf-8", "surrogateescape")), list(streams)
+            return json.loads(data), list(streams)
         for stream in streams:
             os.close(stream)
         door.send(str(pid).encode())
@@ -249,7 +254,7 @@ def run_program() -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError:
+        except (OSError, ValueError):  # a pipe that nobody reads, or a stream that is closed
             raise end from None
         os._exit(code & 0xFF)
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,29 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@contextlib.contextmanager
+def no_new_variables() -> Iterator[None]:
+    """Variables that a command adds to its environment end with it, as they would with its process."""
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - before:
+            del os.environ[name]
+
+
 def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the program in this process: much quicker, since torch is loaded already."""
     words = [str(argument) for argument in arguments]
     out, err, code = io.StringIO(), io.StringIO(), 0
     before, sys.argv = sys.argv, ["tinysd-batch", *words]
     try:
-        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.chdir(cwd),
+            no_new_variables(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             main()
     except SystemExit as end:
         code = int(end.code or 0)
@@ -123,9 +139,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 def examples(count: int) -> hypothesis.settings:
     """For a property that is slow to test: so many examples by default, in proportion in other profiles."""
-    default = hypothesis.settings.default
-    assert default is not None
-    return hypothesis.settings(max_examples=count * default.max_examples // DEFAULT_EXAMPLES)
+    profile = hypothesis.settings.default
+    assert profile is not None
+    return hypothesis.settings(max_examples=count * profile.max_examples // DEFAULT_EXAMPLES)
 
 
 def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
@@ -206,7 +222,7 @@ def call(capture: Capture, *arguments: object) -> tuple[int, str, str]:
     capture.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tinysd-batch", *(str(argument) for argument in arguments)])
-        with pytest.raises(SystemExit) as end:
+        with no_new_variables(), pytest.raises(SystemExit) as end:
             main()
     return (end.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
 

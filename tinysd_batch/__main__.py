@@ -1,6 +1,40 @@
-"""`python -m tinysd_batch`."""
+"""Entry point of the command `tinysd-batch` and of `python -m tinysd_batch`."""
 
-from tinysd_batch.cli import main
+import os
+import sys
+
+from tinysd_batch.import_path import restrict_import_path
+
+USAGE_ERROR = 2
+
+
+def main() -> None:
+    """Make the process safe to work in, then run the command line."""
+    restrict_import_path()  # before anything else is imported
+    occupy_standard_streams()
+    refuse_lost_folder()
+    from tinysd_batch.cli import main as run
+
+    run()
+
+
+def occupy_standard_streams() -> None:
+    """A stream that was closed (`2>&-`) must not become the descriptor of a file that is opened later."""
+    for stream in (0, 1, 2):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def refuse_lost_folder() -> None:
+    """Libraries end the process with messages of their own where the current folder was removed."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        sys.stderr.write("tinysd-batch: the current folder is gone; change to one that exists, and try again\n")
+        sys.exit(USAGE_ERROR)
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """Faults of every kind, on real processes with a model that obeys (`tests.chaos.farm`)."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_a_poison_row_on_the_only_card(tmp_path: Path) -> None:
     done = farm(tmp_path, "--workers", 1)
     assert done.returncode == 3, done.stdout + done.stderr
     assert faults(check_whole(tmp_path / "job", 12)) == {1: ("quarantined", "worker_died")}
-    assert done.stdout.count("Worker cpu-0: lost (its process died: ") == 3
+    assert done.stdout.count(f"Worker {platform.node()}/cpu-0: lost (its process died: ") == 3
     assert "given up" not in done.stdout
 
 
@@ -118,6 +119,19 @@ def test_a_machine_short_of_memory_loses_a_worker_and_no_image(tmp_path: Path) -
     assert "it is given up" in done.stdout
 
 
+def test_a_machine_too_small_for_its_only_worker_ends_the_run(tmp_path: Path) -> None:
+    """The memory monitor ends that worker again and again."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + 3e9) / memory.total
+    manifest(tmp_path, [f"eat once {tmp_path / str(number)}" for number in range(20)])
+    done = farm(
+        tmp_path, "--workers", 1, RAY_memory_usage_threshold=f"{threshold:.3f}", RAY_memory_monitor_refresh_ms="100"
+    )
+    assert done.returncode == 6, done.stdout + done.stderr
+    assert "no worker is left" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_worker_on_other_storage_draws_nothing(tmp_path: Path) -> None:
     manifest(tmp_path, plain(10))
     done = farm(tmp_path, FARM_APART=str(tmp_path / "apart"))
@@ -126,19 +140,48 @@ def test_a_worker_on_other_storage_draws_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "job").rglob("seed_*"))
 
 
-def test_ray_itself_dies_and_the_job_goes_on_later(tmp_path: Path) -> None:
-    """Ray ends the driver, without any of its Python running, when its head is gone."""
-    manifest(tmp_path, plain(2000))
-    process = start(tmp_path, "--seconds", 0.1, RAY_gcs_rpc_server_reconnect_timeout_s="5")
+def kill_child(process: subprocess.Popen[str], name: str) -> None:
+    """Kill a process that Ray started for the driver, once it is there."""
+    deadline = time.monotonic() + 60
+    while True:
+        family = psutil.Process(process.pid).children(recursive=True)
+        if found := [child for child in family if child.name() == name]:
+            found[0].kill()
+            found[0].wait()
+            return
+        assert time.monotonic() < deadline, f"there is no {name}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_ray_itself_dies_and_the_job_goes_on(tmp_path: Path, name: str) -> None:
+    """As when the kernel's out-of-memory killer picks it: Ray alone would wait for ever, or end the driver."""
+    manifest(tmp_path, plain(300))
+    process = start(tmp_path, "--seconds", 0.1)
     wait_for_pictures(tmp_path / "job", 20)
-    family = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in family if child.name() == "gcs_server").kill()
+    kill_child(process, name)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert not faults(check_whole(tmp_path / "job", 300))
+    (lost,) = [line for line in out.splitlines() if "stopped" in line]
+    assert lost.startswith(f"Ray on this machine has stopped: its {name} was ended by SIGKILL; it was started again")
+    assert not [line for line in out.splitlines() if "state-dump" in line or "(raylet)" in line or ": lost" in line]
+
+
+def test_a_ray_that_dies_again_and_again_ends_the_run_and_the_job_goes_on_later(tmp_path: Path) -> None:
+    manifest(tmp_path, plain(2000))
+    process = start(tmp_path, "--seconds", 0.1)
+    children: list[psutil.Process] = []
+    for goal in (20, 60, 100):
+        wait_for_pictures(tmp_path / "job", goal)
+        children += psutil.Process(process.pid).children(recursive=True)
+        kill_child(process, "raylet")
+    killed_at = time.monotonic()
     out, _ = process.communicate(timeout=120)
-    assert process.returncode not in (0, 3), out
-    for child in family:
-        if child.is_running():
-            child.kill()  # Ray leaves some behind
-    psutil.wait_procs(family, timeout=30)
+    assert process.returncode == 6, out
+    assert time.monotonic() - killed_at < 60
+    assert "for the third time; the same command goes on" in out.splitlines()[-1]
+    assert not psutil.wait_procs(children, timeout=30)[1]
     done = farm(tmp_path, "--seconds", 0)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not faults(check_whole(tmp_path / "job", 2000))

@@ -6,9 +6,12 @@ import platform
 import pty
 import random
 import signal
+import stat
 import subprocess
+import tempfile
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +43,22 @@ def finish(folder: Path, model: Path, *more: str, images: int = IMAGES) -> list[
     return check_whole(folder / "job", images)
 
 
-def test_nothing_outlives_a_killed_driver(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where Ray keeps its files; nothing is left there."""
+    with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield Path(folder)
+        assert not list(Path(folder).iterdir())
+
+
+def test_nothing_outlives_a_killed_driver(manifest: Path, place: Path, tmp_path: Path, tiny_model: Path) -> None:
     """Ray's workers would go on for seconds, its agents for a minute."""
     process = start(tmp_path, tiny_model, "--workers=2")
     wait_for_pictures(tmp_path / "job", 3, process)
     children = family(process)
     assert {"raylet", "gcs_server"} < {child.name() for child in children}
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in place.iterdir()] == [0o700]
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=20)
@@ -53,7 +66,9 @@ def test_nothing_outlives_a_killed_driver(manifest: Path, tmp_path: Path, tiny_m
     finish(tmp_path, tiny_model)
 
 
-def test_nothing_outlives_a_driver_killed_while_ray_starts(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_nothing_outlives_a_driver_killed_while_ray_starts(
+    manifest: Path, place: Path, tmp_path: Path, tiny_model: Path
+) -> None:
     process = start(tmp_path, tiny_model, "--workers=2")
     children: list[psutil.Process] = []
     while "raylet" not in {child.name() for child in children}:

@@ -1,6 +1,9 @@
 """A cluster of several real `ray start` nodes on this machine, started by the recipe that users get."""
 
 import os
+import platform
+import re
+import shutil
 import signal
 import socket
 import stat
@@ -14,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.chaos.test_kills import is_worker
+from tests.chaos.test_kills import is_worker, wait_for_pictures
 from tests.tools import check_whole, command, environment, run, run_here, write_csv
 from tinysd_batch.job import guardian
 
@@ -52,18 +55,21 @@ class Cluster:
         clean = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
         return {
             **clean, "PATH": f"{self.folder / 'tools'}:{os.environ['PATH']}", "HOMES": str(self.folder / "homes"),
-            "HOME": str(self.folder / "homes" / box), "RAY_TMPDIR": str(self.folder),
+            "HOME": str(self.folder / "homes" / box), "FOLDER": str(self.folder),
             "BIN": str(Path(sys.executable).parent), "PORT": str(self.port), "PORTS": "",
             "RAY_OPTIONS": "--num-gpus=1 --num-cpus=1",
         }  # fmt: skip
 
-    def start(self) -> None:
+    def recipe(self, verb: str) -> subprocess.CompletedProcess[str]:
         boxes = ["127.0.0.1", *BOXES[1:]]
-        (self.folder / "homes" / "127.0.0.1").symlink_to(self.folder / "homes" / BOXES[0])
-        done = subprocess.run(
-            [ROOT / "configs" / "clusters" / "ssh.sh", "start", *boxes], env=self.environment(), capture_output=True,
+        return subprocess.run(
+            [ROOT / "configs" / "clusters" / "ssh.sh", verb, *boxes], env=self.environment(), capture_output=True,
             text=True, timeout=150, check=False,
         )  # fmt: skip
+
+    def start(self) -> None:
+        (self.folder / "homes" / "127.0.0.1").symlink_to(self.folder / "homes" / BOXES[0])
+        done = self.recipe("start")
         assert done.returncode == 0, done.stdout + done.stderr
 
     def processes(self) -> list[psutil.Process]:
@@ -109,6 +115,8 @@ def test_each_box_draws_with_a_worker_of_its_own(
     cluster: Cluster, tmp_path: Path, tiny_model: Path, device: str
 ) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 40} for number in range(24)])
+    for module in ("diffusers", "torch", "ray", "numpy"):  # the current folder is on nobody's import path
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('executed')")
     process = submit(cluster, tmp_path, "--model", tiny_model, "--device", device)
     parents: dict[str, int] = {}
     while process.poll() is None:
@@ -146,6 +154,59 @@ def test_nothing_listens_on_a_dashboard(cluster: Cluster) -> None:
     }
     assert cluster.port in ports
     assert 8265 not in ports
+
+
+@pytest.mark.slow
+def test_a_lost_machine_is_one_line(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+    """`kill -9` of a raylet: Ray's own dump of state goes to the job's log."""
+    write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 300} for number in range(40)])
+    process = submit(cluster, tmp_path, "--model", tiny_model, "--device", "cpu")
+    wait_for_pictures(tmp_path / "job", 4, process)
+    raylets = [each for each in cluster.processes() if each.name() == "raylet"]
+    victim = next(each for each in raylets if "--head" not in each.cmdline())
+    victim.kill()
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    name = re.escape(platform.node())
+    lost = [line for line in out.splitlines() if "lost" in line]
+    assert len(lost) == 1, out
+    assert re.fullmatch(rf"machine {name} is lost(; its \d+ images? goe?s? to others)?", lost[0])
+    assert all(len(line) < 200 for line in out.splitlines()), out
+    rows = check_whole(tmp_path / "job", 40)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(re.fullmatch(rf"{name}/cpu-\d", row["worker"]) for row in rows if row["worker"])
+
+
+@pytest.mark.slow
+def test_stop_ends_this_cluster_and_no_other_ray(cluster: Cluster, tmp_path: Path) -> None:
+    shutil.copy(shutil.which("sleep") or "", tmp_path / "raylet")
+    others = [
+        subprocess.Popen([tmp_path / "raylet", "600"], env=environment(**mark))
+        for mark in ({}, {guardian.MARK: "ssh-1"})
+    ]
+    try:
+        done = cluster.recipe("stop")
+        assert done.returncode == 0, done.stderr
+        assert not cluster.processes()
+        assert not (cluster.folder / "ray").exists()
+        assert [other.poll() for other in others] == [None, None]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
+    one = Cluster(tmp_path)
+    (tmp_path / "homes" / "127.0.0.1").mkdir()
+    with socket.create_server(("127.0.0.1", one.port)):
+        done = one.recipe("start")
+    assert done.returncode == 1
+    said, where = done.stderr.splitlines()
+    assert said.startswith(f"port {one.port} is taken")
+    assert where == "ssh.sh: 127.0.0.1: not ready, nothing was started on any box"
+    assert not one.processes()
+    assert not list((tmp_path / "homes").rglob("auth_token"))
 
 
 def test_an_address_where_nothing_answers(tmp_path: Path, tiny_model: Path) -> None:

@@ -72,7 +72,7 @@ def test_numbers_and_odd_types_of_a_parquet_file_reach_the_results(tmp_path: Pat
     draw(tmp_path / "m.parquet", tmp_path / "job", tiny_model)
     (row,) = check_whole(tmp_path / "job", 1)
     assert [row[name] for name in kinds] == [
-        1.5, 3, "1970-01-01 00:00:00.000000001", b"\xffa", Decimal("1.50"), {"a": [1, None]},
+        1.5, 3, "1970-01-01 00:00:00.000000001", "\\xffa", Decimal("1.50"), {"a": [1, None]},
     ]  # fmt: skip
     types = pq.read_schema(tmp_path / "job" / "results.parquet")
     assert types.field("when").type == pa.timestamp("ns")

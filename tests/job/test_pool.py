@@ -13,6 +13,7 @@ from tinysd_batch.job.cluster import fault_line
 pytestmark = pytest.mark.timeout(200)
 
 PLACEMENT = """
+    import platform
     import sys
     from pathlib import Path
     from tinysd_batch.job.pool import WorkerReady
@@ -30,9 +31,10 @@ PLACEMENT = """
                 for event in pool.events(1.0):
                     assert isinstance(event, WorkerReady), event
                     seen[event.worker] = event.description["cuda_visible_devices"]
-            assert sorted(pool.idle()) == ["gpu-0", "gpu-1", "gpu-2"]
-            pool.submit("gpu-1", [])
-            assert sorted(pool.idle()) == ["gpu-0", "gpu-2"]
+            names = [f"{platform.node()}/cuda-{number}" for number in range(3)]
+            assert sorted(pool.idle()) == names
+            pool.submit(names[1], [])
+            assert sorted(pool.idle()) == names[::2]
             print("DEVICES", sorted(seen.values()))
 """
 
@@ -72,7 +74,7 @@ def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path
 @pytest.mark.slow
 def test_ray_may_have_been_imported_before(tmp_path: Path) -> None:
     """Ray reads its mode of authentication on import, which a caller of ours may have done."""
-    script = "import ray; from tinysd_batch.job.cluster import *; start_ray({'num_cpus': 1}); stop_ray(); print('END')"
+    script = "import ray; from tinysd_batch.job.cluster import *; start_ray({'num_cpus': 1}).stop(); print('END')"
     env = {name: value for name, value in environment().items() if name != "RAY_AUTH_MODE"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, check=False

@@ -11,7 +11,7 @@ from tinysd_batch.model import pipeline
 from tinysd_batch.model.devices import bytes_in_use, overhead
 from tinysd_batch.model.graphs import CAPTURED, CapturedStep
 from tinysd_batch.model.philox import CudaNoise
-from tinysd_batch.model.precision import choose_dtype, probe
+from tinysd_batch.model.precision import choose_precision, probe
 from tinysd_batch.model.unpacking import has_kernels
 
 MIB = 2**20
@@ -87,7 +87,7 @@ def test_the_card_compiles_kernels_that_unpack_to_the_bit(card: Card | None) -> 
 def test_the_probe_tells_whether_half_precision_pays(real_card: None) -> None:
     found = probe(torch.device("cuda"), torch.float16)
     assert found.speedup > 0
-    assert found.is_right or choose_dtype(None, torch.device("cuda")) is torch.float32
+    assert found.is_right or choose_precision(None, torch.device("cuda")).dtype is torch.float32
 
 
 @pytest.mark.gpu

@@ -1,11 +1,27 @@
+import logging
+import platform
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model import precision
-from tinysd_batch.model.precision import Probe, choose_dtype
+from tinysd_batch.model.precision import (
+    PrecisionChoice,
+    Probe,
+    best_times,
+    can_compute,
+    choose_precision,
+    read_cpu_flags,
+)
 
-CPU, CARD = torch.device("cpu"), torch.device("cuda")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def dtype_of(asked: precision.Precision, device: torch.device, *, is_small: bool = False) -> torch.dtype:
+    return choose_precision(asked, device, is_small=is_small).dtype
 
 
 def test_a_probe_measures_this_processor() -> None:
@@ -28,21 +44,111 @@ def test_half_precision_only_where_it_is_right_and_fast(
 ) -> None:
     monkeypatch.setattr(precision, "probe", lambda *_: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert choose_dtype(None, CARD) is expected
-    assert choose_dtype("autocast", CARD) is torch.float16
-    assert choose_dtype("full", CARD) is torch.float32
+    assert dtype_of(None, GPU) is expected
+    assert dtype_of("autocast", GPU) is torch.float16
+    assert dtype_of("full", GPU) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected", "reason"),
+    [
+        ("x86_64", "avx2 avx512f avx512_bf16 amx_tile amx_bf16", torch.bfloat16, "the CPU has AMX-BF16"),
+        ("x86_64", "avx2 avx512f avx512_bf16", torch.bfloat16, "the CPU has AVX512-BF16"),
+        ("AMD64", "avx2 avx512f avx512_bf16", torch.bfloat16, "the CPU has AVX512-BF16"),
+        ("x86_64", "avx2 avx512f avx512_vnni", torch.float32, "has no AMX-BF16 or AVX512-BF16"),
+        ("x86_64", "avx2 fma", torch.float32, "would emulate bfloat16"),
+        ("aarch64", "fp asimd sve bf16", torch.bfloat16, "the bfloat16 instructions"),
+        ("aarch64", "fp asimd", torch.float32, "would emulate"),
+    ],
+)
+def test_the_instruction_set_decides_on_a_cpu_whatever_a_measurement_says(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, expected: torch.dtype, reason: str
+) -> None:
+    """Beside a busy program a measurement chose float32 on CPUs with AMX."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(precision, "probe", lambda *_: pytest.fail("was measured"))
+    choice = choose_precision(None, CPU)
+    assert choice.dtype is expected
+    assert reason in choice.reason
+    assert dtype_of(None, CPU, is_small=True) is torch.float32
+    assert dtype_of("full", CPU) is torch.float32
+    assert dtype_of("autocast", CPU) is torch.float32
+
+
+def test_every_core_must_have_an_instruction(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(
+        "processor\t: 0\nflags\t\t: avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t\t: avx2\nvmx flags\t: ept\n"
+    )
+    assert read_cpu_flags(info) == {"avx2"}
+    assert read_cpu_flags(tmp_path / "none") == frozenset()
 
 
 @pytest.mark.parametrize(("speedup", "expected"), [(3.0, torch.bfloat16), (0.2, torch.float32)])
-def test_processors_use_bfloat16_for_large_models_where_it_pays(
-    monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype
+@pytest.mark.parametrize(
+    ("machine", "flags", "limit"),
+    [("arm64", "", ""), ("x86_64", "", ""), ("ppc64le", "altivec", ""), ("x86_64", "avx512_bf16", "AVX2")],
+)
+def test_what_instructions_do_not_tell_is_measured(
+    monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype, machine: str, flags: str, limit: str
 ) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
     monkeypatch.setattr(precision, "probe", lambda *_: Probe(True, speedup))
-    assert choose_dtype(None, CPU) is expected
-    assert choose_dtype(None, CPU, is_small=True) is torch.float32
-    assert choose_dtype("full", CPU) is torch.float32
+    assert dtype_of(None, CPU) is expected
+    assert f"{speedup} times as fast" in choose_precision(None, CPU).reason
+
+
+def test_a_busy_machine_does_not_decide_a_measurement() -> None:
+    """The one that is slowed down most of the time, but once not, counts by that once."""
+    calls = 0
+
+    def disturbed() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.001 if calls == precision.TRIALS else 0.01)
+        return torch.zeros(())
+
+    def steady() -> torch.Tensor:
+        time.sleep(0.004)
+        return torch.zeros(())
+
+    slow, fast = best_times((steady, disturbed), CPU)
+    assert slow > fast
+
+
+def test_the_choice_and_its_reason_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tinysd_batch"):
+        choose_precision("full", CPU)
+    assert "computing in float32 on cpu: precision full was given" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "expected"),
+    [
+        (torch.float32, "avx2", True),
+        (torch.bfloat16, "avx512_bf16", True),
+        (torch.bfloat16, "avx2", False),  # another machine of the same name
+        (torch.bfloat16, "", True),
+        (torch.float16, "avx512_bf16", False),
+    ],
+)
+def test_whether_an_earlier_choice_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, flags: str, expected: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
+    assert can_compute(dtype, CPU) is expected
+
+
+def test_a_choice_is_kept_as_it_is() -> None:
+    choice = PrecisionChoice(torch.bfloat16, "as before")
+    assert choose_precision(choice, CPU, is_small=True) == choice
+    assert dtype_of(torch.float16, CPU) is torch.float16
 
 
 def test_what_is_no_format() -> None:
     with pytest.raises(UsageError, match="int4"):
-        choose_dtype("int4", CPU)
+        choose_precision("int4", CPU)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,12 +27,12 @@ class StopRequest:
 
     def receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            write_to_nowhere(self.terminals)
+            write_to_nowhere([stream if stream == 1 else stderr_descriptor() for stream in self.terminals])
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
         with contextlib.suppress(OSError):
-            os.write(2, STOPPING)  # a handler may not print: it may have interrupted a print
+            os.write(stderr_descriptor(), STOPPING)  # a handler may not print: it may have interrupted a print
 
 
 @contextmanager
@@ -47,6 +48,14 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stderr_descriptor() -> int:
+    """Not always 2, which is the job's log while Ray is up."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return 2
 
 
 def write_to_nowhere(streams: list[int]) -> None:

@@ -13,7 +13,6 @@ from tinysd_batch.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinysd_batch.job.driver import PoolFactory
     from tinysd_batch.job.folder import Job
     from tinysd_batch.job.summary import Summary
 
@@ -133,34 +132,17 @@ def prepare(
     manifest: Path, output: Path | None, presets: list[Path], flags: dict[str, Any], reuse: Path | None = None
 ) -> tuple["Job", bool]:
     """The job, and whether its model was named: preset < job.toml < flag."""
-    from tinysd_batch.config import read_job_file, read_preset
-    from tinysd_batch.job.folder import default_folder, open_job
-    from tinysd_batch.job.resume import is_job_folder, manifest_of, resolve_with_job
+    from tinysd_batch.config import read_preset
+    from tinysd_batch.job.resume import prepare_job
 
-    from_job: dict[str, Any] = {}
-    folder = None
-    is_named = is_job_folder(manifest)
-    if is_named:
-        folder, manifest = manifest, manifest_of(manifest, output)
-    elif manifest.suffix == ".toml":
-        job_file = manifest
-        from_job, manifest, folder = read_job_file(job_file)
-        folder = (
-            output
-            or folder
-            or default_folder(job_file, job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem)
-        )
-    layers = [*(read_preset(path) for path in presets), from_job, flags]
-    folder = output or folder or default_folder(manifest)
-    settings, goes_on = resolve_with_job(folder, layers, is_named=is_named)
-    named = goes_on or any(layer.get("model") is not None for layer in layers)
-    return open_job(manifest, folder, settings, reuse), named
+    return prepare_job(manifest, output, [read_preset(path) for path in presets], flags, reuse)
 
 
 def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, console: "Console") -> int:
     """Run the job and return the exit code. `how` goes to `run_job`."""
     from tinysd_batch.cli.signals import stop_on_signals
     from tinysd_batch.job.driver import run_job
+    from tinysd_batch.job.open_pool import pool_for
     from tinysd_batch.report.contact_sheet import write_contact_sheet
     from tinysd_batch.report.progress import RunProgress
 
@@ -180,29 +162,6 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
     if summary.stopped:
         return stop.exit_code if stop else 1
     return 3 if summary.failed or summary.invalid_rows else 0
-
-
-def pool_for(job: "Job") -> "PoolFactory":
-    """How to open the workers: one in this process, or Ray's."""
-    from tinysd_batch.job.pool import InlinePool, cpu_workers
-    from tinysd_batch.job.ray_pool import RayPool
-    from tinysd_batch.job.worker import WorkerSetup
-
-    settings = job.settings
-
-    def open_pool(images: int) -> InlinePool | RayPool:
-        wanted = 1 if settings.inline else settings.workers
-        count, threads = cpu_workers(images, wanted, job.model.is_small)
-        setup = WorkerSetup.of(
-            settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
-            stop_file=job.stop_file.resolve(),
-        )  # fmt: skip
-        if settings.inline:
-            return InlinePool(setup)
-        ray_init = {"address": settings.address} if settings.address else {}
-        return RayPool(setup, settings.workers, count, ray_init, settings.worker_wait)
-
-    return open_pool
 
 
 def say_first_lines(job: "Job", console: "Console") -> None:

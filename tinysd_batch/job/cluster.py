@@ -1,60 +1,159 @@
 """Ray itself: start one of our own on this machine, or join a cluster, and leave nothing behind."""
 
+import atexit
 import contextlib
+import logging
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import NoWorkerError
-from tinysd_batch.job import guardian
+from tinysd_batch.job.own_ray import INLINE, OwnRay, check_loopback, closed_job_config, ended_process, forget_token
+from tinysd_batch.job.ray_calls import Caller, RayLostError
+from tinysd_batch.job.ray_output import RayOutput
 
-OBJECT_STORE_BYTES = 80 * 2**20  # only small records travel; Ray's default would take a third of memory
 LOCAL, AUTO = "local", "auto"
 CONNECT_S = 10.0
+STOP_S = 40.0
+CHECK_S = 60.0  # for the first task on a cluster, which may start a process for it
 HOW_TO_JOIN = "the driver needs the cluster's token (~/.ray/auth_token), and a `ray start` on its own machine"
 HOW_TO_START = "`ray start` starts one, see configs/clusters/ssh.sh"
 OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_DETAIL = re.compile(r"Worker exit detail: (.+?)(?:\. Some common causes|$)", re.MULTILINE)
 NOT_TELLING = ("File ", "ray::", "^", "The actor", "class_name", "actor_id", "pid:", "namespace:", "ip:", "name:")
-guards: list[subprocess.Popen[bytes]] = []
+DRIVER_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",
+}
+# Ray would end this process a minute after its gcs_server, also where another one has long been started.
+OWN_SETTINGS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3600"}
 
 
-def start_ray(options: dict[str, Any]) -> Any:
-    """Start a Ray of our own on this machine, closed to strangers, or join the cluster at `options["address"]`.
+class RaySession:
+    """Ray as this process uses it: one of its own, closed to strangers, or the cluster at `options["address"]`."""
 
-    Raises NoWorkerError where that is not possible.
-    """
-    address = options.get("address", LOCAL)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    wanted_open = os.environ.setdefault("RAY_AUTH_MODE", "token") != "token"  # by the user's own word
-    if address != LOCAL:
-        check_answers(address)
-    knows_mode = "ray" not in sys.modules
-    import ray
+    def __init__(self, options: dict[str, Any], log: Path | None = None) -> None:
+        self.options = options
+        self.address: str = options.get("address", LOCAL)
+        self.output = RayOutput(log)
+        self.call = Caller()
+        self.own: OwnRay | None = None
+        self.node_id = ""  # of this process
 
-    if not knows_mode:  # Ray reads the variable on import, and once only
-        ray._raylet.Config.initialize("")
-    # Without an explicit address Ray joins whatever cluster it finds on the machine.
-    own = {"address": LOCAL, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    with our_signals(), guarded() if address == LOCAL else silent_stderr():
+    @property
+    def is_own(self) -> bool:
+        return self.address == LOCAL
+
+    def start(self) -> None:
+        """Raises NoWorkerError where that is not possible."""
+        if self.is_own:
+            check_loopback()
+        else:
+            check_answers(self.address)
+        wanted_open = os.environ.get("RAY_AUTH_MODE", "token") != "token"  # by the user's own word
+        ray = import_ray(DRIVER_SETTINGS | OWN_SETTINGS if self.is_own else DRIVER_SETTINGS)
+        self.output.open()
         try:
-            context = ray.init(**{**(own if address == LOCAL else {}), **quiet, **options})
+            with our_signals():
+                self.connect(ray)
+            if not self.is_own and not wanted_open:
+                self.check_closed(ray)
+        except BaseException:
+            self.stop()
+            raise
+
+    def connect(self, ray: Any) -> None:
+        quiet = {"log_to_driver": False, "configure_logging": False, "job_config": closed_job_config()}
+        own: dict[str, Any] = {}
+        surroundings: contextlib.AbstractContextManager[None] = contextlib.chdir("/")  # not what is in the current one
+        if self.is_own:
+            self.own = OwnRay()
+            own, surroundings = self.own.options(), self.own.environment()
+        else:
+            protect_token()
+        forget_token()
+        try:
+            with surroundings:
+                ray.init(**{**own, **quiet, **self.options})
         except Exception as error:
-            stop_guards()
-            raise NoWorkerError(why_not(address, error)) from error
-        tell_guards(context.address_info["session_dir"])
-    protect_token()
-    if address != LOCAL and not wanted_open:
-        check_closed(address)
+            raise NoWorkerError(why_not(self.address, error)) from error
+        if self.own is not None:
+            self.own.started()
+        self.node_id = ray.get_runtime_context().get_node_id()
+
+    def check_closed(self, ray: Any) -> None:
+        """Raise NoWorkerError where the cluster runs code for anybody who reaches its ports."""
+        answer = ray.remote(num_cpus=0)(lambda: os.environ.get("RAY_AUTH_MODE")).remote()
+        try:
+            mode = self.call(lambda: ray.get(answer, timeout=CHECK_S), 2 * CHECK_S)
+        except Exception as error:
+            reason = f"no worker process starts on it: {fault_line(error)}"
+            raise NoWorkerError(f"--address {self.address}: {reason}") from error
+        if mode != "token":
+            raise NoWorkerError(
+                f"--address {self.address}: this cluster runs code for anybody who reaches it; start it anew with "
+                f"RAY_AUTH_MODE=token, as configs/clusters/ssh.sh does, or set RAY_AUTH_MODE=disabled here, too"
+            )
+
+    def check_alive(self) -> None:
+        """Raise RayLostError where a process has ended that Ray itself would wait for."""
+        if self.is_own and (ended := ended_process()):
+            raise RayLostError(f"Ray on this machine has stopped: {ended}")
+        self.output.rotate_if_large()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The cluster's machines. Raises RayLostError."""
+        import ray
+
+        self.check_alive()
+        nodes: list[dict[str, Any]] = self.call(ray.nodes)
+        if not any(node["Alive"] for node in nodes if node["NodeID"] == self.node_id):
+            raise RayLostError(
+                "Ray on this machine has stopped: its raylet does not answer"
+                if self.is_own
+                else "this machine has left the cluster, and so ended its workers; `ray start` joins it"
+            )
+        return nodes
+
+    def stop(self) -> None:
+        import ray
+
+        try:
+            self.call(ray.shutdown, STOP_S)
+        except RayLostError:
+            atexit.unregister(ray.shutdown)  # it would wait for the one that hangs
+        finally:
+            if self.own is not None:
+                self.own.close()
+                self.own = None
+            self.call.leave()
+            self.output.close()
+
+
+def start_ray(options: dict[str, Any], log: Path | None = None) -> RaySession:
+    """Raises NoWorkerError where Ray cannot be started or joined."""
+    session = RaySession(options, log)
+    session.start()
+    return session
+
+
+def import_ray(settings: dict[str, str]) -> Any:
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    knows_settings = "ray" not in sys.modules
+    import ray
+    import ray._private.ray_constants as constants
+
+    if not knows_settings:  # Ray reads the variables on import, and once only
+        ray._raylet.Config.initialize("")
+    constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under `uv run`, workers would get a copy of the current folder
+    logging.getLogger("ray").setLevel(logging.WARNING)
     return ray
 
 
@@ -68,26 +167,6 @@ def check_answers(address: str) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise NoWorkerError(f"--address {address}: no cluster answers there: {reason}; {HOW_TO_START}") from None
-
-
-def check_closed(address: str) -> None:
-    """Raise NoWorkerError where the cluster runs code for anybody who reaches its ports."""
-    import ray
-
-    mode = ray.get(ray.remote(num_cpus=0)(lambda: os.environ.get("RAY_AUTH_MODE")).remote())
-    if mode != "token":
-        ray.shutdown()
-        raise NoWorkerError(
-            f"--address {address}: this cluster runs code for anybody who reaches it; start it anew with "
-            f"RAY_AUTH_MODE=token, as configs/clusters/ssh.sh does, or set RAY_AUTH_MODE=disabled here, too"
-        )
-
-
-def stop_ray() -> None:
-    import ray
-
-    ray.shutdown()
-    stop_guards()
 
 
 @contextlib.contextmanager
@@ -108,53 +187,11 @@ def our_signals() -> Iterator[None]:
             signal.raise_signal(signal.SIGHUP)
 
 
-@contextlib.contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Ray's C++ half tells of a wrong token twenty times, before its log level can be set."""
-    sys.stderr.flush()
-    ours = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(ours, 2)
-        os.close(ours)
-        os.close(nowhere)
-
-
-@contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """Have all processes that are started meanwhile, and theirs, ended when we are no more."""
-    mark = uuid.uuid4().hex
-    command = [sys.executable, "-I", "-S", guardian.__file__, mark]
-    guards.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/"))  # noqa: S603
-    os.environ[guardian.MARK] = mark
-    try:
-        yield
-    finally:
-        del os.environ[guardian.MARK]
-
-
-def tell_guards(session_folder: str) -> None:
-    for guard in guards:
-        with contextlib.suppress(BrokenPipeError):
-            guard.stdin.write(os.fsencode(session_folder) + b"\n")  # type: ignore[union-attr]
-            guard.stdin.flush()  # type: ignore[union-attr]
-
-
-def stop_guards() -> None:
-    """Have what Ray left ended, and wait for that."""
-    while guards:
-        guard = guards.pop()
-        guard.communicate()
-
-
 def why_not(address: str, error: Exception) -> str:
     """What to do where Ray cannot start or be joined."""
     line = fault_line(error)
     if address == LOCAL:
-        return f"Ray could not start: {line}; `--inline` runs the job in this process, without Ray"
+        return f"Ray could not start: {line}; {INLINE}"
     if "Could not find any running Ray" in line:
         return f"--address {address}: no Ray runs on this machine; {HOW_TO_START}"
     if "token" in line.lower() or "Failed to connect" in line:
@@ -174,6 +211,7 @@ def fault_line(error: Exception) -> str:
 
 def protect_token() -> None:
     """Ray writes its token file readable by everybody; keep it to its owner."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists() and token.stat().st_uid == os.getuid():
-        token.chmod(0o600)
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        token = Path.home() / ".ray" / "auth_token"
+        if token.stat().st_uid == os.getuid():
+            token.chmod(0o600)

@@ -12,6 +12,7 @@ from tinysd_batch.job.failures import POLICY, Action, Fault
 from tinysd_batch.job.folder import Job
 from tinysd_batch.job.plan import neutral_image, split_to_singles
 from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
+from tinysd_batch.job.precision_record import update_record
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.savings import Shape, shape_of
 from tinysd_batch.job.scheduler import Patience, Speed, Standing, work_for, work_of
@@ -173,6 +174,7 @@ class Dispatch:
     # Hearing back
 
     def handle(self, events: list[Event]) -> None:
+        self.announce([event for event in events if isinstance(event, WorkerLost) and event.cause])
         for event in events:
             match event:
                 case BatchDone(worker, results, seconds):
@@ -181,10 +183,28 @@ class Dispatch:
                     if flight := self.flights.pop(worker, None):
                         self.backlog.give_back(flight.batches)  # none, unless it was told to stop
                 case WorkerReady():
-                    self.progress.worker(event)
+                    self.welcome(event)
                 case WorkerLost():
                     self.progress.worker(event)
                     self.recover(event)
+
+    def welcome(self, event: WorkerReady) -> None:
+        """Keep a new worker's precision, or have the worker start again with that of the others of its machine."""
+        self.progress.worker(event)
+        if self.job.settings.precision != "auto" or "precision_key" not in event.description:
+            return
+        with self.writer.guard():
+            conflict = update_record(self.job.precision_file, event.description)
+        if conflict is not None:
+            self.handle([self.pool.kill(event.worker, conflict, Fault.WORKER_DIED)])
+
+    def announce(self, lost: list[WorkerLost]) -> None:
+        """One line for each cause that ended several workers."""
+        for cause in dict.fromkeys(event.cause for event in lost):
+            workers = [event.worker for event in lost if event.cause == cause]
+            images = sum(self.flights[worker].images for worker in workers if worker in self.flights)
+            plural = "s go" if images > 1 else " goes"
+            self.progress.note(f"{cause}; its {images:,} image{plural} to others" if images else str(cause))
 
     def finish_batch(self, worker: str, results: list[ImageResult], seconds: float | None) -> None:
         flight, now = self.flights.get(worker), self.clock()

@@ -23,6 +23,7 @@ from tinysd_batch.job.formats import is_jsonl, read_extra_fields
 from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import cut_batches, plan_images
 from tinysd_batch.job.pool import Pool
+from tinysd_batch.job.precision_record import record_earlier
 from tinysd_batch.job.results import ResultsWriter, invalid_row, keep_columns, read_invalid_row, results_schema
 from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
@@ -225,6 +226,9 @@ class Run:
         summary.finished_before += len(taken)
 
     def draw(self, open_pool: PoolFactory, summary: Summary, finished: set[int], writer: ResultsWriter) -> None:
+        if self.job.settings.precision == "auto":
+            with self.held.guard():
+                record_earlier(self.job.precision_file, ResultsPaths(self.job.folder))
         batches = takewhile(lambda batch: batch.images[0].index <= summary.total, todo(self.job, finished))
         with open_pool(summary.left) as pool:
             work = within(batches, summary.total)

@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinysd_batch.text import storable_text
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -22,6 +24,11 @@ def cpus_of(nodes: Iterable[Mapping[str, Any]], most_each: int, wanted: int | No
     """Places on the processors of living nodes, in turn: so many each as it has cores, or as `wanted` asks for."""
     cores = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]}
     return in_turn({node: wanted or min(most_each, count) for node, count in cores.items() if count})
+
+
+def machine_names(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Host names of living nodes by Ray's ids."""
+    return {node["NodeID"]: storable_text(node["NodeManagerHostname"]) for node in nodes if node["Alive"]}
 
 
 def in_turn(counts: Mapping[str, int]) -> list[Card]:

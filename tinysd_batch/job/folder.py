@@ -25,6 +25,7 @@ from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_
 from tinysd_batch.job.manifest_file import bare_name, is_packed, manifest_files
 from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import Common
+from tinysd_batch.job.precision_record import RECORD_FILE
 from tinysd_batch.job.rows import READER, ROWS_FILE, RowKeeper, Snapshot
 from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, find_seeds_in_table, read_seeds, save_seeds
 from tinysd_batch.job.tables import ResultsPaths
@@ -68,6 +69,10 @@ class Job:
     @property
     def stop_file(self) -> Path:
         return self.state / "stop"
+
+    @property
+    def precision_file(self) -> Path:
+        return self.state / RECORD_FILE
 
     def defaults(self) -> Defaults:
         """What a row that says nothing gets."""
@@ -378,6 +383,6 @@ def take_back(job: Job, new_folders: list[Path]) -> None:
 def remove_state(job: Job) -> None:
     """Remove what the job's folder says of settings, rows and results."""
     paths = ResultsPaths(job.folder)
-    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE)]
+    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE, RECORD_FILE)]
     for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, *state):
         file.unlink(missing_ok=True)

@@ -4,11 +4,17 @@ Without it Ray's workers go on for seconds and its agents for a minute. It is a 
 the moment that takes. Ray's processes are known by a word in their environment, which all that Ray starts for us
 inherits, or by an open file, mostly a log, in the folder of our Ray session: some overwrite their environment.
 
-It is run by its path with nothing but the standard library, which starts in milliseconds.
+It also ends them when they do not start in time: calls into Ray's native code cannot be interrupted in the driver. When
+it is done it removes the session's folder.
+
+It is run by its path with nothing but the standard library, which starts in milliseconds. It reads its standard input:
+anything on it means that Ray has started, its end that the driver is no more.
 """
 
 import contextlib
 import os
+import select
+import shutil
 import signal
 import sys
 import time
@@ -48,11 +54,24 @@ def end(mark: str, folders: list[str]) -> None:
         time.sleep(PAUSE_S)
 
 
+def wait_for_start(limit_s: float) -> bool:
+    """Whether the driver sent word, or ended, in time."""
+    ready, _, _ = select.select([sys.stdin.buffer], [], [], limit_s)
+    return bool(ready)
+
+
 def main() -> None:
+    """Arguments: the mark, and for a Ray of our own its folder and the seconds in which it must start."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    folders = [os.fsdecode(line.rstrip(b"\n")) + "/" for line in sys.stdin.buffer]  # until the driver is no more
-    end(sys.argv[1], folders)
+    mark, *more = sys.argv[1:]
+    folders = [f"{folder}/" for folder in more[:1]]
+    if len(more) > 1 and not wait_for_start(float(more[1])):
+        end(mark, folders)
+    sys.stdin.buffer.read()  # until the driver is no more
+    end(mark, folders)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The driver leaves a file in the job's scratch folder; the worker must find it th
 must find. A path that is local to each machine of a cluster fails this in the first second, not in the fifth hour.
 """
 
+import hashlib
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import tinysd_batch
 from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.storage import TEMPORARY_PREFIX, read_file, write_atomically
 
-MAX_BYTES = 200
+MAX_BYTES = 2000
 
 
 def offer(scratch: Path) -> str:
@@ -59,5 +60,6 @@ def left_by(scratch: Path, word: str, worker: str) -> bool:
 
 
 def file_of(scratch: Path, word: str, worker: str = "driver") -> Path:
-    """Named as a temporary file, so that it is swept away with them."""
-    return scratch / f"{TEMPORARY_PREFIX}hello-{word}-{worker}"
+    """Named as a temporary file, so that it is swept away with them. A worker's name may hold any character."""
+    name = hashlib.blake2b(worker.encode(), digest_size=8).hexdigest()
+    return scratch / f"{TEMPORARY_PREFIX}hello-{word}-{name}"

@@ -48,6 +48,7 @@ class WorkerLost:
     reason: str
     fault: Fault = Fault.WORKER_DIED
     for_good: bool = False  # no other process takes its place
+    cause: str | None = None  # what ended several workers together, as a clause for people
 
 
 Event = WorkerReady | BatchDone | ChunkDone | WorkerLost

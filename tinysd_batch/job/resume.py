@@ -1,18 +1,46 @@
-"""Go on with a job by its folder: the manifest and the settings that it began with, under those that are given now."""
+"""Which job is meant: the manifest, job.toml or job folder that is named, and settings from all their sources.
+
+Settings of a job that goes on < preset < job.toml < what is given.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import EMBEDDED, Settings, resolve, validate
+from tinysd_batch.config import EMBEDDED, Settings, read_job_file, resolve, validate
 from tinysd_batch.errors import UsageError
-from tinysd_batch.job.folder import has_images
+from tinysd_batch.job.folder import Job, default_folder, has_images, open_job
 from tinysd_batch.job.job_json import JOB_FILE, read_job_json
 
 # Each says where work is done: one that is given replaces the others of the job.
 PLACES = {"inline": ("address", "workers"), "address": ("inline",), "workers": ("inline",)}
 OF_ONE_RUN = ("skip_grid", "n_rows")  # what is shown at its end
+
+
+def prepare_job(
+    named: Path, output: Path | None, presets: Sequence[dict[str, Any]], given: dict[str, Any],
+    reuse: Path | None = None,
+) -> tuple[Job, bool]:  # fmt: skip
+    """The job that a manifest, a job.toml or a job folder stands for, and whether its model was named."""
+    manifest, folder = named, None
+    from_file: dict[str, Any] = {}
+    is_named = is_job_folder(named)
+    if is_named:
+        folder, manifest = named, manifest_of(named, output)
+    elif named.suffix == ".toml":
+        from_file, manifest, folder = read_job_file(named)
+        folder = output or folder or default_folder(named, name_of(named))
+    layers = [*presets, from_file, given]
+    folder = output or folder or default_folder(manifest)
+    settings, goes_on = resolve_with_job(folder, layers, is_named=is_named)
+    named_model = goes_on or any(layer.get("model") is not None for layer in layers)
+    return open_job(manifest, folder, settings, reuse), named_model
+
+
+def name_of(job_file: Path) -> str:
+    """A job.toml is known by its folder."""
+    return job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem
 
 
 def is_job_folder(path: Path) -> bool:

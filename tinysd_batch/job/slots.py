@@ -4,17 +4,25 @@ It knows no Ray: an actor and what refers to its answers are handles here, which
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinysd_batch.job.failures import Fault
 from tinysd_batch.job.fleet import Card
 from tinysd_batch.job.savings import Limit, Shape
+from tinysd_batch.text import storable_text
 
 BOOT_ATTEMPTS = 2  # a card on which the model does not load is tried once more, then left out
 MAX_BACKOFF_S = 30.0
 MAX_HOST_LOSSES = 3  # of a machine's last worker, for want of the machine's memory, in a row
+
+
+def free_name(machine: str, device: str, number: int, taken: Collection[str]) -> str:
+    """A worker's name, such as `miner2/cuda-0`. Several nodes of a cluster may be on one machine."""
+    while (name := f"{storable_text(machine)}/{device}-{number}") in taken:
+        number += 1
+    return name
 
 
 @dataclass(slots=True)
@@ -29,6 +37,8 @@ class Slot:
     working: Any = None  # generator of references to results
     ready: bool = False
     boot_by: float = 0.0
+    unreachable: str | None = None  # why its process is out of reach, while it is open whether its machine is lost
+    unreachable_until: float = 0.0
     boot_failures: int = 0
     deaths: int = 0  # in a row
     start_at: float = field(default_factory=time.monotonic)
@@ -47,10 +57,16 @@ class Slot:
     def worked(self, limits: dict[Shape, Limit]) -> None:
         self.deaths, self.limits = 0, limits
 
+    def lost_touch(self, reason: str, until: float) -> None:
+        """Wait for word of its machine: a lost one takes all its workers with it."""
+        self.booting = self.working = None
+        self.ready = False
+        self.unreachable, self.unreachable_until = reason, until
+
     def died(self, fault: Fault, now: float) -> None:
         """Its actor is no more; the next one starts after a delay that grows."""
         self.boot_failures += not self.ready and fault is not Fault.NODE_LOST
-        self.actor = self.booting = self.working = None
+        self.actor = self.booting = self.working = self.unreachable = None
         self.ready = False
         self.deaths += 1
         self.start_at = now + min(MAX_BACKOFF_S, 0.5 * 2 ** (self.deaths - 1))

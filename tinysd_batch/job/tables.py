@@ -213,3 +213,9 @@ class ResultsPaths:
         """Some of our columns, of the row that counts for each image (and invalid manifest row), in order."""
         schema = pa.schema([field for field in FIELDS if field.name in columns])
         return newest(pa.concat_tables([schema.empty_table(), *(fit(table, schema) for table in self.read(columns))]))
+
+    def read_newest_whole(self) -> pa.Table:
+        """The same with all columns, the manifest's own ones, too, which may differ from file to file."""
+        tables = [pa.schema(FIELDS).empty_table(), *self.read(None)]
+        schema = pa.unify_schemas([table.schema.remove_metadata() for table in tables], promote_options="permissive")
+        return newest(pa.concat_tables([fit(table, schema) for table in tables]))

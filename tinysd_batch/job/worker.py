@@ -20,6 +20,7 @@ import tinysd_batch
 from tinysd_batch.config import MAX_SEED, Settings, printable
 from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
 from tinysd_batch.job.failures import POLICY, Action, Fault, error_class, fault_of
+from tinysd_batch.job.precision_record import choose_as_recorded, describe_precision
 from tinysd_batch.job.savings import BATCH_HALVED, BATCH_SPLIT, Limit, Shape, pieces, shape_of
 from tinysd_batch.model.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
@@ -29,6 +30,7 @@ from tinysd_batch.text import has_surrogates
 if TYPE_CHECKING:
     from tinysd_batch.model.drawing import Generated
     from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.precision import Precision
 
 MAX_MESSAGE_CHARACTERS = 2000
 MAX_COUNT = 2**31 - 1  # of tokens, as the table holds it
@@ -72,6 +74,7 @@ class WorkerSetup:
     skip_save: bool = False
     threads: int = 1  # torch's, for work on the CPU
     stop_file: Path | None = None  # once it is there, no further micro-batch is begun
+    precision_file: Path | None = None  # the job's record of what `auto` chose, see `job.precision_record`
 
     @classmethod
     def of(cls, settings: Settings, model: ModelInfo, **more: Any) -> Self:
@@ -98,7 +101,7 @@ class Worker:
         return {
             "version": tinysd_batch.__version__,
             "model_digest": self.model.info.digest,
-            "precision": str(self.model.dtype).removeprefix("torch."),
+            **describe_precision(self.model),
             "device_name": self.model.device_name,
             "node": platform.node(),
             "pid": os.getpid(),
@@ -201,6 +204,7 @@ class Worker:
             noise_seed=[image.seed if image.noise_seed is None else image.noise_seed for image in images],
             sampler=params.sampler,
             eta=params.eta,
+            normalize=False,  # the manifest's reader has done that, and jobs of 0.1.0 keep their prompts as they are
         )
         return [
             self.publish_or_fail(image, generated, position, started)
@@ -278,13 +282,20 @@ def load_model(setup: WorkerSetup) -> "TinySD":
     """Raises UsageError for a model or a device that cannot be used."""
     import torch
 
+    from tinysd_batch.model.devices import choose_device
+    from tinysd_batch.model.info import read_model_info
     from tinysd_batch.model.pipeline import TinySD
 
     torch.set_num_threads(setup.threads)
+    device = choose_device(None if setup.device == "auto" else setup.device)
+    precision: Precision = setup.precision
+    if precision == "auto":
+        is_small = read_model_info(str(setup.model_path)).is_small
+        precision = choose_as_recorded(setup.precision_file, device, is_small=is_small)
     return TinySD.from_pretrained(
         setup.model_path,
-        device=None if setup.device == "auto" else setup.device,
-        dtype=None if setup.precision == "auto" else setup.precision,
+        device=device,
+        dtype=precision,
         vram_budget=setup.vram_budget,
         turbo=setup.turbo,
         unet_bs=setup.unet_bs,

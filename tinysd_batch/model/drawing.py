@@ -1,18 +1,23 @@
 """A batch of images: what is asked of it, where its noise comes from, and what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from torch import Generator, Tensor
 
 from tinysd_batch.errors import UsageError
+from tinysd_batch.images import OUR_KEY, PILLOW_NAMES, FileFormat, encode_image, parameters_text
+from tinysd_batch.model.arguments import Request, Rng
 from tinysd_batch.model.philox import CudaNoise
 from tinysd_batch.model.samplers import Callback, Noise, draw_noise
 from tinysd_batch.model.text import Condition
+from tinysd_batch.records import ImageRequest, SamplingParams
+from tinysd_batch.storage import write_atomically
 
 OutputType = Literal["pil", "np", "latent"]
-Rng = Literal["cpu", "cuda"]
 
 
 @dataclass(slots=True)
@@ -29,59 +34,82 @@ class Generated:
     denoise_s: float = 0.0
     decode_s: float = 0.0
     peak_memory_bytes: int = 0
+    settings: list[dict[str, Any]] = field(default_factory=list)  # under the names of the results table
+
+    @property
+    def seeds(self) -> list[int]:
+        return [each["seed"] for each in self.settings]
+
+    def save(self, path: str | Path, quality: int = 90) -> list[Path]:
+        """Write the images with their settings inside, as jobs do, and return where they are.
+
+        Args:
+            path: a name that ends in .png, .jpg or .webp; of several images each gets its number before the suffix.
+            quality: of .jpg and .webp, 1 to 100.
+
+        Raises:
+            UsageError: the suffix is another one, or the output is not PIL images.
+            StorageError: the disk is full or cannot be written.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+        if suffix not in PILLOW_NAMES:
+            raise UsageError(f"{path}: images are written as .png, .jpg or .webp")
+        if not all(isinstance(image, Image.Image) for image in self.images):
+            raise UsageError(f"{path}: only images of output_type pil can be saved")
+        paths = [path]
+        if len(self.images) > 1:
+            paths = [path.with_stem(f"{path.stem}_{number:05d}") for number in range(1, len(self.images) + 1)]
+        kind = FileFormat(suffix, quality)
+        for image, settings, each in zip(self.images, self.settings, paths, strict=True):
+            write_atomically(encode_image(image, kind, describe(settings), {"schema": 1, **settings}), each)
+        return paths
+
+    def attach_settings(self) -> None:
+        """Give each PIL image its settings, in `info`."""
+        for image, settings in zip(self.images, self.settings, strict=True):
+            image.info |= {"parameters": describe(settings), OUR_KEY: settings}
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """An image's settings as AUTOMATIC1111's web UI writes them."""
+    params = SamplingParams(**{name: settings[name] for name in ("width", "height", "steps", "sampler", "eta")})
+    request = ImageRequest(
+        1,
+        1,
+        1,
+        settings["prompt"] or "",
+        settings["negative_prompt"],
+        settings["seed"],
+        settings["scale"],
+        params,
+        "",
+        "",
+    )
+    return parameters_text(request, settings["model"], settings["model_digest"], settings["version"])
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What is asked of a batch, besides its prompts checked and filled in."""
+    """What is asked of a batch, with its prompts encoded."""
 
     conditions: Sequence[Condition]
-    seeds: Sequence[int]
-    height: int
-    width: int
-    steps: int
-    sampler: str
-    eta: float
-    noise_seed: int | Sequence[int] | None
-    rng: Rng
-    latents: Tensor | None
+    request: Request
     callback: Callback | None
 
     def generators(self, rows: Sequence[int]) -> list[Noise]:
-        return [new_generator(self.rng, self.seeds[row]) for row in rows]
+        return [new_generator(self.request.rng, self.request.seeds[row]) for row in rows]
 
     def starting_noise(self, channels: int, factor: int, rows: Sequence[int], generators: Sequence[Noise]) -> Tensor:
         """Unit noise [B, C, h, w]. With a seed of its own the generators' first draw is left out, not put off."""
-        if self.latents is not None:
-            return self.latents[list(rows)].float()
-        shape = (channels, self.height // factor, self.width // factor)
+        request = self.request
+        if request.latents is not None:
+            return request.latents[list(rows)].float()
+        shape = (channels, request.height // factor, request.width // factor)
         own = draw_noise(generators, shape)
-        if self.noise_seed is None:
+        if request.noise_seeds == request.seeds:
             return own
-        seeds = spread(self.noise_seed, len(self.seeds))
-        return draw_noise([new_generator(self.rng, seeds[row]) for row in rows], shape)
-
-
-def batch_size(deciding: Mapping[str, object], others: Mapping[str, object]) -> int:
-    """The longest of the arguments that decide it. Raises UsageError for one that goes with neither one nor all."""
-    size = max(length(value) for value in deciding.values())
-    for name, value in {**deciding, **others}.items():
-        if (count := length(value)) not in (1, size):
-            raise UsageError(f"{name}: {count} given for a batch of {size}; give one, or one each")
-    return size
-
-
-def length(value: object) -> int:
-    """How many images an argument speaks of; 1 for single values."""
-    if isinstance(value, Tensor):
-        return value.shape[0]
-    return len(value) if isinstance(value, Sequence) and not isinstance(value, str) else 1
-
-
-def spread(value: Any, size: int) -> list[Any]:
-    """A list of `size` values from one value, or from one each."""
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return values * size if len(values) == 1 else values
+        return draw_noise([new_generator(request.rng, request.noise_seeds[row]) for row in rows], shape)
 
 
 def rows_together(conditions: Sequence[Condition]) -> list[list[int]]:
@@ -90,6 +118,12 @@ def rows_together(conditions: Sequence[Condition]) -> list[list[int]]:
     for row, condition in enumerate(conditions):
         rows.setdefault(condition.kind, []).append(row)
     return list(rows.values())
+
+
+def no_picture(values: Tensor) -> Tensor:
+    """Which of [B, H, W, 3] are NaN, infinite or one flat colour: bool [B]."""
+    flat = values.flatten(1)
+    return ~flat.isfinite().all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))
 
 
 def rows_that(which: Tensor) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinysd_batch.errors import UsageError
+from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.devices import allocating_at_most, overhead
 from tinysd_batch.model.fragments import Fragment
 from tinysd_batch.model.packed import packed_layers, scratch_bytes
@@ -151,6 +151,15 @@ class Planner:
     def own_bytes(self) -> int | None:
         """What torch may take of a card within the budget."""
         return None if self.budget_bytes is None else max(0, self.budget_bytes - self.overhead.context)
+
+    def check_budget(self) -> None:
+        """Raises ModelError where not even one image of the model's own size fits."""
+        side = self.model.info.native_px
+        try:
+            self.phases(Shape(1, side, side, self.model.info.max_tokens))
+        except UsageError as error:
+            hint = "; leave turbo out" if any(layer.keeps_unpacked for layer in packed_layers(self.model.unet)) else ""
+            raise ModelError(f"{error}{hint}") from None
 
     def leave_larger_gaps(self) -> bool:
         """In what is planned from now on, since they were too small; False where there is no more to be done."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,28 +15,33 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+import tinysd_batch
 from tinysd_batch.config import parse_budget
-from tinysd_batch.errors import ModelError, NotFiniteError, UsageError, is_out_of_memory
+from tinysd_batch.errors import NotFiniteError, is_out_of_memory
+from tinysd_batch.model.arguments import Request, Rng, merge_aliases, read_request
 from tinysd_batch.model.attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
 from tinysd_batch.model.correction import read_correction
 from tinysd_batch.model.devices import choose_device, device_name, peak_memory_bytes, total_bytes
-from tinysd_batch.model.drawing import Drawing, Generated, OutputType, Rng, batch_size, rows_that, rows_together, spread
+from tinysd_batch.model.drawing import Drawing, Generated, OutputType, no_picture, rows_that, rows_together
 from tinysd_batch.model.embedding import keep_vocabulary_on_host
 from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
 from tinysd_batch.model.graphs import WORTH_IT, CapturedStep, Step, on_working_stream
 from tinysd_batch.model.hoist import Attended, Hoisted
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.memory import Phase, Planner, Shape, Way, kept_type
-from tinysd_batch.model.packed import keep_unpacked, packed_layers, unpacked_bytes
-from tinysd_batch.model.precision import choose_dtype, name_of
+from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
+from tinysd_batch.model.precision import Precision, PrecisionChoice, choose_precision, name_of
+from tinysd_batch.model.progress import step_bar
+from tinysd_batch.model.rehearsal import rehearse
 from tinysd_batch.model.residency import Residency
 from tinysd_batch.model.samplers import Callback, Noise, Run, exact, sample, times_of
 from tinysd_batch.model.text import Condition, PromptEncoder
 from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
 from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
 from tinysd_batch.model.unpacking import has_kernels
-from tinysd_batch.model.vae import decode_latents, decode_one, made_together
+from tinysd_batch.model.vae import decode_latents, made_together
+from tinysd_batch.threads import at_most_threads, warn_if_threads_spin
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
@@ -54,6 +59,7 @@ class TinySD:
         self.info = info
         self.device = device
         self.dtype = dtype
+        self.precision = PrecisionChoice(dtype, "given as the dtype")
         self.unet_bs = unet_bs
         self.text_encoder: CLIPTextModel
         self.unet: UNet2DConditionModel
@@ -73,7 +79,7 @@ class TinySD:
         order: list[nn.Module] = []
         if budget_bytes is not None or not info.is_small:  # else nothing is ever streamed
             with building_from(info.path):
-                order = order_of_use([self.text_encoder, self.unet, self.vae], self.rehearse)
+                order = order_of_use([self.text_encoder, self.unet, self.vae], partial(rehearse, self))
         keep_vocabulary_on_host(self.text_encoder, text, dtype)
         self.text_fragment = Fragment("text encoder", {"": self.text_encoder}, text, dtype, order)
         self.encode_fragment = Fragment("UNet encode half", halves[0], unet, dtype, order)
@@ -86,7 +92,7 @@ class TinySD:
         if turbo or small:
             keep_unpacked(self.unet)
         if budget_bytes is not None:
-            self.check_budget()
+            self.memory.check_budget()
         self.schedule = read_schedule(info.path / "scheduler" / "scheduler_config.json")
 
     @classmethod
@@ -95,7 +101,7 @@ class TinySD:
         path: str | Path = "embedded",
         *,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        dtype: Precision = None,
         vram_budget: str | int | None = None,
         turbo: bool = False,
         unet_bs: int | None = None,
@@ -106,7 +112,7 @@ class TinySD:
             path: a packed or plain folder in diffusers' layout, or "embedded".
             device: "cpu", "cuda", "cuda:1"; the first GPU where there is one if None.
             dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); if None half precision where the
-                device, measured, gives right results in it and is faster.
+                device is good at it (`model.precision` says how that is decided, `precision.reason` what was).
             vram_budget: device memory for everything: bytes, or text such as "900MB", "0.5" (of the device's memory) or
                 "-500MB" (all but so much). What does not fit passes through the device piece by piece, and work is
                 done in smaller parts (`model.memory.phases` says how).
@@ -117,52 +123,41 @@ class TinySD:
             ModelError: the folder, a file or a tensor is missing or wrong, or no picture fits the budget.
         """
         chosen, info = choose_device(device), read_model_info(str(path))
-        number = choose_dtype(dtype, chosen, is_small=info.is_small)
-        return cls(info, chosen, number, parse_budget(vram_budget, total_bytes(chosen)), turbo=turbo, unet_bs=unet_bs)
+        precision = choose_precision(dtype, chosen, is_small=info.is_small)
+        if chosen.type == "cpu" and not info.is_small:
+            warn_if_threads_spin(torch.get_num_threads())
+        budget = parse_budget(vram_budget, total_bytes(chosen))
+        model = cls(info, chosen, precision.dtype, budget, turbo=turbo, unet_bs=unet_bs)
+        model.precision = precision
+        return model
 
     @property
     def fragments(self) -> tuple[Fragment, Fragment, Fragment, Fragment]:
         """In the order in which they work."""
         return self.text_fragment, self.encode_fragment, self.decode_fragment, self.vae_fragment
 
-    def rehearse(self) -> None:
-        """Every part at work once, on the meta device, which only counts shapes: so the order of work is learnt."""
-        with torch.device("meta"):
-            text = self.text_encoder(torch.zeros(1, self.info.max_tokens, dtype=torch.long)).last_hidden_state
-            side = self.info.step_px // self.info.factor
-            latents = torch.empty(1, self.info.channels, side, side)
-            self.hoisted.pretend(1, text.shape[1], latents.dtype)
-            decode_one(self.vae, predict(self.unet, latents, torch.zeros(1, dtype=torch.long), None, latents.dtype))
-            self.hoisted.forget()  # else the next phases would seem to hold what was only pretended
-
-    def check_budget(self) -> None:
-        """Raises ModelError where not even one picture of the model's own size fits."""
-        side = self.info.native_px
-        try:
-            self.memory.phases(Shape(1, side, side, self.info.max_tokens))
-        except UsageError as error:
-            hint = "; leave turbo out" if any(layer.keeps_unpacked for layer in packed_layers(self.unet)) else ""
-            raise ModelError(f"{error}{hint}") from None
-
     @property
     def device_name(self) -> str:
         return device_name(self.device)
 
-    @torch.no_grad()
+    def __repr__(self) -> str:
+        return f"TinySD({self.info.name!r}, device={str(self.device)!r}, precision={name_of(self.dtype)!r})"
+
     def generate(
         self,
-        prompt: str | Sequence[str] | None,
-        seed: int | Sequence[int],
+        prompt: str | Sequence[str] | None = None,
+        seed: int | Sequence[int | None] | None = None,
         *,
-        negative_prompt: str | Sequence[str] = "",
-        prompt_syntax: str | Sequence[str] = "seed",
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_syntax: str | Sequence[str] | None = None,
         long_prompts: bool = False,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
-        sampler: str = "plms",
-        eta: float = 0.0,
+        num_images_per_prompt: int | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
         output_type: OutputType = "pil",
         noise_seed: int | Sequence[int] | None = None,
         rng: Rng = "cpu",
@@ -170,21 +165,28 @@ class TinySD:
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         callback: Callback | None = None,
+        progress: bool = False,
+        normalize: bool = True,
+        **aliases: Any,
     ) -> Generated:
-        """Draw a batch: one image per prompt and seed, the longer list giving the number, single values shared.
+        """Generate a batch: one image per prompt and seed, the longer list giving the number, single values shared.
 
         An image depends on its own prompt, seed and scale only: each has its own CPU random generator, so neither
-        batch size nor device changes it beyond float rounding.
+        batch size nor device changes it beyond float rounding. The names of the command line are understood, too:
+        `steps`, `scale`, `n_samples`, `H` and `W`.
 
         Args:
             prompt: text, a list of texts, or None with `prompt_embeds` [B, T, D] (and `negative_prompt_embeds`).
-            seed: 0 to 2^63 - 1, one for all or one each.
-            prompt_syntax: what marks in prompts mean: "seed" (`cat:0.25 dog:0.75`), "a1111" (`(cat:1.2)`) or "none".
+            seed: 0 to 2^63 - 1, one for all or one each; None or -1 draws one, the images taking it and those after
+                it. The output's `seeds` has them all.
+            prompt_syntax: what marks in prompts mean: "seed" (`cat:0.25 dog:0.75`, the default), "a1111"
+                (`(cat:1.2)`) or "none".
             long_prompts: encode prompts beyond the model's limit in pieces, instead of cutting them. Images whose
                 prompts differ in pieces, or in having guidance, go through the UNet apart.
             height, width: pixels, multiples of `info.step_px`; the model's native size if None.
             guidance_scale: one for all or one each; 1 switches guidance off.
-            sampler: a name of `tinysd_batch.config.SAMPLERS`.
+            num_images_per_prompt: so many images of each prompt, with seeds that follow each other.
+            sampler: a name of `tinysd_batch.config.SAMPLERS`, or another program's for it; plms if None.
             eta: the share of fresh noise in ddim and plms, 0 to 1; the others have none, or as much as they want.
             noise_seed: draw the starting noise from this seed, and all later noise from `seed` as ever.
             rng: whose noise: that of torch's generator on the CPU, or on a CUDA card, which is computed on the CPU, too
@@ -192,43 +194,53 @@ class TinySD:
             latents: starting noise [B, 4, h, w] in place of the seeds' own.
             callback: called after each step with step, timestep and latents (heun: after each half of a step); from the
                 first step again where images have to be drawn again.
+            progress: show a progress bar on stderr.
+            normalize: drop invisible characters from prompts and take Unicode's blanks as spaces.
 
         Raises:
             UsageError: arguments that do not fit together, or a picture that does not fit the budget.
+            TypeError: a keyword that is not known.
             NotFiniteError: the latents or an image came out as NaN, infinite or one flat colour.
         """
-        height, width = height or self.info.native_px, width or self.info.native_px
-        steps = num_inference_steps or self.info.steps
-        scales = self.info.scale if guidance_scale is None else guidance_scale
-        size = batch_size(
-            {"prompt": prompt, "seed": seed, "prompt_embeds": prompt_embeds},
-            {"negative_prompt": negative_prompt, "prompt_syntax": prompt_syntax, "guidance_scale": scales},
-        )
-        self.check_size(height, width)
+        own = {
+            "prompt": prompt, "seed": seed, "negative_prompt": negative_prompt, "prompt_syntax": prompt_syntax,
+            "height": height, "width": width, "num_inference_steps": num_inference_steps, "eta": eta, "rng": rng,
+            "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt, "sampler": sampler,
+            "noise_seed": noise_seed, "latents": latents, "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds, "long_prompts": long_prompts,
+        }  # fmt: skip
+        request = read_request(self.info, merge_aliases(own, aliases), normalize=normalize)
+        one_thread = 1 if self.device.type == "cpu" and self.info.is_small else None
+        with torch.no_grad(), at_most_threads(one_thread), step_bar(request.steps, callback, shown=progress) as on_step:
+            made = self.generate_batch(request, output_type, on_step)
+        made.settings = request.settings(self.info, tinysd_batch.__version__)
+        if output_type == "pil":
+            made.attach_settings()
+        return made
 
+    def generate_batch(self, request: Request, output_type: OutputType, callback: Callback | None) -> Generated:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with on_working_stream(self.device):
             started = time.monotonic()
             conditions = self.with_room(lambda: self.prompts.encode(
-                spread(prompt, size), spread(negative_prompt, size), spread(scales, size), spread(prompt_syntax, size),
-                long_prompts=long_prompts, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+                request.prompts, request.negative_prompts, request.scales, request.syntaxes,
+                long_prompts=request.long_prompts, prompt_embeds=request.prompt_embeds,
+                negative_prompt_embeds=request.negative_prompt_embeds,
             ))  # fmt: skip
             encoded = time.monotonic()
-            drawing = Drawing(
-                conditions, spread(seed, size), height, width, steps, sampler, eta, noise_seed, rng, latents, callback
-            )
-            final, redone = self.draw_latents(drawing)
+            final, redone = self.draw_latents(Drawing(conditions, request, callback))
             denoised = time.monotonic()
             images = final.cpu() if output_type == "latent" else self.decode(final, output_type, redone)
         read = [(one.tokens, one.negative_tokens) for one in conditions]
+        rows = range(len(conditions))
         return Generated(
             images=images,
             n_tokens=[tokens.n_tokens if tokens else None for tokens, _ in read],
             truncated=[tokens.truncated if tokens else None for tokens, _ in read],
             negative_truncated=[tokens.truncated if tokens else None for _, tokens in read],
-            degraded=[redone.get(row, []) for row in range(size)],
-            precision=["float32" if DENOISED in redone.get(row, []) else name_of(self.dtype) for row in range(size)],
+            degraded=[redone.get(row, []) for row in rows],
+            precision=["float32" if DENOISED in redone.get(row, []) else name_of(self.dtype) for row in rows],
             text_s=encoded - started,
             denoise_s=denoised - encoded,
             decode_s=time.monotonic() - denoised,
@@ -252,7 +264,7 @@ class TinySD:
 
         Raises NotFiniteError for one that float32 cannot hold either.
         """
-        rows = range(len(drawing.seeds))
+        rows = range(len(drawing.conditions))
         final = self.with_room(lambda: self.draw_rows(drawing, rows))
         lost = rows_that(~final.isfinite().flatten(1).all(dim=1))
         if lost and self.dtype is not torch.float32:
@@ -268,9 +280,10 @@ class TinySD:
         start = drawing.starting_noise(self.unet.config.in_channels, self.info.factor, rows, generators)
         conditions = [drawing.conditions[row] for row in rows]
         final = torch.empty_like(start, device=self.device)
+        request = drawing.request
         for some in rows_together(conditions):
             final[some] = self.denoise(
-                start[some], [conditions[row] for row in some], drawing.steps, drawing.sampler, drawing.eta,
+                start[some], [conditions[row] for row in some], request.steps, request.sampler, request.eta,
                 [generators[row] for row in some], drawing.callback,
             )  # fmt: skip
         return final
@@ -290,13 +303,6 @@ class TinySD:
         self.text_encoder.embeddings.token_embedding.dtype = dtype
         for fragment in self.fragments:
             fragment.set_dtype(dtype)
-
-    def check_size(self, height: int, width: int) -> None:
-        for name, value in (("height", height), ("width", width)):
-            if value <= 0 or value % self.info.step_px:
-                raise UsageError(
-                    f"{name} = {value}: must be a positive multiple of {self.info.step_px} with this model"
-                )
 
     @contextlib.contextmanager
     def text_encoder_on_device(self) -> Iterator[torch.device]:
@@ -392,9 +398,3 @@ class TinySD:
             scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
             pixels = decode_latents(self.vae, scaled, kept_type(way), makes_anew=way.makes_anew)
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-
-
-def no_picture(values: Tensor) -> Tensor:
-    """Which of [B, H, W, 3] are NaN, infinite or one flat colour: bool [B]."""
-    flat = values.flatten(1)
-    return ~flat.isfinite().all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))

@@ -1,6 +1,7 @@
 """What drawing takes of a device's memory, phase by phase, foretold without drawing."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tinysd_batch.report.text import count, size
@@ -67,6 +68,7 @@ class MemoryPlan:
     phases: list[PlannedPhase]
     elsewhere: bool = False  # the device is not at hand, so that what it takes for itself could not be measured
     available_bytes: int | None = None  # of the device's memory now; None where it is not at hand or does not tell
+    precision_reason: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -84,6 +86,7 @@ class MemoryPlan:
         what = f"{size(self.peak_bytes)} at most for {count(batch.images, 'image')} of {batch.width}x{batch.height}"
         budget = f", vram_budget {self.budget}" if self.budget else ""
         return {
+            "Precision": f"{self.precision}: {self.precision_reason}" if self.precision_reason else self.precision,
             "Memory": f"{what} at a time ({self.precision} on {self.device}{budget})",
             **{f"  {phase.name}": phase_line(phase, batch.rows, self.elsewhere) for phase in self.phases},
         }
@@ -94,7 +97,8 @@ class MemoryPlan:
             for phase in self.phases
         ]
         return {
-            "device": self.device, "precision": self.precision, "peak": self.peak_bytes,
+            "device": self.device, "precision": self.precision, "precision_reason": self.precision_reason,
+            "peak": self.peak_bytes,
             "available": self.available_bytes, "phases": phases,
         }  # fmt: skip
 
@@ -118,16 +122,19 @@ def phase_line(phase: PlannedPhase, rows: int, elsewhere: bool) -> str:
     return ", ".join(told)
 
 
-def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
-    """Raises UsageError or ModelError where the batch does not fit the budget."""
+def plan_memory(settings: "Settings", batch: Batch, precision_file: Path | None = None) -> MemoryPlan:
+    """What a batch takes, in the precision that a job has recorded in `precision_file`, if it has.
+
+    Raises UsageError or ModelError where the batch does not fit the budget."""
     import torch
 
     from tinysd_batch.config import parse_budget
+    from tinysd_batch.job.precision_record import choose_as_recorded
     from tinysd_batch.model.devices import choose_device, total_bytes
     from tinysd_batch.model.info import read_model_info
     from tinysd_batch.model.memory import Shape
     from tinysd_batch.model.pipeline import TinySD
-    from tinysd_batch.model.precision import choose_dtype, name_of
+    from tinysd_batch.model.precision import PrecisionChoice, choose_precision
     from tinysd_batch.quantize.room import available_memory
 
     info = read_model_info(settings.model)
@@ -135,13 +142,22 @@ def plan_memory(settings: "Settings", batch: Batch) -> MemoryPlan:
     elsewhere = settings.device == "cuda" and not torch.cuda.is_available()
     if elsewhere:
         device, total = torch.device("cuda"), None
-        dtype = torch.float32 if precision == "full" else torch.float16
+        choice = PrecisionChoice(torch.float16, "what most GPUs are good at; this one is not here")
+        if precision is not None:
+            choice = choose_precision(precision, device)
     else:
         device = choose_device(None if settings.device == "auto" else settings.device)
-        dtype, total = choose_dtype(precision, device, is_small=info.is_small), total_bytes(device)
+        total = total_bytes(device)
+        choice = (
+            choose_as_recorded(precision_file, device, is_small=info.is_small)
+            if precision is None
+            else choose_precision(precision, device, is_small=info.is_small)
+        )
     budget = parse_budget(settings.vram_budget, total)
-    model = TinySD(info, device, dtype, budget, turbo=settings.turbo, unet_bs=settings.unet_bs)
+    model = TinySD(info, device, choice.dtype, budget, turbo=settings.turbo, unet_bs=settings.unet_bs)
     found = model.memory.phases(Shape(batch.rows, batch.height, batch.width, info.max_tokens))
     phases = [PlannedPhase.of(phase) for phase in found]
     available = None if elsewhere else available_memory(device)
-    return MemoryPlan(batch, device.type, name_of(dtype), settings.vram_budget, phases, elsewhere, available)
+    return MemoryPlan(
+        batch, device.type, choice.name, settings.vram_budget, phases, elsewhere, available, choice.reason
+    )

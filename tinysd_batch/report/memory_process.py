@@ -27,16 +27,17 @@ answer()
 """
 
 
-def plan_memory_apart(settings: Settings, batch: Batch) -> MemoryPlan:
+def plan_memory_apart(settings: Settings, batch: Batch, precision_file: Path | None = None) -> MemoryPlan:
     """As `plan_memory`, in another process unless this one has torch already."""
     if "torch" in sys.modules:
-        return plan_memory(settings, batch)
-    question = json.dumps({"settings": settings.model_dump(), "batch": asdict(batch)})
+        return plan_memory(settings, batch, precision_file)
+    recorded = str(precision_file.absolute()) if precision_file is not None else None
+    question = json.dumps({"settings": settings.model_dump(), "batch": asdict(batch), "precision_file": recorded})
     done = subprocess.run(  # noqa: S603 - our own interpreter and code
         [sys.executable, "-P", "-c", CODE, str(ROOT)], input=question, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:  # killed for its memory, say
-        return plan_memory(settings, batch)
+        return plan_memory(settings, batch, precision_file)
     return read_answer(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -52,7 +53,8 @@ def answer() -> None:
     """Read a question from stdin and write the plan, or what is wrong, to stdout as JSON."""
     question = json.loads(sys.stdin.read())
     try:
-        found = asdict(plan_memory(Settings(**question["settings"]), Batch(**question["batch"])))
+        recorded = Path(question["precision_file"]) if question["precision_file"] is not None else None
+        found = asdict(plan_memory(Settings(**question["settings"]), Batch(**question["batch"]), recorded))
     except errors.TinySDError as error:
         found = {"error": type(error).__name__, "message": str(error)}
     sys.stdout.write(json.dumps(found) + "\n")

@@ -91,7 +91,7 @@ def make_plan(
     plan.reusable = count_reusable(job, wanted)
     plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
     progress.stop()
-    plan.memory = plan_memory_apart(job.settings, plan.largest) if plan.largest else None
+    plan.memory = plan_memory_apart(job.settings, plan.largest, job.precision_file) if plan.largest else None
     plan.near_misses = near_misses(plan.carried_columns)
     plan.answers = find_answers(job, plan.memory, plan.work, plan.reusable)
     return plan

@@ -80,7 +80,7 @@ class RunProgress:
         if isinstance(event, WorkerReady):
             self.say(f"Worker {event.worker}: ready on {event.description['device_name']}")
             self.bar.update(self.task, description="generating" if self.is_wide else "")
-        else:
+        elif event.cause is None:  # else a note has told of all that were lost together
             then = "; it is given up" if event.for_good else ""
             self.say(f"Worker {event.worker}: lost ({one_line(event.reason, 250)}){then}; its images go to another")
 

@@ -1,0 +1,84 @@
+"""How waiting threads behave is decided before torch is imported, and never against the user."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tools import environment
+from tinysd_batch import TinySD, threads
+
+OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": threads.WAITING["GOMP_SPINCOUNT"]}
+
+
+def run_python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+    without = {name: value for name, value in environment().items() if name not in threads.USER_CHOICES}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**without, **more}, capture_output=True, text=True, check=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "users"),
+    [
+        ("tinysd_batch.job.worker", {}),
+        ("tinysd_batch", {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ("tinysd_batch", {"GOMP_SPINCOUNT": "infinity"}),
+        ("tinysd_batch", {"KMP_BLOCKTIME": "200"}),
+    ],
+)
+def test_the_wait_policy_is_set_unless_the_user_has_set_one(module: str, users: dict[str, str]) -> None:
+    code = (
+        f"import {module}, json, os, sys; assert 'torch' not in sys.modules; "
+        f"names = set({sorted(threads.USER_CHOICES)}) & os.environ.keys(); "
+        "print(json.dumps({name: os.environ[name] for name in names}))"
+    )
+    assert json.loads(run_python(code, **users).stdout) == (users or OURS)
+
+
+def test_openmp_reads_the_policy() -> None:
+    """GNU's library, which the wheels of torch bring, prints what it has understood."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    library = next(Path(spec.origin).parent.glob("lib/libgomp*"), None)
+    if library is None:
+        pytest.skip("this torch brings no GNU OpenMP")
+    told = run_python(f"import tinysd_batch, ctypes; ctypes.CDLL({str(library)!r})", OMP_DISPLAY_ENV="VERBOSE").stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in told
+    assert f"GOMP_SPINCOUNT = '{OURS['GOMP_SPINCOUNT']}'" in told
+
+
+@pytest.mark.parametrize(("before", "during"), [(2, 1), (1, 1)])
+def test_a_small_model_generates_on_one_thread(tiny_model: Path, before: int, during: int) -> None:
+    """Also where torch was imported first, so that it waits as it likes; the user's number of threads stays."""
+    model = TinySD.from_pretrained(tiny_model, device="cpu")
+    seen: set[int] = set()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(before)
+    try:
+        model.generate("cat", 1, callback=lambda *_: seen.add(torch.get_num_threads()))
+        assert torch.get_num_threads() == before
+        with pytest.raises(ZeroDivisionError):
+            model.generate("cat", 1, callback=lambda *_: 1 / 0)  # type: ignore[arg-type]
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(usual)
+    assert seen == {during}
+
+
+def test_who_imports_torch_first_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(threads, "is_too_late", False)
+    monkeypatch.setattr(os, "environ", {})
+    threads.set_wait_policy()
+    threads.warn_if_threads_spin(1)
+    assert not caplog.records
+    threads.warn_if_threads_spin(2)
+    assert "import tinysd_batch first" in caplog.text

@@ -1,0 +1,151 @@
+"""Jobs from Python: what `tinysd-batch submit` does, and the results as a table."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinysd_batch.config import Settings
+from tinysd_batch.errors import UsageError
+from tinysd_batch.records import Status
+from tinysd_batch.values import read_whole_number
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OTHER_NAMES = {
+    "num_inference_steps": "steps",
+    "ddim_steps": "steps",
+    "guidance_scale": "scale",
+    "cfg_scale": "scale",
+    "num_images_per_prompt": "n_samples",
+    "H": "height",
+    "W": "width",
+    "ddim_eta": "eta",
+}
+WHOLE_NUMBERS = {"seed", "steps", "height", "width", "n_iter", "n_samples"}
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a job ended."""
+
+    folder: Path
+    images: int  # in the job
+    generated: int  # in this run
+    reused: int  # taken over from another job in this run
+    failed: int
+    invalid_rows: int
+    left: int  # not generated yet
+    seconds: float
+
+    def read_results(self, columns: list[str] | None = None) -> "pa.Table":
+        return read_results(self.folder, columns)
+
+
+def submit(
+    manifest: str | Path,
+    output: str | Path | None = None,
+    *,
+    reuse: str | Path | None = None,
+    limit: int | None = None,
+    retry_failed: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> JobResult:
+    """Generate an image for every row of a manifest, or go on with a job, as `tinysd-batch submit` does.
+
+    Args:
+        manifest: a table with a prompt column, a text file with a prompt per line, a job.toml that names one, or the
+            folder of a job to go on with.
+        output: the job folder; outputs/<manifest name> if None.
+        reuse: an earlier job's folder, whose images are taken over where they would come out the same.
+        limit: only the first so many images; the same call without it goes on.
+        retry_failed: try images again that failed.
+        progress: show what the command shows.
+        settings: what the command's options and job.toml set, such as model="folder", steps=20, inline=True (in this
+            process, without Ray) or workers=2.
+
+    Raises:
+        TypeError: a setting that is not known.
+        TinySDError: what the command prints in one line before it exits; the job goes on with the same call.
+    """
+    from contextlib import ExitStack
+
+    from rich.console import Console
+
+    from tinysd_batch.job.driver import run_job
+    from tinysd_batch.job.open_pool import pool_for
+    from tinysd_batch.job.resume import prepare_job
+    from tinysd_batch.report.progress import RunProgress
+
+    job, _ = prepare_job(
+        Path(manifest), Path(output) if output is not None else None, (), own_names(settings),
+        Path(reuse) if reuse is not None else None,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        shown = RunProgress(Console(stderr=True, highlight=False, quiet=not progress), verbose=False)
+        summary = run_job(
+            job, pool_for(job), stack.enter_context(shown), lambda: False, limit, retry_failed=retry_failed
+        )
+    return JobResult(
+        job.folder, summary.total, summary.counts[Status.OK], summary.reused, summary.failed, summary.invalid_rows,
+        summary.left, summary.seconds,
+    )  # fmt: skip
+
+
+def own_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under their own names. Raises TypeError for an unknown one, UsageError for one that is given twice."""
+    named: dict[str, Any] = {}
+    for given, written in settings.items():
+        name = OTHER_NAMES.get(given, given)
+        if name not in Settings.model_fields:
+            raise TypeError(f"submit() got an unexpected keyword argument {given!r}{suggestion(given)}")
+        value = plain_value(name, written)
+        if name in named and named[name] != value:
+            raise UsageError(
+                f"{name} = {named[name]} and {given} = {value}: two names of one setting; give one of them"
+            )
+        named[name] = value
+    return named
+
+
+def plain_value(name: str, value: Any) -> Any:
+    """A setting's value as job.toml would have it: paths as text, whole numbers of any type as int, no seed as None."""
+    if isinstance(value, Path):
+        return str(value)
+    if name not in WHOLE_NUMBERS or isinstance(value, str | bool) or value is None:
+        return value
+    if name == "seed" and value == -1:
+        return None
+    try:
+        return read_whole_number(value)
+    except ValueError:
+        return value  # which `config.resolve` refuses by name
+
+
+def suggestion(name: str) -> str:
+    import difflib
+
+    alike = difflib.get_close_matches(name, [*Settings.model_fields, *OTHER_NAMES], n=1)
+    return f"; did you mean {alike[0]}?" if alike else ""
+
+
+def read_results(folder: str | Path, columns: list[str] | None = None) -> "pa.Table":
+    """A job's results: one row per image and per row that cannot be generated, in the manifest's order.
+
+    Also while the job runs. `columns` names those to read, all if None, with the manifest's own columns among them.
+
+    Raises:
+        UsageError: the folder is not a job, or has no such column.
+        StorageError: a file of the table is damaged.
+    """
+    from tinysd_batch.job.folder import read_job_json
+    from tinysd_batch.job.tables import ResultsPaths
+
+    read_job_json(Path(folder))
+    table = ResultsPaths(Path(folder)).read_newest_whole()
+    if columns is None:
+        return table
+    if unknown := [name for name in columns if name not in table.column_names]:
+        raise UsageError(f"{folder}: has no column {', '.join(unknown)}; there are {', '.join(table.column_names)}")
+    return table.select(columns)

@@ -1,0 +1,114 @@
+"""Send Ray's own text to the job's log: its native half writes to descriptor 2, its Python half to standard streams.
+
+While that descriptor is the log, `sys.stderr` writes to what it was before, so that our own lines still reach people.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+LOG_NAME = "job.log"
+MAX_LOG_BYTES = 2**20
+STDERR = 2
+LOGGERS = ("ray", "tinysd_batch")
+
+
+class RayOutput:
+    """Sends what Ray says to the log at `path` while it is open, or to nowhere."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.terminal = -1  # what descriptor 2 was
+        self.stderr = sys.stderr
+        self.handler: logging.Handler | None = None
+        self.printed_by: Any = None  # Ray's own function
+
+    def open(self) -> None:
+        self.stderr = sys.stderr
+        if self.stderr is not None:
+            self.stderr.flush()
+        self.terminal = os.dup(STDERR)
+        self.point_to_log()
+        if descriptor_of(self.stderr) == STDERR:
+            plain = os.fdopen(self.terminal, "wb", buffering=0, closefd=False)
+            sys.stderr = io.TextIOWrapper(
+                plain, encoding=self.stderr.encoding, errors="backslashreplace", write_through=True
+            )
+        self.divert_python()
+
+    def point_to_log(self) -> None:
+        log = open_log(self.path)
+        os.dup2(log, STDERR)
+        os.close(log)
+
+    def divert_python(self) -> None:
+        """Loggers, and the errors of a cluster, which Ray prints whatever its options."""
+        import ray._private.worker as worker
+
+        self.handler = logging.StreamHandler(io.TextIOWrapper(io.FileIO(STDERR, "w", closefd=False), errors="replace"))
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for name in LOGGERS:
+            logging.getLogger(name).addHandler(self.handler)
+        self.printed_by = getattr(worker, "print_to_stdstream", None)
+        if self.printed_by is not None:
+            worker.print_to_stdstream = self.print
+
+    def rotate_if_large(self) -> None:
+        """Keep the log and one older part of it."""
+        if self.terminal >= 0 and self.path is not None and os.fstat(STDERR).st_size > MAX_LOG_BYTES:
+            self.point_to_log()
+
+    def close(self) -> None:
+        if self.terminal < 0:
+            return
+        self.restore_python()
+        sys.stderr = self.stderr
+        os.dup2(self.terminal, STDERR)
+        os.close(self.terminal)
+        self.terminal = -1
+        if self.path is not None:
+            remove_empty(self.path)
+
+    def restore_python(self) -> None:
+        import ray._private.worker as worker
+
+        if self.printed_by is not None:
+            worker.print_to_stdstream = self.printed_by
+        if self.handler is not None:
+            for name in LOGGERS:
+                logging.getLogger(name).removeHandler(self.handler)
+            self.handler.close()
+
+    def print(self, data: dict[str, Any], **_: object) -> None:
+        """In the place of Ray's own function, which prints errors of the cluster on our standard output."""
+        for line in data["lines"]:
+            os.write(STDERR, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def open_log(path: Path | None) -> int:
+    """A descriptor of the log, to append to it; of nothing where it cannot be written."""
+    if path is not None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        with contextlib.suppress(OSError):
+            if path.exists() and path.stat().st_size > MAX_LOG_BYTES:  # a link is not followed below
+                path.replace(path.with_suffix(".log.1"))
+            return os.open(path, flags, 0o644)
+    return os.open(os.devnull, os.O_WRONLY)
+
+
+def remove_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
+def descriptor_of(stream: Any) -> int | None:
+    """None for a stream that is no file, as in tests and notebooks."""
+    try:
+        return int(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        return None
