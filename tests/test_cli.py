@@ -48,7 +48,10 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 def test_plan_takes_what_submit_takes() -> None:
     """Its own are `verbose`, which says more there, and `--json`."""
-    taken = {name: {each.name: tuple(each.opts) for each in COMMANDS[name].params} for name in ("submit", "plan")}
+    taken = {
+        name: {each.name: (*each.opts, *each.secondary_opts) for each in COMMANDS[name].params}
+        for name in ("submit", "plan")
+    }
     assert taken["plan"].pop("as_json") == ("--json",)
     assert taken["plan"] == taken["submit"]
 
@@ -58,6 +61,7 @@ def test_h_is_help(name: str, capsys: Capture) -> None:
     code, out, _ = call(capsys, *name.split(), "-h")
     assert code == 0
     assert out.startswith("Usage: ")
+    assert "[]" not in out
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,10 @@ def test_h_is_help(name: str, capsys: Capture) -> None:
         (["txt2img"], "tinysd-batch txt2img red apple"),
         (["txt2img", "--prompt", " "], "tinysd-batch txt2img red apple"),
         (["submit", "red apple"], "type: tinysd-batch txt2img 'red apple'"),
+        (["submit", "red", "apple,", "-n", "4"], "No such option: -n"),
+        (["submit", "red", "apple", "--steps", "4"], "type: tinysd-batch txt2img 'red apple'"),
+        (["submit", "m.csv", "other.csv"], "other.csv: a job has one manifest, m.csv"),
+        (["plan", "red", "apple"], "type: tinysd-batch txt2img 'red apple'"),
         (["submit", "apple"], "type: tinysd-batch txt2img apple"),
         (["plan", "red apple, 4k. v1.5"], "type: tinysd-batch txt2img 'red apple, 4k. v1.5'"),
         (["submit", "apple " * 60], "type: tinysd-batch txt2img red apple"),

@@ -9,6 +9,7 @@ import typer
 from tinysd_batch import __version__
 from tinysd_batch.cli.convert import convert
 from tinysd_batch.cli.export import export
+from tinysd_batch.cli.hints import ManifestCommand
 from tinysd_batch.cli.inspect import inspect
 from tinysd_batch.cli.plan import plan
 from tinysd_batch.cli.quantize import quantize
@@ -24,8 +25,8 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-app.command()(submit)
-app.command()(plan)
+app.command(cls=ManifestCommand)(submit)
+app.command(cls=ManifestCommand)(plan)
 app.command()(status)
 app.command()(verify)
 app.command()(export)

@@ -1,7 +1,11 @@
 """What to type instead, where a command line is a plain misunderstanding."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand
 
 from tinysd_batch.errors import UsageError
 
@@ -9,14 +13,28 @@ MAX_SHOWN = 80  # characters of a prompt
 EXAMPLE = "tinysd-batch txt2img red apple"
 
 
-def refuse_prompt(manifest: Path) -> None:
-    """Raise UsageError for a manifest that is no file and has no manifest's suffix: it may be a prompt."""
+class ManifestCommand(TyperCommand):
+    """A command whose usage does not show the words that it takes only to say what to type instead."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece for piece in super().collect_usage_pieces(ctx) if piece != "[]..."]
+
+
+def refuse_prompt(manifest: Path, more_words: Sequence[str] = ()) -> None:
+    """Raise UsageError for a manifest that is no file and has no manifest's suffix, as it may be a prompt.
+
+    And for what stands behind a manifest that is one.
+    """
     from tinysd_batch.job.formats import READERS
     from tinysd_batch.job.manifest_file import unpacked_name
 
     if is_there(manifest) or Path(unpacked_name(manifest)).suffix.lower() in (*READERS, ".toml"):
+        if more_words:
+            raise UsageError(
+                f"{more_words[0]}: a job has one manifest, {manifest}; give each other one its own command"
+            )
         return
-    text = str(manifest)
+    text = " ".join([str(manifest), *more_words])
     what = f"tinysd-batch txt2img {shlex.quote(text)}" if len(text) <= MAX_SHOWN else EXAMPLE
     shown = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
     raise UsageError(

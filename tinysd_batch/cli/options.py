@@ -87,6 +87,10 @@ Preset = Annotated[
     list[Path] | None,
     typer.Option("--preset", help="A TOML file of settings to start from; may be repeated.", show_default=False),
 ]
+MoreWords = Annotated[
+    list[str] | None,
+    typer.Argument(help="Nothing more is taken; who types a prompt is told how.", hidden=True, metavar=""),
+]
 FromFile = Annotated[
     Path | None,
     typer.Option(

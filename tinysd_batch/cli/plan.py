@@ -34,7 +34,7 @@ def plan(
 
     flags = {name: value for name, value in others.items() if name in Settings.model_fields}
     flags["strict"] = others["strict"] or None
-    chosen = one_manifest(manifest, from_file)
+    chosen = one_manifest(manifest, from_file, others["more_words"])
     with ReadingProgress(make_console(stderr=True, quiet=as_json), f"Reading {chosen}") as progress:
         job, _ = prepare(chosen, output, preset or [], flags, reuse)
         printer = PlanPrinter(make_console(quiet=as_json), verbose, progress)

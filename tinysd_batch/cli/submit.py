@@ -38,6 +38,7 @@ Output = Annotated[
 @options.takes_settings
 def submit(
     manifest: Manifest = None,
+    more_words: options.MoreWords = None,
     from_file: options.FromFile = None,
     output: Output = None,
     workers: Annotated[
@@ -108,7 +109,7 @@ def submit(
         **settings, "workers": workers, "inline": inline, "address": address, "worker_wait": worker_wait,
         "strict": strict or None,
     }  # fmt: skip
-    chosen = one_manifest(manifest, from_file)
+    chosen = one_manifest(manifest, from_file, more_words)
     with ReadingProgress(make_console(stderr=True), f"Reading {chosen}"):
         job, named_model = prepare(chosen, output, preset or [], flags, reuse)
     console = make_console()
@@ -116,12 +117,12 @@ def submit(
     raise typer.Exit(run(job, named_model, how, verbose, console))
 
 
-def one_manifest(manifest: Path | None, from_file: Path | None) -> Path:
+def one_manifest(manifest: Path | None, from_file: Path | None, more_words: list[str] | None = None) -> Path:
     """The origin names its file of prompts by an option; ours is an argument."""
     if manifest is not None and from_file is not None:
         raise UsageError(f"{manifest} and --from-file {from_file}: give one of the two")
     if manifest is not None:
-        refuse_prompt(manifest)
+        refuse_prompt(manifest, more_words or [])
     if chosen := manifest or from_file:
         return chosen
     raise UsageError("name a manifest: a .csv or .parquet table with a prompt column, or a .txt with a prompt a line")

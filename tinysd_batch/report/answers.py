@@ -57,9 +57,14 @@ class Answers:
         }  # fmt: skip
 
 
-def find_answers(job: Job, memory: MemoryPlan | None, work: "Work") -> Answers:
+def find_answers(job: Job, memory: MemoryPlan | None, work: "Work", reusable: int = 0) -> Answers:
+    """`reusable`: how many of the images need not be generated; each counts as much as the others."""
+    images = sum(work.images.values())
+    left = max(0, images - reusable)
     seconds, speed = estimate_time(job, work) or (None, None)
-    return Answers(memory, sum(work.images.values()), seconds, speed, read_quality(job.model))
+    if seconds is not None and images:
+        seconds *= left / images
+    return Answers(memory, left, seconds, speed, read_quality(job.model))
 
 
 # Does it fit?

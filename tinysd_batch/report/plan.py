@@ -21,6 +21,7 @@ from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import RowImages, batch_runs, plan_images
 from tinysd_batch.job.results import fault_message
 from tinysd_batch.job.reuse import count_reusable
+from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.report.answers import Answers, Work, find_answers
 from tinysd_batch.report.memory import Batch, MemoryPlan
@@ -92,7 +93,7 @@ def make_plan(
     progress.stop()
     plan.memory = plan_memory_apart(job.settings, plan.largest, job.precision_file) if plan.largest else None
     plan.near_misses = near_misses(plan.carried_columns)
-    plan.answers = find_answers(job, plan.memory, plan.work)
+    plan.answers = find_answers(job, plan.memory, plan.work, plan.reusable)
     return plan
 
 
@@ -116,10 +117,14 @@ class PlanSurvey:
     job: Job
     finished: set[int]
     limit: int | None
+    carried: dict[str, None] = field(default_factory=dict)
     in_order: list[int] = field(init=False)
+    ids_there: set[str] = field(init=False)  # of the job that --reuse names: only these are looked for
 
     def __post_init__(self) -> None:
         self.in_order = sorted(self.finished)
+        tables = ResultsPaths(self.job.reuse).read(["image_id"]) if self.job.reuse is not None else ()
+        self.ids_there = {image_id for table in tables for image_id in table["image_id"].to_pylist()}
 
     def rows(self, on_row: OnRow, progress: ReadingProgress) -> Iterator[Row]:
         """The rows that can be made, after they were counted and reported."""
@@ -139,13 +144,14 @@ class PlanSurvey:
                 self.add_prompts(planned)
                 on_row(planned)
                 yield planned.row
-        plan.notes = list(notes.lines())
+        plan.notes, plan.carried_columns = list(notes.lines()), list(self.carried)
 
     def add_columns(self, extra: dict[str, Any]) -> None:
         """Raises ManifestError for more different keys than a job takes."""
-        carried = self.plan.carried_columns
-        carried += [name for name in extra if name not in carried]
-        if len(carried) > MAX_KEYS and is_jsonl(self.job.manifest):
+        if extra.keys() <= self.carried.keys():
+            return
+        self.carried.update(dict.fromkeys(extra))
+        if len(self.carried) > MAX_KEYS and is_jsonl(self.job.manifest):
             raise ManifestError(f"{self.job.manifest}: over {MAX_KEYS} different keys besides the known ones")
 
     def add_prompts(self, planned: PlannedRow) -> None:
@@ -161,9 +167,10 @@ class PlanSurvey:
             if number:
                 self.add_images(row, number)
                 last = images.first + number
-                if self.job.reuse is not None:
+                if self.ids_there:
                     indexes = (index for index in range(images.first, last) if index not in self.finished)
-                    wanted.update(images.image(index).image_id for index in indexes)
+                    ids = (images.image(index).image_id for index in indexes)
+                    wanted.update(image_id for image_id in ids if image_id in self.ids_there)
                 done = bisect_left(self.in_order, last) - bisect_left(self.in_order, images.first)
                 self.plan.work.add(row, number - done)
             yield row, images
