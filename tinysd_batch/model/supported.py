@@ -369,7 +369,7 @@ def check_fit(config: Config, name: str, unet: Config, unet_name: str, where: Pa
     """Raise ModelError where a part does not go with a UNet."""
     mine = config.get(name, DEFAULTS[name])
     widths = unet.get(unet_name, DEFAULTS[unet_name])
-    if any(width != mine for width in flatten(widths)):
+    if is_count(mine) and any(width != mine for width in flatten(widths)):  # what is no number fails by itself
         raise ModelError(
             f"{where}: does not go with this UNet: {name} is {shown(mine)}, the UNet's {unet_name} {shown(widths)}"
         )
