@@ -76,7 +76,7 @@ def sample(part: str, model: Path, count: int) -> list[Mutant]:
     return random.Random(count).sample(found, min(count, len(found)))
 
 
-@pytest.mark.parametrize(("part", "count"), [("unet", 9), ("vae", 2), ("text_encoder", 2), ("scheduler", 2)])
+@pytest.mark.parametrize(("part", "count"), [("unet", 7), ("vae", 2), ("text_encoder", 2), ("scheduler", 1)])
 def test_some_damaged_configurations(here: Path, tiny_model: Path, part: str, count: int) -> None:
     shutil.copytree(tiny_model, here / "model")
     check_mutants(here, here / "model", part, sample(part, here / "model", count))
