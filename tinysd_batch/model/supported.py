@@ -28,7 +28,8 @@ from tinysd_batch.model.settings import (
 
 MAX_LAYERS = 100  # of any kind; SD v1's most are the text encoder's 12
 MAX_LEVELS = 8  # of a UNet or an autoencoder; SD v1 has four
-UNET_CLASS, VAE_CLASS = "UNet2DConditionModel", "AutoencoderKL"
+UNET_CLASS = "UNet2DConditionModel"
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderKLDecoder")  # the second is ours, of a VAE that lacks an encoder
 SD2_CONTEXT = 1024
 NOT_SD_V1 = "only Stable Diffusion v1 is read, with 768 wide text and noise prediction"
 # By how many channels the UNet takes in.
@@ -65,7 +66,7 @@ FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 
 def check_unet(config: Config, where: Path) -> None:
     """Raise ModelError naming the first entry of a UNet's configuration that is not computed."""
-    check_class(config, UNET_CLASS, where)
+    check_class(config, (UNET_CLASS,), where)
     check_all(UNET, config, where)
     check_blocks(UNET, config, where)
     if config.get("out_channels", 4) != config.get("in_channels", 4):
@@ -77,7 +78,7 @@ def check_unet(config: Config, where: Path) -> None:
 
 def check_vae(config: Config, where: Path) -> None:
     """The same of an autoencoder."""
-    check_class(config, VAE_CLASS, where)
+    check_class(config, VAE_CLASSES, where)
     check_all(VAE, config, where)
     check_blocks(VAE, config, where)
 
@@ -113,9 +114,9 @@ def check_all(settings: Mapping[str, Setting], config: Config, where: Path) -> N
         setting.check(name, config, where)
 
 
-def check_class(config: Config, expected: str, where: Path) -> None:
-    if (found := config.get("_class_name", expected)) != expected:
-        raise ModelError(f"{where}: _class_name = {shown(found)}: not supported; {expected} was expected")
+def check_class(config: Config, expected: tuple[str, ...], where: Path) -> None:
+    if (found := config.get("_class_name", expected[0])) not in expected:
+        raise ModelError(f"{where}: _class_name = {shown(found)}: not supported; {expected[0]} was expected")
 
 
 def check_blocks(settings: Mapping[str, Setting], config: Config, where: Path) -> None:
