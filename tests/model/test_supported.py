@@ -16,7 +16,8 @@ from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.attention import work_in_parts
 from tinysd_batch.model.hoist import Hoisted
-from tinysd_batch.model.supported import CONFIGS, SCHEDULER, UNET, VAE, check_configs, sampler_notes
+from tinysd_batch.model.settings import SCHEDULER, UNET, VAE
+from tinysd_batch.model.supported import CONFIGS, check_configs, sampler_notes
 from tinysd_batch.model.unet import predict
 from tinysd_batch.quantize.layout import SCHEDULER as SD_V1_SCHEDULER
 from tinysd_batch.quantize.units import Walker

@@ -365,6 +365,9 @@ def test_a_folder_of_pickles_and_old_attention(folder: Path, models: ldm.Models,
         ("unet", {"block_out_channels": "wide"}, "layers|does not fit|expected"),
         ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: at most 100"),
         ("scheduler", {"prediction_type": "v_prediction"}, "a model that predicts v"),
+        ("scheduler", {"prediction_type": "sample"}, "a model that predicts the image: prediction_type is 'sample'"),
+        ("text_encoder", {"hidden_size": None}, "its config.json does not fit: .* expected int, got NoneType"),
+        ("text_encoder", {"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
     ],
 )
 def test_folders_of_other_models(folder: Path, tmp_path: Path, part: str, entry: dict[str, Any], message: str) -> None:

@@ -32,6 +32,7 @@ PIPELINE_INDEX = "model_index.json"
 TEXT_WEIGHTS = "model.safetensors"
 QUANT_METHOD = "tinysd"
 FORMAT_VERSION = "1.0"
+MAX_REASON = 200  # characters of a library's message
 KEEP_ON_META = torch.device("meta")
 # All that decides what a text encoder computes. Others could name code to be fetched from elsewhere.
 TEXT_SETTINGS = (
@@ -41,15 +42,15 @@ TEXT_SETTINGS = (
 
 
 @contextmanager
-def building_from(config: Path) -> Iterator[None]:
+def building_from(config: Path, fault: str = "no model can be built from it") -> Iterator[None]:
     """Whatever a stranger's configuration makes a constructor do becomes a ModelError."""
     try:
         yield
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001 - the libraries do not say what they raise
-        reason = next(iter(str(error).splitlines()), "")
-        raise ModelError(f"{config}: no model can be built from it: {type(error).__name__}: {reason}") from None
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise ModelError(f"{config}: {fault}: {type(error).__name__}: {reason}") from None
 
 
 def read_config(path: Path, model: type[nn.Module]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model import supported
-from tinysd_batch.model.checkpoint import KEEP_ON_META, check_names
+from tinysd_batch.model.checkpoint import KEEP_ON_META, building_from, check_names
 from tinysd_batch.model.mapped import MappedTensors
 
 SMALL_FLOATS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -107,12 +107,9 @@ def has_encoder(part: Part) -> bool:
 
 
 def build(part: Part, make: Callable[[], nn.Module]) -> Any:
-    """An empty module by the part's configuration."""
-    try:
-        with KEEP_ON_META:
-            return make()
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"{part.where}: its config.json does not fit: {type(error).__name__}: {error}") from None
+    """An empty module by the part's configuration. Raises ModelError."""
+    with building_from(part.where, "its config.json does not fit"), KEEP_ON_META:
+        return make()
 
 
 def check_tensors(part: Part, module: nn.Module) -> None:
