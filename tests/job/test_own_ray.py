@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tools import environment, run, write_csv
+from tests.tools import check_whole, environment, run, write_csv
 from tinysd_batch.errors import NoWorkerError
 from tinysd_batch.job import guardian
 from tinysd_batch.job.own_ray import how_ended
@@ -211,3 +211,13 @@ def test_a_start_that_hangs_is_bounded(tmp_path: Path, name: str) -> None:
     assert "--inline" in out
     assert len((out + err).splitlines()) == 1, out + err
     assert not psutil.pid_exists(stopped[0].pid)
+
+
+@pytest.mark.slow
+def test_closed_standard_streams_are_no_fault(tmp_path: Path, tiny_model: Path) -> None:
+    """Else a file that is opened later would get descriptor 2, and Ray's text."""
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
+    words = f"{sys.executable} -m tinysd_batch submit m.csv -o job --model {tiny_model} --workers 1 >&- 2>&-"
+    done = subprocess.run(["sh", "-c", words], cwd=tmp_path, env=environment(), check=False)
+    assert done.returncode == 0
+    check_whole(tmp_path / "job", 1)

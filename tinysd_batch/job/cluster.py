@@ -121,19 +121,25 @@ class RaySession:
             )
         return nodes
 
-    def stop(self) -> None:
+    def stop(self, is_lost: bool = False) -> None:
+        """`is_lost`: what is left of Ray is ended first, since it would not answer."""
         import ray
 
         try:
+            if is_lost:
+                self.close_own()
             self.call(ray.shutdown, STOP_S)
         except RayLostError:
             atexit.unregister(ray.shutdown)  # it would wait for the one that hangs
         finally:
-            if self.own is not None:
-                self.own.close()
-                self.own = None
+            self.close_own()
             self.call.leave()
             self.output.close()
+
+    def close_own(self) -> None:
+        if self.own is not None:
+            self.own.close()
+            self.own = None
 
 
 def start_ray(options: dict[str, Any], log: Path | None = None) -> RaySession:

@@ -125,7 +125,7 @@ class RayPool:
     def __exit__(self, *exception: object) -> None:
         for slot in self.slots:
             self.end_actor(slot)
-        self.session.stop()
+        self.session.stop(is_lost=self.lost_ray is not None)
 
     def call(self, function: Callable[[], Answer], limit_s: float = LIMIT_S) -> Answer:
         return self.session.call(function, limit_s)
@@ -227,7 +227,7 @@ class RayPool:
             raise NoWorkerError(f"{error}, for the {ordinal(self.restarts)} time; {GO_ON}; {INLINE}") from error
         cause = f"{error}; it was started again"
         lost: list[Event] = [replace(self.lose(slot, Fault.NODE_LOST, str(error)), cause=cause) for slot in self.slots]
-        self.session.stop()
+        self.session.stop(is_lost=True)
         self.session.start()
         self.lost_ray = None
         self.move_cards()
