@@ -5,6 +5,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -157,11 +158,13 @@ def kill_child(process: subprocess.Popen[str], name: str) -> None:
 def test_ray_itself_dies_and_the_job_goes_on(tmp_path: Path, name: str) -> None:
     """As when the kernel's out-of-memory killer picks it: Ray alone would wait for ever, or end the driver."""
     manifest(tmp_path, plain(300))
-    process = start(tmp_path, "--seconds", 0.1)
-    wait_for_pictures(tmp_path / "job", 20)
-    kill_child(process, name)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
+    with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as place:
+        process = start(tmp_path, "--seconds", 0.1, RAY_TMPDIR=place)
+        wait_for_pictures(tmp_path / "job", 20)
+        kill_child(process, name)
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, out
+        assert not list(Path(place).iterdir()), "Ray's files are removed, of both"
     assert not faults(check_whole(tmp_path / "job", 300))
     (lost,) = [line for line in out.splitlines() if "stopped" in line]
     assert lost.startswith(f"Ray on this machine has stopped: its {name} was ended by SIGKILL; it was started again")

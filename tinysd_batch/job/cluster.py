@@ -126,20 +126,17 @@ class RaySession:
         import ray
 
         try:
-            if is_lost:
-                self.close_own()
+            if is_lost and self.own is not None:
+                self.own.end()
             self.call(ray.shutdown, STOP_S)
         except RayLostError:
             atexit.unregister(ray.shutdown)  # it would wait for the one that hangs
         finally:
-            self.close_own()
+            if self.own is not None:
+                self.own.close()
+                self.own = None
             self.call.leave()
             self.output.close()
-
-    def close_own(self) -> None:
-        if self.own is not None:
-            self.own.close()
-            self.own = None
 
 
 def start_ray(options: dict[str, Any], log: Path | None = None) -> RaySession:

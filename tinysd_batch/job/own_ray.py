@@ -77,13 +77,18 @@ class OwnRay:
             self.guard.stdin.write(b"started\n")  # type: ignore[union-attr]
             self.guard.stdin.flush()  # type: ignore[union-attr]
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Have what Ray left ended and removed, and wait for that."""
+        if self.guard.poll() is not None:
+            return
         try:
             self.guard.communicate(timeout=END_S)
         except subprocess.TimeoutExpired:
             self.guard.kill()
-        self.folder.close()
+
+    def close(self) -> None:
+        self.end()
+        self.folder.close()  # where Ray in this process has written since
 
 
 def check_loopback() -> None:
