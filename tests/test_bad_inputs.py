@@ -75,7 +75,7 @@ def test_settings(here: Path, capfd: Capture, command: str, options: str, messag
         ("submit m.csv --workers 0", 2, "settings: workers = '0'"),
         ("submit m.csv --workers two", 2, "Invalid value for '--workers'"),
         ("submit m.csv --limit 0", 2, "Invalid value for '--limit'"),
-        ("submit m.csv more.csv", 2, "unexpected extra argument"),
+        ("submit m.csv more.csv", 2, "a job has one manifest, m.csv"),
         ("txt2img", 2, "no prompt; type it behind the command, such as: tinysd-batch txt2img red apple"),
         ("txt2img cat --from-file m.csv", 2, "a prompt and --from-file: give one of the two"),
         ("txt2img --prompt a:0 b:0", 2, "weights sum to 0"),

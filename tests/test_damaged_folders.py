@@ -216,7 +216,7 @@ JOBS: list[tuple[str, Change, int, str]] = [
     (f"{SUBMIT} --seed 6", lambda _: None, 2, "seed: 5 in the job, 6 now"),
     (f"{SUBMIT} --format jpg", lambda _: None, 2, "format: png in the job, jpg now"),
     (f"{SUBMIT} --no-metadata", lambda _: None, 2, "no_metadata: False in the job, True now"),
-    ("submit m.csv --inline -o job", lambda _: None, 2, "(the weights differ)"),
+    ("submit m.csv --inline -o job --model embedded", lambda _: None, 2, "(the weights differ)"),
     ("submit job/m.csv --model model -o job", put("m.csv", b"prompt\nfox\n"), 2, "is now 'fox'"),
     ("plan m.csv --model model -o job", put("results.parquet", b"PAR1"), 5, "job/results.parquet: cannot be read"),
     ("plan m.csv --model model -o job", put("job.json", b"{"), 2, "job/job.json: damaged"),

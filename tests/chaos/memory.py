@@ -99,6 +99,7 @@ class MemoryWorld(World):
             (driver, "ResultsPaths", paths),
             (driver, "results_schema", lambda _: SCHEMA),
             (driver, "save_job", self.save_job),
+            (driver, "record_earlier", lambda *_: None),
             (driver, "sweep", self.sweep),
             (driver, "todo", lambda _, finished: cut_batches(self.planned, finished)),
             (results, "ResultsPaths", paths),
