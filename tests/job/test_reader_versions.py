@@ -9,7 +9,9 @@ import pytest
 
 from tests.tools import check_whole, draw, read_results
 from tinysd_batch.errors import JobMismatchError, UsageError
+from tinysd_batch.job import results
 from tinysd_batch.job.rows import READER
+from tinysd_batch.job.tables import ResultsPaths, read_table
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "0.1.0"
 MODEL = FIXTURES / "model"
@@ -89,6 +91,46 @@ def test_an_interrupted_job_keeps_its_order_too(tmp_path: Path, limit: int) -> N
     draw(tmp_path / "m.csv", tmp_path / "job", MODEL, **QUICK)
     assert [entry[:3] for entry in brief(tmp_path / "job")] == [
         (1, 1, 7), (2, 5, 104), (3, 2, 101), (4, 3, 102), (5, 6, 105), (6, 4, 103),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("emu,", "yak,-4")])
+def test_a_kill_between_the_rows_and_job_json_moves_nothing(job: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    before = (job / "job.json").read_bytes()
+    manifest = write(tmp_path, "cat,", "bee,", *more)
+    draw(manifest, job, MODEL, limit=4, **QUICK)
+    (job / "job.json").write_bytes(before)
+    draw(manifest, job, MODEL, **QUICK)
+    assert [entry[:3] for entry in brief(job)] == [
+        (1, 1, 7), (2, 5, 104), (3, 2, 101), (4, 3, 102), (5, 6, 105), (6, 4, 103),
+        *[(7, 7, 106), (8, None, None)][: len(more)],
+    ]  # fmt: skip
+
+
+def test_a_blank_row_may_be_spoilt_and_corrected(tmp_path: Path) -> None:
+    for second in (",", "cat,x", "cat,y", "cat,"):
+        draw(write(tmp_path, second, "bee,"), tmp_path / "job", MODEL, seed=100, **QUICK)
+    assert [entry[:2] for entry in brief(tmp_path / "job")] == [(1, 1), (2, 6), (3, 2), (4, 3), (5, 4), (6, 5)]
+    _, progress = draw(tmp_path / "m.csv", tmp_path / "job", MODEL, **QUICK)
+    assert (progress.made, progress.notes) == ([], [])
+
+
+def test_a_row_made_blank_is_told_though_another_was_appended(job: Path, tmp_path: Path) -> None:
+    write(tmp_path, "cat,-7", "bee,oops", "emu,")
+    (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace("owl,", ","))
+    with pytest.raises(JobMismatchError, match="row 3 is gone"):
+        draw(tmp_path / "m.csv", job, MODEL, **QUICK)
+
+
+def test_a_big_job_drops_the_fault_of_a_corrected_row(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though as many rows have a fault as before."""
+    monkeypatch.setattr(results, "ONE_FILE_ROWS", 2)
+    draw(write(tmp_path, "cat,", "bee,oops", "yak,-4"), job, MODEL, **QUICK)
+    rows = [row for part in ResultsPaths(job).sealed_files() for row in read_table(part).to_pylist()]
+    assert sorted((row["row"], row["status"]) for row in rows) == [
+        (1, "ok"), (2, "ok"), (3, "ok"), (4, "ok"), (5, "invalid"), (6, "ok"), (7, "invalid"),
     ]  # fmt: skip
 
 

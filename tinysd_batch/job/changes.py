@@ -3,14 +3,14 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from tinysd_batch.config import excerpt
 from tinysd_batch.job.manifest_file import open_manifest
-from tinysd_batch.job.rows import NEWER, Kept, KeptRow, RowKeeper, Snapshot, as_line, parse_line
+from tinysd_batch.job.rows import NEWER, Kept, KeptRow, LateLines, RowKeeper, Snapshot, as_line, parse_line
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.text import normalize_text
 
@@ -30,13 +30,14 @@ class Change:
     now: int = 0
     changed: int = 0  # rows that differ from the one of the same number, as far as both go
     first: list[tuple[int, str, str]] = field(default_factory=list)  # number, kept line, line now
+    gone: list[int] = field(default_factory=list)  # the first numbers of rows that are not there any more, or blank
     same_at_start: int = 0
     same_at_end: int = 0
 
     @property
     def is_growth(self) -> bool:
         """Whether rows came behind the kept ones at most, and all of these are what they were."""
-        return not self.changed and self.now >= self.kept
+        return not self.changed and not self.gone
 
     @classmethod
     def between(cls, pairs: Iterable[Pair]) -> Self:
@@ -45,6 +46,8 @@ class Change:
         for number, old, new in pairs:
             change.kept += old is not None
             change.now += new is not None
+            if new is None and len(change.gone) < SHOWN:
+                change.gone.append(number)
             same = old == new or (old is not None and new is not None and reads_alike(old, new))
             if old is not None and new is not None and not same:
                 change.changed += 1
@@ -68,6 +71,7 @@ class Change:
         if not after:
             return f"{rows(self.same_at_start + 1, before)} gone"
         told = [f"row {number}: {difference(old, new)}" for number, old, new in self.first]
+        told = told or [f"row {number} is gone" for number in self.gone]
         if before == after or 2 * self.changed <= min(before, after):
             return "; ".join([*told, *self.more()])
         words = f"from row {self.same_at_start + 1} on {before} row{'s' * (before != 1)} became {after}"
@@ -104,10 +108,10 @@ def pair_rows(snapshot: Snapshot, now: Iterable[Row | InvalidRow]) -> Iterator[P
 
 
 def sorted_by_number(snapshot: Snapshot) -> Iterator[KeptRow]:
-    out_of_order = snapshot.rows_out_of_order()
-    late = sorted(out_of_order.values(), reverse=True)
+    places = snapshot.find_late_lines().places
+    late = sorted((row for row in snapshot.rows() if row.number in places), reverse=True) if places else []
     for row in snapshot.rows():
-        if row.number in out_of_order:
+        if row.number in places:
             continue
         while late and late[-1].number < row.number:
             yield late.pop()
@@ -205,45 +209,62 @@ class Merger:
     appended: int = 0
     corrected: int = 0  # had a fault or were blank, and can be generated now
 
-    def merge(self, now: Iterable[Row | InvalidRow]) -> Iterator[Row | InvalidRow]:
+    def merge(self, now: Iterable[Row | InvalidRow], kept: RowKeeper | None = None) -> Iterator[Row | InvalidRow]:
         """The job's rows in their order, then those that can be generated now, then appended ones.
 
         Rows that the job could generate keep the reading they began with, whatever the manifest says of them. One that
-        had a fault and still has one is given as it is now.
+        had a fault and still has one is given as it is now. `kept` gets the lines of the next snapshot: those of this
+        one, and the new ones behind them.
         """
-        later, new_rows = RowKeeper(), iter(now)
-        out_of_order = self.snapshot.rows_out_of_order()
+        for row, counts in self.merge_lines(now):
+            if kept is not None:
+                kept.add(row)
+            if counts:
+                yield row
+
+    def merge_lines(self, now: Iterable[Row | InvalidRow]) -> Iterator[tuple[Row | InvalidRow, bool]]:
+        """The lines of the next snapshot, and whether a line counts: it does not where the row has a later one."""
+        added, new_rows = RowKeeper(), iter(now)
+        late = self.snapshot.find_late_lines()
         new = next(new_rows, None)
-        for old in self.snapshot.rows():
-            if old.number in out_of_order:
-                yield old.read()
-                continue
-            while new is not None and new.number < old.number:
-                yield from self.sort_out(new, later, out_of_order)
+        for place, old in enumerate(self.snapshot.lines(), start=1):
+            is_late = old.number in late.places
+            while new is not None and (new.number < old.number or (is_late and new.number == old.number)):
+                self.add_if_new(new, late, added)
                 new = next(new_rows, None)
-            if new is None or new.number > old.number:
-                yield old.read()
-                continue
-            if old.is_invalid:
-                yield from self.sort_out(new, later, out_of_order)
+            if is_late:
+                yield old.read(), late.places[old.number] == place
+            elif new is None or new.number > old.number:
+                yield old.read(), True
             else:
-                yield old.read()
-            new = next(new_rows, None)
+                yield self.choose(old, new, added)
+                new = next(new_rows, None)
         while new is not None and new.number <= self.last:
-            yield from self.sort_out(new, later, out_of_order)
+            self.add_if_new(new, late, added)
             new = next(new_rows, None)
-        yield from later.rows()
+        yield from ((row, True) for row in added.rows())
         while new is not None:
             self.appended += 1
-            yield new
+            yield new, True
             new = next(new_rows, None)
 
-    def sort_out(self, new: Row | InvalidRow, later: RowKeeper, known: Container[int]) -> Iterator[InvalidRow]:
-        """Keep a row for later that the job could not generate and now can; one that still has a fault is given."""
-        if new.number in known:
-            return
+    def choose(self, old: KeptRow, new: Row | InvalidRow, added: RowKeeper) -> tuple[Row | InvalidRow, bool]:
+        """What stands in the old line's place, and whether it counts."""
+        if not old.is_invalid:
+            return old.read(), True
         if isinstance(new, InvalidRow):
-            yield new
-        else:
-            self.corrected += 1
-            later.add(new)
+            return new, True
+        self.add(new, added)
+        return old.read(), False
+
+    def add_if_new(self, new: Row | InvalidRow, late: LateLines, added: RowKeeper) -> None:
+        """Add a row without a line in its place: it was blank, or was added late and may have a fault."""
+        if new.number in late.faulty and isinstance(new, Row):
+            late.places[new.number] = 0  # none of the lines that are there counts
+            self.add(new, added)
+        elif new.number not in late.places:
+            self.add(new, added)
+
+    def add(self, row: Row | InvalidRow, added: RowKeeper) -> None:
+        self.corrected += isinstance(row, Row)
+        added.add(row)

@@ -52,12 +52,13 @@ class Survey:
 
 def survey(job: Job) -> Survey:
     """Read the whole manifest once, so that its faults show before anything heavy starts."""
-    found = Survey(0, InvalidRows(), [], RowKeeper() if job.needs_snapshot else None)
+    kept = RowKeeper() if job.needs_snapshot else None
+    found = Survey(0, InvalidRows(), [], kept)
     merger = job.merger() if job.record is not None and job.has_new_rows else None
     names: dict[str, None] = {}
-    for row in merger.merge(job.read_manifest(found.notes)) if merger else job.read_own_rows(found.notes):
-        if found.kept is not None:
-            found.kept.add(row)
+    for row in merger.merge(job.read_manifest(found.notes), kept) if merger else job.read_own_rows(found.notes):
+        if kept is not None and not merger:
+            kept.add(row)
         if isinstance(row, InvalidRow):
             found.invalid.add(row)
         else:
@@ -165,7 +166,7 @@ class Run:
         )  # fmt: skip
         with self.held.guard():
             job = self.job = save_job(job, surveyed.images, surveyed.invalid.count, surveyed.extra, surveyed.kept)
-        write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
+        faults = len(done.invalid_rows) + write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
         try:
             self.reuse(summary, finished, writer)
             self.progress.started(total, len(finished), surveyed.invalid)
@@ -175,8 +176,8 @@ class Run:
             self.clean()  # a killed worker cannot
             self.flush(writer)
             writer.seal()
-            corrected = len(done.invalid_rows) > surveyed.invalid.count
-            if retry_failed or done.doubled or corrected or to_redo.indexes:
+            has_corrected = faults > surveyed.invalid.count
+            if retry_failed or done.doubled or has_corrected or to_redo.indexes:
                 writer.drop_superseded()
         self.check_written(summary)
         summary.stopped = bool(summary.left)
@@ -287,10 +288,13 @@ def read_finished(job: Job) -> Finished:
     return finished
 
 
-def write_invalid_rows(job: Job, invalid: InvalidRows, written: set[int], writer: ResultsWriter) -> None:
-    """A row of the table for each, but those that have one. Only the first of many are in memory: then all are read."""
+def write_invalid_rows(job: Job, invalid: InvalidRows, written: set[int], writer: ResultsWriter) -> int:
+    """Write a row of the table for each that has none yet; return how many. Of many only the first are in memory."""
+    count = 0
     rows = invalid.first if invalid.are_all_shown else (row for row in job.read_rows() if isinstance(row, InvalidRow))
     for row in rows:
         if row.number not in written:
             writer.append(invalid_row(row, job.run_columns()))
             writer.flush_if_due()
+            count += 1
+    return count

@@ -37,7 +37,7 @@ class ManifestRecord:
     columns: tuple[str, ...] | None  # that nothing is made of; None where 0.1.0 did not note them
     reader: int = READER  # version of the rules by which the rows were read
     lines: int = 0  # of the snapshot
-    out_of_order: int = 0  # rows in it that come after some of a higher number
+    out_of_order: int = 0  # lines in it that come after one of the same or a higher number
     bytes: int | None = None  # of the manifest's file; None for jobs of 0.1.0
     columns_as_text: bool = False  # carried columns that hold no numbers are text, as 0.1.0 had them
 

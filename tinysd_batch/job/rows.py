@@ -3,7 +3,9 @@
 A job takes its rows from here, so that a newer version that reads manifests differently changes nothing in it. A row is
 kept with all its settings filled in, so neither quotes nor the order of columns matter. Lines are in the order in which
 the job learned of its rows, which is the order of their images: those of the first run as the manifest has them, then
-rows that were appended, or that had a fault and are good now. A line out of its place says which row it is.
+rows that were appended, or that had a fault and are good now. A line out of its place says which row it is; of several
+lines of a row the last one counts. Lines are only ever added at the end, so that a run that is killed before it writes
+`job.json`, which says how many there are, changes nothing.
 """
 
 import gzip
@@ -12,7 +14,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -95,11 +97,11 @@ class RowKeeper:
         self.lines: list[str] = []  # not packed yet
         self.count = 0
         self.last_number = 0  # the highest row number
-        self.out_of_order = 0  # rows that come after later ones
+        self.out_of_order = 0  # that come after one of the same or a higher number
 
     def add(self, row: Row | InvalidRow) -> None:
         self.count += 1
-        self.out_of_order += row.number < self.last_number
+        self.out_of_order += row.number <= self.last_number
         self.last_number = max(self.last_number, row.number)
         self.lines.append(numbered(as_line(row), row.number, self.count) + "\n")
         if len(self.lines) >= PACKED_TOGETHER:
@@ -127,29 +129,45 @@ class RowKeeper:
             yield from (row.read() for row in with_numbers(line.decode().rstrip("\n") for line in lines))
 
 
+@dataclass(slots=True)
+class LateLines:
+    """Lines that come after one of the same or a higher row number: of rows that were corrected or filled in."""
+
+    places: dict[int, int] = field(default_factory=dict)  # row number -> place of its last such line, from 1
+    faulty: set[int] = field(default_factory=set)  # row numbers of which that line has a fault
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The rows that a job folder holds, of which the first `count` lines are the job's."""
 
     state: Path
     count: int
-    out_of_order: int = 0  # rows that come after some of a higher number
+    out_of_order: int = 0  # of them, that come after one of the same or a higher number
 
     @property
     def is_there(self) -> bool:
         return (self.state / ROWS_FILE).exists()
 
-    def rows(self) -> Iterator[KeptRow]:
-        """In the order of their images. Raises StorageError for a damaged or short file."""
+    def lines(self) -> Iterator[KeptRow]:
+        """All lines in their order. Raises StorageError for a damaged or short file."""
         return with_numbers(read_kept_lines(self.state, self.count))
 
-    def rows_out_of_order(self) -> dict[int, KeptRow]:
-        """Those by number; a pass over the whole file where there are any."""
-        late: dict[int, KeptRow] = {}
+    def rows(self) -> Iterator[KeptRow]:
+        """The lines that count, in the order of their images. Raises StorageError."""
+        late = self.find_late_lines()
+        for place, row in enumerate(self.lines(), start=1):
+            if late.places.get(row.number, place) == place:
+                yield row
+
+    def find_late_lines(self) -> LateLines:
+        """A pass over the whole file where there are any."""
+        late = LateLines()
         highest = 0
-        for row in self.rows() if self.out_of_order else ():
-            if row.number < highest:
-                late[row.number] = row
+        for place, row in enumerate(self.lines() if self.out_of_order else (), start=1):
+            if row.number <= highest:
+                late.places[row.number] = place
+                (late.faulty.add if row.is_invalid else late.faulty.discard)(row.number)
             highest = max(highest, row.number)
         return late
 
