@@ -2,14 +2,21 @@
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.tools import check_whole, draw, read_results
+from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, UsageError
+from tinysd_batch.job import folder as job_folder
 from tinysd_batch.job import results
+from tinysd_batch.job.folder import open_job
+from tinysd_batch.job.manifest import read_rows
 from tinysd_batch.job.rows import READER
 from tinysd_batch.job.tables import ResultsPaths, read_table
 
@@ -136,9 +143,6 @@ def test_a_big_job_drops_the_fault_of_a_corrected_row(
 
 def test_reuse_gives_each_row_the_seed_it_had(job: Path, tmp_path: Path) -> None:
     draw(write(tmp_path, "cat,", "bee,oops"), job, MODEL, **QUICK)
-    from tinysd_batch.config import Settings
-    from tinysd_batch.job.folder import open_job
-
     fixed = tmp_path / "fixed.csv"
     fixed.write_text("prompt,seed\nant,\ncat,\nowl,\n")
     new = open_job(fixed, tmp_path / "new", Settings(model=str(MODEL), **QUICK), reuse=job)
@@ -179,6 +183,60 @@ def test_a_job_of_0_1_0_may_grow_whatever_is_read_otherwise_now(tmp_path: Path) 
     (tmp_path / "old" / "m.csv").write_text(text, encoding="utf-8")
     _, progress = draw(tmp_path / "old" / "m.csv", tmp_path / "old" / "job", MODEL, **QUICK)
     assert progress.made == [5]
+
+
+def begin_in_0_1_0(manifest: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job as 0.1.0 left it, of a manifest whose rows it found elsewhere."""
+    with monkeypatch.context() as patch:
+        as_then = lambda *given, **named: read_rows(*given, **(named | {"as_0_1_0": True}))  # noqa: E731
+        patch.setattr(job_folder, "read_rows", as_then)
+        draw(manifest, job, MODEL, seed=100, **QUICK)
+    saved = json.loads((job / "job.json").read_text())
+    del saved["reader"], saved["manifest"]["bytes"], saved["manifest"]["columns_as_text"]
+    (job / "job.json").write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "more", "begun", "grown"),
+    [
+        pytest.param("m.txt", "prompt\tseed\ncat\t7\n", "owl\t\n", {1: 1, 2: 2}, {3: 3}, id="table in a .txt"),
+        pytest.param("m.txt", "cat\n\ufeff\nowl\n", "fox\n", {1: 1, 3: 2}, {4: 3}, id="mark alone"),
+        pytest.param(
+            "m.jsonl", '[\n{"prompt": "cat"},\n{"prompt": "owl"}\n]\n', '{"prompt": "fox"}\n',
+            {1: None, 2: None, 3: 1, 4: None}, {5: 2}, id="array",
+        ),
+        pytest.param(
+            "m.csv", 'prompt,note,seed\ncat, "a\nb",\nowl,x,oops\nfox,y,\n', "bee,z,\n",
+            {1: None, 2: None, 3: None, 4: 1}, {5: 2}, id="blank before a quote",
+        ),
+        pytest.param(
+            "m.csv", "prompt\ncat\n" + '"' + f"{'o' * 9999}\n" * 20 + "fox\n", "bee\n",
+            {1: 1, 2: None, **{row: row - 1 for row in range(3, 10)}}, {10: 9}, id="open quote",
+        ),
+    ],
+)  # fmt: skip
+def test_a_job_of_0_1_0_counts_rows_as_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, more: str, begun: dict[int, int | None],
+    grown: dict[int, int | None],
+) -> None:  # fmt: skip
+    manifest, job = tmp_path / name, tmp_path / "job"
+    manifest.write_text(text, encoding="utf-8")
+    begin_in_0_1_0(manifest, job, monkeypatch)
+    _, progress = draw(manifest, job, MODEL, **QUICK)
+    assert progress.made == []
+    assert {row["row"]: row["index"] for row in read_results(job)} == begun
+    with manifest.open("a", encoding="utf-8") as file:
+        file.write(more)
+    draw(manifest, job, MODEL, **QUICK)
+    assert {row["row"]: row["index"] for row in read_results(job)} == begun | grown
+
+
+def test_a_job_of_0_1_0_carries_times_and_lists_as_text(tmp_path: Path) -> None:
+    table = {"prompt": ["cat"], "when": [datetime(2024, 1, 1)], "sizes": [[1, 2]], "price": [1.5]}
+    pq.write_table(pa.table(table), tmp_path / "m.parquet")
+    job = open_job(tmp_path / "m.parquet", tmp_path / "job", Settings(model=str(MODEL), **QUICK))
+    (row,) = read_rows(job.manifest, job.defaults(), as_0_1_0=True)
+    assert row.extra == {"when": "2024-01-01 00:00:00.000000", "sizes": "[1, 2]", "price": 1.5}
 
 
 def test_a_job_of_a_newer_version_is_refused(job: Path, tmp_path: Path) -> None:

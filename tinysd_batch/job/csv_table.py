@@ -35,8 +35,8 @@ QUOTED = r'"[^"]*(?:""[^"]*)*(?:"|\Z)'
 class CsvLines(BoundedLines):
     """Lines for `csv.reader`: remembers where a quote opened, and drops blanks around quoted cells."""
 
-    def __init__(self, file: io.TextIOWrapper) -> None:
-        super().__init__(file)
+    def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
+        super().__init__(file, as_0_1_0=as_0_1_0)
         self.opened = 0  # the line of the last quote that was not closed on its line
         self.last = ""
         self.separator = ""  # not known yet
@@ -63,6 +63,8 @@ class CsvLines(BoundedLines):
 
     def tidy(self, line: str, goes_on: bool) -> str:
         """The line without blanks between separators and quotes, where they are no part of a cell."""
+        if self.as_0_1_0:  # to which such a quote opened nothing
+            return line
         start = 0
         if goes_on:
             start = len(OPEN_CELL.match(line)[0])  # type: ignore[index] # it matches anything
@@ -91,7 +93,7 @@ def drop_blanks(match: re.Match[str]) -> str:
 
 def read_csv(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
     with open_text(path, options.notes) as file:
-        lines = CsvLines(file)
+        lines = CsvLines(file, as_0_1_0=options.as_0_1_0)
         separator, header = read_header(path, lines)
         if separator != own_separator(path):
             options.notes.separator = SEPARATORS.get(separator, f"{separator!r}")
@@ -123,6 +125,8 @@ class CsvTable:
         names = self.columns.names
         if len(cells) > self.width and not all(map(is_missing, cells[self.width :])):
             return self.ragged(cells, line)
+        if self.options.as_0_1_0 and len(cells) < self.width and any('"' in cell for cell in cells):
+            return self.ragged(cells, line)  # part of a row that 0.1.0 cut into several
         values = {
             name: cell
             for name, cell in zip(names, cells, strict=False)
@@ -172,7 +176,8 @@ def own_separator(path: Path) -> str:
 
 def read_header(path: Path, lines: CsvLines) -> tuple[str, tuple[str, ...]]:
     """What separates the cells, and the names of the columns. Raises ManifestError."""
-    csv.field_size_limit(MAX_LINE_CHARACTERS)
+    # An open quote takes in lines up to the limit.
+    csv.field_size_limit(MAX_CELL_CHARACTERS if lines.as_0_1_0 else MAX_LINE_CHARACTERS)
     try:
         record = first_record(lines)
         if match := SEPARATOR_LINE.fullmatch("".join(record)):
@@ -233,9 +238,9 @@ def read_names(record: list[str], separator: str, lines: CsvLines) -> tuple[str,
     return tuple(normalize_text(name).strip() for name in names)
 
 
-def read_unknown_names(path: Path, seen: set[str]) -> tuple[str, ...]:
+def read_unknown_names(path: Path, seen: set[str], *, as_0_1_0: bool = False) -> tuple[str, ...]:
     """The header's names that are not ours; one without any only where `seen` says that its column is not empty."""
     with open_text(path, ReadingNotes()) as file:
-        _, header = read_header(path, CsvLines(file))
+        _, header = read_header(path, CsvLines(file, as_0_1_0=as_0_1_0))
     unknown = table_columns(path, header, strict=False).unknown
     return (*unknown, *([""] if "" in seen else []))

@@ -26,7 +26,7 @@ from tinysd_batch.job.manifest_file import bare_name, is_packed, manifest_files
 from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import Common
 from tinysd_batch.job.precision_record import RECORD_FILE
-from tinysd_batch.job.rows import READER, ROWS_FILE, RowKeeper, Snapshot
+from tinysd_batch.job.rows import ROWS_FILE, RowKeeper, Snapshot
 from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, find_seeds_in_table, read_seeds, save_seeds
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
@@ -113,7 +113,7 @@ class Job:
             return self.read_manifest(notes)
         if self.has_new_rows:
             return self.merger().merge(self.read_manifest(notes))
-        if not self.snapshot.is_there and self.record.reader == READER and not self.record.out_of_order:
+        if not self.snapshot.is_there and not self.record.began_in_0_1_0 and not self.record.out_of_order:
             return self.read_manifest(notes)  # somebody removed it, and the manifest says the same
         return (row.read() for row in self.snapshot.rows())
 
@@ -123,11 +123,12 @@ class Job:
         return Merger(self.snapshot, self.record.rows)
 
     def read_manifest(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
-        """The manifest's rows as they stand there, read by today's rules."""
+        """The manifest's rows as they stand there, read by today's rules; each has the number it has in the job."""
         settings = self.settings
         return read_rows(
-            self.manifest, self.defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines
-        )
+            self.manifest, self.defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines,
+            as_0_1_0=self.record is not None and self.record.began_in_0_1_0,
+        )  # fmt: skip
 
     def run_columns(self) -> dict[str, Any]:
         """The results columns that are the same for all rows of a run."""

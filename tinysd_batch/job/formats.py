@@ -21,10 +21,15 @@ Reader = Callable[[Path, ReadingOptions], Iterator[RowRead]]
 
 
 def read_lines(
-    path: Path, strict: bool = False, *, notes: ReadingNotes | None = None, interpret_lines: bool = False
+    path: Path,
+    strict: bool = False,
+    *,
+    notes: ReadingNotes | None = None,
+    interpret_lines: bool = False,
+    as_0_1_0: bool = False,
 ) -> Iterator[RowRead]:
-    """Every row in order; a blank one has no values. `strict`: unknown columns are a fault."""
-    options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines)
+    """Every row in order; a blank one has no values. The arguments are those of `ReadingOptions`."""
+    options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines, as_0_1_0)
     return READERS[format_of(path)](path, options)
 
 
@@ -52,7 +57,7 @@ def read_extra_fields(path: Path, seen: Iterable[str], *, as_text: bool = False)
     names = list(seen)
     match format_of(path):
         case ".csv" | ".tsv":
-            fields = [pa.field(name, pa.string()) for name in read_unknown_names(path, set(names))]
+            fields = [pa.field(name, pa.string()) for name in read_unknown_names(path, set(names), as_0_1_0=as_text)]
         case ".parquet" | ".pq":
             fields = read_unknown_fields(path, as_text=as_text)
         case _:

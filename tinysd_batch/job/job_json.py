@@ -57,6 +57,11 @@ class ManifestRecord:
         """Whether a new reading of the same bytes would find nothing that the snapshot does not have."""
         return self.columns is not None and (self.reader == READER or not self.invalid_rows)
 
+    @property
+    def began_in_0_1_0(self) -> bool:
+        """Whether rows were first read by the rules of 0.1.0, whatever `reader` read those that came later."""
+        return self.columns_as_text
+
     def snapshot(self, state: Path) -> Snapshot:
         return Snapshot(state, self.lines, self.out_of_order)
 

@@ -28,7 +28,7 @@ BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
 
 
 def read_jsonl(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
-    if is_array(path):
+    if is_array(path) and not options.as_0_1_0:
         return check_for_prompts(path, read_array(path, options))
     return check_for_prompts(path, read_object_lines(path, options))
 
@@ -68,7 +68,7 @@ def check_for_prompts(path: Path, rows: Iterator[Line | Fault]) -> Iterator[Line
 def read_object_lines(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
     decoder = ObjectDecoder()
     with open_text(path, options.notes) as file:
-        lines = BoundedLines(file)
+        lines = BoundedLines(file, as_0_1_0=options.as_0_1_0)
         for number, text in read_records(lines, lines):
             if isinstance(text, Fault):
                 yield text

@@ -75,6 +75,7 @@ def read_rows(
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
+    as_0_1_0: bool = False,
 ) -> Iterator[Row | InvalidRow]:
     """Every row of the manifest in order, checked. Raises ManifestError for faults of the whole file.
 
@@ -84,10 +85,11 @@ def read_rows(
         strict: Columns that we do not know are a fault of the file, or in JSONL one of their row.
         notes: Is filled with what was noticed besides the rows; complete when all rows are read.
         interpret_lines: In a .txt, skip comments and read options behind a prompt.
+        as_0_1_0: Decide as 0.1.0 where rows begin and end, and carry what is no number as text.
     """
     notes = notes if notes is not None else ReadingNotes()
     number, first, any_good = 0, None, False
-    for line in read_lines(path, strict, notes=notes, interpret_lines=interpret_lines):
+    for line in read_lines(path, strict, notes=notes, interpret_lines=interpret_lines, as_0_1_0=as_0_1_0):
         row = None
         if isinstance(line, SkippedRows):
             number += line.number

@@ -47,6 +47,7 @@ class ReadingOptions(NamedTuple):
     notes: ReadingNotes
     strict: bool = False  # unknown columns are a fault
     interpret_lines: bool = False  # in a .txt: skip comments, read the options of other programs
+    as_0_1_0: bool = False  # jobs that 0.1.0 began count rows as it did, and carry its text
 
 
 def leave_out_long(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:

@@ -28,7 +28,6 @@ from tinysd_batch.job.manifest_file import (
     manifest_files,
     open_whole,
 )
-from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.parquet_footer import column_sizes
 from tinysd_batch.job.parquet_types import (
     carried_type,
@@ -84,7 +83,7 @@ def read_part(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
             if all(array.null_count == len(array) for array in batch.columns):
                 yield SkippedRows(len(batch))
             else:
-                yield from batch_lines(batch, our_names, columns, options.notes)
+                yield from batch_lines(batch, our_names, columns, options)
 
 
 def read_batches(file: Any, wanted: list[str]) -> Iterator[Any]:
@@ -135,25 +134,27 @@ def smallest_heavy_size(rows: int) -> int:
     return min(MAX_CELL_CHARACTERS * rows, PARQUET_SPARE_BYTES + MAX_PROMPT_CHARACTERS * rows)
 
 
-def batch_lines(batch: Any, our_names: dict[str, str], columns: Columns, notes: ReadingNotes) -> Iterator[Line | Fault]:
+def batch_lines(
+    batch: Any, our_names: dict[str, str], columns: Columns, options: ReadingOptions
+) -> Iterator[Line | Fault]:
     names = [our_names[name] for name in batch.schema.names]
-    cells = [read_column(array, name, columns) for name, array in zip(names, batch.columns, strict=True)]
+    read_unknown = read_as_text if options.as_0_1_0 else read_carried
+    cells = [
+        (read_cells if name in columns.shown else read_unknown)(array)
+        for name, array in zip(names, batch.columns, strict=True)
+    ]
     for row in zip(*cells, strict=True):
         values = {name: cell for name, cell in zip(names, row, strict=True) if not is_missing(cell)}
         bad = {name: cell.reason for name, cell in values.items() if type(cell) is BadCell}
         for name in [name for name in bad if name not in columns.shown]:
             del values[name]
-            notes.leave_out(name, f"some values are not carried into the results: {bad.pop(name)}")
+            options.notes.leave_out(name, f"some values are not carried into the results: {bad.pop(name)}")
         if bad:
             prompt = values.get("prompt")
             reasons = (f"column {columns.shown[name]}: {reason}" for name, reason in bad.items())
             yield Fault("; ".join(reasons), prompt if isinstance(prompt, str) else None)
         else:
             yield Line(values, columns.shown)
-
-
-def read_column(array: Any, name: str, columns: Columns) -> list[Any]:
-    return read_cells(array) if name in columns.shown else read_carried(array)
 
 
 def read_encoded(array: Any, read: Any) -> list[Any] | None:
@@ -196,6 +197,13 @@ def read_carried(array: Any) -> list[Any]:
     if pa.types.is_nested(kind):
         return [read_scalar(one) for one in array]
     return read_cells(array)
+
+
+def read_as_text(array: Any) -> list[Any]:
+    """Numbers as they are, all else as text, nested values as JSON."""
+    if (cells := read_encoded(array, read_as_text)) is not None:
+        return cells
+    return [read_scalar(one) for one in array] if pa.types.is_nested(array.type) else read_cells(array)
 
 
 def read_texts(array: Any) -> list[Any]:

@@ -32,7 +32,7 @@ OPTION = "--interpret-lines"
 
 
 def read_txt(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
-    if is_table(path):
+    if is_table(path) and not options.as_0_1_0:
         options.notes.advise("read as a table, since the first line is a header")
         return read_csv(path, options)
     return read_prompt_lines(path, options)
@@ -48,7 +48,7 @@ def is_table(path: Path) -> bool:
 def read_prompt_lines(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
     row = 0
     with open_text(path, options.notes) as file:
-        lines = BoundedLines(file)
+        lines = BoundedLines(file, as_0_1_0=options.as_0_1_0)
         for number, text in read_records(lines, lines):
             if isinstance(text, Fault):
                 row += 1

@@ -54,8 +54,9 @@ def read_start(path: Path) -> bytes:
 class BoundedLines:
     """Lines with their ends. One that is too long raises csv.Error; the next call goes on behind it."""
 
-    def __init__(self, file: io.TextIOWrapper) -> None:
+    def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
         self.readline = file.readline
+        self.as_0_1_0 = as_0_1_0
         self.number = 0  # of the last line read
         self.starts_record = True  # the next line does
         self.length = 0  # of the record so far
@@ -80,7 +81,8 @@ class BoundedLines:
         self.length += len(line)
         if self.starts_record:
             self.starts_record = False
-            if line[0] == "\ufeff":  # at the start of any line: somebody put files together
+            # At the start of any line: somebody put files together. A line of it alone was a row of 0.1.0.
+            if line[0] == "\ufeff" and (self.number == 1 or not self.as_0_1_0):
                 return line.lstrip("\ufeff")
         return line
 
