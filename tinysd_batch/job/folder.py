@@ -10,7 +10,7 @@ from typing import Any
 
 import tinysd_batch
 from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
-from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
+from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError, UsageError
 from tinysd_batch.job.changes import Change, Merger, begins_with, pair_rows
 from tinysd_batch.job.formats import format_of
 from tinysd_batch.job.job_json import (
@@ -57,6 +57,7 @@ class Job:
     begins_anew: bool = False  # in a folder whose job generated nothing and had other settings or rows
     reuse: Path | None = None  # the job that images are taken over from
     given_seeds: dict[int, int] = field(default_factory=dict)  # row -> its first image's seed, as `reuse` had it
+    seeds_from_table: bool = False  # since `reuse` has lost what it knew of its rows
 
     @property
     def state(self) -> Path:
@@ -216,9 +217,11 @@ def start_from(job: Job, reuse: Path | None) -> Job:
     if reuse is None:
         return job
     saved = check_reusable(reuse, job.folder)
-    rows = job.read_own_rows()
-    given = find_seeds(reuse / STATE_FOLDER, saved, rows) if saved else find_seeds_in_table(reuse, rows)
-    return replace(job, reuse=reuse.resolve(), given_seeds=given)
+    job = replace(job, reuse=reuse.resolve())
+    if saved is not None:
+        with contextlib.suppress(StorageError):  # where its rows or seeds cannot be read
+            return replace(job, given_seeds=find_seeds(reuse / STATE_FOLDER, saved, job.read_own_rows()))
+    return replace(job, given_seeds=find_seeds_in_table(reuse, job.read_own_rows()), seeds_from_table=True)
 
 
 def go_on_or_begin_anew(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
