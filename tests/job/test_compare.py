@@ -321,6 +321,12 @@ def test_verify_names_each_kind(job: Path) -> None:
         [f"images/00000/seed_{seed}_0000{seed - 4}.png"] for seed in (5, 6, 7)
     ]
     assert told["extra"] == ["images/00000/note.txt", "images/00003/a.png", "images/00004", "images/b.png"]
+    assert "--redo-missing" not in say("verify", job).stdout
+
+
+def test_verify_says_how_to_go_on_where_most_images_are_missing(job: Path) -> None:
+    shutil.rmtree(job / "images")
+    assert "submit asks for --redo-missing" in say("verify", job).stdout
 
 
 @pytest.mark.parametrize(
@@ -387,6 +393,24 @@ def test_a_job_without_its_job_file_is_reused_by_its_table(submit: Program, job:
     assert [(row["prompt"], row["seed"]) for row in rows[1:]] == [("owl", 7), ("pear", 6), ("bee", 9)]
     assert [row["reused"] for row in rows] == [None, *[str(job)] * 3]
     assert "job.json" not in names_below(job)
+
+
+@pytest.mark.parametrize("cut_to", [None, 10])
+def test_a_job_without_its_rows_is_reused_by_its_table(
+    submit: Program, job: Path, tmp_path: Path, cut_to: int | None
+) -> None:
+    rows_file = job / "_tinysd" / "rows.jsonl.gz"
+    if cut_to is None:
+        rows_file.unlink()
+    else:
+        os.truncate(rows_file, cut_to)
+    (tmp_path / "m.csv").write_text("prompt,seed\nnew,\nowl,\n")
+    done = submit("-o", "new", "--reuse", "job")
+    assert done.returncode == 0, done.stderr
+    assert "has lost its rows in _tinysd: images and seeds are taken over by its results table alone" in done.stdout
+    rows = check_whole(tmp_path / "new", 2)
+    assert [(row["prompt"], row["seed"]) for row in rows[1:]] == [("owl", 7)]
+    assert [row["reused"] for row in rows] == [None, str(job)]
 
 
 def test_a_folder_that_is_no_job_is_not_reused(submit: Program, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ OUTPUT = """
     os.write(2, b"native\\n")
     worker.print_to_stdstream({"lines": ["state dump"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
     logging.getLogger("tinysd_batch.x").warning("ours")
+    logging.getLogger("ray.x").warning("its Python half")
     print("for people", file=sys.stderr)
     os.write(2, b"x" * 2000)
     output.rotate_if_large()
@@ -141,6 +142,7 @@ def test_rays_text_goes_to_the_log_and_ours_to_the_terminal(tmp_path: Path) -> N
     old = (tmp_path / "job.log.1").read_text()
     assert old.startswith("native\nstate dump\n")
     assert "WARNING tinysd_batch.x: ours" in old
+    assert "WARNING ray.x: its Python half" in old
     assert (tmp_path / "job.log").read_text() == "new"
 
 

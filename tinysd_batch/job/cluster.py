@@ -15,10 +15,11 @@ from typing import Any
 from tinysd_batch.errors import NoWorkerError
 from tinysd_batch.job.own_ray import INLINE, OwnRay, check_loopback, closed_job_config, ended_process, forget_token
 from tinysd_batch.job.ray_calls import Caller, RayLostError
-from tinysd_batch.job.ray_output import RayOutput
+from tinysd_batch.job.ray_output import LOGGING_OPTIONS, RayOutput
 
 LOCAL, AUTO = "local", "auto"
 CONNECT_S = 10.0
+JOIN_S = 60.0  # a cluster whose head hangs takes the connection and never answers
 STOP_S = 40.0
 CHECK_S = 60.0  # for the first task on a cluster, which may start a process for it
 HOW_TO_JOIN = "the driver needs the cluster's token (~/.ray/auth_token), and a `ray start` on its own machine"
@@ -31,8 +32,12 @@ DRIVER_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AUTH_MODE": "token",
 }
-# Ray would end this process a minute after its gcs_server, also where another one has long been started.
-OWN_SETTINGS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3600"}
+OWN_SETTINGS = {
+    # Ray would end this process a minute after its gcs_server, also where another one has long been started.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
+    # Each failed check of a raylet takes 13 s: with Ray's 5, one that hangs is noticed after more than a minute.
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 class RaySession:
@@ -69,7 +74,7 @@ class RaySession:
             raise
 
     def connect(self, ray: Any) -> None:
-        quiet = {"log_to_driver": False, "configure_logging": False, "job_config": closed_job_config()}
+        quiet = {**LOGGING_OPTIONS, "job_config": closed_job_config()}
         own: dict[str, Any] = {}
         surroundings: contextlib.AbstractContextManager[None] = contextlib.chdir("/")  # not what is in the current one
         if self.is_own:
@@ -80,12 +85,19 @@ class RaySession:
         forget_token()
         try:
             with surroundings:
-                ray.init(**{**own, **quiet, **self.options})
+                self.init(ray, own | quiet | self.options)
         except Exception as error:
             raise NoWorkerError(why_not(self.address, error)) from error
         if self.own is not None:
             self.own.started()
         self.node_id = ray.get_runtime_context().get_node_id()
+
+    def init(self, ray: Any, options: dict[str, Any]) -> None:
+        """Call `ray.init`, which ends in any case: for a Ray of our own the guardian sees to that."""
+        if self.is_own:
+            ray.init(**options)
+        else:
+            self.call(lambda: ray.init(**options), JOIN_S)
 
     def check_closed(self, ray: Any) -> None:
         """Raise NoWorkerError where the cluster runs code for anybody who reaches its ports."""

@@ -153,7 +153,7 @@ class Differences:
 
     @property
     def is_mostly_missing(self) -> bool:
-        return 2 * self.counts[FileState.MISSING] > self.images
+        return is_majority(self.counts[FileState.MISSING], self.images)
 
     @property
     def advice(self) -> str:
@@ -168,6 +168,10 @@ class Differences:
         more = ", ..." if len(self.indexes) > len(self.names) else ""
         files = "file" if self.images == 1 else "files"
         return f"of {self.images:,} image {files} {', '.join(parts)} ({', '.join(self.names)}{more})"
+
+
+def is_majority(missing: int, images: int) -> bool:
+    return 2 * missing > images
 
 
 def be(number: int) -> str:

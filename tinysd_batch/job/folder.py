@@ -58,6 +58,7 @@ class Job:
     begins_anew: bool = False  # in a folder whose job generated nothing and had other settings or rows
     reuse: Path | None = None  # the job that images are taken over from
     given_seeds: dict[int, int] = field(default_factory=dict)  # row -> its first image's seed, as `reuse` had it
+    seeds_from_table: bool = False  # since `reuse` has lost what it knew of its rows
 
     @property
     def state(self) -> Path:
@@ -218,15 +219,11 @@ def start_from(job: Job, reuse: Path | None) -> Job:
     if reuse is None:
         return job
     saved = check_reusable(reuse, job.folder)
-    return replace(job, reuse=reuse.resolve(), given_seeds=find_given_seeds(job, reuse, saved))
-
-
-def find_given_seeds(job: Job, reuse: Path, saved: dict[str, Any] | None) -> dict[int, int]:
-    """Row -> its first image's seed in the job `reuse`: by its table where it has lost `job.json` or its rows."""
+    job = replace(job, reuse=reuse.resolve())
     if saved is not None:
-        with contextlib.suppress(StorageError):
-            return find_seeds(reuse / STATE_FOLDER, saved, job.read_own_rows())
-    return find_seeds_in_table(reuse, job.read_own_rows())
+        with contextlib.suppress(StorageError):  # where its rows or seeds cannot be read
+            return replace(job, given_seeds=find_seeds(reuse / STATE_FOLDER, saved, job.read_own_rows()))
+    return replace(job, given_seeds=find_seeds_in_table(reuse, job.read_own_rows()), seeds_from_table=True)
 
 
 def go_on_or_begin_anew(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:

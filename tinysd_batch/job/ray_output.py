@@ -13,8 +13,12 @@ from typing import Any
 
 LOG_NAME = "job.log"
 MAX_LOG_BYTES = 2**20
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 STDERR = 2
-LOGGERS = ("ray", "tinysd_batch")
+RAYS_LOGGER = "ray"
+# For `ray.init`. With `configure_logging=False` it would remove our handler, and warnings would reach the terminal.
+LOGGING_OPTIONS = {"log_to_driver": False, "logging_level": logging.WARNING, "logging_format": FORMAT}
+LOGGERS = (RAYS_LOGGER, "tinysd_batch")
 
 
 class RayOutput:
@@ -25,6 +29,7 @@ class RayOutput:
         self.terminal = -1  # what descriptor 2 was
         self.stderr = sys.stderr
         self.handler: logging.Handler | None = None
+        self.rays_handlers: list[logging.Handler] = []  # which write to the terminal
         self.printed_by: Any = None  # Ray's own function
 
     def open(self) -> None:
@@ -50,7 +55,9 @@ class RayOutput:
         import ray._private.worker as worker
 
         self.handler = logging.StreamHandler(io.TextIOWrapper(io.FileIO(STDERR, "w", closefd=False), errors="replace"))
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.handler.setFormatter(logging.Formatter(FORMAT))
+        rays = logging.getLogger(RAYS_LOGGER)
+        self.rays_handlers, rays.handlers = rays.handlers, []
         for name in LOGGERS:
             logging.getLogger(name).addHandler(self.handler)
         self.printed_by = getattr(worker, "print_to_stdstream", None)
@@ -81,6 +88,7 @@ class RayOutput:
         if self.handler is not None:
             for name in LOGGERS:
                 logging.getLogger(name).removeHandler(self.handler)
+            logging.getLogger(RAYS_LOGGER).handlers += self.rays_handlers
             self.handler.close()
 
     def print(self, data: dict[str, Any], **_: object) -> None:

@@ -18,7 +18,7 @@ from tinysd_batch.config import Settings
 from tinysd_batch.errors import OccupiedPathError, UsageError
 from tinysd_batch.filesystem import sync_path
 from tinysd_batch.job.compare import FileState, compare_folders
-from tinysd_batch.job.folder import DECIDING, JOB_FILE, Job, check_reusable
+from tinysd_batch.job.folder import DECIDING, JOB_FILE, STATE_FOLDER, Job, check_reusable
 from tinysd_batch.job.plan import file_name
 from tinysd_batch.job.results import ResultsWriter, image_row
 from tinysd_batch.job.tables import ResultsPaths
@@ -56,8 +56,9 @@ def reuse_pictures(
     except UsageError as error:
         notes.note(f"No more pictures are reused: {error}")
         return set()
-    if saved is None and job.is_new:
-        notes.note(f"{old} has lost its {JOB_FILE}: images and seeds are taken over by its results table alone")
+    if job.seeds_from_table:
+        lost = JOB_FILE if saved is None else f"rows in {STATE_FOLDER}"
+        notes.note(f"{old} has lost its {lost}: images and seeds are taken over by its results table alone")
     taken: set[int] = set()
     broken = 0
     reason = reason_against(job, saved)

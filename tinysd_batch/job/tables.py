@@ -74,7 +74,8 @@ def damaged_table(file: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StorageError(
-            f"{file}: cannot be read: {reason}; move it away and submit again: pictures that are there are taken over"
+            f"{file}: cannot be read: {reason.rstrip('.')}; move it away and submit again: images that are there are "
+            f"taken over"
         ) from None
 
 

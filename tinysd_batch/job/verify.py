@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from tinysd_batch.errors import StorageError, UsageError
-from tinysd_batch.job.compare import IMAGES_FOLDER, ComparedFile, FileState, compare_folders, list_sizes
+from tinysd_batch.job.compare import IMAGES_FOLDER, ComparedFile, FileState, compare_folders, is_majority, list_sizes
 from tinysd_batch.job.folder import STATE_FOLDER
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.records import Status
@@ -62,6 +62,10 @@ class Verification:
     @property
     def is_right(self) -> bool:
         return not any(self.problems.values())
+
+    @property
+    def is_mostly_missing(self) -> bool:
+        return is_majority(len(self.problems[Problem.MISSING]), self.images)
 
 
 def verify_job(job_folder: Path, on_image: Callable[[int, int], None]) -> Verification:

@@ -27,6 +27,7 @@ ADVICE = {
     Problem.MISSING: "submit generates missing and shorter files again",
     Problem.SHORTER: "submit generates missing and shorter files again",
     Problem.CHANGED: "submit leaves changed files alone: delete them to have them generated again",
+    Problem.EXTRA: "submit takes over images that a killed run left without a row",
 }
 
 
@@ -62,6 +63,8 @@ def print_verification(job: str, found: Verification, console: Console) -> None:
         say(console, "All files are as the table says")
     for advice in dict.fromkeys(ADVICE[problem] for problem in ADVICE if found.problems[problem]):
         say(console, f"{advice[0].upper()}{advice[1:]}")
+    if found.is_mostly_missing:
+        say(console, "More than half are missing: submit asks for --redo-missing, since a disk may not be mounted")
 
 
 def verification_as_dict(found: Verification) -> dict[str, Any]:
