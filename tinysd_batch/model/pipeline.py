@@ -71,8 +71,10 @@ class TinySD:
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
         self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
-        for module, tensors in ((self.text_encoder, text), (self.unet, unet), (self.vae, vae)):
-            check_places(module, tensors)
+        for part, module, tensors in (
+            ("text_encoder", self.text_encoder, text), ("unet", self.unet, unet), ("vae", self.vae, vae),
+        ):  # fmt: skip
+            check_places(module, tensors, info.path / part)
         self.hoisted = Hoisted(self.unet, unet)
         self.attention = work_in_parts(self.unet, self.vae, fused=has_fused_attention(device, dtype))
         halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
