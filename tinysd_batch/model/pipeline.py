@@ -104,7 +104,7 @@ class TinySD:
         *,
         device: str | torch.device | None = None,
         dtype: Precision = None,
-        vram_budget: str | int | None = None,
+        vram_budget: str | float | None = None,
         turbo: bool = False,
         unet_bs: int | None = None,
     ) -> Self:
@@ -115,7 +115,7 @@ class TinySD:
             device: "cpu", "cuda", "cuda:1"; the first GPU where there is one if None.
             dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); if None half precision where the
                 device is good at it (`model.precision` says how that is decided, `precision.reason` what was).
-            vram_budget: device memory for everything: bytes, or text such as "900MB", "0.5" (of the device's memory) or
+            vram_budget: device memory for everything: bytes, or "900MB", 0.5 (of the device's memory) or
                 "-500MB" (all but so much). What does not fit passes through the device piece by piece, and work is
                 done in smaller parts (`model.memory.phases` says how).
             turbo: keep the UNet's weights unpacked while denoising: faster, at 2 to 4 bytes a weight.
