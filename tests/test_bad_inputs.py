@@ -151,6 +151,8 @@ MANIFESTS: list[tuple[str, bytes | Change | None, str]] = [
     ("pipe.csv", os.mkfifo, "pipe.csv: cannot be read: not a regular file"),
     ("pipe.parquet", os.mkfifo, "pipe.parquet: cannot be read: not a regular file"),
     ("folder.csv", Path.mkdir, "folder.csv: cannot be read: is a directory"),
+    ("folder", Path.mkdir, "this is a folder, neither a job (no job.json) nor a table in Parquet files"),
+    (".", None, "this is a folder, neither a job (no job.json) nor a table in Parquet files"),
     ("folder.parquet", Path.mkdir, "folder.parquet: cannot be read: is a directory"),
     ("loop.csv", lambda path: path.symlink_to(path), "loop.csv: cannot be read: too many levels of symbolic links"),
     ("empty.csv", b"", "empty.csv: the file is empty"),

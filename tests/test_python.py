@@ -11,7 +11,7 @@ from PIL import Image
 import tinysd_batch
 from tests.tools import check_whole, write_csv
 from tinysd_batch import TinySD, read_results, submit
-from tinysd_batch.errors import ManifestError, UsageError
+from tinysd_batch.errors import ManifestError, StorageError, UsageError
 from tinysd_batch.images import read_entries
 
 
@@ -177,6 +177,24 @@ def test_a_job_file(tiny_model: Path, here: Path) -> None:
     )
     assert submit("job.toml", steps=1.0, seed=np.int64(7)).folder == Path("out")
     assert read_results("out", ["steps", "seed"]).to_pylist() == [{"steps": 1, "seed": 7}]
+    assert read_results("out", "seed").to_pylist() == [{"seed": 7}]
+
+
+def test_a_job_with_numbers_of_other_libraries_and_lost_files(tiny_model: Path, here: Path) -> None:
+    how: dict[str, Any] = {"model": tiny_model, "inline": True, "cfg": torch.tensor(3.0), "num_images": np.float32(2)}
+    first = submit("m.csv", "job", ddim_steps=torch.tensor(1), vram_budget=0.5, seed=7, **how)
+    assert (first.images, first.generated) == (2, 2)
+    assert read_results("job", ["scale", "steps"]).to_pylist() == [{"scale": 3.0, "steps": 1}] * 2
+    for file in (here / "job" / "images").rglob("*.png"):
+        file.unlink()
+    with pytest.raises(StorageError, match="redo-missing"):
+        submit("job")
+    assert submit("job", redo_missing=True).generated == 2
+
+
+def test_a_share_of_memory_as_a_number(tiny_model: Path) -> None:
+    shares = (TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=share) for share in (0.5, "0.5"))
+    assert len({model.memory.budget_bytes for model in shares}) == 1
 
 
 def test_settings_that_are_not_known(here: Path) -> None:

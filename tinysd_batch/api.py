@@ -1,5 +1,6 @@
 """Jobs from Python: what `tinysd-batch submit` does, and the results as a table."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,19 @@ OTHER_NAMES = {
     "ddim_steps": "steps",
     "guidance_scale": "scale",
     "cfg_scale": "scale",
+    "cfg": "scale",
     "num_images_per_prompt": "n_samples",
+    "num_images": "n_samples",
+    "batch_size": "n_samples",
+    "sampler_name": "sampler",
+    "negative": "negative_prompt",
     "H": "height",
     "W": "width",
     "ddim_eta": "eta",
 }
-WHOLE_NUMBERS = {"seed", "steps", "height", "width", "n_iter", "n_samples"}
+WHOLE_NUMBERS = {
+    "seed", "steps", "height", "width", "n_iter", "n_samples", "quality", "n_rows", "unet_bs", "max_batch", "workers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class JobResult:
     left: int  # not generated yet
     seconds: float
 
-    def read_results(self, columns: list[str] | None = None) -> "pa.Table":
+    def read_results(self, columns: Sequence[str] | None = None) -> "pa.Table":
         return read_results(self.folder, columns)
 
 
@@ -49,6 +57,8 @@ def submit(
     reuse: str | Path | None = None,
     limit: int | None = None,
     retry_failed: bool = False,
+    redo_missing: bool = False,
+    take_over: bool = False,
     progress: bool = False,
     **settings: Any,
 ) -> JobResult:
@@ -61,6 +71,8 @@ def submit(
         reuse: an earlier job's folder, whose images are taken over where they would come out the same.
         limit: only the first so many images; the same call without it goes on.
         retry_failed: try images again that failed.
+        redo_missing: generate images again whose files are gone, even if that is more than half of them.
+        take_over: take the job from a process that has it and does not answer.
         progress: show what the command shows.
         settings: what the command's options and job.toml set, such as model="folder", steps=20, inline=True (in this
             process, without Ray) or workers=2.
@@ -85,8 +97,9 @@ def submit(
     with ExitStack() as stack:
         shown = RunProgress(Console(stderr=True, highlight=False, quiet=not progress), verbose=False)
         summary = run_job(
-            job, pool_for(job), stack.enter_context(shown), lambda: False, limit, retry_failed=retry_failed
-        )
+            job, pool_for(job), stack.enter_context(shown), lambda: False, limit, retry_failed=retry_failed,
+            redo_missing=redo_missing, take_over=take_over,
+        )  # fmt: skip
     return JobResult(
         job.folder, summary.total, summary.counts[Status.OK], summary.reused, summary.failed, summary.invalid_rows,
         summary.left, summary.seconds,
@@ -113,6 +126,10 @@ def plain_value(name: str, value: Any) -> Any:
     """A setting's value as job.toml would have it: paths as text, whole numbers of any type as int, no seed as None."""
     if isinstance(value, Path):
         return str(value)
+    if callable(item := getattr(value, "item", None)):  # of numpy or torch
+        value = item()
+    if name == "vram_budget" and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
     if name not in WHOLE_NUMBERS or isinstance(value, str | bool) or value is None:
         return value
     if name == "seed" and value == -1:
@@ -130,7 +147,7 @@ def suggestion(name: str) -> str:
     return f"; did you mean {alike[0]}?" if alike else ""
 
 
-def read_results(folder: str | Path, columns: list[str] | None = None) -> "pa.Table":
+def read_results(folder: str | Path, columns: Sequence[str] | None = None) -> "pa.Table":
     """A job's results: one row per image and per row that cannot be generated, in the manifest's order.
 
     Also while the job runs. `columns` names those to read, all if None, with the manifest's own columns among them.
@@ -143,9 +160,10 @@ def read_results(folder: str | Path, columns: list[str] | None = None) -> "pa.Ta
     from tinysd_batch.job.tables import ResultsPaths
 
     read_job_json(Path(folder))
+    columns = [columns] if isinstance(columns, str) else columns
     table = ResultsPaths(Path(folder)).read_newest_whole()
     if columns is None:
         return table
     if unknown := [name for name in columns if name not in table.column_names]:
         raise UsageError(f"{folder}: has no column {', '.join(unknown)}; there are {', '.join(table.column_names)}")
-    return table.select(columns)
+    return table.select(list(columns))

@@ -271,14 +271,14 @@ def says_nothing(name: str, value: Any) -> bool:
     return value is None or (is_missing_number(value) if is_number else is_nan(value))
 
 
-def parse_budget(amount: str | int | None, total: int | None) -> int | None:
+def parse_budget(amount: str | float | None, total: int | None) -> int | None:
     """Bytes from a number or text: `900MB`, `1.5 GiB`, `0.5` of the `total` bytes, or `-500MB`, all but so much.
 
     Raises UsageError for anything else, and where `total` would have to be known.
     """
     if amount is None or isinstance(amount, int):
         return amount
-    match = re.fullmatch(r"\s*(-?)(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
+    match = re.fullmatch(r"\s*(-?)(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(amount).lower())
     if match is None or match[3] not in UNITS or not float(match[2]):
         raise UsageError(
             f"vram_budget = {amount!r}: give a number with a unit, such as 900MB, a share of the device's memory, such "

@@ -45,20 +45,22 @@ def submit(where: Path, model: Path, rows: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("begun_by_0_1_0", [False, True])
+@pytest.mark.parametrize("found", ["as it was", "missing", "damaged"])  # missing: begun by 0.1.0
 def test_a_resumed_job_keeps_its_precision(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, large_models: None, begun_by_0_1_0: bool
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, large_models: None, found: str
 ) -> None:
     cpu_with(monkeypatch, "avx2")
     submit(tmp_path, tiny_model, 1)
     record = tmp_path / "job" / "_tinysd" / "precision.json"
     assert json.loads(record.read_text())[record_key(CPU)]["dtype"] == "float32"
-    if begun_by_0_1_0:
+    if found == "missing":
         record.unlink()
+    elif found == "damaged":
+        record.write_text('{"')
     cpu_with(monkeypatch, "avx2 avx512_bf16")  # a measurement beside another program would have changed, too
     submit(tmp_path, tiny_model, 2)
     assert precisions(tmp_path / "job") == ["float32", "float32"]
-    if begun_by_0_1_0:
+    if found != "as it was":
         return
     planned = run_here("plan", "m.csv", "-o", "job", "--model", tiny_model, cwd=tmp_path).stdout
     assert "Precision      float32: as before in this job: the CPU has no AMX-BF16" in planned

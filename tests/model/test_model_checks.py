@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -94,18 +95,65 @@ def test_all_damaged_configurations(here: Path, request: pytest.FixtureRequest, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization_config": "x"}, "unet/config.json: no model can be built"),
-        ({"quantization_config": {"quant_method": "tinysd", "layers": {"conv_in": SHAPELESS}}}, "no model can be"),
-        ({"quantization_config": {"quant_method": "tinysd", "layers": []}}, "unet/config.json: no model can be built"),
+        ("x", 'unet/config.json: quantization_config = "x": an object was expected'),
+        ({"layers": []}, "unet/config.json: quantization_config: layers = []: an object was expected"),
+        ({"layers": {"conv_in": 3}}, "unet/config.json: layer 'conv_in': 3: an object was expected"),
+        (
+            {"layers": {"conv_in": SHAPELESS}},
+            "unet/config.json: layer 'conv_in': shape = 3: a list of 2 or 4 whole numbers was expected",
+        ),
+        (
+            {"layers": {"conv_in": {**SHAPELESS, "shape": [32, 5]}}},
+            "unet/config.json: layer 'conv_in': a row of 5 weights cannot be stored",
+        ),
     ],
-)  # fmt: skip
-def test_inspect_of_damaged_quantization(here: Path, tiny_model: Path, change: dict[str, Any], message: str) -> None:
+)
+def test_inspect_of_damaged_quantization(here: Path, tiny_model: Path, change: Any, message: str) -> None:
     shutil.copytree(tiny_model, here / "model")
     config = here / "model" / "unet" / "config.json"
-    write_json(config, {**json.loads(config.read_text()), **change})
+    if isinstance(change, dict):
+        change = {"quant_method": "tinysd", **change}
+    write_json(config, {**json.loads(config.read_text()), "quantization_config": change})
     done = run_here("inspect", "model", cwd=here)
     assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, "")
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "message"),
+    [
+        ("unet", {"mid_block_type": None}, "unet/config.json: quantization_config names 18 layers that this UNet"),
+        ("text_encoder", {"intermediate_size": 3}, "model/text_encoder: tensor encoder.layers.0.mlp.fc1.weight has"),
+    ],
+)
+def test_faults_name_their_file(here: Path, tiny_model: Path, part: str, entry: dict[str, Any], message: str) -> None:
+    shutil.copytree(tiny_model, here / "model")
+    config = here / "model" / part / "config.json"
+    write_json(config, {**json.loads(config.read_text()), **entry})
+    assert message in load_verdict("model")[1]
+
+
+@pytest.mark.parametrize("command", ["inspect pipe", "inspect model", "convert model out", "quantize model out"])
+def test_pipes_are_no_checkpoints(here: Path, float_model: Path, command: str) -> None:
+    """Reading one would never end."""
+    os.mkfifo(here / "pipe")
+    shutil.copytree(float_model, here / "model")
+    weights = here / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    done = run_here(*command.split(), cwd=here)
+    assert done.returncode == 2
+    assert "not a regular file" in done.stderr.splitlines()[-1].lower()
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["convert model out", "quantize model out --level fast"])
+def test_a_damaged_tokenizer_is_found_before_any_work(here: Path, float_model: Path, command: str) -> None:
+    shutil.copytree(float_model, here / "model")
+    (here / "model" / "tokenizer" / "merges.txt").write_text("#version\na b c d\n")
+    done = run_here(*command.split(), cwd=here)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "model/tokenizer: not a readable CLIP tokenizer" in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["vae", "text_encoder/model.safetensors", "tokenizer/vocab.json", "scheduler"])

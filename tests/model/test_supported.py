@@ -187,6 +187,8 @@ def test_a_samplers_own_settings_are_noted() -> None:
     assert sampler_notes(SD_V1_SCHEDULER) == []
     (note,) = sampler_notes({**SD_V1_SCHEDULER, "timestep_spacing": "trailing", "steps_offset": 0})
     assert note.startswith('scheduler: timestep_spacing = "trailing", steps_offset = 0: ')
+    (note,) = sampler_notes({**SD_V1_SCHEDULER, "clip_sample": True})
+    assert note.startswith("scheduler: clip_sample = true: ")
     assert "LCMScheduler is for few-step models" in sampler_notes({"_class_name": "LCMScheduler"})[0]
 
 

@@ -4,6 +4,7 @@ A fault of the whole file is a ManifestError. A fault of one row is a Fault, and
 not trusted: a few kilobytes, packed, can hold gigabytes, so nothing is read that has no bound.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def format_of(path: Path) -> str:
         return suffix
     if is_folder_of_parts(path):
         return ".parquet"
-    raise ManifestError(f"{path}: manifests are {', '.join(READERS)} files, or one of these with .gz behind it")
+    is_folder = os.path.isdir(path)  # noqa: PTH112 - what is no path is no folder, and no error
+    folder = "; this is a folder, neither a job (no job.json) nor a table in Parquet files" if is_folder else ""
+    raise ManifestError(f"{path}: manifests are {', '.join(READERS)} files, or one of these with .gz behind it{folder}")
 
 
 def is_jsonl(path: Path) -> bool:

@@ -51,7 +51,7 @@ def read_record(path: Path) -> Record:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        logger.warning("%s: cannot be read, precision is chosen again: %s", path, storable_text(str(error)))
+        logger.warning("%s: cannot be read and is not used: %s", path, storable_text(str(error)))
         return {}
 
 
@@ -93,10 +93,10 @@ def describe_precision(model: "TinySD") -> dict[str, str | None]:
 
 
 def record_earlier(path: Path, results: "ResultsPaths") -> None:
-    """Record what the results say, for a job that version 0.1.0 began: it kept no record."""
+    """Record what the results say, for a job whose record is damaged, or that 0.1.0 began, which kept none."""
     import pyarrow.compute as pc
 
-    if path.exists():
+    if read_record(path):
         return
     record: Record = {}
     for table in results.read(["node", "device_name", "precision", "degraded", "reused"]):

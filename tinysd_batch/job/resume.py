@@ -11,6 +11,7 @@ from typing import Any
 from tinysd_batch.config import EMBEDDED, Settings, read_job_file, resolve, validate, without_missing
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.folder import Job, default_folder, has_images, open_job
+from tinysd_batch.job.formats import format_of
 from tinysd_batch.job.job_json import JOB_FILE, read_job_json
 
 # Each says where work is done: one that is given replaces the others of the job.
@@ -31,6 +32,8 @@ def prepare_job(
     elif named.suffix == ".toml":
         from_file, manifest, folder = read_job_file(named)
         folder = output or folder or default_folder(named, name_of(named))
+    elif os.path.isdir(named):  # noqa: PTH112 - as below
+        format_of(named)
     layers = [*presets, from_file, given]
     folder = output or folder or default_folder(manifest)
     settings, goes_on = resolve_with_job(folder, layers, is_named=is_named)

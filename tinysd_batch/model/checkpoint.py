@@ -24,6 +24,7 @@ from tinysd_batch.model.info import WEIGHTS, read_json
 from tinysd_batch.model.mapped import MappedTensors, write_tensors
 from tinysd_batch.model.packed import swap_packed_layers
 from tinysd_batch.model.packing import Layout, Weight
+from tinysd_batch.model.settings import is_count, shown
 from tinysd_batch.model.supported import BETAS, check_scheduler, check_text_encoder, check_unet, check_vae
 from tinysd_batch.model.vae import use_strip_layers
 from tinysd_batch.storage import write_atomically
@@ -70,11 +71,14 @@ def read_layouts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
     quantization = config.get("quantization_config")
     if quantization is None:
         return {}
-    check_format(quantization, where)
-    layouts = layouts_of(quantization, where)
+    described = where.with_name("config.json")
+    check_format(quantization, described)
+    layouts = layouts_of(quantization, described)
     for name, layout in layouts.items():
         rows, *inner = quantization["layers"][name]["shape"]
-        for part, (dtype, shape) in layout.tensors(rows, math.prod(inner)).items():
+        with naming_layer(name, described):
+            expected = layout.tensors(rows, math.prod(inner))
+        for part, (dtype, shape) in expected.items():
             if f"{name}.{part}" not in tensors:
                 raise ModelError(f"{where}: tensor {name}.{part} is missing")
             check_tensor(f"{name}.{part}", tensors[f"{name}.{part}"], dtype, shape, where)
@@ -83,17 +87,44 @@ def read_layouts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
 
 def layouts_of(quantization: Mapping[str, Any], where: Path) -> dict[str, Layout]:
     """How each packed layer is stored. Raises ModelError for ways that there are not."""
+    layers = quantization.get("layers")
+    if not isinstance(layers, dict):
+        raise ModelError(f"{where}: quantization_config: layers = {shown(layers)}: an object was expected")
     layouts = {}
-    for name, entry in quantization["layers"].items():
-        try:
+    for name, entry in layers.items():
+        with naming_layer(name, where):
+            if not isinstance(entry, dict):
+                raise ModelError(f"{shown(entry)}: an object was expected")
+            shape = entry.get("shape")
+            if not isinstance(shape, list) or len(shape) not in (2, 4) or not all(map(is_count, shape)):
+                raise ModelError(f"shape = {shown(shape)}: a list of 2 or 4 whole numbers was expected")
             layouts[name] = Layout.of_entry(entry)
-        except ModelError as error:
-            raise ModelError(f"{where}: layer {excerpt(name)}: {error}") from None
     return layouts
 
 
-def check_format(quantization: Mapping[str, Any], where: Path) -> None:
+def check_layers(unet: nn.Module, names: Collection[str], where: Path) -> None:
+    """Raise ModelError where a name is not that of a layer of the UNet that can be packed."""
+    layers = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    if unknown := sorted(set(names) - layers):
+        raise ModelError(
+            f"{where}: quantization_config names {len(unknown)} layers that this UNet does not have, the first is "
+            f"{excerpt(unknown[0])}"
+        )
+
+
+@contextmanager
+def naming_layer(name: str, where: Path) -> Iterator[None]:
+    """Say of a ModelError which layer of which file it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{where}: layer {excerpt(name)}: {error}") from None
+
+
+def check_format(quantization: Any, where: Path) -> None:
     """Raise ModelError unless this is our format, in a version that this program reads."""
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{where}: quantization_config = {shown(quantization)}: an object was expected")
     if quantization.get("quant_method") != QUANT_METHOD:
         raise ModelError(
             f"{where}: quantized by {quantization.get('quant_method')!r}, which this program does not read"
@@ -121,8 +152,10 @@ def read_unet(folder: Path) -> tuple[UNet2DConditionModel, MappedTensors]:
     tensors = MappedTensors.read(where)
     with building_from(folder / "config.json"), KEEP_ON_META:
         unet = UNet2DConditionModel.from_config(read_config(folder / "config.json", UNet2DConditionModel))
+    layouts = read_layouts(read_json(folder / "config.json"), tensors, where)
+    check_layers(unet, layouts, folder / "config.json")
     with building_from(folder / "config.json"):
-        swap_packed_layers(unet, read_layouts(read_json(folder / "config.json"), tensors, where))
+        swap_packed_layers(unet, layouts)
     check_names(unet, tensors, where)
     return unet.eval(), tensors
 

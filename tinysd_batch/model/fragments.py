@@ -7,6 +7,7 @@ copying back. What is away has empty tensors in its modules, with which nothing 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -198,10 +199,13 @@ def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
                 yield f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, value
 
 
-def check_places(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ModelError for a tensor of a module that is missing or of the wrong shape."""
+def check_places(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raise ModelError, naming `where`, for a tensor of a module that is missing or of the wrong shape."""
     for path, _, _, place in named_places(module):
-        take(tensors, path, place)
+        try:
+            take(tensors, path, place)
+        except ModelError as error:
+            raise ModelError(f"{where}: {error}") from None
 
 
 def take(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> Tensor:

@@ -71,8 +71,10 @@ class TinySD:
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
         self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
-        for module, tensors in ((self.text_encoder, text), (self.unet, unet), (self.vae, vae)):
-            check_places(module, tensors)
+        for part, module, tensors in (
+            ("text_encoder", self.text_encoder, text), ("unet", self.unet, unet), ("vae", self.vae, vae),
+        ):  # fmt: skip
+            check_places(module, tensors, info.path / part)
         self.hoisted = Hoisted(self.unet, unet)
         self.attention = work_in_parts(self.unet, self.vae, fused=has_fused_attention(device, dtype))
         halves = [half_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
@@ -102,7 +104,7 @@ class TinySD:
         *,
         device: str | torch.device | None = None,
         dtype: Precision = None,
-        vram_budget: str | int | None = None,
+        vram_budget: str | float | None = None,
         turbo: bool = False,
         unet_bs: int | None = None,
     ) -> Self:
@@ -113,7 +115,7 @@ class TinySD:
             device: "cpu", "cuda", "cuda:1"; the first GPU where there is one if None.
             dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); if None half precision where the
                 device is good at it (`model.precision` says how that is decided, `precision.reason` what was).
-            vram_budget: device memory for everything: bytes, or text such as "900MB", "0.5" (of the device's memory) or
+            vram_budget: device memory for everything: bytes, or "900MB", 0.5 (of the device's memory) or
                 "-500MB" (all but so much). What does not fit passes through the device piece by piece, and work is
                 done in smaller parts (`model.memory.phases` says how).
             turbo: keep the UNet's weights unpacked while denoising: faster, at 2 to 4 bytes a weight.

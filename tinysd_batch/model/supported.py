@@ -58,7 +58,8 @@ class Kind:
 BETAS = ("beta_start", "beta_end", "beta_schedule")  # whose defaults in diffusers are not SD v1's
 # What a folder says of its own sampler, and the samplers here do not follow. SD v1's values.
 SAMPLER = {
-    "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "use_karras_sigmas": False,
+    "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+    "skip_prk_steps": True, "use_karras_sigmas": False,
     "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False, "final_sigmas_type": "zero",
 }  # fmt: skip
 FEW_STEPS = ("LCMScheduler", "TCDScheduler")

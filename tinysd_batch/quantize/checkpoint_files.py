@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.mapped import MappedTensors
+from tinysd_batch.storage import check_regular
 
 # Full SD v1 checkpoints, with optimizer states, need about a megabyte of either.
 MAX_HEADER = 16 * 2**20
@@ -69,6 +70,7 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> Contents:
     `allow_pickle`.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:

@@ -151,7 +151,6 @@ def inspect_folder(path: Path, options: Options) -> Inspection:
     else:
         source = ModelFolder(path, options)
         check_source(source)
-        source.check_tokenizer()
         notes = source.found.notes
     packed = layers_of(unet)
     parts = []

@@ -64,6 +64,7 @@ class ModelFolder:
         read_sizes(path, own_vae=options.vae is None)
         self.scheduler = configs.get("scheduler", dict(SCHEDULER))
         self.found.notes += sampler_notes(self.scheduler)
+        self.read_tokenizer()  # before any work is done that it would spoil
 
     def unet(self) -> Part:
         part = read_part(self.path / "unet", "unet", self.options)
@@ -101,10 +102,6 @@ class ModelFolder:
         ours = read_json(self.path / OUR_FILE) if (self.path / OUR_FILE).exists() else {}
         write_json(folder / OUR_FILE, {"name": self.name, **ours})
         self.write_tokenizer(folder / "tokenizer")
-
-    def check_tokenizer(self) -> None:
-        """Raise ModelError where the folder has a tokenizer that cannot be read."""
-        self.read_tokenizer()
 
     def read_tokenizer(self) -> CLIPTokenizer | None:
         """The folder's own tokenizer; None where it has none and its text encoder is CLIP's. Raises ModelError."""
