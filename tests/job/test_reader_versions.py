@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,23 @@ def test_a_big_job_drops_the_fault_of_a_corrected_row(
     assert sorted((row["row"], row["status"]) for row in rows) == [
         (1, "ok"), (2, "ok"), (3, "ok"), (4, "ok"), (5, "invalid"), (6, "ok"), (7, "invalid"),
     ]  # fmt: skip
+
+
+def test_a_correction_that_was_cut_short_costs_nothing(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between writing the rows and job.json, in which the order of the rows changes."""
+    write(tmp_path, "cat,", "bee,oops", "emu,")
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(job_folder, "write_job_json", lambda *_, **__: sys.exit(137))
+            with pytest.raises(SystemExit):
+                draw(tmp_path / "m.csv", job, MODEL, **QUICK)
+    draw(tmp_path / "m.csv", job, MODEL, **QUICK)
+    assert [entry[:3] for entry in brief(job)] == [
+        (1, 1, 7), (2, 5, 104), (3, 2, 101), (4, 3, 102), (5, None, None), (6, 4, 103), (7, 6, 105),
+    ]  # fmt: skip
+    check_whole(job, 6)
 
 
 def test_reuse_gives_each_row_the_seed_it_had(job: Path, tmp_path: Path) -> None:

@@ -13,11 +13,8 @@ from tinysd_batch.job.folder import (
     JOB_FILE,
     Job,
     check_still_same_job,
-    missing_folders,
-    remove_state,
     save_job,
     stamp,
-    take_back,
 )
 from tinysd_batch.job.formats import is_jsonl, read_extra_fields
 from tinysd_batch.job.notes import ReadingNotes
@@ -29,6 +26,7 @@ from tinysd_batch.job.reuse import reuse_pictures
 from tinysd_batch.job.rows import RowKeeper
 from tinysd_batch.job.summary import InvalidRows, Progress, Summary
 from tinysd_batch.job.tables import ResultsPaths
+from tinysd_batch.job.take_back import missing_folders, remove_state, take_back
 from tinysd_batch.records import InvalidRow, MicroBatch, Status
 from tinysd_batch.storage import Lock, lock, sweep_temporaries
 

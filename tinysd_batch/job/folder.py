@@ -1,4 +1,4 @@
-"""A job and its folder: open a new one or one to go on with, and give back what a run leaves that generated nothing."""
+"""A job and its folder: open a new one or one to go on with, and save what it is."""
 
 import contextlib
 import secrets
@@ -27,8 +27,8 @@ from tinysd_batch.job.manifest_file import bare_name, is_packed, manifest_files
 from tinysd_batch.job.notes import ReadingNotes
 from tinysd_batch.job.plan import Common
 from tinysd_batch.job.precision_record import RECORD_FILE
-from tinysd_batch.job.rows import ROWS_FILE, RowKeeper, Snapshot
-from tinysd_batch.job.seeds import SEEDS_FILE, find_seeds, find_seeds_in_table, read_seeds, save_seeds
+from tinysd_batch.job.rows import RowKeeper, Snapshot
+from tinysd_batch.job.seeds import find_seeds, find_seeds_in_table, read_seeds, save_seeds
 from tinysd_batch.job.tables import ResultsPaths
 from tinysd_batch.model.info import ModelInfo, read_model_info
 from tinysd_batch.model.prompts import parse_prompt
@@ -374,26 +374,3 @@ def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], kept:
         job.folder, job.manifest, record, job.settings, job.model, seed=job.seed, run_id=job.run_id, reuse=job.reuse
     )
     return replace(job, record=record, begins_anew=False)
-
-
-def missing_folders(folder: Path) -> list[Path]:
-    """The folder and those around it that are not there yet, the innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def take_back(job: Job, new_folders: list[Path]) -> None:
-    """Remove what a run wrote that ended before its first image, so that it may start with other settings."""
-    remove_state(job)
-    (job.state / "lock").unlink(missing_ok=True)
-    paths = ResultsPaths(job.folder)
-    for folder in (paths.parts_folder, paths.journal, job.scratch, job.state, *new_folders):
-        with contextlib.suppress(OSError):  # not empty, or never made
-            folder.rmdir()
-
-
-def remove_state(job: Job) -> None:
-    """Remove what the job's folder says of settings, rows and results."""
-    paths = ResultsPaths(job.folder)
-    state = [job.state / name for name in (ROWS_FILE, SEEDS_FILE, RECORD_FILE)]
-    for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, *state):
-        file.unlink(missing_ok=True)
