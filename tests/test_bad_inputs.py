@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools import Capture, Change, call, check_refused, check_whole, command, draw, environment, parquet_bytes
+from tinysd_batch.job.precision_record import RECORD_FILE
 from tinysd_batch.job.rows import ROWS_FILE
 
 pytestmark = pytest.mark.timeout(60)
@@ -125,7 +126,7 @@ def test_a_disk_without_room(here: Path, tiny_model: Path, limit: int) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (5, 1), done.stderr
     assert "File too large; make room or choose another folder" in done.stderr
     left = {path.name for path in (here / "job").rglob("*") if path.is_file()}
-    assert left <= {"lock", "job.json", ROWS_FILE}
+    assert left <= {"lock", "job.json", ROWS_FILE, RECORD_FILE}
     draw(here / "m.csv", here / "job", tiny_model, height=64, width=64)
     check_whole(here / "job", 1)
 

@@ -263,9 +263,10 @@ def plant_code(model: Path) -> None:
         for name in ("modeling.py", "pipeline.py", "__init__.py", "conftest.py", "kernel.py"):
             (folder / name).write_text(CODE)
     classes = {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config", "AutoTokenizer": ["modeling.T", None]}
-    strange = {"auto_map": classes, "_class_name": "os", "custom_pipeline": "pipeline", "trust_remote_code": True}
-    set_json("unet/config.json", **strange)(model)
+    strange = {"auto_map": classes, "custom_pipeline": "pipeline", "trust_remote_code": True}
+    set_json("unet/config.json", **strange)(model)  # another class than theirs is refused in both
     set_json("vae/config.json", **strange)(model)
+    strange["_class_name"] = "os"
     set_json(
         "text_encoder/config.json", **strange, _attn_implementation="somebody/kernel", attn_implementation="a/b",
         architectures=["modeling.Model"], quantization_config={"quant_method": "bitsandbytes"},
