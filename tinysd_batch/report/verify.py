@@ -52,19 +52,22 @@ def print_verification(job: str, found: Verification, console: Console) -> None:
     if found.running:
         say(console, "The job is running: files that are not in the table yet are not listed")
     for problem, names in found.problems.items():
-        if not names:
-            continue
-        say(console, f"{len(names):,} {WORDS[problem]}:")
-        for name in names[:SHOWN]:
-            say(console, f"  {one_line(name, 300)}")
-        if len(names) > SHOWN:
-            say(console, f"  and {len(names) - SHOWN:,} more; --json names them all")
+        if names:
+            print_names(WORDS[problem], names, console)
     if found.is_right:
         say(console, "All files are as the table says")
     for advice in dict.fromkeys(ADVICE[problem] for problem in ADVICE if found.problems[problem]):
         say(console, f"{advice[0].upper()}{advice[1:]}")
     if found.is_mostly_missing:
         say(console, "More than half are missing: submit asks for --redo-missing, since a disk may not be mounted")
+
+
+def print_names(what: str, names: list[str], console: Console) -> None:
+    say(console, f"{len(names):,} {what}:")
+    for name in names[:SHOWN]:
+        say(console, f"  {one_line(name, 300)}")
+    if len(names) > SHOWN:
+        say(console, f"  and {len(names) - SHOWN:,} more; --json names them all")
 
 
 def verification_as_dict(found: Verification) -> dict[str, Any]:
