@@ -263,7 +263,12 @@ def resolve(*layers: dict[str, Any]) -> Settings:
 
 
 def without_missing(layer: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in layer.items() if not (value is None or is_nan(value))}
+    return {name: value for name, value in layer.items() if not says_nothing(name, value)}
+
+
+def says_nothing(name: str, value: Any) -> bool:
+    is_number = name in WHOLE_NUMBER_SETTINGS or name in NUMBER_SETTINGS
+    return value is None or (is_missing_number(value) if is_number else is_nan(value))
 
 
 def parse_budget(amount: str | int | None, total: int | None) -> int | None:

@@ -128,6 +128,35 @@ def test_without_the_kept_rows_the_old_manifest_still_goes_on(manifest: Path, tm
     assert submit(manifest, "-o", "job").returncode == 0
 
 
+@pytest.mark.parametrize("rows", [b"no gzip", None])
+def test_images_are_taken_over_from_a_job_that_has_lost_its_rows(
+    manifest: Path, tmp_path: Path, submit: Program, rows: bytes | None
+) -> None:
+    submit(manifest, "-o", "job")
+    kept = tmp_path / "job" / "_tinysd" / "rows.jsonl.gz"
+    kept.unlink()
+    if rows is not None:
+        kept.write_bytes(rows)
+    write(tmp_path / "grown.csv", *PROMPTS, "fox")
+    refused = submit("grown.csv", "-o", "job")
+    assert refused.returncode == 5
+    assert "--reuse job" in refused.stderr
+    assert submit("grown.csv", "-o", "new", "--reuse", "job").returncode == 0
+    assert drawn(tmp_path / "new") == [5]
+    assert seeds(tmp_path / "new")[:4] == seeds(tmp_path / "job")
+
+
+def test_a_line_behind_an_array_is_not_lost(tmp_path: Path, submit: Program) -> None:
+    """It is read as a line of its own then, and the array is one, too, which is no object."""
+    file = tmp_path / "m.jsonl"
+    file.write_text('[{"prompt": "a"}, {"prompt": "b"}]\n')
+    submit(file, "-o", "job")
+    with file.open("a") as lines:
+        lines.write('{"prompt": "c"}\n')
+    refused = submit(file, "-o", "job")
+    assert (refused.returncode, "row 1: is faulty now" in refused.stderr) == (2, True)
+
+
 def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Program) -> None:
     submit(manifest, "-o", "job")
     fixed = write(tmp_path / "fixed.csv", "new", "apple", "cat", "owl", "apple")

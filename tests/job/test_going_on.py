@@ -76,6 +76,24 @@ def test_a_job_file_that_says_otherwise_is_refused(here: Path, job: Path) -> Non
     check_whole(job, 4)
 
 
+@pytest.mark.parametrize("steps", ["nan", '"None"', '" "'])
+def test_a_job_file_with_an_empty_setting_leaves_it_as_it_was(here: Path, job: Path, steps: str) -> None:
+    (here / "job.toml").write_text(f'manifest = "m.csv"\noutput = "a b"\nsteps = {steps}\nseed = -1\n')
+    planned = submit(here, "job.toml", "--json", command="plan")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["finished"] == 2
+
+
+def test_a_setting_that_is_no_longer_valid_can_be_replaced(here: Path, job: Path) -> None:
+    saved = json.loads((job / "job.json").read_text())
+    saved["settings"] |= {"inline": False, "address": "ray://head:10001"}
+    (job / "job.json").write_text(json.dumps(saved))
+    refused = submit(here, "a b", command="plan")
+    assert refused.returncode == 2
+    assert "job.json: settings: address = 'ray://head:10001'" in refused.stderr
+    assert submit(here, "a b", "--address", "local", command="plan").returncode == 0
+
+
 def test_how_the_work_is_done_may_change(here: Path, job: Path) -> None:
     done = submit(here, "a b", "--vram-budget", "600MB", "--max-batch", 2)
     assert done.returncode == 0, done.stderr

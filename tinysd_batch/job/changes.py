@@ -185,7 +185,7 @@ def begins_with(manifest: Path, fingerprint: str, size: int | None) -> bool:
     """
     digest = hashlib.blake2b(digest_size=16)
     with open_manifest(manifest) as file:
-        if size is not None:
+        if size:
             while size and (block := file.read(min(size, 1 << 20))):
                 digest.update(block)
                 size -= len(block)

@@ -10,9 +10,9 @@ from typing import Any
 
 import tinysd_batch
 from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
-from tinysd_batch.errors import JobMismatchError, ManifestError, UsageError
+from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError, UsageError
 from tinysd_batch.job.changes import Change, Merger, begins_with, pair_rows
-from tinysd_batch.job.formats import format_of
+from tinysd_batch.job.formats import format_of, is_jsonl
 from tinysd_batch.job.job_json import (
     DECIDING,
     JOB_FILE,
@@ -21,6 +21,7 @@ from tinysd_batch.job.job_json import (
     read_job_json,
     write_job_json,
 )
+from tinysd_batch.job.json_rows import begins_with_bracket
 from tinysd_batch.job.manifest import Defaults, check_prompt, fingerprint, read_rows
 from tinysd_batch.job.manifest_file import bare_name, is_packed, manifest_files
 from tinysd_batch.job.notes import ReadingNotes
@@ -217,9 +218,15 @@ def start_from(job: Job, reuse: Path | None) -> Job:
     if reuse is None:
         return job
     saved = check_reusable(reuse, job.folder)
-    rows = job.read_own_rows()
-    given = find_seeds(reuse / STATE_FOLDER, saved, rows) if saved else find_seeds_in_table(reuse, rows)
-    return replace(job, reuse=reuse.resolve(), given_seeds=given)
+    return replace(job, reuse=reuse.resolve(), given_seeds=find_given_seeds(job, reuse, saved))
+
+
+def find_given_seeds(job: Job, reuse: Path, saved: dict[str, Any] | None) -> dict[int, int]:
+    """Row -> its first image's seed in the job `reuse`: by its table where it has lost `job.json` or its rows."""
+    if saved is not None:
+        with contextlib.suppress(StorageError):
+            return find_seeds(reuse / STATE_FOLDER, saved, job.read_own_rows())
+    return find_seeds_in_table(reuse, job.read_own_rows())
 
 
 def go_on_or_begin_anew(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
@@ -257,8 +264,7 @@ def check_only_growth(job: Job) -> None:
     record = job.record
     if record is None or record.fingerprint == job.fingerprint:
         return
-    grows = format_of(job.manifest) in GROWING and not is_packed(job.manifest)
-    if grows and begins_with(job.manifest, record.fingerprint, record.bytes):
+    if can_grow(job.manifest) and begins_with(job.manifest, record.fingerprint, record.bytes):
         return
     change = Change.between(pair_rows(job.snapshot, job.read_manifest()))
     if not change.is_growth:
@@ -267,6 +273,12 @@ def check_only_growth(job: Job) -> None:
             f"added at the end only; for another change make a new job, and let it take over what is the same: "
             f"-o NEW_FOLDER --reuse {job.folder}"
         )
+
+
+def can_grow(manifest: Path) -> bool:
+    """Whether lines behind such a file are new rows; with one behind it, a JSON array is read otherwise."""
+    is_growing = format_of(manifest) in GROWING and not is_packed(manifest)
+    return is_growing and not (is_jsonl(manifest) and begins_with_bracket(manifest))
 
 
 def has_images(folder: Path) -> bool:

@@ -39,14 +39,22 @@ def read_json(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
 
 def is_array(path: Path) -> bool:
     """Whether the file begins as an array does that is more than a line among others."""
-    encoding = find_encoding(path)
-    start = read_start(path).decode(encoding, "replace").lstrip("\ufeff \t\r\n")
+    start = read_visible_start(path)
     line, _, rest = start.partition("\n")
     try:
         json.loads(line)
     except (ValueError, RecursionError):
         return start.startswith("[")
     return start.startswith("[") and not rest.strip()
+
+
+def begins_with_bracket(path: Path) -> bool:
+    """Whether the file is an array, or was one before lines were put behind it."""
+    return read_visible_start(path).startswith("[")
+
+
+def read_visible_start(path: Path) -> str:
+    return read_start(path).decode(find_encoding(path), "replace").lstrip("\ufeff \t\r\n")
 
 
 def check_for_prompts(path: Path, rows: Iterator[Line | Fault]) -> Iterator[Line | Fault]:

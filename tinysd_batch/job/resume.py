@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import EMBEDDED, Settings, read_job_file, resolve, validate
+from tinysd_batch.config import EMBEDDED, Settings, read_job_file, resolve, validate, without_missing
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.folder import Job, default_folder, has_images, open_job
 from tinysd_batch.job.job_json import JOB_FILE, read_job_json
@@ -61,20 +61,21 @@ def resolve_with_job(folder: Path, layers: Sequence[dict[str, Any]], *, is_named
     """
     goes_on = is_job_folder(folder) and (is_named or has_images(folder))
     if goes_on:
-        given = {name for layer in layers for name, value in layer.items() if value is not None}
+        given = {name for layer in layers for name in without_missing(layer)}
         layers = [settings_of(folder, given), *layers]
     settings = resolve(*layers)
     return settings.model_copy(update={"address": None}) if settings.address == "local" else settings, goes_on
 
 
 def settings_of(folder: Path, given: set[str]) -> dict[str, Any]:
-    """What the job began with, but for what contradicts what is given now. Raises UsageError."""
+    """What the job began with, but for what is given now and what contradicts that. Raises UsageError."""
     saved = read_job_json(folder)
     replaced = {name for place, others in PLACES.items() if place in given for name in others}
     values: Mapping[str, Any] = saved["settings"]
-    left_out = {*replaced, *OF_ONE_RUN}
+    left_out = {*given, *replaced, *OF_ONE_RUN}
     layer = {name: value for name, value in values.items() if value is not None and name not in left_out}
-    layer["seed"] = saved["seed"]
+    if "seed" not in given:
+        layer["seed"] = saved["seed"]
     if layer.get("model", EMBEDDED) != EMBEDDED:
         layer["model"] = saved["model"].get("path", layer["model"])
     validate(Settings, layer, f"{folder / JOB_FILE}: settings")
