@@ -129,6 +129,13 @@ def test_a_row_made_blank_is_told_though_another_was_appended(job: Path, tmp_pat
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 
+def test_the_fault_of_a_corrected_row_is_gone_before_its_image_is_there(job: Path, tmp_path: Path) -> None:
+    draw(write(tmp_path, "cat,", "bee,oops"), job, MODEL, limit=4, **QUICK)
+    assert [(row["row"], row["status"]) for row in read_results(job)] == [
+        (1, "ok"), (3, "ok"), (4, "ok"), (5, "invalid"), (6, "ok"),
+    ]  # fmt: skip
+
+
 def test_a_big_job_drops_the_fault_of_a_corrected_row(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,7 @@ class Run:
         )  # fmt: skip
         with self.held.guard():
             job = self.job = save_job(job, surveyed.images, surveyed.invalid.count, surveyed.extra, surveyed.kept)
-        faults = len(done.invalid_rows) + write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
+        corrected = write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
         try:
             self.reuse(summary, finished, writer)
             self.progress.started(total, len(finished), surveyed.invalid)
@@ -176,9 +176,8 @@ class Run:
             self.clean()  # a killed worker cannot
             self.flush(writer)
             writer.seal()
-            has_corrected = faults > surveyed.invalid.count
-            if retry_failed or done.doubled or has_corrected or to_redo.indexes:
-                writer.drop_superseded()
+            if retry_failed or done.doubled or corrected or to_redo.indexes:
+                writer.drop_superseded(corrected)
         self.check_written(summary)
         summary.stopped = bool(summary.left)
         return summary
@@ -288,13 +287,16 @@ def read_finished(job: Job) -> Finished:
     return finished
 
 
-def write_invalid_rows(job: Job, invalid: InvalidRows, written: set[int], writer: ResultsWriter) -> int:
-    """Write a row of the table for each that has none yet; return how many. Of many only the first are in memory."""
-    count = 0
+def write_invalid_rows(job: Job, invalid: InvalidRows, written: set[int], writer: ResultsWriter) -> set[int]:
+    """Write a row of the table for each that has none yet; return those of `written` that have no fault any more.
+
+    Of many only the first are in memory.
+    """
+    corrected = set(written)
     rows = invalid.first if invalid.are_all_shown else (row for row in job.read_rows() if isinstance(row, InvalidRow))
     for row in rows:
         if row.number not in written:
             writer.append(invalid_row(row, job.run_columns()))
             writer.flush_if_due()
-            count += 1
-    return count
+        corrected.discard(row.number)
+    return corrected

@@ -225,12 +225,14 @@ class ResultsWriter:
     def next_part(self) -> Path:
         return self.paths.part(1 + max(map(part_number, self.paths.sealed_files()), default=-1))
 
-    def drop_superseded(self) -> None:
+    def drop_superseded(self, corrected: Iterable[int] = ()) -> None:
         """Leave the newest row of each image only: in a big job, one tried again has its older row in a sealed part.
+
+        `corrected` are manifest rows that have no fault any more, whether their images are there or not.
 
         Newer parts count, and each is rewritten whole, so a crash in between leaves rows to drop, and none missing.
         """
-        newer: set[tuple[int, int]] = set()
+        newer = {(row, 0) for row in corrected}
         for part in reversed(self.paths.sealed_files()):
             keys = keys_in(read_table(part, ["row", "index"]))
             if not newer.isdisjoint(keys):
