@@ -74,7 +74,7 @@ def test_corrected_and_appended_at_once(job: Path, tmp_path: Path) -> None:
     notes = draw(write(tmp_path, "cat,", "bee,3", "emu,"), job, MODEL, **QUICK)[1].notes
     assert notes == [
         "The manifest has grown by 1 row",
-        "2 rows of the manifest had a fault before and can be generated now; their images come last",
+        "2 rows of the manifest, faulty or blank before, can be generated now; their images come last",
     ]
     assert [entry[:2] for entry in brief(job)] == [(1, 1), (2, 5), (3, 2), (4, 3), (5, 6), (6, 4), (7, 7)]
 
@@ -163,7 +163,7 @@ def test_a_job_of_0_1_0_gets_the_rows_that_only_newer_rules_read(name: str, tmp_
     job = tmp_path / name / "job"
     _, progress = draw(tmp_path / name / "m.csv", job, MODEL, **QUICK)
     assert (
-        "2 rows of the manifest had a fault before and can be generated now; their images come last" in progress.notes
+        "2 rows of the manifest, faulty or blank before, can be generated now; their images come last" in progress.notes
     )
     assert brief(job) == [
         (1, 1, 7, "ok"), (2, 4, 42, "ok"), (3, 2, 6, "ok"), (4, 5, 9, "ok"), (5, None, None, "invalid"),

@@ -192,7 +192,7 @@ class Run:
         if corrected:
             rows, images = ("row", "its images come") if corrected == 1 else ("rows", "their images come")
             self.progress.note(
-                f"{corrected:,} {rows} of the manifest had a fault before and can be generated now; {images} last"
+                f"{corrected:,} {rows} of the manifest, faulty or blank before, can be generated now; {images} last"
             )
 
     def check_written(self, summary: Summary) -> None:
