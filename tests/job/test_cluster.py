@@ -177,6 +177,25 @@ def test_a_lost_machine_is_one_line(cluster: Cluster, tmp_path: Path, tiny_model
     assert all(re.fullmatch(rf"{name}/cpu-\d", row["worker"]) for row in rows if row["worker"])
 
 
+@pytest.mark.alone
+@pytest.mark.slow
+def test_joining_a_cluster_whose_head_hangs_is_bounded(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
+    head = [process for process in cluster.processes() if process.name() == "gcs_server"]
+    assert head
+    for process in head:
+        process.suspend()
+    try:
+        out, _ = submit(cluster, tmp_path, "--model", tiny_model).communicate(timeout=150)
+    finally:
+        for process in head:
+            process.resume()
+    address = f"127.0.0.1:{cluster.port}"
+    assert out.splitlines()[2:] == [
+        f"tinysd-batch: --address {address}: the cluster could not be joined: Ray did not answer for 60 s"
+    ]
+
+
 @pytest.mark.slow
 def test_stop_ends_this_cluster_and_no_other_ray(cluster: Cluster, tmp_path: Path) -> None:
     shutil.copy(shutil.which("sleep") or "", tmp_path / "raylet")
@@ -207,25 +226,6 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert where == "ssh.sh: 127.0.0.1: not ready, nothing was started on any box"
     assert not one.processes()
     assert not list((tmp_path / "homes").rglob("auth_token"))
-
-
-@pytest.mark.alone
-@pytest.mark.slow
-def test_joining_a_cluster_whose_head_hangs_is_bounded(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
-    write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
-    head = [process for process in cluster.processes() if process.name() == "gcs_server"]
-    assert head
-    for process in head:
-        process.suspend()
-    try:
-        out, _ = submit(cluster, tmp_path, "--model", tiny_model).communicate(timeout=150)
-    finally:
-        for process in head:
-            process.resume()
-    address = f"127.0.0.1:{cluster.port}"
-    assert out.splitlines()[2:] == [
-        f"tinysd-batch: --address {address}: the cluster could not be joined: Ray did not answer for 60 s"
-    ]
 
 
 def test_an_address_where_nothing_answers(tmp_path: Path, tiny_model: Path) -> None:

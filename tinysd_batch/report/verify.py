@@ -56,6 +56,10 @@ def print_verification(job: str, found: Verification, console: Console) -> None:
             print_names(WORDS[problem], names, console)
     if found.is_right:
         say(console, "All files are as the table says")
+    print_advice(found, console)
+
+
+def print_advice(found: Verification, console: Console) -> None:
     for advice in dict.fromkeys(ADVICE[problem] for problem in ADVICE if found.problems[problem]):
         say(console, f"{advice[0].upper()}{advice[1:]}")
     if found.is_mostly_missing:
