@@ -122,3 +122,12 @@ def test_a_job_folder_whose_manifest_is_gone_says_so(here: Path, job: Path) -> N
     (here / "m.csv").unlink()
     gone = submit(here, "a b")
     assert (gone.returncode, "m.csv: no such file" in gone.stderr) == (2, True)
+
+
+def test_the_line_to_type_for_a_folder_that_looks_like_an_option(here: Path, tiny_model: Path) -> None:
+    (here / "m.csv").write_text("prompt\ncat\nowl\n")
+    begun = submit(here, "m.csv", "-o", "-x", "--model", tiny_model, "--inline", "--limit", 1)
+    assert "tinysd-batch submit ./-x\n" in begun.stdout
+    done = submit(here, "./-x")
+    assert done.returncode == 0, done.stderr
+    check_whole(here / "-x", 2)

@@ -190,11 +190,9 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
 
     made = summary.counts[Status.OK]
     reused = f", {summary.reused:,} reused" if summary.reused else ""
-    console.print(
-        f"{count(made, 'image')} made in {duration(summary.seconds)}{reused}, {summary.failed:,} failed", markup=False
-    )
+    say(console, f"{count(made, 'image')} made in {duration(summary.seconds)}{reused}, {summary.failed:,} failed")
     if summary.invalid_rows:
-        console.print(f"{count(summary.invalid_rows, 'manifest row')} could not be made", markup=False)
+        say(console, f"{count(summary.invalid_rows, 'manifest row')} could not be made")
     if job.settings.skip_save:
         console.print(f"No picture was written (--skip_save); {made / max(summary.seconds, 1e-3):.2f} images/s in all")
     elif (job.folder / "images").exists():
@@ -218,5 +216,7 @@ def say_what_is_left(job: "Job", summary: "Summary", console: "Console") -> None
 
 def say_how_to_go_on(what: str, job: "Job", console: "Console") -> None:
     """The line to type, for a shell; whole, however narrow the terminal is."""
+    folder = str(job.folder)
+    folder = f"./{folder}" if folder.startswith("-") else folder  # no option
     console.print(f"{what}. To go on:", markup=False)
-    console.print(f"  tinysd-batch submit {shlex.quote(str(job.folder))}", markup=False, soft_wrap=True)
+    console.print(f"  tinysd-batch submit {shlex.quote(folder)}", markup=False, soft_wrap=True)

@@ -6,21 +6,21 @@ from rich.console import Console
 from rich.table import Table
 
 from tinysd_batch.quantize.inspect import Inspection
-from tinysd_batch.report.text import one_line
+from tinysd_batch.report.text import one_line, say
 
 
 def print_inspection(found: Inspection, console: Console) -> None:
     """Name, kind and digest, then a line for each part and for each sort of its layers."""
-    console.print(f"{one_line(found.name)}: {one_line(found.kind)}", markup=False)
+    say(console, f"{one_line(found.name)}: {one_line(found.kind)}")
     if found.refused:
-        console.print(f"not taken by convert and quantize: {one_line(found.refused, 300)}", markup=False)
+        say(console, f"not taken by convert and quantize: {one_line(found.refused, 300)}")
     for note in found.notes:
-        console.print(f"note: {one_line(note, 300)}", markup=False)
+        say(console, f"note: {one_line(note, 300)}")
     if found.digest:
-        console.print(f"digest {found.digest}", soft_wrap=True)
+        say(console, f"digest {found.digest}")
     if found.correction:
         times = len(found.correction.knots)
-        console.print(f"corrects its noise, as measured at {times:,} times and scale {found.correction.scale:g}")
+        say(console, f"corrects its noise, as measured at {times:,} times and scale {found.correction.scale:g}")
     table = Table("part", "tensors", "weights", "bits each", "bytes", "stored as", box=None, pad_edge=False)
     for column in table.columns[1:5]:
         column.justify = "right"
