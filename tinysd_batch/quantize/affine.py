@@ -1,13 +1,18 @@
 """Fit codes, scales and offsets of groups to a weight matrix, without data."""
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tinysd_batch.model.packing import PackedWeight, affine_parameters, pack_codes
 from tinysd_batch.model.unpacking import unpack
+from tinysd_batch.threads import at_most_threads
 
+Result = TypeVar("Result")
 ITERATIONS = 20
 AT_ONCE = 2**18  # weights: what is worked on stays in the processor's cache
 BYTE = 255
@@ -71,24 +76,35 @@ def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor, bits: int = 2) ->
 
 def quantize_matrix(matrix: Tensor, group_size: int, bits: int = 2) -> PackedWeight:
     """A float matrix [O, K] in groups of `group_size` along K, some rows at a time to need little memory."""
-    step = max(AT_ONCE // matrix.shape[1], 1)
-    parts = [
-        quantize_rows(matrix[start : start + step].float(), group_size, bits).tensors()
-        for start in range(0, len(matrix), step)
-    ]
+    parts = map_blocks(lambda rows: quantize_rows(matrix[rows].float(), group_size, bits).tensors(), matrix)
     return PackedWeight(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, bits=bits)
 
 
 def weights_sqnr_db(matrix: Tensor, packed: PackedWeight) -> float:
     """Power of a float matrix [O, K] over power of what packing changed; some rows at a time."""
-    step = max(AT_ONCE // matrix.shape[1], 1)
-    power = wrong = LEAST_POWER
-    for start in range(0, len(matrix), step):
-        rows = slice(start, start + step)
+
+    def measure(rows: slice) -> tuple[float, float]:
         floats, part = matrix[rows].float(), packed.cut(rows)
-        wrong += float((unpack(part, torch.empty(part.shape)) - floats).square().sum())
-        power += float(floats.square().sum())
-    return 10 * math.log10(power / wrong)
+        wrong = unpack(part, torch.empty(part.shape)) - floats
+        return float(floats.square().sum()), float(wrong.square().sum())
+
+    powers, errors = zip(*map_blocks(measure, matrix), strict=True)
+    return 10 * math.log10((LEAST_POWER + sum(powers)) / (LEAST_POWER + sum(errors)))
+
+
+def map_blocks(work: Callable[[slice], Result], matrix: Tensor) -> list[Result]:
+    """Results of `work` on blocks of rows, in their order; the blocks go to as many threads as torch would use.
+
+    Each operation then runs on one thread and waits for no other. Within torch all threads would meet at the end of
+    each of some 200 short operations a block, which beside another busy program takes several times as long.
+    """
+    step = max(AT_ONCE // matrix.shape[1], 1)
+    blocks = [slice(start, start + step) for start in range(0, len(matrix), step)]
+    threads = min(torch.get_num_threads(), len(blocks)) if matrix.device.type == "cpu" else 1
+    if threads == 1:
+        return list(map(work, blocks))
+    with at_most_threads(1), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, blocks))
 
 
 def quantize_rows(rows: Tensor, group_size: int, bits: int) -> PackedWeight:
