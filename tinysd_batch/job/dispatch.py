@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from tinysd_batch.errors import ManifestError, NoWorkerError
+from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.job.backlog import Backlog
 from tinysd_batch.job.blame import Blame
 from tinysd_batch.job.failures import POLICY, Action, Fault
@@ -25,7 +25,7 @@ GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
 POLL_S = 0.5
 ALIKE = 8  # failures of one class before anything was made: is it the images, or everything?
 PAUSE_S = 30.0  # a loop that took longer was stopped itself (SIGSTOP, a sleeping laptop), and no worker hangs for it
-CHANGED = "changed while the job ran; bring back what it was to go on, or give the new one a folder of its own with -o"
+ROWS_ENDED = "the job's rows ended before its last image: its folder was changed while the job ran; submit again"
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ class Dispatch:
         if self.held and not self.backlog.waiting:
             self.believe()
         elif len(idle) == len(self.pool.workers()):  # nobody is still to come
-            raise ManifestError(f"{self.job.manifest}: {CHANGED}")
+            raise StorageError(f"{self.job.folder}: {ROWS_ENDED}")
 
     def submit(self, worker: str, chunk: list[MicroBatch]) -> None:
         if chunk:
