@@ -18,7 +18,15 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chaos.test_kills import IMAGES, family, manifest, pictures, start, wait_for_pictures
+from tests.chaos.test_kills import (
+    IMAGES,
+    family,
+    manifest,
+    pause_within_an_image,
+    pictures,
+    start,
+    wait_for_pictures,
+)
 from tests.tools import (
     check_whole,
     command,
@@ -129,13 +137,14 @@ def test_under_nohup_a_closed_terminal_stops_nothing(manifest: Path, tmp_path: P
 def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_model: Path, mode: str) -> None:
     """Also in the middle of a picture: what was told as done is in the table, and nothing runs on."""
     job = tmp_path / "job"
-    write_csv(
-        tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 40 if number < 4 else 1000} for number in range(8)]
-    )
+    quick, endless = (40, 16), (1000, 128)  # steps, side; the latter takes a minute and more
+    columns = ("steps", "width", "height")
+    sizes = [(steps, side, side) for steps, side in [quick] * 4 + [endless] * 4]
+    write_csv(tmp_path / "m.csv", [{"prompt": "p", **dict(zip(columns, size, strict=True))} for size in sizes])
     process = start(tmp_path, tiny_model, mode)
     wait_for_pictures(job, 4, process)
     children = family(process)
-    time.sleep(3)  # the workers are at pictures of a thousand steps now
+    time.sleep(3)  # the workers are at the endless images now
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None, "the first waits for the picture"
@@ -206,7 +215,7 @@ def test_failed_images_are_tried_again_through_kills(
     for more in (2, 4, 4):
         process = start(tmp_path, tiny_model, "--inline", "--retry-failed")
         wait_for_pictures(job, pictures(job) + more, process)
-        time.sleep(draw.random() * 1.5)
+        pause_within_an_image(job, draw)
         kills += process.poll() is None
         process.kill()
         process.communicate()
