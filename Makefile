@@ -17,7 +17,7 @@ help: ## Show what can be made
 gpu: ## Say which build of torch suits this machine
 	@build=$$(sh configs/torch_build.sh); echo "TORCH_INDEX=$${build:+$(TORCH_WHEELS)/$$build}"
 
-$(VENV)/installed: pyproject.toml constraints.txt hatch_build.py tinysd_batch/model/unpack.c tinysd_batch/model/compiled.py
+$(VENV)/installed: pyproject.toml constraints.txt hatch_build.py tinysd_batch/model/packed/unpack.c tinysd_batch/model/packed/cpu_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one with PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	@index="$(TORCH_INDEX)"; \

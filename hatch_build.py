@@ -9,14 +9,14 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("tinysd_batch") / "model"
+FOLDER = Path("tinysd_batch") / "model" / "packed"
 
 
 class CustomBuildHook(BuildHookInterface):
     """Puts libraries next to their source; a wheel with libraries in it is for this sort of machine only."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - what hatchling passes
-        compiled = module_at(Path(self.root) / FOLDER / "compiled.py")
+        compiled = module_at(Path(self.root) / FOLDER / "cpu_build.py")
         wanted = {target: compiled.path_of(target) for target in compiled.targets_here()}
         for path in compiled.SOURCE.parent.glob("unpack-*"):
             if path not in wanted.values():

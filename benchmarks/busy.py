@@ -45,9 +45,9 @@ print(time.monotonic() - started)
 WORKER = f"""
 import sys, time
 from pathlib import Path
-from tinysd_batch.job.pool import cpu_workers
-from tinysd_batch.job.worker import WorkerSetup, load_model
-from tinysd_batch.model.info import read_model_info
+from tinysd_batch.job.workers.inline_pool import cpu_workers
+from tinysd_batch.job.workers.worker import WorkerSetup, load_model
+from tinysd_batch.model.checkpoint.info import read_model_info
 info = read_model_info(sys.argv[1])
 _, threads = cpu_workers(1, 1, info.is_small)
 here = Path()

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tinysd_batch.job.compare import as_images, find_differences, read_saved_images
-from tinysd_batch.job.plan import IMAGES_PER_FOLDER, file_name
-from tinysd_batch.job.results import SEAL_ROWS, to_parquet
-from tinysd_batch.job.tables import FIELDS, ResultsPaths, fit
-from tinysd_batch.storage import write_atomically
+from tinysd_batch.job.plan.batches import IMAGES_PER_FOLDER, file_name
+from tinysd_batch.job.results.compare import as_images, find_differences, read_saved_images
+from tinysd_batch.job.results.table import FIELDS, ResultsPaths, fit
+from tinysd_batch.job.results.writer import SEAL_ROWS, to_parquet
+from tinysd_batch.storage.atomic import write_atomically
 
 SEED = 1_000_000
 SIZES = (300_000, 500_000)  # bytes of an image, the least and the most

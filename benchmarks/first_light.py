@@ -26,12 +26,12 @@ from benchmarks.trivial import Silent, TrivialModel
 from tinysd_batch import TinySD
 from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.pool import InlinePool
-from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
-from tinysd_batch.model.fbgemm import unpack_by_rows, unpack_rows_torch
-from tinysd_batch.model.unpacking import has_kernels, unpack
-from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.worker import Worker, WorkerSetup, usable_cores
+from tinysd_batch.model.packed.dequantize import has_kernels, unpack
+from tinysd_batch.model.packed.fbgemm import unpack_by_rows, unpack_rows_torch
+from tinysd_batch.quantize.solve.affine import quantize_matrix
 
 ROUNDS = 5
 

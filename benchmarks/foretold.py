@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.full_size import MODEL, make_model
-from tinysd_batch.model.memory import LivePeak, Phase, Shape, Way
+from tinysd_batch.model.offload.planner import LivePeak, Phase, Shape, Way
 from tinysd_batch.model.pipeline import TinySD
 
 SIZES = (256, 512, 768)

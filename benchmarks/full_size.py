@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinysd_batch.model.packing import Layout
+from tinysd_batch.model.packed.format import Layout
 
 MODEL = Path("outputs/random-sd-v1")
 STEPS = 4
@@ -60,10 +60,10 @@ def make_model(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tinysd_batch.model.checkpoint import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
-    from tinysd_batch.model.info import WEIGHTS
-    from tinysd_batch.quantize.clip_tokenizer import write_tokenizer
+    from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
+    from tinysd_batch.model.checkpoint.info import WEIGHTS
     from tinysd_batch.quantize.presets import layers_to_pack
+    from tinysd_batch.quantize.sources.clip_tokenizer import write_tokenizer
 
     print(f"making {folder}", file=sys.stderr)
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def make_model(folder: Path) -> None:
 
 def random_packed(layer: nn.Module, layout: Layout, generator: torch.Generator) -> tuple[Any, tuple[int, ...]]:
     """Codes at random; a scale by which the layer keeps the spread of what it is given."""
-    from tinysd_batch.model.packing import PackedWeight
+    from tinysd_batch.model.packed.format import PackedWeight
 
     assert isinstance(layer.weight, Tensor)
     shape = tuple(layer.weight.shape)

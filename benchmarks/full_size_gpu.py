@@ -30,12 +30,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks.full_size import MODEL, SD_V1_UNET, make_model
-from tinysd_batch.model.devices import overhead
-from tinysd_batch.model.graphs import WORTH_IT, CapturedStep
-from tinysd_batch.model.memory import SMALL_WORKSPACE, WORKSPACE_CONFIG, Phase, Shape, Way
-from tinysd_batch.model.packing import Layout
+from tinysd_batch.model.device.cuda_graph import WORTH_IT, CapturedStep
+from tinysd_batch.model.device.select import overhead
+from tinysd_batch.model.offload.planner import SMALL_WORKSPACE, WORKSPACE_CONFIG, Phase, Shape, Way
+from tinysd_batch.model.packed.dequantize import has_kernels, unpack
+from tinysd_batch.model.packed.format import Layout
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.model.unpacking import has_kernels, unpack
 
 STEPS = 20
 PICTURES = 3  # drawn by a process; the first loads kernels, and is the one whose memory is watched

@@ -21,12 +21,12 @@ from typing import Any
 
 from benchmarks.trivial import SIDE_PX, Silent, TrivialModel, TrivialPool, TrivialProcess
 from tinysd_batch.config import Settings
-from tinysd_batch.job.cluster import start_ray
 from tinysd_batch.job.driver import run_job
-from tinysd_batch.job.folder import Job, open_job
-from tinysd_batch.job.parcels import Parcel
-from tinysd_batch.job.pool import InlinePool
-from tinysd_batch.job.worker import Worker, WorkerSetup, usable_cores
+from tinysd_batch.job.ray_workers.cluster import start_ray
+from tinysd_batch.job.ray_workers.result_batches import Parcel
+from tinysd_batch.job.state.open_job import Job, open_job
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.worker import Worker, WorkerSetup, usable_cores
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch
 from tinysd_batch.report.status import read_status
 
@@ -169,7 +169,7 @@ def ray_data_run(images: int) -> float:
 
 
 def one_image(job: Job, number: int) -> MicroBatch:
-    from tinysd_batch.job.plan import neutral_image
+    from tinysd_batch.job.plan.batches import neutral_image
 
     image: ImageRequest = replace(
         neutral_image(job.settings), index=number + 1, seed=number, file_name=f"images/00000/seed_{number}.png"

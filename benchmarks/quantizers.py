@@ -33,20 +33,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import adaround
-from tinysd_batch.model.info import WEIGHTS
-from tinysd_batch.model.packing import to_matrix
-from tinysd_batch.quantize.allocate import least_layouts
-from tinysd_batch.quantize.calib import quantize_calibrated
-from tinysd_batch.quantize.calibrate import from_matrix
-from tinysd_batch.quantize.fast import quantize_model
-from tinysd_batch.quantize.folder import convert_model, open_source
-from tinysd_batch.quantize.hessian import layer_of
-from tinysd_batch.quantize.measure import Errors, measure
+from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.packed.format import to_matrix
+from tinysd_batch.quantize.bit_allocation import least_layouts
+from tinysd_batch.quantize.calibration.layerwise import from_matrix
+from tinysd_batch.quantize.calibration.run import quantize_calibrated
+from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
+from tinysd_batch.quantize.calibration.unet_blocks import Walker
+from tinysd_batch.quantize.convert import convert_model, open_source
+from tinysd_batch.quantize.data_free import quantize_model
+from tinysd_batch.quantize.evaluate.compare import Errors, measure
 from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources import Options
-from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
-from tinysd_batch.quantize.units import Walker
+from tinysd_batch.quantize.solve.hessian import layer_of
+from tinysd_batch.quantize.sources.checkpoint_source import Options
 from tinysd_batch.report.similarity import mean_ssim
 from training.repack import EMBEDDED as SHIPPED
 from training.repack import float_folder

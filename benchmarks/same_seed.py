@@ -19,13 +19,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from tinysd_batch.config import SAMPLERS, Settings
-from tinysd_batch.job.folder import common_of, defaults_of, fill_in_model_defaults
-from tinysd_batch.job.manifest import check_row
-from tinysd_batch.job.plan import cut_batches, plan_images
-from tinysd_batch.job.pool import BatchDone, ChunkDone, InlinePool, Pool
-from tinysd_batch.job.ray_pool import RayPool
-from tinysd_batch.job.worker import WorkerSetup
-from tinysd_batch.model.info import read_model_info
+from tinysd_batch.job.manifest.validate import check_row
+from tinysd_batch.job.plan.batches import cut_batches, plan_images
+from tinysd_batch.job.ray_workers.pool import RayPool
+from tinysd_batch.job.state.open_job import common_of, defaults_of, fill_in_model_defaults
+from tinysd_batch.job.workers.inline_pool import BatchDone, ChunkDone, InlinePool, Pool
+from tinysd_batch.job.workers.worker import WorkerSetup
+from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.records import MicroBatch, Row, Status
 
 IMAGES_PER_ROW = 4

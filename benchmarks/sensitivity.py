@@ -6,7 +6,7 @@
 
 Levels count from the largest maps. Errors are those of the guided noise prediction along the float model's
 trajectories, without calibration. `weighs` is that error over the layers' own relative errors: what
-`quantize --target-size` takes to be the harm of an error in such a layer (`quantize/allocate.py`).
+`quantize --target-size` takes to be the harm of an error in such a layer (`quantize/bit_allocation.py`).
 """
 
 import argparse
@@ -19,16 +19,16 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.quantizers import ROOT, held_out
-from tinysd_batch.model.packing import Layout, to_matrix
-from tinysd_batch.model.unpacking import unpack
-from tinysd_batch.quantize.affine import quantize_matrix
-from tinysd_batch.quantize.calibrate import from_matrix
-from tinysd_batch.quantize.folder import open_source
-from tinysd_batch.quantize.measure import sqnr_db
+from tinysd_batch.model.packed.dequantize import unpack
+from tinysd_batch.model.packed.format import Layout, to_matrix
+from tinysd_batch.quantize.calibration.layerwise import from_matrix
+from tinysd_batch.quantize.calibration.trajectories import Trajectories
+from tinysd_batch.quantize.convert import open_source
+from tinysd_batch.quantize.evaluate.compare import sqnr_db
 from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, level_of, sort_of, unet_bytes
 from tinysd_batch.quantize.recipe import read_recipe
-from tinysd_batch.quantize.sources import Options, Part
-from tinysd_batch.quantize.trajectories import Trajectories
+from tinysd_batch.quantize.solve.affine import quantize_matrix
+from tinysd_batch.quantize.sources.checkpoint_source import Options, Part
 from training.repack import float_folder
 
 EVERY = 3  # of the trajectory's times

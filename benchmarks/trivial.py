@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from tinysd_batch.job.pool import WorkerLost, WorkerReady
-from tinysd_batch.job.ray_pool import RayPool, WorkerProcess
-from tinysd_batch.job.summary import InvalidRows
-from tinysd_batch.job.worker import WorkerSetup
+from tinysd_batch.job.dispatch.job_progress import InvalidRows
+from tinysd_batch.job.ray_workers.pool import RayPool, WorkerProcess
+from tinysd_batch.job.workers.inline_pool import WorkerLost, WorkerReady
+from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
 
 SIDE_PX = 64

@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 
 from tests.tools import DEFAULT_EXAMPLES, made_once, write_json
-from tinysd_batch.model.info import embedded_path
+from tinysd_batch.model.checkpoint.info import embedded_path
 
 # Heavy libraries are imported in fixtures: the process that only hands out tests to its workers has no use for them.
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def write_float_model(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model packed to 2, 4 and 8 bits."""
-    from tinysd_batch.quantize.fast import quantize_folder
+    from tinysd_batch.quantize.data_free import quantize_folder
 
     return made_once(tmp_path_factory, "models/packed", lambda out: quantize_folder(float_model, out, "quality"))
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tinysd_batch.quantize.clip_tokenizer import VOCABULARY
+from tinysd_batch.quantize.sources.clip_tokenizer import VOCABULARY
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
 TEXT_WIDTH = 32

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.tools import Capture, Change, call, check_refused, check_whole, command, draw, environment, parquet_bytes
-from tinysd_batch.job.precision_record import RECORD_FILE
-from tinysd_batch.job.rows import ROWS_FILE
+from tinysd_batch.job.manifest.snapshot import ROWS_FILE
+from tinysd_batch.job.state.precision_record import RECORD_FILE
 
 pytestmark = pytest.mark.timeout(60)
 

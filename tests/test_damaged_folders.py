@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tools import Capture, Change, call, check_refused, draw, instead, parquet_bytes, put, remove, set_json
-from tinysd_batch.model.info import WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -14,9 +14,9 @@ import typer
 from tinysd_batch import __version__
 from tinysd_batch.cli import app
 from tinysd_batch.errors import TinySDError
-from tinysd_batch.job.columns import SPELLINGS
-from tinysd_batch.job.formats import READERS
-from tinysd_batch.job.tables import FIELDS
+from tinysd_batch.job.manifest.columns import SPELLINGS
+from tinysd_batch.job.manifest.readers import READERS
+from tinysd_batch.job.results.table import FIELDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

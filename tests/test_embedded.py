@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.tools import run_here
 from tinysd_batch import TinySD
-from tinysd_batch.model.info import WEIGHTS, embedded_path
+from tinysd_batch.model.checkpoint.info import WEIGHTS, embedded_path
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12

@@ -9,8 +9,8 @@ from PIL import Image
 
 from tests.tools import check_whole, run
 from tinysd_batch.config import SAMPLERS, read_job_file, read_preset, resolve
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.manifest import read_rows
+from tinysd_batch.job.manifest.validate import read_rows
+from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.records import InvalidRow, Row
 

@@ -15,10 +15,10 @@ import pytest
 
 from tests.tools import run_here
 from tinysd_batch.config import Settings
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.identity import image_id
-from tinysd_batch.job.plan import plan_images
-from tinysd_batch.job.tables import ResultsPaths
+from tinysd_batch.job.plan.batches import plan_images
+from tinysd_batch.job.plan.image_id import image_id
+from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import Row, SamplingParams
 

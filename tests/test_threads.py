@@ -26,7 +26,7 @@ def run_python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "users"),
     [
-        ("tinysd_batch.job.worker", {}),
+        ("tinysd_batch.job.workers.worker", {}),
         ("tinysd_batch", {"OMP_WAIT_POLICY": "ACTIVE"}),
         ("tinysd_batch", {"GOMP_SPINCOUNT": "infinity"}),
         ("tinysd_batch", {"KMP_BLOCKTIME": "200"}),

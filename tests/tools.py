@@ -24,14 +24,14 @@ import pytest
 from tests.fork_server import ForkedProcess, is_forkable
 from tinysd_batch.cli import main
 from tinysd_batch.config import Settings
+from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.driver import Summary, run_job
-from tinysd_batch.job.folder import Job, open_job
-from tinysd_batch.job.pool import InlinePool, WorkerLost, WorkerReady
-from tinysd_batch.job.summary import InvalidRows
-from tinysd_batch.job.tables import readable
-from tinysd_batch.job.worker import WorkerSetup
+from tinysd_batch.job.results.table import readable
+from tinysd_batch.job.state.open_job import Job, open_job
+from tinysd_batch.job.workers.inline_pool import InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
-from tinysd_batch.storage import TEMPORARY_PREFIX
+from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 
 Capture = pytest.CaptureFixture[str]
 Change = Callable[[Path], object]

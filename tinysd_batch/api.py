@@ -87,8 +87,8 @@ def submit(
 
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.job.open_pool import pool_for
-    from tinysd_batch.job.resume import prepare_job
-    from tinysd_batch.report.progress import RunProgress
+    from tinysd_batch.job.state.resolve import prepare_job
+    from tinysd_batch.report.progress_bar import RunProgress
 
     job, _ = prepare_job(
         Path(manifest), Path(output) if output is not None else None, (), own_names(settings),
@@ -156,8 +156,8 @@ def read_results(folder: str | Path, columns: Sequence[str] | None = None) -> "p
         UsageError: the folder is not a job, or has no such column.
         StorageError: a file of the table is damaged.
     """
-    from tinysd_batch.job.folder import read_job_json
-    from tinysd_batch.job.tables import ResultsPaths
+    from tinysd_batch.job.results.table import ResultsPaths
+    from tinysd_batch.job.state.open_job import read_job_json
 
     read_job_json(Path(folder))
     columns = [columns] if isinstance(columns, str) else columns

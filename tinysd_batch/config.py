@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.storage import read_file
+from tinysd_batch.storage.atomic import read_file
 from tinysd_batch.text import decode_text, normalize_text
 from tinysd_batch.values import is_missing_number, is_nan, read_whole_number
 

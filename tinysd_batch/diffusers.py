@@ -22,10 +22,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.checkpoint import QUANT_METHOD, check_format, check_names, check_tensor, layouts_of
-from tinysd_batch.model.correction import NoiseCorrection, parse_correction
-from tinysd_batch.model.devices import choose_device
-from tinysd_batch.model.packed import swap_packed_layers
+from tinysd_batch.model.checkpoint.folder import QUANT_METHOD, check_format, check_names, check_tensor, layouts_of
+from tinysd_batch.model.device.select import choose_device
+from tinysd_batch.model.packed.layers import swap_packed_layers
+from tinysd_batch.model.sampling.noise_correction import NoiseCorrection, parse_correction
 
 # diffusers finds out how to load `AutoencoderKLDecoder` by the base classes that it sees in this module.
 __all__ = ["AutoencoderKLDecoder", "ModelMixin", "TinySDConfig", "TinySDQuantizer"]
@@ -65,7 +65,7 @@ class TinySDQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers is 
         if not self.pre_quantized:
             raise UsageError(
                 "diffusers cannot pack a float model while it loads it; "
-                "tinysd_batch.quantize.fast.quantize_folder writes a packed folder"
+                "tinysd_batch.quantize.data_free.quantize_folder writes a packed folder"
             )
         for device in set(device_map.values()) if isinstance(device_map, Mapping) else ():
             if device == "disk":

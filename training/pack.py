@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinysd_batch.model.checkpoint import write_packed_unet, write_pipeline_index
-from tinysd_batch.model.packing import PackedWeight
+from tinysd_batch.model.checkpoint.folder import write_packed_unet, write_pipeline_index
+from tinysd_batch.model.packed.format import PackedWeight
 from training import captions, checkpoints, unet, vae
 
 STEPS, SCALE = 20, 2.0
@@ -101,7 +101,7 @@ def read_float(build: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
 if __name__ == "__main__":
     # A model from whatever training has reached, data-free at 2 bits: to look at while it runs.
-    from tinysd_batch.quantize.fast import quantize_unet
+    from tinysd_batch.quantize.data_free import quantize_unet
 
     here = Path(__file__).parent
     torch.set_num_threads(1)

@@ -81,7 +81,7 @@ start() {
 
 stop() {
     for box in "$@"; do
-        on "$box" "$BIN/python -P -m tinysd_batch.job.guardian $MARK $FOLDER/ray && (rmdir $FOLDER 2> /dev/null || true)" \
+        on "$box" "$BIN/python -P -m tinysd_batch.job.ray_workers.reaper $MARK $FOLDER/ray && (rmdir $FOLDER 2> /dev/null || true)" \
             < /dev/null
     done
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinysd_batch.model.kernels import CONVERSIONS
+from tinysd_batch.model.packed.cuda_kernel import CONVERSIONS
 
 if TYPE_CHECKING:
     from tests.card.card import Card

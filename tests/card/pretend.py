@@ -16,12 +16,14 @@ from tests.card.driver import Driver, Runtime, check, compile_kernel
 from tests.card.graphs import Graph
 from tests.card.streams import Race
 from tests.card.tensors import CardMode, CardTensor
-from tinysd_batch.model import devices, graphs, kernels, precision, residency, unpacking
+from tinysd_batch.model.device import cuda_graph, dtype, select
+from tinysd_batch.model.offload import offloader
+from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 REMEMBERED = (
-    devices.overhead, graphs.working_stream, kernels.kernel, precision.probe, residency.copying_stream,
-    unpacking.has_kernels,
+    select.overhead, cuda_graph.working_stream, cuda_kernel.kernel, dtype.probe, offloader.copying_stream,
+    dequantize.has_kernels,
 )  # fmt: skip
 
 
@@ -31,7 +33,7 @@ def pretended(card: Card) -> Iterator[Card]:
     with pytest.MonkeyPatch.context() as patch:
         CardTensor.card = card
         Race.met.clear()
-        patch.setattr(kernels, "ctypes", driver_in_place_of_cuda(card))
+        patch.setattr(cuda_kernel, "ctypes", driver_in_place_of_cuda(card))
         for name, answer in answers(card).items():
             patch.setattr(torch.cuda, name, answer)
         for name in ("can_use_flash_attention", "can_use_efficient_attention"):
@@ -68,8 +70,8 @@ def guarding_nothing() -> Iterator[None]:
 def forget() -> None:
     for function in REMEMBERED:
         function.cache_clear()
-    devices.WORKSPACES.clear()
-    unpacking.SCRATCH.release(torch.device("cuda"))
+    select.WORKSPACES.clear()
+    dequantize.SCRATCH.release(torch.device("cuda"))
 
 
 def driver_in_place_of_cuda(card: Card) -> SimpleNamespace:

@@ -18,12 +18,12 @@ from benchmarks.trivial import TrivialModel, TrivialPool, TrivialProcess
 from tinysd_batch.cli.signals import stop_on_signals
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError
-from tinysd_batch.job import dispatch
+from tinysd_batch.job.dispatch import dispatcher
+from tinysd_batch.job.dispatch.chunk_size import Patience
 from tinysd_batch.job.driver import run_job
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.scheduler import Patience
-from tinysd_batch.job.worker import WorkerSetup
-from tinysd_batch.report.progress import RunProgress
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.worker import WorkerSetup
+from tinysd_batch.report.progress_bar import RunProgress
 
 
 class DeviceError(RuntimeError):
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=120.0)
     parser.add_argument("--take-over", action="store_true")
     given = parser.parse_args()
-    setattr(dispatch, "Patience", functools.partial(Patience, given.patience, 10.0, given.patience))  # noqa: B010
+    setattr(dispatcher, "Patience", functools.partial(Patience, given.patience, 10.0, given.patience))  # noqa: B010
     job = open_job(given.manifest, given.job, Settings(height=64, width=64, seed=1))
     setup = WorkerSetup.of(
         job.settings, job.model, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),

@@ -17,12 +17,14 @@ import pytest
 
 from benchmarks.trivial import Silent
 from tests.chaos.simulator import Faults, KilledError, SimPool, World, told
-from tinysd_batch import storage
-from tinysd_batch.job import driver, results, tables
-from tinysd_batch.job.folder import Job
-from tinysd_batch.job.plan import RowImages, cut_batches, plan_images
-from tinysd_batch.job.summary import InvalidRows
+from tinysd_batch.job import driver
+from tinysd_batch.job.dispatch.job_progress import InvalidRows
+from tinysd_batch.job.plan.batches import RowImages, cut_batches, plan_images
+from tinysd_batch.job.results import table as tables
+from tinysd_batch.job.results import writer
+from tinysd_batch.job.state.open_job import Job
 from tinysd_batch.records import ImageRequest, ImageResult, Row, Status
+from tinysd_batch.storage import atomic
 
 # Enough of the table to check it by: a row of all columns takes half a millisecond.
 COLUMNS = ("index", "row", "status", "file_name", "sha256", "error_class")
@@ -58,11 +60,11 @@ class MemoryWorld(World):
 
     def put(self, data: Any, path: Path) -> None:
         """In place of `storage.write_atomically`."""
-        with storage.storage_errors(path), self.write(data, path.parent):
+        with atomic.storage_errors(path), self.write(data, path.parent):
             self.tables[path] = data
 
     def save_job(self, job: Job, *_: Any) -> Job:
-        with storage.storage_errors(job.folder), self.write(b"", job.folder):
+        with atomic.storage_errors(job.folder), self.write(b"", job.folder):
             return job
 
     def publish(self, image: ImageRequest) -> ImageResult:
@@ -70,7 +72,7 @@ class MemoryWorld(World):
         self.generations += drawn
         self.wasted += drawn and self.fault_of_run is not None and self.writes + 1 == self.fault_of_run[1]
         data = b"%s drawn as number %d" % (image.image_id.encode(), self.generations)
-        with storage.storage_errors(self.folder), self.write(data, self.folder):
+        with atomic.storage_errors(self.folder), self.write(data, self.folder):
             return told(image, self.pictures.setdefault(image.file_name, data))
 
     def adopt(self, job_folder: Path, image: ImageRequest) -> ImageResult | None:
@@ -102,11 +104,11 @@ class MemoryWorld(World):
             (driver, "record_earlier", lambda *_: None),
             (driver, "sweep", self.sweep),
             (driver, "todo", lambda _, finished: cut_batches(self.planned, finished)),
-            (results, "ResultsPaths", paths),
-            (results, "to_parquet", lambda table, compression="": table),
-            (results, "write_atomically", self.put),
-            (results, "read_footer", self.read_footer),
-            (results, "read_table", self.read_table),
+            (writer, "ResultsPaths", paths),
+            (writer, "to_parquet", lambda table, compression="": table),
+            (writer, "write_atomically", self.put),
+            (writer, "read_footer", self.read_footer),
+            (writer, "read_table", self.read_table),
             (tables, "read_footer", self.read_footer),
             (tables, "read_table", self.read_table),
         ]

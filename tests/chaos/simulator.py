@@ -22,17 +22,19 @@ import pytest
 
 from benchmarks.trivial import Silent
 from tests.tools import check_whole, write_csv
-from tinysd_batch import storage
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
-from tinysd_batch.job import dispatch, driver, results, tables
-from tinysd_batch.job.failures import POLICY, Action, Fault
-from tinysd_batch.job.folder import Job, stamp
-from tinysd_batch.job.manifest import fingerprint
-from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, WorkerLost, WorkerReady
-from tinysd_batch.job.scheduler import Patience, work_of
-from tinysd_batch.model.info import ModelInfo
+from tinysd_batch.job import driver
+from tinysd_batch.job.dispatch import dispatcher
+from tinysd_batch.job.dispatch.chunk_size import Patience, work_of
+from tinysd_batch.job.manifest.validate import fingerprint
+from tinysd_batch.job.results import table, writer
+from tinysd_batch.job.state.open_job import Job, stamp
+from tinysd_batch.job.workers.faults import POLICY, Action, Fault
+from tinysd_batch.job.workers.inline_pool import BatchDone, ChunkDone, Event, WorkerLost, WorkerReady
+from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
+from tinysd_batch.storage import atomic
 
 MODEL = ModelInfo(Path("none"), "none", "00" * 16, 64, 4, 8, 8, 2, 2.0, 75, 1)
 BOOT_S, BACKOFF_S = 5.0, 2.0
@@ -130,12 +132,12 @@ class World:
         return driver.run_job(self.job(), lambda _: SimPool(self), Silent(), lambda: False)
 
     def leftovers(self) -> list[Path]:
-        return list(self.folder.rglob(f"{storage.TEMPORARY_PREFIX}*"))
+        return list(self.folder.rglob(f"{atomic.TEMPORARY_PREFIX}*"))
 
     def rows(self, images: int) -> list[dict[str, Any]]:
         """The table, after all has been looked at that a finished job promises."""
         return check_whole(
-            self.folder, images, lambda job: tables.read_table(job / "results.parquet").to_pylist()
+            self.folder, images, lambda job: table.read_table(job / "results.parquet").to_pylist()
         )  # fmt: skip
 
     def orphan_workers(self) -> None:
@@ -166,7 +168,7 @@ class World:
         if not self.adopt(self.folder, image):
             self.generations += 1
             self.wasted += self.fault_of_run is not None and self.writes + 1 == self.fault_of_run[1]
-        data = storage.publish(
+        data = atomic.publish(
             b"%s drawn as number %d" % (mark, self.generations), path, self.folder / "_tinysd" / "tmp",
             lambda found: found.startswith(mark),
         )  # fmt: skip
@@ -185,7 +187,7 @@ class World:
         self.writes += 1
         what, at = self.fault_of_run or ("", 0)
         strikes = self.writes == at or (what == "full" and self.writes > at)
-        temporary = folder / f"{storage.TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        temporary = folder / f"{atomic.TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         if strikes and what == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if strikes and what == "kill_torn":
@@ -217,13 +219,13 @@ class World:
                 raise KilledError
             sweep(job)
 
-        timed = functools.partial(dispatch.Dispatch, clock=self.clock, patience=Patience(60.0, 10.0, 300.0))
+        timed = functools.partial(dispatcher.Dispatch, clock=self.clock, patience=Patience(60.0, 10.0, 300.0))
         monkeypatch.setattr(driver, "Dispatch", timed)
-        monkeypatch.setattr(dispatch, "adopt", self.adopt)
+        monkeypatch.setattr(dispatcher, "adopt", self.adopt)
         monkeypatch.setattr(driver, "sweep", sweep_unless_killed)
-        monkeypatch.setattr(results, "time", SimpleNamespace(monotonic=self.clock))
-        monkeypatch.setattr(storage, "synced_temporary", self.write)
-        monkeypatch.setattr(storage, "sync_path", lambda _: None)
+        monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=self.clock))
+        monkeypatch.setattr(atomic, "synced_temporary", self.write)
+        monkeypatch.setattr(atomic, "sync_path", lambda _: None)
 
 
 class SimPool:

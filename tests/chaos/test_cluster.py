@@ -25,9 +25,9 @@ PRELUDE = """
     from tinysd_batch.config import Settings
     from tinysd_batch.errors import NoWorkerError
     from tinysd_batch.job.driver import run_job
-    from tinysd_batch.job.folder import open_job
-    from tinysd_batch.job.pool import WorkerReady
-    from tinysd_batch.job.worker import WorkerSetup
+    from tinysd_batch.job.state.open_job import open_job
+    from tinysd_batch.job.workers.inline_pool import WorkerReady
+    from tinysd_batch.job.workers.worker import WorkerSetup
 
     class Told(Silent):
         def worker(self, event):

@@ -222,7 +222,7 @@ def test_a_disk_that_fills_in_mid_run(tmp_path: Path) -> None:
 LATE_WRITER = """
     import os, signal, sys
     from pathlib import Path
-    from tinysd_batch.storage import publish
+    from tinysd_batch.storage.atomic import publish
 
     data, path, scratch, stops = sys.argv[1].encode(), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "stops"
     link = os.link

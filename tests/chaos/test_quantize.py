@@ -12,8 +12,8 @@ import pytest
 
 from tests.quantize.test_calib import EMBEDDED, small_unet
 from tests.tools import command, environment, run
-from tinysd_batch.model.info import WEIGHTS
-from tinysd_batch.storage import TEMPORARY_PREFIX
+from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 LAYERS = 78

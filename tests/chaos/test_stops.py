@@ -37,7 +37,7 @@ from tests.tools import (
     stop_between_writes,
     write_csv,
 )
-from tinysd_batch.job.worker import Worker
+from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.records import ImageResult
 
 __all__ = ["manifest"]  # a fixture

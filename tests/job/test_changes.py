@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.tools import check_whole, read_results, run_here
-from tinysd_batch.job import results
-from tinysd_batch.job.tables import ResultsPaths, read_table
-from tinysd_batch.job.worker import Worker
+from tinysd_batch.job.results import writer
+from tinysd_batch.job.results.table import ResultsPaths, read_table
+from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import ImageResult
 
@@ -288,7 +288,7 @@ def test_failed_images_are_tried_again(
     manifest: Path, tmp_path: Path, submit: Program, cursed: set[int], monkeypatch: pytest.MonkeyPatch,
     rows_of_a_small_job: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(results, "ONE_FILE_ROWS", rows_of_a_small_job)
+    monkeypatch.setattr(writer, "ONE_FILE_ROWS", rows_of_a_small_job)
     assert submit(manifest, "-o", "job", "--seed", 5).returncode == 3
     assert submit(manifest, "-o", "job").returncode == 3
     cursed.remove(6)
@@ -310,7 +310,7 @@ def test_a_job_that_grows_big_goes_on_in_parts(
     manifest: Path, tmp_path: Path, submit: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(manifest, "-o", "job")
-    monkeypatch.setattr(results, "ONE_FILE_ROWS", 4)
+    monkeypatch.setattr(writer, "ONE_FILE_ROWS", 4)
     write(manifest, *PROMPTS, "fox")
     submit(manifest, "-o", "job")
     job = tmp_path / "job"

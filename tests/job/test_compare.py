@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tools import check_whole, names_below, read_results, run_here, snapshot
-from tinysd_batch.job import results
-from tinysd_batch.job.compare import FileState, compare_folders, find_differences
-from tinysd_batch.job.tables import ResultsPaths, read_table
-from tinysd_batch.job.worker import Worker
+from tinysd_batch.job.results import writer
+from tinysd_batch.job.results.compare import FileState, compare_folders, find_differences
+from tinysd_batch.job.results.table import ResultsPaths, read_table
+from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import ImageResult
 
@@ -167,7 +167,7 @@ def test_images_that_were_not_saved_are_not_missing(submit: Program, tmp_path: P
 def test_a_large_job_keeps_one_row_an_image(
     submit: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(results, "ONE_FILE_ROWS", 2)
+    monkeypatch.setattr(writer, "ONE_FILE_ROWS", 2)
     submit("-o", "job")
     rows = ResultsPaths(tmp_path / "job").read_newest(["row", "index", "file_name"])
     (tmp_path / "job" / rows["file_name"][3].as_py()).unlink()

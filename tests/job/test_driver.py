@@ -16,11 +16,11 @@ from PIL import Image
 from tests.tools import Quiet, check_whole, draw, read_results, setup_for, write_csv
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, StorageError, UsageError
-from tinysd_batch.job.dispatch import Dispatch
+from tinysd_batch.job.dispatch.dispatcher import Dispatch
 from tinysd_batch.job.driver import run_job
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost
-from tinysd_batch.job.worker import Worker, WorkerSetup
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.inline_pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost
+from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 
 

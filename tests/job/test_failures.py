@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 
 from tests.tools import check_whole, draw, setup_for, write_csv
-from tinysd_batch import storage
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, NotFiniteError, StorageError, UsageError
-from tinysd_batch.job.failures import POLICY, Action, Charged, Fault, error_class, fault_of, loss_of
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.plan import cut_batches, plan_images
-from tinysd_batch.job.ray_pool import WorkerProcess
-from tinysd_batch.job.savings import LADDER, Limit, pieces
-from tinysd_batch.job.slots import Slot
-from tinysd_batch.model import pipeline, unet
+from tinysd_batch.job.plan.batches import cut_batches, plan_images
+from tinysd_batch.job.ray_workers.pool import WorkerProcess
+from tinysd_batch.job.ray_workers.slots import Slot
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.faults import POLICY, Action, Charged, Fault, error_class, fault_of, loss_of
+from tinysd_batch.job.workers.oom_fallback import LADDER, Limit, pieces
+from tinysd_batch.model import pipeline
+from tinysd_batch.model.nn import unet
 from tinysd_batch.records import Status
+from tinysd_batch.storage import atomic
 
 
 def from_os(number: int) -> StorageError:
@@ -203,10 +204,10 @@ def test_what_may_pass_is_waited_for(
     monkeypatch.setattr(os, "fsync", fsync)
     if raises:
         with pytest.raises(StorageError, match="Input/output error"):
-            storage.publish(b"x", tmp_path / "x", tmp_path / "tmp", lambda _: False)
+            atomic.publish(b"x", tmp_path / "x", tmp_path / "tmp", lambda _: False)
         assert len(waited) == 5
     else:
-        storage.publish(b"x", tmp_path / "x", tmp_path / "tmp", lambda _: False)
+        atomic.publish(b"x", tmp_path / "x", tmp_path / "tmp", lambda _: False)
         assert (tmp_path / "x").read_bytes() == b"x"
         assert len(waited) == 3
     assert not list((tmp_path / "tmp").iterdir())
@@ -219,7 +220,7 @@ def test_a_full_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError):
-        storage.publish(b"x", tmp_path / "x", tmp_path / "tmp", lambda _: False)
+        atomic.publish(b"x", tmp_path / "x", tmp_path / "tmp", lambda _: False)
 
 
 def test_every_saving_is_known_to_the_model_and_changes_no_picture(tiny_model: Path) -> None:

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from tests.job.test_manifest import DEFAULTS, reason, rows_of
 from tests.tools import environment, examples
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.columns import near_misses
-from tinysd_batch.job.folder import default_folder
-from tinysd_batch.job.formats import READERS
-from tinysd_batch.job.manifest import read_rows
-from tinysd_batch.job.text_lines import MAX_LINE_CHARACTERS
+from tinysd_batch.job.manifest.columns import near_misses
+from tinysd_batch.job.manifest.formats.text_lines import MAX_LINE_CHARACTERS
+from tinysd_batch.job.manifest.readers import READERS
+from tinysd_batch.job.manifest.validate import read_rows
+from tinysd_batch.job.state.open_job import default_folder
 from tinysd_batch.records import InvalidRow, Row
 
 ROWS: list[dict[str, object]] = [
@@ -232,7 +232,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from tests.job.test_manifest import DEFAULTS
-from tinysd_batch.job.manifest import read_rows
+from tinysd_batch.job.manifest.validate import read_rows
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 kinds = [type(row).__name__ for row in read_rows(Path(sys.argv[1]), DEFAULTS)]

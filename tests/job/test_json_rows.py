@@ -9,7 +9,7 @@ import pytest
 from tests.job.test_manifest import DEFAULTS, reason
 from tests.job.test_spreadsheets import read
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest import read_rows
+from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.records import InvalidRow, Row
 
 

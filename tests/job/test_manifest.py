@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.tools import write_csv
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest import Defaults, check_row, read_rows
+from tinysd_batch.job.manifest.validate import Defaults, check_row, read_rows
 from tinysd_batch.records import InvalidRow, Row
 
 DEFAULTS = Defaults(

@@ -16,10 +16,16 @@ import pytest
 
 from tests.tools import check_whole, environment, run, write_csv
 from tinysd_batch.errors import NoWorkerError
-from tinysd_batch.job import guardian
-from tinysd_batch.job.own_ray import how_ended
-from tinysd_batch.job.ray_calls import Caller, RayLostError
-from tinysd_batch.job.ray_folder import MAX_SOCKET_PATH_BYTES, PREFIX, SOCKET_BYTES, make_folder, remove_stale
+from tinysd_batch.job.ray_workers import reaper
+from tinysd_batch.job.ray_workers.bounded_calls import Caller, RayLostError
+from tinysd_batch.job.ray_workers.local_ray import how_ended
+from tinysd_batch.job.ray_workers.temp_folder import (
+    MAX_SOCKET_PATH_BYTES,
+    PREFIX,
+    SOCKET_BYTES,
+    make_folder,
+    remove_stale,
+)
 
 
 @pytest.fixture
@@ -76,7 +82,7 @@ def without_network(*command: str, **more: str) -> subprocess.CompletedProcess[s
 
 
 def test_without_a_loopback_ray_is_not_started() -> None:
-    script = "from tinysd_batch.job.own_ray import check_loopback; check_loopback()"
+    script = "from tinysd_batch.job.ray_workers.local_ray import check_loopback; check_loopback()"
     done = without_network(sys.executable, "-c", script)
     assert "NoWorkerError: Ray could not start: 127.0.0.1 cannot be reached on this machine" in done.stderr
     assert "--inline" in done.stderr
@@ -85,9 +91,9 @@ def test_without_a_loopback_ray_is_not_started() -> None:
 def test_a_start_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     (tmp_path / "session").mkdir()
     guarding = subprocess.Popen(
-        [sys.executable, "-I", "-S", guardian.__file__, "word", str(tmp_path / "session"), "0.2"], stdin=subprocess.PIPE
+        [sys.executable, "-I", "-S", reaper.__file__, "word", str(tmp_path / "session"), "0.2"], stdin=subprocess.PIPE
     )
-    started = subprocess.Popen(["sleep", "60"], env=environment(**{guardian.MARK: "word"}))
+    started = subprocess.Popen(["sleep", "60"], env=environment(**{reaper.MARK: "word"}))
     assert started.wait(timeout=30) == -signal.SIGKILL
     assert guarding.poll() is None, "it watches on"
     guarding.communicate()
@@ -111,11 +117,11 @@ def test_how_a_process_ended() -> None:
 OUTPUT = """
     import logging, os, sys
     from pathlib import Path
-    from tinysd_batch.job import ray_output
+    from tinysd_batch.job.ray_workers import ray_log
     import ray._private.worker as worker
 
-    ray_output.MAX_LOG_BYTES = 1000
-    output = ray_output.RayOutput(Path(sys.argv[1]))
+    ray_log.MAX_LOG_BYTES = 1000
+    output = ray_log.RayOutput(Path(sys.argv[1]))
     output.open()
     os.write(2, b"native\\n")
     worker.print_to_stdstream({"lines": ["state dump"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
@@ -184,10 +190,10 @@ def test_without_a_loopback_submit_ends_in_one_line(tmp_path: Path, tiny_model: 
 HANGING = """
     import time
     from tinysd_batch.errors import NoWorkerError
-    from tinysd_batch.job import own_ray
-    from tinysd_batch.job.cluster import start_ray
+    from tinysd_batch.job.ray_workers import local_ray
+    from tinysd_batch.job.ray_workers.cluster import start_ray
 
-    own_ray.START_S = 6.0
+    local_ray.START_S = 6.0
     try:
         start_ray({})
     except NoWorkerError as error:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.job.test_plan import common, row
-from tinysd_batch.job.parcels import LATE_S, Made, pack
-from tinysd_batch.job.plan import cut_batches, plan_images
+from tinysd_batch.job.plan.batches import cut_batches, plan_images
+from tinysd_batch.job.ray_workers.result_batches import LATE_S, Made, pack
 from tinysd_batch.records import ImageResult, MicroBatch, Status
 
 

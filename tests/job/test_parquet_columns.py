@@ -13,13 +13,13 @@ import pytest
 from tests.job.test_manifest import DEFAULTS, reason, rows_of
 from tests.tools import Capture, call, draw, read_results
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.folder import default_folder
-from tinysd_batch.job.formats import read_extra_fields
-from tinysd_batch.job.manifest import fingerprint, read_rows
-from tinysd_batch.job.notes import ReadingNotes
-from tinysd_batch.job.parquet_footer import column_sizes
+from tinysd_batch.export.table import export_table
+from tinysd_batch.job.manifest.formats.parquet_footer import column_sizes
+from tinysd_batch.job.manifest.notes import ReadingNotes
+from tinysd_batch.job.manifest.readers import read_extra_fields
+from tinysd_batch.job.manifest.validate import fingerprint, read_rows
+from tinysd_batch.job.state.open_job import default_folder
 from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.report.export import export_table
 
 
 def read(path: Path) -> tuple[list[Row | InvalidRow], list[str]]:
@@ -65,7 +65,7 @@ def test_a_column_of_images_is_not_read(tmp_path: Path, kind: Any, note: str) ->
 
 
 def test_row_groups_are_judged_by_the_columns_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinysd_batch.job.parquet.PARQUET_SPARE_BYTES", 1 << 20)
+    monkeypatch.setattr("tinysd_batch.job.manifest.formats.parquet.PARQUET_SPARE_BYTES", 1 << 20)
     columns = {"prompt": ["cat"] * 15, "note": ["x" * 100_000] * 15, "few": ["y" * 900] * 15}
     path = write(tmp_path / "m.parquet", columns, use_dictionary=False)
     rows, notes = read(path)

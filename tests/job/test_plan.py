@@ -5,8 +5,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.job.identity import image_id
-from tinysd_batch.job.plan import Common, count_batches, cut_batches, file_name, plan_images, split_to_singles
+from tinysd_batch.job.plan.batches import Common, count_batches, cut_batches, file_name, plan_images, split_to_singles
+from tinysd_batch.job.plan.image_id import image_id
 from tinysd_batch.records import ImageRequest, InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=512, height=512, steps=50, sampler="plms", eta=0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools import environment, run, write_csv
-from tinysd_batch.job.cluster import fault_line
+from tinysd_batch.job.ray_workers.cluster import fault_line
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -16,10 +16,10 @@ PLACEMENT = """
     import platform
     import sys
     from pathlib import Path
-    from tinysd_batch.job.pool import WorkerReady
-    from tinysd_batch.job.ray_pool import RayPool
-    from tinysd_batch.job.worker import WorkerSetup
-    from tinysd_batch.model.info import read_model_info
+    from tinysd_batch.job.workers.inline_pool import WorkerReady
+    from tinysd_batch.job.ray_workers.pool import RayPool
+    from tinysd_batch.job.workers.worker import WorkerSetup
+    from tinysd_batch.model.checkpoint.info import read_model_info
 
     if __name__ == "__main__":
         info = read_model_info(sys.argv[1])
@@ -74,7 +74,10 @@ def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path
 @pytest.mark.slow
 def test_ray_may_have_been_imported_before(tmp_path: Path) -> None:
     """Ray reads its mode of authentication on import, which a caller of ours may have done."""
-    script = "import ray; from tinysd_batch.job.cluster import *; start_ray({'num_cpus': 1}).stop(); print('END')"
+    script = (
+        "import ray; from tinysd_batch.job.ray_workers.cluster import start_ray; "
+        "start_ray({'num_cpus': 1}).stop(); print('END')"
+    )
     env = {name: value for name, value in environment().items() if name != "RAY_AUTH_MODE"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, check=False

@@ -14,12 +14,12 @@ import pytest
 from tests.tools import check_whole, draw, read_results
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, UsageError
-from tinysd_batch.job import folder as job_folder
-from tinysd_batch.job import results
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.manifest import read_rows
-from tinysd_batch.job.rows import READER
-from tinysd_batch.job.tables import ResultsPaths, read_table
+from tinysd_batch.job.manifest.snapshot import READER
+from tinysd_batch.job.manifest.validate import read_rows
+from tinysd_batch.job.results import writer
+from tinysd_batch.job.results.table import ResultsPaths, read_table
+from tinysd_batch.job.state import open_job as job_folder
+from tinysd_batch.job.state.open_job import open_job
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "0.1.0"
 MODEL = FIXTURES / "model"
@@ -141,7 +141,7 @@ def test_a_big_job_drops_the_fault_of_a_corrected_row(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though as many rows have a fault as before."""
-    monkeypatch.setattr(results, "ONE_FILE_ROWS", 2)
+    monkeypatch.setattr(writer, "ONE_FILE_ROWS", 2)
     draw(write(tmp_path, "cat,", "bee,oops", "yak,-4"), job, MODEL, **QUICK)
     rows = [row for part in ResultsPaths(job).sealed_files() for row in read_table(part).to_pylist()]
     assert sorted((row["row"], row["status"]) for row in rows) == [

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import ManifestError, StorageError
-from tinysd_batch.job import results
-from tinysd_batch.job.results import ResultsWriter, image_row, invalid_row, keep_columns, results_schema
-from tinysd_batch.job.tables import FIELDS, ResultsPaths, newest
+from tinysd_batch.job.results import writer as results
+from tinysd_batch.job.results.table import FIELDS, ResultsPaths, newest
+from tinysd_batch.job.results.writer import ResultsWriter, image_row, invalid_row, keep_columns, results_schema
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 
 RUN = {"model": "m", "model_digest": "d", "run_id": "r", "version": "0"}

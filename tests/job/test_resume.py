@@ -11,12 +11,12 @@ from PIL import Image
 from tests.tools import Quiet, check_whole, draw, read_results, setup_for
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError
-from tinysd_batch.job import results
+from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.driver import run_job
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.pool import InlinePool
-from tinysd_batch.job.summary import InvalidRows
-from tinysd_batch.job.worker import Worker
+from tinysd_batch.job.results import writer
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.worker import Worker
 
 
 def pixels(job: Path) -> dict[int, bytes]:
@@ -169,7 +169,7 @@ def test_results_without_their_job_are_refused(manifest: Path, tmp_path: Path, t
 def test_a_run_whose_journal_is_deleted_ends_resumable(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "FLUSH_EVERY_S", 0.0)
+    monkeypatch.setattr(writer, "FLUSH_EVERY_S", 0.0)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
 
     class Vandal(Quiet):

@@ -9,9 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.changes import Change, Pair, begins_with
-from tinysd_batch.job.manifest import fingerprint
-from tinysd_batch.job.rows import ROWS_FILE, KeptRow, RowKeeper, Snapshot, as_line, parse_line, read_kept_lines
+from tinysd_batch.job.manifest.changes import Change, Pair, begins_with
+from tinysd_batch.job.manifest.snapshot import (
+    ROWS_FILE,
+    KeptRow,
+    RowKeeper,
+    Snapshot,
+    as_line,
+    parse_line,
+    read_kept_lines,
+)
+from tinysd_batch.job.manifest.validate import fingerprint
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)

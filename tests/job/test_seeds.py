@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.seeds import SEEDS_FILE, SeededRow, match_seeds, read_seeds, save_seeds
+from tinysd_batch.job.state.inherited_seeds import SEEDS_FILE, SeededRow, match_seeds, read_seeds, save_seeds
 
 Spec = tuple[str | None, str]  # id, prompt
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.job.changes import Change, Merger, pair_rows
-from tinysd_batch.job.rows import ROWS_FILE, RowKeeper, Snapshot
+from tinysd_batch.job.manifest.changes import Change, Merger, pair_rows
+from tinysd_batch.job.manifest.snapshot import ROWS_FILE, RowKeeper, Snapshot
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)

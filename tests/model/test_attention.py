@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from tests.conftest import TEXT_WIDTH
-from tinysd_batch.model.attention import work_in_parts
-from tinysd_batch.model.parts import USUAL_BYTES, at_once, in_parts_of
+from tinysd_batch.model.chunking import USUAL_BYTES, at_once, in_parts_of
+from tinysd_batch.model.nn.chunked_attention import work_in_parts
 from tinysd_batch.model.pipeline import TinySD
 
 

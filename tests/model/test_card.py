@@ -23,14 +23,15 @@ from tinysd_batch import TinySD
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.driver import run_job
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.job.pool import InlinePool
-from tinysd_batch.model import kernels, pipeline, unpacking
-from tinysd_batch.model.devices import bytes_in_use, choose_device
-from tinysd_batch.model.graphs import CapturedStep, on_working_stream
-from tinysd_batch.model.memory import GAPS, MOST_GAPS, Phase, Planner, Shape, Way
-from tinysd_batch.model.precision import PROBE_BYTES, probe
-from tinysd_batch.model.unet import predict
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.model import pipeline
+from tinysd_batch.model.device.cuda_graph import CapturedStep, on_working_stream
+from tinysd_batch.model.device.dtype import PROBE_BYTES, probe
+from tinysd_batch.model.device.select import bytes_in_use, choose_device
+from tinysd_batch.model.nn.unet import predict
+from tinysd_batch.model.offload.planner import GAPS, MOST_GAPS, Phase, Planner, Shape, Way
+from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 MIB = 2**20
 STEPS = 3  # two before a step is captured, and one that replays it
@@ -172,8 +173,8 @@ def test_a_card_on_which_no_kernel_compiles_draws_the_same(
     pretended_card: Card, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = pictures(new_model(tiny_model))
-    unpacking.has_kernels.cache_clear()
-    kernels.kernel.cache_clear()
+    dequantize.has_kernels.cache_clear()
+    cuda_kernel.kernel.cache_clear()
 
     def fail(source: str, name: str) -> None:
         raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture\nand more")
@@ -187,7 +188,7 @@ def test_a_card_on_which_no_kernel_compiles_draws_the_same(
 
 
 def test_a_kernel_that_cannot_be_launched_is_an_error(pretended_card: Card) -> None:
-    kernel = kernels.kernel("unpack_rows", torch.float32, pretended_card.device)
+    kernel = cuda_kernel.kernel("unpack_rows", torch.float32, pretended_card.device)
     with pytest.raises(RuntimeError, match="CUDA error: 1"):
         kernel.launch(0, [0, 0, 0, 0], [0, 0, 2, 0])
 

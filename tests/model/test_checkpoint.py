@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.info import WEIGHTS, model_digest, read_model_info
-from tinysd_batch.quantize.fast import quantize_folder
+from tinysd_batch.model.checkpoint.info import WEIGHTS, model_digest, read_model_info
+from tinysd_batch.quantize.data_free import quantize_folder
 
 LAYER = "mid_block.resnets.0.conv1"
 Tensors = dict[str, torch.Tensor]

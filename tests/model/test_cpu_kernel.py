@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.model import compiled, cpu_kernel, unpacking
-from tinysd_batch.model.fbgemm import unpack_rows_torch
-from tinysd_batch.model.packing import BITS, GROUPS, ROW_BITS, Layout, PackedWeight, Weight, WholeRowWeight
+from tinysd_batch.model.packed import cpu_build, cpu_kernel, dequantize
+from tinysd_batch.model.packed.fbgemm import unpack_rows_torch
+from tinysd_batch.model.packed.format import BITS, GROUPS, ROW_BITS, Layout, PackedWeight, Weight, WholeRowWeight
 
-COMPILER = compiled.compiler()
+COMPILER = cpu_build.compiler()
 NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}, "avx2": {"avx2", "fma"}, "plain": set()}
 FLAGS = set(Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
 DTYPES = st.sampled_from(cpu_kernel.TYPES)
@@ -22,14 +22,14 @@ DTYPES = st.sampled_from(cpu_kernel.TYPES)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here: then the program does without, too")
 
 
-@pytest.fixture(scope="module", params=[target for target in compiled.targets_here() if NEEDS[target] <= FLAGS])
+@pytest.fixture(scope="module", params=[target for target in cpu_build.targets_here() if NEEDS[target] <= FLAGS])
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.c_void_p:
     """Every sort of processor that this one can stand for: what was compiled for it when this was installed."""
     assert COMPILER is not None
-    path = compiled.path_of(request.param)
+    path = cpu_build.path_of(request.param)
     if not path.exists():
         path = tmp_path_factory.mktemp("compiled") / f"{request.param}.so"
-        compiled.compile_for(request.param, COMPILER, path)
+        cpu_build.compile_for(request.param, COMPILER, path)
     return ctypes.cast(ctypes.CDLL(str(path)).unpack, ctypes.c_void_p)
 
 
@@ -55,7 +55,7 @@ def unpacked(target: ctypes.c_void_p, weight: Weight, dtype: torch.dtype) -> tor
 
 def expected(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(weight.shape, dtype=dtype)
-    return unpacking.unpack(weight, out, unpack_rows_torch).view(-1).view(torch.uint8)
+    return dequantize.unpack(weight, out, unpack_rows_torch).view(-1).view(torch.uint8)
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -152,18 +152,18 @@ def test_several_may_unpack_at_once(target: ctypes.c_void_p, monkeypatch: pytest
 def not_asked_yet() -> Iterator[None]:
     """Nothing is known of this processor, and what is found out is forgotten."""
     cpu_kernel.kernel.cache_clear()
-    unpacking.has_kernels.cache_clear()
+    dequantize.has_kernels.cache_clear()
     yield
     cpu_kernel.kernel.cache_clear()
-    unpacking.has_kernels.cache_clear()
+    dequantize.has_kernels.cache_clear()
 
 
 @pytest.mark.usefixtures("not_asked_yet")
 def test_without_a_library_torch_unpacks_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compiled, "path_of", lambda _: tmp_path / "missing.so")
+    monkeypatch.setattr(cpu_build, "path_of", lambda _: tmp_path / "missing.so")
     weight = WholeRowWeight(random_bytes(5, 24, seed=1), finite_halves(5, 2, seed=2))
-    assert not unpacking.has_kernels(torch.device("cpu"))
-    found = unpacking.unpack(weight, torch.empty(weight.shape))
+    assert not dequantize.has_kernels(torch.device("cpu"))
+    found = dequantize.unpack(weight, torch.empty(weight.shape))
     assert torch.equal(found.view(-1).view(torch.uint8), expected(weight, torch.float32))
 
 
@@ -172,10 +172,10 @@ def test_without_a_library_torch_unpacks_the_same(monkeypatch: pytest.MonkeyPatc
 def test_a_library_that_unpacks_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert COMPILER is not None
     (tmp_path / "unpack.c").write_text("void unpack(void *work) { (void)work; }")
-    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "unpack.c")
-    compiled.compile_for("plain", COMPILER, tmp_path / "idle.so")
-    monkeypatch.setattr(compiled, "path_of", lambda _: tmp_path / "idle.so")
-    assert not unpacking.has_kernels(torch.device("cpu"))
+    monkeypatch.setattr(cpu_build, "SOURCE", tmp_path / "unpack.c")
+    cpu_build.compile_for("plain", COMPILER, tmp_path / "idle.so")
+    monkeypatch.setattr(cpu_build, "path_of", lambda _: tmp_path / "idle.so")
+    assert not dequantize.has_kernels(torch.device("cpu"))
 
 
 @needs_compiler
@@ -183,14 +183,14 @@ def test_a_library_that_unpacks_wrongly_is_not_used(monkeypatch: pytest.MonkeyPa
 def test_what_was_compiled_when_this_was_installed_is_used() -> None:
     """Also where the question comes up first while memory is foretold, on the meta device."""
     with torch.device("meta"):
-        assert unpacking.has_kernels(torch.device("cpu"))
+        assert dequantize.has_kernels(torch.device("cpu"))
 
 
 def test_a_library_does_not_outlive_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = compiled.path_of("plain")
-    (tmp_path / "unpack.c").write_text(compiled.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "unpack.c")
-    assert compiled.path_of("plain").name != before.name
+    before = cpu_build.path_of("plain")
+    (tmp_path / "unpack.c").write_text(cpu_build.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(cpu_build, "SOURCE", tmp_path / "unpack.c")
+    assert cpu_build.path_of("plain").name != before.name
 
 
 @pytest.mark.parametrize(
@@ -198,4 +198,4 @@ def test_a_library_does_not_outlive_its_source(monkeypatch: pytest.MonkeyPatch, 
     [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", "plain"), ("SVE256", "plain"), ("NO AVX", "plain")],
 )
 def test_the_target_is_what_torch_says_of_the_processor(capability: str, target: str) -> None:
-    assert compiled.target_of(capability) == target
+    assert cpu_build.target_of(capability) == target

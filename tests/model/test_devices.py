@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model import devices
-from tinysd_batch.model.devices import choose_device, has_code_for, nvidia_cards
+from tinysd_batch.model.device import select
+from tinysd_batch.model.device.select import choose_device, has_code_for, nvidia_cards
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -59,7 +59,7 @@ def test_cards_that_torch_cannot_use_are_not_passed_over_in_silence(
     assert choose_device(None) == torch.device("cpu")
     card(tmp_path, 1, "NVIDIA GeForce GTX 1060 6GB")
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(devices, "nvidia_cards", lambda: nvidia_cards(tmp_path, tmp_path))
+    monkeypatch.setattr(select, "nvidia_cards", lambda: nvidia_cards(tmp_path, tmp_path))
     with pytest.raises(UsageError, match=r"GTX 1060 6GB, which torch .* cannot use; install a CUDA build .*cu126"):
         choose_device(None)
     assert choose_device("cpu") == torch.device("cpu")

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from tests.conftest import TEXT_WIDTH
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.model.samplers import times_of
+from tinysd_batch.model.sampling.samplers import times_of
 
 TIMES = (981.0, 535.955, 1.0)
 

@@ -5,8 +5,8 @@ import torch
 from torch.utils import cpp_extension
 
 from tests.card.card import Card
-from tinysd_batch.model import fbgemm, kernels, unpacking
-from tinysd_batch.model.packing import ROW, Layout, Weight
+from tinysd_batch.model.packed import cuda_kernel, dequantize, fbgemm
+from tinysd_batch.model.packed.format import ROW, Layout, Weight
 
 
 def random_weight(layout: Layout, columns: int) -> Weight:
@@ -25,7 +25,7 @@ IN_ROWS = [Layout(2, ROW), Layout(4, ROW), Layout(8, ROW), Layout(2, None), Layo
 CASES = [*((layout, 768) for layout in IN_GROUPS + IN_ROWS), *((layout, 36) for layout in IN_ROWS)]
 
 
-@pytest.mark.parametrize("dtype", kernels.OUTS, ids=str)
+@pytest.mark.parametrize("dtype", cuda_kernel.OUTS, ids=str)
 @pytest.mark.parametrize(("layout", "columns"), CASES, ids=str)
 def test_kernels_unpack_to_the_bit_as_plain_torch_does(
     card: Card | None, layout: Layout, columns: int, dtype: torch.dtype
@@ -33,8 +33,8 @@ def test_kernels_unpack_to_the_bit_as_plain_torch_does(
     device = torch.device("cuda", 0)
     weight = random_weight(layout, columns)
     found = torch.zeros(weight.shape, dtype=dtype, device=device)
-    unpacking.unpack_by_kernel(weight.with_each(lambda tensor: tensor.to(device)), found)
-    expected = unpacking.unpack(weight, torch.empty(weight.shape, dtype=dtype), fbgemm.unpack_rows_torch)
+    dequantize.unpack_by_kernel(weight.with_each(lambda tensor: tensor.to(device)), found)
+    expected = dequantize.unpack(weight, torch.empty(weight.shape, dtype=dtype), fbgemm.unpack_rows_torch)
     assert torch.equal(found.cpu(), expected)
     assert card is None or card.counts["launched"] == 1
 
@@ -44,6 +44,6 @@ def test_torch_compiles_without_a_toolkit(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     with pytest.raises(OSError, match="CUDA_HOME"):
         cpp_extension.include_paths("cuda")
-    with kernels.without_toolkit():
+    with cuda_kernel.without_toolkit():
         assert cpp_extension.include_paths("cuda")
     assert cpp_extension.CUDA_HOME is None

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.mapped import DTYPES, MappedTensors, write_tensors
+from tinysd_batch.model.checkpoint.safetensors_mmap import DTYPES, MappedTensors, write_tensors
 
 STATUS = Path("/proc/self/status")
 

@@ -9,10 +9,10 @@ import torch
 from benchmarks.foretold import budget_at, measured_peaks
 from tests import ldm
 from tinysd_batch.errors import ModelError, UsageError
-from tinysd_batch.model.attention import PartedAttention
-from tinysd_batch.model.memory import Shape, Way, kept_type
+from tinysd_batch.model.nn.chunked_attention import PartedAttention
+from tinysd_batch.model.nn.vae_decoder import decode_one, use_strip_layers
+from tinysd_batch.model.offload.planner import Shape, Way, kept_type
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.model.vae import decode_one, use_strip_layers
 
 TOKENS = 24
 CASES = [

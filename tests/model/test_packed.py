@@ -11,35 +11,35 @@ from torch import nn
 from tests.tools import examples
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model import fbgemm, packed, packing, unpacking
-from tinysd_batch.model.fbgemm import unpack_by_rows
-from tinysd_batch.model.memory import LivePeak
-from tinysd_batch.model.packed import PackedConv2d, PackedLayer, keep_unpacked, packed_like, scratch_bytes
-from tinysd_batch.model.packing import ROW, Layout, RowWeight, Weight, WholeRowWeight
-from tinysd_batch.model.parts import USUAL_BYTES, in_parts_of
-from tinysd_batch.quantize.affine import quantize_matrix
+from tinysd_batch.model.chunking import USUAL_BYTES, in_parts_of
+from tinysd_batch.model.offload.planner import LivePeak
+from tinysd_batch.model.packed import dequantize, fbgemm, format, layers
+from tinysd_batch.model.packed.fbgemm import unpack_by_rows
+from tinysd_batch.model.packed.format import ROW, Layout, RowWeight, Weight, WholeRowWeight
+from tinysd_batch.model.packed.layers import PackedConv2d, PackedLayer, keep_unpacked, packed_like, scratch_bytes
+from tinysd_batch.quantize.solve.affine import quantize_matrix
 
-BITS = st.sampled_from(packing.BITS)
+BITS = st.sampled_from(format.BITS)
 LAYOUTS = [
     Layout(2, 64), Layout(2, 16), Layout(4, 32), Layout(8, 64), Layout(2, 128), Layout(2, 256), Layout(2, ROW),
     Layout(8, ROW), Layout(2, None), Layout(8, None),
 ]  # fmt: skip
 COLUMNS = 768  # which all of them divide
-SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(packing.GROUPS))
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(format.GROUPS))
 
 
 @given(st.integers(1, 7), st.integers(1, 40), BITS, st.integers(0, 2**32 - 1))
 def test_codes_survive_packing(rows: int, quads: int, bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (rows, quads * 4), dtype=torch.uint8, generator=generator)
-    packed = packing.pack_codes(codes, bits)
-    assert packed.shape == (rows, quads * bits // 2)
-    assert torch.equal(packing.unpack_codes(packed, bits), codes)
+    layers = format.pack_codes(codes, bits)
+    assert layers.shape == (rows, quads * bits // 2)
+    assert torch.equal(format.unpack_codes(layers, bits), codes)
 
 
 def test_the_first_code_lies_in_the_lowest_bits() -> None:
-    assert packing.pack_codes(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), 2).tolist() == [[0b00_11_10_01]]
-    assert packing.pack_codes(torch.tensor([[1, 10]], dtype=torch.uint8), 4).tolist() == [[0b1010_0001]]
+    assert format.pack_codes(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), 2).tolist() == [[0b00_11_10_01]]
+    assert format.pack_codes(torch.tensor([[1, 10]], dtype=torch.uint8), 4).tolist() == [[0b1010_0001]]
 
 
 def random_rows(count: int, group: int, bits: int, seed: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def random_rows(count: int, group: int, bits: int, seed: int) -> torch.Tensor:
 @pytest.mark.skipif(
     not fbgemm.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
 )
-@given(st.integers(1, 5000), st.sampled_from(packing.GROUPS), BITS, st.integers(0, 2**32 - 1))
+@given(st.integers(1, 5000), st.sampled_from(format.GROUPS), BITS, st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, bits: int, seed: int) -> None:
     rows = random_rows(count, group, bits, seed)
     assert torch.equal(fbgemm.unpack_rows_fbgemm(rows, bits), fbgemm.unpack_rows_torch(rows, bits))
@@ -66,8 +66,8 @@ def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], bit
     matrix = torch.randn(out, groups * size, generator=torch.Generator().manual_seed(seed))
     weight = quantize_matrix(matrix, size, bits)
     assert weight.layout == Layout(bits, size)
-    scale, offset = packing.affine_parameters(weight)
-    codes = packing.unpack_codes(weight.qweight, bits).view(out, groups, size).float()
+    scale, offset = format.affine_parameters(weight)
+    codes = format.unpack_codes(weight.qweight, bits).view(out, groups, size).float()
     expected = codes * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
     assert torch.equal(dense(weight).view(out, groups, size), expected)
 
@@ -106,7 +106,7 @@ def random_weight(layout: Layout, rows: int) -> Weight:
 @given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([2, 8]), st.integers(0, 2**32 - 1))
 def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int, bits: int, seed: int) -> None:
     weight = random_row_weight(rows, 4 * quads, bits, seed)
-    codes = packing.unpack_codes(weight.qweight, bits)
+    codes = format.unpack_codes(weight.qweight, bits)
     expected = (codes.float() - weight.qzero.float()[:, None]) * weight.qdelta.view(torch.float32)[:, None]
     assert torch.equal(dense(weight), expected)
 
@@ -115,10 +115,10 @@ def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int
 @given(st.integers(1, 400), st.sampled_from([64, 640, 5760]), st.integers(0, 2**32 - 1))
 def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    weights: list[Weight] = [quantize_matrix(matrix, 64, bits) for bits in packing.BITS]
-    whole = [quantize_matrix(matrix, columns, bits).stored_as(Layout(bits, ROW)) for bits in packing.BITS]
+    weights: list[Weight] = [quantize_matrix(matrix, 64, bits) for bits in format.BITS]
+    whole = [quantize_matrix(matrix, columns, bits).stored_as(Layout(bits, ROW)) for bits in format.BITS]
     for weight in (*weights, *whole, random_row_weight(rows, columns, 2, seed)):
-        by_torch = unpacking.unpack(weight, torch.empty(rows, columns), fbgemm.unpack_rows_torch)
+        by_torch = dequantize.unpack(weight, torch.empty(rows, columns), fbgemm.unpack_rows_torch)
         assert torch.equal(dense(weight), by_torch)
         assert torch.equal(unpack_by_rows(weight, torch.empty(rows, columns)), by_torch)
 
@@ -133,9 +133,9 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_neither_steps_nor_addresses_change_a_bit(monkeypatch: pytest.MonkeyPatch, layout: Layout, lines: int) -> None:
     weight = random_weight(layout, 11)
-    expected = unpacking.unpack(weight, torch.empty(weight.shape), fbgemm.unpack_rows_torch)
+    expected = dequantize.unpack(weight, torch.empty(weight.shape), fbgemm.unpack_rows_torch)
     monkeypatch.setattr(fbgemm, "UNPACK_WEIGHTS", lines * (layout.group_size or COLUMNS))
-    for unpack in (unpacking.unpack, unpack_by_rows):
+    for unpack in (dequantize.unpack, unpack_by_rows):
         for changed in (weight, replace(weight, qweight=shifted(weight.qweight))):
             assert torch.equal(unpack(changed, torch.empty(weight.shape)), expected)
         assert torch.equal(unpack(weight.cut(slice(3, 9)), torch.empty(6, COLUMNS)), expected[3:9])
@@ -206,7 +206,7 @@ def matrix(layer: PackedLayer) -> torch.Tensor:
 
 
 def dense(weight: Weight) -> torch.Tensor:
-    return unpacking.unpack(weight, torch.empty(weight.shape))
+    return dequantize.unpack(weight, torch.empty(weight.shape))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -224,7 +224,7 @@ def test_packed_linear_is_a_linear_layer_on_the_unpacked_weight(bias: bool) -> N
 def test_packed_convolution_is_a_convolution_with_the_unpacked_weight(kernel: int, stride: int, padding: int) -> None:
     torch.manual_seed(2)
     conv = nn.Conv2d(64, 24, kernel, stride, padding)
-    weight = quantize_matrix(packing.to_matrix(conv.weight.detach()), 64)
+    weight = quantize_matrix(format.to_matrix(conv.weight.detach()), 64)
     layer = packed_like(conv, weight.layout)
     fill(layer, weight, conv.bias.detach() if conv.bias is not None else None)
     x = torch.randn(2, 64, 9, 7)
@@ -250,17 +250,17 @@ def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
 
 
 def test_what_is_reserved_to_unpack_in_is_what_layers_use(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking.SCRATCH, "buffers", {})
+    monkeypatch.setattr(dequantize.SCRATCH, "buffers", {})
     model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
-    unpacking.SCRATCH.release(torch.device("cpu"))
+    dequantize.SCRATCH.release(torch.device("cpu"))
     with torch.no_grad(), model.residency.holding(model.encode_fragment, model.decode_fragment):
         model.predict_noise(torch.randn(1, 4, 8, 8), torch.tensor(500.0), torch.randn(1, 22, 32))
-    used = unpacking.SCRATCH.buffers[torch.device("cpu")].numel()
+    used = dequantize.SCRATCH.buffers[torch.device("cpu")].numel()
     assert used == scratch_bytes(model.unet, model.dtype) > 0
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking.SCRATCH, "buffers", {})
+    monkeypatch.setattr(dequantize.SCRATCH, "buffers", {})
     layer = packed_like(nn.Linear(64, 8), Layout(2, 64))
     fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     with torch.inference_mode():
@@ -277,12 +277,12 @@ def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) ->
     parts: list[torch.Tensor] = []
     for results, room in ((whole, USUAL_BYTES), (parts, 7 * 64 * 4)):
         for layer, x in ((linear, maps.flatten(2).mT), (conv, maps)):
-            weight = quantize_matrix(packing.to_matrix(layer.weight.detach()), 64)
-            packed = packed_like(layer, weight.layout)
-            fill(packed, weight, layer.bias.detach().to(dtype))  # type: ignore[union-attr]
+            weight = quantize_matrix(format.to_matrix(layer.weight.detach()), 64)
+            layers = packed_like(layer, weight.layout)
+            fill(layers, weight, layer.bias.detach().to(dtype))  # type: ignore[union-attr]
             with in_parts_of(room):
-                results.append(packed(x).float())
-                assert (len(list(packed.parts(dtype))) > 1) == (results is parts)
+                results.append(layers(x).float())
+                assert (len(list(layers.parts(dtype))) > 1) == (results is parts)
     torch.testing.assert_close(parts, whole, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-2)
 
 
@@ -290,15 +290,15 @@ def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) ->
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_unpacking_to_half_precision_rounds_once(layout: Layout, dtype: torch.dtype) -> None:
     weight = random_weight(layout, 6)
-    assert torch.equal(unpacking.unpack(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
+    assert torch.equal(dequantize.unpack(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
 
 
 @given(st.integers(1, 3000), st.integers(1, 12000), st.integers(1, 2**24))
 def test_parts_fit_and_are_whole_blocks(rows: int, columns: int, most_bytes: int) -> None:
-    found = unpacking.rows_at_once(rows, columns, torch.bfloat16, most_bytes)
+    found = dequantize.rows_at_once(rows, columns, torch.bfloat16, most_bytes)
     assert 1 <= found <= rows
     assert (found - 1) * columns * 2 < most_bytes
-    assert found == rows or found < unpacking.BLOCK_ROWS or found % unpacking.BLOCK_ROWS == 0
+    assert found == rows or found < dequantize.BLOCK_ROWS or found % dequantize.BLOCK_ROWS == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -306,11 +306,11 @@ def test_a_convolution_of_a_small_map_is_done_in_parts(monkeypatch: pytest.Monke
     torch.manual_seed(6)
     conv = nn.Conv2d(64, 200, 3, padding=1)
     layer = packed_like(conv, Layout(2, 64))
-    weight = quantize_matrix(packing.to_matrix(conv.weight.detach()), 64)
+    weight = quantize_matrix(format.to_matrix(conv.weight.detach()), 64)
     fill(layer, weight, conv.bias.detach() if conv.bias is not None else None)
     layer.keeps_unpacked = kept
     kernels = dense(weight).view(200, 3, 3, 64).permute(0, 3, 1, 2)
-    monkeypatch.setattr(packed, "COPIED_BYTES", 70 * 576 * 4)
+    monkeypatch.setattr(layers, "COPIED_BYTES", 70 * 576 * 4)
     counted: list[int] = []
     convolve = PackedConv2d.convolve
 
@@ -328,9 +328,9 @@ def test_a_convolution_of_a_small_map_is_done_in_parts(monkeypatch: pytest.Monke
 
 def test_tap_major_order() -> None:
     weight = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)  # out, in, kernel rows, kernel columns
-    assert packing.to_matrix(weight)[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert format.to_matrix(weight)[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
 
 
 @pytest.mark.parametrize(("columns", "size"), [(576, 64), (288, 32), (144, 16), (36, None), (8, None)])
 def test_group_size_is_the_largest_that_divides(columns: int, size: int | None) -> None:
-    assert packing.group_size_for(columns) == size
+    assert format.group_size_for(columns) == size

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tinysd_batch import TinySD
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
-from tinysd_batch.model.info import read_json
+from tinysd_batch.model.checkpoint.info import read_json
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +210,13 @@ def test_unet_bs_changes_no_picture(tiny_model: Path, model: TinySD, rows: int) 
 
 
 def test_turbo_unpacks_once_and_changes_no_bit(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinysd_batch.model import packed, pipeline, unpacking
+    from tinysd_batch.model import pipeline
+    from tinysd_batch.model.packed import dequantize
+    from tinysd_batch.model.packed import layers as packed
 
     monkeypatch.setattr(pipeline, "KEEP_UNPACKED_BYTES", 0)
     counts: list[int] = []
-    unpack = unpacking.unpack
+    unpack = dequantize.unpack
     pictures = []
     for turbo in (False, True):
         one = TinySD.from_pretrained(tiny_model, device="cpu", turbo=turbo)

@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.info import embedded_path
-from tinysd_batch.model.prompts import SYNTAXES, Run, SubPrompt, parse_prompt
-from tinysd_batch.model.tokens import read_tokenizer, tokenize_prompt
+from tinysd_batch.model.checkpoint.info import embedded_path
+from tinysd_batch.model.text.prompt_syntax import SYNTAXES, Run, SubPrompt, parse_prompt
+from tinysd_batch.model.text.tokenizer import read_tokenizer, tokenize_prompt
 
 
 def same(found: list[tuple[str, float]], expected: list[tuple[str, float]]) -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tinysd_batch import TinySD
-from tinysd_batch.model import residency
-from tinysd_batch.model.fragments import Fragment
-from tinysd_batch.model.info import ModelInfo
-from tinysd_batch.model.memory import Phase, Task, Way
-from tinysd_batch.model.residency import Arena, Stream, largest_piece
+from tinysd_batch.model.checkpoint.info import ModelInfo
+from tinysd_batch.model.offload import offloader
+from tinysd_batch.model.offload.components import Fragment
+from tinysd_batch.model.offload.offloader import Arena, Stream, largest_piece
+from tinysd_batch.model.offload.planner import Phase, Task, Way
 
 SHARES = [0.0, 0.5, 0.999]
 
@@ -84,7 +84,7 @@ def test_what_the_file_holds_otherwise_is_streamed_without_a_budget(
     monkeypatch.setattr(ModelInfo, "is_small", False)
     half = TinySD.from_pretrained(float_model, device="cpu", dtype=torch.bfloat16)
     whole = picture(half)
-    monkeypatch.setattr(residency, "COPIED_WHOLE_BYTES", 0)
+    monkeypatch.setattr(offloader, "COPIED_WHOLE_BYTES", 0)
     assert all(half.residency.streams([part]) for part in half.fragments)
     assert torch.equal(picture(half), whole)
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from tests.tools import run_here, snapshot, write_csv, write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.attention import work_in_parts
-from tinysd_batch.model.hoist import Hoisted
-from tinysd_batch.model.settings import SCHEDULER, UNET, VAE
-from tinysd_batch.model.supported import CONFIGS, check_configs, sampler_notes
-from tinysd_batch.model.unet import predict
-from tinysd_batch.quantize.layout import SCHEDULER as SD_V1_SCHEDULER
-from tinysd_batch.quantize.units import Walker
+from tinysd_batch.model.checkpoint.config_settings import SCHEDULER, UNET, VAE
+from tinysd_batch.model.checkpoint.supported import CONFIGS, check_configs, sampler_notes
+from tinysd_batch.model.nn.chunked_attention import work_in_parts
+from tinysd_batch.model.nn.unet import predict
+from tinysd_batch.model.offload.precompute import Hoisted
+from tinysd_batch.quantize.calibration.unet_blocks import Walker
+from tinysd_batch.quantize.sources.ldm_config import SCHEDULER as SD_V1_SCHEDULER
 
 CPU = torch.device("cpu")
 TEXT_WIDTH = 16

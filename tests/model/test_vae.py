@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import ldm
 from tests.tools import examples
-from tinysd_batch.model import vae as strips
-from tinysd_batch.model.parts import in_parts_of
+from tinysd_batch.model.chunking import in_parts_of
+from tinysd_batch.model.nn import vae_decoder as strips
 
 ROUNDING = 1e-4  # of pixels in -1..1; a level of 255 is 0.0078
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests import ldm
 from tests.tools import made_once
-from tinysd_batch.quantize.fast import quantize_model
-from tinysd_batch.quantize.folder import convert_model
-from tinysd_batch.quantize.sources import Options
+from tinysd_batch.quantize.convert import convert_model
+from tinysd_batch.quantize.data_free import quantize_model
+from tinysd_batch.quantize.sources.checkpoint_source import Options
 
 Save = Callable[..., Path]
 

@@ -1,8 +1,8 @@
 import torch
 
-from tinysd_batch.model.packing import affine_parameters
-from tinysd_batch.model.unpacking import unpack
-from tinysd_batch.quantize.affine import fit_groups, nearest_codes, quantize_matrix
+from tinysd_batch.model.packed.dequantize import unpack
+from tinysd_batch.model.packed.format import affine_parameters
+from tinysd_batch.quantize.solve.affine import fit_groups, nearest_codes, quantize_matrix
 
 
 def relative_error(weight: torch.Tensor, other: torch.Tensor) -> float:

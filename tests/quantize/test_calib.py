@@ -19,24 +19,24 @@ from safetensors.torch import load_file
 from tests.tools import examples, run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
-from tinysd_batch.model.info import WEIGHTS, read_model_info
-from tinysd_batch.model.packing import Layout, to_matrix
-from tinysd_batch.model.unpacking import unpack
-from tinysd_batch.quantize.affine import quantize_matrix
-from tinysd_batch.quantize.allocate import least_layouts
-from tinysd_batch.quantize.calib import quantize_calibrated
-from tinysd_batch.quantize.folder import open_source
-from tinysd_batch.quantize.gptq import Part, gptq, root_of_inverse
-from tinysd_batch.quantize.hessian import Moments, column_parts, tokens_of, tokens_out
-from tinysd_batch.quantize.measure import measure
+from tinysd_batch.model.checkpoint.info import WEIGHTS, read_model_info
+from tinysd_batch.model.packed.dequantize import unpack
+from tinysd_batch.model.packed.format import Layout, to_matrix
+from tinysd_batch.quantize.bit_allocation import least_layouts
+from tinysd_batch.quantize.calibration.resume import Work, open_work
+from tinysd_batch.quantize.calibration.run import quantize_calibrated
+from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, Trajectories, draw
+from tinysd_batch.quantize.calibration.unet_blocks import Walker, units_of
+from tinysd_batch.quantize.convert import open_source
+from tinysd_batch.quantize.evaluate.compare import measure
+from tinysd_batch.quantize.evaluate.sensitivity import EVERYTHING
 from tinysd_batch.quantize.presets import Size, layers_to_pack, sort_of, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.refine import refine
-from tinysd_batch.quantize.sensitivity import EVERYTHING
-from tinysd_batch.quantize.sources import Options
-from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS, Trajectories, draw
-from tinysd_batch.quantize.units import Walker, units_of
-from tinysd_batch.quantize.work import Work, open_work
+from tinysd_batch.quantize.solve.affine import quantize_matrix
+from tinysd_batch.quantize.solve.coordinate_descent import refine
+from tinysd_batch.quantize.solve.gptq import Part, gptq, root_of_inverse
+from tinysd_batch.quantize.solve.hessian import Moments, column_parts, tokens_of, tokens_out
+from tinysd_batch.quantize.sources.checkpoint_source import Options
 
 EMBEDDED = Path(__file__).parents[2] / "tinysd_batch" / "embedded" / "model"
 RECIPE = """
@@ -210,8 +210,10 @@ def test_samples_that_take_long_or_fail_are_told(
     float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is there all the same."""
-    monkeypatch.setattr("tinysd_batch.quantize.samples.estimate_seconds", lambda *_: 3600.0)
-    monkeypatch.setattr("tinysd_batch.quantize.samples.generate_pairs", Mock(side_effect=MemoryError("out of memory")))
+    monkeypatch.setattr("tinysd_batch.quantize.evaluate.samples.estimate_seconds", lambda *_: 3600.0)
+    monkeypatch.setattr(
+        "tinysd_batch.quantize.evaluate.samples.generate_pairs", Mock(side_effect=MemoryError("out of memory"))
+    )
     done = run_here("quantize", float_model, "one", "--level", "fast", cwd=tmp_path)
     assert "no images were compared, as that takes some 60 minutes here; --samples" in done.stderr
     asked = run_here("quantize", float_model, "two", "--level", "fast", "--samples", cwd=tmp_path)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import CLIPTokenizer
 
-from tinysd_batch.model.prompts import parse_prompt
-from tinysd_batch.model.tokens import read_tokenizer, tokenize_prompt
-from tinysd_batch.quantize.clip_tokenizer import BEGIN, END, VOCABULARY, write_tokenizer
+from tinysd_batch.model.text.prompt_syntax import parse_prompt
+from tinysd_batch.model.text.tokenizer import read_tokenizer, tokenize_prompt
+from tinysd_batch.quantize.sources.clip_tokenizer import BEGIN, END, VOCABULARY, write_tokenizer
 
 CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("clip_tokens.json").read_text())["texts"]
 

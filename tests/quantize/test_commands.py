@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tests import ldm
 from tests.tools import command, environment, run_here
 from tinysd_batch import TinySD
-from tinysd_batch.model.info import WEIGHTS
-from tinysd_batch.quantize.fast import quantize_model
-from tinysd_batch.quantize.sources import Options
-from tinysd_batch.storage import TEMPORARY_PREFIX
+from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.quantize.data_free import quantize_model
+from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 
 
 def test_a_single_file_at_two_bits(checkpoint: Path, models: ldm.Models, tmp_path: Path, no_network: None) -> None:

@@ -17,10 +17,10 @@ from tests.quantize.conftest import Save
 from tests.tools import write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.info import WEIGHTS, read_model_info
-from tinysd_batch.quantize.fast import quantize_model
-from tinysd_batch.quantize.folder import convert_model
-from tinysd_batch.quantize.sources import Options
+from tinysd_batch.model.checkpoint.info import WEIGHTS, read_model_info
+from tinysd_batch.quantize.convert import convert_model
+from tinysd_batch.quantize.data_free import quantize_model
+from tinysd_batch.quantize.sources.checkpoint_source import Options
 
 Tensors = dict[str, Tensor]
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

@@ -14,15 +14,15 @@ from torch import Generator
 from tests.quantize.test_calib import CPU, RECIPE
 from tests.tools import run_here
 from tinysd_batch import TinySD
-from tinysd_batch.model.correction import ENTRY, Knot, NoiseCorrection, read_correction
-from tinysd_batch.model.info import read_json
-from tinysd_batch.quantize.correction import correct, fit_knot, judge
-from tinysd_batch.quantize.folder import open_source
-from tinysd_batch.quantize.measure import draw_again, guided_noise
+from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.model.sampling.noise_correction import ENTRY, Knot, NoiseCorrection, read_correction
+from tinysd_batch.quantize.calibration.trajectories import Trajectories, draw
+from tinysd_batch.quantize.calibration.unet_blocks import Walker
+from tinysd_batch.quantize.convert import open_source
+from tinysd_batch.quantize.evaluate.compare import draw_again, guided_noise
+from tinysd_batch.quantize.evaluate.fit_noise_correction import correct, fit_knot, judge
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.sources import Options
-from tinysd_batch.quantize.trajectories import Trajectories, draw
-from tinysd_batch.quantize.units import Walker
+from tinysd_batch.quantize.sources.checkpoint_source import Options
 
 SCALE = 2.0
 SEED = 100

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.quantize.test_calib import small_unet
-from tinysd_batch.model.packing import PackedWeight
-from tinysd_batch.quantize.calibrate import Solved
-from tinysd_batch.quantize.distill import Examples, Student, distill
-from tinysd_batch.quantize.fast import quantize_unet
+from tinysd_batch.model.packed.format import PackedWeight
+from tinysd_batch.quantize.calibration.distill import Examples, Student, distill
+from tinysd_batch.quantize.calibration.layerwise import Solved
+from tinysd_batch.quantize.data_free import quantize_unet
 from tinysd_batch.quantize.presets import layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.sources import Part
+from tinysd_batch.quantize.sources.checkpoint_source import Part
 
 CPU = torch.device("cpu")
 

@@ -20,10 +20,10 @@ from tests import ldm
 from tests.quantize.conftest import Save
 from tests.tools import run_here
 from tinysd_batch.errors import ModelError
-from tinysd_batch.quantize.checkpoint_files import MAX_HEADER, open_tensors
-from tinysd_batch.quantize.folder import convert_model
-from tinysd_batch.quantize.inspect import inspect_model
-from tinysd_batch.quantize.sources import Options
+from tinysd_batch.quantize.convert import convert_model
+from tinysd_batch.quantize.evaluate.inspect import inspect_model
+from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.tensor_files import MAX_HEADER, open_tensors
 
 SECONDS = 10
 MEGABYTES = 400

@@ -11,14 +11,22 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from tests.quantize.test_calib import RECIPE, small_unet
 from tests.tools import run_here
-from tinysd_batch.quantize import level as levels
-from tinysd_batch.quantize import resources
-from tinysd_batch.quantize.foretell import Effort, Foretold, Speed, foretell, layer_efforts, multiply_adds, walk
-from tinysd_batch.quantize.level import rounded
+from tinysd_batch.quantize import auto_level as levels
+from tinysd_batch.quantize.auto_level import rounded
+from tinysd_batch.quantize.calibration.resume import open_work
+from tinysd_batch.quantize.estimate import memory
+from tinysd_batch.quantize.estimate.duration import (
+    Effort,
+    Foretold,
+    Speed,
+    foretell,
+    layer_efforts,
+    multiply_adds,
+    walk,
+)
 from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources import Options, Part
-from tinysd_batch.quantize.work import open_work
+from tinysd_batch.quantize.sources.checkpoint_source import Options, Part
 
 ROOT = Path(__file__).parents[2]
 XEON = Speed(products=1.85e11, numbers=5.7e9, calls=5.5e5)  # two cores with AVX-512, as `speed_of` found it
@@ -66,7 +74,7 @@ def test_one_that_would_take_hours_is_not(float_model: Path, folder: Path, monke
 def test_where_memory_does_not_suffice_for_calib(
     float_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "available_memory", lambda _: 10_000_000)
+    monkeypatch.setattr(memory, "available_memory", lambda _: 10_000_000)
     said = run_here("quantize", float_model, "out", cwd=folder)
     assert said.returncode == 0, said.stderr
     assert said.stderr.startswith("level fast, as there is no room for calib: quantizing needs some ")

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tests.origin import CONTEXT, PREFIX, dequantized, unet_checkpoint
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import read_unet, write_packed_unet
-from tinysd_batch.model.fragments import Fragment
-from tinysd_batch.model.packing import to_matrix
-from tinysd_batch.model.unet import decode_half, encode_half
-from tinysd_batch.model.unpacking import unpack
-from tinysd_batch.quantize.origin import IGNORED, is_origin, read_origin_unet
+from tinysd_batch.model.checkpoint.folder import read_unet, write_packed_unet
+from tinysd_batch.model.nn.unet import decode_half, encode_half
+from tinysd_batch.model.offload.components import Fragment
+from tinysd_batch.model.packed.dequantize import unpack
+from tinysd_batch.model.packed.format import to_matrix
+from tinysd_batch.quantize.sources.tiny_stable_diffusion import IGNORED, is_origin, read_origin_unet
 
 Q2 = "input_blocks.1.0.in_layers.2"
 Q8 = "time_embed.0"

@@ -15,11 +15,11 @@ from tests import ldm, origin
 from tests.tools import check_whole, run_here, write_csv
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.info import read_json
-from tinysd_batch.quantize.fast import quantize_model
-from tinysd_batch.quantize.folder import convert_model
-from tinysd_batch.quantize.inspect import inspect_model
-from tinysd_batch.quantize.sources import Options
+from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.quantize.convert import convert_model
+from tinysd_batch.quantize.data_free import quantize_model
+from tinysd_batch.quantize.evaluate.inspect import inspect_model
+from tinysd_batch.quantize.sources.checkpoint_source import Options
 
 PICKLES = Options(allow_pickle=True)
 

@@ -11,15 +11,15 @@ from diffusers import UNet2DConditionModel
 
 from tests.quantize.test_calib import RECIPE, small_unet
 from tests.tools import run_here
-from tinysd_batch.model.info import WEIGHTS
-from tinysd_batch.model.mapped import MappedTensors
-from tinysd_batch.model.memory import LivePeak
-from tinysd_batch.quantize import resources
-from tinysd_batch.quantize.calib import pairs
-from tinysd_batch.quantize.calibrate import Calibration, Pair, Use, after
-from tinysd_batch.quantize.presets import Size, layers_to_pack
-from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.resources import (
+from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
+from tinysd_batch.model.offload.planner import LivePeak
+from tinysd_batch.quantize.calibration.layerwise import Calibration, Pair, Use, after
+from tinysd_batch.quantize.calibration.run import pairs
+from tinysd_batch.quantize.calibration.trajectories import Rows
+from tinysd_batch.quantize.calibration.unet_blocks import State, Walker
+from tinysd_batch.quantize.estimate import memory
+from tinysd_batch.quantize.estimate.memory import (
     Place,
     bytes_to_calibrate,
     file_bytes,
@@ -28,9 +28,9 @@ from tinysd_batch.quantize.resources import (
     state_dtype,
     widest_state,
 )
-from tinysd_batch.quantize.sources import Part
-from tinysd_batch.quantize.trajectories import Rows
-from tinysd_batch.quantize.units import State, Walker
+from tinysd_batch.quantize.presets import Size, layers_to_pack
+from tinysd_batch.quantize.recipe import Recipe, read_recipe
+from tinysd_batch.quantize.sources.checkpoint_source import Part
 
 CPU = torch.device("cpu")
 SMAPS = Path("/proc/self/smaps")
@@ -40,7 +40,7 @@ def test_too_little_memory_is_said_with_need_and_have(
     float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    monkeypatch.setattr(resources, "available_memory", lambda _: 300_000)
+    monkeypatch.setattr(memory, "available_memory", lambda _: 300_000)
     for options, advice in (
         (("--level", "fast"), ""),
         (("--level", "calib", "--recipe", "recipe.toml"), "fewer prompts"),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.tools import run_here, snapshot, write_json
 from tinysd_batch import TinySD
-from tinysd_batch.model.prompts import parse_prompt
-from tinysd_batch.model.tokens import read_tokenizer, tokenize_prompt
+from tinysd_batch.model.text.prompt_syntax import parse_prompt
+from tinysd_batch.model.text.tokenizer import read_tokenizer, tokenize_prompt
 
 PROMPT = "a photo of <my-cat>, <my-cat> and x<my-cat>y, 4k"
 Write = Callable[[Path, int], object]

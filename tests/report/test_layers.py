@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from tinysd_batch.quantize.layers_done import LayersDone, watched
-from tinysd_batch.report.layers import LayerProgress
+from tinysd_batch.quantize.layer_progress import LayersDone, watched
+from tinysd_batch.report.layer_progress import LayerProgress
 
 
 def feed(console: Console, monkeypatch: pytest.MonkeyPatch) -> str:

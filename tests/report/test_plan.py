@@ -17,19 +17,20 @@ from rich.console import Console
 from tests.tools import draw, run_here, write_csv
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import UsageError
-from tinysd_batch.job import identity
-from tinysd_batch.job.folder import open_job
-from tinysd_batch.model.info import read_model_info
-from tinysd_batch.model.tokens import count_tokens
+from tinysd_batch.job.plan import image_id
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.model.checkpoint.info import read_model_info
+from tinysd_batch.model.text.tokenizer import count_tokens
 from tinysd_batch.records import InvalidRow
-from tinysd_batch.report import prompts, reading
-from tinysd_batch.report.answers import fit_line, read_quality
+from tinysd_batch.report import reading_progress
 from tinysd_batch.report.judgement import judge
-from tinysd_batch.report.memory import Batch, MemoryPlan, PlannedPhase, plan_memory
-from tinysd_batch.report.memory_process import plan_memory_apart, read_answer
-from tinysd_batch.report.plan import PlanPrinter, make_plan
-from tinysd_batch.report.prompts import PromptReader
-from tinysd_batch.report.reading import ReadingProgress
+from tinysd_batch.report.plan import token_counts
+from tinysd_batch.report.plan.answers import fit_line, read_quality
+from tinysd_batch.report.plan.memory_process import plan_memory_apart, read_answer
+from tinysd_batch.report.plan.memory_table import Batch, MemoryPlan, PlannedPhase, plan_memory
+from tinysd_batch.report.plan.plan_text import PlanPrinter, make_plan
+from tinysd_batch.report.plan.token_counts import PromptReader
+from tinysd_batch.report.reading_progress import ReadingProgress
 
 
 def line_of(text: str, name: str) -> str:
@@ -42,13 +43,13 @@ def test_images_are_counted_without_making_one(
     def no_id(**_: object) -> str:
         raise AssertionError("an id was computed")
 
-    monkeypatch.setattr("tinysd_batch.job.plan.image_id", no_id)
+    monkeypatch.setattr("tinysd_batch.job.plan.batches.image_id", no_id)
     (tmp_path / "m.csv").write_text("prompt,n_samples\n" + "red apple,4\n" * 1000)
     started = time.process_time()
     done = run_here("plan", "m.csv", "--model", tiny_model, "--n_iter", "25000", "--skip_save", cwd=tmp_path)
     assert time.process_time() - started < 20
     assert "100,000,000 in 25,000,000 batches" in done.stdout, done.stderr
-    assert identity.image_id is not no_id
+    assert image_id.image_id is not no_id
 
 
 def test_ids_are_computed_where_a_job_is_reused(tmp_path: Path, tiny_model: Path) -> None:
@@ -67,13 +68,13 @@ def test_a_prompt_is_counted_once(tmp_path: Path, tiny_model: Path, monkeypatch:
         counted.extend(texts)
         return count_tokens(tokenizer, texts)
 
-    monkeypatch.setattr(prompts, "count_tokens", count_and_note)
+    monkeypatch.setattr(token_counts, "count_tokens", count_and_note)
     rows = [{"prompt": f"cat {number % 700}", "negative_prompt": "blurry, low quality"} for number in range(2100)]
     manifest = write_csv(tmp_path / "m.csv", rows)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
     found = list(PromptReader(job).read(job.read_rows()))
     assert len(counted) == len(set(counted)) == 701
-    monkeypatch.setattr(prompts, "MAX_CACHED_PROMPTS", 10)
+    monkeypatch.setattr(token_counts, "MAX_CACHED_PROMPTS", 10)
     assert [row.prompt for row in PromptReader(job).read(job.read_rows())] == [row.prompt for row in found]
 
 
@@ -114,8 +115,8 @@ def test_a_row_is_a_line_of_the_terminal(tmp_path: Path, tiny_model: Path) -> No
 
 
 def test_a_long_manifest_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "SHOW_AFTER_S", 0.02)
-    monkeypatch.setattr(reading, "PLAIN_LINE_EVERY_S", 0.02)
+    monkeypatch.setattr(reading_progress, "SHOW_AFTER_S", 0.02)
+    monkeypatch.setattr(reading_progress, "PLAIN_LINE_EVERY_S", 0.02)
     for terminal in (False, True):
         console = Console(file=io.StringIO(), width=60, force_terminal=terminal, _environ={"TERM": "xterm"})
         with ReadingProgress(console, "Reading m.csv") as progress:
@@ -130,7 +131,7 @@ def test_a_long_manifest_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_short_one_and_json_show_none(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
-    monkeypatch.setattr(reading, "SHOW_AFTER_S", 0.0)
+    monkeypatch.setattr(reading_progress, "SHOW_AFTER_S", 0.0)
     done = run_here("plan", "m.csv", "--model", tiny_model, "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     quiet = Console(file=io.StringIO(), quiet=True)

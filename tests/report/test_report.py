@@ -9,11 +9,11 @@ from PIL import Image
 from rich.console import Console
 
 from tests.tools import draw, read_results, write_csv
-from tinysd_batch.job.pool import WorkerReady
-from tinysd_batch.job.summary import InvalidRows
+from tinysd_batch.job.dispatch.job_progress import InvalidRows
+from tinysd_batch.job.workers.inline_pool import WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, columns_for, write_contact_sheet
-from tinysd_batch.report.progress import RunProgress
+from tinysd_batch.report.progress_bar import RunProgress
 from tinysd_batch.report.status import print_status, read_status
 from tinysd_batch.report.text import count, duration, one_line
 

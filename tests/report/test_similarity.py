@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinysd_batch.quantize.measure import Errors
-from tinysd_batch.quantize.summary import Summary
-from tinysd_batch.report.quantization import as_dict, page
+from tinysd_batch.quantize.evaluate.compare import Errors
+from tinysd_batch.quantize.evaluate.summary import Summary
+from tinysd_batch.report.quantization_report import as_dict, page
 from tinysd_batch.report.similarity import Pictures, as_bytes, mean_ssim
 
 

@@ -29,7 +29,7 @@ from tests.tools import (
     set_json,
     snapshot,
 )
-from tinysd_batch.report.export import export_table
+from tinysd_batch.export.table import export_table
 from tinysd_batch.text import normalize_text
 
 pytestmark = pytest.mark.timeout(60)

@@ -19,10 +19,10 @@ from PIL import Image, PngImagePlugin
 
 from tests.security.conftest import ESCAPES, is_harmless, submit
 from tests.tools import Capture, call, check_whole, draw, read_results, snapshot
+from tinysd_batch.export.table import export_table
 from tinysd_batch.images import FileFormat, encode_image
 from tinysd_batch.report.contact_sheet import write_contact_sheet
-from tinysd_batch.report.export import export_table
-from tinysd_batch.storage import publish
+from tinysd_batch.storage.atomic import publish
 
 pytestmark = pytest.mark.timeout(60)
 

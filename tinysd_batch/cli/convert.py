@@ -9,7 +9,7 @@ from tinysd_batch.cli.signals import end_on_sigterm
 from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
-    from tinysd_batch.quantize.sources import Options
+    from tinysd_batch.quantize.sources.checkpoint_source import Options
 
 Source = Annotated[
     Path, typer.Argument(help="An SD v1 checkpoint (.safetensors, .ckpt, .pt) or a float folder in diffusers' layout.")
@@ -39,7 +39,7 @@ def convert(
     """Make a float model folder of an SD v1 checkpoint: as good as the checkpoint, and as large."""
     if dtype not in (None, "fp16", "fp32"):
         raise UsageError(f"--dtype {dtype}: fp16 or fp32 was expected")
-    from tinysd_batch.quantize.folder import convert_model
+    from tinysd_batch.quantize.convert import convert_model
 
     with end_on_sigterm():
         convert_model(source, out, options(allow_pickle, ema, vae), dtype, tell)
@@ -47,7 +47,7 @@ def convert(
 
 
 def options(allow_pickle: bool, ema: bool, vae: Path | None) -> "Options":
-    from tinysd_batch.quantize.sources import Options
+    from tinysd_batch.quantize.sources.checkpoint_source import Options
 
     return Options(allow_pickle=allow_pickle, ema=ema, vae=vae)
 

@@ -13,7 +13,7 @@ def export(
     table: Annotated[Path, typer.Argument(help="The file to write: .csv, .tsv or .jsonl.")],
 ) -> None:
     """Write a job's results as CSV, TSV or JSON lines."""
-    from tinysd_batch.report.export import export_table
+    from tinysd_batch.export.table import export_table
 
     rows = export_table(job, table)
     typer.echo(printable(f"{table}: {rows:,} rows"))

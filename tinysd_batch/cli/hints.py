@@ -25,8 +25,8 @@ def refuse_prompt(manifest: Path, more_words: Sequence[str] = ()) -> None:
 
     And for what stands behind a manifest that is one.
     """
-    from tinysd_batch.job.formats import READERS
-    from tinysd_batch.job.manifest_file import unpacked_name
+    from tinysd_batch.job.manifest.files import unpacked_name
+    from tinysd_batch.job.manifest.readers import READERS
 
     if is_there(manifest) or Path(unpacked_name(manifest)).suffix.lower() in (*READERS, ".toml"):
         if more_words:

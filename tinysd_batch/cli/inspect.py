@@ -20,10 +20,10 @@ def inspect(
     import json
 
     from tinysd_batch.errors import ModelError
-    from tinysd_batch.model.info import embedded_path
-    from tinysd_batch.quantize.inspect import inspect_model
+    from tinysd_batch.model.checkpoint.info import embedded_path
+    from tinysd_batch.quantize.evaluate.inspect import inspect_model
     from tinysd_batch.report.console import make_console
-    from tinysd_batch.report.model import inspection_as_dict, print_inspection
+    from tinysd_batch.report.inspection_text import inspection_as_dict, print_inspection
 
     found = inspect_model(embedded_path() if str(path) == "embedded" else path, allow_pickle=allow_pickle)
     if as_json:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tinysd_batch.quantize.presets import Size
     from tinysd_batch.quantize.recipe import Recipe
-    from tinysd_batch.quantize.sources import Options
+    from tinysd_batch.quantize.sources.checkpoint_source import Options
 
 MOST_SAMPLE_S = 900.0  # that comparing images may take where nobody asked for it
 LEVELS = ("auto", "fast", "calib", "distill")
@@ -98,17 +98,17 @@ def make_and_report(
     noise_correction: bool,
 ) -> tuple[Path, bool]:  # fmt: skip
     """Quantize, measure, and report: the report's page, and whether images were measured, as fast does by a recipe."""
-    from tinysd_batch.quantize.calib import quantize_calibrated
-    from tinysd_batch.quantize.fast import quantize_model
-    from tinysd_batch.quantize.folder import open_source
-    from tinysd_batch.quantize.measure import measure
-    from tinysd_batch.quantize.sensitivity import harms_of
-    from tinysd_batch.quantize.summary import summarize
-    from tinysd_batch.quantize.trajectories import HELD_OUT_SEEDS
+    from tinysd_batch.quantize.calibration.run import quantize_calibrated
+    from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS
+    from tinysd_batch.quantize.convert import open_source
+    from tinysd_batch.quantize.data_free import quantize_model
+    from tinysd_batch.quantize.evaluate.compare import measure
+    from tinysd_batch.quantize.evaluate.sensitivity import harms_of
+    from tinysd_batch.quantize.evaluate.summary import summarize
     from tinysd_batch.report.console import make_console
     from tinysd_batch.report.judgement import judge
-    from tinysd_batch.report.layers import LayerProgress
-    from tinysd_batch.report.quantization import median_psnr_db, write_report
+    from tinysd_batch.report.layer_progress import LayerProgress
+    from tinysd_batch.report.quantization_report import median_psnr_db, write_report
 
     level, recipe, chosen = decide(source, out, how, level, file, device, size, noise_correction=noise_correction)
     if recipe is None or level == "fast":
@@ -140,10 +140,10 @@ def make_and_report(
 def compare_samples(source: Path, out: Path, how: "Options", device: str, page: Path, most_s: float | None) -> None:
     """Generate four images by both models and put them into the report. The model is finished: a failure is a line."""
     from tinysd_batch.errors import TinySDError, is_out_of_memory
-    from tinysd_batch.model.devices import choose_device
-    from tinysd_batch.quantize.level import rounded
-    from tinysd_batch.quantize.samples import PAIRS, generate_pairs, seconds_of_samples
-    from tinysd_batch.report.quantization import add_samples
+    from tinysd_batch.model.device.select import choose_device
+    from tinysd_batch.quantize.auto_level import rounded
+    from tinysd_batch.quantize.evaluate.samples import PAIRS, generate_pairs, seconds_of_samples
+    from tinysd_batch.report.quantization_report import add_samples
 
     chosen = choose_device(None if device == "auto" else device)
     try:
@@ -167,8 +167,8 @@ def decide(
     noise_correction: bool,
 ) -> "tuple[str, Recipe | None, torch.device]":  # fmt: skip
     """Level, recipe and device, with a word on the level where it was not asked for."""
-    from tinysd_batch.model.devices import choose_device
-    from tinysd_batch.quantize.level import choose_level
+    from tinysd_batch.model.device.select import choose_device
+    from tinysd_batch.quantize.auto_level import choose_level
     from tinysd_batch.quantize.recipe import read_recipe
 
     recipe = None if level == "fast" and file is None else read_recipe(file)

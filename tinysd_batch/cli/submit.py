@@ -13,8 +13,8 @@ from tinysd_batch.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinysd_batch.job.folder import Job
-    from tinysd_batch.job.summary import Summary
+    from tinysd_batch.job.dispatch.job_progress import Summary
+    from tinysd_batch.job.state.open_job import Job
 
 MANY_IMAGES = 100
 
@@ -103,7 +103,7 @@ def submit(
 ) -> None:
     """Draw every prompt of a table. The same command again goes on where it was stopped."""
     from tinysd_batch.report.console import make_console
-    from tinysd_batch.report.reading import ReadingProgress
+    from tinysd_batch.report.reading_progress import ReadingProgress
 
     flags = {
         **settings, "workers": workers, "inline": inline, "address": address, "worker_wait": worker_wait,
@@ -133,7 +133,7 @@ def prepare(
 ) -> tuple["Job", bool]:
     """The job, and whether its model was named: preset < job.toml < flag."""
     from tinysd_batch.config import read_preset
-    from tinysd_batch.job.resume import prepare_job
+    from tinysd_batch.job.state.resolve import prepare_job
 
     return prepare_job(manifest, output, [read_preset(path) for path in presets], flags, reuse)
 
@@ -144,7 +144,7 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.job.open_pool import pool_for
     from tinysd_batch.report.contact_sheet import write_contact_sheet
-    from tinysd_batch.report.progress import RunProgress
+    from tinysd_batch.report.progress_bar import RunProgress
 
     say_first_lines(job, console)
     with stop_on_signals() as stop:

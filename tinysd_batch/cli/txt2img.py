@@ -13,7 +13,7 @@ from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
     from tinysd_batch.config import Settings
-    from tinysd_batch.job.manifest import Defaults
+    from tinysd_batch.job.manifest.validate import Defaults
     from tinysd_batch.records import ImageRequest, InvalidRow, Row
 
 DEFAULT_FOLDER = Path("outputs/txt2img-samples")
@@ -51,9 +51,9 @@ def txt2img(
 
 def tell_memory(text: str, from_file: Path | None, settings: "Settings") -> None:
     """Of the largest batch, phase by phase."""
-    from tinysd_batch.job.folder import defaults_of, fill_in_model_defaults
-    from tinysd_batch.model.info import read_model_info
-    from tinysd_batch.report.memory import Batch, plan_memory
+    from tinysd_batch.job.state.open_job import defaults_of, fill_in_model_defaults
+    from tinysd_batch.model.checkpoint.info import read_model_info
+    from tinysd_batch.report.plan.memory_table import Batch, plan_memory
 
     model = read_model_info(settings.model)
     settings = fill_in_model_defaults(settings, model)
@@ -71,10 +71,10 @@ def draw(text: str, from_file: Path | None, settings: "Settings", output: Path) 
     """Draw the images, print a line for each, and return how many failed."""
     import secrets
 
-    from tinysd_batch.job.folder import common_of, defaults_of, fill_in_model_defaults
-    from tinysd_batch.job.pool import cpu_workers
-    from tinysd_batch.job.worker import WorkerSetup
-    from tinysd_batch.model.info import read_model_info
+    from tinysd_batch.job.state.open_job import common_of, defaults_of, fill_in_model_defaults
+    from tinysd_batch.job.workers.inline_pool import cpu_workers
+    from tinysd_batch.job.workers.worker import WorkerSetup
+    from tinysd_batch.model.checkpoint.info import read_model_info
     from tinysd_batch.report.text import row_label
 
     model = read_model_info(settings.model)
@@ -99,8 +99,8 @@ def read_prompts(
 
     What was noticed about the file goes to stderr.
     """
-    from tinysd_batch.job.manifest import check_row, read_rows
-    from tinysd_batch.job.notes import ReadingNotes
+    from tinysd_batch.job.manifest.notes import ReadingNotes
+    from tinysd_batch.job.manifest.validate import check_row, read_rows
     from tinysd_batch.records import InvalidRow
     from tinysd_batch.report.text import row_label
 
@@ -121,7 +121,7 @@ def read_prompts(
 def draw_and_tell(rows: Sequence["Row"], setup: Any, common: Any, settings: "Settings", output: Path) -> int:
     import time
 
-    from tinysd_batch.job.single import draw_rows
+    from tinysd_batch.job.txt2img import draw_rows
     from tinysd_batch.records import Status
 
     failed, made, started = 0, [], time.monotonic()

@@ -7,28 +7,28 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.compare import find_differences, find_images_to_redo
-from tinysd_batch.job.dispatch import Dispatch
-from tinysd_batch.job.folder import (
+from tinysd_batch.job.dispatch.dispatcher import Dispatch
+from tinysd_batch.job.dispatch.job_progress import InvalidRows, Progress, Summary
+from tinysd_batch.job.manifest.notes import ReadingNotes
+from tinysd_batch.job.manifest.readers import is_jsonl, read_extra_fields
+from tinysd_batch.job.manifest.snapshot import RowKeeper
+from tinysd_batch.job.plan.batches import cut_batches, plan_images
+from tinysd_batch.job.results.compare import find_differences, find_images_to_redo
+from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.results.writer import ResultsWriter, invalid_row, keep_columns, read_invalid_row, results_schema
+from tinysd_batch.job.state.open_job import (
     JOB_FILE,
     Job,
     check_still_same_job,
     save_job,
     stamp,
 )
-from tinysd_batch.job.formats import is_jsonl, read_extra_fields
-from tinysd_batch.job.notes import ReadingNotes
-from tinysd_batch.job.plan import cut_batches, plan_images
-from tinysd_batch.job.pool import Pool
-from tinysd_batch.job.precision_record import record_earlier
-from tinysd_batch.job.results import ResultsWriter, invalid_row, keep_columns, read_invalid_row, results_schema
-from tinysd_batch.job.reuse import reuse_pictures
-from tinysd_batch.job.rows import RowKeeper
-from tinysd_batch.job.summary import InvalidRows, Progress, Summary
-from tinysd_batch.job.tables import ResultsPaths
-from tinysd_batch.job.take_back import missing_folders, remove_state, take_back
+from tinysd_batch.job.state.precision_record import record_earlier
+from tinysd_batch.job.state.reuse import reuse_pictures
+from tinysd_batch.job.state.undo import missing_folders, remove_state, take_back
+from tinysd_batch.job.workers.inline_pool import Pool
 from tinysd_batch.records import InvalidRow, MicroBatch, Status
-from tinysd_batch.storage import Lock, lock, sweep_temporaries
+from tinysd_batch.storage.atomic import Lock, lock, sweep_temporaries
 
 __all__ = ["PoolFactory", "Progress", "Summary", "run_job"]
 

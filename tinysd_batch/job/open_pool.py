@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from tinysd_batch.job.pool import InlinePool, cpu_workers
-from tinysd_batch.job.ray_pool import RayPool
-from tinysd_batch.job.worker import WorkerSetup
+from tinysd_batch.job.ray_workers.pool import RayPool
+from tinysd_batch.job.workers.inline_pool import InlinePool, cpu_workers
+from tinysd_batch.job.workers.worker import WorkerSetup
 
 if TYPE_CHECKING:
     from tinysd_batch.job.driver import PoolFactory
-    from tinysd_batch.job.folder import Job
+    from tinysd_batch.job.state.open_job import Job
 
 
 def pool_for(job: "Job") -> "PoolFactory":

@@ -14,11 +14,18 @@ from pathlib import Path
 import pyarrow as pa
 
 from tinysd_batch.errors import StorageError, UsageError
-from tinysd_batch.job.compare import IMAGES_FOLDER, ComparedFile, FileState, compare_folders, is_majority, list_sizes
-from tinysd_batch.job.folder import STATE_FOLDER
-from tinysd_batch.job.tables import ResultsPaths
+from tinysd_batch.job.results.compare import (
+    IMAGES_FOLDER,
+    ComparedFile,
+    FileState,
+    compare_folders,
+    is_majority,
+    list_sizes,
+)
+from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.state.open_job import STATE_FOLDER
 from tinysd_batch.records import Status
-from tinysd_batch.storage import is_locked
+from tinysd_batch.storage.atomic import is_locked
 
 COLUMNS = ["row", "index", "status", "file_name", "sha256", "bytes"]
 BLOCK_BYTES = 1 << 20

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinysd_batch.config import MAX_SEED, MAX_STEPS, excerpt, find_sampler
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.info import ModelInfo
+from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.text import has_surrogates, normalize_text
 from tinysd_batch.values import is_missing_number, read_whole_number
 

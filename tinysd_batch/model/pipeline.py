@@ -19,28 +19,34 @@ import tinysd_batch
 from tinysd_batch.config import parse_budget
 from tinysd_batch.errors import NotFiniteError, is_out_of_memory
 from tinysd_batch.model.arguments import Request, Rng, merge_aliases, read_request
-from tinysd_batch.model.attention import has_fused_attention, work_in_parts
-from tinysd_batch.model.checkpoint import building_from, read_decoder, read_schedule, read_text_encoder, read_unet
-from tinysd_batch.model.correction import read_correction
-from tinysd_batch.model.devices import choose_device, device_name, peak_memory_bytes, total_bytes
-from tinysd_batch.model.drawing import Drawing, Generated, OutputType, no_picture, rows_that, rows_together
-from tinysd_batch.model.embedding import keep_vocabulary_on_host
-from tinysd_batch.model.fragments import Fragment, check_places, order_of_use
-from tinysd_batch.model.graphs import WORTH_IT, CapturedStep, Step, on_working_stream
-from tinysd_batch.model.hoist import Attended, Hoisted
-from tinysd_batch.model.info import ModelInfo, read_model_info
-from tinysd_batch.model.memory import Phase, Planner, Shape, Way, kept_type
-from tinysd_batch.model.packed import keep_unpacked, unpacked_bytes
-from tinysd_batch.model.precision import Precision, PrecisionChoice, choose_precision, name_of
-from tinysd_batch.model.progress import step_bar
+from tinysd_batch.model.checkpoint.folder import (
+    building_from,
+    read_decoder,
+    read_schedule,
+    read_text_encoder,
+    read_unet,
+)
+from tinysd_batch.model.checkpoint.info import ModelInfo, read_model_info
+from tinysd_batch.model.device.cuda_graph import WORTH_IT, CapturedStep, Step, on_working_stream
+from tinysd_batch.model.device.dtype import Precision, PrecisionChoice, choose_precision, name_of
+from tinysd_batch.model.device.select import choose_device, device_name, peak_memory_bytes, total_bytes
+from tinysd_batch.model.nn.chunked_attention import has_fused_attention, work_in_parts
+from tinysd_batch.model.nn.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
+from tinysd_batch.model.nn.vae_decoder import decode_latents, made_together
+from tinysd_batch.model.offload.components import Fragment, check_places, order_of_use
+from tinysd_batch.model.offload.host_embedding import keep_vocabulary_on_host
+from tinysd_batch.model.offload.offloader import Residency
+from tinysd_batch.model.offload.planner import Phase, Planner, Shape, Way, kept_type
+from tinysd_batch.model.offload.precompute import Attended, Hoisted
+from tinysd_batch.model.packed.dequantize import has_kernels
+from tinysd_batch.model.packed.layers import keep_unpacked, unpacked_bytes
 from tinysd_batch.model.rehearsal import rehearse
-from tinysd_batch.model.residency import Residency
-from tinysd_batch.model.samplers import Callback, Noise, Run, exact, sample, times_of
-from tinysd_batch.model.text import Condition, PromptEncoder
-from tinysd_batch.model.tokens import check_vocabulary, read_tokenizer
-from tinysd_batch.model.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
-from tinysd_batch.model.unpacking import has_kernels
-from tinysd_batch.model.vae import decode_latents, made_together
+from tinysd_batch.model.sampling.batch import Drawing, Generated, OutputType, no_picture, rows_that, rows_together
+from tinysd_batch.model.sampling.noise_correction import read_correction
+from tinysd_batch.model.sampling.samplers import Callback, Noise, Run, exact, sample, times_of
+from tinysd_batch.model.sampling.step_bar import step_bar
+from tinysd_batch.model.text.encoder import Condition, PromptEncoder
+from tinysd_batch.model.text.tokenizer import check_vocabulary, read_tokenizer
 from tinysd_batch.threads import at_most_threads, warn_if_threads_spin
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step

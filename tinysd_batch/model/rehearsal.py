@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tinysd_batch.model.unet import predict
-from tinysd_batch.model.vae import decode_one
+from tinysd_batch.model.nn.unet import predict
+from tinysd_batch.model.nn.vae_decoder import decode_one
 
 if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import TinySD

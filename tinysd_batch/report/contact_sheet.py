@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 
 from tinysd_batch.config import MAX_GRID_IMAGES, MAX_SIDE_PX
 from tinysd_batch.images import open_picture
-from tinysd_batch.job.tables import ResultsPaths
+from tinysd_batch.job.results.table import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.fonts import Font, font_for
 from tinysd_batch.report.text import one_line
-from tinysd_batch.storage import write_atomically
+from tinysd_batch.storage.atomic import write_atomically
 
 CELL_PX = 128
 CAPTION_PX = 18

@@ -1,0 +1,64 @@
+"""The results table in formats that every program reads."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinysd_batch.errors import UsageError
+from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.state.open_job import read_job_json
+from tinysd_batch.storage.atomic import storage_errors, write_atomically
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+FORMULA_MARKS = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - the wide ones count in some of these programs
+
+
+def export_table(job_folder: Path, path: Path) -> int:
+    """Write the job's results, the newest row of each image, in order; return how many there are.
+
+    Raises UsageError for a folder that is no job and a suffix that is not known.
+    """
+    read_job_json(job_folder)
+    suffix = path.suffix.lower()
+    if suffix not in (*SEPARATORS, ".jsonl"):
+        raise UsageError(f"{path}: the table is written as .csv, .tsv or .jsonl")
+    rows = list(newest_rows(job_folder))
+    text = to_json_lines(rows) if suffix == ".jsonl" else to_csv(rows, SEPARATORS[suffix])
+    with storage_errors(path):
+        write_atomically(text.encode("utf-8"), path)
+    return len(rows)
+
+
+def newest_rows(job_folder: Path) -> Iterator[dict[str, Any]]:
+    newest = {(row["row"], row["index"] or 0): row for row in ResultsPaths(job_folder).read_rows(None)}
+    for key in sorted(newest):
+        yield newest[key]
+
+
+def to_json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def to_csv(rows: list[dict[str, Any]], separator: str) -> str:
+    sheet = io.StringIO()
+    # All text is quoted: left to itself, `csv` leaves carriage returns bare, behind which a new row would begin.
+    writer = csv.writer(sheet, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    names = list(rows[0]) if rows else []
+    writer.writerow([cell(name) for name in names])
+    for row in rows:
+        row["degraded"] = " ".join(row.get("degraded") or [])
+        writer.writerow([cell(row.get(name)) for name in names])
+    return sheet.getvalue()
+
+
+def cell(value: Any) -> Any:
+    """A value as a spreadsheet may hold it. Text that would run as a formula gets an apostrophe before it.
+
+    Manifests may come from anybody, and Excel and its like run what begins with these marks (OWASP, CSV injection).
+    """
+    if isinstance(value, list | dict):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_MARKS) else value

@@ -1,0 +1,64 @@
+"""What a run tells while it goes, and what it came to."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tinysd_batch.job.workers.inline_pool import WorkerLost, WorkerReady
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
+
+MAX_INVALID_IN_MEMORY = 1000
+
+
+@dataclass(slots=True)
+class InvalidRows:
+    """How many rows cannot be generated, and the first of them: there may be millions."""
+
+    first: list[InvalidRow] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, row: InvalidRow) -> None:
+        self.count += 1
+        if len(self.first) < MAX_INVALID_IN_MEMORY:
+            self.first.append(row)
+
+    @property
+    def are_all_shown(self) -> bool:
+        return self.count == len(self.first)
+
+
+class Progress(Protocol):
+    """Who is told how the run goes."""
+
+    def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
+    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
+    def note(self, line: str) -> None:
+        """Something worth knowing about the whole run."""
+        ...
+
+    def durable(self) -> None:
+        """All images told of so far will survive anything."""
+        ...
+
+
+@dataclass(slots=True)
+class Summary:
+    """How a run ended."""
+
+    total: int  # images in the job, or up to --limit
+    finished_before: int
+    invalid_rows: int
+    counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))  # of this run
+    failed_before: int = 0
+    beyond_limit: int = 0  # images of the job that --limit leaves for later
+    reused: int = 0  # of `finished_before`, taken over from another job in this run
+    stopped: bool = False
+    seconds: float = 0.0
+
+    @property
+    def left(self) -> int:
+        return self.total - self.finished_before - sum(self.counts.values())
+
+    @property
+    def failed(self) -> int:
+        return self.failed_before + self.counts[Status.FAILED] + self.counts[Status.QUARANTINED]

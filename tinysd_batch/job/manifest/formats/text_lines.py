@@ -1,0 +1,103 @@
+"""The lines of a text manifest, each bounded: a few kilobytes, packed, can hold gigabytes without a line end."""
+
+import codecs
+import csv
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tinysd_batch.errors import ManifestError
+from tinysd_batch.job.manifest.files import Fault, open_unpacked
+from tinysd_batch.job.manifest.notes import ReadingNotes
+
+MAX_LINE_CHARACTERS = 8 << 20  # images as text are in some; they are left out, and the row stays
+MAX_RECORD_CHARACTERS = 262_144  # of a CSV row over several lines, which mostly is a quote that is not closed
+START_BYTES = 4096
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+
+
+@contextmanager
+def open_text(path: Path, notes: ReadingNotes) -> Iterator[io.TextIOWrapper]:
+    """The file's text. Bytes that are no UTF-8 arrive as lone surrogates, so that only their row is lost."""
+    encoding = find_encoding(path)
+    notes.encoding = "" if encoding == "utf-8" else encoding.upper()
+    with open_unpacked(path) as file:
+        errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+        try:
+            yield io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="")
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{path}: not {encoding.upper()}: {error.reason}; save the file as UTF-8") from None
+
+
+def find_encoding(path: Path) -> str:
+    """Raises ManifestError for a file that is empty, or in an encoding that is not read."""
+    start = read_start(path)
+    if not start.strip() and len(start) < START_BYTES:
+        raise ManifestError(f"{path}: the file is empty; it needs a prompt for each row")
+    if start[:2] in UTF_16 and start[:4] not in UTF_32:
+        return "utf-16"
+    if start[:4] in UTF_32 or b"\0" in start.split(b"\n", 1)[0]:
+        kind = "UTF-32" if start[:4] in UTF_32 else "UTF-16 without a byte-order mark"
+        raise ManifestError(f"{path}: not UTF-8 (it looks like {kind}); save the file as UTF-8")
+    return "utf-8"
+
+
+def read_start(path: Path) -> bytes:
+    with open_unpacked(path) as file:
+        start: bytes = file.read(START_BYTES)
+        return start
+
+
+class BoundedLines:
+    """Lines with their ends. One that is too long raises csv.Error; the next call goes on behind it."""
+
+    def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
+        self.readline = file.readline
+        self.as_0_1_0 = as_0_1_0
+        self.number = 0  # of the last line read
+        self.starts_record = True  # the next line does
+        self.length = 0  # of the record so far
+
+    def start_record(self) -> None:
+        self.starts_record = True
+        self.length = 0
+
+    def __iter__(self) -> "BoundedLines":
+        return self
+
+    def __next__(self) -> str:
+        limit = MAX_LINE_CHARACTERS if self.starts_record else max(0, MAX_RECORD_CHARACTERS - self.length)
+        line = self.readline(limit + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if len(line) > limit:
+            while line and line[-1] not in "\r\n":
+                line = self.readline(MAX_RECORD_CHARACTERS)
+            raise csv.Error(f"over {limit + self.length:,} characters")
+        self.length += len(line)
+        if self.starts_record:
+            self.starts_record = False
+            # At the start of any line: somebody put files together. A line of it alone was a row of 0.1.0.
+            if line[0] == "\ufeff" and (self.number == 1 or not self.as_0_1_0):
+                return line.lstrip("\ufeff")
+        return line
+
+    def describe_fault(self, error: csv.Error) -> str:
+        return str(error)
+
+
+def read_records(reader: Iterator[Any], lines: BoundedLines) -> Iterator[tuple[int, Any]]:
+    """What `reader` makes of each row's lines, or what is wrong with them, after the number of the first line."""
+    while True:
+        lines.start_record()
+        first = lines.number + 1
+        try:
+            yield first, next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield first, Fault(lines.describe_fault(error), line=first)

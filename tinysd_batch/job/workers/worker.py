@@ -1,0 +1,378 @@
+"""One worker: a model on one device that turns micro-batches into files and small records.
+
+The single door from the job to the model. Pixels never leave this process: images are encoded and published here, and
+only their records travel back.
+"""
+
+import gc
+import hashlib
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
+
+import tinysd_batch
+from tinysd_batch.config import MAX_SEED, Settings, printable
+from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
+from tinysd_batch.job.state.precision_record import choose_as_recorded, describe_precision
+from tinysd_batch.job.workers.faults import POLICY, Action, Fault, error_class, fault_of
+from tinysd_batch.job.workers.oom_fallback import BATCH_HALVED, BATCH_SPLIT, Limit, Shape, pieces, shape_of
+from tinysd_batch.model.checkpoint.info import ModelInfo
+from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
+from tinysd_batch.storage.atomic import MAX_FILE_BYTES, publish, storage_errors, sync_found_file
+from tinysd_batch.text import has_surrogates
+
+if TYPE_CHECKING:
+    from tinysd_batch.model.device.dtype import Precision
+    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.sampling.batch import Generated
+
+MAX_MESSAGE_CHARACTERS = 2000
+MAX_COUNT = 2**31 - 1  # of tokens, as the table holds it
+# The columns that are stored inside the image, for a run that adopts it. No host names: people share images. No
+# measurements: equal settings on one machine give equal files.
+EMBEDDED_COLUMNS: dict[str, type | UnionType] = {
+    "n_tokens": int | None,
+    "truncated": str | None,
+    "negative_truncated": str | None,
+    "precision": str,
+    "degraded": list,
+    "device_name": str,
+}
+METADATA_SCHEMA = 2
+RECORDS: dict[int, dict[str, type | UnionType]] = {  # the stored columns by the metadata's schema
+    1: EMBEDDED_COLUMNS
+    | {"text_s": int | float, "denoise_s": int | float, "decode_s": int | float, "peak_memory_bytes": int},
+    METADATA_SCHEMA: EMBEDDED_COLUMNS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """All a worker is told at birth."""
+
+    job_folder: Path
+    scratch: Path  # for pictures while they are written
+    model_path: Path
+    model_name: str
+    model_digest: str
+    device: str  # auto, cpu or cuda
+    precision: str  # auto, full or autocast
+    vram_budget: str | None = None
+    turbo: bool = False
+    unet_bs: int | None = None
+    long_prompts: bool = False
+    rng: Literal["cpu", "cuda"] = "cpu"
+    format: str = "png"
+    quality: int = 90
+    no_metadata: bool = False
+    skip_save: bool = False
+    threads: int = 1  # torch's, for work on the CPU
+    stop_file: Path | None = None  # once it is there, no further micro-batch is begun
+    precision_file: Path | None = None  # the job's record of what `auto` chose, see `job.precision_record`
+
+    @classmethod
+    def of(cls, settings: Settings, model: ModelInfo, **more: Any) -> Self:
+        """A worker for these settings and this model; `more` gives the folders and threads."""
+        shared = {field.name for field in fields(cls)} & set(Settings.model_fields)
+        return cls(
+            model_path=model.path.resolve(), model_name=model.name, model_digest=model.digest,
+            **settings.model_dump(include=shared), **more,
+        )  # fmt: skip
+
+
+class Worker:
+    """Made once per card; lives as long as its process."""
+
+    def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
+        """Loads the model `setup` names, unless one is given."""
+        self.setup = setup
+        self.name = name
+        self.limits: defaultdict[Shape, Limit] = defaultdict(Limit)
+        self.model = model or load_model(setup)
+
+    def describe(self) -> dict[str, Any]:
+        """What the driver shows and checks: version, model, precision, device, process."""
+        return {
+            "version": tinysd_batch.__version__,
+            "model_digest": self.model.info.digest,
+            **describe_precision(self.model),
+            "device_name": self.model.device_name,
+            "node": platform.node(),
+            "pid": os.getpid(),
+            "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        }
+
+    def generate(self, batches: Sequence[MicroBatch]) -> Iterator[list[ImageResult]]:
+        """Make each micro-batch's wanted images, and yield their results when the files are durable.
+
+        Ends early, between micro-batches, when the driver asks for it by the stop file: a call in flight hears no call.
+        """
+        for batch in batches:
+            if self.setup.stop_file is not None and self.setup.stop_file.exists():
+                return
+            yield self.generate_batch(batch)
+
+    def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
+        """Results of the wanted images. A batch of which none is wanted is a trial: drawn, and thrown away."""
+        if not batch.wanted:
+            return self.make(batch.images, batch.wanted) or [ImageResult(batch.images[0].index, Status.OK)]
+        wanted = [image for image in batch.images if image.index in batch.wanted]
+        adopted = [result for image in wanted if (result := adopt(self.setup.job_folder, image))]
+        missing = batch.wanted - {result.index for result in adopted}
+        return adopted + (self.make(batch.images, missing) if missing else [])
+
+    def make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+        """Generate and publish; where that fails, do what `failures.POLICY` says, so that one image costs only itself.
+
+        Raises StorageError, and BrokenWorkerError when this process can draw no more.
+        """
+        limit = self.limits[shape_of(images[0])]
+        parts = pieces(images, limit.batch)
+        if len(parts) > 1:
+            return self.make_apart(parts, wanted, BATCH_HALVED)
+        try:
+            with limit.applied(self.model):
+                return self.try_to_make(images, wanted)
+        except Exception as error:
+            fault = fault_of(error)
+            action = POLICY[fault].action
+            if action in (Action.STOP, Action.WAIT):  # the storage has waited already
+                raise
+            if action is Action.SUSPECT:
+                raise BrokenWorkerError(f"{self.name}: the device is in a broken state: {first_line(error)}") from None
+            told = error_class(error), first_line(error)
+        # The error is gone here, and with it its hold on the tensors of the attempt.
+        return self.make_otherwise(images, wanted, fault, limit, told)
+
+    def make_otherwise(
+        self, images: Sequence[ImageRequest], wanted: frozenset[int], fault: Fault, limit: Limit, told: tuple[str, str]
+    ) -> list[ImageResult]:
+        """Try again with less memory, or image by image; or give one up."""
+        if fault is Fault.OUT_OF_MEMORY:
+            free_memory()
+            if limit.lower(len(images), self.model):
+                return self.make(images, wanted)
+        if len(images) == 1:
+            return [self.failed(images[0], *told)]
+        return self.make_apart([[image] for image in images], wanted, BATCH_SPLIT)
+
+    def make_apart(
+        self, parts: Sequence[Sequence[ImageRequest]], wanted: frozenset[int], why: str
+    ) -> list[ImageResult]:
+        results: list[ImageResult] = []
+        for part in parts:
+            if some := wanted & {image.index for image in part}:
+                results += self.make(part, some)
+        for result in results:
+            result.degraded += [why] if why not in result.degraded else []
+        return results
+
+    def failed(self, request: ImageRequest, kind: str, message: str) -> ImageResult:
+        now = time.time()
+        return ImageResult(
+            request.index,
+            Status.FAILED,
+            error_class=kind,
+            error_message=message,
+            device_name=self.model.device_name,
+            worker=self.name,
+            node=platform.node(),
+            started_at=now,
+            finished_at=now,
+        )
+
+    def try_to_make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+        started = time.time()
+        params = images[0].params
+        generated = self.model.generate(
+            [image.prompt for image in images],
+            [image.seed for image in images],
+            negative_prompt=[image.negative_prompt for image in images],
+            height=params.height,
+            width=params.width,
+            num_inference_steps=params.steps,
+            guidance_scale=[image.scale for image in images],
+            prompt_syntax=[image.prompt_syntax for image in images],
+            long_prompts=self.setup.long_prompts,
+            rng=self.setup.rng,
+            noise_seed=[image.seed if image.noise_seed is None else image.noise_seed for image in images],
+            sampler=params.sampler,
+            eta=params.eta,
+            normalize=False,  # the manifest's reader has done that, and jobs of 0.1.0 keep their prompts as they are
+        )
+        return [
+            self.publish_or_fail(image, generated, position, started)
+            for position, image in enumerate(images)
+            if image.index in wanted
+        ]
+
+    def publish_or_fail(
+        self, request: ImageRequest, generated: "Generated", position: int, started: float
+    ) -> ImageResult:
+        """Publish one image of a batch; where something else has its place, only that image fails."""
+        try:
+            return self.publish(request, generated, position, started)
+        except OccupiedPathError as error:
+            return self.failed(request, error_class(error), first_line(error))
+
+    def publish(self, request: ImageRequest, generated: "Generated", position: int, started: float) -> ImageResult:
+        from tinysd_batch.images import FileFormat, encode_image, parameters_text
+
+        made: dict[str, Any] = {
+            "n_tokens": generated.n_tokens[position],
+            "truncated": generated.truncated[position],
+            "negative_truncated": generated.negative_truncated[position],
+            "precision": generated.precision[position],
+            "device_name": self.model.device_name,
+            "worker": self.name,
+            "node": platform.node(),
+            "text_s": generated.text_s / len(generated.images),
+            "denoise_s": generated.denoise_s / len(generated.images),
+            "decode_s": generated.decode_s / len(generated.images),
+            "peak_memory_bytes": generated.peak_memory_bytes,
+            "started_at": started,
+            "finished_at": time.time(),
+            "degraded": generated.degraded[position] + self.limits[shape_of(request)].names(),
+        }
+        result = ImageResult(request.index, Status.OK, **made)
+        if self.setup.skip_save:
+            return result
+        setup = self.setup
+        parameters = parameters_text(request, setup.model_name, setup.model_digest, tinysd_batch.__version__)
+        kind = FileFormat(setup.format, setup.quality, not setup.no_metadata)
+        data = encode_image(generated.images[position], kind, parameters, self.our_metadata(request, made))
+        path = self.setup.job_folder / request.file_name
+        with storage_errors(path):
+            there = publish(data, path, self.setup.scratch, lambda found: record_in(found, request) is not None)
+        return file_columns(result, request, there)
+
+    def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
+        """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
+        params = request.params
+        return {
+            "schema": METADATA_SCHEMA,
+            "image_id": request.image_id,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "prompt_syntax": request.prompt_syntax,
+            "long_prompts": self.setup.long_prompts,
+            "rng": self.setup.rng,
+            "seed": request.seed,
+            "noise_seed": request.seed if request.noise_seed is None else request.noise_seed,
+            "scale": request.scale,
+            "width": params.width,
+            "height": params.height,
+            "steps": params.steps,
+            "sampler": params.sampler,
+            "eta": params.eta,
+            "model": self.setup.model_name,
+            "model_digest": self.setup.model_digest,
+            "version": tinysd_batch.__version__,
+            "made": {name: made[name] for name in EMBEDDED_COLUMNS},
+        }
+
+
+def load_model(setup: WorkerSetup) -> "TinySD":
+    """Raises UsageError for a model or a device that cannot be used."""
+    import torch
+
+    from tinysd_batch.model.checkpoint.info import read_model_info
+    from tinysd_batch.model.device.select import choose_device
+    from tinysd_batch.model.pipeline import TinySD
+
+    torch.set_num_threads(setup.threads)
+    device = choose_device(None if setup.device == "auto" else setup.device)
+    precision: Precision = setup.precision
+    if precision == "auto":
+        is_small = read_model_info(str(setup.model_path)).is_small
+        precision = choose_as_recorded(setup.precision_file, device, is_small=is_small)
+    return TinySD.from_pretrained(
+        setup.model_path,
+        device=device,
+        dtype=precision,
+        vram_budget=setup.vram_budget,
+        turbo=setup.turbo,
+        unet_bs=setup.unet_bs,
+    )
+
+
+def adopt(job_folder: Path, request: ImageRequest) -> ImageResult | None:
+    """The result of an image that is on disk already: a worker that died after the file and before its row left it.
+
+    The file is made durable before it is reported. Raises StorageError.
+    """
+    path = job_folder / request.file_name
+    with storage_errors(path):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+            return None
+        data = path.read_bytes()
+    made = record_in(data, request)
+    if made is None:
+        return None
+    sync_found_file(path)
+    return file_columns(ImageResult(request.index, Status.OK, **made), request, data)
+
+
+def file_columns(result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
+    result.file_name = request.file_name
+    result.sha256 = hashlib.sha256(data).hexdigest()
+    result.bytes = len(data)
+    return result
+
+
+def record_in(data: bytes, request: ImageRequest) -> dict[str, Any] | None:
+    """What a file says of how it was made, if it is the whole image asked for in size and format, by its own word."""
+    from tinysd_batch.images import is_whole, read_entries
+
+    suffix = request.file_name.rpartition(".")[2]
+    _, found = read_entries(data, (request.params.width, request.params.height), [suffix])
+    schema, made = found.get("schema"), found.get("made")
+    columns = RECORDS.get(schema) if type(schema) is int else None
+    if columns is None or found.get("image_id") != request.image_id or not is_whole(data, suffix):
+        return None
+    return made if is_record(made, columns) else None
+
+
+def is_record(made: object, columns: dict[str, type | UnionType]) -> TypeGuard[dict[str, Any]]:
+    """Whether what a file holds fits the table: anybody may have written the file."""
+    return (
+        isinstance(made, dict)
+        and made.keys() == columns.keys()
+        and all(isinstance(made[name], kind) for name, kind in columns.items())
+        and all(isinstance(step, str) for step in made["degraded"])
+        and all(printable(text) == text for text in [*made["degraded"], made["precision"], made["device_name"]])
+        and not any(isinstance(value, bool) or is_unstorable(value) for value in made.values())
+        and abs(made["n_tokens"] or 0) <= MAX_COUNT
+    )
+
+
+def is_unstorable(value: object) -> bool:
+    """Numbers too large, or half characters, which the table cannot hold."""
+    if isinstance(value, str):
+        return has_surrogates(value)
+    return isinstance(value, int | float) and not abs(value) < MAX_SEED
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:MAX_MESSAGE_CHARACTERS]
+
+
+def free_memory() -> None:
+    """Let go of what a failed attempt left, on the device too."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,192 @@
+"""What a job must know of a model before any of it is loaded: its size, defaults and digest. Imports no torch."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS, excerpt, printable
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint.supported import CONFIGS, MAX_LEVELS, check_configs
+from tinysd_batch.storage.atomic import read_file
+
+SD_V1_STEPS = 50
+SD_V1_SCALE = 7.5
+SMALL_UNET_BYTES = 50_000_000
+OUR_FILE = "tinysd.json"  # name and defaults; absent from folders that other tools made
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MAX_JSON_BYTES = 50_000_000
+MAX_NAME_CHARACTERS = 100
+PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
+CONVERT_HINT = "make a model folder of it with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model folder as a job sees it."""
+
+    path: Path
+    name: str
+    digest: str  # 32 hex digits over weights, configuration and tokenizer
+    native_px: int
+    channels: int  # of the latents
+    factor: int  # pixels per latent, a side
+    step_px: int  # height and width must be multiples of this
+    steps: int
+    scale: float
+    max_tokens: int
+    unet_bytes: int  # of the UNet's file
+
+    @property
+    def is_small(self) -> bool:
+        """Too small for its tensors to be shared among processor cores."""
+        return self.unet_bytes < SMALL_UNET_BYTES
+
+
+def embedded_path() -> Path:
+    """The model that ships inside the package."""
+    return Path(str(files("tinysd_batch.embedded"))) / "model"
+
+
+def resolve_path(model: str) -> Path:
+    """The folder a `--model` value names; raise ModelError where there is no usable model."""
+    path = embedded_path() if model == "embedded" else Path(model)
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise ModelError(f"{model}: {(error.strerror or str(error)).lower()}") from None
+    if not is_there:
+        raise ModelError(
+            f"{model}: no such model; give a model folder, or `embedded` for the one that ships with us "
+            f"(README, Your own model, says where checkpoints come from and how to bring them in)"
+        )
+    if path.is_file():
+        raise ModelError(f"{model}: this is a single checkpoint file; {CONVERT_HINT.format(model)}")
+    missing = [part for part in PARTS if not (path / part).is_dir()]
+    if missing:
+        raise ModelError(f"{model}: not a model folder, it has no {', '.join(missing)}")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(read_file(path, MAX_JSON_BYTES).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; the model folder is not complete") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{path}: an object was expected")
+    return loaded
+
+
+def model_digest(path: Path) -> str:
+    """BLAKE2b over the files that decide pixels, each by its relative name and content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in PARTS:
+        for file in sorted((path / part).iterdir()):
+            if file.suffix in (".safetensors", ".json", ".txt") and file.is_file():
+                digest.update(f"{part}/{file.name}\0{file.stat().st_size}\0".encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_model_info(model: str) -> ModelInfo:
+    """Look at the model that `--model` names. Raises ModelError."""
+    try:
+        return look_at(resolve_path(model))
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+
+
+def read_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """The configurations of a model folder's parts. Raises ModelError for one that is missing or no JSON object."""
+    return {part: read_json(path / part / name) for part, name in CONFIGS.items()}
+
+
+def look_at(path: Path, digest: str | None = None) -> ModelInfo:
+    """Check a model folder's configurations and say what a job must know. Without a `digest` it is computed."""
+    check_configs(path, read_configs(path))
+    defaults, sizes = read_defaults(path), read_sizes(path)
+    return ModelInfo(
+        path=path,
+        name=defaults.name,
+        digest=model_digest(path) if digest is None else digest,
+        native_px=sizes.native_px,
+        channels=sizes.channels,
+        factor=sizes.factor,
+        step_px=sizes.step_px,
+        steps=defaults.steps,
+        scale=defaults.scale,
+        max_tokens=sizes.max_tokens,
+        unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a model's configurations say of its images and prompts; see `ModelInfo`."""
+
+    native_px: int
+    channels: int
+    factor: int
+    step_px: int
+    max_tokens: int
+
+
+def read_sizes(path: Path, *, own_vae: bool = True) -> Sizes:
+    """Raises ModelError for values that are out of bounds. Without the folder's own VAE pixels are latents."""
+    unet, text = path / "unet" / "config.json", path / "text_encoder" / "config.json"
+    factor = 2 ** (levels(path / "vae" / "config.json") - 1) if own_vae else 1
+    return Sizes(
+        native_px=number(unet, "sample_size", 1, MAX_SIDE_PX // factor) * factor,
+        channels=number(unet, "in_channels", 1, 1024),
+        factor=factor,
+        step_px=factor * 2 ** (levels(unet) - 1),
+        max_tokens=number(text, "max_position_embeddings", 3, 10_000),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDefaults:
+    """What a model's folder says of itself in `tinysd.json`; SD v1's values where it does not."""
+
+    name: str
+    steps: int
+    scale: float
+
+
+def read_defaults(path: Path) -> ModelDefaults:
+    """Raises ModelError for values that are out of bounds."""
+    file = path / OUR_FILE
+    ours = read_json(file) if file.exists() else {}
+    return ModelDefaults(
+        name=printable(str(ours.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
+        steps=number(file, "steps", 1, MAX_STEPS) if "steps" in ours else SD_V1_STEPS,
+        scale=float(number(file, "scale", 0, 100, float)) if "scale" in ours else SD_V1_SCALE,
+    )
+
+
+def levels(config: Path) -> int:
+    """How many sizes an image passes through, each half the one before."""
+    found = read_json(config).get("block_out_channels")
+    if not isinstance(found, list) or not 1 <= len(found) <= MAX_LEVELS:
+        raise ModelError(f"{config}: block_out_channels = {excerpt(found)}: a list of 1 to {MAX_LEVELS} was expected")
+    return len(found)
+
+
+def number(config: Path, name: str, least: int, most: int, kind: type[int] | type[float] = int) -> Any:
+    """A number that the rest of the program relies upon. Raises ModelError."""
+    value = read_json(config).get(name)
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not math.isfinite(value):
+        raise ModelError(f"{config}: {name} = {excerpt(value)}: a number was expected")
+    if not least <= value <= most:
+        raise ModelError(f"{config}: {name} = {excerpt(value)}: must be between {least} and {most}")
+    return value

@@ -1,0 +1,31 @@
+"""The text encoder's vocabulary stays on the host: a prompt needs 77 of its 49,408 rows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from tinysd_batch.model.offload.components import take
+
+
+class HostEmbedding(nn.Module):
+    """`nn.Embedding` of a table that never comes to the device; the rows asked for do, as `dtype`."""
+
+    def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tables = (table,)  # a tuple, so that nobody takes it for a weight to be moved
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.is_meta:
+            return torch.empty(*ids.shape, self.tables[0].shape[1], dtype=self.dtype, device=ids.device)
+        rows = F.embedding(ids.to(self.tables[0].device), self.tables[0])
+        return rows.to(ids.device, self.dtype)
+
+
+def keep_vocabulary_on_host(encoder: CLIPTextModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put the vocabulary's table, taken out of `tensors`, into an empty encoder for good. Raises ModelError."""
+    name = "embeddings.token_embedding.weight"
+    table = take(tensors, name, encoder.get_parameter(name))
+    del tensors[name]
+    encoder.embeddings.token_embedding = HostEmbedding(table, dtype)

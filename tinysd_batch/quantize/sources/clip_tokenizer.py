@@ -1,0 +1,52 @@
+"""CLIP's tokenizer, which no SD v1 checkpoint holds: its merges ship with the package, the rest follows from them.
+
+`clip_merges.txt.gz` has the 48,894 merges of openai/clip-vit-large-patch14, one a line, in order. A token is a byte, a
+byte at a word's end, a merge, or one of two marks; its id is its place in that order.
+"""
+
+import gzip
+import json
+from importlib.resources import files
+from pathlib import Path
+
+VOCABULARY = 49_408
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+MERGES_HEADER = "#version: 0.2"
+WORD_END = "</w>"
+# A character for each byte: printable ones stand for themselves, the others are moved behind Latin-1.
+BYTE_CHARACTERS = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]
+
+
+def read_merges() -> list[str]:
+    """The merges, each two tokens with a space between, most frequent first."""
+    packed = (files("tinysd_batch.quantize.sources") / "clip_merges.txt.gz").read_bytes()
+    return gzip.decompress(packed).decode("utf-8").splitlines()
+
+
+def vocabulary_of(merges: list[str]) -> dict[str, int]:
+    """Each token's id."""
+    tokens = [
+        *BYTE_CHARACTERS,
+        *(character + WORD_END for character in BYTE_CHARACTERS),
+        *(merge.replace(" ", "") for merge in merges),
+        BEGIN,
+        END,
+    ]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def write_tokenizer(folder: Path, max_tokens: int) -> None:
+    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, as transformers' CLIPTokenizer reads them."""
+    merges = read_merges()
+    config = {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "bos_token": BEGIN, "eos_token": END,
+        "pad_token": END, "unk_token": END,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    content = {
+        "vocab.json": json.dumps(vocabulary_of(merges), ensure_ascii=False),
+        "merges.txt": "\n".join([MERGES_HEADER, *merges]),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
+    for name, text in content.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,174 @@
+"""The UNet of the origin's `full_int2_sd.pth`, taken over without changing a number.
+
+The file names SD v1's layers as CompVis does. 261 of them hold 2-bit codes, a byte for four output channels in a row,
+the first in the lowest bits; four hold floats that stand for 8-bit codes; 17 hold plain floats. Each layer of codes has
+a `weight_quantizer.delta` and `weight_quantizer.zero_point` per output channel:
+
+    weight = (code - zero_point) * delta
+
+Here every code, zero and delta is kept; only the order of the codes changes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import Tensor
+
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint.folder import KEEP_ON_META
+from tinysd_batch.model.packed.format import RowWeight, Weight, pack_codes, to_matrix
+
+LDM_PREFIX = "model.diffusion_model."
+PREFIXES = ("model.diffusion_model.model.", LDM_PREFIX)  # the first is the origin's, from the wrapper that quantized it
+DELTA, ZERO = "weight_quantizer.delta", "weight_quantizer.zero_point"
+IGNORED = (".act_quantizer.delta", ".act_quantizer.zero_point", ".weight_quantizer.alpha")
+MULTIPLIERS = (1, 2, 4, 4)
+MAX_TENSORS = 4000  # of a part; SD v1's UNet has 686, and in tiny-stable-diffusion's file some 1,750
+LATENT_PX = 64  # SD v1's own size, 512 pixels
+
+
+@dataclass(slots=True)
+class OriginUNet:
+    """A UNet under diffusers' names, as `write_packed_unet` takes it."""
+
+    config: dict[str, Any]
+    packed: dict[str, tuple[Weight, tuple[int, ...]]] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+def is_origin(names: Iterable[str]) -> bool:
+    """Whether these are the names of the origin's checkpoint."""
+    return any(name.endswith(DELTA) for name in names)
+
+
+def read_origin_unet(tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype = torch.float32) -> OriginUNet:
+    """The UNet out of the checkpoint's tensors. What the origin keeps as floats becomes `dtype`.
+
+    Raises ModelError naming a tensor that is missing, unexpected, of the wrong shape, not finite, or no code.
+    """
+    prefix = next((one for one in PREFIXES if f"{one}time_embed.0.weight" in tensors), None)
+    if prefix is None:
+        raise ModelError(f"{where}: no UNet: tensor {PREFIXES[0]}time_embed.0.weight is missing")
+    mine = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    reader = Reader(mine, where, prefix)
+    with KEEP_ON_META:
+        model = UNet2DConditionModel.from_config(unet_config(reader))
+    places = model.state_dict()
+    unet = OriginUNet(dict(model.config))
+    for name, source in ldm_names(mine, unet.config, where).items():
+        place = places.get(name)
+        if place is None:
+            raise ModelError(f"{where}: tensor {prefix}{source} is unexpected")
+        layer, _, leaf = source.rpartition(".")
+        if leaf == "weight" and f"{layer}.{DELTA}" in mine:
+            unet.packed[name.removesuffix(".weight")] = reader.quantized(layer, tuple(place.shape)), tuple(place.shape)
+        else:
+            unet.others[name] = reader.take(source, tuple(place.shape)).to(dtype)
+    made = set(unet.others) | {f"{name}.weight" for name in unet.packed}
+    if missing := sorted(set(places) - made):
+        raise ModelError(f"{where}: {len(missing)} tensors of the UNet are missing; the first is, by diffusers' name, "
+                         f"{missing[0]}")  # fmt: skip
+    reader.check_all_taken()
+    return unet
+
+
+def unet_config(reader: "Reader") -> dict[str, Any]:
+    """SD v1's UNet, as wide as the tensors are."""
+    width = reader.tensor("time_embed.0.weight").shape[-1]
+    context = reader.tensor("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight").shape[-1]
+    return {
+        "sample_size": LATENT_PX,
+        "block_out_channels": [width * factor for factor in MULTIPLIERS],
+        "cross_attention_dim": context,
+        "attention_head_dim": 8,
+    }
+
+
+def ldm_names(tensors: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, str]:
+    """diffusers' names -> the checkpoint's, of weights and biases. diffusers renames whatever hangs on the names."""
+    check_count(len(tensors), where)
+    sources = {LDM_PREFIX + name: name for name in tensors if name.endswith((".weight", ".bias"))}
+    try:
+        return dict(convert_ldm_unet_checkpoint(sources, config))
+    except KeyError as error:
+        raise ModelError(f"{where}: tensor {error} of the UNet is missing") from None
+
+
+def check_count(tensors: int, where: object) -> None:
+    """Raise ModelError for more tensors than a part can have: renaming them takes the square of their number."""
+    if tensors > MAX_TENSORS:
+        raise ModelError(f"{where}: {tensors:,} tensors in a part of the model; at most {MAX_TENSORS:,} are read")
+
+
+class Reader:
+    """Takes tensors by the checkpoint's names, and knows what is left."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str, prefix: str) -> None:
+        self.tensors = tensors
+        self.where = where
+        self.prefix = prefix
+        self.left = {name for name in tensors if not name.endswith(IGNORED)}
+
+    def fail(self, name: str, fault: str) -> ModelError:
+        return ModelError(f"{self.where}: tensor {self.prefix}{name} {fault}")
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise self.fail(name, "is missing")
+        return self.tensors[name]
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of numbers, float32."""
+        tensor = self.tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise self.fail(name, f"has shape {list(tensor.shape)}, {list(shape)} was expected")
+        self.left.discard(name)
+        numbers = tensor.float()
+        if not numbers.isfinite().all():
+            raise self.fail(name, "is not finite")
+        return numbers
+
+    def take_whole(self, name: str, shape: tuple[int, ...], most: int) -> Tensor:
+        """Whole numbers 0 to `most`, as uint8, whatever type they are stored in."""
+        numbers = self.take(name, shape)
+        if not torch.equal(numbers, numbers.round().clamp(0, most)):
+            raise self.fail(name, f"holds other numbers than 0 to {most}")
+        return numbers.to(torch.uint8)
+
+    def quantized(self, layer: str, shape: tuple[int, ...]) -> RowWeight:
+        """A layer's weight [O, ...] as it is stored, at 2 or 8 bits."""
+        rows = shape[0]
+        stored = self.tensor(f"{layer}.weight").shape[0]
+        column = (rows,) + (1,) * (len(shape) - 1)
+        delta = self.take(f"{layer}.{DELTA}", column)
+        if stored == rows:
+            zero = self.take_whole(f"{layer}.{ZERO}", column, 255)
+            codes = self.eight_bit_codes(layer, shape, delta, zero)
+            return RowWeight(codes, zero.flatten(), bits_of(delta), bits=8)
+        zero = self.take_whole(f"{layer}.{ZERO}", column, 3)
+        packed = self.take_whole(f"{layer}.weight", (rows // 4, *shape[1:]), 255)
+        codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten(0, 1)
+        return RowWeight(pack_codes(to_matrix(codes), 2), zero.flatten(), bits_of(delta))
+
+    def eight_bit_codes(self, layer: str, shape: tuple[int, ...], delta: Tensor, zero: Tensor) -> Tensor:
+        """What the origin computes of the stored floats at every use, uint8 [O, K]."""
+        if not delta.all():
+            raise self.fail(f"{layer}.{DELTA}", "is zero somewhere")
+        codes = ((self.take(f"{layer}.weight", shape) / delta).round() + zero.float()).clamp(0, 255)
+        return to_matrix(codes).to(torch.uint8).contiguous()
+
+    def check_all_taken(self) -> None:
+        if self.left:
+            first = min(self.left)
+            raise self.fail(
+                first, f"is unexpected, and {len(self.left) - 1} more" if len(self.left) > 1 else "is unexpected"
+            )
+
+
+def bits_of(delta: Tensor) -> Tensor:
+    """float32 [O, 1, ...] as the int32 [O] of its bits."""
+    return delta.flatten().contiguous().view(torch.int32)
