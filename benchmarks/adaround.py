@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packed.format import to_matrix
-from tinysd_batch.quantize.calibration.layerwise import from_matrix, layer_inputs
+from tinysd_batch.model.packed.format import from_matrix, to_matrix
+from tinysd_batch.quantize.calibration.layerwise import layer_inputs
 from tinysd_batch.quantize.calibration.trajectories import Rows
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
+from tinysd_batch.quantize.calibration.unet_segments import Walker
 
 NORM = 2.4
 SHRINKS = 40  # ranges that are tried

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from tinysd_batch.job.plan.batches import IMAGES_PER_FOLDER, file_name
 from tinysd_batch.job.results.compare import as_images, find_differences, read_saved_images
-from tinysd_batch.job.results.table import FIELDS, ResultsPaths, fit
+from tinysd_batch.job.results.schema import FIELDS
+from tinysd_batch.job.results.table import ResultsPaths, fit
 from tinysd_batch.job.results.writer import SEAL_ROWS, to_parquet
 from tinysd_batch.storage.atomic import write_atomically
 

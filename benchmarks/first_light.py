@@ -28,10 +28,11 @@ from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.inline_pool import InlinePool
-from tinysd_batch.job.workers.worker import Worker, WorkerSetup, usable_cores
+from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.model.packed.dequantize import has_kernels, unpack
 from tinysd_batch.model.packed.fbgemm import unpack_by_rows, unpack_rows_torch
 from tinysd_batch.quantize.solve.affine import quantize_matrix
+from tinysd_batch.threads import usable_cores
 
 ROUNDS = 5
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.full_size import MODEL, make_model
-from tinysd_batch.model.offload.planner import LivePeak, Phase, Shape, Way
+from tinysd_batch.model.offload.peak_memory import LivePeak
+from tinysd_batch.model.offload.stage_estimate import Phase, Shape, Way
 from tinysd_batch.model.pipeline import TinySD
 
 SIZES = (256, 512, 768)

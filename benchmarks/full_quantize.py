@@ -30,11 +30,11 @@ from benchmarks.full_size import SD_V1_TEXT, SD_V1_UNET, SD_V1_VAE
 from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS
 from tinysd_batch.model.checkpoint.info import WEIGHTS
 from tinysd_batch.model.checkpoint.safetensors_mmap import write_tensors
-from tinysd_batch.quantize.convert import open_source
 from tinysd_batch.quantize.estimate.duration import foretell, speed_of, total
 from tinysd_batch.quantize.presets import DEFAULT, layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import Options, check_unet
+from tinysd_batch.quantize.sources.open import open_source
 
 REPEATED = 2**24  # random numbers, over and over
 STD = 0.02

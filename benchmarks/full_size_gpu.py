@@ -31,8 +31,9 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.full_size import MODEL, SD_V1_UNET, make_model
 from tinysd_batch.model.device.cuda_graph import WORTH_IT, CapturedStep
-from tinysd_batch.model.device.select import overhead
-from tinysd_batch.model.offload.planner import SMALL_WORKSPACE, WORKSPACE_CONFIG, Phase, Shape, Way
+from tinysd_batch.model.device.cuda_overhead import overhead
+from tinysd_batch.model.offload.planner import SMALL_WORKSPACE, WORKSPACE_CONFIG
+from tinysd_batch.model.offload.stage_estimate import Phase, Shape, Way
 from tinysd_batch.model.packed.dequantize import has_kernels, unpack
 from tinysd_batch.model.packed.format import Layout
 from tinysd_batch.model.pipeline import TinySD

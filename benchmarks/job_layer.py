@@ -24,11 +24,13 @@ from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.ray_workers.cluster import start_ray
 from tinysd_batch.job.ray_workers.result_batches import Parcel
-from tinysd_batch.job.state.open_job import Job, open_job
+from tinysd_batch.job.state.job import Job
+from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.inline_pool import InlinePool
-from tinysd_batch.job.workers.worker import Worker, WorkerSetup, usable_cores
+from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch
 from tinysd_batch.report.status import read_status
+from tinysd_batch.threads import usable_cores
 
 IMAGE_S = 0.05
 WORKERS = 2

@@ -22,12 +22,12 @@ from benchmarks.quantizers import CPU, ROOT, held_out, tell
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import NoiseCorrection
 from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, TUNE_EVERY, Trajectories, draw
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
-from tinysd_batch.quantize.convert import open_source
+from tinysd_batch.quantize.calibration.unet_segments import Walker
 from tinysd_batch.quantize.evaluate.compare import sqnr_db
 from tinysd_batch.quantize.evaluate.fit_noise_correction import fit
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.open import open_source
 from training.repack import float_folder
 
 STOCHASTIC = {"euler_a": 0.0, "ddim": 1.0}  # and eta

@@ -34,20 +34,20 @@ from torch import Tensor
 
 from benchmarks import adaround
 from tinysd_batch.model.checkpoint.info import WEIGHTS
-from tinysd_batch.model.packed.format import to_matrix
+from tinysd_batch.model.packed.format import from_matrix, to_matrix
 from tinysd_batch.quantize.bit_allocation import least_layouts
-from tinysd_batch.quantize.calibration.layerwise import from_matrix
-from tinysd_batch.quantize.calibration.run import quantize_calibrated
+from tinysd_batch.quantize.calibrated import quantize_calibrated
 from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
-from tinysd_batch.quantize.convert import convert_model, open_source
+from tinysd_batch.quantize.calibration.unet_segments import Walker
+from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
 from tinysd_batch.quantize.evaluate.compare import Errors, measure
+from tinysd_batch.quantize.layers import layer_of
 from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.solve.hessian import layer_of
 from tinysd_batch.quantize.sources.checkpoint_source import Options
-from tinysd_batch.report.similarity import mean_ssim
+from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.report.quantization.similarity import mean_ssim
 from training.repack import EMBEDDED as SHIPPED
 from training.repack import float_folder
 

@@ -22,8 +22,10 @@ from tinysd_batch.config import SAMPLERS, Settings
 from tinysd_batch.job.manifest.validate import check_row
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
 from tinysd_batch.job.ray_workers.pool import RayPool
-from tinysd_batch.job.state.open_job import common_of, defaults_of, fill_in_model_defaults
-from tinysd_batch.job.workers.inline_pool import BatchDone, ChunkDone, InlinePool, Pool
+from tinysd_batch.job.state.job import common_of, defaults_of
+from tinysd_batch.job.state.open_job import fill_in_model_defaults
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Pool
 from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.records import MicroBatch, Row, Status

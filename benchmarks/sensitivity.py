@@ -20,15 +20,14 @@ from torch import Tensor
 
 from benchmarks.quantizers import ROOT, held_out
 from tinysd_batch.model.packed.dequantize import unpack
-from tinysd_batch.model.packed.format import Layout, to_matrix
-from tinysd_batch.quantize.calibration.layerwise import from_matrix
+from tinysd_batch.model.packed.format import Layout, from_matrix, to_matrix
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
-from tinysd_batch.quantize.convert import open_source
 from tinysd_batch.quantize.evaluate.compare import sqnr_db
 from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, level_of, sort_of, unet_bytes
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.quantize.solve.affine import quantize_matrix
 from tinysd_batch.quantize.sources.checkpoint_source import Options, Part
+from tinysd_batch.quantize.sources.open import open_source
 from training.repack import float_folder
 
 EVERY = 3  # of the trajectory's times

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
-from tinysd_batch.job.ray_workers.pool import RayPool, WorkerProcess
-from tinysd_batch.job.workers.inline_pool import WorkerLost, WorkerReady
+from tinysd_batch.job.ray_workers.pool import RayPool
+from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
+from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
 

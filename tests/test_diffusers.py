@@ -23,7 +23,8 @@ from tests.tools import environment
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.checkpoint.folder import read_unet
-from tinysd_batch.model.checkpoint.info import WEIGHTS, embedded_path, read_json
+from tinysd_batch.model.checkpoint.info import WEIGHTS, embedded_path
+from tinysd_batch.model.checkpoint.json_file import read_json
 
 ROOT = Path(__file__).parents[1]
 PACKED_NAMES = ("qweight", "qscale", "qoff", "qmeta")

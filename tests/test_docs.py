@@ -16,7 +16,7 @@ from tinysd_batch.cli import app
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.manifest.columns import SPELLINGS
 from tinysd_batch.job.manifest.readers import READERS
-from tinysd_batch.job.results.table import FIELDS
+from tinysd_batch.job.results.schema import FIELDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -351,7 +351,7 @@ def test_plan_and_a_dry_run_tell_the_memory_of_each_phase(manifest: Path, tmp_pa
 def test_plan_warns_of_a_full_disk(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinysd_batch.report.plan.plan_text.BYTES_PER_PIXEL", {"png": 1e15})
+    monkeypatch.setattr("tinysd_batch.report.plan.job_plan.BYTES_PER_PIXEL", {"png": 1e15})
     done = run_here("plan", "m.csv", "--model", tiny_model, cwd=tmp_path)
     assert done.returncode == 5
     assert "free: not enough" in done.stdout

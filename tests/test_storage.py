@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from tinysd_batch.errors import JobLockedError, StorageError
-from tinysd_batch.storage import atomic
+from tinysd_batch.storage import lock as lock_module
 from tinysd_batch.storage.atomic import (
     TEMPORARY_PREFIX,
-    lock,
     new_folder,
     publish,
     read_file,
     sweep_temporaries,
     write_atomically,
 )
+from tinysd_batch.storage.lock import lock
 
 
 def names(folder: Path) -> list[str]:
@@ -142,7 +142,7 @@ def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:
 
 def test_a_job_is_taken_over_between_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "_tinysd" / "lock"
-    monkeypatch.setattr(atomic, "TAKE_OVER_S", 0.3)
+    monkeypatch.setattr(lock_module, "TAKE_OVER_S", 0.3)
     with lock(path) as old:
         with old.guard(), pytest.raises(JobLockedError, match="in the middle of a write"), lock(path, take_over=True):
             pytest.fail("took over in the middle of a write")
@@ -161,7 +161,7 @@ def test_nobody_waits_for_ever_for_one_that_stands_still_in_a_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "_tinysd" / "lock"
-    monkeypatch.setattr(atomic, "GUARD_WAIT_S", 0.3)
+    monkeypatch.setattr(lock_module, "GUARD_WAIT_S", 0.3)
     with lock(path) as old, old.guard():
         path.unlink()
         message = "a process that had this job before is in the middle of a write; end it with kill -9"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools import check_whole, command, draw, environment, run_here
-from tinysd_batch.cli.streams import named_streams
+from tinysd_batch.cli.terminal.streams import named_streams
 
 redirect = contextlib.redirect_stdout
 QUICK = ("--inline", "--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_grid", "--seed", 5)

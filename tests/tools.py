@@ -27,8 +27,10 @@ from tinysd_batch.config import Settings
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.driver import Summary, run_job
 from tinysd_batch.job.results.table import readable
-from tinysd_batch.job.state.open_job import Job, open_job
-from tinysd_batch.job.workers.inline_pool import InlinePool, WorkerLost, WorkerReady
+from tinysd_batch.job.state.job import Job
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
 from tinysd_batch.storage.atomic import TEMPORARY_PREFIX

@@ -9,8 +9,8 @@ Importing the package loads nothing heavy: torch comes with `TinySD`.
 """
 
 from tinysd_batch.threads import set_wait_policy
+from tinysd_batch.version import __version__
 
-__version__ = "0.2.0.dev0"
 __all__ = ["JobResult", "TinySD", "__version__", "read_results", "submit"]
 
 TYPE_CHECKING = False  # that of `typing`, which may lie in the current folder when `python -m` loads this

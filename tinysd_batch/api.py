@@ -87,7 +87,7 @@ def submit(
 
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.job.open_pool import pool_for
-    from tinysd_batch.job.state.resolve import prepare_job
+    from tinysd_batch.job.state.prepare_job import prepare_job
     from tinysd_batch.report.progress_bar import RunProgress
 
     job, _ = prepare_job(

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.storage.atomic import read_file
-from tinysd_batch.text import decode_text, normalize_text
+from tinysd_batch.text import decode_text, excerpt, normalize_text
 from tinysd_batch.values import is_missing_number, is_nan, read_whole_number
 
 SAMPLERS = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "unipc")
@@ -208,18 +208,6 @@ def validate(kind: type[Settings], values: dict[str, Any], where: str) -> Any:
             for fault in error.errors()
         )
         raise UsageError(f"{where}: {faults}") from None
-
-
-def printable(text: str) -> str:
-    """Text that anybody may have written, fit for a terminal: no control characters, no changes of direction."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
-def excerpt(value: object, length: int = 60) -> str:
-    """A value as an error message may show it: on one line, no control characters, not too long."""
-    text = value if isinstance(value, str) else str(value)
-    shown = text[:length] + ("…" if len(text) > length else "")
-    return repr(shown)
 
 
 def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:

@@ -94,3 +94,15 @@ def expand_ranges(characters: str) -> frozenset[str]:
 
 
 INVISIBLE_CHARACTERS = expand_ranges(INVISIBLE)
+
+
+def printable(text: str) -> str:
+    """Text that anybody may have written, fit for a terminal: no control characters, no changes of direction."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def excerpt(value: object, length: int = 60) -> str:
+    """A value as an error message may show it: on one line, no control characters, not too long."""
+    text = value if isinstance(value, str) else str(value)
+    shown = text[:length] + ("…" if len(text) > length else "")
+    return repr(shown)

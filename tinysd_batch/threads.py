@@ -58,3 +58,8 @@ class at_most_threads:  # noqa: N801 - used as a function, as contextlib's are
 
         if self.before is not None:
             torch.set_num_threads(self.before)
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,14 +16,14 @@ import torch
 
 from tinysd_batch.cli.quantize import make_and_report
 from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, draw_held_out
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
-from tinysd_batch.quantize.convert import open_source
+from tinysd_batch.quantize.calibration.unet_segments import Walker
 from tinysd_batch.quantize.evaluate.compare import measure
 from tinysd_batch.quantize.evaluate.sensitivity import harms_of
 from tinysd_batch.quantize.presets import Size
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import Options
-from tinysd_batch.report.quantization_report import measure_anew
+from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.report.quantization.report import measure_anew
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "tinysd_batch" / "embedded" / "model"

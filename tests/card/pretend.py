@@ -16,13 +16,12 @@ from tests.card.driver import Driver, Runtime, check, compile_kernel
 from tests.card.graphs import Graph
 from tests.card.streams import Race
 from tests.card.tensors import CardMode, CardTensor
-from tinysd_batch.model.device import cuda_graph, dtype, select
-from tinysd_batch.model.offload import offloader
+from tinysd_batch.model.device import cuda_overhead, precision, streams
 from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 REMEMBERED = (
-    select.overhead, cuda_graph.working_stream, cuda_kernel.kernel, dtype.probe, offloader.copying_stream,
+    cuda_overhead.overhead, streams.working_stream, cuda_kernel.kernel, precision.probe, streams.copying_stream,
     dequantize.has_kernels,
 )  # fmt: skip
 
@@ -70,7 +69,7 @@ def guarding_nothing() -> Iterator[None]:
 def forget() -> None:
     for function in REMEMBERED:
         function.cache_clear()
-    select.WORKSPACES.clear()
+    cuda_overhead.WORKSPACES.clear()
     dequantize.SCRATCH.release(torch.device("cuda"))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trivial import TrivialModel, TrivialPool, TrivialProcess
-from tinysd_batch.cli.signals import stop_on_signals
+from tinysd_batch.cli.terminal.signals import stop_on_signals
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.dispatch import dispatcher

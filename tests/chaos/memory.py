@@ -22,13 +22,14 @@ from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.plan.batches import RowImages, cut_batches, plan_images
 from tinysd_batch.job.results import table as tables
 from tinysd_batch.job.results import writer
-from tinysd_batch.job.state.open_job import Job
+from tinysd_batch.job.results.schema import FIELDS
+from tinysd_batch.job.state.job import Job
 from tinysd_batch.records import ImageRequest, ImageResult, Row, Status
 from tinysd_batch.storage import atomic
 
 # Enough of the table to check it by: a row of all columns takes half a millisecond.
 COLUMNS = ("index", "row", "status", "file_name", "sha256", "error_class")
-SCHEMA = pa.schema([field for field in tables.FIELDS if field.name in COLUMNS])
+SCHEMA = pa.schema([field for field in FIELDS if field.name in COLUMNS])
 
 
 class MemoryWorld(World):

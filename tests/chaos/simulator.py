@@ -26,12 +26,13 @@ from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.job import driver
 from tinysd_batch.job.dispatch import dispatcher
-from tinysd_batch.job.dispatch.chunk_size import Patience, work_of
-from tinysd_batch.job.manifest.validate import fingerprint
+from tinysd_batch.job.dispatch.chunk_size import Patience
+from tinysd_batch.job.manifest.files import fingerprint, stamp
+from tinysd_batch.job.plan.cost import work_of
 from tinysd_batch.job.results import table, writer
-from tinysd_batch.job.state.open_job import Job, stamp
+from tinysd_batch.job.state.job import Job
 from tinysd_batch.job.workers.faults import POLICY, Action, Fault
-from tinysd_batch.job.workers.inline_pool import BatchDone, ChunkDone, Event, WorkerLost, WorkerReady
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Event, WorkerLost, WorkerReady
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import atomic

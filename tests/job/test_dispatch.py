@@ -11,7 +11,7 @@ from tests.tools import check_whole, write_csv
 from tinysd_batch.errors import NoWorkerError
 from tinysd_batch.job import driver
 from tinysd_batch.job.workers.faults import Fault
-from tinysd_batch.job.workers.inline_pool import WorkerLost
+from tinysd_batch.job.workers.pool import WorkerLost
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 
 

@@ -19,7 +19,8 @@ from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, 
 from tinysd_batch.job.dispatch.dispatcher import Dispatch
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
-from tinysd_batch.job.workers.inline_pool import BatchDone, ChunkDone, Event, InlinePool, WorkerLost
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Event, WorkerLost
 from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 

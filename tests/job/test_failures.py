@@ -18,8 +18,8 @@ from tests.tools import check_whole, draw, setup_for, write_csv
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, NotFiniteError, StorageError, UsageError
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
-from tinysd_batch.job.ray_workers.pool import WorkerProcess
 from tinysd_batch.job.ray_workers.slots import Slot
+from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.faults import POLICY, Action, Charged, Fault, error_class, fault_of, loss_of
 from tinysd_batch.job.workers.oom_fallback import LADDER, Limit, pieces

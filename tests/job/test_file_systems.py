@@ -13,8 +13,9 @@ import pytest
 from tests.tools import check_whole, draw, names_below, run
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.storage.atomic import TEMPORARY_PREFIX, lock, new_folder, publish, write_atomically
+from tinysd_batch.storage.atomic import TEMPORARY_PREFIX, new_folder, publish, write_atomically
 from tinysd_batch.storage.filesystem import NO_FOLDER_SYNC, NO_LINKS, NO_LOCKS
+from tinysd_batch.storage.lock import lock
 
 SOURCE = Path(__file__).parents[1] / "fault_shim.c"
 QUICK = ("--inline", "--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_grid", "--seed", 5)

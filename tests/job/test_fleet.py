@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import tinysd_batch
 from tinysd_batch.errors import NoWorkerError
-from tinysd_batch.job.fleet import Card, changes, cpus_of, gpus_of
 from tinysd_batch.job.ray_workers import handshake
+from tinysd_batch.job.ray_workers.slots import Card, changes, cpus_of, gpus_of
 
 
 def node(name: str, gpus: float | None, alive: bool = True) -> dict[str, Any]:

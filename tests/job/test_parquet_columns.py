@@ -14,10 +14,11 @@ from tests.job.test_manifest import DEFAULTS, reason, rows_of
 from tests.tools import Capture, call, draw, read_results
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.export.table import export_table
+from tinysd_batch.job.manifest.files import fingerprint
 from tinysd_batch.job.manifest.formats.parquet_footer import column_sizes
-from tinysd_batch.job.manifest.notes import ReadingNotes
 from tinysd_batch.job.manifest.readers import read_extra_fields
-from tinysd_batch.job.manifest.validate import fingerprint, read_rows
+from tinysd_batch.job.manifest.reading_notes import ReadingNotes
+from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.job.state.open_job import default_folder
 from tinysd_batch.records import InvalidRow, Row
 

@@ -16,9 +16,9 @@ from tests.tools import run_here, write_csv
 from tinysd_batch.job.dispatch.dispatcher import Dispatch
 from tinysd_batch.job.state.precision_record import choose_as_recorded, read_record, record_key, update_record
 from tinysd_batch.job.workers.faults import Fault
-from tinysd_batch.job.workers.inline_pool import Event, WorkerLost, WorkerReady
+from tinysd_batch.job.workers.pool import Event, WorkerLost, WorkerReady
 from tinysd_batch.model.checkpoint import info
-from tinysd_batch.model.device import dtype
+from tinysd_batch.model.device import precision
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def large_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cpu_with(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(dtype, "read_cpu_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
 
 
 def precisions(job: Path) -> list[str]:

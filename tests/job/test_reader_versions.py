@@ -18,7 +18,8 @@ from tinysd_batch.job.manifest.snapshot import READER
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.job.results import writer
 from tinysd_batch.job.results.table import ResultsPaths, read_table
-from tinysd_batch.job.state import open_job as job_folder
+from tinysd_batch.job.state import job as job_module
+from tinysd_batch.job.state import job_json
 from tinysd_batch.job.state.open_job import open_job
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "0.1.0"
@@ -156,7 +157,7 @@ def test_a_correction_that_was_cut_short_costs_nothing(
     write(tmp_path, "cat,", "bee,oops", "emu,")
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(job_folder, "write_job_json", lambda *_, **__: sys.exit(137))
+            patch.setattr(job_json, "write_job_json", lambda *_, **__: sys.exit(137))
             with pytest.raises(SystemExit):
                 draw(tmp_path / "m.csv", job, MODEL, **QUICK)
     draw(tmp_path / "m.csv", job, MODEL, **QUICK)
@@ -214,7 +215,7 @@ def begin_in_0_1_0(manifest: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -
     """A job as 0.1.0 left it, of a manifest whose rows it found elsewhere."""
     with monkeypatch.context() as patch:
         as_then = lambda *given, **named: read_rows(*given, **(named | {"as_0_1_0": True}))  # noqa: E731
-        patch.setattr(job_folder, "read_rows", as_then)
+        patch.setattr(job_module, "read_rows", as_then)
         draw(manifest, job, MODEL, seed=100, **QUICK)
     saved = json.loads((job / "job.json").read_text())
     del saved["reader"], saved["manifest"]["bytes"], saved["manifest"]["columns_as_text"]

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.job.results import writer as results
-from tinysd_batch.job.results.table import FIELDS, ResultsPaths, newest
-from tinysd_batch.job.results.writer import ResultsWriter, image_row, invalid_row, keep_columns, results_schema
+from tinysd_batch.job.results.rows import image_row, invalid_row
+from tinysd_batch.job.results.schema import FIELDS, keep_columns, results_schema
+from tinysd_batch.job.results.table import ResultsPaths, newest
+from tinysd_batch.job.results.writer import ResultsWriter
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 
 RUN = {"model": "m", "model_digest": "d", "run_id": "r", "version": "0"}

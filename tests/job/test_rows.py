@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.manifest.changes import Change, Pair, begins_with
+from tinysd_batch.job.manifest.changes import Change, Pair
+from tinysd_batch.job.manifest.files import begins_with, fingerprint
 from tinysd_batch.job.manifest.snapshot import (
     ROWS_FILE,
     KeptRow,
@@ -19,7 +20,6 @@ from tinysd_batch.job.manifest.snapshot import (
     parse_line,
     read_kept_lines,
 )
-from tinysd_batch.job.manifest.validate import fingerprint
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.job.test_plan import PARAMS, images_of, row
-from tinysd_batch.job.dispatch.chunk_size import CHUNK_S, Speed, Standing, when_all_is_done, work_for, work_of
+from tinysd_batch.job.dispatch.chunk_size import CHUNK_S, Speed, Standing, when_all_is_done, work_for
+from tinysd_batch.job.plan.cost import work_of
 from tinysd_batch.records import MicroBatch
 
 UNEQUAL = (1.0, 0.5, 0.25, 0.1)

@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from tinysd_batch.job.fleet import Card
-from tinysd_batch.job.ray_workers.slots import BOOT_ATTEMPTS, MAX_BACKOFF_S, MAX_HOST_LOSSES, Slot
+from tinysd_batch.job.ray_workers.slots import BOOT_ATTEMPTS, MAX_BACKOFF_S, MAX_HOST_LOSSES, Card, Slot
 from tinysd_batch.job.workers.faults import Fault
 
 

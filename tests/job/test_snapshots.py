@@ -6,7 +6,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.job.manifest.changes import Change, Merger, pair_rows
+from tinysd_batch.job.manifest.changes import Change, pair_rows
+from tinysd_batch.job.manifest.merge import Merger
 from tinysd_batch.job.manifest.snapshot import ROWS_FILE, RowKeeper, Snapshot
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.job.test_manifest import DEFAULTS, reason
 from tests.tools import Capture, call
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest.notes import ReadingNotes
 from tinysd_batch.job.manifest.readers import read_extra_fields
+from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.records import InvalidRow, Row
 

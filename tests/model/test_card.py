@@ -26,11 +26,14 @@ from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.inline_pool import InlinePool
 from tinysd_batch.model import pipeline
-from tinysd_batch.model.device.cuda_graph import CapturedStep, on_working_stream
-from tinysd_batch.model.device.dtype import PROBE_BYTES, probe
-from tinysd_batch.model.device.select import bytes_in_use, choose_device
+from tinysd_batch.model.device.cuda_graph import CapturedStep
+from tinysd_batch.model.device.cuda_overhead import bytes_in_use
+from tinysd_batch.model.device.precision import PROBE_BYTES, probe
+from tinysd_batch.model.device.select import choose_device
+from tinysd_batch.model.device.streams import on_working_stream
 from tinysd_batch.model.nn.unet import predict
-from tinysd_batch.model.offload.planner import GAPS, MOST_GAPS, Phase, Planner, Shape, Way
+from tinysd_batch.model.offload.planner import GAPS, MOST_GAPS, Planner
+from tinysd_batch.model.offload.stage_estimate import Phase, Shape, Way
 from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 MIB = 2**20

@@ -19,9 +19,10 @@ from tests.model.test_samplers import ALPHAS, SD_V1
 from tests.tools import read_results, run_here, write_csv
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.sampling.noise_correction import ENTRY, Knot, NoiseCorrection, write_correction
-from tinysd_batch.model.sampling.samplers import Run, draw_noise, sample
+from tinysd_batch.model.sampling.samplers import sample
+from tinysd_batch.model.sampling.schedule import Run, draw_noise
 
 BIAS = [0.1, 0.0, -0.1, 0.2]
 CORRECTION = NoiseCorrection(

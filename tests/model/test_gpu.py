@@ -9,8 +9,8 @@ from tests.card.card import Card
 from tinysd_batch import TinySD
 from tinysd_batch.model import pipeline
 from tinysd_batch.model.device.cuda_graph import CAPTURED, CapturedStep
-from tinysd_batch.model.device.dtype import choose_precision, probe
-from tinysd_batch.model.device.select import bytes_in_use, overhead
+from tinysd_batch.model.device.cuda_overhead import bytes_in_use, overhead
+from tinysd_batch.model.device.precision import choose_precision, probe
 from tinysd_batch.model.packed.dequantize import has_kernels
 from tinysd_batch.model.sampling.cuda_noise import CudaNoise
 

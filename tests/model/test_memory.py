@@ -11,7 +11,7 @@ from tests import ldm
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.nn.chunked_attention import PartedAttention
 from tinysd_batch.model.nn.vae_decoder import decode_one, use_strip_layers
-from tinysd_batch.model.offload.planner import Shape, Way, kept_type
+from tinysd_batch.model.offload.stage_estimate import Shape, Way, kept_type
 from tinysd_batch.model.pipeline import TinySD
 
 TOKENS = 24

@@ -14,7 +14,7 @@ import pytest
 from tests.tools import run_here, write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.supported import CONFIGS
+from tinysd_batch.model.checkpoint.config_checks import CONFIGS
 
 VALUES: list[Any] = [
     None, {}, [], "x", -1, 0, 3, 1e30, float("nan"), True, [[[1]]], [1, 2], ["a"], "", 2**70, [32] * 200,

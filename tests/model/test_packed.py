@@ -12,7 +12,7 @@ from tests.tools import examples
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.chunking import USUAL_BYTES, in_parts_of
-from tinysd_batch.model.offload.planner import LivePeak
+from tinysd_batch.model.offload.peak_memory import LivePeak
 from tinysd_batch.model.packed import dequantize, fbgemm, format, layers
 from tinysd_batch.model.packed.fbgemm import unpack_by_rows
 from tinysd_batch.model.packed.format import ROW, Layout, RowWeight, Weight, WholeRowWeight

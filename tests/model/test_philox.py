@@ -12,7 +12,7 @@ from tests.tools import read_results, run_here, write_csv
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.cuda_noise import ONE_WAVE, CudaNoise, philox
-from tinysd_batch.model.sampling.samplers import draw_noise
+from tinysd_batch.model.sampling.schedule import draw_noise
 
 # torch.manual_seed(0); torch.randn(8, 8, device="cuda"), as printed in public notebooks: its first rows.
 SEED_0 = [

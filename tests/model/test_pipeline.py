@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tinysd_batch import TinySD
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
-from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json
 
 
 @pytest.fixture(scope="module")

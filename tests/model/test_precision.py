@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.device import dtype as precision
-from tinysd_batch.model.device.dtype import (
+from tinysd_batch.model.device import precision
+from tinysd_batch.model.device.precision import (
     PrecisionChoice,
     Probe,
     best_times,

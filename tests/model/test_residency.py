@@ -10,8 +10,10 @@ from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.model.offload import offloader
 from tinysd_batch.model.offload.components import Fragment
-from tinysd_batch.model.offload.offloader import Arena, Stream, largest_piece
-from tinysd_batch.model.offload.planner import Phase, Task, Way
+from tinysd_batch.model.offload.layer_stream import Stream
+from tinysd_batch.model.offload.offloader import largest_piece
+from tinysd_batch.model.offload.pinned import Arena
+from tinysd_batch.model.offload.stage_estimate import Phase, Task, Way
 
 SHARES = [0.0, 0.5, 0.999]
 

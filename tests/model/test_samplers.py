@@ -12,7 +12,10 @@ from torch import Generator, Tensor
 from tests.origin import CONTEXT, dequantized, unet_checkpoint
 from tinysd_batch.config import SAMPLERS, find_sampler
 from tinysd_batch.errors import ModelError, UsageError
-from tinysd_batch.model.sampling.samplers import Run, Sigmas, alphas_cumprod, draw_noise, levels, new_scheduler, sample
+from tinysd_batch.model.sampling.ddim_plms import levels
+from tinysd_batch.model.sampling.samplers import new_scheduler, sample
+from tinysd_batch.model.sampling.schedule import Run, alphas_cumprod, draw_noise
+from tinysd_batch.model.sampling.sigma_samplers import Sigmas
 
 SD_V1 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALPHAS = alphas_cumprod(SD_V1)

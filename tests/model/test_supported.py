@@ -14,12 +14,12 @@ from torch import Tensor
 from tests.tools import run_here, snapshot, write_csv, write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.config_settings import SCHEDULER, UNET, VAE
-from tinysd_batch.model.checkpoint.supported import CONFIGS, check_configs, sampler_notes
+from tinysd_batch.model.checkpoint.config_checks import CONFIGS, check_configs, sampler_notes
+from tinysd_batch.model.checkpoint.config_rules import SCHEDULER, UNET, VAE
 from tinysd_batch.model.nn.chunked_attention import work_in_parts
 from tinysd_batch.model.nn.unet import predict
 from tinysd_batch.model.offload.precompute import Hoisted
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
+from tinysd_batch.quantize.calibration.unet_segments import Walker
 from tinysd_batch.quantize.sources.ldm_config import SCHEDULER as SD_V1_SCHEDULER
 
 CPU = torch.device("cpu")

@@ -23,11 +23,10 @@ from tinysd_batch.model.checkpoint.info import WEIGHTS, read_model_info
 from tinysd_batch.model.packed.dequantize import unpack
 from tinysd_batch.model.packed.format import Layout, to_matrix
 from tinysd_batch.quantize.bit_allocation import least_layouts
+from tinysd_batch.quantize.calibrated import quantize_calibrated
 from tinysd_batch.quantize.calibration.resume import Work, open_work
-from tinysd_batch.quantize.calibration.run import quantize_calibrated
 from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, Trajectories, draw
-from tinysd_batch.quantize.calibration.unet_blocks import Walker, units_of
-from tinysd_batch.quantize.convert import open_source
+from tinysd_batch.quantize.calibration.unet_segments import Walker, units_of
 from tinysd_batch.quantize.evaluate.compare import measure
 from tinysd_batch.quantize.evaluate.sensitivity import EVERYTHING
 from tinysd_batch.quantize.presets import Size, layers_to_pack, sort_of, unet_bytes
@@ -37,6 +36,7 @@ from tinysd_batch.quantize.solve.coordinate_descent import refine
 from tinysd_batch.quantize.solve.gptq import Part, gptq, root_of_inverse
 from tinysd_batch.quantize.solve.hessian import Moments, column_parts, tokens_of, tokens_out
 from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.open import open_source
 
 EMBEDDED = Path(__file__).parents[2] / "tinysd_batch" / "embedded" / "model"
 RECIPE = """

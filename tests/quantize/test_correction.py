@@ -14,15 +14,15 @@ from torch import Generator
 from tests.quantize.test_calib import CPU, RECIPE
 from tests.tools import run_here
 from tinysd_batch import TinySD
-from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.sampling.noise_correction import ENTRY, Knot, NoiseCorrection, read_correction
 from tinysd_batch.quantize.calibration.trajectories import Trajectories, draw
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
-from tinysd_batch.quantize.convert import open_source
+from tinysd_batch.quantize.calibration.unet_segments import Walker
 from tinysd_batch.quantize.evaluate.compare import draw_again, guided_noise
 from tinysd_batch.quantize.evaluate.fit_noise_correction import correct, fit_knot, judge
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.open import open_source
 
 SCALE = 2.0
 SEED = 100

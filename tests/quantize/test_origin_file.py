@@ -15,7 +15,7 @@ from tests import ldm, origin
 from tests.tools import check_whole, run_here, write_csv
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
 from tinysd_batch.quantize.evaluate.inspect import inspect_model

@@ -26,8 +26,8 @@ from tinysd_batch.quantize.bit_allocation import (
 )
 from tinysd_batch.quantize.calibration.resume import open_work
 from tinysd_batch.quantize.data_free import quantize_folder
+from tinysd_batch.quantize.layers import layer_of
 from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, sort_of, unet_bytes
-from tinysd_batch.quantize.solve.hessian import layer_of
 
 ERRORS = (1.4, 1.3, 1.2, 1.0, 0.9, 0.8, 0.1, 0.01)  # of a layer's ways to be stored, the smallest first
 MOST_BYTES = {"tiny": 270e6, "default": 300e6, "quality": 420e6}

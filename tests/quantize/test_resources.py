@@ -13,11 +13,11 @@ from tests.quantize.test_calib import RECIPE, small_unet
 from tests.tools import run_here
 from tinysd_batch.model.checkpoint.info import WEIGHTS
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
-from tinysd_batch.model.offload.planner import LivePeak
+from tinysd_batch.model.offload.peak_memory import LivePeak
+from tinysd_batch.quantize.calibrated import pairs
 from tinysd_batch.quantize.calibration.layerwise import Calibration, Pair, Use, after
-from tinysd_batch.quantize.calibration.run import pairs
 from tinysd_batch.quantize.calibration.trajectories import Rows
-from tinysd_batch.quantize.calibration.unet_blocks import State, Walker
+from tinysd_batch.quantize.calibration.unet_segments import State, Walker
 from tinysd_batch.quantize.estimate import memory
 from tinysd_batch.quantize.estimate.memory import (
     Place,

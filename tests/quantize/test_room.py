@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinysd_batch.quantize.estimate.available_memory import VERSION_1, VERSION_2, available_memory, control_groups
+from tinysd_batch.model.device.available_memory import VERSION_1, VERSION_2, available_memory, control_groups
 
 HOST_1 = "5:cpu,cpuacct:/job\n4:memory:/job/step\n0::/job\n"
 HOST_2 = "0::/job/step\n"

@@ -9,12 +9,11 @@ from torch import Tensor
 from tests.quantize.test_calib import small_unet
 from tinysd_batch.model.checkpoint.folder import write_packed_unet
 from tinysd_batch.model.packed.dequantize import unpack
-from tinysd_batch.model.packed.format import Layout
-from tinysd_batch.quantize.calibration.layerwise import from_matrix
-from tinysd_batch.quantize.calibration.trajectories import Trajectories
+from tinysd_batch.model.packed.format import Layout, from_matrix
+from tinysd_batch.quantize.calibration.trajectories import Trajectories, points_among
 from tinysd_batch.quantize.data_free import Packed, quantize_unet
 from tinysd_batch.quantize.evaluate.compare import sqnr_db
-from tinysd_batch.quantize.evaluate.sensitivity import EVERYTHING, harms_of, points_among, points_of
+from tinysd_batch.quantize.evaluate.sensitivity import EVERYTHING, harms_of, points_of
 from tinysd_batch.quantize.presets import layers_to_pack, sort_of
 from tinysd_batch.quantize.sources.checkpoint_source import Part
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tests.tools import Capture, call
 from tinysd_batch.report.console import has_live_display, make_console, without_bad_sizes
-from tinysd_batch.report.text import say
+from tinysd_batch.report.formatting import say
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from tinysd_batch.quantize.layer_progress import LayersDone, watched
-from tinysd_batch.report.layer_progress import LayerProgress
+from tinysd_batch.report.quantization.layer_progress import LayerProgress
 
 
 def feed(console: Console, monkeypatch: pytest.MonkeyPatch) -> str:

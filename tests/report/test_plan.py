@@ -23,13 +23,14 @@ from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.model.text.tokenizer import count_tokens
 from tinysd_batch.records import InvalidRow
 from tinysd_batch.report import reading_progress
-from tinysd_batch.report.judgement import judge
 from tinysd_batch.report.plan import token_counts
-from tinysd_batch.report.plan.answers import fit_line, read_quality
+from tinysd_batch.report.plan.job_plan import make_plan
 from tinysd_batch.report.plan.memory_process import plan_memory_apart, read_answer
 from tinysd_batch.report.plan.memory_table import Batch, MemoryPlan, PlannedPhase, plan_memory
-from tinysd_batch.report.plan.plan_text import PlanPrinter, make_plan
+from tinysd_batch.report.plan.plan_summary import fit_line, read_quality
+from tinysd_batch.report.plan.plan_text import PlanPrinter
 from tinysd_batch.report.plan.token_counts import PromptReader
+from tinysd_batch.report.quality_text import judge
 from tinysd_batch.report.reading_progress import ReadingProgress
 
 

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from tests.tools import draw, read_results, write_csv
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
-from tinysd_batch.job.workers.inline_pool import WorkerReady
+from tinysd_batch.job.workers.pool import WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, columns_for, write_contact_sheet
+from tinysd_batch.report.formatting import count, duration, one_line
 from tinysd_batch.report.progress_bar import RunProgress
 from tinysd_batch.report.status import print_status, read_status
-from tinysd_batch.report.text import count, duration, one_line
 
 
 @pytest.fixture(scope="module")

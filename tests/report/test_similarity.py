@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tinysd_batch.quantize.evaluate.compare import Errors
 from tinysd_batch.quantize.evaluate.summary import Summary
-from tinysd_batch.report.quantization_report import as_dict, page
-from tinysd_batch.report.similarity import Pictures, as_bytes, mean_ssim
+from tinysd_batch.report.quantization.page import page
+from tinysd_batch.report.quantization.report import as_dict
+from tinysd_batch.report.quantization.similarity import Pictures, as_bytes, mean_ssim
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from tinysd_batch import __version__
 from tinysd_batch.cli.convert import convert
 from tinysd_batch.cli.export import export
 from tinysd_batch.cli.hints import ManifestCommand
@@ -14,12 +13,13 @@ from tinysd_batch.cli.inspect import inspect
 from tinysd_batch.cli.plan import plan
 from tinysd_batch.cli.quantize import quantize
 from tinysd_batch.cli.status import status
-from tinysd_batch.cli.streams import named_streams
 from tinysd_batch.cli.submit import submit
+from tinysd_batch.cli.terminal.streams import named_streams
 from tinysd_batch.cli.txt2img import txt2img
 from tinysd_batch.cli.verify import verify
-from tinysd_batch.config import printable
 from tinysd_batch.errors import StorageError, TinySDError
+from tinysd_batch.text import printable
+from tinysd_batch.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,

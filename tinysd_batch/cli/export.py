@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tinysd_batch.config import printable
+from tinysd_batch.text import printable
 
 
 def export(

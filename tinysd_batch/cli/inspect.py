@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tinysd_batch.cli.convert import AllowPickle
+from tinysd_batch.cli.model_options import AllowPickle
 
 
 def inspect(

@@ -29,7 +29,8 @@ def plan(
 
     from tinysd_batch.config import Settings
     from tinysd_batch.report.console import make_console
-    from tinysd_batch.report.plan.plan_text import PlanPrinter, make_plan, plan_as_dict
+    from tinysd_batch.report.plan.job_plan import make_plan, plan_as_dict
+    from tinysd_batch.report.plan.plan_text import PlanPrinter
     from tinysd_batch.report.reading_progress import ReadingProgress
 
     flags = {name: value for name, value in others.items() if name in Settings.model_fields}

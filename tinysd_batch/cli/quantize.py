@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinysd_batch.cli.convert import AllowPickle, Ema, Out, Source, Vae, options, tell
-from tinysd_batch.cli.signals import end_on_sigterm
+from tinysd_batch.cli.model_options import AllowPickle, Ema, Out, Source, Vae, options, tell
+from tinysd_batch.cli.terminal.signals import end_on_sigterm
 from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import UsageError
 
@@ -98,17 +98,17 @@ def make_and_report(
     noise_correction: bool,
 ) -> tuple[Path, bool]:  # fmt: skip
     """Quantize, measure, and report: the report's page, and whether images were measured, as fast does by a recipe."""
-    from tinysd_batch.quantize.calibration.run import quantize_calibrated
+    from tinysd_batch.quantize.calibrated import quantize_calibrated
     from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS
-    from tinysd_batch.quantize.convert import open_source
     from tinysd_batch.quantize.data_free import quantize_model
     from tinysd_batch.quantize.evaluate.compare import measure
     from tinysd_batch.quantize.evaluate.sensitivity import harms_of
     from tinysd_batch.quantize.evaluate.summary import summarize
+    from tinysd_batch.quantize.sources.open import open_source
     from tinysd_batch.report.console import make_console
-    from tinysd_batch.report.judgement import judge
-    from tinysd_batch.report.layer_progress import LayerProgress
-    from tinysd_batch.report.quantization_report import median_psnr_db, write_report
+    from tinysd_batch.report.quality_text import judge
+    from tinysd_batch.report.quantization.layer_progress import LayerProgress
+    from tinysd_batch.report.quantization.report import median_psnr_db, write_report
 
     level, recipe, chosen = decide(source, out, how, level, file, device, size, noise_correction=noise_correction)
     if recipe is None or level == "fast":
@@ -143,7 +143,7 @@ def compare_samples(source: Path, out: Path, how: "Options", device: str, page: 
     from tinysd_batch.model.device.select import choose_device
     from tinysd_batch.quantize.auto_level import rounded
     from tinysd_batch.quantize.evaluate.samples import PAIRS, generate_pairs, seconds_of_samples
-    from tinysd_batch.report.quantization_report import add_samples
+    from tinysd_batch.report.quantization.report import add_samples
 
     chosen = choose_device(None if device == "auto" else device)
     try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tinysd_batch.job.dispatch.job_progress import Summary
-    from tinysd_batch.job.state.open_job import Job
+    from tinysd_batch.job.state.job import Job
 
 MANY_IMAGES = 100
 
@@ -133,14 +133,14 @@ def prepare(
 ) -> tuple["Job", bool]:
     """The job, and whether its model was named: preset < job.toml < flag."""
     from tinysd_batch.config import read_preset
-    from tinysd_batch.job.state.resolve import prepare_job
+    from tinysd_batch.job.state.prepare_job import prepare_job
 
     return prepare_job(manifest, output, [read_preset(path) for path in presets], flags, reuse)
 
 
 def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, console: "Console") -> int:
     """Run the job and return the exit code. `how` goes to `run_job`."""
-    from tinysd_batch.cli.signals import stop_on_signals
+    from tinysd_batch.cli.terminal.signals import stop_on_signals
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.job.open_pool import pool_for
     from tinysd_batch.report.contact_sheet import write_contact_sheet
@@ -165,7 +165,7 @@ def run(job: "Job", named_model: bool, how: dict[str, Any], verbose: bool, conso
 
 
 def say_first_lines(job: "Job", console: "Console") -> None:
-    from tinysd_batch.report.text import say
+    from tinysd_batch.report.formatting import say
 
     settings = job.settings
     say(
@@ -186,7 +186,7 @@ def warn_of_embedded_model(images: int, say: Any) -> None:
 
 def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: "Console") -> None:
     from tinysd_batch.records import Status
-    from tinysd_batch.report.text import count, duration, say
+    from tinysd_batch.report.formatting import count, duration, say
 
     made = summary.counts[Status.OK]
     reused = f", {summary.reused:,} reused" if summary.reused else ""
@@ -206,7 +206,7 @@ def say_last_lines(job: "Job", summary: "Summary", sheet: Path | None, console: 
 
 
 def say_what_is_left(job: "Job", summary: "Summary", console: "Console") -> None:
-    from tinysd_batch.report.text import count
+    from tinysd_batch.report.formatting import count
 
     if summary.stopped:
         say_how_to_go_on(f"Stopped with {count(summary.left, 'image')} left", job, console)

@@ -8,8 +8,8 @@ import typer
 
 from tinysd_batch.cli import options
 from tinysd_batch.cli.hints import refuse_no_prompt
-from tinysd_batch.config import printable
 from tinysd_batch.errors import UsageError
+from tinysd_batch.text import printable
 
 if TYPE_CHECKING:
     from tinysd_batch.config import Settings
@@ -51,7 +51,8 @@ def txt2img(
 
 def tell_memory(text: str, from_file: Path | None, settings: "Settings") -> None:
     """Of the largest batch, phase by phase."""
-    from tinysd_batch.job.state.open_job import defaults_of, fill_in_model_defaults
+    from tinysd_batch.job.state.job import defaults_of
+    from tinysd_batch.job.state.open_job import fill_in_model_defaults
     from tinysd_batch.model.checkpoint.info import read_model_info
     from tinysd_batch.report.plan.memory_table import Batch, plan_memory
 
@@ -71,11 +72,12 @@ def draw(text: str, from_file: Path | None, settings: "Settings", output: Path) 
     """Draw the images, print a line for each, and return how many failed."""
     import secrets
 
-    from tinysd_batch.job.state.open_job import common_of, defaults_of, fill_in_model_defaults
-    from tinysd_batch.job.workers.inline_pool import cpu_workers
+    from tinysd_batch.job.state.job import common_of, defaults_of
+    from tinysd_batch.job.state.open_job import fill_in_model_defaults
+    from tinysd_batch.job.workers.pool import cpu_workers
     from tinysd_batch.job.workers.worker import WorkerSetup
     from tinysd_batch.model.checkpoint.info import read_model_info
-    from tinysd_batch.report.text import row_label
+    from tinysd_batch.report.formatting import row_label
 
     model = read_model_info(settings.model)
     settings = fill_in_model_defaults(settings, model)
@@ -99,10 +101,10 @@ def read_prompts(
 
     What was noticed about the file goes to stderr.
     """
-    from tinysd_batch.job.manifest.notes import ReadingNotes
+    from tinysd_batch.job.manifest.reading_notes import ReadingNotes
     from tinysd_batch.job.manifest.validate import check_row, read_rows
     from tinysd_batch.records import InvalidRow
-    from tinysd_batch.report.text import row_label
+    from tinysd_batch.report.formatting import row_label
 
     if from_file:
         notes = ReadingNotes()
@@ -144,7 +146,7 @@ def write_grid(made: Sequence["ImageRequest"], output: Path, n_rows: int) -> Pat
     """This run's pictures in one, named after the first."""
     from tinysd_batch.config import MAX_GRID_IMAGES
     from tinysd_batch.report.contact_sheet import Shown, seed_caption, write_grid
-    from tinysd_batch.report.text import one_line
+    from tinysd_batch.report.formatting import one_line
 
     several = len({request.prompt for request in made}) > 1
     shown = [

@@ -18,7 +18,7 @@ def verify(
     from rich.console import Console
 
     from tinysd_batch.job.verify import verify_job
-    from tinysd_batch.report.verify import VerifyProgress, print_verification, verification_as_dict
+    from tinysd_batch.report.verification_text import VerifyProgress, print_verification, verification_as_dict
 
     found = verify_job(job, VerifyProgress(Console(highlight=False, stderr=True)).image)
     if as_json:

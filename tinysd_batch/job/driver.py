@@ -2,33 +2,32 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 from tinysd_batch.errors import ManifestError, UsageError
 from tinysd_batch.job.dispatch.dispatcher import Dispatch
 from tinysd_batch.job.dispatch.job_progress import InvalidRows, Progress, Summary
-from tinysd_batch.job.manifest.notes import ReadingNotes
+from tinysd_batch.job.manifest.files import stamp
 from tinysd_batch.job.manifest.readers import is_jsonl, read_extra_fields
+from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.manifest.snapshot import RowKeeper
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
 from tinysd_batch.job.results.compare import find_differences, find_images_to_redo
+from tinysd_batch.job.results.rows import invalid_row, read_invalid_row
+from tinysd_batch.job.results.schema import keep_columns, results_schema
 from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.job.results.writer import ResultsWriter, invalid_row, keep_columns, read_invalid_row, results_schema
-from tinysd_batch.job.state.open_job import (
-    JOB_FILE,
-    Job,
-    check_still_same_job,
-    save_job,
-    stamp,
-)
+from tinysd_batch.job.results.writer import ResultsWriter
+from tinysd_batch.job.state.job import Job
+from tinysd_batch.job.state.job_json import save_job
+from tinysd_batch.job.state.open_job import JOB_FILE, check_still_same_job
 from tinysd_batch.job.state.precision_record import record_earlier
 from tinysd_batch.job.state.reuse import reuse_pictures
 from tinysd_batch.job.state.undo import missing_folders, remove_state, take_back
-from tinysd_batch.job.workers.inline_pool import Pool
+from tinysd_batch.job.workers.pool import PoolFactory
 from tinysd_batch.records import InvalidRow, MicroBatch, Status
-from tinysd_batch.storage.atomic import Lock, lock, sweep_temporaries
+from tinysd_batch.storage.atomic import sweep_temporaries
+from tinysd_batch.storage.lock import Lock, lock
 
 __all__ = ["PoolFactory", "Progress", "Summary", "run_job"]
 
@@ -93,9 +92,6 @@ def read_invalid_rows(job: Job) -> Iterator[InvalidRow]:
             if row["status"] == Status.INVALID and row["row"] not in seen:
                 seen.add(row["row"])
                 yield read_invalid_row(row)
-
-
-PoolFactory = Callable[[int], AbstractContextManager[Pool]]
 
 
 def run_job(

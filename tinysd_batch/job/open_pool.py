@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING
 
 from tinysd_batch.job.ray_workers.pool import RayPool
-from tinysd_batch.job.workers.inline_pool import InlinePool, cpu_workers
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.pool import cpu_workers
 from tinysd_batch.job.workers.worker import WorkerSetup
 
 if TYPE_CHECKING:
-    from tinysd_batch.job.driver import PoolFactory
-    from tinysd_batch.job.state.open_job import Job
+    from tinysd_batch.job.state.job import Job
+    from tinysd_batch.job.workers.pool import PoolFactory
 
 
 def pool_for(job: "Job") -> "PoolFactory":

@@ -23,9 +23,9 @@ from tinysd_batch.job.results.compare import (
     list_sizes,
 )
 from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.job.state.open_job import STATE_FOLDER
+from tinysd_batch.job.state.job import STATE_FOLDER
 from tinysd_batch.records import Status
-from tinysd_batch.storage.atomic import is_locked
+from tinysd_batch.storage.lock import is_locked
 
 COLUMNS = ["row", "index", "status", "file_name", "sha256", "bytes"]
 BLOCK_BYTES = 1 << 20

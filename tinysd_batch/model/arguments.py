@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tinysd_batch.config import MAX_SEED, MAX_STEPS, excerpt, find_sampler
+from tinysd_batch.config import MAX_SEED, MAX_STEPS, find_sampler
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint.info import ModelInfo
-from tinysd_batch.text import has_surrogates, normalize_text
+from tinysd_batch.text import excerpt, has_surrogates, normalize_text
 from tinysd_batch.values import is_missing_number, read_whole_number
 
 Rng = Literal["cpu", "cuda"]

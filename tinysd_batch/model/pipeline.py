@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-import tinysd_batch
 from tinysd_batch.config import parse_budget
 from tinysd_batch.errors import NotFiniteError, is_out_of_memory
 from tinysd_batch.model.arguments import Request, Rng, merge_aliases, read_request
@@ -27,27 +26,31 @@ from tinysd_batch.model.checkpoint.folder import (
     read_unet,
 )
 from tinysd_batch.model.checkpoint.info import ModelInfo, read_model_info
-from tinysd_batch.model.device.cuda_graph import WORTH_IT, CapturedStep, Step, on_working_stream
-from tinysd_batch.model.device.dtype import Precision, PrecisionChoice, choose_precision, name_of
+from tinysd_batch.model.device.cuda_graph import WORTH_IT, CapturedStep, Step
+from tinysd_batch.model.device.precision import Precision, PrecisionChoice, choose_precision, name_of
 from tinysd_batch.model.device.select import choose_device, device_name, peak_memory_bytes, total_bytes
+from tinysd_batch.model.device.streams import on_working_stream
 from tinysd_batch.model.nn.chunked_attention import has_fused_attention, work_in_parts
 from tinysd_batch.model.nn.unet import DECODE_MODULES, ENCODE_MODULES, half_modules, predict
 from tinysd_batch.model.nn.vae_decoder import decode_latents, made_together
 from tinysd_batch.model.offload.components import Fragment, check_places, order_of_use
+from tinysd_batch.model.offload.dry_run import rehearse
 from tinysd_batch.model.offload.host_embedding import keep_vocabulary_on_host
 from tinysd_batch.model.offload.offloader import Residency
-from tinysd_batch.model.offload.planner import Phase, Planner, Shape, Way, kept_type
+from tinysd_batch.model.offload.planner import Planner
 from tinysd_batch.model.offload.precompute import Attended, Hoisted
+from tinysd_batch.model.offload.stage_estimate import Phase, Shape, Way, kept_type
 from tinysd_batch.model.packed.dequantize import has_kernels
 from tinysd_batch.model.packed.layers import keep_unpacked, unpacked_bytes
-from tinysd_batch.model.rehearsal import rehearse
 from tinysd_batch.model.sampling.batch import Drawing, Generated, OutputType, no_picture, rows_that, rows_together
 from tinysd_batch.model.sampling.noise_correction import read_correction
-from tinysd_batch.model.sampling.samplers import Callback, Noise, Run, exact, sample, times_of
+from tinysd_batch.model.sampling.samplers import sample, times_of
+from tinysd_batch.model.sampling.schedule import Callback, Noise, Run, exact
 from tinysd_batch.model.sampling.step_bar import step_bar
 from tinysd_batch.model.text.encoder import Condition, PromptEncoder
 from tinysd_batch.model.text.tokenizer import check_vocabulary, read_tokenizer
 from tinysd_batch.threads import at_most_threads, warn_if_threads_spin
+from tinysd_batch.version import __version__
 
 KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
 DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
@@ -221,7 +224,7 @@ class TinySD:
         one_thread = 1 if self.device.type == "cpu" and self.info.is_small else None
         with torch.no_grad(), at_most_threads(one_thread), step_bar(request.steps, callback, shown=progress) as on_step:
             made = self.generate_batch(request, output_type, on_step)
-        made.settings = request.settings(self.info, tinysd_batch.__version__)
+        made.settings = request.settings(self.info, __version__)
         if output_type == "pil":
             made.attach_settings()
         return made

@@ -8,12 +8,13 @@ from torch import nn
 
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.quantize.calibration.resume import level_begun, place_of
-from tinysd_batch.quantize.convert import open_source, refuse_existing
+from tinysd_batch.quantize.convert import refuse_existing
 from tinysd_batch.quantize.estimate.duration import foretell, speed_of
 from tinysd_batch.quantize.estimate.memory import check_room, needs_of_calib
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.sources.checkpoint_source import Options, Part, Source, check_unet
+from tinysd_batch.quantize.sources.open import open_source
 
 MOST_S = 3600.0  # that calibrating may take where nobody asked for it
 

@@ -11,9 +11,9 @@ from tinysd_batch.errors import UsageError
 from tinysd_batch.model.packed.dequantize import unpack
 from tinysd_batch.model.packed.format import BITS, GROUPS, ROW, USUAL_GROUP, Layout, group_size_for, to_matrix
 from tinysd_batch.quantize.layer_progress import OnLayers, ignore_layers, watched
+from tinysd_batch.quantize.layers import layer_of
 from tinysd_batch.quantize.presets import SMALLEST, layers_to_pack, level_of, levels_of, sort_of, unet_bytes
 from tinysd_batch.quantize.solve.affine import quantize_matrix
-from tinysd_batch.quantize.solve.hessian import layer_of
 
 SAMPLE = 2**16  # weights of a layer that its errors are told from
 # The error of what the UNet says over a layer's relative error, by sort and level (the last for all further in), as

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint.config_checks import check_fit
 from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
-from tinysd_batch.model.checkpoint.info import WEIGHTS, look_at, read_json
+from tinysd_batch.model.checkpoint.info import WEIGHTS, look_at
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.checkpoint.safetensors_mmap import write_tensors
-from tinysd_batch.model.checkpoint.supported import check_fit
 from tinysd_batch.quantize.sources.checkpoint_source import (
     Options,
     Part,
@@ -21,25 +22,12 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     stored_dtype,
     write_json,
 )
-from tinysd_batch.quantize.sources.diffusers_folder import DECODER_ONLY, ModelFolder
-from tinysd_batch.quantize.sources.single_file import OriginFile, SingleFile
-from tinysd_batch.quantize.sources.tensor_files import open_tensors
-from tinysd_batch.quantize.sources.tiny_stable_diffusion import is_origin
+from tinysd_batch.quantize.sources.diffusers_folder import DECODER_ONLY
+from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.tiny_stable_diffusion import OriginFile
 from tinysd_batch.storage.atomic import new_folder, storage_errors
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-
-
-def open_source(path: Path, options: Options) -> Source:
-    """A single file or a model folder. Raises ModelError where it is neither, or of a kind that is not read."""
-    if not path.exists():
-        raise ModelError(f"{path}: no such file or folder")
-    if path.is_file():
-        names = open_tensors(path, allow_pickle=options.allow_pickle).tensors
-        return OriginFile(path, options) if is_origin(names) else SingleFile(path, options)
-    if not (path / "unet").is_dir():
-        raise ModelError(f"{path}: not a model folder, it has no unet; name one in diffusers' layout, or a single file")
-    return ModelFolder(path, options)
 
 
 def convert_model(source: Path, out: Path, options: Options, dtype: str | None, say: Say) -> None:

@@ -13,8 +13,8 @@ from tinysd_batch.model.checkpoint.folder import write_packed_unet
 from tinysd_batch.model.packed.format import Layout, Weight, to_matrix
 from tinysd_batch.quantize.bit_allocation import allocate, check_target
 from tinysd_batch.quantize.calibration.trajectories import draw_held_out
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
-from tinysd_batch.quantize.convert import open_source, refuse_existing, tell_left_out, write_others
+from tinysd_batch.quantize.calibration.unet_segments import Walker
+from tinysd_batch.quantize.convert import refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.estimate.memory import check_room, hand_back_memory, needs_of_drawing, needs_of_fast
 from tinysd_batch.quantize.evaluate.summary import Made
 from tinysd_batch.quantize.layer_progress import OnLayers, ignore_layers, watched
@@ -22,6 +22,7 @@ from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack, size_in
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.solve.affine import quantize_matrix, weights_sqnr_db
 from tinysd_batch.quantize.sources.checkpoint_source import Options, Part, Say, as_stored, check_unet
+from tinysd_batch.quantize.sources.open import open_source
 from tinysd_batch.storage.atomic import new_folder, storage_errors
 
 SIZE = Size()

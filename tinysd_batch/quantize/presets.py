@@ -12,7 +12,7 @@ from torch import nn
 from tinysd_batch.model.checkpoint.safetensors_mmap import size_of_file
 from tinysd_batch.model.packed.format import Layout, group_size_for, to_matrix
 from tinysd_batch.model.packed.layers import swap_packed_layers
-from tinysd_batch.quantize.solve.hessian import layer_of
+from tinysd_batch.quantize.layers import layer_of
 
 # First and last layer touch the latents themselves, the time embedding steers every block: few weights, much harm.
 KEPT = ("conv_in", "conv_out", "time_embedding.")

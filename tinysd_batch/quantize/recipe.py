@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinysd_batch.config import MAX_STEPS, excerpt, read_toml
+from tinysd_batch.config import MAX_STEPS, read_toml
 from tinysd_batch.errors import UsageError
+from tinysd_batch.text import excerpt
 
 SHIPPED = "sd_v1.toml"  # the recipe for models whose user names none
 

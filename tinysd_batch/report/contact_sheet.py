@@ -14,7 +14,7 @@ from tinysd_batch.images import open_picture
 from tinysd_batch.job.results.table import ResultsPaths
 from tinysd_batch.records import Status
 from tinysd_batch.report.fonts import Font, font_for
-from tinysd_batch.report.text import one_line
+from tinysd_batch.report.formatting import one_line
 from tinysd_batch.storage.atomic import write_atomically
 
 CELL_PX = 128

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinysd_batch.quantize.evaluate.inspect import Inspection
-from tinysd_batch.report.text import one_line, say
+from tinysd_batch.report.formatting import one_line, say
 
 
 def print_inspection(found: Inspection, console: Console) -> None:

@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
-from tinysd_batch.job.workers.inline_pool import WorkerLost, WorkerReady
+from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 from tinysd_batch.report.console import BAR_FROM_COLUMNS, has_live_display
+from tinysd_batch.report.formatting import clock, count, one_line, row_label, say
 from tinysd_batch.report.reading_progress import ReadingProgress
-from tinysd_batch.report.text import clock, count, one_line, row_label, say
 
 PLAIN_LINE_EVERY_S = 10.0
 SPEED_AFTER_S = 3.0  # between the first image and the last

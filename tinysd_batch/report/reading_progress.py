@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tinysd_batch.report.console import has_live_display
-from tinysd_batch.report.text import clock, count, say
+from tinysd_batch.report.formatting import clock, count, say
 
 SHOW_AFTER_S = 2.0
 REDRAW_EVERY_S = 0.25

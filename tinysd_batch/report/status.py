@@ -13,12 +13,14 @@ from rich.table import Table
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.images import read_entries
 from tinysd_batch.job.results.compare import Differences, find_differences
+from tinysd_batch.job.results.rows import split_line
 from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.job.results.writer import split_line
-from tinysd_batch.job.state.open_job import STATE_FOLDER, read_job_json
+from tinysd_batch.job.state.job import STATE_FOLDER
+from tinysd_batch.job.state.open_job import read_job_json
 from tinysd_batch.records import Status
-from tinysd_batch.report.text import count, one_line, row_label, say
-from tinysd_batch.storage.atomic import is_locked, read_file
+from tinysd_batch.report.formatting import count, one_line, row_label, say
+from tinysd_batch.storage.atomic import read_file
+from tinysd_batch.storage.lock import is_locked
 
 Read = TypeVar("Read")
 MAX_FAULTS = 10

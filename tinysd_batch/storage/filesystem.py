@@ -110,3 +110,9 @@ def sync_path(path: Path) -> None:
         sync(handle)
     finally:
         os.close(handle)
+
+
+def try_lock(handle: int, folder: Path) -> bool:
+    """Lock an open file or folder, unless another process has locked it. Raises StorageError."""
+    with storage_errors(folder):
+        return lock_handle(handle, folder)

@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from tinysd_batch.errors import NoWorkerError, StorageError
-from tinysd_batch.job.dispatch.chunk_size import Patience, Speed, Standing, work_for, work_of
+from tinysd_batch.job.dispatch.chunk_size import Patience, Speed, Standing, work_for
 from tinysd_batch.job.dispatch.job_progress import Progress, Summary
 from tinysd_batch.job.dispatch.quarantine import Blame
 from tinysd_batch.job.dispatch.queue import Backlog
 from tinysd_batch.job.plan.batches import neutral_image, split_to_singles
-from tinysd_batch.job.results.writer import ResultsWriter, image_row
-from tinysd_batch.job.state.open_job import Job
+from tinysd_batch.job.plan.cost import work_of
+from tinysd_batch.job.results.rows import image_row
+from tinysd_batch.job.results.writer import ResultsWriter
+from tinysd_batch.job.state.job import Job
 from tinysd_batch.job.state.precision_record import update_record
+from tinysd_batch.job.workers.adopt import adopt
 from tinysd_batch.job.workers.faults import POLICY, Action, Fault
-from tinysd_batch.job.workers.inline_pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
 from tinysd_batch.job.workers.oom_fallback import Shape, shape_of
-from tinysd_batch.job.workers.worker import adopt
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage.atomic import storage_errors
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tinysd_batch.job.workers.inline_pool import WorkerLost, WorkerReady
+from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 
 MAX_INVALID_IN_MEMORY = 1000

@@ -5,17 +5,13 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
-from tinysd_batch.config import excerpt
-from tinysd_batch.job.manifest.files import open_manifest
-from tinysd_batch.job.manifest.snapshot import NEWER, Kept, KeptRow, LateLines, RowKeeper, Snapshot, as_line, parse_line
+from tinysd_batch.job.manifest.snapshot import NEWER, Kept, KeptRow, Snapshot, as_line, parse_line
 from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.text import normalize_text
+from tinysd_batch.text import excerpt, normalize_text
 
 SHOWN = 3  # changed rows
-LINE_ENDS = b"\r\n"
 Pair = tuple[int, str | None, str | None]  # row number, line as kept, line now
 
 
@@ -175,96 +171,3 @@ def shown(value: object) -> str:
 
 
 # What is new
-
-
-def begins_with(manifest: Path, fingerprint: str, size: int | None) -> bool:
-    """Whether the manifest's bytes begin with those of that fingerprint, and go on with a new line.
-
-    Then its first rows are what they were, however they are read. `size` is how many bytes these were, where that is
-    known; else every end of a line is tried.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with open_manifest(manifest) as file:
-        if size:
-            while size and (block := file.read(min(size, 1 << 20))):
-                digest.update(block)
-                size -= len(block)
-            ends_a_line = block[-1:] in (b"\n", b"\r") or file.read(1) in (b"\n", b"\r")
-            return not size and ends_a_line and digest.hexdigest() == fingerprint
-        for line in file:
-            bare = line.rstrip(LINE_ENDS)
-            for part in (bare, line[len(bare) :]):
-                digest.update(part)
-                if part and digest.copy().hexdigest() == fingerprint:
-                    return True
-    return False
-
-
-@dataclass(slots=True)
-class Merger:
-    """Puts the manifest's new rows behind a job's own, and counts them as they come."""
-
-    snapshot: Snapshot
-    last: int  # number of the job's last row
-    appended: int = 0
-    corrected: int = 0  # had a fault or were blank, and can be generated now
-
-    def merge(self, now: Iterable[Row | InvalidRow], kept: RowKeeper | None = None) -> Iterator[Row | InvalidRow]:
-        """The job's rows in their order, then those that can be generated now, then appended ones.
-
-        Rows that the job could generate keep the reading they began with, whatever the manifest says of them. One that
-        had a fault and still has one is given as it is now. `kept` gets the lines of the next snapshot: those of this
-        one, and the new ones behind them.
-        """
-        for row, counts in self.merge_lines(now):
-            if kept is not None:
-                kept.add(row)
-            if counts:
-                yield row
-
-    def merge_lines(self, now: Iterable[Row | InvalidRow]) -> Iterator[tuple[Row | InvalidRow, bool]]:
-        """The lines of the next snapshot, and whether a line counts: it does not where the row has a later one."""
-        added, new_rows = RowKeeper(), iter(now)
-        late = self.snapshot.find_late_lines()
-        new = next(new_rows, None)
-        for place, old in enumerate(self.snapshot.lines(), start=1):
-            is_late = old.number in late.places
-            while new is not None and (new.number < old.number or (is_late and new.number == old.number)):
-                self.add_if_new(new, late, added)
-                new = next(new_rows, None)
-            if is_late:
-                yield old.read(), late.places[old.number] == place
-            elif new is None or new.number > old.number:
-                yield old.read(), True
-            else:
-                yield self.choose(old, new, added)
-                new = next(new_rows, None)
-        while new is not None and new.number <= self.last:
-            self.add_if_new(new, late, added)
-            new = next(new_rows, None)
-        yield from ((row, True) for row in added.rows())
-        while new is not None:
-            self.appended += 1
-            yield new, True
-            new = next(new_rows, None)
-
-    def choose(self, old: KeptRow, new: Row | InvalidRow, added: RowKeeper) -> tuple[Row | InvalidRow, bool]:
-        """What stands in the old line's place, and whether it counts."""
-        if not old.is_invalid:
-            return old.read(), True
-        if isinstance(new, InvalidRow):
-            return new, True
-        self.add(new, added)
-        return old.read(), False
-
-    def add_if_new(self, new: Row | InvalidRow, late: LateLines, added: RowKeeper) -> None:
-        """Add a row without a line in its place: it was blank, or was added late and may have a fault."""
-        if new.number in late.faulty and isinstance(new, Row):
-            late.places[new.number] = 0  # none of the lines that are there counts
-            self.add(new, added)
-        elif new.number not in late.places:
-            self.add(new, added)
-
-    def add(self, row: Row | InvalidRow, added: RowKeeper) -> None:
-        self.corrected += isinstance(row, Row)
-        added.add(row)

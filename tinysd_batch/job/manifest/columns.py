@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.text import has_surrogates, normalize_text
+from tinysd_batch.text import excerpt, has_surrogates, normalize_text
 
 COLUMNS = (
     "prompt",

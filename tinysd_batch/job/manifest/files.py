@@ -1,67 +1,20 @@
 """A manifest's file: its name, its bytes, unpacked as they are read, and what a row of it is."""
 
 import gzip
+import hashlib
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest.notes import ReadingNotes
 from tinysd_batch.storage.atomic import check_regular
 
-MAX_CELL_CHARACTERS = 131_072
 MAX_UNPACKED_BYTES = 4 << 30  # of a .parquet.gz, which must be unpacked whole
 PART_SUFFIXES = (".parquet", ".pq")  # of the files in a folder that is one table
-
-
-class Line(NamedTuple):
-    """A row as the file gives it, without the cells that are empty; a blank row has none."""
-
-    values: dict[str, Any]  # known columns under our names
-    shown: Mapping[str, str]  # our name -> the file's
-    line: int | None = None  # of the file, from 1, where the row starts; None where a file has no lines
-
-
-class Fault(NamedTuple):
-    """A row that cannot be read."""
-
-    reason: str
-    prompt: str | None = None
-    line: int | None = None
-
-
-class SkippedRows(NamedTuple):
-    """Rows that are none and keep their numbers."""
-
-    number: int
-    is_blank: bool = True
-
-
-class ReadingOptions(NamedTuple):
-    """How to read, and where to write down what was noticed."""
-
-    notes: ReadingNotes
-    strict: bool = False  # unknown columns are a fault
-    interpret_lines: bool = False  # in a .txt: skip comments, read the options of other programs
-    as_0_1_0: bool = False  # jobs that 0.1.0 began count rows as it did, and carry its text
-
-
-def leave_out_long(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:
-    """Remove values of unknown columns that are too long for the results: they are no reason to lose the row."""
-    for name in [name for name, value in values.items() if name not in shown and isinstance(value, str)]:
-        if len(values[name]) > MAX_CELL_CHARACTERS:
-            notes.leave_out(name, too_long(f"{len(values.pop(name)):,} characters"))
-
-
-def too_long(size: str) -> str:
-    return f"some values are not carried into the results: {size}, at most {MAX_CELL_CHARACTERS:,}"
-
-
-RowRead = Line | Fault | SkippedRows
 
 
 def is_packed(path: Path) -> bool:
@@ -154,3 +107,52 @@ def open_whole(path: Path) -> Iterator[Any]:
 
 def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def fingerprint(path: Path) -> str:
+    """BLAKE2b of the manifest's bytes, 32 hex digits; for a folder of its parts' names and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in manifest_files(path):
+        if part != path:
+            digest.update(f"{part.name}/{part.stat().st_size}/".encode("utf-8", "surrogateescape"))
+        with open_manifest(part) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+LINE_ENDS = b"\r\n"
+
+
+def begins_with(manifest: Path, fingerprint: str, size: int | None) -> bool:
+    """Whether the manifest's bytes begin with those of that fingerprint, and go on with a new line.
+
+    Then its first rows are what they were, however they are read. `size` is how many bytes these were, where that is
+    known; else every end of a line is tried.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with open_manifest(manifest) as file:
+        if size:
+            while size and (block := file.read(min(size, 1 << 20))):
+                digest.update(block)
+                size -= len(block)
+            ends_a_line = block[-1:] in (b"\n", b"\r") or file.read(1) in (b"\n", b"\r")
+            return not size and ends_a_line and digest.hexdigest() == fingerprint
+        for line in file:
+            bare = line.rstrip(LINE_ENDS)
+            for part in (bare, line[len(bare) :]):
+                digest.update(part)
+                if part and digest.copy().hexdigest() == fingerprint:
+                    return True
+    return False
+
+
+def stamp(manifest: Path) -> tuple[int, int]:
+    """Size and time of the last change: what tells quickly that a file, or one of a folder's parts, was touched."""
+    try:
+        parts = [file.stat() for file in manifest_files(manifest)]
+    except FileNotFoundError:
+        raise ManifestError(f"{manifest}: no such file") from None
+    except OSError as error:
+        raise ManifestError(f"{manifest}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    return sum(part.st_size for part in parts), max(part.st_mtime_ns for part in parts)

@@ -11,12 +11,17 @@ from pathlib import Path
 import pyarrow as pa
 
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest.files import ReadingOptions, RowRead, is_folder_of_parts, unpacked_name
+from tinysd_batch.job.manifest.files import (
+    is_folder_of_parts,
+    is_packed,
+    unpacked_name,
+)
 from tinysd_batch.job.manifest.formats.csv_table import read_csv, read_unknown_names
-from tinysd_batch.job.manifest.formats.json_rows import read_json, read_jsonl
+from tinysd_batch.job.manifest.formats.json_rows import begins_with_bracket, read_json, read_jsonl
 from tinysd_batch.job.manifest.formats.parquet import read_parquet, read_unknown_fields
 from tinysd_batch.job.manifest.formats.prompt_lines import read_txt
-from tinysd_batch.job.manifest.notes import ReadingNotes
+from tinysd_batch.job.manifest.raw_rows import ReadingOptions, RowRead
+from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 
 Reader = Callable[[Path, ReadingOptions], Iterator[RowRead]]
 
@@ -79,3 +84,12 @@ READERS: dict[str, Reader] = {
     ".pq": read_parquet,
     ".txt": read_txt,
 }
+
+
+GROWING = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")  # files to which lines are appended
+
+
+def can_grow(manifest: Path) -> bool:
+    """Whether lines behind such a file are new rows; with one behind it, a JSON array is read otherwise."""
+    is_growing = format_of(manifest) in GROWING and not is_packed(manifest)
+    return is_growing and not (is_jsonl(manifest) and begins_with_bracket(manifest))

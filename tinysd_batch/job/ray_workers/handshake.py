@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tinysd_batch
 from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.storage.atomic import TEMPORARY_PREFIX, read_file, write_atomically
+from tinysd_batch.version import __version__
 
 MAX_BYTES = 2000
 
@@ -38,9 +38,9 @@ def answer(scratch: Path, word: str, worker: str) -> bool:
 def check(description: Mapping[str, Any], scratch: Path, word: str, worker: str, digest: str) -> None:
     """Raises NoWorkerError for a worker that cannot take part, and says what to do on its machine."""
     node = description["node"]
-    if description["version"] != tinysd_batch.__version__:
+    if description["version"] != __version__:
         raise NoWorkerError(
-            f"{node} runs tinysd-batch {description['version']}, and this machine {tinysd_batch.__version__}; "
+            f"{node} runs tinysd-batch {description['version']}, and this machine {__version__}; "
             f"install the same on both"
         )
     if description["model_digest"] != digest:

@@ -1,71 +1,33 @@
 """Workers as Ray actors: one per GPU, or some on the CPU. What each is on and how it fares is in `slots`."""
 
-import os
 import platform
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from tinysd_batch.errors import BrokenWorkerError, NoWorkerError, TinySDError, UsageError
-from tinysd_batch.job.fleet import Card, changes, cpus_of, gpus_of, machine_names
 from tinysd_batch.job.ray_workers import handshake
 from tinysd_batch.job.ray_workers.bounded_calls import LIMIT_S, RayLostError
 from tinysd_batch.job.ray_workers.cluster import RaySession, fault_line
 from tinysd_batch.job.ray_workers.local_ray import INLINE
 from tinysd_batch.job.ray_workers.ray_log import LOG_NAME
-from tinysd_batch.job.ray_workers.result_batches import LATE_S, Parcel, pack
-from tinysd_batch.job.ray_workers.slots import Slot, free_name
+from tinysd_batch.job.ray_workers.result_batches import Parcel
+from tinysd_batch.job.ray_workers.slots import Card, Slot, changes, cpus_of, free_name, gpus_of, machine_names
+from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
 from tinysd_batch.job.workers.faults import Fault, loss_of
-from tinysd_batch.job.workers.inline_pool import BatchDone, Chunk, ChunkDone, Event, WorkerLost, WorkerReady
-from tinysd_batch.job.workers.oom_fallback import Limit, Shape
-from tinysd_batch.job.workers.worker import Worker, WorkerSetup
-from tinysd_batch.records import MicroBatch
-
-if TYPE_CHECKING:
-    from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.job.workers.pool import BatchDone, Chunk, ChunkDone, Event, WorkerLost, WorkerReady
+from tinysd_batch.job.workers.worker import WorkerSetup
 
 BOOT_S = 1800.0  # for which a model may load
 LOOK_EVERY_S = 5.0  # for cards that came and went
 LOOK_SOON_S = 1.0  # when a machine may be lost
 UNREACHABLE_S = 60.0  # for which a worker waits to hear that; Ray takes some 20
 MAX_RESTARTS = 2  # of a Ray of our own that stopped in the middle of a run
-BROKEN_EXIT_CODE = 70
 GO_ON = "the same command goes on where it stopped"
 Answer = TypeVar("Answer")
 OUR_ERROR = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
-
-
-class WorkerProcess(Worker):
-    """A worker that has a process of its own."""
-
-    def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
-        if setup.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
-        super().__init__(setup, name, model)
-
-    def describe_to(self, word: str, limits: dict[Shape, Limit]) -> dict[str, Any]:
-        """`describe`, and the worker's part of the handshake. `limits` were learnt on this card before."""
-        import ray
-
-        self.limits.update(limits)
-        shares = handshake.answer(self.setup.scratch, word, self.name)
-        return {**self.describe(), "shares_storage": shares, "node_id": ray.get_runtime_context().get_node_id()}
-
-    def work(self, batches: Sequence[MicroBatch]) -> Iterator[Parcel]:
-        """`generate`, with results that travel together where nothing is lost by it."""
-        late_s = 0.0 if self.setup.no_metadata else LATE_S
-        try:
-            for made in pack(batches, self.generate(batches), late_s):
-                yield Parcel(made, dict(self.limits))
-        except BrokenWorkerError:
-            # What is broken in a CUDA context is so until the process ends; the driver's kill may never come.
-            end = threading.Timer(2.0, os._exit, [BROKEN_EXIT_CODE])
-            end.daemon = True
-            end.start()
-            raise
 
 
 class RayPool:

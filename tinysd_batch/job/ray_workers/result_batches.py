@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tinysd_batch.job.dispatch.chunk_size import work_of
+from tinysd_batch.job.plan.cost import work_of
 from tinysd_batch.job.workers.oom_fallback import Limit, Shape
 from tinysd_batch.records import ImageResult, MicroBatch, Status
 

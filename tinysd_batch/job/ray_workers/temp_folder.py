@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import tinysd_batch
 from tinysd_batch.errors import NoWorkerError
+from tinysd_batch.import_path import PACKAGE_ROOT
 
 PREFIX = "tsd-"
 OWNER = "owner"
@@ -100,7 +100,7 @@ def make_in(place: Path) -> RayFolder:
         (path / "new").rename(path / OWNER)
         folder = RayFolder(path, owner)
         folder.packages.mkdir()
-        (folder.packages / "tinysd_batch").symlink_to(Path(tinysd_batch.__file__).parent)
+        (folder.packages / "tinysd_batch").symlink_to(Path(PACKAGE_ROOT) / "tinysd_batch")
         with os.fdopen(os.open(folder.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as token:
             token.write(secrets.token_hex(32))
     except OSError:

@@ -14,56 +14,11 @@ import pyarrow.parquet as pq
 
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.formats.parquet_types import plain_type, with_times_as
+from tinysd_batch.job.results.schema import COVERS, FIELDS, check_columns
 from tinysd_batch.storage.atomic import check_regular
 
 MANY_ROWS = 4096  # from which on a table is read by several threads
-COVERS = b"tinysd_covers"
 PART_NAME = re.compile(r"\d{8,12}", re.ASCII)  # a journal part's
-
-TIMESTAMP = pa.timestamp("us", tz="UTC")
-FIELDS = [
-    pa.field("index", pa.int64()),
-    pa.field("row", pa.int64()),
-    pa.field("sample", pa.int32()),
-    pa.field("id", pa.string()),
-    pa.field("prompt", pa.string()),
-    pa.field("negative_prompt", pa.string()),
-    pa.field("prompt_syntax", pa.string()),
-    pa.field("seed", pa.int64()),
-    pa.field("width", pa.int32()),
-    pa.field("height", pa.int32()),
-    pa.field("steps", pa.int32()),
-    pa.field("sampler", pa.string()),
-    pa.field("scale", pa.float64()),
-    pa.field("eta", pa.float64()),
-    pa.field("image_id", pa.string()),
-    pa.field("status", pa.string()),
-    pa.field("file_name", pa.string()),
-    pa.field("sha256", pa.string()),
-    pa.field("bytes", pa.int64()),
-    pa.field("error_class", pa.string()),
-    pa.field("error_message", pa.string()),
-    pa.field("attempts", pa.int32()),
-    pa.field("degraded", pa.list_(pa.string())),
-    pa.field("n_tokens", pa.int32()),
-    pa.field("truncated", pa.string()),
-    pa.field("negative_truncated", pa.string()),
-    pa.field("model", pa.string()),
-    pa.field("model_digest", pa.string()),
-    pa.field("precision", pa.string()),
-    pa.field("device_name", pa.string()),
-    pa.field("worker", pa.string()),
-    pa.field("node", pa.string()),
-    pa.field("text_s", pa.float64()),
-    pa.field("denoise_s", pa.float64()),
-    pa.field("decode_s", pa.float64()),
-    pa.field("peak_memory_bytes", pa.int64()),
-    pa.field("started_at", TIMESTAMP),
-    pa.field("finished_at", TIMESTAMP),
-    pa.field("run_id", pa.string()),
-    pa.field("version", pa.string()),
-    pa.field("reused", pa.string()),
-]
 
 
 @contextmanager
@@ -99,14 +54,6 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
             raise ValueError("a row has no number or no status")
         table.validate(full=True)
         return table
-
-
-def check_columns(schema: pa.Schema) -> None:
-    """Raises ValueError where one of our columns is missing or holds something else."""
-    for field in FIELDS:
-        position = schema.get_field_index(field.name)
-        if position < 0 or schema.field(position).type != field.type:
-            raise ValueError(f"column {field.name} is not the {field.type} that was written")
 
 
 def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -7,126 +7,31 @@ Sealing compares the files with what was written to them, so that files which so
 """
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinysd_batch.config import excerpt
-from tinysd_batch.errors import ManifestError, StorageError
+from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.formats.parquet_types import plain_schema
-from tinysd_batch.job.results.table import (
-    COVERS,
-    FIELDS,
-    ResultsPaths,
-    damaged_table,
-    fit,
-    keys_of,
-    newest,
-    read_footer,
-    read_table,
-)
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
+from tinysd_batch.job.results.schema import COVERS, FIELDS, SCHEMA_VERSION
+from tinysd_batch.job.results.table import ResultsPaths, damaged_table, fit, keys_of, newest, read_footer, read_table
 from tinysd_batch.storage.atomic import write_atomically
 from tinysd_batch.text import storable_value
 
-SCHEMA_VERSION = "1"
 ONE_FILE_ROWS = 100_000  # jobs up to this many rows end as one results.parquet
 SEAL_ROWS = 131_072
 FLUSH_EVERY_S = 1.0
 FLUSH_ROWS = 4096
-REQUEST_COLUMNS = ("row", "sample", "id", "prompt", "negative_prompt", "prompt_syntax", "seed")
-PARAMS_COLUMNS = ("width", "height", "steps", "sampler", "eta")
-RESULT_COLUMNS = tuple(field.name for field in fields(ImageResult))
-OUR_NAMES = {field.name for field in FIELDS}
-LINE = re.compile(r"line (\d{1,18}): ", re.ASCII)  # before the reason in the message of an invalid row
 # Texts from the system rather than the manifest, which was checked: host and device names, paths, messages.
 SYSTEM_COLUMNS = (
     "error_class", "error_message", "degraded", "model", "precision", "device_name", "worker", "node", "reused",
 )  # fmt: skip
 NAMED_FILES = 3  # in a message
-
-
-def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
-    """Our columns, then the manifest's own; one of those that bears a name of ours becomes `manifest_<name>`."""
-    fields = list(FIELDS)
-    for field in extra:
-        fields.append(field.with_name(extra_name(field.name)))
-        if [one.name for one in fields].count(fields[-1].name) > 1:
-            name = excerpt(field.name)
-            raise ManifestError(
-                f"the manifest's column {name} becomes {fields[-1].name} in the results, which is taken"
-            )
-    return pa.schema(fields)
-
-
-def keep_columns(schema: pa.Schema, older: Iterable[pa.Schema]) -> pa.Schema:
-    """The schema with the manifest's columns of older tables: none changes its type, and none is dropped."""
-    kept: dict[str, pa.Field] = {}
-    for table in older:
-        for field in table:
-            if field.name not in OUR_NAMES:
-                kept.setdefault(field.name, field)
-    fields = [kept.pop(field.name, field) for field in schema]
-    return pa.schema([*fields, *kept.values()])
-
-
-def extra_name(name: str) -> str:
-    return f"manifest_{name}" if name in OUR_NAMES else name
-
-
-def as_time(seconds: float | None) -> datetime | None:
-    return datetime.fromtimestamp(seconds, UTC) if seconds is not None else None
-
-
-def image_row(request: ImageRequest, result: ImageResult, run: dict[str, Any]) -> dict[str, Any]:
-    """One image as a row of the table; `run` gives model, model_digest, run_id and version."""
-    row = {
-        **{name: getattr(request, name) for name in REQUEST_COLUMNS},
-        **{name: getattr(request.params, name) for name in PARAMS_COLUMNS},
-        **{name: getattr(result, name) for name in RESULT_COLUMNS},
-        **run,
-        "scale": request.scale,
-        "image_id": request.image_id,
-        "status": str(result.status),
-        "started_at": as_time(result.started_at),
-        "finished_at": as_time(result.finished_at),
-    }
-    return row | {extra_name(name): value for name, value in request.extra.items()}
-
-
-def invalid_row(row: InvalidRow, run: dict[str, Any]) -> dict[str, Any]:
-    """A manifest row that gave no image, as a row of the table without an index."""
-    now = datetime.now(UTC)
-    ours = {
-        "row": row.number, "id": row.id, "prompt": row.prompt, "status": str(Status.INVALID), "attempts": 0,
-        "error_class": "invalid_row", "error_message": fault_message(row)[:2000], "started_at": now, "finished_at": now,
-    }  # fmt: skip
-    return {**ours, **run, **{extra_name(name): value for name, value in row.extra.items()}}
-
-
-def fault_message(row: InvalidRow) -> str:
-    """`line 8: column seed = 'x': a whole number was expected`"""
-    return f"line {row.line}: {row.reason}" if row.line is not None else row.reason
-
-
-def read_invalid_row(row: dict[str, Any]) -> InvalidRow:
-    """What `invalid_row` wrote, as far as it is about the fault."""
-    line, reason = split_line(row["error_message"] or "")
-    return InvalidRow(row["row"], reason, row["prompt"], row["id"], line=line)
-
-
-def split_line(message: str) -> tuple[int | None, str]:
-    """The line and the reason that `fault_message` put together."""
-    match = LINE.match(message)
-    return (int(match[1]), message[match.end() :]) if match else (None, message)
 
 
 class ResultsWriter:

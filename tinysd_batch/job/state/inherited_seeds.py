@@ -14,7 +14,7 @@ from tinysd_batch.config import MAX_SEED
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.snapshot import kept_form, parse_line
 from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.job.state.job_json import ManifestRecord
+from tinysd_batch.job.state.job import ManifestRecord
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.storage.atomic import read_file, write_atomically
 from tinysd_batch.text import normalize_text

@@ -3,79 +3,28 @@
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import tinysd_batch
 from tinysd_batch.config import MAX_SEED, Settings
 from tinysd_batch.errors import JobMismatchError, UsageError
 from tinysd_batch.job.manifest.readers import format_of, is_jsonl
-from tinysd_batch.job.manifest.snapshot import READER, Snapshot
+from tinysd_batch.job.manifest.snapshot import READER, RowKeeper
+from tinysd_batch.job.state.inherited_seeds import save_seeds
+from tinysd_batch.job.state.job import JOB_FILE, Job, ManifestRecord
 from tinysd_batch.model.checkpoint.info import ModelInfo
-from tinysd_batch.storage.atomic import read_file, write_atomically
+from tinysd_batch.storage.atomic import read_file, storage_errors, write_atomically
 from tinysd_batch.text import normalize_text
+from tinysd_batch.version import __version__
 
-JOB_FILE = "job.json"
 MAX_JOB_BYTES = 10_000_000
 # What decides pixels and files and must not change within a job. `model` is compared by digest, `seed` on its own.
 DECIDING = (
     "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
     "n_samples", "fixed_code", "rng", "precision", "format", "quality", "no_metadata", "skip_save",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestRecord:
-    """What `job.json` says of the manifest and of the snapshot of its rows."""
-
-    fingerprint: str
-    rows: int  # number of the last one
-    images: int
-    invalid_rows: int
-    columns: tuple[str, ...] | None  # that nothing is made of; None where 0.1.0 did not note them
-    reader: int = READER  # version of the rules by which the rows were read
-    lines: int = 0  # of the snapshot
-    out_of_order: int = 0  # lines in it that come after one of the same or a higher number
-    bytes: int | None = None  # of the manifest's file; None for jobs of 0.1.0
-    columns_as_text: bool = False  # carried columns that hold no numbers are text, as 0.1.0 had them
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> Self:
-        manifest = saved["manifest"]
-        columns = manifest.get("columns")
-        return cls(
-            manifest["fingerprint"], manifest["rows"], saved["images"], saved["invalid_rows"],
-            tuple(columns) if columns is not None else None, saved.get("reader", 1),
-            manifest.get("lines", manifest["rows"]), manifest.get("out_of_order", 0), manifest.get("bytes"),
-            manifest.get("columns_as_text", saved.get("reader", 1) == 1),
-        )  # fmt: skip
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether a new reading of the same bytes would find nothing that the snapshot does not have."""
-        return self.columns is not None and (self.reader == READER or not self.invalid_rows)
-
-    @property
-    def began_in_0_1_0(self) -> bool:
-        """Whether rows were first read by the rules of 0.1.0, whatever `reader` read those that came later."""
-        return self.columns_as_text
-
-    def snapshot(self, state: Path) -> Snapshot:
-        return Snapshot(state, self.lines, self.out_of_order)
-
-    def as_dict(self, manifest: Path) -> dict[str, Any]:
-        return {
-            "path": str(manifest),
-            "fingerprint": self.fingerprint,
-            "rows": self.rows,
-            "lines": self.lines,
-            "out_of_order": self.out_of_order,
-            "bytes": self.bytes,
-            "columns": list(self.columns or ()),
-            "columns_as_text": self.columns_as_text,
-        }
 
 
 def read_job_json(folder: Path) -> dict[str, Any]:
@@ -93,7 +42,7 @@ def read_job_json(folder: Path) -> dict[str, Any]:
     if saved.get("reader", 1) > READER:
         raise UsageError(
             f"{path}: made by tinysd-batch {saved['version']}, which reads manifests by newer rules than "
-            f"{tinysd_batch.__version__}; use that version, or name another folder with -o"
+            f"{__version__}; use that version, or name another folder with -o"
         )
     return saved
 
@@ -168,7 +117,7 @@ def write_job_json(
     path = folder / JOB_FILE
     now = datetime.now(UTC).isoformat()
     content = {
-        "version": tinysd_batch.__version__,
+        "version": __version__,
         "reader": record.reader,
         "created_at": read_job_json(folder)["created_at"] if path.exists() else now,
         "last_run": {"run_id": run_id, "started_at": now, "host": platform.node(), "pid": os.getpid()},
@@ -182,3 +131,27 @@ def write_job_json(
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names that are no UTF-8 become JSON's escapes
+
+
+def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], kept: RowKeeper | None) -> Job:
+    """Write `job.json`, and before it the rows and seeds that it speaks of; return the job as it stands there now.
+
+    A run that is killed in between leaves more rows than `job.json` counts, and those are not looked at.
+    """
+    with storage_errors(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+    if kept is not None:
+        kept.save(job.state)
+    if job.is_new and job.reuse is not None:
+        save_seeds(job.given_seeds, job.state)
+    before = job.record
+    record = ManifestRecord(
+        fingerprint=job.fingerprint, rows=kept.last_number if kept else before.rows if before else 0, images=images,
+        invalid_rows=invalid_rows, columns=tuple(columns), lines=kept.count if kept else before.lines if before else 0,
+        out_of_order=kept.out_of_order if kept else before.out_of_order if before else 0, bytes=job.manifest_stamp[0],
+        columns_as_text=before.columns_as_text if before else False,
+    )  # fmt: skip
+    write_job_json(
+        job.folder, job.manifest, record, job.settings, job.model, seed=job.seed, run_id=job.run_id, reuse=job.reuse
+    )
+    return replace(job, record=record, begins_anew=False)

@@ -3,156 +3,25 @@
 import contextlib
 import secrets
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tinysd_batch
 from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError, UsageError
-from tinysd_batch.job.manifest.changes import Change, Merger, begins_with, pair_rows
-from tinysd_batch.job.manifest.files import bare_name, is_packed, manifest_files
-from tinysd_batch.job.manifest.formats.json_rows import begins_with_bracket
-from tinysd_batch.job.manifest.notes import ReadingNotes
-from tinysd_batch.job.manifest.readers import format_of, is_jsonl
-from tinysd_batch.job.manifest.snapshot import RowKeeper, Snapshot
-from tinysd_batch.job.manifest.validate import Defaults, check_prompt, fingerprint, read_rows
-from tinysd_batch.job.plan.batches import Common
+from tinysd_batch.job.manifest.cells import check_prompt
+from tinysd_batch.job.manifest.changes import Change, pair_rows
+from tinysd_batch.job.manifest.files import bare_name, begins_with, fingerprint, stamp
+from tinysd_batch.job.manifest.readers import can_grow, format_of
 from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.job.state.inherited_seeds import find_seeds, find_seeds_in_table, read_seeds, save_seeds
-from tinysd_batch.job.state.job_json import (
-    DECIDING,
-    JOB_FILE,
-    ManifestRecord,
-    check_same_settings,
-    read_job_json,
-    write_job_json,
-)
-from tinysd_batch.job.state.precision_record import RECORD_FILE
+from tinysd_batch.job.state.inherited_seeds import find_seeds, find_seeds_in_table, read_seeds
+from tinysd_batch.job.state.job import JOB_FILE, STATE_FOLDER, Job, ManifestRecord
+from tinysd_batch.job.state.job_json import DECIDING, check_same_settings, read_job_json, save_job
 from tinysd_batch.model.checkpoint.info import ModelInfo, read_model_info
 from tinysd_batch.model.text.prompt_syntax import parse_prompt
-from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.storage.atomic import check_unlocked, storage_errors
+from tinysd_batch.storage.lock import check_unlocked
 
 __all__ = ["DECIDING", "JOB_FILE", "STATE_FOLDER", "Job", "open_job", "read_job_json", "save_job"]
-
-STATE_FOLDER = "_tinysd"
-GROWING = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")  # files to which lines are appended
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Everything a run needs besides its workers."""
-
-    folder: Path
-    manifest: Path
-    settings: Settings  # resolved: no None among height, width, steps and scale
-    model: ModelInfo
-    seed: int
-    run_id: str
-    fingerprint: str  # of the manifest
-    manifest_stamp: tuple[int, int]
-    record: ManifestRecord | None = None  # of the run before; None: a new job
-    is_new: bool = True  # no run before has begun it
-    begins_anew: bool = False  # in a folder whose job generated nothing and had other settings or rows
-    reuse: Path | None = None  # the job that images are taken over from
-    given_seeds: dict[int, int] = field(default_factory=dict)  # row -> its first image's seed, as `reuse` had it
-    seeds_from_table: bool = False  # since `reuse` has lost what it knew of its rows
-
-    @property
-    def state(self) -> Path:
-        return self.folder / STATE_FOLDER
-
-    @property
-    def scratch(self) -> Path:
-        return self.state / "tmp"
-
-    @property
-    def stop_file(self) -> Path:
-        return self.state / "stop"
-
-    @property
-    def precision_file(self) -> Path:
-        return self.state / RECORD_FILE
-
-    def defaults(self) -> Defaults:
-        """What a row that says nothing gets."""
-        return defaults_of(self.settings, self.model)
-
-    def common(self) -> Common:
-        """What all images have in common."""
-        return common_of(self.settings, self.model, self.seed)
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """The rows of the run before."""
-        assert self.record is not None
-        return self.record.snapshot(self.state)
-
-    @property
-    def has_new_rows(self) -> bool:
-        """Whether the manifest may say something that the snapshot of its rows does not."""
-        return self.record is None or self.record.fingerprint != self.fingerprint or not self.record.is_complete
-
-    @property
-    def needs_snapshot(self) -> bool:
-        """Whether the manifest's rows are not all kept in the folder yet."""
-        return self.has_new_rows or not self.snapshot.is_there
-
-    def read_rows(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
-        """The job's rows in the order of their images, with the seeds that another job gave them.
-
-        `notes` is filled with what was noticed about the manifest, where it has to be read.
-        """
-        for row in self.read_own_rows(notes):
-            given = self.given_seeds.get(row.number)
-            yield replace(row, seed=given) if given is not None and isinstance(row, Row) else row
-
-    def read_own_rows(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
-        """The same, with the seeds that the manifest gives."""
-        if self.record is None:
-            return self.read_manifest(notes)
-        if self.has_new_rows:
-            return self.merger().merge(self.read_manifest(notes))
-        if not self.snapshot.is_there and not self.record.began_in_0_1_0 and not self.record.out_of_order:
-            return self.read_manifest(notes)  # somebody removed it, and the manifest says the same
-        return (row.read() for row in self.snapshot.rows())
-
-    def merger(self) -> Merger:
-        """What puts the manifest's new rows behind those of the job."""
-        assert self.record is not None
-        return Merger(self.snapshot, self.record.rows)
-
-    def read_manifest(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
-        """The manifest's rows as they stand there, read by today's rules; each has the number it has in the job."""
-        settings = self.settings
-        return read_rows(
-            self.manifest, self.defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines,
-            as_0_1_0=self.record is not None and self.record.began_in_0_1_0,
-        )  # fmt: skip
-
-    def run_columns(self) -> dict[str, Any]:
-        """The results columns that are the same for all rows of a run."""
-        return {
-            "model": self.model.name,
-            "model_digest": self.model.digest,
-            "run_id": self.run_id,
-            "version": tinysd_batch.__version__,
-        }
-
-
-def defaults_of(settings: Settings, model: ModelInfo) -> Defaults:
-    """What a row gets that says nothing, from settings without gaps."""
-    chosen = settings.model_dump(include={field.name for field in fields(Defaults)} - {"step_px"})
-    return Defaults(step_px=model.step_px, **chosen)
-
-
-def common_of(settings: Settings, model: ModelInfo, seed: int) -> Common:
-    return Common(
-        seed=seed, model_digest=model.digest, precision=settings.precision, long_prompts=settings.long_prompts,
-        fixed_code=settings.fixed_code, suffix=settings.format, rng=settings.rng,
-    )  # fmt: skip
 
 
 def default_folder(manifest: Path, name: str | None = None) -> Path:
@@ -272,28 +141,11 @@ def check_only_growth(job: Job) -> None:
         )
 
 
-def can_grow(manifest: Path) -> bool:
-    """Whether lines behind such a file are new rows; with one behind it, a JSON array is read otherwise."""
-    is_growing = format_of(manifest) in GROWING and not is_packed(manifest)
-    return is_growing and not (is_jsonl(manifest) and begins_with_bracket(manifest))
-
-
 def has_images(folder: Path) -> bool:
     """Whether any image was generated in the folder, or failed, by its files or its table."""
     if next(folder.glob("images/*/*"), None) is not None:
         return True
     return any(table["index"].null_count < len(table) for table in ResultsPaths(folder).read(["index"]))
-
-
-def stamp(manifest: Path) -> tuple[int, int]:
-    """Size and time of the last change: what tells quickly that a file, or one of a folder's parts, was touched."""
-    try:
-        parts = [file.stat() for file in manifest_files(manifest)]
-    except FileNotFoundError:
-        raise ManifestError(f"{manifest}: no such file") from None
-    except OSError as error:
-        raise ManifestError(f"{manifest}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    return sum(part.st_size for part in parts), max(part.st_mtime_ns for part in parts)
 
 
 def check_still_same_job(job: Job) -> None:
@@ -350,27 +202,3 @@ def check_places(folder: Path) -> None:
             raise UsageError(f"{path}: is a symbolic link; pictures are not written through links")
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; name a folder for the job with -o")
-
-
-def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], kept: RowKeeper | None) -> Job:
-    """Write `job.json`, and before it the rows and seeds that it speaks of; return the job as it stands there now.
-
-    A run that is killed in between leaves more rows than `job.json` counts, and those are not looked at.
-    """
-    with storage_errors(job.folder):
-        job.folder.mkdir(parents=True, exist_ok=True)
-    if kept is not None:
-        kept.save(job.state)
-    if job.is_new and job.reuse is not None:
-        save_seeds(job.given_seeds, job.state)
-    before = job.record
-    record = ManifestRecord(
-        fingerprint=job.fingerprint, rows=kept.last_number if kept else before.rows if before else 0, images=images,
-        invalid_rows=invalid_rows, columns=tuple(columns), lines=kept.count if kept else before.lines if before else 0,
-        out_of_order=kept.out_of_order if kept else before.out_of_order if before else 0, bytes=job.manifest_stamp[0],
-        columns_as_text=before.columns_as_text if before else False,
-    )  # fmt: skip
-    write_job_json(
-        job.folder, job.manifest, record, job.settings, job.model, seed=job.seed, run_id=job.run_id, reuse=job.reuse
-    )
-    return replace(job, record=record, begins_anew=False)

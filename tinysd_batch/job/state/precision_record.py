@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from tinysd_batch.job.results.table import ResultsPaths
-    from tinysd_batch.model.device.dtype import PrecisionChoice
+    from tinysd_batch.model.device.precision import PrecisionChoice
     from tinysd_batch.model.pipeline import TinySD
 
 RECORD_FILE = "precision.json"
@@ -66,7 +66,7 @@ def choose_as_recorded(path: Path | None, device: "torch.device", *, is_small: b
     """What the record says of this machine and device, if that can be computed here; else a new choice."""
     import torch
 
-    from tinysd_batch.model.device.dtype import PrecisionChoice, can_compute, choose_precision
+    from tinysd_batch.model.device.precision import PrecisionChoice, can_compute, choose_precision
 
     recorded = read_record(path).get(record_key(device)) if path is not None else None
     if recorded is None:

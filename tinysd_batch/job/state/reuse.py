@@ -18,9 +18,11 @@ from tinysd_batch.config import Settings
 from tinysd_batch.errors import OccupiedPathError, UsageError
 from tinysd_batch.job.plan.batches import file_name
 from tinysd_batch.job.results.compare import FileState, compare_folders
+from tinysd_batch.job.results.rows import image_row
 from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.job.results.writer import ResultsWriter, image_row
-from tinysd_batch.job.state.open_job import DECIDING, JOB_FILE, STATE_FOLDER, Job, check_reusable
+from tinysd_batch.job.results.writer import ResultsWriter
+from tinysd_batch.job.state.job import STATE_FOLDER, Job
+from tinysd_batch.job.state.open_job import DECIDING, JOB_FILE, check_reusable
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 from tinysd_batch.storage.atomic import read_file, share, storage_errors
 from tinysd_batch.storage.filesystem import sync_path

@@ -6,8 +6,7 @@ from pathlib import Path
 from tinysd_batch.job.manifest.snapshot import ROWS_FILE
 from tinysd_batch.job.results.table import ResultsPaths
 from tinysd_batch.job.state.inherited_seeds import SEEDS_FILE
-from tinysd_batch.job.state.job_json import JOB_FILE
-from tinysd_batch.job.state.open_job import Job
+from tinysd_batch.job.state.job import JOB_FILE, Job
 from tinysd_batch.job.state.precision_record import RECORD_FILE
 
 

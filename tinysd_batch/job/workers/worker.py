@@ -5,7 +5,6 @@ only their records travel back.
 """
 
 import gc
-import hashlib
 import os
 import platform
 import time
@@ -13,43 +12,25 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import tinysd_batch
-from tinysd_batch.config import MAX_SEED, Settings, printable
+from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
 from tinysd_batch.job.state.precision_record import choose_as_recorded, describe_precision
+from tinysd_batch.job.workers.adopt import EMBEDDED_COLUMNS, METADATA_SCHEMA, adopt, file_columns, record_in
 from tinysd_batch.job.workers.faults import POLICY, Action, Fault, error_class, fault_of
 from tinysd_batch.job.workers.oom_fallback import BATCH_HALVED, BATCH_SPLIT, Limit, Shape, pieces, shape_of
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
-from tinysd_batch.storage.atomic import MAX_FILE_BYTES, publish, storage_errors, sync_found_file
-from tinysd_batch.text import has_surrogates
+from tinysd_batch.storage.atomic import publish, storage_errors
+from tinysd_batch.version import __version__
 
 if TYPE_CHECKING:
-    from tinysd_batch.model.device.dtype import Precision
+    from tinysd_batch.model.device.precision import Precision
     from tinysd_batch.model.pipeline import TinySD
     from tinysd_batch.model.sampling.batch import Generated
 
 MAX_MESSAGE_CHARACTERS = 2000
-MAX_COUNT = 2**31 - 1  # of tokens, as the table holds it
-# The columns that are stored inside the image, for a run that adopts it. No host names: people share images. No
-# measurements: equal settings on one machine give equal files.
-EMBEDDED_COLUMNS: dict[str, type | UnionType] = {
-    "n_tokens": int | None,
-    "truncated": str | None,
-    "negative_truncated": str | None,
-    "precision": str,
-    "degraded": list,
-    "device_name": str,
-}
-METADATA_SCHEMA = 2
-RECORDS: dict[int, dict[str, type | UnionType]] = {  # the stored columns by the metadata's schema
-    1: EMBEDDED_COLUMNS
-    | {"text_s": int | float, "denoise_s": int | float, "decode_s": int | float, "peak_memory_bytes": int},
-    METADATA_SCHEMA: EMBEDDED_COLUMNS,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +80,7 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         """What the driver shows and checks: version, model, precision, device, process."""
         return {
-            "version": tinysd_batch.__version__,
+            "version": __version__,
             "model_digest": self.model.info.digest,
             **describe_precision(self.model),
             "device_name": self.model.device_name,
@@ -244,7 +225,7 @@ class Worker:
         if self.setup.skip_save:
             return result
         setup = self.setup
-        parameters = parameters_text(request, setup.model_name, setup.model_digest, tinysd_batch.__version__)
+        parameters = parameters_text(request, setup.model_name, setup.model_digest, __version__)
         kind = FileFormat(setup.format, setup.quality, not setup.no_metadata)
         data = encode_image(generated.images[position], kind, parameters, self.our_metadata(request, made))
         path = self.setup.job_folder / request.file_name
@@ -273,7 +254,7 @@ class Worker:
             "eta": params.eta,
             "model": self.setup.model_name,
             "model_digest": self.setup.model_digest,
-            "version": tinysd_batch.__version__,
+            "version": __version__,
             "made": {name: made[name] for name in EMBEDDED_COLUMNS},
         }
 
@@ -300,68 +281,6 @@ def load_model(setup: WorkerSetup) -> "TinySD":
         turbo=setup.turbo,
         unet_bs=setup.unet_bs,
     )
-
-
-def adopt(job_folder: Path, request: ImageRequest) -> ImageResult | None:
-    """The result of an image that is on disk already: a worker that died after the file and before its row left it.
-
-    The file is made durable before it is reported. Raises StorageError.
-    """
-    path = job_folder / request.file_name
-    with storage_errors(path):
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-            return None
-        data = path.read_bytes()
-    made = record_in(data, request)
-    if made is None:
-        return None
-    sync_found_file(path)
-    return file_columns(ImageResult(request.index, Status.OK, **made), request, data)
-
-
-def file_columns(result: ImageResult, request: ImageRequest, data: bytes) -> ImageResult:
-    result.file_name = request.file_name
-    result.sha256 = hashlib.sha256(data).hexdigest()
-    result.bytes = len(data)
-    return result
-
-
-def record_in(data: bytes, request: ImageRequest) -> dict[str, Any] | None:
-    """What a file says of how it was made, if it is the whole image asked for in size and format, by its own word."""
-    from tinysd_batch.images import is_whole, read_entries
-
-    suffix = request.file_name.rpartition(".")[2]
-    _, found = read_entries(data, (request.params.width, request.params.height), [suffix])
-    schema, made = found.get("schema"), found.get("made")
-    columns = RECORDS.get(schema) if type(schema) is int else None
-    if columns is None or found.get("image_id") != request.image_id or not is_whole(data, suffix):
-        return None
-    return made if is_record(made, columns) else None
-
-
-def is_record(made: object, columns: dict[str, type | UnionType]) -> TypeGuard[dict[str, Any]]:
-    """Whether what a file holds fits the table: anybody may have written the file."""
-    return (
-        isinstance(made, dict)
-        and made.keys() == columns.keys()
-        and all(isinstance(made[name], kind) for name, kind in columns.items())
-        and all(isinstance(step, str) for step in made["degraded"])
-        and all(printable(text) == text for text in [*made["degraded"], made["precision"], made["device_name"]])
-        and not any(isinstance(value, bool) or is_unstorable(value) for value in made.values())
-        and abs(made["n_tokens"] or 0) <= MAX_COUNT
-    )
-
-
-def is_unstorable(value: object) -> bool:
-    """Numbers too large, or half characters, which the table cannot hold."""
-    if isinstance(value, str):
-        return has_surrogates(value)
-    return isinstance(value, int | float) and not abs(value) < MAX_SEED
-
-
-def usable_cores() -> int:
-    """Cores this process may use, which in a container is fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first_line(error: BaseException) -> str:

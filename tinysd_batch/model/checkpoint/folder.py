@@ -18,16 +18,23 @@ from diffusers import __version__ as diffusers_version
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.config_settings import is_count, shown
-from tinysd_batch.model.checkpoint.info import WEIGHTS, read_json
+from tinysd_batch.model.checkpoint.config_checks import (
+    BETAS,
+    check_scheduler,
+    check_text_encoder,
+    check_unet,
+    check_vae,
+)
+from tinysd_batch.model.checkpoint.config_rules import is_count, shown
+from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors, write_tensors
-from tinysd_batch.model.checkpoint.supported import BETAS, check_scheduler, check_text_encoder, check_unet, check_vae
 from tinysd_batch.model.nn.vae_decoder import use_strip_layers
 from tinysd_batch.model.packed.format import Layout, Weight
 from tinysd_batch.model.packed.layers import swap_packed_layers
 from tinysd_batch.storage.atomic import write_atomically
+from tinysd_batch.text import excerpt
 
 PIPELINE_INDEX = "model_index.json"
 TEXT_WEIGHTS = "model.safetensors"

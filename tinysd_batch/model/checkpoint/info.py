@@ -1,24 +1,23 @@
 """What a job must know of a model before any of it is loaded: its size, defaults and digest. Imports no torch."""
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS, excerpt, printable
+from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.supported import CONFIGS, MAX_LEVELS, check_configs
-from tinysd_batch.storage.atomic import read_file
+from tinysd_batch.model.checkpoint.config_checks import CONFIGS, MAX_LEVELS, check_configs
+from tinysd_batch.model.checkpoint.json_file import read_json
+from tinysd_batch.text import excerpt, printable
 
 SD_V1_STEPS = 50
 SD_V1_SCALE = 7.5
 SMALL_UNET_BYTES = 50_000_000
 OUR_FILE = "tinysd.json"  # name and defaults; absent from folders that other tools made
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MAX_JSON_BYTES = 50_000_000
 MAX_NAME_CHARACTERS = 100
 PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 CONVERT_HINT = "make a model folder of it with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
@@ -69,20 +68,6 @@ def resolve_path(model: str) -> Path:
     if missing:
         raise ModelError(f"{model}: not a model folder, it has no {', '.join(missing)}")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(read_file(path, MAX_JSON_BYTES).decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; the model folder is not complete") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ModelError(f"{path}: an object was expected")
-    return loaded
 
 
 def model_digest(path: Path) -> str:

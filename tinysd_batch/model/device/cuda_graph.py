@@ -6,7 +6,6 @@ captured, and if it says to the bit what the second said, all others are replaye
 """
 
 import contextlib
-import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -122,24 +121,3 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def on_working_stream(device: torch.device) -> Iterator[None]:
-    """Work on a stream that is the program's own: on the one that CUDA begins with nothing can be captured."""
-    if device.type != "cuda":
-        yield
-        return
-    usual, own = torch.cuda.current_stream(device), working_stream(device)
-    own.wait_stream(usual)
-    try:
-        with torch.cuda.stream(own):
-            yield
-    finally:
-        usual.wait_stream(own)
-
-
-@functools.cache
-def working_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each card: torch keeps memory, and libraries their workspaces, for each stream apart."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -6,28 +6,23 @@ tensor that is alive at a time counts, and the largest sum is the peak. Weights 
 
 import contextlib
 import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.chunking import SMALL_BYTES, SMALLEST_BYTES, USUAL_BYTES, in_parts_of
-from tinysd_batch.model.device.select import allocating_at_most, overhead
+from tinysd_batch.model.device.cuda_overhead import allocating_at_most, overhead
+from tinysd_batch.model.device.malloc import hand_back_blocks_of
 from tinysd_batch.model.nn.unet import predict
 from tinysd_batch.model.nn.vae_decoder import decode_one
-from tinysd_batch.model.offload.components import Fragment
-from tinysd_batch.model.offload.offloader import hand_back_blocks_of
+from tinysd_batch.model.offload.peak_memory import LivePeak
+from tinysd_batch.model.offload.planned_model import PlannedModel
+from tinysd_batch.model.offload.stage_estimate import UNET, Phase, Shape, Task, Way, kept_type
 from tinysd_batch.model.packed.dequantize import SCRATCH, foretold_for
 from tinysd_batch.model.packed.layers import packed_layers, scratch_bytes
-
-if TYPE_CHECKING:
-    from tinysd_batch.model.pipeline import TinySD
 
 # What cuBLAS may take on every card in place of its own choice: what it takes on those up to Ampere.
 WORKSPACE_CONFIG, SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"
@@ -35,108 +30,16 @@ WORKSPACE_CONFIG, SMALL_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"
 # memory ran out; and a segment of its size for tensors of 1 to 10 MB, of which it takes whole ones only. Weights lie in
 # one piece.
 GAPS, MOST_GAPS, SEGMENT_BYTES = 1 / 8, 1 / 2, 20 * 2**20
-UNET = "UNet"
 # On the CPU larger tensors take memory of the system's own. What a step at 512x512 uses is worth keeping for the next.
 BLOCK_BYTES, STEP_BLOCK_BYTES, TIGHT_BLOCK_BYTES = 2**22, 2**23, 2**17
 META = torch.device("meta")
-Operation = Callable[..., Any]
 KNOWN_WORK: dict[tuple[Any, ...], int] = {}  # some integers for each model, shape and way that this process met
-
-
-class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made within a `with` and still alive, and keeps the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: dict[int, int] = {}  # of each storage, by its identity
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(
-        self, operation: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self.count(tensor)
-        return made
-
-    def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) not in self.sizes:
-            self.sizes[id(storage)] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, id(storage))
-
-    def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these: operations that return a view of a tensor seem to make it."""
-        for tensor in tensors:
-            self.sizes.setdefault(id(tensor.untyped_storage()), 0)
-
-    def forget(self, storage: int) -> None:
-        self.live -= self.sizes.pop(storage)
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A batch as the UNet sees it."""
-
-    rows: int  # two an image with guidance
-    height: int  # pixels
-    width: int
-    tokens: int
-    prompts: int = 2  # different ones; with guidance the negative ones count, too
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a phase does its work, from the fastest way to the one that takes least memory."""
-
-    part_bytes: int = USUAL_BYTES
-    rows: int | None = None  # through the UNet at once; None: all
-    half_maps: bool = False  # the autoencoder keeps its feature maps as float16
-    makes_anew: bool = False  # the autoencoder makes its largest maps each time it looks at them
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """What a phase takes of the device, in bytes."""
-
-    name: str
-    fragments: tuple[Fragment, ...]
-    way: Way
-    room: int | None  # for weights; None: no limit
-    weights: int
-    staying: int  # of the weights, for the whole phase
-    buffers: int  # through which the others pass
-    work: int  # all other tensors at their peak
-    context: int
-    gaps: int = 0  # that torch's allocator leaves between the tensors of work
-
-    @property
-    def is_in_small_parts(self) -> bool:
-        return self.way.part_bytes < USUAL_BYTES
-
-    @property
-    def peak(self) -> int:
-        return self.context + self.staying + self.buffers + self.work + self.gaps
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A phase before it is decided how it does its work."""
-
-    name: str
-    fragments: tuple[Fragment, ...]
-    shape: Shape | None
-    ways: Sequence[Way]
-    run: Callable[[Way], object]  # does it on the meta device
 
 
 class Planner:
     """Chooses the way of each phase of a model."""
 
-    def __init__(self, model: "TinySD", budget_bytes: int | None) -> None:
+    def __init__(self, model: PlannedModel, budget_bytes: int | None) -> None:
         self.model = model
         self.budget_bytes = budget_bytes
         if budget_bytes is not None and model.device.type == "cuda":
@@ -340,7 +243,3 @@ class Planner:
         torch.cuda.empty_cache()  # what earlier phases took
         with allocating_at_most(self.own_bytes, device):
             yield
-
-
-def kept_type(way: Way) -> torch.dtype | None:
-    return torch.float16 if way.half_maps else None

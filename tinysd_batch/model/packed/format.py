@@ -33,8 +33,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
+from tinysd_batch.text import excerpt
 
 BITS = (2, 4, 8)
 ROW_BITS = (2, 8)  # of the origin
@@ -246,3 +246,10 @@ def affine_parameters(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """Scale and offset of every group, float16 [O, G] each."""
     scale, offset = weight.parameters().view(*weight.qscale.shape, 2).unbind(dim=2)
     return scale, offset
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `to_matrix`."""
+    if len(shape) == 2:
+        return matrix
+    return matrix.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()

@@ -12,7 +12,7 @@ from tinysd_batch.errors import UsageError
 from tinysd_batch.images import OUR_KEY, PILLOW_NAMES, FileFormat, encode_image, parameters_text
 from tinysd_batch.model.arguments import Request, Rng
 from tinysd_batch.model.sampling.cuda_noise import CudaNoise
-from tinysd_batch.model.sampling.samplers import Callback, Noise, draw_noise
+from tinysd_batch.model.sampling.schedule import Callback, Noise, draw_noise
 from tinysd_batch.model.text.encoder import Condition
 from tinysd_batch.records import ImageRequest, SamplingParams
 from tinysd_batch.storage.atomic import write_atomically

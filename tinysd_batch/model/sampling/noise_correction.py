@@ -18,10 +18,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.storage.atomic import write_atomically
+from tinysd_batch.text import excerpt
 
 ENTRY = "noise_correction"  # of a packed UNet's quantization_config
 LEAST_SLOPE, MOST_SLOPE = -0.6, 1.0

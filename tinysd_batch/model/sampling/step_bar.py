@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from tinysd_batch.model.sampling.samplers import Callback
+from tinysd_batch.model.sampling.schedule import Callback
 
 
 @contextlib.contextmanager

@@ -13,11 +13,10 @@ from tempfile import TemporaryDirectory
 
 from transformers import CLIPTokenizer
 
-from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.info import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.text.prompt_syntax import Run, SubPrompt
-from tinysd_batch.text import fold_widths
+from tinysd_batch.text import excerpt, fold_widths
 
 CHARACTERS_AT_ONCE = 100_000
 

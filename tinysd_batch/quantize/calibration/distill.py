@@ -14,8 +14,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.func import functional_call
 
-from tinysd_batch.model.packed.format import affine_parameters, unpack_codes
-from tinysd_batch.quantize.calibration.layerwise import Solved, from_matrix
+from tinysd_batch.model.packed.format import affine_parameters, from_matrix, unpack_codes
+from tinysd_batch.quantize.calibration.layerwise import Solved
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.solve.coordinate_descent import Grid

@@ -6,7 +6,6 @@ layer is solved: its weights are moved to make up for what earlier layers got wr
 refined by coordinate descent; its bias takes up what is left of the mean.
 """
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,13 +17,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tinysd_batch.model.packed.dequantize import unpack
-from tinysd_batch.model.packed.format import Layout, PackedWeight, to_matrix
+from tinysd_batch.model.packed.format import Layout, PackedWeight, from_matrix, to_matrix
+from tinysd_batch.quantize.calibration.activations import watch
 from tinysd_batch.quantize.calibration.trajectories import Rows
-from tinysd_batch.quantize.calibration.unet_blocks import State, Unit, Walker, rows_at_once
+from tinysd_batch.quantize.calibration.unet_segments import State, Unit, Walker, rows_at_once
+from tinysd_batch.quantize.layers import Layer, layer_of
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.solve.coordinate_descent import refine
 from tinysd_batch.quantize.solve.gptq import Part, gptq
-from tinysd_batch.quantize.solve.hessian import Layer, Moments, Tokens, column_parts, layer_of, tokens_of, tokens_out
+from tinysd_batch.quantize.solve.hessian import Moments, Tokens, column_parts, tokens_of, tokens_out
 
 INPUT_TOKENS = 512  # of each layer, where only their sort matters
 OTHER_TOKENS = 1024  # of the rows that tune and of those that are held out
@@ -233,13 +234,6 @@ def groups_of(walker: Walker, unit: Unit, state: State, layouts: Mapping[str, La
     return [group for _, group in found]
 
 
-def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `to_matrix`."""
-    if len(shape) == 2:
-        return matrix
-    return matrix.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()
-
-
 def stream_of(name: str) -> str | None:
     """The module whose input is the residual stream that a layer's output is added to; None for inner layers."""
     if name.endswith(".conv2"):
@@ -286,34 +280,3 @@ def layer_inputs(
         for state in states:
             unit.run(walker.unet, state)
         walker.unload(unit)
-
-
-class Reached(Exception):  # noqa: N818 - no error: the walk has seen enough
-    """The last layer that was asked for has worked."""
-
-
-def watch(unet: nn.Module, unit: Unit, state: State, names: set[str], last: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of the named modules while a unit works on a copy of `state`, as far as the module `last`."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            seen[name] = (args[0], output)
-            if name == last:
-                raise Reached
-
-        return hook
-
-    with hooked({name: note(name) for name in names}, unet), contextlib.suppress(Reached):
-        unit.run_for(unet, state.copy(), last)
-    return seen
-
-
-@contextlib.contextmanager
-def hooked(hooks: Mapping[str, Callable[[nn.Module, Any, Tensor], None]], unet: nn.Module) -> Iterator[None]:
-    handles = [unet.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,7 +18,8 @@ from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 from tinysd_batch.model.packed.format import Layout, PackedWeight
 from tinysd_batch.quantize.calibration.layerwise import Solved
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
-from tinysd_batch.storage.atomic import lock, sweep_temporaries, write_atomically
+from tinysd_batch.storage.atomic import sweep_temporaries, write_atomically
+from tinysd_batch.storage.lock import lock
 
 VERSION = 1  # of the method: what another one left is not gone on with
 INDEX = "work.json"

@@ -10,11 +10,15 @@ from torch import Generator, Tensor
 
 from tinysd_batch.model.checkpoint.folder import read_schedule, read_text_encoder
 from tinysd_batch.model.offload.components import Fragment
-from tinysd_batch.model.sampling.samplers import Run, ddim, draw_noise
+from tinysd_batch.model.sampling.ddim_plms import ddim
+from tinysd_batch.model.sampling.schedule import Run, draw_noise
 from tinysd_batch.model.text.encoder import Condition, PromptEncoder
 from tinysd_batch.model.text.tokenizer import read_tokenizer
-from tinysd_batch.quantize.calibration.unet_blocks import Walker, rows_at_once
+from tinysd_batch.quantize.calibration.unet_segments import Walker, rows_at_once
 from tinysd_batch.quantize.recipe import Recipe
+
+LEAST_POINTS, MOST_POINTS = 4, 16
+
 
 HELD_OUT_SEEDS = 2**20  # how far the held-out prompts' seeds are from the others'
 TUNE_EVERY = 8  # of the calibration prompts, one in so many chooses how strong corrections are
@@ -117,3 +121,8 @@ def spread_points(trajectories: Trajectories, points: int) -> Rows:
 def set_apart(prompts: Tensor) -> Tensor:
     """Which of these numbers of prompts do not calibrate: one in eight, of very few prompts none."""
     return prompts % TUNE_EVERY == TUNE_EVERY // 2
+
+
+def points_among(prompts: int, together: int) -> int:
+    """How many of so many prompts, where so many rows go through a unit together."""
+    return min(prompts, max(LEAST_POINTS, min(MOST_POINTS, together // 2)))

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinysd_batch.model.checkpoint.folder import KEEP_ON_META
-from tinysd_batch.model.device.dtype import wait_for
+from tinysd_batch.model.device.precision import wait_for
 from tinysd_batch.model.packed.format import Layout
-from tinysd_batch.quantize.calibration.layerwise import groups_of, watch
-from tinysd_batch.quantize.calibration.trajectories import set_apart
-from tinysd_batch.quantize.calibration.unet_blocks import State, Unit, Walker, rows_at_once
+from tinysd_batch.quantize.calibration.activations import watch
+from tinysd_batch.quantize.calibration.layerwise import groups_of
+from tinysd_batch.quantize.calibration.trajectories import points_among, set_apart
+from tinysd_batch.quantize.calibration.unet_segments import State, Unit, Walker, rows_at_once
 from tinysd_batch.quantize.estimate.memory import CONTEXT_TOKENS, MAX_HELD_POINTS, latents_of, rows_of
-from tinysd_batch.quantize.evaluate.sensitivity import points_among
+from tinysd_batch.quantize.layers import layer_of
 from tinysd_batch.quantize.presets import sort_of
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.solve.gptq import ITERATIONS, NEAR, STARTS
-from tinysd_batch.quantize.solve.hessian import RIDGES, column_parts, layer_of, tokens_out
+from tinysd_batch.quantize.solve.hessian import RIDGES, column_parts, tokens_out
 from tinysd_batch.quantize.sources.checkpoint_source import Part
 
 # What layers, attention and the factors of Hessians take over a large product of as many multiply-adds: a profile of

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.model.checkpoint.folder import KEEP_ON_META
 from tinysd_batch.model.checkpoint.info import SMALL_UNET_BYTES
+from tinysd_batch.model.device.available_memory import available_memory
+from tinysd_batch.model.device.malloc import hand_back_blocks_of
 from tinysd_batch.model.nn.chunked_attention import PartedAttention
-from tinysd_batch.model.offload.offloader import hand_back_blocks_of
-from tinysd_batch.model.offload.planner import STEP_BLOCK_BYTES, LivePeak
+from tinysd_batch.model.offload.peak_memory import LivePeak
+from tinysd_batch.model.offload.planner import STEP_BLOCK_BYTES
 from tinysd_batch.quantize.calibration.layerwise import OTHER_TOKENS
-from tinysd_batch.quantize.calibration.unet_blocks import State, Walker, rows_at_once
-from tinysd_batch.quantize.estimate.available_memory import available_memory
+from tinysd_batch.quantize.calibration.unet_segments import State, Walker, rows_at_once
+from tinysd_batch.quantize.layers import Layer, layer_of
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, unet_bytes
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.solve.hessian import Layer, layer_of
 from tinysd_batch.quantize.sources.checkpoint_source import Part, Source
 
 FLOAT, HALF = 4, 2  # bytes

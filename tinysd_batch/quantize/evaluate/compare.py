@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.model.sampling.samplers import Callback
+from tinysd_batch.model.sampling.schedule import Callback
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
 
 BATCH = 16

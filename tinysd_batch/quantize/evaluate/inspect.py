@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint.config_checks import sampler_notes
 from tinysd_batch.model.checkpoint.folder import building_from
-from tinysd_batch.model.checkpoint.info import model_digest, read_defaults, read_json, read_model_info
-from tinysd_batch.model.checkpoint.supported import sampler_notes
-from tinysd_batch.model.offload.planner import Shape
+from tinysd_batch.model.checkpoint.info import model_digest, read_defaults, read_model_info
+from tinysd_batch.model.checkpoint.json_file import read_json
+from tinysd_batch.model.offload.stage_estimate import Shape
 from tinysd_batch.model.packed.format import PackedWeight, RowWeight, WholeRowWeight
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import NoiseCorrection, read_correction
 from tinysd_batch.quantize.convert import check_parts
 from tinysd_batch.quantize.presets import sort_of
 from tinysd_batch.quantize.sources.checkpoint_source import Options, Source
-from tinysd_batch.quantize.sources.detect import EMA, ORIGIN, SD_V1, TEXT, UNET, VAE, kind_of
-from tinysd_batch.quantize.sources.diffusers_folder import STEMS, ModelFolder, weights_file
+from tinysd_batch.quantize.sources.component_files import STEMS, weights_file
+from tinysd_batch.quantize.sources.detect import ORIGIN, SD_V1, kind_of
+from tinysd_batch.quantize.sources.diffusers_folder import ModelFolder
+from tinysd_batch.quantize.sources.ldm_names import EMA, TEXT, UNET, VAE
 from tinysd_batch.quantize.sources.single_file import SingleFile
 from tinysd_batch.quantize.sources.tensor_files import Contents, open_tensors
 

@@ -8,16 +8,16 @@ import numpy.typing as npt
 import torch
 
 from tinysd_batch.errors import TinySDError
+from tinysd_batch.model.device.available_memory import available_memory
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, draw_held_out
-from tinysd_batch.quantize.calibration.unet_blocks import Walker
-from tinysd_batch.quantize.convert import open_source
-from tinysd_batch.quantize.estimate.available_memory import available_memory
+from tinysd_batch.quantize.calibration.unet_segments import Walker
 from tinysd_batch.quantize.estimate.duration import Effort, decoding, speed_of, walk
 from tinysd_batch.quantize.estimate.memory import latents_of, needs_of_drawing
 from tinysd_batch.quantize.evaluate.compare import draw_again
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import Options, Part
+from tinysd_batch.quantize.sources.open import open_source
 
 PAIRS, STEPS = 4, 8
 

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.model.checkpoint.folder import read_layouts
-from tinysd_batch.model.checkpoint.info import WEIGHTS, read_json
+from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 from tinysd_batch.model.packed.dequantize import unpack
-from tinysd_batch.model.packed.format import Layout
-from tinysd_batch.quantize.calibration.layerwise import from_matrix
-from tinysd_batch.quantize.calibration.trajectories import Trajectories
-from tinysd_batch.quantize.calibration.unet_blocks import Walker, rows_at_once
+from tinysd_batch.model.packed.format import Layout, from_matrix
+from tinysd_batch.quantize.calibration.trajectories import Trajectories, points_among
+from tinysd_batch.quantize.calibration.unet_segments import Walker, rows_at_once
 from tinysd_batch.quantize.evaluate.compare import sqnr_db
 from tinysd_batch.quantize.presets import sort_of
 from tinysd_batch.quantize.sources.checkpoint_source import Part
 
-LEAST_POINTS, MOST_POINTS = 4, 16
 EVERYTHING = "all of them together"
 
 
@@ -86,8 +85,3 @@ def points_of(held: Trajectories) -> tuple[Tensor, Tensor]:
     steps, prompts = held.latents.shape[:2]
     points = torch.arange(points_among(prompts, rows_at_once(held.latents)))
     return (2 * points + 1) * steps // (2 * len(points)), points * prompts // len(points)
-
-
-def points_among(prompts: int, together: int) -> int:
-    """How many of so many prompts, where so many rows go through a unit together."""
-    return min(prompts, max(LEAST_POINTS, min(MOST_POINTS, together // 2)))

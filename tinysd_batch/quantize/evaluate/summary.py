@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.model.checkpoint.info import WEIGHTS, read_json, read_model_info
+from tinysd_batch.model.checkpoint.info import WEIGHTS, read_model_info
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
 from tinysd_batch.quantize.evaluate.fit_noise_correction import Judged

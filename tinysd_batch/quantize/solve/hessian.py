@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinysd_batch.errors import ModelError
+from tinysd_batch.quantize.layers import Layer
 
 RIDGES = (1.0, 10.0, 100.0)  # times the recipe's damping
 ENOUGH = 4  # tokens for each column: with fewer, damping grows
 MOST_DAMPING = 5  # times that damping is raised tenfold
 SPAN = 512  # columns in a product of large matrices
 
-Layer = nn.Linear | nn.Conv2d
 Tokens = tuple[Tensor, Tensor]  # a layer's inputs [N, K], and gaps [N, O]
 
 
@@ -138,13 +138,6 @@ def sides(layer: nn.Conv2d) -> tuple[int, int]:
     assert not isinstance(layer.padding, str), layer
     above, before = layer.padding
     return above, before
-
-
-def layer_of(unet: nn.Module, name: str) -> Layer:
-    """A linear or convolution layer by its name."""
-    layer = unet.get_submodule(name)
-    assert isinstance(layer, nn.Linear | nn.Conv2d), (name, type(layer))
-    return layer
 
 
 def tokens_out(y: Tensor) -> Tensor:

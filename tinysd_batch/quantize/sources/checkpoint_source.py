@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint import supported
+from tinysd_batch.model.checkpoint import config_checks
 from tinysd_batch.model.checkpoint.folder import KEEP_ON_META, building_from, check_names
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 
@@ -82,14 +82,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def check_unet(part: Part) -> UNet2DConditionModel:
     """The empty UNet that the tensors fit; raise ModelError naming one that does not."""
-    supported.check_unet(part.config, part.where)
+    config_checks.check_unet(part.config, part.where)
     unet = build(part, lambda: UNet2DConditionModel.from_config(part.config))
     check_tensors(part, unet)
     return unet
 
 
 def check_vae(part: Part) -> None:
-    supported.check_vae(part.config, part.where)
+    config_checks.check_vae(part.config, part.where)
     vae = build(part, lambda: AutoencoderKL.from_config(part.config))
     if not has_encoder(part):
         vae.encoder = vae.quant_conv = None
@@ -97,7 +97,7 @@ def check_vae(part: Part) -> None:
 
 
 def check_text_encoder(part: Part) -> None:
-    supported.check_text_encoder(part.config, part.where)
+    config_checks.check_text_encoder(part.config, part.where)
     check_tensors(part, build(part, lambda: CLIPTextModel(CLIPTextConfig(**part.config))))
 
 

@@ -5,18 +5,14 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
-from tinysd_batch.model.checkpoint.supported import LCM, NOT_SD_V1, OTHER_INPUTS, SD2_CONTEXT, Kind
+from tinysd_batch.model.checkpoint.config_checks import LCM, NOT_SD_V1, OTHER_INPUTS, SD2_CONTEXT, Kind
+from tinysd_batch.quantize.sources.ldm_names import EMA, EMA_COUNTERS, TEXT, UNET, VAE
 from tinysd_batch.quantize.sources.tensor_files import Contents
 
-UNET = "model.diffusion_model."
-VAE = "first_stage_model."
-TEXT = "cond_stage_model."
-EMA = "model_ema."
 SD_V1 = "Stable Diffusion v1"
 AUTOENCODER = "autoencoder"
 ORIGIN = "the origin's 2-bit checkpoint"
 
-EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 SD_V1_CHANNELS = 4
 ADDITION = "it is an addition to a model, not a model; merge it into one with another program first"
 

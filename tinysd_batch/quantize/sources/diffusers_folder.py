@@ -1,17 +1,14 @@
 """Float model folders in diffusers' layout, of any age."""
 
 from pathlib import Path
-from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.folder import PIPELINE_INDEX, TEXT_SETTINGS, read_config
-from tinysd_batch.model.checkpoint.info import OUR_FILE, read_defaults, read_json, read_sizes
-from tinysd_batch.model.checkpoint.supported import CONFIGS, check_configs, sampler_notes
-from tinysd_batch.model.checkpoint.supported import check_text_encoder as check_text_config
+from tinysd_batch.model.checkpoint.config_checks import CONFIGS, check_configs, sampler_notes
+from tinysd_batch.model.checkpoint.folder import PIPELINE_INDEX
+from tinysd_batch.model.checkpoint.info import OUR_FILE, read_defaults, read_sizes
+from tinysd_batch.model.checkpoint.json_file import read_json
 from tinysd_batch.model.text.tokenizer import check_vocabulary, read_tokenizer
 from tinysd_batch.quantize.sources.checkpoint_source import (
     Found,
@@ -24,21 +21,15 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     write_json,
 )
 from tinysd_batch.quantize.sources.clip_tokenizer import VOCABULARY, write_tokenizer
-from tinysd_batch.quantize.sources.ldm_config import SCHEDULER, VAE_SCALE
-from tinysd_batch.quantize.sources.tensor_files import open_tensors
+from tinysd_batch.quantize.sources.component_files import read_part
+from tinysd_batch.quantize.sources.ldm_config import SCHEDULER
+from tinysd_batch.quantize.sources.vae import modern_attention
 
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-# A text encoder's file is called `model`, or in pickles `pytorch_model`.
-STEMS = {"unet": [DIFFUSERS_STEM], "vae": [DIFFUSERS_STEM], "text_encoder": ["model", "pytorch_model"]}
-ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
-# diffusers' names of an autoencoder's attention before 0.18.
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # All that transformers reads of a CLIP tokenizer, of any age.
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.json",
 )  # fmt: skip
-TEXT_KINDS = ("architectures", "model_type")
 DECODER_ONLY = ["tinysd_batch.diffusers", "AutoencoderKLDecoder"]
 
 
@@ -73,7 +64,7 @@ class ModelFolder:
 
     def vae(self) -> Part:
         if self.options.vae is not None:
-            from tinysd_batch.quantize.sources.single_file import read_vae
+            from tinysd_batch.quantize.sources.vae import read_vae
 
             return read_vae(self.options.vae, self.options)
         part = read_part(self.path / "vae", "vae", self.options)
@@ -139,56 +130,3 @@ def is_same_tokenizer(one: CLIPTokenizer, other: CLIPTokenizer) -> bool:
         and one.special_tokens_map == other.special_tokens_map
         and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     )
-
-
-def read_part(folder: Path, kind: str, options: Options) -> Part:
-    """Configuration and mapped tensors of a part's folder."""
-    where = weights_file(folder, kind)
-    contents = open_tensors(where, allow_pickle=options.allow_pickle)
-    if contents.others:
-        raise ModelError(f"{where}: {contents.others[0]!r} is no tensor")
-    return Part(known_settings(folder / "config.json", kind), contents.tensors, where, contents.tensors)
-
-
-def known_settings(path: Path, kind: str) -> dict[str, Any]:
-    """What decides the part's layers and what they compute: other entries could name code to be fetched."""
-    config = read_json(path)
-    if kind == "text_encoder":
-        check_text_config(config, path)
-        return {name: config[name] for name in (*TEXT_KINDS, *TEXT_SETTINGS) if name in config}
-    model = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[kind]
-    return {"_class_name": model.__name__, **read_config(path, model)}
-
-
-def weights_file(folder: Path, kind: str) -> Path:
-    """The file with a part's weights: safetensors before pickles, full before half precision."""
-    for ending in ENDINGS:
-        for stem in STEMS[kind]:
-            if (folder / f"{stem}{ending}").exists():
-                return folder / f"{stem}{ending}"
-    if several := sorted(folder.glob("*.index*.json")):
-        raise ModelError(f"{several[0]}: weights in several files are not read; save the model again as one file")
-    raise ModelError(f"{folder}: no weights; {STEMS[kind][0]}.safetensors was expected")
-
-
-def modern_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's tensors with its attention called as today; weights of 1x1 convolutions become matrices."""
-    renamed = {}
-    for name, value in tensors.items():
-        *path, layer, leaf = name.split(".") if name.count(".") else ("", name)
-        if layer in OLD_ATTENTION and "attentions" in path:
-            name = ".".join([*path, OLD_ATTENTION[layer], leaf])
-            value = value[:, :, 0, 0] if value.dim() == 4 else value
-        renamed[name] = value
-    return renamed
-
-
-def read_vae_folder(path: Path, options: Options) -> Part:
-    """An autoencoder's own folder, or that of a model folder."""
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    part = read_part(folder, "vae", options)
-    part = Part(part.config, modern_attention(part.tensors), part.where)
-    if (scale := part.config.get("scaling_factor", VAE_SCALE)) != VAE_SCALE:
-        raise ModelError(f"{folder}: its scaling_factor is {scale}; that of SD v1's autoencoder is {VAE_SCALE}")
-    check_vae(part)
-    return part

@@ -15,19 +15,26 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+)
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.folder import KEEP_ON_META
 from tinysd_batch.model.packed.format import RowWeight, Weight, pack_codes, to_matrix
+from tinysd_batch.quantize.sources.checkpoint_source import (
+    Part,
+)
+from tinysd_batch.quantize.sources.detect import ORIGIN
+from tinysd_batch.quantize.sources.ldm_names import check_count
+from tinysd_batch.quantize.sources.single_file import SingleFile
 
 LDM_PREFIX = "model.diffusion_model."
 PREFIXES = ("model.diffusion_model.model.", LDM_PREFIX)  # the first is the origin's, from the wrapper that quantized it
 DELTA, ZERO = "weight_quantizer.delta", "weight_quantizer.zero_point"
 IGNORED = (".act_quantizer.delta", ".act_quantizer.zero_point", ".weight_quantizer.alpha")
 MULTIPLIERS = (1, 2, 4, 4)
-MAX_TENSORS = 4000  # of a part; SD v1's UNet has 686, and in tiny-stable-diffusion's file some 1,750
 LATENT_PX = 64  # SD v1's own size, 512 pixels
 
 
@@ -98,12 +105,6 @@ def ldm_names(tensors: Mapping[str, Tensor], config: dict[str, Any], where: str)
         raise ModelError(f"{where}: tensor {error} of the UNet is missing") from None
 
 
-def check_count(tensors: int, where: object) -> None:
-    """Raise ModelError for more tensors than a part can have: renaming them takes the square of their number."""
-    if tensors > MAX_TENSORS:
-        raise ModelError(f"{where}: {tensors:,} tensors in a part of the model; at most {MAX_TENSORS:,} are read")
-
-
 class Reader:
     """Takes tensors by the checkpoint's names, and knows what is left."""
 
@@ -172,3 +173,16 @@ class Reader:
 def bits_of(delta: Tensor) -> Tensor:
     """float32 [O, 1, ...] as the int32 [O] of its bits."""
     return delta.flatten().contiguous().view(torch.int32)
+
+
+class OriginFile(SingleFile):
+    """The origin's `full_int2_sd.pth`: autoencoder and text encoder as in any file of SD v1, the UNet at 2 bits."""
+
+    reads = ORIGIN
+
+    def unet(self) -> Part:
+        """Raises ModelError always: these are no floats."""
+        raise ModelError(f"{self.path}: the UNet is at 2 bits already")
+
+    def packed_unet(self, dtype: torch.dtype | None) -> OriginUNet:
+        return read_origin_unet(self.open().tensors, str(self.path), dtype or torch.float32)

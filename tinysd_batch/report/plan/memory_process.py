@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import tinysd_batch
 from tinysd_batch import errors
 from tinysd_batch.config import Settings
+from tinysd_batch.import_path import PACKAGE_ROOT
 from tinysd_batch.report.plan.memory_table import Batch, MemoryPlan, PlannedPhase, plan_memory
 
-ROOT = Path(tinysd_batch.__file__).parents[1]
 # Without -P Python would import from the current folder; the package itself may lie beside it, not installed. Ctrl-C
 # reaches both processes, and only this one has something to say about it.
 CODE = """
@@ -34,7 +33,7 @@ def plan_memory_apart(settings: Settings, batch: Batch, precision_file: Path | N
     recorded = str(precision_file.absolute()) if precision_file is not None else None
     question = json.dumps({"settings": settings.model_dump(), "batch": asdict(batch), "precision_file": recorded})
     done = subprocess.run(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-P", "-c", CODE, str(ROOT)], input=question, stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-P", "-c", CODE, PACKAGE_ROOT], input=question, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:  # killed for its memory, say
         return plan_memory(settings, batch, precision_file)

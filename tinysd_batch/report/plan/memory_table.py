@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tinysd_batch.report.text import count, size
+from tinysd_batch.report.formatting import count, size
 
 if TYPE_CHECKING:
     from tinysd_batch.config import Settings
-    from tinysd_batch.model.offload.planner import Phase
+    from tinysd_batch.model.offload.stage_estimate import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +131,11 @@ def plan_memory(settings: "Settings", batch: Batch, precision_file: Path | None 
     from tinysd_batch.config import parse_budget
     from tinysd_batch.job.state.precision_record import choose_as_recorded
     from tinysd_batch.model.checkpoint.info import read_model_info
-    from tinysd_batch.model.device.dtype import PrecisionChoice, choose_precision
+    from tinysd_batch.model.device.available_memory import available_memory
+    from tinysd_batch.model.device.precision import PrecisionChoice, choose_precision
     from tinysd_batch.model.device.select import choose_device, total_bytes
-    from tinysd_batch.model.offload.planner import Shape
+    from tinysd_batch.model.offload.stage_estimate import Shape
     from tinysd_batch.model.pipeline import TinySD
-    from tinysd_batch.quantize.estimate.available_memory import available_memory
 
     info = read_model_info(settings.model)
     precision = None if settings.precision == "auto" else settings.precision

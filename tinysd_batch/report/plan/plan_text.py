@@ -1,197 +1,20 @@
 """What a job would do, worked out without loading the model: rows, images, faults, tokens, disk, memory, time."""
 
-import shutil
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from tinysd_batch.config import Settings
-from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.driver import MAX_KEYS, read_finished
-from tinysd_batch.job.manifest.columns import near_misses
-from tinysd_batch.job.manifest.notes import ReadingNotes
-from tinysd_batch.job.manifest.readers import is_jsonl
-from tinysd_batch.job.plan.batches import RowImages, batch_runs, plan_images
-from tinysd_batch.job.results.compare import find_differences
-from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.job.results.writer import fault_message
-from tinysd_batch.job.state.open_job import JOB_FILE, Job
-from tinysd_batch.job.state.reuse import count_reusable
-from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.report.plan.answers import Answers, Work, find_answers
-from tinysd_batch.report.plan.memory_process import plan_memory_apart
-from tinysd_batch.report.plan.memory_table import Batch, MemoryPlan
-from tinysd_batch.report.plan.token_counts import PlannedRow, PromptReader
+from tinysd_batch.job.state.job import Job
+from tinysd_batch.records import InvalidRow
+from tinysd_batch.report.formatting import count, one_line, row_label, say, size
+from tinysd_batch.report.plan.job_plan import Plan
+from tinysd_batch.report.plan.token_counts import PlannedRow
 from tinysd_batch.report.reading_progress import ReadingProgress
-from tinysd_batch.report.text import count, one_line, row_label, say, size
 
-OnRow = Callable[[PlannedRow | InvalidRow], None]
-MAX_FAULTS = 1000  # kept for --json
 WIDEST_NAME = 14
 MAX_LINE_CHARACTERS = 300  # of a row
 SHOWN = 10  # faults, cut prompts and weighted prompts, unless all are asked for
-# As the embedded model's drawings come out, lossy ones at quality 90: a guess for other models, and said with "some".
-BYTES_PER_PIXEL = {"png": 1.8, "jpg": 0.6, "webp": 0.4}
-BYTES_PER_ROW = 2500  # what is written into a picture, and its row of the table
-
-
-@dataclass(slots=True)
-class Plan:
-    """What `plan` says."""
-
-    rows: int = 0
-    invalid_rows: int = 0
-    images: int = 0
-    batches: int = 0
-    finished: int = 0  # images that an earlier run made
-    redo: int = 0  # others that an earlier run made, whose files are missing or damaged
-    redo_reason: str = ""
-    reusable: int = 0  # others that the job named by --reuse has
-    largest: Batch | None = None  # the most that is drawn at once
-    memory: MemoryPlan | None = None
-    answers: Answers | None = None
-    work: Work = field(default_factory=Work.none)  # what is left to be generated
-    sizes: Counter[str] = field(default_factory=Counter)
-    samplings: Counter[str] = field(default_factory=Counter)
-    longest_prompt_tokens: int = 0
-    token_limit: int = 0
-    cut_rows: int = 0  # rows with a prompt or a negative prompt that the model does not see all of
-    weighted_rows: int = 0
-    disk_bytes: int = 0
-    free_bytes: int = 0
-    notes: list[str] = field(default_factory=list)  # on how the manifest was read
-    carried_columns: list[str] = field(default_factory=list)
-    near_misses: dict[str, str] = field(default_factory=dict)
-    faults: dict[int, str] = field(default_factory=dict)  # row number -> what is wrong with it, the first 1000
-
-    @property
-    def fits_disk(self) -> bool:
-        return self.disk_bytes <= self.free_bytes
-
-
-def make_plan(
-    job: Job, on_row: OnRow, limit: int | None = None, *, retry_failed: bool = False, progress: ReadingProgress
-) -> Plan:
-    """Read the whole manifest, and report each row. Raises ManifestError for faults of the whole file.
-
-    `limit` and `retry_failed` as in `run_job`. No image is looked at: rows may have millions of them.
-    """
-    plan = Plan(token_limit=job.model.max_tokens - 2, free_bytes=free_bytes(job.folder))
-    survey = PlanSurvey(plan, job, finished_images(plan, job, limit, retry_failed=retry_failed), limit)
-    planned = plan_images(survey.rows(on_row, progress), job.common())
-    wanted = Counter[str]()
-    for run in batch_runs(survey.images(planned, wanted), job.settings.max_batch):
-        plan.batches += (run if limit is None else run.upto(limit)).batches
-    plan.finished = len(survey.finished)
-    plan.reusable = count_reusable(job, wanted)
-    plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
-    progress.stop()
-    plan.memory = plan_memory_apart(job.settings, plan.largest, job.precision_file) if plan.largest else None
-    plan.near_misses = near_misses(plan.carried_columns)
-    plan.answers = find_answers(job, plan.memory, plan.work, plan.reusable)
-    return plan
-
-
-def finished_images(plan: Plan, job: Job, limit: int | None, *, retry_failed: bool) -> set[int]:
-    """Indexes of the images that an earlier run made, and that this one would not make again."""
-    if job.begins_anew or not (job.folder / JOB_FILE).exists():
-        return set()
-    found = read_finished(job)
-    kept = found.images - found.failed if retry_failed else found.images
-    finished = kept if limit is None else {index for index in kept if index <= limit}
-    differences = find_differences(job.folder)
-    plan.redo, plan.redo_reason = len(differences.indexes & finished), f"{differences}; {differences.advice}"
-    return finished - differences.indexes
-
-
-@dataclass(slots=True)
-class PlanSurvey:
-    """Adds up a plan while rows pass."""
-
-    plan: Plan
-    job: Job
-    finished: set[int]
-    limit: int | None
-    carried: dict[str, None] = field(default_factory=dict)
-    in_order: list[int] = field(init=False)
-    ids_there: set[str] = field(init=False)  # of the job that --reuse names: only these are looked for
-
-    def __post_init__(self) -> None:
-        self.in_order = sorted(self.finished)
-        tables = ResultsPaths(self.job.reuse).read(["image_id"]) if self.job.reuse is not None else ()
-        self.ids_there = {image_id for table in tables for image_id in table["image_id"].to_pylist()}
-
-    def rows(self, on_row: OnRow, progress: ReadingProgress) -> Iterator[Row]:
-        """The rows that can be made, after they were counted and reported."""
-        plan = self.plan
-        notes = ReadingNotes()
-        for planned in PromptReader(self.job).read(self.job.read_rows(notes)):
-            plan.rows += 1
-            progress.rows = plan.rows
-            if isinstance(planned, InvalidRow):
-                self.add_columns(planned.extra)
-                plan.invalid_rows += 1
-                if len(plan.faults) < MAX_FAULTS:
-                    plan.faults[planned.number] = fault_message(planned)
-                on_row(planned)
-            else:
-                self.add_columns(planned.row.extra)
-                self.add_prompts(planned)
-                on_row(planned)
-                yield planned.row
-        plan.notes, plan.carried_columns = list(notes.lines()), list(self.carried)
-
-    def add_columns(self, extra: dict[str, Any]) -> None:
-        """Raises ManifestError for more different keys than a job takes."""
-        if extra.keys() <= self.carried.keys():
-            return
-        self.carried.update(dict.fromkeys(extra))
-        if len(self.carried) > MAX_KEYS and is_jsonl(self.job.manifest):
-            raise ManifestError(f"{self.job.manifest}: over {MAX_KEYS} different keys besides the known ones")
-
-    def add_prompts(self, planned: PlannedRow) -> None:
-        plan = self.plan
-        plan.longest_prompt_tokens = max(plan.longest_prompt_tokens, planned.prompt.n_tokens)
-        plan.cut_rows += planned.is_cut
-        plan.weighted_rows += planned.prompt.is_marked
-
-    def images(self, planned: Iterable[tuple[Row, RowImages]], wanted: Counter[str]) -> Iterator[tuple[Row, RowImages]]:
-        """Each row with its images, after these were counted; `wanted` gets the ids that `--reuse` looks for."""
-        for row, images in planned:
-            number = len(images) if self.limit is None else max(0, min(len(images), self.limit - images.first + 1))
-            if number:
-                self.add_images(row, number)
-                last = images.first + number
-                if self.ids_there:
-                    indexes = (index for index in range(images.first, last) if index not in self.finished)
-                    ids = (images.image(index).image_id for index in indexes)
-                    wanted.update(image_id for image_id in ids if image_id in self.ids_there)
-                done = bisect_left(self.in_order, last) - bisect_left(self.in_order, images.first)
-                self.plan.work.add(row, number - done)
-            yield row, images
-
-    def add_images(self, row: Row, images: int) -> None:
-        plan, params, settings = self.plan, row.params, self.job.settings
-        plan.images += images
-        together = max(row.n_samples, settings.max_batch or 1)
-        batch = Batch(together, params.width, params.height, row.scale != 1)
-        if plan.largest is None or batch.pixels > plan.largest.pixels:
-            plan.largest = batch
-        plan.sizes[f"{params.width}x{params.height}"] += images
-        plan.samplings[f"{params.sampler}, {count(params.steps, 'step')}"] += images
-        pixels = 0 if settings.skip_save else params.width * params.height
-        plan.disk_bytes += round(images * (pixels * BYTES_PER_PIXEL[settings.format] + BYTES_PER_ROW))
-
-
-def free_bytes(folder: Path) -> int:
-    """Room where the folder is, or will be."""
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    return shutil.disk_usage(there).free
 
 
 class PlanPrinter:
@@ -274,14 +97,3 @@ def tokens_advice(plan: Plan, settings: Settings) -> str:
     if settings.long_prompts:
         return " at a time"
     return f"; {count(plan.cut_rows, 'row')} will be cut, --long-prompts keeps all" if plan.cut_rows else ""
-
-
-OBJECTS = ("largest", "memory", "work", "answers")  # of a Plan, which JSON has in other words or not
-
-
-def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    told = {each.name: getattr(plan, each.name) for each in fields(plan) if each.name not in OBJECTS}
-    return {
-        **told, **(plan.answers.as_dict() if plan.answers else {}), "fits_disk": plan.fits_disk,
-        "memory": plan.memory.as_dict() if plan.memory else None,
-    }  # fmt: skip

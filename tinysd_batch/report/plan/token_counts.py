@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from tinysd_batch.model.text.prompt_syntax import SubPrompt, parse_prompt
 from tinysd_batch.model.text.tokenizer import TokenizedPrompt, count_tokens, read_tokenizer, tokenize_prompt
 from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.report.text import count, one_line
+from tinysd_batch.report.formatting import count, one_line
 
 if TYPE_CHECKING:
-    from tinysd_batch.job.state.open_job import Job
+    from tinysd_batch.job.state.job import Job
 
 ROWS_AT_ONCE = 512
 MAX_CACHED_PROMPTS = 8192

@@ -6,20 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.columns import NUMBERS, WHOLE_NUMBERS, Columns, is_column, table_columns
-from tinysd_batch.job.manifest.files import (
-    MAX_CELL_CHARACTERS,
-    Fault,
-    Line,
-    ReadingOptions,
-    leave_out_long,
-    unpacked_name,
-)
+from tinysd_batch.job.manifest.files import unpacked_name
 from tinysd_batch.job.manifest.formats.text_lines import MAX_LINE_CHARACTERS, BoundedLines, open_text, read_records
-from tinysd_batch.job.manifest.notes import ReadingNotes
-from tinysd_batch.text import normalize_text
+from tinysd_batch.job.manifest.raw_rows import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, leave_out_long
+from tinysd_batch.job.manifest.reading_notes import ReadingNotes
+from tinysd_batch.text import excerpt, normalize_text
 from tinysd_batch.values import is_missing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import excerpt
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.columns import MAX_COLUMNS, Columns, listed, match_columns, refuse_unknown
-from tinysd_batch.job.manifest.files import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, leave_out_long
 from tinysd_batch.job.manifest.formats.text_lines import (
     MAX_LINE_CHARACTERS,
     BoundedLines,
@@ -20,7 +18,8 @@ from tinysd_batch.job.manifest.formats.text_lines import (
     read_records,
     read_start,
 )
-from tinysd_batch.text import has_surrogates
+from tinysd_batch.job.manifest.raw_rows import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, leave_out_long
+from tinysd_batch.text import excerpt, has_surrogates
 from tinysd_batch.values import is_missing
 
 BLOCK_CHARACTERS = 65_536

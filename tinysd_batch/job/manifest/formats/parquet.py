@@ -17,17 +17,7 @@ import pyarrow.parquet as pq
 from tinysd_batch.config import MAX_PROMPT_CHARACTERS
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.columns import Columns, table_columns
-from tinysd_batch.job.manifest.files import (
-    MAX_CELL_CHARACTERS,
-    Fault,
-    Line,
-    ReadingOptions,
-    RowRead,
-    SkippedRows,
-    first_line,
-    manifest_files,
-    open_whole,
-)
+from tinysd_batch.job.manifest.files import first_line, manifest_files, open_whole
 from tinysd_batch.job.manifest.formats.parquet_footer import column_sizes
 from tinysd_batch.job.manifest.formats.parquet_types import (
     carried_type,
@@ -40,6 +30,7 @@ from tinysd_batch.job.manifest.formats.parquet_types import (
     plain_type,
     text_or_number,
 )
+from tinysd_batch.job.manifest.raw_rows import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, RowRead, SkippedRows
 from tinysd_batch.values import is_missing
 
 PARQUET_BATCH_ROWS = 1024

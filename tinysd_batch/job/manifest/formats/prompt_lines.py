@@ -10,9 +10,8 @@ import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from tinysd_batch.config import MAX_PROMPT_CHARACTERS, excerpt
+from tinysd_batch.config import MAX_PROMPT_CHARACTERS
 from tinysd_batch.job.manifest.columns import SPELLINGS, is_column, normal
-from tinysd_batch.job.manifest.files import Fault, Line, ReadingOptions, RowRead, SkippedRows
 from tinysd_batch.job.manifest.formats.csv_table import read_csv
 from tinysd_batch.job.manifest.formats.text_lines import (
     BoundedLines,
@@ -21,7 +20,8 @@ from tinysd_batch.job.manifest.formats.text_lines import (
     read_records,
     read_start,
 )
-from tinysd_batch.text import normalize_text
+from tinysd_batch.job.manifest.raw_rows import Fault, Line, ReadingOptions, RowRead, SkippedRows
+from tinysd_batch.text import excerpt, normalize_text
 from tinysd_batch.values import is_missing
 
 MAX_LINE_CHARACTERS = 4 * MAX_PROMPT_CHARACTERS  # of a line with options

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest.files import Fault, open_unpacked
-from tinysd_batch.job.manifest.notes import ReadingNotes
+from tinysd_batch.job.manifest.files import open_unpacked
+from tinysd_batch.job.manifest.raw_rows import Fault
+from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 
 MAX_LINE_CHARACTERS = 8 << 20  # images as text are in some; they are left out, and the row stays
 MAX_RECORD_CHARACTERS = 262_144  # of a CSV row over several lines, which mostly is a quote that is not closed

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.device.select import allocating_at_most
+from tinysd_batch.model.device.cuda_overhead import allocating_at_most
 
 MIN_SPEEDUP = 1.3  # over float32
 TRIALS = 7

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from tinysd_batch.config import printable
 from tinysd_batch.errors import ModelError
+from tinysd_batch.text import printable
 
 Config = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from tinysd_batch.quantize.layer_progress import LayersDone
 from tinysd_batch.report.console import BAR_FROM_COLUMNS, has_live_display
-from tinysd_batch.report.text import clock, count, say
+from tinysd_batch.report.formatting import clock, count, say
 
 PLAIN_LINE_EVERY_S = 10.0
 TIME_LEFT_AFTER_S, TIME_LEFT_AFTER_SHARE = 2.0, 0.02  # of this work, before its speed says anything

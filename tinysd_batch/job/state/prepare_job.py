@@ -11,8 +11,9 @@ from typing import Any
 from tinysd_batch.config import EMBEDDED, Settings, read_job_file, resolve, validate, without_missing
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.manifest.readers import format_of
-from tinysd_batch.job.state.job_json import JOB_FILE, read_job_json
-from tinysd_batch.job.state.open_job import Job, default_folder, has_images, open_job
+from tinysd_batch.job.state.job import JOB_FILE, Job
+from tinysd_batch.job.state.job_json import read_job_json
+from tinysd_batch.job.state.open_job import default_folder, has_images, open_job
 
 # Each says where work is done: one that is given replaces the others of the job.
 PLACES = {"inline": ("address", "workers"), "address": ("inline",), "workers": ("inline",)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint.folder import read_schedule, write_packed_unet
 from tinysd_batch.model.packed.format import Layout
-from tinysd_batch.model.sampling.samplers import alphas_cumprod
+from tinysd_batch.model.sampling.schedule import alphas_cumprod
 from tinysd_batch.quantize.bit_allocation import allocate, check_target
 from tinysd_batch.quantize.calibration.distill import Examples, Tuned, distill
 from tinysd_batch.quantize.calibration.layerwise import Calibration, Pair, Solved, Use, layer_inputs
@@ -27,8 +27,8 @@ from tinysd_batch.quantize.calibration.trajectories import (
     set_apart,
     spread_points,
 )
-from tinysd_batch.quantize.calibration.unet_blocks import State, Walker, rows_at_once
-from tinysd_batch.quantize.convert import open_source, refuse_existing, tell_left_out, write_others
+from tinysd_batch.quantize.calibration.unet_segments import State, Walker, rows_at_once
+from tinysd_batch.quantize.convert import refuse_existing, tell_left_out, write_others
 from tinysd_batch.quantize.data_free import check_finite
 from tinysd_batch.quantize.estimate.duration import layer_efforts, speed_of
 from tinysd_batch.quantize.estimate.memory import (
@@ -44,6 +44,7 @@ from tinysd_batch.quantize.evaluate.summary import Made
 from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, size_in_words
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.sources.checkpoint_source import Options, Part, Say, as_stored, check_unet, write_json
+from tinysd_batch.quantize.sources.open import open_source
 from tinysd_batch.storage.atomic import new_folder, storage_errors
 
 TELL_EVERY_S = 10.0

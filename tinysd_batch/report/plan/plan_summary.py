@@ -14,12 +14,14 @@ from typing import Any
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.results.table import ResultsPaths, read_table
-from tinysd_batch.job.state.open_job import JOB_FILE, Job, read_job_json
-from tinysd_batch.model.checkpoint.info import MAX_JSON_BYTES, ModelInfo, read_json
+from tinysd_batch.job.state.job import Job
+from tinysd_batch.job.state.open_job import JOB_FILE, read_job_json
+from tinysd_batch.model.checkpoint.info import ModelInfo
+from tinysd_batch.model.checkpoint.json_file import MAX_JSON_BYTES, read_json
 from tinysd_batch.records import Row, Status
-from tinysd_batch.report.judgement import judge
+from tinysd_batch.report.formatting import count, duration, one_line, size
 from tinysd_batch.report.plan.memory_table import MemoryPlan
-from tinysd_batch.report.text import count, duration, one_line, size
+from tinysd_batch.report.quality_text import judge
 from tinysd_batch.storage.atomic import read_file
 
 MAX_JOBS = 20  # beside this one that are looked at for speed, the newest first

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from tinysd_batch.job.verify import Problem, Verification
-from tinysd_batch.report.text import count, one_line, say
+from tinysd_batch.report.formatting import count, one_line, say
 
 SHOWN = 5  # names of each kind
 PROGRESS_AFTER_S = 2.0

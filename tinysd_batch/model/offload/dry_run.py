@@ -1,17 +1,13 @@
 """All parts of a model at work once on the meta device, which only counts shapes."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from tinysd_batch.model.nn.unet import predict
 from tinysd_batch.model.nn.vae_decoder import decode_one
-
-if TYPE_CHECKING:
-    from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.offload.planned_model import PlannedModel
 
 
-def rehearse(model: "TinySD") -> None:
+def rehearse(model: PlannedModel) -> None:
     """Run every part once, so that the order in which layers are used can be observed."""
     with torch.device("meta"):
         text = model.text_encoder(torch.zeros(1, model.info.max_tokens, dtype=torch.long)).last_hidden_state

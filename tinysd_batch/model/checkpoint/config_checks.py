@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import printable
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.config_settings import (
+from tinysd_batch.model.checkpoint.config_rules import (
     MAX_SHOWN,
     SCHEDULER,
     TEXT,
@@ -25,6 +24,7 @@ from tinysd_batch.model.checkpoint.config_settings import (
     is_same,
     shown,
 )
+from tinysd_batch.text import printable
 
 MAX_LAYERS = 100  # of any kind; SD v1's most are the text encoder's 12
 MAX_LEVELS = 8  # of a UNet or an autoencoder; SD v1 has four

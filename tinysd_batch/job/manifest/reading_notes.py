@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tinysd_batch.config import excerpt
+from tinysd_batch.text import excerpt
 
 MAX_NAMED = 8  # columns in one line
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tinysd_batch.cli.signals import write_to_nowhere
+from tinysd_batch.cli.terminal.signals import write_to_nowhere
 
 
 class NamedStream:

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from tinysd_batch.config import printable
 from tinysd_batch.records import Status
+from tinysd_batch.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,0 +1,32 @@
+"""What the planner needs of a model: a Protocol, so that planning does not import the pipeline that plans with it."""
+
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from tinysd_batch.model.checkpoint.info import ModelInfo
+from tinysd_batch.model.nn.chunked_attention import PartedAttention
+from tinysd_batch.model.offload.components import Fragment
+from tinysd_batch.model.offload.offloader import Residency
+from tinysd_batch.model.offload.precompute import Hoisted
+
+
+class PlannedModel(Protocol):
+    """The components of a model, and where they are; `TinySD` has them all."""
+
+    info: ModelInfo
+    device: torch.device
+    dtype: torch.dtype
+    unet_bs: int | None  # rows that go through the UNet at once; None: all
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_fragment: Fragment
+    encode_fragment: Fragment
+    decode_fragment: Fragment
+    vae_fragment: Fragment
+    attention: PartedAttention
+    residency: Residency
+    hoisted: Hoisted
