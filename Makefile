@@ -54,9 +54,9 @@ lint: $(VENV)/installed-dev ## Style, types and import contracts
 
 benchmark: $(VENV)/installed ## Measure the embedded model, the job layer beside Ray Data, and how alike pictures of a seed are
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'
-	$(BIN)/python -m benchmarks.first_light
-	$(BIN)/python -m benchmarks.job_layer
-	$(BIN)/python -m benchmarks.same_seed
+	$(BIN)/python -m benchmarks.engine.quick
+	$(BIN)/python -m benchmarks.job.overhead
+	$(BIN)/python -m benchmarks.engine.batch_independence
 
 train: $(VENV)/installed ## Make the embedded model anew (hours)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'

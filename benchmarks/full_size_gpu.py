@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.full_size import MODEL, SD_V1_UNET, make_model
+from tests.support.random_sd_v1 import MODEL, SD_V1_UNET, make_model
 from tinysd_batch.model.device.cuda_graph import WORTH_IT, CapturedStep
 from tinysd_batch.model.device.cuda_overhead import overhead
 from tinysd_batch.model.offload.planner import SMALL_WORKSPACE, WORKSPACE_CONFIG
@@ -366,8 +366,8 @@ def measure_all(given: argparse.Namespace) -> None:
 
 def pretend_all(given: argparse.Namespace) -> None:
     """Every way on a card that computes nothing, and knows neither time nor what libraries take to work in."""
-    from tests.card.idle import IdleCard
-    from tests.card.pretend import pretended
+    from tests.support.fake_cuda.patch import pretended
+    from tests.support.fake_cuda.shape_only import IdleCard
 
     print(
         f"SD v1, {given.size}x{given.size}, a pretended card: what tensors take, and what torch reserves for them, MB"

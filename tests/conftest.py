@@ -4,7 +4,6 @@ And a folder to work in, and a card to work on: one that is pretended always, a 
 """
 
 import gc
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 import hypothesis
 import pytest
 
-from tests.tools import DEFAULT_EXAMPLES, made_once, write_json
-from tinysd_batch.model.checkpoint.info import embedded_path
+from tests.support.session import DEFAULT_EXAMPLES, made_once
+from tests.support.tiny_models import write_float_model
 
 # Heavy libraries are imported in fixtures: the process that only hands out tests to its workers has no use for them.
 if TYPE_CHECKING:
-    from tests.card.card import Card
-    from tests.card.idle import IdleCard
+    from tests.support.fake_cuda.device import Card
+    from tests.support.fake_cuda.shape_only import IdleCard
 
-TEXT_WIDTH = 32
 AnyCard = TypeVar("AnyCard", bound="Card")
 
 # A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
@@ -56,49 +54,6 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "models/float", write_float_model)
 
 
-def write_float_model(folder: Path) -> None:
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from safetensors.torch import save_file
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=TEXT_WIDTH,
-    )
-    vae = AutoencoderKL(
-        latent_channels=4, sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    tokenizer = embedded_path() / "tokenizer"
-    vocabulary = len(json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")))
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary, hidden_size=TEXT_WIDTH, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )
-    )  # fmt: skip
-    for name, module in (("unet", unet), ("vae", vae)):
-        module.save_pretrained(folder / name)
-    (folder / "text_encoder").mkdir()
-    write_json(folder / "text_encoder" / "config.json", text.config.to_dict())
-    save_file({n: v.contiguous() for n, v in text.state_dict().items()}, folder / "text_encoder" / "model.safetensors")
-    for part in ("tokenizer", "scheduler"):
-        (folder / part).mkdir()
-        for file in (embedded_path() / part).iterdir():
-            (folder / part / file.name).write_bytes(file.read_bytes())
-    write_json(folder / "tinysd.json", {"name": "random 16", "steps": 2, "scale": 2.0})
-
-
 @pytest.fixture(scope="session")
 def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model packed to 2, 4 and 8 bits."""
@@ -118,7 +73,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def pretended_card() -> "Iterator[Card]":
     """A card of 4 GiB; all work on it was in good order."""
-    from tests.card.card import Card
+    from tests.support.fake_cuda.device import Card
 
     with in_good_order(Card()) as card:
         yield card
@@ -127,7 +82,7 @@ def pretended_card() -> "Iterator[Card]":
 @pytest.fixture
 def idle_card() -> "Iterator[IdleCard]":
     """The same, which computes nothing."""
-    from tests.card.idle import IdleCard
+    from tests.support.fake_cuda.shape_only import IdleCard
 
     with in_good_order(IdleCard()) as card:
         yield card
@@ -137,9 +92,9 @@ def idle_card() -> "Iterator[IdleCard]":
 def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
     import torch
 
-    from tests.card.driver import COMPILER
-    from tests.card.pretend import pretended
-    from tests.card.streams import Race
+    from tests.support.fake_cuda.driver import COMPILER
+    from tests.support.fake_cuda.patch import pretended
+    from tests.support.fake_cuda.race_detector import Race
 
     if COMPILER is None:
         pytest.skip("no g++ here to compile the kernels with")

@@ -18,15 +18,15 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 import tinysd_batch.diffusers
-from tests.model.test_checkpoint import LAYER, damage, drop, put
-from tests.tools import environment
+from tests.support.packed_files import LAYER, damage, drop, put
+from tests.support.paths import ROOT
+from tests.support.program import environment
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.checkpoint.folder import read_unet
 from tinysd_batch.model.checkpoint.info import WEIGHTS, embedded_path
 from tinysd_batch.model.checkpoint.json_file import read_json
 
-ROOT = Path(__file__).parents[1]
 PACKED_NAMES = ("qweight", "qscale", "qoff", "qmeta")
 DRAWN: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
 Tensors = dict[str, torch.Tensor]

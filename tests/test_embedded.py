@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.tools import run_here
+from tests.support.paths import ROOT
+from tests.support.program import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.info import WEIGHTS, embedded_path
 
-ROOT = Path(__file__).parents[1]
 STEPS = 12
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tools import environment
+from tests.support.program import environment
 from tinysd_batch import TinySD, threads
 
 OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": threads.WAITING["GOMP_SPINCOUNT"]}

@@ -20,8 +20,9 @@ from typing import Any, Self
 
 import pytest
 
-from benchmarks.trivial import Silent
-from tests.tools import check_whole, write_csv
+from tests.support.files import write_csv
+from tests.support.jobs import check_whole
+from tests.support.stub_model import Silent
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.job import driver

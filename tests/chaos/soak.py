@@ -17,8 +17,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.test_faults import ROOT, manifest, plain
-from tests.tools import check_whole, environment
+from tests.chaos.test_injected_faults import manifest, plain
+from tests.support.jobs import check_whole
+from tests.support.paths import ROOT
+from tests.support.program import environment
 
 IMAGES = 600
 WORKERS = 4
@@ -35,8 +37,10 @@ class Soak:
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.farm", "m.csv", "job", f"--workers={WORKERS}", f"--seconds={IMAGE_S}"],
-            cwd=self.folder, env=environment(PYTHONPATH=str(ROOT), FARM_COUNT=str(self.folder / "count")), text=True,
+            [
+                sys.executable, "-m", "tests.chaos.scripted_job", "m.csv", "job", f"--workers={WORKERS}",
+                f"--seconds={IMAGE_S}",
+            ], cwd=self.folder, env=environment(PYTHONPATH=str(ROOT), FARM_COUNT=str(self.folder / "count")), text=True,
             stdout=(self.folder / "log").open("a"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

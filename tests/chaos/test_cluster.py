@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import check_whole, environment, write_csv
+from tests.support.files import write_csv
+from tests.support.jobs import check_whole
+from tests.support.paths import ROOT
+from tests.support.program import environment
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
-ROOT = Path(__file__).parents[2]
 
 PRELUDE = """
     import sys
@@ -21,7 +23,7 @@ PRELUDE = """
 
     from ray.cluster_utils import Cluster
 
-    from benchmarks.trivial import Silent, TrivialPool
+    from tests.support.stub_model import Silent, TrivialPool
     from tinysd_batch.config import Settings
     from tinysd_batch.errors import NoWorkerError
     from tinysd_batch.job.driver import run_job

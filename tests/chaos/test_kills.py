@@ -3,65 +3,31 @@
 import os
 import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.tools import check_whole, command, environment, read_results, run, write_csv
+from tests.support.files import write_csv
+from tests.support.jobs import check_whole, read_results
+from tests.support.processes import (
+    IMAGES,
+    assert_gone,
+    family,
+    is_worker,
+    pause_within_an_image,
+    pictures,
+    start,
+    wait_for_pictures,
+)
+from tests.support.program import run
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
-IMAGES = 24
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     """Enough work that a kill finds it unfinished: 12 rows of 2, slow by many steps."""
     return write_csv(tmp_path / "m.csv", [{"prompt": f"p{n}", "n_samples": 2, "steps": 60} for n in range(IMAGES // 2)])
-
-
-def start(folder: Path, model: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command("submit", "m.csv", "--model", model, "-o", "job", "--seed", "1", *more), cwd=folder, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def pictures(job: Path) -> int:
-    return len(list((job / "images").rglob("seed_*"))) if (job / "images").exists() else 0
-
-
-def wait_for_pictures(job: Path, goal: int, process: subprocess.Popen[str]) -> None:
-    """Return when so many pictures are there or the process has ended; fail after two minutes."""
-    deadline = time.monotonic() + 120
-    while pictures(job) < goal and process.poll() is None:
-        assert time.monotonic() < deadline, "no picture came"
-        time.sleep(0.02)
-
-
-def pause_within_an_image(job: Path, draw: random.Random) -> None:
-    """Sleep for a random part of what the latest images took each, so that no machine is too fast for the test."""
-    written = sorted(path.stat().st_mtime for path in (job / "images").rglob("seed_*"))[-5:]
-    time.sleep(draw.random() * (written[-1] - written[0]) / (len(written) - 1 or 1))
-
-
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
-    return children
-
-
-def is_worker(process: psutil.Process) -> bool:
-    try:
-        return "ray::Worker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert not alive, [process.name() for process in alive]
 
 
 @pytest.mark.parametrize("mode", ["--inline", "--workers=2"])

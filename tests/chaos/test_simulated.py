@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.memory import MemoryWorld
+from tests.chaos.in_memory_disk import MemoryWorld
 from tests.chaos.simulator import World, random_world, rows_by_status, write_manifest
 
 FILES_EVERY = 40

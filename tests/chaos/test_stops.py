@@ -18,25 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chaos.test_kills import (
-    IMAGES,
-    family,
-    manifest,
-    pause_within_an_image,
-    pictures,
-    start,
-    wait_for_pictures,
-)
-from tests.tools import (
-    check_whole,
-    command,
-    environment,
-    read_results,
-    run,
-    run_here,
-    stop_between_writes,
-    write_csv,
-)
+from tests.chaos.test_kills import manifest
+from tests.support.files import write_csv
+from tests.support.jobs import check_whole, read_results
+from tests.support.processes import IMAGES, family, pause_within_an_image, pictures, start, wait_for_pictures
+from tests.support.program import command, environment, run, run_here, stop_between_writes
 from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.records import ImageResult
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import write_csv
+from tests.support.files import write_csv
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.tools import Quiet, check_whole, draw, read_results, setup_for, write_csv
+from tests.support.files import write_csv
+from tests.support.jobs import Quiet, check_whole, draw, read_results, setup_for
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, StorageError, UsageError
 from tinysd_batch.job.dispatch.dispatcher import Dispatch

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests import ldm
-from tests.tools import made_once
+from tests.support import ldm_checkpoint
+from tests.support.session import made_once
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
 from tinysd_batch.quantize.sources.checkpoint_source import Options
@@ -20,12 +20,12 @@ Save = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def models() -> ldm.Models:
-    return ldm.random_models()
+def models() -> ldm_checkpoint.Models:
+    return ldm_checkpoint.random_models()
 
 
 @pytest.fixture(scope="session")
-def tensors(models: ldm.Models) -> dict[str, Tensor]:
+def tensors(models: ldm_checkpoint.Models) -> dict[str, Tensor]:
     """In LDM's names."""
     return {name: value.contiguous() for name, value in models.ldm_tensors().items()}
 

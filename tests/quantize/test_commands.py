@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import ldm
-from tests.tools import command, environment, run_here
+from tests.support import ldm_checkpoint
+from tests.support.program import command, environment, run_here
 from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.info import WEIGHTS
 from tinysd_batch.quantize.data_free import quantize_model
@@ -19,7 +19,9 @@ from tinysd_batch.quantize.sources.checkpoint_source import Options
 from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 
 
-def test_a_single_file_at_two_bits(checkpoint: Path, models: ldm.Models, tmp_path: Path, no_network: None) -> None:
+def test_a_single_file_at_two_bits(
+    checkpoint: Path, models: ldm_checkpoint.Models, tmp_path: Path, no_network: None
+) -> None:
     done = run_here("quantize", checkpoint, "model", "--level", "fast", "--no-samples", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "unet: packing, preset default: " in done.stderr
@@ -27,7 +29,7 @@ def test_a_single_file_at_two_bits(checkpoint: Path, models: ldm.Models, tmp_pat
         "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
     )
     assert drawn.images.isfinite().all()
-    assert ldm.same_tensors(models.vae, load_file(tmp_path / "model" / "vae" / WEIGHTS), torch.float16)
+    assert ldm_checkpoint.same_tensors(models.vae, load_file(tmp_path / "model" / "vae" / WEIGHTS), torch.float16)
     assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
 
 
@@ -58,7 +60,7 @@ def test_commands_that_fail_say_why(checkpoint: Path, tmp_path: Path, arguments:
     assert not list(tmp_path.iterdir())
 
 
-def test_inspect(checkpoint: Path, floats: Path, packed: Path, models: ldm.Models, tmp_path: Path) -> None:
+def test_inspect(checkpoint: Path, floats: Path, packed: Path, models: ldm_checkpoint.Models, tmp_path: Path) -> None:
     weights = {
         name: sum(value.numel() for value in getattr(models, name).state_dict().values())
         for name in ("unet", "vae", "text_encoder")

@@ -12,9 +12,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests import ldm, origin
 from tests.quantize.conftest import Save
-from tests.tools import write_json
+from tests.support import ldm_checkpoint, tiny_stable_diffusion
+from tests.support.files import write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.info import WEIGHTS, read_model_info
@@ -38,22 +38,28 @@ def text_tensors(out: Path) -> Tensors:
     return {name.removeprefix("text_model."): value for name, value in loaded.items()}
 
 
-def check_same(out: Path, models: ldm.Models, dtype: torch.dtype = torch.float32) -> None:
+def check_same(out: Path, models: ldm_checkpoint.Models, dtype: torch.dtype = torch.float32) -> None:
     """Assert that a converted folder holds the models' weights, to the bit."""
-    assert ldm.same_tensors(models.unet, load_file(out / "unet" / WEIGHTS), dtype)
-    assert ldm.same_tensors(models.vae, load_file(out / "vae" / WEIGHTS), dtype)
-    assert ldm.same_tensors(models.text_encoder, text_tensors(out), dtype)
+    assert ldm_checkpoint.same_tensors(models.unet, load_file(out / "unet" / WEIGHTS), dtype)
+    assert ldm_checkpoint.same_tensors(models.vae, load_file(out / "vae" / WEIGHTS), dtype)
+    assert ldm_checkpoint.same_tensors(models.text_encoder, text_tensors(out), dtype)
 
 
 def test_the_names_of_these_tests_are_the_origins(tensors: Tensors) -> None:
-    named = {name.removeprefix(ldm.UNET).rpartition(".")[0] for name in tensors if name.startswith(ldm.UNET)}
-    assert named == {layer.name for layer in origin.unet_layers(32, origin.CONTEXT)}
+    named = {
+        name.removeprefix(ldm_checkpoint.UNET).rpartition(".")[0]
+        for name in tensors
+        if name.startswith(ldm_checkpoint.UNET)
+    }
+    assert named == {layer.name for layer in tiny_stable_diffusion.unet_layers(32, tiny_stable_diffusion.CONTEXT)}
     # SD v1's own file: 686 tensors of the UNet, 248 of the autoencoder.
-    assert [sum(name.startswith(prefix) for name in tensors) for prefix in (ldm.UNET, ldm.VAE)] == [686, 248]
+    assert [
+        sum(name.startswith(prefix) for name in tensors) for prefix in (ldm_checkpoint.UNET, ldm_checkpoint.VAE)
+    ] == [686, 248]
 
 
 def test_a_single_file_becomes_a_folder_that_draws(
-    checkpoint: Path, models: ldm.Models, tmp_path: Path, no_network: None
+    checkpoint: Path, models: ldm_checkpoint.Models, tmp_path: Path, no_network: None
 ) -> None:
     out = tmp_path / "new" / "model"
     said = convert(checkpoint, out)
@@ -82,11 +88,11 @@ def test_diffusers_draws_the_same(floats: Path, no_network: None) -> None:
     assert torch.allclose(torch.as_tensor(drawn), expected, atol=1e-4)
 
 
-def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm.Models) -> None:
+def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm_checkpoint.Models) -> None:
     unet = UNet2DConditionModel.from_pretrained(floats / "unet", local_files_only=True)
     generator = torch.Generator().manual_seed(0)
     noisy = torch.randn(2, 4, 8, 8, generator=generator)
-    text = torch.randn(2, 77, ldm.TEXT_WIDTH, generator=generator)
+    text = torch.randn(2, 77, ldm_checkpoint.TEXT_WIDTH, generator=generator)
     with torch.no_grad():
         mine, theirs = (model(noisy, 500, text).sample for model in (unet.eval(), models.unet.eval()))
     assert torch.allclose(mine, theirs, atol=1e-5)
@@ -99,7 +105,9 @@ def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm.Mo
         pytest.param(torch.float64, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_types_of_numbers(tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_types_of_numbers(
+    tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path, dtype: torch.dtype
+) -> None:
     path = save({name: value.to(dtype) for name, value in tensors.items()})
     convert(path, tmp_path / "model")
     written = load_file(tmp_path / "model" / "unet" / WEIGHTS)["conv_in.weight"]
@@ -113,14 +121,14 @@ def test_types_of_numbers(tensors: Tensors, models: ldm.Models, save: Save, tmp_
     [("fp16", torch.float16), pytest.param("fp32", torch.float32, marks=pytest.mark.slow)],
 )
 def test_the_type_can_be_chosen(
-    checkpoint: Path, models: ldm.Models, tmp_path: Path, word: str, dtype: torch.dtype
+    checkpoint: Path, models: ldm_checkpoint.Models, tmp_path: Path, word: str, dtype: torch.dtype
 ) -> None:
     convert(checkpoint, tmp_path / "model", word)
     check_same(tmp_path / "model", models, dtype)
 
 
 def test_numbers_too_large_for_float16(tensors: Tensors, save: Save, tmp_path: Path) -> None:
-    path = save(tensors | {f"{ldm.UNET}out.2.bias": torch.full((4,), 1e6)})
+    path = save(tensors | {f"{ldm_checkpoint.UNET}out.2.bias": torch.full((4,), 1e6)})
     with pytest.raises(ModelError, match=r"conv_out\.bias has numbers too large for float16; say --dtype fp32"):
         convert(path, tmp_path / "model", "fp16")
     convert(path, tmp_path / "model")
@@ -134,7 +142,12 @@ def test_numbers_too_large_for_float16(tensors: Tensors, save: Save, tmp_path: P
     ],
 )
 def test_pickles(
-    tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, name: str, beside: dict[str, Any] | None
+    tensors: Tensors,
+    models: ldm_checkpoint.Models,
+    save: Save,
+    tmp_path: Path,
+    name: str,
+    beside: dict[str, Any] | None,
 ) -> None:
     path = save(tensors, name, beside)
     with pytest.raises(ModelError, match=r"a pickle, which can run code; .* --allow-pickle"):
@@ -144,9 +157,9 @@ def test_pickles(
     assert said[3:] == ([] if beside is None else ["left out: 3 of training"])
 
 
-def test_averaged_copies(tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path) -> None:
-    copies = ldm.ema_copies(tensors, change=1.0)
-    path = save(tensors | copies | ldm.schedule_buffers())
+def test_averaged_copies(tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path) -> None:
+    copies = ldm_checkpoint.ema_copies(tensors, change=1.0)
+    path = save(tensors | copies | ldm_checkpoint.schedule_buffers())
     said = convert(path, tmp_path / "plain")
     assert said[-1] == "left out: 688 EMA copies, 5 of the noise schedule"
     check_same(tmp_path / "plain", models)
@@ -168,9 +181,9 @@ def test_averaged_copies(tensors: Tensors, models: ldm.Models, save: Save, tmp_p
     ],
 )
 def test_names_of_clip(
-    tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path, prefix: str, positions: Tensor | None
+    tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path, prefix: str, positions: Tensor | None
 ) -> None:
-    renamed = {name.replace(ldm.CLIP, prefix): value for name, value in tensors.items()}
+    renamed = {name.replace(ldm_checkpoint.CLIP, prefix): value for name, value in tensors.items()}
     if positions is not None:
         renamed[f"{prefix}embeddings.position_ids"] = positions
     convert(save(renamed), tmp_path / "model")
@@ -178,7 +191,7 @@ def test_names_of_clip(
 
 
 def test_old_autoencoders_have_matrices_for_attention(
-    tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path
+    tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path
 ) -> None:
     flat = {name: value[:, :, 0, 0] if "attn_1" in name and value.dim() == 4 else value
             for name, value in tensors.items()}  # fmt: skip
@@ -187,7 +200,7 @@ def test_old_autoencoders_have_matrices_for_attention(
 
 
 def without_autoencoder(tensors: Tensors) -> Tensors:
-    return {name: value for name, value in tensors.items() if not name.startswith(ldm.VAE)}
+    return {name: value for name, value in tensors.items() if not name.startswith(ldm_checkpoint.VAE)}
 
 
 def test_without_an_autoencoder_one_has_to_be_named(tensors: Tensors, save: Save, tmp_path: Path) -> None:
@@ -202,17 +215,21 @@ SELDOM = ("prefixed", "diffusers", "folder", "checkpoint")
     "kind", ["ldm", "pickle", "model", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SELDOM)]
 )
 def test_an_autoencoder_from_elsewhere(
-    tensors: Tensors, models: ldm.Models, checkpoint: Path, save: Save, tmp_path: Path, kind: str
+    tensors: Tensors, models: ldm_checkpoint.Models, checkpoint: Path, save: Save, tmp_path: Path, kind: str
 ) -> None:
     mine = save(without_autoencoder(tensors))
-    part = {name.removeprefix(ldm.VAE): value for name, value in tensors.items() if name.startswith(ldm.VAE)}
+    part = {
+        name.removeprefix(ldm_checkpoint.VAE): value
+        for name, value in tensors.items()
+        if name.startswith(ldm_checkpoint.VAE)
+    }
     if kind in ("folder", "model"):
         vae = tmp_path / "other"
         models.vae.save_pretrained(vae / "vae" if kind == "model" else vae)
     elif kind == "checkpoint":
         vae = checkpoint
     elif kind == "prefixed":
-        vae = save({ldm.VAE + name: value for name, value in part.items()}, "vae.safetensors")
+        vae = save({ldm_checkpoint.VAE + name: value for name, value in part.items()}, "vae.safetensors")
     elif kind == "diffusers":
         vae = save({name: value.contiguous() for name, value in models.vae.state_dict().items()}, "vae.safetensors")
     else:
@@ -222,9 +239,11 @@ def test_an_autoencoder_from_elsewhere(
     check_same(tmp_path / "model", models)
 
 
-def test_parts_that_do_not_go_together(tensors: Tensors, models: ldm.Models, save: Save, tmp_path: Path) -> None:
-    text = ldm.new_text_encoder(replace(ldm.SMALL, text=64)).state_dict()
-    other = {ldm.CLIP + name: value for name, value in text.items()}
+def test_parts_that_do_not_go_together(
+    tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path
+) -> None:
+    text = ldm_checkpoint.new_text_encoder(replace(ldm_checkpoint.SMALL, text=64)).state_dict()
+    other = {ldm_checkpoint.CLIP + name: value for name, value in text.items()}
     with pytest.raises(ModelError, match=r"hidden_size is 64, the UNet's cross_attention_dim 32"):
         convert(save(tensors | other), tmp_path / "model")
     models.vae.save_pretrained(tmp_path / "xl")
@@ -241,34 +260,60 @@ def change(tensors: Tensors, name: str, value: Tensor | None) -> Tensors:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (f"{ldm.UNET}out.2.bias", None, r"1 tensors are missing, the first is conv_out\.bias"),
+        (f"{ldm_checkpoint.UNET}out.2.bias", None, r"1 tensors are missing, the first is conv_out\.bias"),
         pytest.param(
-            f"{ldm.UNET}input_blocks.0.0.weight", None, r"tensor conv_in\.weight is missing", marks=pytest.mark.slow
+            f"{ldm_checkpoint.UNET}input_blocks.0.0.weight",
+            None,
+            r"tensor conv_in\.weight is missing",
+            marks=pytest.mark.slow,
         ),
-        (f"{ldm.UNET}input_blocks.3.0.op.bias", None, r"down_blocks\.0\.downsamplers\.0\.conv\.bias is missing"),
+        (
+            f"{ldm_checkpoint.UNET}input_blocks.3.0.op.bias",
+            None,
+            r"down_blocks\.0\.downsamplers\.0\.conv\.bias is missing",
+        ),
         pytest.param(
-            f"{ldm.UNET}output_blocks.2.1.conv.bias",
+            f"{ldm_checkpoint.UNET}output_blocks.2.1.conv.bias",
             None,
             r"output_blocks\.2\.1\.conv\.bias is missing",
             marks=pytest.mark.slow,
         ),
-        (f"{ldm.UNET}middle_block.1.norm.bias", torch.zeros(3), r"norm\.bias has shape \[3\], \[128\] was expected"),
-        (f"{ldm.UNET}out.2.bias", torch.full((4,), torch.nan), r"conv_out\.bias is not finite"),
-        (f"{ldm.UNET}out.2.bias", torch.zeros(4, dtype=torch.int32), r"conv_out\.bias is torch\.int32; floats"),
-        (f"{ldm.UNET}stray.weight", torch.ones(1), r"1 unexpected tensors, the first is model\.diffusion_model\.stray"),
+        (
+            f"{ldm_checkpoint.UNET}middle_block.1.norm.bias",
+            torch.zeros(3),
+            r"norm\.bias has shape \[3\], \[128\] was expected",
+        ),
+        (f"{ldm_checkpoint.UNET}out.2.bias", torch.full((4,), torch.nan), r"conv_out\.bias is not finite"),
+        (
+            f"{ldm_checkpoint.UNET}out.2.bias",
+            torch.zeros(4, dtype=torch.int32),
+            r"conv_out\.bias is torch\.int32; floats",
+        ),
+        (
+            f"{ldm_checkpoint.UNET}stray.weight",
+            torch.ones(1),
+            r"1 unexpected tensors, the first is model\.diffusion_model\.stray",
+        ),
         ("stray", torch.ones(1), r"1 unexpected names, the first is 'stray'"),
-        (f"{ldm.VAE}decoder.conv_out.bias", None, r"the first is decoder\.conv_out\.bias"),
+        (f"{ldm_checkpoint.VAE}decoder.conv_out.bias", None, r"the first is decoder\.conv_out\.bias"),
         pytest.param(
-            f"{ldm.VAE}post_quant_conv.weight",
+            f"{ldm_checkpoint.VAE}post_quant_conv.weight",
             None,
             r"tensor post_quant_conv\.weight is missing",
             marks=pytest.mark.slow,
         ),
-        (f"{ldm.VAE}decoder.mid.attn_1.q.weight", torch.ones(1), r"dimensions|shape"),
+        (f"{ldm_checkpoint.VAE}decoder.mid.attn_1.q.weight", torch.ones(1), r"dimensions|shape"),
         pytest.param(
-            f"{ldm.CLIP}final_layer_norm.bias", None, r"the first is final_layer_norm\.bias", marks=pytest.mark.slow
+            f"{ldm_checkpoint.CLIP}final_layer_norm.bias",
+            None,
+            r"the first is final_layer_norm\.bias",
+            marks=pytest.mark.slow,
         ),
-        (f"{ldm.CLIP}embeddings.token_embedding.weight", torch.ones(9, 32), r"9 tokens; CLIP's tokenizer has 49,408"),
+        (
+            f"{ldm_checkpoint.CLIP}embeddings.token_embedding.weight",
+            torch.ones(9, 32),
+            r"9 tokens; CLIP's tokenizer has 49,408",
+        ),
         ("betas", torch.linspace(0.0001, 0.02, 1000), "noise schedule .* is not SD v1's"),
     ],
 )
@@ -298,7 +343,7 @@ def folder(published: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(models: ldm.Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(models: ldm_checkpoint.Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As people published them in 2022: old names in the text encoder, no `model_index.json`."""
     folder = tmp_path_factory.mktemp("published") / "folder"
     models.unet.save_pretrained(folder / "unet")
@@ -311,7 +356,7 @@ def published(models: ldm.Models, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def test_a_folder(folder: Path, models: ldm.Models, tmp_path: Path, no_network: None) -> None:
+def test_a_folder(folder: Path, models: ldm_checkpoint.Models, tmp_path: Path, no_network: None) -> None:
     assert convert(folder, tmp_path / "model")[-1] == "left out: 1 position ids"
     check_same(tmp_path / "model", models)
     assert TinySD.from_pretrained(tmp_path / "model").info.name == "folder"
@@ -319,7 +364,7 @@ def test_a_folder(folder: Path, models: ldm.Models, tmp_path: Path, no_network: 
     check_same(tmp_path / "again", models, torch.float16)
 
 
-def test_a_folder_of_half_precision(folder: Path, models: ldm.Models, tmp_path: Path) -> None:
+def test_a_folder_of_half_precision(folder: Path, models: ldm_checkpoint.Models, tmp_path: Path) -> None:
     for part, stem in (
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
@@ -333,7 +378,7 @@ def test_a_folder_of_half_precision(folder: Path, models: ldm.Models, tmp_path: 
     check_same(tmp_path / "model", models, torch.float16)
 
 
-def test_a_folder_of_pickles_and_old_attention(folder: Path, models: ldm.Models, tmp_path: Path) -> None:
+def test_a_folder_of_pickles_and_old_attention(folder: Path, models: ldm_checkpoint.Models, tmp_path: Path) -> None:
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for part, stem in (
         ("unet", "diffusion_pytorch_model"),

@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from tests import ldm, origin
-from tests.tools import command, environment
+from tests.support import ldm_checkpoint, tiny_stable_diffusion
+from tests.support.program import command, environment
 from tinysd_batch import TinySD
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
@@ -26,7 +26,7 @@ REPEATED = 2**22  # random numbers, over and over
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("full") / "full.safetensors"
     entries, end = {}, 0
-    for name, shape in ldm.full_size_shapes(ldm.Sizes()):
+    for name, shape in ldm_checkpoint.full_size_shapes(ldm_checkpoint.Sizes()):
         start, end = end, end + 2 * math.prod(shape)
         entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
@@ -70,7 +70,7 @@ def test_quantizing_takes_little_memory(checkpoint: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def origins_tensors() -> dict[str, torch.Tensor]:
-    return origin.unet_checkpoint(base=320, context=768)
+    return tiny_stable_diffusion.unet_checkpoint(base=320, context=768)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def origins_file(tmp_path_factory: pytest.TempPathFactory, origins_tensors: dict
     path = tmp_path_factory.mktemp("origin") / "full_int2_sd.pth"
     others = {
         name: 0.02 * torch.randn(shape) if len(shape) > 1 else torch.ones(shape)
-        for name, shape in ldm.full_size_shapes(ldm.Sizes())
-        if not name.startswith(ldm.UNET)
+        for name, shape in ldm_checkpoint.full_size_shapes(ldm_checkpoint.Sizes())
+        if not name.startswith(ldm_checkpoint.UNET)
     }
     torch.save({**origins_tensors, **others}, path)
     yield path
@@ -93,8 +93,8 @@ def test_the_origins_file_predicts_the_noise_of_its_mathematics(
     assert peak < 1.5 * origins_file.stat().st_size / 1e6
     ours = TinySD.from_pretrained(tmp_path / "model", device="cpu", dtype="full")
     with torch.device("meta"):
-        unet = ldm.new_unet(ldm.Sizes())
-    floats = convert_ldm_unet_checkpoint(origin.dequantized(origins_tensors), dict(unet.config))
+        unet = ldm_checkpoint.new_unet(ldm_checkpoint.Sizes())
+    floats = convert_ldm_unet_checkpoint(tiny_stable_diffusion.dequantized(origins_tensors), dict(unet.config))
     unet.load_state_dict(floats, assign=True)
     generator = torch.Generator().manual_seed(3)
     for rows, height, width, when in ((1, 8, 8, 981.0), (3, 8, 16, 535.955)):

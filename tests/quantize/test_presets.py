@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tools import run_here
+from tests.support.program import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.info import WEIGHTS
 from tinysd_batch.model.packed.format import BITS, ROW, Layout, to_matrix

@@ -6,7 +6,7 @@ import os
 import pytest
 from rich.console import Console
 
-from tests.tools import Capture, call
+from tests.support.program import Capture, call
 from tinysd_batch.report.console import has_live_display, make_console, without_bad_sizes
 from tinysd_batch.report.formatting import say
 

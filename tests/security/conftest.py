@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import Capture, call
+from tests.support.program import Capture, call
 
 ESCAPES = "\x1b[31m\x1b]0;evil\x07\x9b2J\r\b\u202e\u2066\x85"
 

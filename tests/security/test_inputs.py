@@ -15,20 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.security.conftest import ESCAPES, is_harmless, submit
-from tests.tools import (
-    Capture,
-    Change,
-    call,
-    check_refused,
-    check_whole,
-    command,
-    draw,
-    environment,
-    instead,
-    put,
-    set_json,
-    snapshot,
-)
+from tests.support.files import Change, instead, put, set_json, snapshot
+from tests.support.jobs import check_whole, draw
+from tests.support.program import Capture, call, check_refused, command, environment
 from tinysd_batch.export.table import export_table
 from tinysd_batch.text import normalize_text
 

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from tests.security.conftest import ESCAPES, is_harmless, submit
-from tests.tools import Capture, call, check_whole, draw, read_results, snapshot
+from tests.support.files import snapshot
+from tests.support.jobs import check_whole, draw, read_results
+from tests.support.program import Capture, call
 from tinysd_batch.export.table import export_table
 from tinysd_batch.images import FileFormat, encode_image
 from tinysd_batch.report.contact_sheet import write_contact_sheet

@@ -17,7 +17,7 @@ from tinysd_batch.quantize.solve.affine import quantize_matrix
 
 SAMPLE = 2**16  # weights of a layer that its errors are told from
 # The error of what the UNet says over a layer's relative error, by sort and level (the last for all further in), as
-# `python -m benchmarks.sensitivity` prints them for the embedded model.
+# `python -m benchmarks.quantize.layer_sensitivity` prints them for the embedded model.
 HARM = {
     "attention": (0.0018, 0.0018, 0.0004), "block projections": (0.0114, 0.0114, 0.0033),
     "feed-forward": (0.0086, 0.0086, 0.0051), "resampling": (0.0194, 0.0291, 0.0172),

@@ -39,7 +39,7 @@ class Preset:
 
 LEAST_BITS, OUTER_BITS = 2, 4
 # Time and text projections steer all that is drawn, and work once a schedule and once a prompt. What else gets more is
-# where that paid most for its bytes on the embedded model (`python -m benchmarks.sensitivity`).
+# where that paid most for its bytes on the embedded model (`python -m benchmarks.quantize.layer_sensitivity`).
 PROJECTIONS = {"time projections": 8, "text keys and values": 8}
 OTHERS_AT_4 = {"resampling": 4, "block projections": 4, "attention": 4, "feed-forward": 4}
 PRESETS = {

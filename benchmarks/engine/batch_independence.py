@@ -1,0 +1,37 @@
+"""How much a picture depends on its company: the same images in other batches, workers and orders.
+
+Run: python -m benchmarks.engine.batch_independence [--model FOLDER] [--steps N]
+
+Every sampler, and eta 0.5 where it has an effect; prompts, negatives and scales mixed. Each layout draws the same
+144 images, and is compared with the first, picture by picture: the largest difference of any channel, in levels of 255,
+and how many pictures differ at all.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from tests.support.batch_layouts import LAYOUTS, Pictures, compare, draw
+from tinysd_batch.config import SAMPLERS, Settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    settings = Settings(model=arguments.model, steps=arguments.steps, device="cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        first: Pictures = {}
+        for number, layout in enumerate(LAYOUTS):
+            pictures = draw(layout, settings, Path(scratch) / str(number))
+            if not first:
+                first = pictures
+                print(f"{len(first)} images, {arguments.steps} steps, {len(SAMPLERS)} samplers, eta 0 and 0.5")
+                continue
+            largest, many = compare(first, pictures)
+            print(f"{layout.name:<40} largest difference {largest} of 255, in {many} of {len(first)} pictures")
+
+
+if __name__ == "__main__":
+    main()

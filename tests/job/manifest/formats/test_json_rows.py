@@ -1,0 +1,121 @@
+"""Objects on lines and in arrays: NaN, faults, sizes, and time that grows no faster than the file."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.manifests import DEFAULTS, read, reason
+from tinysd_batch.errors import ManifestError
+from tinysd_batch.job.manifest.validate import read_rows
+from tinysd_batch.records import InvalidRow, Row
+
+
+def test_nan_is_a_missing_value_and_infinity_is_not(tmp_path: Path) -> None:
+    lines = (
+        '{"prompt": "red apple", "aesthetic": NaN, "seed": NaN}\n'
+        '{"prompt": "cat", "aesthetic": Infinity}\n'
+        '{"prompt": "dog", "tags": [NaN, 1]}\n'
+    )
+    apple, cat, dog = read(tmp_path / "m.jsonl", lines)[0]
+    assert isinstance(apple, Row)
+    assert (apple.seed, apple.extra) == (None, {})
+    assert (reason(cat), cat.prompt) == ("Infinity is no JSON number", "cat")
+    assert dog.extra == {"tags": "[NaN, 1]"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"prompt": "cat", "x": Infinity}', "no JSON", '{"prompt": "cat", "prompt": "dog"}', '{"text": "\\ud800"}',
+     json.dumps({"prompt": "cat", **{f"k{n}": 1 for n in range(1000)}})],
+)  # fmt: skip
+def test_no_message_about_prompts_where_rows_were_lost_otherwise(tmp_path: Path, line: str) -> None:
+    rows, _ = read(tmp_path / "m.jsonl", f'{line}\n{{"seed": 7}}\n')
+    assert [type(row) for row in rows] == [InvalidRow, InvalidRow]
+    assert "column prompt is empty" in reason(rows[1])
+
+
+def test_too_many_keys_are_counted(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "cat", **{f"k{n}": 1 for n in range(1200)}})
+    (row,), _ = read(tmp_path / "m.jsonl", f"{line}\n")
+    assert reason(row) == "1,201 keys, at most 1,000; leave out what is not needed"
+
+
+def test_doubled_keys_take_time_by_their_number(tmp_path: Path) -> None:
+    pairs = ", ".join(f'"k{n}": 1' for n in range(20_000))
+    started = time.process_time()
+    (row,), _ = read(tmp_path / "m.jsonl", f'{{"prompt": "cat", {pairs}, "k7": 2}}\n')
+    assert time.process_time() - started < 1  # comparing all with all takes five seconds
+    assert reason(row) == "20,001 keys, at most 1,000; leave out what is not needed"
+    (row,), _ = read(tmp_path / "m.jsonl", '{"prompt": "cat", "k7": 1, "k7": 2}\n')
+    assert reason(row) == "key 'k7' stands there twice"
+
+
+# Arrays (case 10)
+
+ARRAY = '[\n {"prompt": "cat", "seed": 1},\n {"prompt": "dog",\n  "seed": "x"}, {"prompt": "owl"}\n]\n'
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl", "m.json.gz", "m.ndjson"])
+def test_an_array_of_objects(tmp_path: Path, name: str) -> None:
+    rows, _ = read(tmp_path / name, ARRAY)
+    assert [row.prompt for row in rows] == ["cat", "dog", "owl"]
+    assert isinstance(rows[1], InvalidRow)
+    assert (rows[1].line, rows[1].reason) == (3, "column seed = 'x': a whole number was expected")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": "cat"}\n{"prompt": "dog"}\n',
+        '{\n"prompt": "cat"}{"prompt":\n"dog"\n}',
+        '[{"prompt":"cat"},{"prompt":"dog"},]',
+    ],
+)
+def test_what_else_a_json_file_may_hold(tmp_path: Path, content: str) -> None:
+    rows, _ = read(tmp_path / "m.json", content)
+    assert [row.prompt for row in rows] == ["cat", "dog"]
+
+
+def test_what_is_no_good_in_an_array_costs_its_row(tmp_path: Path) -> None:
+    content = '[3, {"prompt": "cat", "x": {"a": 1, "a": 2}}, "text", {"prompt": "\\ud800"}, [1], {"prompt": "dog"}]'
+    rows, _ = read(tmp_path / "m.json", content)
+    assert [getattr(row, "reason", "") for row in rows] == [
+        "not a JSON object", "key 'a' stands there twice", "not a JSON object",
+        "half a character: a \\u escape of a surrogate pair without its other half", "not a JSON object", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"prompt": "cat"}\n {"prompt": "dog"}]', "line 2: ',' or ']' was expected behind an object"),
+        ('[{"prompt": "cat"},\n{"prompt" "dog"}]', "line 2: not a JSON object: Expecting ':' delimiter"),
+        ('[{"prompt": "cat"},\n', "line 2: the array is not closed"),
+        ('[{"prompt": "cat"}', "line 1: the array is not closed"),
+        ('[{"prompt": "cat"}] more', "line 1: text behind the end of the array"),
+        ('[{"prompt": "cat", "x": "' + "x" * 9_000_000 + '"}]', "over 8,388,608 characters in one object"),
+        ('[{"prompt": "cat", "x": ' + "[" * 100_000, "nested too deep"),
+        ("[]", "no rows"),
+        ("[{}, {}]", "no rows besides 2 blank ones"),
+    ],
+)
+def test_text_that_is_no_json(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        read(tmp_path / "m.json", content)
+
+
+def test_a_line_that_is_a_list_makes_no_array_of_the_others(tmp_path: Path) -> None:
+    rows, _ = read(tmp_path / "m.jsonl", '[1]\n{"prompt": "cat"}\n')
+    assert [type(row) for row in rows] == [InvalidRow, Row]
+
+
+def test_a_long_array_is_read_in_pieces(tmp_path: Path) -> None:
+    """Objects lie across the ends of pieces in all ways."""
+    objects = [{"prompt": f"cat {n} 'ü\"[]{{}},", "seed": n, "x": "y" * (n % 700)} for n in range(3000)]
+    (tmp_path / "m.json").write_text(json.dumps(objects, indent=1, ensure_ascii=False), encoding="utf-8")
+    rows = list(read_rows(tmp_path / "m.json", DEFAULTS))
+    assert [(row.prompt, row.seed) for row in rows if isinstance(row, Row)] == [
+        (o["prompt"], o["seed"]) for o in objects
+    ]

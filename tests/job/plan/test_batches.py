@@ -1,0 +1,190 @@
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.planning import PARAMS, common, images_of, row
+from tinysd_batch.job.plan.batches import count_batches, cut_batches, file_name, plan_images, split_to_singles
+from tinysd_batch.job.plan.image_id import image_id
+from tinysd_batch.records import InvalidRow, Row, SamplingParams
+
+IDENTITY: dict[str, Any] = {
+    "model_digest": "00" * 16,
+    "prompt": "red apple",
+    "negative_prompt": "",
+    "seed": 7,
+    "scale": 7.5,
+    "precision": "auto",
+}
+
+
+SPECS = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 9)), st.integers(1, 4), st.integers(1, 4)), max_size=8)
+
+
+@given(SPECS, st.sets(st.integers(1, 40)))
+def test_batches_hold_every_unfinished_image_once_in_order(
+    specs: list[tuple[int | None, int, int]], finished: set[int]
+) -> None:
+    rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
+    planned = list(plan_images(rows, common(5)))
+    total = sum(len(images) for _, images in planned)
+    batches = list(cut_batches(planned, finished))
+    wanted = [index for batch in batches for index in sorted(batch.wanted)]
+    assert wanted == [index for index in range(1, total + 1) if index not in finished]
+    assert [single.images[0].index for single in split_to_singles(batches)] == wanted
+    for batch in batches:
+        assert len(batch.images) <= rows[batch.images[0].row - 1].n_samples  # type: ignore[union-attr]
+
+
+@given(SPECS, st.sets(st.integers(1, 40)))
+def test_an_interruption_changes_no_batch(specs: list[tuple[int | None, int, int]], finished: set[int]) -> None:
+    rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
+    planned = list(plan_images(rows, common(5)))
+    whole = [batch.images for batch in cut_batches(planned, ())]
+    assert all(batch.images in whole for batch in cut_batches(planned, finished))
+
+
+def test_seeds_and_indexes() -> None:
+    images = images_of([row(1, 7, 2, 2), InvalidRow(2, "bad"), row(3, None, 1, 2)])
+    assert [(image.index, image.row, image.sample, image.seed) for image in images] == [
+        (1, 1, 1, 7), (2, 1, 2, 8), (3, 1, 3, 9), (4, 1, 4, 10), (5, 3, 1, 104), (6, 3, 2, 105),
+    ]  # fmt: skip
+
+
+def test_the_job_seed_wraps_around() -> None:
+    assert [image.seed for image in images_of([row(1, None, 3, 1)], job_seed=2**63 - 2)] == [2**63 - 2, 2**63 - 1, 0]
+
+
+MIXED = st.lists(
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1.0, 2.0, 7.5]), st.sampled_from([20, 50])),
+    max_size=8,
+)
+
+
+@given(MIXED, st.sets(st.integers(1, 40)), st.integers(1, 6))
+def test_mixed_batches_are_as_wide_as_they_may_be(
+    specs: list[tuple[int, int, float, int]], finished: set[int], max_batch: int
+) -> None:
+    rows = [
+        Row(number, "x", "", None, scale, n_iter, n_samples, replace(PARAMS, steps=steps))
+        for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
+    ]
+    planned = list(plan_images(rows, common(5)))
+    images = [image for _, row_images in planned for image in row_images]
+    batches = list(cut_batches(planned, (), max_batch))
+    assert [image for batch in batches for image in batch.images] == images
+    for batch in batches:
+        assert len({(image.params, image.scale == 1) for image in batch.images}) == 1
+    for one, other in pairwise(batches):
+        first, second = one.images[0], other.images[0]
+        assert (
+            len(one.images) == max_batch or first.params != second.params or (first.scale == 1) != (second.scale == 1)
+        )
+    whole = [batch.images for batch in batches]
+    assert all(batch.images in whole for batch in cut_batches(planned, finished, max_batch))
+
+
+def test_rows_share_a_batch_only_when_told_to() -> None:
+    planned = list(plan_images([row(number, None, 1, 1) for number in range(1, 6)], common(5)))
+    assert [len(batch.images) for batch in cut_batches(planned, ())] == [1, 1, 1, 1, 1]
+    assert [len(batch.images) for batch in cut_batches(planned, (), 2)] == [2, 2, 1]
+
+
+def test_fixed_code_starts_all_from_the_jobs_seed() -> None:
+    images = images_of([row(1, 7, 1, 2), row(2, None, 1, 1)], fixed_code=True)
+    assert [(image.seed, image.noise_seed) for image in images] == [(7, 100), (8, 100), (102, 100)]
+
+
+def test_file_names() -> None:
+    assert file_name(7, 1, "webp") == "images/00000/seed_7_00001.webp"
+
+    assert file_name(1234, 55) == "images/00000/seed_1234_00055.png"
+    assert file_name(1, 10_000) == "images/00000/seed_1_10000.png"
+    assert file_name(1, 10_001) == "images/00001/seed_1_10001.png"
+    assert file_name(2**63 - 1, 1_234_567) == "images/00123/seed_9223372036854775807_1234567.png"
+
+
+def test_golden_identities() -> None:
+    """These may never change: they are in every table and picture ever written."""
+    assert image_id(**IDENTITY, params=PARAMS) == "b5ef3a2132275a4ebf6c2e442a15bda6"
+    assert (
+        image_id(**{**IDENTITY, "prompt": "Zu\u0308rich \N{RED APPLE}"}, params=PARAMS)
+        == "f30aad90e19cb13871b28851bcb043cd"
+    )
+
+
+def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
+    composed = image_id(**{**IDENTITY, "prompt": "Z\u00fcrich"}, params=PARAMS)
+    assert composed == image_id(**{**IDENTITY, "prompt": "Zu\u0308rich"}, params=PARAMS)
+    assert image_id(**IDENTITY, params=PARAMS, noise_seed=7) == image_id(**IDENTITY, params=PARAMS)
+    assert image_id(**{**IDENTITY, "scale": 7}, params=PARAMS) == image_id(**{**IDENTITY, "scale": 7.0}, params=PARAMS)
+
+
+def test_full_width_characters_have_ids_of_their_own() -> None:
+    """They are read in usual width since 0.2.0, so their pixels changed; blanks of full width never mattered."""
+    wide = {"prompt": "a:1 b\uff1a1\uff0cc"}
+    before = "84a2a8e3690706a86e95aabdba640383"
+    assert image_id(**{**IDENTITY, **wide}, params=PARAMS) not in (
+        before,
+        image_id(**{**IDENTITY, "prompt": "a:1 b:1,c"}, params=PARAMS),
+    )
+    assert image_id(**{**IDENTITY, **wide}, params=PARAMS) == "3d64b692351ceaac3f7574b42ea1fc7c"
+    blank = {**IDENTITY, "negative_prompt": "red\u3000apple"}
+    assert image_id(**blank, params=PARAMS) == "2534ebed171e442325d73f0236928910"
+
+
+def test_everything_that_decides_pixels_decides_identity() -> None:
+    variants: list[dict[str, Any]] = [
+        {},
+        {"model_digest": "11" * 16},
+        {"prompt": "x"},
+        {"negative_prompt": "x"},
+        {"seed": 8},
+        {"scale": 7.0},
+        {"precision": "full"},
+        {"prompt_syntax": "none"},
+        {"long_prompts": True},
+        {"noise_seed": 8},
+    ]
+    params = [
+        PARAMS,
+        SamplingParams(256, 512, 50, "plms", 0.0),
+        SamplingParams(512, 256, 50, "plms", 0.0),
+        SamplingParams(512, 512, 51, "plms", 0.0),
+        SamplingParams(512, 512, 50, "ddim", 0.0),
+        SamplingParams(512, 512, 50, "plms", 0.1),
+    ]
+    ids = {image_id(**{**IDENTITY, **change}, params=PARAMS) for change in variants} | {
+        image_id(**IDENTITY, params=p) for p in params
+    }
+    assert len(ids) == len(variants) + len(params) - 1
+
+
+ROWS_OF_KINDS = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([50, 20])),
+    max_size=8,
+)
+
+
+@given(ROWS_OF_KINDS, st.sets(st.integers(1, 60)), st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 60))
+def test_batches_are_counted_as_they_are_cut(
+    specs: list[tuple[int, int, float, int]], finished: set[int], max_batch: int | None, limit: int
+) -> None:
+    """Rows of one kind and of several, all finished, some, none: by arithmetic what cutting gives."""
+    rows: list[Row | InvalidRow] = [
+        replace(row(number, None, n_iter, n_samples), scale=scale, params=replace(PARAMS, steps=steps))
+        for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
+    ]
+    planned = list(plan_images(rows, common(5)))
+    cut = list(cut_batches(planned, finished, max_batch))
+    assert count_batches(planned, finished, max_batch) == len(cut)
+    within = [batch for batch in cut if any(index <= limit for index in batch.wanted)]
+    assert count_batches(planned, finished, max_batch, limit) == len(within)
+
+
+def test_counting_batches_looks_at_no_image() -> None:
+    rows: list[Row | InvalidRow] = [row(number, None, 25_000, 4) for number in range(1, 1001)]
+    assert count_batches(plan_images(rows, common(5))) == 25_000_000
+    assert count_batches(plan_images(rows, common(5)), range(1, 9), 8) == 12_499_999

@@ -1,0 +1,49 @@
+"""The CUDA kernels' arithmetic and how they are launched: compiled for the processor, and on a real card."""
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from tests.support.fake_cuda.device import Card
+from tinysd_batch.model.packed import cuda_kernel, dequantize, fbgemm
+from tinysd_batch.model.packed.format import ROW, Layout, Weight
+
+
+def random_weight(layout: Layout, columns: int) -> Weight:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, generator=generator).to(kind)
+        for name, (kind, shape) in layout.tensors(37, columns).items()
+    }
+    if layout.group_size is None:
+        tensors["qdelta"] = torch.rand(37, generator=generator).view(torch.int32)
+    return layout.weight(tensors)
+
+
+IN_GROUPS = [Layout(2, 64), Layout(2, 16), Layout(4, 64), Layout(8, 32), Layout(2, 256)]
+IN_ROWS = [Layout(2, ROW), Layout(4, ROW), Layout(8, ROW), Layout(2, None), Layout(8, None)]
+CASES = [*((layout, 768) for layout in IN_GROUPS + IN_ROWS), *((layout, 36) for layout in IN_ROWS)]
+
+
+@pytest.mark.parametrize("dtype", cuda_kernel.OUTS, ids=str)
+@pytest.mark.parametrize(("layout", "columns"), CASES, ids=str)
+def test_kernels_unpack_to_the_bit_as_plain_torch_does(
+    card: Card | None, layout: Layout, columns: int, dtype: torch.dtype
+) -> None:
+    device = torch.device("cuda", 0)
+    weight = random_weight(layout, columns)
+    found = torch.zeros(weight.shape, dtype=dtype, device=device)
+    dequantize.unpack_by_kernel(weight.with_each(lambda tensor: tensor.to(device)), found)
+    expected = dequantize.unpack(weight, torch.empty(weight.shape, dtype=dtype), fbgemm.unpack_rows_torch)
+    assert torch.equal(found.cpu(), expected)
+    assert card is None or card.counts["launched"] == 1
+
+
+def test_torch_compiles_without_a_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for the toolkit's headers before it compiles anything, though our source includes none."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(OSError, match="CUDA_HOME"):
+        cpp_extension.include_paths("cuda")
+    with cuda_kernel.without_toolkit():
+        assert cpp_extension.include_paths("cuda")
+    assert cpp_extension.CUDA_HOME is None

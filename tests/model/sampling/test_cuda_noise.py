@@ -1,0 +1,91 @@
+"""CUDA's noise on the host, against numbers that cards have printed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+from tests.support.files import write_csv
+from tests.support.jobs import read_results
+from tests.support.program import run_here
+from tinysd_batch.errors import UsageError
+from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.sampling.cuda_noise import ONE_WAVE, CudaNoise, philox
+from tinysd_batch.model.sampling.schedule import draw_noise
+
+# torch.manual_seed(0); torch.randn(8, 8, device="cuda"), as printed in public notebooks: its first rows.
+SEED_0 = [
+    [-0.9247, -0.4253, -2.6438, 0.1452, -0.1209, -0.5797, -0.6229, -0.3284],
+    [-1.0745, -0.3631, -1.6711, 2.2655, 0.3117, -0.1842, 1.2866, 1.1820],
+    [-0.1271, 1.2169, 1.4353, 1.0605, -0.4941, -1.4244, -0.7244, -1.2973],
+]
+
+
+def test_the_numbers_of_a_card() -> None:
+    drawn = CudaNoise(0).randn((8, 8))
+    torch.testing.assert_close(drawn[:3], torch.tensor(SEED_0), rtol=0, atol=6e-5)
+
+
+def test_the_generators_own_known_answers() -> None:
+    """Of Philox4x32-10, as published with it (Random123, kat_vectors)."""
+
+    def words(*values: int) -> tuple[np.ndarray, ...]:
+        return tuple(np.array([value], np.uint64) for value in values)
+
+    ones = 0xFFFFFFFF
+    for counter, key, expected in (
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones, ones), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ):
+        assert philox(words(*counter), key) == words(*expected)  # type: ignore[arg-type]
+
+
+def test_draws_follow_each_other_and_seeds_differ() -> None:
+    one, same, other = CudaNoise(7), CudaNoise(7), CudaNoise(7 + 2**32)
+    first, second = one.randn((4, 9)), one.randn((4, 9))
+    assert not torch.equal(first, second)
+    assert torch.equal(same.randn((6, 6)).view(4, 9), first)
+    assert not torch.equal(other.randn((4, 9)), first)
+    assert abs(CudaNoise(1).randn((ONE_WAVE,)).std() - 1) < 0.02
+
+
+def test_each_image_has_its_own() -> None:
+    both = draw_noise([CudaNoise(3), Generator().manual_seed(3)], (4, 8, 8))
+    assert torch.equal(both[0], CudaNoise(3).randn((4, 8, 8)))
+    assert torch.equal(both[1], torch.randn((4, 8, 8), generator=Generator().manual_seed(3)))
+
+
+def test_beyond_one_wave_it_is_refused() -> None:
+    with pytest.raises(UsageError, match="each card draws noise of its own"):
+        CudaNoise(0).randn((ONE_WAVE + 1,))
+
+
+def test_a_picture_by_a_cards_noise(tiny_model: Path) -> None:
+    model = TinySD.from_pretrained(tiny_model, device="cpu")
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "sampler": "ddim", "eta": 0.5}
+    ours = model.generate("cat", 5, rng="cuda", **options).images
+    noise = CudaNoise(5)
+    given = model.generate("cat", 5, latents=noise.randn(ours.shape[1:])[None], rng="cuda", **options).images
+    plain = model.generate("cat", 5, **options).images
+    assert not torch.equal(ours, plain)
+    assert not torch.equal(given, ours)  # its later noise is the first draw
+    both = model.generate(["cat", "dog"], [5, 6], rng="cuda", **options).images
+    torch.testing.assert_close(both[:1], ours, rtol=1e-4, atol=1e-4)
+    options["sampler"] = "euler_a"  # it draws noise after every step
+    one, other = (model.generate("cat", 5, latents=ours, rng=rng, **options).images for rng in ("cpu", "cuda"))
+    assert (one - other).abs().max() > 0.1
+
+
+def test_rng_is_a_setting_of_the_job(tmp_path: Path, tiny_model: Path) -> None:
+    write_csv(tmp_path / "m.csv", [{"prompt": "cat", "seed": 1}])
+    submit = "submit", "m.csv", "--inline", "--model", tiny_model, "--steps", 2
+    for rng in ("cpu", "cuda"):
+        done = run_here(*submit, "--rng", rng, "-o", rng, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, other = (read_results(tmp_path / rng)[0] for rng in ("cpu", "cuda"))
+    assert one["image_id"] != other["image_id"]
+    assert one["sha256"] != other["sha256"]
+    assert "rng: cpu in the job, cuda now" in run_here(*submit, "--rng", "cuda", "-o", "cpu", cwd=tmp_path).stderr

@@ -1,0 +1,277 @@
+"""The samplers against the origin's mathematics, written down once more here, in float64 and without any shortcut."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import Generator, Tensor
+
+from tests.support.schedules import ALPHAS, SD_V1
+from tests.support.tiny_stable_diffusion import CONTEXT, dequantized, unet_checkpoint
+from tinysd_batch.config import SAMPLERS, find_sampler
+from tinysd_batch.errors import ModelError, UsageError
+from tinysd_batch.model.sampling.ddim_plms import levels
+from tinysd_batch.model.sampling.samplers import new_scheduler, sample
+from tinysd_batch.model.sampling.schedule import Run, alphas_cumprod, draw_noise
+from tinysd_batch.model.sampling.sigma_samplers import Sigmas
+
+SIGMAS = np.sqrt((1 - ALPHAS) / ALPHAS)
+SHAPE = (4, 8, 8)
+STEPS = 5  # so that a multistep method looks back as far as it can; a number by which the origin divides 1000
+ORIGIN = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms")
+
+Noise = Callable[[], Tensor]
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(scope="module")
+def predict() -> Predict:
+    """A UNet as the origin's file holds it, with guidance at scale 7.5."""
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64, 128, 128), cross_attention_dim=CONTEXT, attention_head_dim=8
+    )
+    unet.load_state_dict(convert_ldm_unet_checkpoint(dequantized(unet_checkpoint()), dict(unet.config)))
+    context = torch.randn(2, 77, CONTEXT, generator=Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def guided(latents: Tensor, time: Tensor) -> Tensor:
+        rows = latents.float().repeat_interleave(2, dim=0)
+        without, with_prompt = unet.eval()(rows, time, context.repeat(len(latents), 1, 1)).sample.to(latents.dtype)
+        return torch.as_tensor(without + 7.5 * (with_prompt - without))[None]
+
+    return guided
+
+
+# The origin's samplers, after its behaviour
+
+
+def origin_alphas(predict: Predict, x: Tensor, steps: int, eta: float, noise: Noise, *, multistep: bool) -> Tensor:
+    times = list(range(1, 1000, 1000 // steps))
+    below = [ALPHAS[0], *ALPHAS[times[:-1]]]
+    old: list[Tensor] = []
+    for i in reversed(range(len(times))):
+        a, a_prev = ALPHAS[times[i]], below[i]
+        sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+
+        def go_down(x: Tensor, e: Tensor, a: float = a, a_prev: float = a_prev, sigma: float = sigma) -> Tensor:
+            x0 = (x - np.sqrt(1 - a) * e) / np.sqrt(a)
+            kept = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma**2) * e
+            return torch.as_tensor(kept + (sigma * noise() if eta else 0))
+
+        e = predict(x, torch.tensor(times[i]))
+        if not multistep:
+            used = e
+        elif len(old) == 0:
+            used = (e + predict(go_down(x, e), torch.tensor(times[max(i - 1, 0)]))) / 2
+        elif len(old) == 1:
+            used = (3 * e - old[-1]) / 2
+        elif len(old) == 2:
+            used = (23 * e - 16 * old[-1] + 5 * old[-2]) / 12
+        else:
+            used = (55 * e - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
+        old.append(e)
+        x = go_down(x, used)
+    return x
+
+
+def origin_sigmas(name: str, predict: Predict, unit: Tensor, steps: int, noise: Noise) -> Tensor:
+    grid = [*np.interp(np.linspace(999, 0, steps), np.arange(1000), SIGMAS), 0.0]
+    x = unit * grid[0]
+    past: list[Tensor] = []
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        low, high = np.sort(np.argsort(np.abs(SIGMAS - sigma), kind="stable")[:2])
+        w = np.clip((SIGMAS[low] - sigma) / (SIGMAS[low] - SIGMAS[high]), 0, 1)
+        return predict(x / np.sqrt(sigma**2 + 1), torch.tensor((1 - w) * low + w * high))
+
+    for i in range(steps):
+        now, then = grid[i], grid[i + 1]
+        up = min(then, np.sqrt(then**2 * (now**2 - then**2) / now**2)) if name.endswith("_a") else 0.0
+        down = np.sqrt(then**2 - up**2)
+        d = slope(x, now)
+        past.append(d)
+        if name in ("euler", "euler_a"):
+            x = x + d * (down - now)
+        elif name == "heun":
+            x = x + (d if then == 0 else (d + slope(x + d * (then - now), then)) / 2) * (then - now)
+        elif name in ("dpm2", "dpm2_a"):
+            middle = ((now ** (1 / 3) + down ** (1 / 3)) / 2) ** 3
+            x = x + slope(x + d * (middle - now), middle) * (down - now)
+        else:
+            fine = np.linspace(now, then, 20_001)
+            nodes = [grid[i - k] for k in range(min(i + 1, 4))]
+            for k, node in enumerate(nodes):
+                factors = [(fine - other) / (node - other) for other in nodes if other != node]
+                basis = np.prod([np.ones_like(fine), *factors], axis=0)
+                x = x + float(np.trapezoid(basis, fine)) * past[-1 - k]
+        if name.endswith("_a"):
+            x = x + up * noise()
+    return torch.as_tensor(x)
+
+
+@pytest.mark.parametrize(("name", "eta"), [*((name, 0.0) for name in ORIGIN), ("ddim", 0.5), ("plms", 0.5)])
+def test_final_latents_are_the_origins(predict: Predict, name: str, eta: float) -> None:
+    def start() -> tuple[Generator, Tensor]:
+        generator = Generator().manual_seed(5)
+        return generator, draw_noise([generator], SHAPE)
+
+    generator, unit = start()
+    ours = sample(name, Run(predict, STEPS, SD_V1, [generator], eta), unit)
+    generator, unit = start()
+
+    def noise() -> Tensor:
+        return draw_noise([generator], SHAPE).double()
+
+    if name in ("plms", "ddim"):
+        theirs = origin_alphas(predict, unit.double(), STEPS, eta, noise, multistep=name == "plms")
+    else:
+        theirs = origin_sigmas(name, predict, unit.double(), STEPS, noise)
+    assert theirs.std() > 0.5
+    assert (ours - theirs).abs().max() < 0.002
+
+
+def toy(latents: Tensor, time: Tensor) -> Tensor:
+    """Bounded, not linear, and different at every time: enough to make a wrong step count or time show."""
+    return torch.tanh(latents * (1 + time / 1000))
+
+
+def visit(name: str, steps: int, eta: float = 0.5) -> tuple[list[float], Tensor]:
+    """The times at which the sampler asks for noise, and what it ends with."""
+    times: list[float] = []
+
+    def predict(latents: Tensor, time: Tensor) -> Tensor:
+        times.append(float(time))
+        return toy(latents, time)
+
+    generator = Generator().manual_seed(2)
+    unit = draw_noise([generator], (4, 2, 2))
+    return times, sample(name, Run(predict, steps, SD_V1, [generator], eta), unit)
+
+
+EVALUATIONS = {"plms": (1, 1), "heun": (2, -1), "dpm2": (2, 0), "dpm2_a": (2, 0)}  # per step, and besides
+
+
+def check_steps(name: str, steps: int) -> None:
+    times, latents = visit(name, steps)
+    per_step, besides = EVALUATIONS.get(name, (1, 0))
+    assert len(times) == per_step * steps + besides
+    assert max(times) == times[0]
+    assert min(times) >= 0
+    assert times[0] <= 999
+    assert times[0] >= (999 - 1000 / steps if name in ("plms", "ddim") else 999)
+    assert latents.isfinite().all()
+
+
+OWN = ("plms", "ddim", "euler_a", "dpm2", "dpm2_a", "lms")
+THEIRS = {
+    "euler": ("EulerDiscreteScheduler", 1),
+    "heun": ("HeunDiscreteScheduler", 1),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", 1000),
+    "unipc": ("UniPCMultistepScheduler", 1000),
+}
+
+
+SOME = (*range(1, 20), 37, 101, 333, 501, 999, 1000)  # drawn to the end; all would take many minutes
+FEW = (*range(1, 20), 37, 101, 333)
+
+
+def new_run(steps: int) -> Run:
+    return Run(toy, steps, SD_V1, [])
+
+
+def counted(thorough: bool) -> Iterable[int]:
+    """Numbers of steps: all, or every seventh and those that are drawn to the end."""
+    return range(1, 1001) if thorough else sorted({*range(1, 1001, 7), *SOME})
+
+
+THOROUGH = pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+@THOROUGH
+@pytest.mark.parametrize("name", OWN)
+def test_every_number_of_steps(name: str, thorough: bool) -> None:
+    for steps in counted(thorough):
+        if name in ("plms", "ddim"):
+            times = [level.time for level in levels(new_run(steps))]
+            assert times[0] >= 999 - 1000 / steps
+        else:
+            times = Sigmas.of(new_run(steps)).times.tolist()
+            assert times[0] == 999
+        assert len(set(times)) == steps
+        assert (times, min(times) >= 0) == (sorted(times, reverse=True), True)
+    for steps in SOME if thorough else FEW:
+        check_steps(name, steps)
+
+
+@THOROUGH
+@pytest.mark.parametrize("name", THEIRS)
+def test_every_number_of_steps_by_diffusers(name: str, thorough: bool) -> None:
+    per_step, besides = EVALUATIONS.get(name, (1, 0))
+    for steps in counted(thorough):
+        times = new_scheduler(*THEIRS[name], steps, SD_V1).timesteps
+        assert len(times) == per_step * steps + besides
+        assert len(times.unique()) == steps
+        assert (float(times[0]), float(times.max())) == (999, 999)
+        assert times.min() >= 0
+    for steps in SOME if thorough else FEW:
+        check_steps(name, steps)
+
+
+def test_each_sampler_is_tested_with_every_number_of_steps() -> None:
+    assert {*OWN, *THEIRS} == set(SAMPLERS)
+
+
+def test_the_origins_times_where_it_has_any() -> None:
+    for steps in (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500):
+        times, _ = visit("ddim", steps)
+        assert times == list(range(1, 1000, 1000 // steps))[::-1]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_comes_from_each_images_own_generator(name: str) -> None:
+    """Images of a batch end where they end alone, whatever noise their neighbours draw."""
+
+    def run(seeds: list[int]) -> Tensor:
+        generators = [Generator().manual_seed(seed) for seed in seeds]
+        unit = draw_noise(generators, (4, 2, 2))
+        return sample(name, Run(toy, 6, SD_V1, generators, 0.5), unit)
+
+    together = run([1, 2, 3])
+    for number, seed in enumerate((1, 2, 3)):
+        torch.testing.assert_close(together[number], run([seed])[0])
+
+
+@pytest.mark.parametrize("name", ["euler_a", "dpm2_a", "ddim", "plms"])
+def test_fresh_noise_is_drawn_where_it_should_be(name: str) -> None:
+    generator = Generator().manual_seed(1)
+    unit = draw_noise([generator], (4, 2, 2))
+    before = generator.get_state()
+    sample(name, Run(toy, 4, SD_V1, [generator], eta=0.5), unit)
+    assert not torch.equal(before, generator.get_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("Euler a", "euler_a"), ("k_euler_a", "euler_a"), ("DPM++ 2M", "dpmpp_2m"), ("dpm++2m", "dpmpp_2m"),
+        ("UniPC", "unipc"), ("DPM2 a", "dpm2_a"), ("PLMS", "plms"), (" lms ", "lms"), ("k-heun", "heun"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs(name: str, own: str) -> None:
+    assert find_sampler(name) == own
+
+
+@pytest.mark.parametrize("name", ["", "karras", "euler_b", "dpm++ 2m sde"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(ValueError, match="no such sampler; one of plms, ddim"):
+        find_sampler(name)
+    with pytest.raises(UsageError, match="no such sampler"):
+        visit(name, 4)
+
+
+def test_a_schedule_that_is_not_stable_diffusions() -> None:
+    with pytest.raises(ModelError, match="beta_schedule 'cosine'"):
+        alphas_cumprod({**SD_V1, "beta_schedule": "cosine"})

@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import Tensor
+
+from tests.support.tiny_stable_diffusion import CONTEXT, PREFIX, dequantized, unet_checkpoint
+from tinysd_batch.errors import ModelError
+from tinysd_batch.model.checkpoint.folder import read_unet, write_packed_unet
+from tinysd_batch.model.nn.unet import decode_half, encode_half
+from tinysd_batch.model.offload.components import Fragment
+from tinysd_batch.model.packed.dequantize import unpack
+from tinysd_batch.model.packed.format import to_matrix
+from tinysd_batch.quantize.sources.tiny_stable_diffusion import IGNORED, is_origin, read_origin_unet
+
+Q2 = "input_blocks.1.0.in_layers.2"
+Q8 = "time_embed.0"
+FLOAT = "input_blocks.3.0.op"
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, Tensor]:
+    return unet_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: dict[str, Tensor]) -> UNet2DConditionModel:
+    """The same UNet as floats, in diffusers."""
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(32, 64, 128, 128), cross_attention_dim=CONTEXT, attention_head_dim=8
+    )
+    unet.load_state_dict(convert_ldm_unet_checkpoint(dequantized(checkpoint), dict(unet.config)))
+    return unet.eval()
+
+
+def test_every_weight_is_the_origins_to_the_bit(checkpoint: dict[str, Tensor], plain: UNet2DConditionModel) -> None:
+    unet = read_origin_unet(checkpoint, "origin.pth")
+    expected = plain.state_dict()
+    assert (len(unet.packed), sum(weight.layout.bits == 8 for weight, _ in unet.packed.values())) == (265, 4)
+    assert {f"{name}.weight" for name in unet.packed} | unet.others.keys() == expected.keys()
+    for name, (weight, shape) in unet.packed.items():
+        assert tuple(expected[f"{name}.weight"].shape) == shape
+        assert torch.equal(unpack(weight, torch.empty(weight.shape)), to_matrix(expected[f"{name}.weight"])), name
+    for name, value in unet.others.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(("height", "width", "time"), [(8, 8, 981.0), (16, 8, 1.0), (8, 24, 535.955)])
+def test_written_and_read_again_it_predicts_the_same_noise(
+    checkpoint: dict[str, Tensor], plain: UNet2DConditionModel, tmp_path: Path, height: int, width: int, time: float
+) -> None:
+    unet = read_origin_unet(checkpoint, "origin.pth")
+    write_packed_unet(tmp_path, unet.config, unet.packed, unet.others, {})
+    model, host = read_unet(tmp_path)
+    Fragment("UNet", {"": model}, host, torch.float32).onload(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(3, 4, height, width, generator=generator)
+    context = torch.randn(3, 77, CONTEXT, generator=generator)
+    with torch.no_grad():
+        embedding = model.time_embedding(model.time_proj(torch.tensor([time])))
+        ours = decode_half(model, encode_half(model, latents, embedding, context), context)
+        theirs = plain(latents, torch.tensor(time), context).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_names_without_the_wrapper_are_read_too(checkpoint: dict[str, Tensor]) -> None:
+    bare = {name.replace(PREFIX, "model.diffusion_model."): value for name, value in checkpoint.items()}
+    assert is_origin(bare)
+    one, other = read_origin_unet(checkpoint, "a"), read_origin_unet(bare, "b")
+    assert one.packed.keys() == other.packed.keys()
+    assert all(torch.equal(value, other.others[name]) for name, value in one.others.items())
+
+
+def test_what_a_reader_should_tolerate(checkpoint: dict[str, Tensor]) -> None:
+    """Bytes in another type, half floats, activation quantizers and everything outside the UNet."""
+    odd = dict(checkpoint)
+    odd[f"{PREFIX}{Q2}.weight"] = checkpoint[f"{PREFIX}{Q2}.weight"].float()
+    odd[f"{PREFIX}{FLOAT}.bias"] = checkpoint[f"{PREFIX}{FLOAT}.bias"].half()
+    odd |= {f"{PREFIX}{Q2}{suffix}": torch.tensor(0.5) for suffix in IGNORED}
+    odd |= {"betas": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
+    unet = read_origin_unet(odd, "origin.pth", torch.float16)
+    assert len(unet.packed) == 265
+    assert {value.dtype for value in unet.others.values()} == {torch.float16}
+
+
+def test_it_is_known_by_its_names(checkpoint: dict[str, Tensor]) -> None:
+    assert is_origin(checkpoint)
+    assert not is_origin(dequantized(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("time_embed.0.weight", None, "no UNet: tensor .*time_embed.0.weight is missing"),
+        (f"{Q2}.weight", None, "1 tensors of the UNet are missing; .* down_blocks.0.resnets.0.conv1.weight"),
+        (f"{Q2}.bias", None, "missing"),
+        (f"{Q2}.weight_quantizer.zero_point", None, f"{Q2}.weight_quantizer.zero_point is missing"),
+        (f"{Q2}.weight_quantizer.delta", None, "has shape|is unexpected"),
+        (f"{Q2}.weight", torch.zeros(7, 32, 3, 3, dtype=torch.uint8), "has shape .*was expected"),
+        (f"{Q2}.weight", torch.full((8, 32, 3, 3), 0.5), "holds other numbers than 0 to 255"),
+        (f"{Q2}.weight", torch.full((8, 32, 3, 3), 300.0), "holds other numbers than 0 to 255"),
+        (f"{Q2}.weight_quantizer.zero_point", torch.full((32, 1, 1, 1), 4.0), "holds other numbers than 0 to 3"),
+        (f"{Q2}.weight_quantizer.delta", torch.full((32, 1, 1, 1), float("nan")), "is not finite"),
+        (f"{Q8}.weight_quantizer.delta", torch.zeros(128, 1), "is zero somewhere"),
+        (f"{Q8}.weight", torch.full((128, 32), float("inf")), "is not finite"),
+        (f"{FLOAT}.weight", torch.full((32, 32, 3, 3), float("nan")), "is not finite"),
+        ("input_blocks.99.0.weight", torch.zeros(1), "is unexpected"),
+        (f"{Q2}.something", torch.zeros(1), "is unexpected"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    checkpoint: dict[str, Tensor], name: str, value: Tensor | None, message: str
+) -> None:
+    damaged = dict(checkpoint)
+    if value is None:
+        del damaged[PREFIX + name]
+    else:
+        damaged[PREFIX + name] = value
+    with pytest.raises(ModelError, match=message):
+        read_origin_unet(damaged, "origin.pth")

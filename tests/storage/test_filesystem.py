@@ -1,0 +1,240 @@
+"""File systems that lack locks, folder sync or hard links, played by a library that is loaded into real processes."""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.files import names_below
+from tests.support.jobs import check_whole, draw
+from tests.support.paths import ROOT
+from tests.support.program import run
+from tinysd_batch.errors import StorageError
+from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.storage.atomic import TEMPORARY_PREFIX, new_folder, publish, write_atomically
+from tinysd_batch.storage.filesystem import NO_FOLDER_SYNC, NO_LINKS, NO_LOCKS
+from tinysd_batch.storage.lock import lock
+
+SOURCE = ROOT / "tests" / "support" / "fault_shim.c"
+QUICK = ("--inline", "--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_grid", "--seed", 5)
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler (cc, gcc, clang) to build tests/fault_shim.c with")
+    library = tmp_path_factory.mktemp("shim") / "fault_shim.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture
+def submit(tmp_path: Path, shim: Path, tiny_model: Path) -> Run:
+    (tmp_path / "m.csv").write_text("prompt\napple\npear\n")
+
+    def with_faults(faults: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return run(
+            "submit", "m.csv", "--model", tiny_model, *QUICK, *arguments, cwd=tmp_path, LD_PRELOAD=str(shim),
+            FAULTS=faults,
+        )  # fmt: skip
+
+    return with_faults
+
+
+def check_no_locks(submit: Run, faults: str, folder: Path) -> None:
+    done = submit(faults, "-o", "a/b/job")
+    assert done.returncode == 5
+    assert done.stderr == (
+        "tinysd-batch: a/b/job/_tinysd: this file system has no locks (Lustre: mount with -o flock; NFS: start lockd); "
+        "choose a folder on another one\n"
+    )
+    assert names_below(folder) == ["m.csv"]
+
+
+def test_without_locks_a_job_is_refused_and_nothing_is_left(submit: Run, tmp_path: Path) -> None:
+    check_no_locks(submit, f"flock={errno.ENOSYS}", tmp_path)
+
+
+def test_without_hard_links_and_folder_sync_a_job_is_made_and_reused(submit: Run, tmp_path: Path) -> None:
+    faults = f"link={errno.EXDEV},fsync_folder={errno.EINVAL},rename={errno.EXDEV}@images"
+    done = submit(faults, "-o", "job")
+    assert (done.returncode, done.stderr) == (0, "")
+    check_whole(tmp_path / "job", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["flock", "flock_folder"])
+@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+def test_every_way_of_having_no_locks(submit: Run, tmp_path: Path, call: str, number: int) -> None:
+    check_no_locks(submit, f"{call}={number}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", [
+    f"link={errno.EMLINK}", f"link={errno.EPERM}", f"fsync_folder={errno.EOPNOTSUPP}", f"fsync_folder={errno.EBADF}",
+])  # fmt: skip
+def test_jobs_are_reused_without_links_or_folder_sync(submit: Run, tmp_path: Path, faults: str) -> None:
+    assert submit(faults, "-o", "job").returncode == 0
+    check_whole(tmp_path / "job", 2)
+    assert submit(faults, "-o", "new", "--reuse", "job").returncode == 0
+    rows = check_whole(tmp_path / "new", 2)
+    assert [row["reused"] for row in rows] == [str(tmp_path / "job")] * 2
+
+
+@pytest.mark.slow
+def test_the_sync_of_a_file_is_never_skipped(submit: Run, tmp_path: Path) -> None:
+    done = submit(f"fsync={errno.EINVAL}", "-o", "job")
+    assert done.returncode == 5
+    assert "Invalid argument" in done.stderr
+    assert submit("", "-o", "job").returncode == 0
+    check_whole(tmp_path / "job", 2)
+
+
+@pytest.mark.slow
+def test_images_are_reported_once_their_folder_can_be_synced(submit: Run, tmp_path: Path) -> None:
+    """EIO may pass, so each write is tried for some seconds; it must not be believed at the second attempt."""
+    faults = f"fsync_folder={errno.EIO}@images"
+    for _ in range(2):
+        assert submit(faults, "-o", "job").returncode == 5
+        assert list(ResultsPaths(tmp_path / "job").read_rows(["status"])) == []
+    assert submit("", "-o", "job").returncode == 0
+    check_whole(tmp_path / "job", 2)
+
+
+@pytest.mark.slow
+def test_ray_workers_on_a_file_system_without_links_and_folder_sync(
+    shim: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    (tmp_path / "m.csv").write_text("prompt\napple\npear\n")
+    faults = f"link={errno.EMLINK},fsync_folder={errno.ENOTSUP}"
+    quick = QUICK[1:]
+    done = run(
+        "submit", "m.csv", "--model", tiny_model, *quick, "--workers", 1, "-o", "job", cwd=tmp_path,
+        LD_PRELOAD=str(shim), FAULTS=faults,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    check_whole(tmp_path / "job", 2)
+
+
+# In this process: what needs no program
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, module: object, name: str, number: int) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module, name, fail)
+
+
+def test_an_image_without_a_row_is_durable_before_it_gets_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    """It was written by a worker that may have died before it synced the folder."""
+    manifest, job = tmp_path / "m.csv", tmp_path / "job"
+    manifest.write_text("prompt\napple\npear\n")
+    draw(manifest, job, tiny_model)
+    (job / "results.parquet").unlink()
+    with monkeypatch.context() as broken:
+        original = os.fsync
+
+        def fail_for_images(handle: int) -> None:
+            if Path(f"/proc/self/fd/{handle}").readlink() == job / "images" / "00000":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            original(handle)
+
+        broken.setattr(os, "fsync", fail_for_images)
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"images/00000/.*: No space left on device"):
+                draw(manifest, job, tiny_model)
+            assert list(ResultsPaths(job).read_rows(["row", "status"])) == []
+    draw(manifest, job, tiny_model)
+    check_whole(job, 2)
+
+
+@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+def test_a_lock_that_cannot_be_had_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:  # fmt: skip
+    refuse(monkeypatch, fcntl, "flock", number)
+    with pytest.raises(StorageError, match=r"a/job/_tinysd: this file system has no locks"):
+        lock(tmp_path / "a" / "job" / "_tinysd" / "lock").__enter__()
+    assert names_below(tmp_path) == []
+
+
+def test_a_job_folder_that_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "job" / "_tinysd" / "lock"
+    with lock(path):
+        pass
+    before = path.read_bytes()
+    refuse(monkeypatch, fcntl, "flock", errno.ENOLCK)
+    with pytest.raises(StorageError, match="no locks"):
+        lock(path).__enter__()
+    assert path.read_bytes() == before
+
+
+def test_a_model_folder_can_be_written_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks only keep others from removing it as left over, and those need one for that, too."""
+    (tmp_path / f"{TEMPORARY_PREFIX}model-0").mkdir()
+    refuse(monkeypatch, fcntl, "flock", errno.ENOSYS)
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "x").touch()
+    assert names_below(tmp_path) == [f"{TEMPORARY_PREFIX}model-0", "model", "model/x"]
+
+
+def test_another_reason_for_a_failing_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, fcntl, "flock", errno.EIO)
+    with pytest.raises(StorageError, match="_tinysd: Input/output error"):
+        lock(tmp_path / "_tinysd" / "lock").__enter__()
+
+
+@pytest.mark.parametrize("number", sorted(NO_LINKS))
+@pytest.mark.parametrize("there", [None, b"same", b"other"])
+def test_publishing_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, there: bytes | None
+) -> None:
+    refuse(monkeypatch, os, "link", number)
+    path = tmp_path / "x"
+    if there is not None:
+        path.write_bytes(there)
+    kept = publish(b"new", path, tmp_path / "tmp", lambda data: data == b"same")
+    assert kept == path.read_bytes() == (b"same" if there == b"same" else b"new")
+    assert names_below(tmp_path) == ["tmp", "x"]
+
+
+@pytest.mark.parametrize("number", sorted(NO_FOLDER_SYNC))
+def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    original = os.fsync
+
+    def sync_files_only(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            raise OSError(number, os.strerror(number))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    write_atomically(b"data", tmp_path / "x")
+    publish(b"data", tmp_path / "images" / "x", tmp_path / "tmp", lambda _: False)
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x").touch()
+    assert names_below(tmp_path) == ["images", "images/x", "model", "model/sub", "model/sub/x", "tmp", "x"]
+
+
+def test_a_file_that_was_there_is_synced_before_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(b"same")
+    synced: list[str] = []
+    original = os.fsync
+
+    def note(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    assert publish(b"late", tmp_path / "x", tmp_path / "tmp", lambda data: data == b"same") == b"same"
+    assert synced[-2:] == ["x", tmp_path.name]

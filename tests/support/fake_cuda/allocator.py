@@ -1,0 +1,151 @@
+"""Memory of the pretended card, handed out in the ways of torch's caching allocator (c10/cuda/CUDACachingAllocator).
+
+Segments come from the driver and are split into blocks; free neighbours join again; each stream, and each graph, has
+its own. A block remembers who is at work with it, whoever is given it next.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from tests.support.fake_cuda.race_detector import Accesses, Timeline
+
+UNIT = 512  # bytes, of which all sizes are multiples
+SMALL = 2**20  # and less comes from small segments
+SMALL_SEGMENT, LARGE_SEGMENT, LARGE, SEGMENT_UNIT = 2 * 2**20, 20 * 2**20, 10 * 2**20, 2 * 2**20
+Pool = tuple[int, int]
+USUAL: Pool = (0, 0)  # of all who are not captured
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    nbytes: int
+    is_small: bool
+    stream: int
+    pool: Pool
+    blocks: "list[Block]" = field(default_factory=list)  # in order of their addresses
+
+    @property
+    def is_free(self) -> bool:
+        return all(block.is_free for block in self.blocks)
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    segment: Segment
+    nbytes: int
+    is_free: bool = True
+    accesses: Accesses = field(default_factory=Accesses)
+
+
+@dataclass(slots=True)
+class Allocator:
+    """Bytes of one card."""
+
+    total: int
+    others: int  # bytes that are in use and not torch's
+    limit: int  # of what torch may reserve
+    segments: list[Segment] = field(default_factory=list)
+    allocated: int = 0
+    most_allocated: int = 0
+    most_reserved: int = 0
+    most_in_use: int = 0  # by whomever
+    underway: list[Pool] = field(default_factory=list)  # pools of graphs that are being captured
+    held: dict[Pool, int] = field(default_factory=dict)  # by how many graphs a pool is held
+
+    @property
+    def reserved(self) -> int:
+        return sum(segment.nbytes for segment in self.segments)
+
+    def allocate(self, nbytes: int, timeline: Timeline, pool: Pool) -> Block:
+        """Raises OutOfMemoryError as torch does, after it has given back what is free."""
+        size = max(UNIT, rounded(nbytes, UNIT))
+        block = self.find(size, timeline.number, pool) or self.new_segment(size, timeline.number, pool)
+        if block is None and not self.underway:
+            self.release()
+            block = self.new_segment(size, timeline.number, pool)
+        if block is None:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {size} bytes; {self.reserved} of {self.limit} are reserved."
+            )
+        self.split(block, size)
+        block.accesses.check(timeline, "handed on", writes=True)
+        block.is_free = False
+        self.allocated += block.nbytes
+        self.most_allocated = max(self.most_allocated, self.allocated)
+        return block
+
+    def find(self, size: int, stream: int, pool: Pool) -> Block | None:
+        """The smallest free block that is large enough."""
+        kind = (stream, pool, size <= SMALL)
+        fitting = [
+            block
+            for segment in self.segments
+            if (segment.stream, segment.pool, segment.is_small) == kind
+            for block in segment.blocks
+            if block.is_free and block.nbytes >= size
+        ]
+        return min(fitting, key=lambda block: block.nbytes, default=None)
+
+    def new_segment(self, size: int, stream: int, pool: Pool) -> Block | None:
+        is_small = size <= SMALL
+        nbytes = SMALL_SEGMENT if is_small else LARGE_SEGMENT if size < LARGE else rounded(size, SEGMENT_UNIT)
+        if self.reserved + nbytes > min(self.limit, self.total - self.others):
+            return None
+        segment = Segment(nbytes, is_small, stream, pool)
+        segment.blocks.append(Block(segment, nbytes))
+        self.segments.append(segment)
+        self.most_reserved = max(self.most_reserved, self.reserved)
+        self.most_in_use = max(self.most_in_use, self.reserved + self.others)
+        return segment.blocks[0]
+
+    def split(self, block: Block, size: int) -> None:
+        left = block.nbytes - size
+        if left < UNIT or (not block.segment.is_small and left <= SMALL):
+            return
+        block.nbytes = size
+        place = block.segment.blocks.index(block)
+        block.segment.blocks.insert(place + 1, Block(block.segment, left, accesses=block.accesses.copy()))
+
+    def free(self, block: Block) -> None:
+        self.allocated -= block.nbytes
+        block.is_free = True
+        blocks = block.segment.blocks
+        place = blocks.index(block)
+        for first in (place, place - 1):  # joined with the one after it, then with the one before
+            if 0 <= first < len(blocks) - 1 and blocks[first].is_free and blocks[first + 1].is_free:
+                other = blocks.pop(first + 1)
+                blocks[first].nbytes += other.nbytes
+                blocks[first].accesses.include(other.accesses)
+
+    def release(self) -> None:
+        """Give free segments back to the driver; those of graphs only when no graph holds them."""
+        if not self.underway:
+            self.segments = [one for one in self.segments if not one.is_free or self.held.get(one.pool, 0) > 0]
+
+    def take_others(self, nbytes: int) -> None:
+        """Somebody else, such as the driver, takes memory, or gives it back."""
+        self.others += nbytes
+        self.most_in_use = max(self.most_in_use, self.reserved + self.others)
+
+    def blocks_of(self, pool: Pool) -> Iterator[Block]:
+        return (block for segment in self.segments if segment.pool == pool for block in segment.blocks)
+
+    def begin(self, pool: Pool) -> None:
+        """A graph is captured that is to have this pool."""
+        self.underway.append(pool)
+        self.held[pool] = self.held.get(pool, 0) + 1
+
+    def end(self, pool: Pool) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def let_go(self, pool: Pool) -> None:
+        assert self.held[pool] > 0, "a pool was released more often than held"
+        self.held[pool] -= 1
+
+
+def rounded(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit

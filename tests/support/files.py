@@ -1,0 +1,75 @@
+"""Write, damage and list files."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Change = Callable[[Path], object]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    """A CSV manifest; the first row's keys are the columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Every file below with its bytes. The lock holds the number of the last process and may change."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() and path.name != "lock" else None
+        for path in folder.rglob("*")
+    }
+
+
+def set_json(file: str, **values: object) -> Change:
+    """Change entries of one of the model's files; None removes."""
+
+    def change(model: Path) -> None:
+        content = json.loads((model / file).read_text()) | values
+        (model / file).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+    return change
+
+
+def put(file: str, data: bytes) -> Change:
+    return lambda model: (model / file).write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def instead(file: str, make: Change) -> Change:
+    """Put something else in a file's place."""
+
+    def change(model: Path) -> None:
+        remove(model / file)
+        make(model / file)
+
+    return change
+
+
+def parquet_bytes(**columns: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return bytes(sink.getvalue())

@@ -1,0 +1,77 @@
+"""Run jobs in this process, and check what they left."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tinysd_batch.config import Settings
+from tinysd_batch.job.dispatch.job_progress import InvalidRows
+from tinysd_batch.job.driver import Summary, run_job
+from tinysd_batch.job.results.table import readable
+from tinysd_batch.job.state.job import Job
+from tinysd_batch.job.state.open_job import open_job
+from tinysd_batch.job.workers.inline_pool import InlinePool
+from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
+from tinysd_batch.job.workers.worker import WorkerSetup
+from tinysd_batch.records import ImageRequest, ImageResult
+from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
+
+
+def read_results(job: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = readable(pq.read_table(job / "results.parquet")).to_pylist()
+    return rows
+
+
+def check_whole(
+    job: Path, images: int, read: Callable[[Path], list[dict[str, Any]]] = read_results
+) -> list[dict[str, Any]]:
+    """Assert what a finished job promises: every index once, every hash right, nothing left over. Returns the rows."""
+    rows = read(job)
+    made = [row for row in rows if row["index"] is not None]
+    assert sorted(row["index"] for row in made) == list(range(1, images + 1))
+    for row in made:
+        if row["status"] == "ok":
+            data = (job / row["file_name"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == row["sha256"], row["file_name"]
+    there = {path.relative_to(job).as_posix() for path in (job / "images").rglob("*") if path.is_file()}
+    assert there == {row["file_name"] for row in made if row["status"] == "ok"}
+    assert not list(job.rglob(f"{TEMPORARY_PREFIX}*"))
+    assert not list((job / "_tinysd" / "journal").iterdir())
+    return rows
+
+
+class Quiet:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.notes: list[str] = []
+
+    def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
+    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def durable(self) -> None: ...
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def image(self, request: ImageRequest, result: ImageResult) -> None:
+        self.made.append(request.index)
+
+
+def setup_for(job: Job) -> WorkerSetup:
+    model = job.model
+    return WorkerSetup(
+        job.folder, job.scratch, model.path, model.name, model.digest, "cpu", "auto", None, stop_file=job.stop_file
+    )
+
+
+def draw(
+    manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any
+) -> tuple[Summary, Quiet]:
+    job = open_job(manifest, folder, Settings(model=str(model), **settings))
+    progress = Quiet()
+    stop: Callable[[], bool] = lambda: stop_after is not None and len(progress.made) >= stop_after  # noqa: E731
+    return run_job(job, lambda _: InlinePool(setup_for(job)), progress, stop, limit), progress

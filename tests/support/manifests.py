@@ -1,0 +1,40 @@
+"""Check rows and read manifests in tests."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+from tinysd_batch.job.manifest.reading_notes import ReadingNotes
+from tinysd_batch.job.manifest.validate import Defaults, read_rows
+from tinysd_batch.records import InvalidRow, Row
+
+DEFAULTS = Defaults(
+    negative_prompt="",
+    prompt_syntax="seed",
+    height=64,
+    width=64,
+    steps=25,
+    scale=4.0,
+    sampler="plms",
+    eta=0.0,
+    n_iter=1,
+    n_samples=1,
+    step_px=16,
+)
+
+
+def rows_of(path: Path) -> list[Row | InvalidRow]:
+    return list(read_rows(path, DEFAULTS))
+
+
+def reason(row: Row | InvalidRow) -> str:
+    assert isinstance(row, InvalidRow), row
+    return row.reason
+
+
+def read(path: Path, content: str | bytes, **options: Any) -> tuple[list[Row | InvalidRow], list[str]]:
+    """The rows of a file with that content, and what was noticed about it."""
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    notes = ReadingNotes()
+    return list(read_rows(path, DEFAULTS, notes=notes, **options)), list(notes.lines())

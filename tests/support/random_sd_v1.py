@@ -1,0 +1,124 @@
+"""Models of SD v1's sizes with random weights."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.safetensors_mmap import write_tensors
+from tinysd_batch.model.packed.format import Layout
+from tinysd_batch.quantize.presets import layers_to_pack
+
+MODEL = Path("outputs/random-sd-v1")
+
+SD_V1_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+
+SD_V1_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
+}  # fmt: skip
+
+SD_V1_TEXT: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "hidden_act": "quick_gelu", "max_position_embeddings": 77, "vocab_size": 49408, "bos_token_id": 49406,
+    "eos_token_id": 49407, "pad_token_id": 49407,
+}  # fmt: skip
+
+
+def make_model(folder: Path) -> None:
+    """A packed model folder at SD v1's sizes with random weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
+    from tinysd_batch.model.checkpoint.info import WEIGHTS
+    from tinysd_batch.quantize.sources.clip_tokenizer import write_tokenizer
+
+    print(f"making {folder}", file=sys.stderr)
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_UNET)
+        vae, text = AutoencoderKL(**SD_V1_VAE), CLIPTextModel(CLIPTextConfig(**SD_V1_TEXT))
+    layouts = layers_to_pack(unet, "tiny")
+    packed = {name: random_packed(unet.get_submodule(name), layout, generator) for name, layout in layouts.items()}
+    places = {f"{name}.weight" for name in packed}
+    others = random_tensors({name: one for name, one in unet.state_dict().items() if name not in places}, generator)
+    write_packed_unet(folder / "unet", dict(unet.config), packed, others, {"level": "random"})
+    for part, module, config in (("vae", vae, dict(vae.config)), ("text_encoder", text, text.config.to_dict())):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text(json.dumps(config, indent=2))
+        file = folder / part / (WEIGHTS if part == "vae" else TEXT_WEIGHTS)
+        save_file(random_tensors(module.state_dict(), generator), file, metadata={"format": "pt"})
+    write_tokenizer(folder / "tokenizer", SD_V1_TEXT["max_position_embeddings"])
+    (folder / "scheduler").mkdir()
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "PNDMScheduler", **schedule})
+    )
+    (folder / "tinysd.json").write_text(json.dumps({"name": "random SD v1"}))
+    write_pipeline_index(folder)
+
+
+def random_packed(layer: nn.Module, layout: Layout, generator: torch.Generator) -> tuple[Any, tuple[int, ...]]:
+    """Codes at random; a scale by which the layer keeps the spread of what it is given."""
+    from tinysd_batch.model.packed.format import PackedWeight
+
+    assert isinstance(layer.weight, Tensor)
+    shape = tuple(layer.weight.shape)
+    rows, columns = shape[0], layer.weight[0].numel()
+    scale = 0.9 * columns**-0.5  # the codes 0..3 spread by 1.118
+    meta = torch.tensor([scale, 0.0, -1.5 * scale, 0.0], dtype=torch.float16).repeat(rows, 1)
+    codes = torch.randint(0, 256, (rows, columns // 4), dtype=torch.uint8, generator=generator)
+    nothing = torch.zeros(rows, columns // layout.group_in(columns), dtype=torch.uint8)
+    return PackedWeight(codes, nothing, nothing.clone(), meta.view(torch.int16)), shape
+
+
+def random_tensors(like: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """float16; norms 1, biases 0, the rest spread by its fan-in."""
+    made = {}
+    for name, place in like.items():
+        if place.dim() < 2:
+            made[name] = torch.full(place.shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.float16)
+        else:
+            fan_in = place[0].numel()
+            made[name] = (torch.randn(place.shape, generator=generator) * 0.9 * fan_in**-0.5).half()
+    return made
+
+
+REPEATED = 2**24  # random numbers, over and over
+
+
+STD = 0.02
+
+
+def make_source(folder: Path) -> None:
+    """A float32 model folder in diffusers' layout."""
+    print(f"making {folder}", file=sys.stderr)
+    numbers = STD * torch.randn(REPEATED, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_UNET)
+        vae, text = AutoencoderKL(**SD_V1_VAE), CLIPTextModel(CLIPTextConfig(**SD_V1_TEXT))
+    write_part(folder / "unet", unet, dict(unet.config), WEIGHTS, numbers)
+    write_part(folder / "vae", vae, dict(vae.config), WEIGHTS, numbers)
+    write_part(folder / "text_encoder", text, text.config.to_dict(), TEXT_WEIGHTS, numbers)
+
+
+def write_part(folder: Path, module: nn.Module, config: dict[str, object], name: str, numbers: Tensor) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shapes = module.state_dict()
+
+    def values(name: str) -> Tensor:
+        count = shapes[name].numel()
+        return numbers.repeat(math.ceil(count / REPEATED))[:count].view(shapes[name].shape)
+
+    write_tensors(folder / name, shapes, dict.fromkeys(shapes, torch.float32), values)

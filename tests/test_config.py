@@ -1,0 +1,113 @@
+"""Settings from job files, presets and flags are read as manifests are: one notion of text, number and nothing."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.program import Capture, call
+from tinysd_batch.config import find_sampler, read_job_file, read_preset, resolve
+from tinysd_batch.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"steps": 3.0, "seed": 42.0, "quality": 80.0}, {"steps": 3, "seed": 42, "quality": 80}),
+        ({"seed": -1}, {"seed": None}),
+        ({"seed": -1.0}, {"seed": None}),
+        ({"scale": math.nan, "steps": math.nan, "n_iter": math.nan}, {"scale": None, "steps": None, "n_iter": 1}),
+        ({"steps": "None", "seed": "nan", "scale": "NULL"}, {"steps": None, "seed": None, "scale": None}),
+        ({"scale": 7}, {"scale": 7.0}),
+        ({"negative_prompt": "\ufeffblur\u200bry\u00a0sky"}, {"negative_prompt": "blurry sky"}),
+        ({"sampler": "Euler\u00a0a"}, {"sampler": "euler_a"}),
+        ({"format": "\u200bjpg", "prompt_syntax": "a1111\u2060"}, {"format": "jpg", "prompt_syntax": "a1111"}),
+    ],
+)
+def test_settings_in_every_spelling(values: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = resolve(values)
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"steps": 2.5}, {"steps": 1e30}, {"seed": -2}, {"steps": True}, {"scale": math.inf}, {"scale": True}, {"f": "x"}],
+)
+def test_what_stays_a_fault(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"settings: {next(iter(values))} = "):
+        resolve(values)
+
+
+def test_a_missing_value_says_nothing_and_minus_one_takes_a_seed_back() -> None:
+    settings = resolve({"scale": 3.0, "seed": 5}, {"scale": math.nan, "seed": -1})
+    assert (settings.scale, settings.seed) == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [lambda text: f"\ufeff{text}".encode(), lambda text: text.encode("utf-16"),
+     lambda text: text.replace("steps", "\ufeffsteps").encode()],
+    ids=["utf-8-sig", "utf-16", "two files put together"],
+)  # fmt: skip
+def test_byte_order_marks_before_toml(tmp_path: Path, encode: Any) -> None:
+    (tmp_path / "preset.toml").write_bytes(encode('scale = 5\nsteps = 3.0\nnegative_prompt = "größe"\n'))
+    expected = {"scale": 5, "steps": 3.0, "negative_prompt": "größe"}
+    assert read_preset(tmp_path / "preset.toml") == expected
+    (tmp_path / "job.toml").write_bytes(encode('manifest = "m.csv"\nsteps = nan\npreset = ["preset.toml"]\n'))
+    assert read_job_file(tmp_path / "job.toml") == (expected, tmp_path / "m.csv", None)
+
+
+def test_flags_and_job_file_of_a_plan(here: Path, capfd: Capture, tiny_model: Path) -> None:
+    (here / "job.toml").write_bytes(b'\xef\xbb\xbfmanifest = "m.csv"\nsteps = 3.0\nseed = -1\nscale = nan\n')
+    code, stdout, stderr = call(capfd, "plan", "job.toml", "--model", tiny_model, "--sampler", "k_dpm_2_ancestral")
+    assert (code, stderr) == (0, "")
+    assert "dpm2_a, 3 steps" in stdout
+    code, _, stderr = call(capfd, "plan", "m.csv", "--seed", -1, "--sampler", "DPM++ 2M Karras")
+    assert code == 2
+    assert (
+        "sampler = 'DPM++ 2M Karras': dpmpp_2m is known, but its Karras schedule is missing; write dpmpp_2m" in stderr
+    )
+
+
+SAMPLERS = {
+    "plms": "PLMS PNDM PNDMScheduler",
+    "ddim": "DDIM DDIMScheduler k_ddim",
+    "euler": "Euler k_euler EulerDiscreteScheduler sample_euler",
+    "euler_a": "euler_ancestral k_euler_ancestral k_euler_a EulerAncestralDiscreteScheduler Euler\u00a0a",
+    "heun": "Heun k_heun HeunDiscreteScheduler",
+    "dpm2": "DPM2 dpm_2 k_dpm_2 KDPM2DiscreteScheduler",
+    "dpm2_a": "dpm_2_ancestral k_dpm_2_ancestral k_dpm_2_a KDPM2AncestralDiscreteScheduler dpm2_ancestral",
+    "lms": "LMS k_lms LMSDiscreteScheduler diffusers.LMSDiscreteScheduler",
+    "dpmpp_2m": "dpmpp_2m k_dpmpp_2m DPM++2M DPM++_2M DPMSolverMultistepScheduler DPM-Solver++",
+    "unipc": "UniPC uni_pc UniPCMultistepScheduler",
+}
+
+
+@pytest.mark.parametrize("own", SAMPLERS)
+def test_samplers_by_the_names_of_others(own: str) -> None:
+    assert {name: find_sampler(name) for name in SAMPLERS[own].split(" ")} == dict.fromkeys(
+        SAMPLERS[own].split(" "), own
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m is known, but its Karras schedule is missing"),
+        ("DPM++ 2M SGM Uniform", "dpmpp_2m is known, but its SGM uniform schedule is missing"),
+        ("Euler a Automatic", "euler_a is known, but its automatic schedule is missing"),
+        ("k_dpm_2_a_ka", "dpm2_a is known, but its Karras schedule is missing"),
+        ("lms_karras", "lms is known, but its Karras schedule is missing"),
+        ("dpmpp_2m_k", "dpmpp_2m is known, but its Karras schedule is missing"),
+        ("Euler Beta", "euler is known, but its beta schedule is missing"),
+        ("DPM++ SDE Karras", "no such sampler; one of plms"),
+        ("DPMSolverSinglestepScheduler", "no such sampler"),
+        ("uni_pc_bh2", "no such sampler"),
+        ("k", "no such sampler"),
+        ("Karras", "no such sampler"),
+    ],
+)
+def test_samplers_that_are_not_there(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_sampler(name)
