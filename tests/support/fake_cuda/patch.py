@@ -17,6 +17,7 @@ from tests.support.fake_cuda.graphs import Graph
 from tests.support.fake_cuda.race_detector import Race
 from tests.support.fake_cuda.tensors import CardMode, CardTensor
 from tinysd_batch.model.device import cuda_overhead, precision, streams
+from tinysd_batch.model.offload.planner import WORKSPACE_CONFIG
 from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
@@ -40,6 +41,8 @@ def pretended(card: Card) -> Iterator[Card]:
         patch.setattr(torch.cuda._utils, "_check_cuda", check)
         patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: card.allocator.end(pool), raising=False)
         patch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: card.allocator.let_go(pool), raising=False)
+        patch.setenv(WORKSPACE_CONFIG, "")  # so that it is as before in the end
+        patch.delenv(WORKSPACE_CONFIG)
         forget()
         try:
             with guarding_nothing(), CardMode(card):
