@@ -29,18 +29,18 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from tests.support.random_sd_v1 import MODEL, SD_V1_UNET, make_model
-from tinysd_batch.model.device.cuda_graph import WORTH_IT, CapturedStep
-from tinysd_batch.model.device.cuda_overhead import overhead
-from tinysd_batch.model.offload.planner import SMALL_WORKSPACE, WORKSPACE_CONFIG
-from tinysd_batch.model.offload.stage_estimate import Phase, Shape, Way
-from tinysd_batch.model.packed.dequantize import has_kernels, unpack
+from tests.support.random_sd_v1 import MODEL, SD_V1_UNET, make_random_model
+from tinysd_batch.model.device.cuda_graph import MIN_STEPS_TO_CAPTURE, CapturedStep
+from tinysd_batch.model.device.cuda_overhead import measure_cuda_overhead
+from tinysd_batch.model.offload.planner import CUBLAS_WORKSPACE_VARIABLE, SMALL_CUBLAS_WORKSPACE
+from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBatchShape, StagePlan
+from tinysd_batch.model.packed.dequantize import dequantize, has_working_kernels
 from tinysd_batch.model.packed.format import Layout
 from tinysd_batch.model.pipeline import TinySD
 
 STEPS = 20
-PICTURES = 3  # drawn by a process; the first loads kernels, and is the one whose memory is watched
-WAYS: dict[str, dict[str, Any]] = {
+IMAGES = 3  # drawn by a process; the first loads kernels, and is the one whose memory is watched
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "turbo": {"turbo": True},
     "resident": {},
     "budget 1000MB": {"budget": "1000MB"},
@@ -48,57 +48,57 @@ WAYS: dict[str, dict[str, Any]] = {
     "least": {"least": True},
     "all streamed": {"streams": True},
 }
-LAYER = (1280, 23040)  # the largest of SD v1's matrices
+LARGEST_MATRIX = (1280, 23040)  # the largest of SD v1's matrices
 ROUNDS, REPLAYS = 30, 5
-AHEAD_CYCLES = 20_000_000
+DEVICE_SLEEP_CYCLES = 20_000_000
 MB, MIB = 10**6, 2**20
-PRETENDED_BYTES = 8 * 2**30
+FAKE_DEVICE_BYTES = 8 * 2**30
 
 
 # Within a process
 
 
-class Watch:
+class DeviceMemoryMonitor:
     """The most memory of the card that is in use while a thread looks, in bytes beyond what was in use at first."""
 
     def __init__(self) -> None:
         self.before = torch.cuda.device_memory_used(0)
-        self.most = 0
-        self.at_work = False
+        self.peak_bytes = 0
+        self.is_sampling = False
 
-    def now(self) -> int:
+    def used_bytes(self) -> int:
         return torch.cuda.device_memory_used(0) - self.before
 
     @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        self.at_work = True
-        thread = threading.Thread(target=self.look)
+    def sampling(self) -> Iterator[None]:
+        self.is_sampling = True
+        thread = threading.Thread(target=self.sample_until_stopped)
         thread.start()
         try:
             yield
         finally:
-            self.at_work = False
+            self.is_sampling = False
             thread.join()
 
-    def look(self) -> None:
-        while self.at_work:
-            self.most = max(self.most, self.now())
+    def sample_until_stopped(self) -> None:
+        while self.is_sampling:
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes())
             time.sleep(0.002)
 
 
 @contextlib.contextmanager
-def watching_phases(model: TinySD, watch: Watch, found: dict[str, Any]) -> Iterator[None]:
+def record_stage_memory(model: TinySD, watch: DeviceMemoryMonitor, found: dict[str, Any]) -> Iterator[None]:
     """Have a model tell of each phase torch's own peak, and what of the card is not torch's."""
-    working, set_aside = model.memory.working, model.memory.set_aside
+    working, set_aside = model.planner.executing, model.planner.preallocate
     before = {"own": 0, "reserved": 0}  # a graph's room was taken, as large as it was planned
 
-    def unseen(phase: Phase) -> None:
+    def unseen(phase: StagePlan) -> None:
         before.update(own=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
         set_aside(phase)
         torch.cuda.reset_peak_memory_stats()
 
     @contextlib.contextmanager
-    def watched(phase: Phase) -> Iterator[Way]:
+    def watched(phase: StagePlan) -> Iterator[ExecutionStrategy]:
         torch.cuda.empty_cache()  # else what is reserved would be what an earlier phase left
         torch.cuda.reset_peak_memory_stats()
         before.update(own=0, reserved=0)
@@ -107,22 +107,22 @@ def watching_phases(model: TinySD, watch: Watch, found: dict[str, Any]) -> Itera
         found[phase.name] = {
             "own": max(before["own"], torch.cuda.max_memory_allocated()),
             "reserved": max(before["reserved"], torch.cuda.max_memory_reserved()),
-            "others": watch.now() - torch.cuda.memory_reserved(),
+            "others": watch.used_bytes() - torch.cuda.memory_reserved(),
         }
 
-    model.memory.working, model.memory.set_aside = watched, unseen  # type: ignore[method-assign]
+    model.planner.executing, model.planner.preallocate = watched, unseen  # type: ignore[method-assign]
     yield
-    model.memory.working, model.memory.set_aside = working, set_aside  # type: ignore[method-assign]
+    model.planner.executing, model.planner.preallocate = working, set_aside  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
-def watching_graphs(found: dict[str, Any]) -> Iterator[None]:
+def record_graph_replay(found: dict[str, Any]) -> Iterator[None]:
     """Have steps tell whether they were replayed, how long that takes, and what the driver keeps for it."""
     close = CapturedStep.close
 
     def watched(step: CapturedStep) -> None:
         if step.graph is not None:
-            found.update(graph=step.graph_bytes, replay_s=device_seconds(step.graph.replay, REPLAYS))
+            found.update(graph=step.graph_bytes, replay_s=time_on_device_s(step.graph.replay, REPLAYS))
         close(step)
 
     CapturedStep.close = watched  # type: ignore[method-assign, assignment]
@@ -130,19 +130,19 @@ def watching_graphs(found: dict[str, Any]) -> Iterator[None]:
     CapturedStep.close = close  # type: ignore[method-assign]
 
 
-def draw(given: argparse.Namespace) -> dict[str, Any]:
+def measure_generation(given: argparse.Namespace) -> dict[str, Any]:
     """Pictures by the engine: memory of the first, seconds of the others."""
-    watch = Watch()
+    watch = DeviceMemoryMonitor()
     torch.zeros(1, device="cuda")
-    context = watch.now()
+    context = watch.used_bytes()
     budget = given.budget
     if given.own:  # for torch's own memory
         dtype = torch.float32 if given.dtype == "full" else torch.float16
-        os.environ[WORKSPACE_CONFIG] = SMALL_WORKSPACE
-        budget = overhead(torch.device("cuda", 0), dtype).context + given.own
+        os.environ[CUBLAS_WORKSPACE_VARIABLE] = SMALL_CUBLAS_WORKSPACE
+        budget = measure_cuda_overhead(torch.device("cuda", 0), dtype).context_bytes + given.own
     if given.least:
         roomy = TinySD.from_pretrained(given.model, device="cuda", dtype=given.dtype, vram_budget="0.9")
-        budget = roomy.memory.least(Shape(2, given.size, given.size, roomy.info.max_tokens))
+        budget = roomy.planner.estimate_min_budget(MicroBatchShape(2, given.size, given.size, roomy.info.max_tokens))
     model = TinySD.from_pretrained(given.model, device="cuda", dtype=given.dtype, vram_budget=budget, turbo=given.turbo)
 
     def picture() -> Any:
@@ -151,24 +151,24 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
             width=given.size, output_type="np",
         )  # fmt: skip
 
-    model.residency.streams_all = given.streams
-    plan = model.memory.phases(Shape(2, given.size, given.size, model.info.max_tokens))
-    foretold = {phase.name: phase.peak - phase.gaps - model.memory.overhead.context for phase in plan}
+    model.offloader.stream_all_weights = given.streams
+    plan = model.planner.plan_stages(MicroBatchShape(2, given.size, given.size, model.info.max_tokens))
+    foretold = {phase.name: phase.peak_bytes - phase.gaps - model.planner.overhead.context_bytes for phase in plan}
     phases: dict[str, Any] = {}
-    with watch.looking(), watching_phases(model, watch, phases):
+    with watch.sampling(), record_stage_memory(model, watch, phases):
         picture()
     made, seconds = [], []
-    for _ in range(PICTURES - 1):
+    for _ in range(IMAGES - 1):
         started = time.monotonic()
         made.append(picture())
         seconds.append(time.monotonic() - started)
     graphs: dict[str, Any] = {}
-    with watching_graphs(graphs):
+    with record_graph_replay(graphs):
         picture()
     return {
         **graphs,
-        "context": context, "counted": model.memory.overhead.context, "whole": watch.most, "phases": phases,
-        "foretold": foretold, "streamed": plan[1].weights - plan[1].staying,
+        "context": context, "counted": model.planner.overhead.context_bytes, "whole": watch.peak_bytes, "phases": phases,
+        "foretold": foretold, "streamed": plan[1].weight_bytes - plan[1].resident_bytes,
         "picture_s": statistics.median(seconds), "decode_s": statistics.median(one.decode_s for one in made),
         "text_s": statistics.median(one.text_s for one in made),
         "step_s": statistics.median(one.denoise_s for one in made) / given.steps,
@@ -176,14 +176,14 @@ def draw(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def device_seconds(work: Callable[[], object], rounds: int) -> float:
+def time_on_device_s(work: Callable[[], object], rounds: int) -> float:
     """Median seconds of a piece of work on the card."""
     for _ in range(3):
         work()
     times = []
     for _ in range(rounds):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(AHEAD_CYCLES)  # type: ignore[no-untyped-call]  # else the card waits for the processor
+        torch.cuda._sleep(DEVICE_SLEEP_CYCLES)  # type: ignore[no-untyped-call]  # else the card waits for the processor
         before.record()
         work()
         after.record()
@@ -192,9 +192,9 @@ def device_seconds(work: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def step_diffusers(given: argparse.Namespace) -> dict[str, Any]:
+def measure_diffusers_step(given: argparse.Namespace) -> dict[str, Any]:
     """A guided step by diffusers' own UNet, dense: by the clock, the card waited for, as ours is measured."""
-    watch = Watch()
+    watch = DeviceMemoryMonitor()
     dtype = torch.float32 if given.dtype == "full" else torch.float16
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_V1_UNET)
@@ -208,12 +208,12 @@ def step_diffusers(given: argparse.Namespace) -> dict[str, Any]:
             latents = torch.randn(2, 4, given.size // 8, given.size // 8, dtype=dtype, device="cuda")
             latents = latents.contiguous(memory_format=layout)
             context = torch.randn(2, 77, 768, dtype=dtype, device="cuda")
-            times = [steps_s(lambda: unet(latents, 500, context), given.steps) for _ in range(PICTURES)]  # noqa: B023
+            times = [time_step_s(lambda: unet(latents, 500, context), given.steps) for _ in range(IMAGES)]  # noqa: B023
             found[name] = statistics.median(times[1:])
-    return {**found, "own": torch.cuda.max_memory_allocated(), "whole": watch.now()}
+    return {**found, "own": torch.cuda.max_memory_allocated(), "whole": watch.used_bytes()}
 
 
-def steps_s(step: Callable[[], object], count: int) -> float:
+def time_step_s(step: Callable[[], object], count: int) -> float:
     """Seconds of a step by the clock, in a row of them."""
     torch.cuda.synchronize()
     started = time.monotonic()
@@ -223,52 +223,52 @@ def steps_s(step: Callable[[], object], count: int) -> float:
     return (time.monotonic() - started) / count
 
 
-def unpacking(given: argparse.Namespace) -> dict[str, Any]:
+def measure_dequantize(given: argparse.Namespace) -> dict[str, Any]:
     """Bytes a second of the unpacking kernel, over layers that no cache holds, and of a copy."""
-    assert has_kernels(torch.device("cuda", 0)), "no kernels on this card"
+    assert has_working_kernels(torch.device("cuda", 0)), "no kernels on this card"
     dtype = torch.float32 if given.dtype == "full" else torch.float16
     layout = Layout(2, 64)
     weights = [
         layout.weight({
             name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, device="cuda").to(kind)
-            for name, (kind, shape) in layout.tensors(*LAYER).items()
+            for name, (kind, shape) in layout.tensors(*LARGEST_MATRIX).items()
         })
         for _ in range(8)
     ]  # fmt: skip
-    rooms = [torch.empty(LAYER, dtype=dtype, device="cuda") for _ in weights]
-    moved = len(weights) * (layout.nbytes(*LAYER) + rooms[0].nbytes)
+    rooms = [torch.empty(LARGEST_MATRIX, dtype=dtype, device="cuda") for _ in weights]
+    moved = len(weights) * (layout.nbytes(*LARGEST_MATRIX) + rooms[0].nbytes)
 
     def all_of_them() -> None:
         for weight, room in zip(weights, rooms, strict=True):
-            unpack(weight, room)
+            dequantize(weight, room)
 
     big = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(big)
     return {
-        "unpacking": moved / device_seconds(all_of_them, ROUNDS),
-        "copy": 2 * len(big) / device_seconds(lambda: other.copy_(big), ROUNDS),
-        "filling": len(big) / device_seconds(lambda: big.fill_(1), ROUNDS),
+        "unpacking": moved / time_on_device_s(all_of_them, ROUNDS),
+        "copy": 2 * len(big) / time_on_device_s(lambda: other.copy_(big), ROUNDS),
+        "filling": len(big) / time_on_device_s(lambda: big.fill_(1), ROUNDS),
     }
 
 
-def measure_bus(_: argparse.Namespace) -> dict[str, Any]:
+def measure_host_to_device(_: argparse.Namespace) -> dict[str, Any]:
     """The card's name, and bytes a second from page-locked memory to it."""
     host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     card = torch.empty_like(host, device="cuda")
     name = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"
-    return {"card": name, "bus": len(host) / device_seconds(lambda: card.copy_(host, non_blocking=True), ROUNDS)}
+    return {"card": name, "bus": len(host) / time_on_device_s(lambda: card.copy_(host, non_blocking=True), ROUNDS)}
 
 
-Measure = Callable[[argparse.Namespace], dict[str, Any]]
-CHILDREN: dict[str, Measure] = {
-    "draw": draw, "diffusers": step_diffusers, "unpacking": unpacking, "bus": measure_bus
+MeasureFunction = Callable[[argparse.Namespace], dict[str, Any]]
+CHILDREN: dict[str, MeasureFunction] = {
+    "draw": measure_generation, "diffusers": measure_diffusers_step, "unpacking": measure_dequantize, "bus": measure_host_to_device
 }  # fmt: skip
 
 
 # The processes
 
 
-class Child:
+class MeasurementProcess:
     """A measurement in a process of its own, which imports at once and then waits for its turn."""
 
     def __init__(self, kind: str, given: argparse.Namespace, **changes: Any) -> None:
@@ -285,7 +285,7 @@ class Child:
         return found
 
 
-def work_as_child(measure: Measure, given: argparse.Namespace) -> None:
+def run_as_child(measure: MeasureFunction, given: argparse.Namespace) -> None:
     if not sys.stdin.readline():  # nobody wants to know any more
         return
     try:
@@ -296,7 +296,7 @@ def work_as_child(measure: Measure, given: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def tell_way(name: str, dtype: str, found: dict[str, Any]) -> None:
+def print_generation(name: str, dtype: str, found: dict[str, Any]) -> None:
     if "error" in found:
         print(f"{name:<16}{dtype:<10}{found['error']}", flush=True)
         return
@@ -322,7 +322,7 @@ def tell_way(name: str, dtype: str, found: dict[str, Any]) -> None:
         )
 
 
-def tell_diffusers(dtype: str, found: dict[str, Any]) -> None:
+def print_diffusers(dtype: str, found: dict[str, Any]) -> None:
     if "error" in found:
         print(f"diffusers, {dtype}: {found['error']}")
         return
@@ -330,7 +330,7 @@ def tell_diffusers(dtype: str, found: dict[str, Any]) -> None:
     print(f"diffusers, {dtype}: a guided step {steps}; own {found['own'] / MB:.0f} MB", flush=True)
 
 
-def tell_unpacking(dtype: str, found: dict[str, Any]) -> None:
+def print_dequantize(dtype: str, found: dict[str, Any]) -> None:
     if "error" in found:
         print(f"unpacking, {dtype}: {found['error']}")
         return
@@ -342,14 +342,14 @@ def tell_unpacking(dtype: str, found: dict[str, Any]) -> None:
     )
 
 
-def measure_all(given: argparse.Namespace) -> None:
-    bus = Child("bus", given)
-    plan: list[tuple[Callable[[dict[str, Any]], None], Child]] = []
+def measure_on_gpu(given: argparse.Namespace) -> None:
+    bus = MeasurementProcess("bus", given)
+    plan: list[tuple[Callable[[dict[str, Any]], None], MeasurementProcess]] = []
     for dtype in [given.dtype] if given.dtype else ["autocast", "full"]:
-        draws = [(way, Child("draw", given, dtype=dtype, **WAYS[way])) for way in given.ways]
-        plan += [(partial(tell_way, way, dtype), child) for way, child in draws]
-        plan.append((partial(tell_diffusers, dtype), Child("diffusers", given, dtype=dtype)))
-        plan.append((partial(tell_unpacking, dtype), Child("unpacking", given, dtype=dtype)))
+        draws = [(way, MeasurementProcess("draw", given, dtype=dtype, **CONFIGURATIONS[way])) for way in given.ways]
+        plan += [(partial(print_generation, way, dtype), child) for way, child in draws]
+        plan.append((partial(print_diffusers, dtype), MeasurementProcess("diffusers", given, dtype=dtype)))
+        plan.append((partial(print_dequantize, dtype), MeasurementProcess("unpacking", given, dtype=dtype)))
     found = bus.measure()
     if "error" in found:
         raise SystemExit(f"this measures a CUDA card: {found['error']}")
@@ -364,10 +364,10 @@ def measure_all(given: argparse.Namespace) -> None:
         tell(child.measure())
 
 
-def pretend_all(given: argparse.Namespace) -> None:
+def measure_on_fake_device(given: argparse.Namespace) -> None:
     """Every way on a card that computes nothing, and knows neither time nor what libraries take to work in."""
-    from tests.support.fake_cuda.patch import pretended
-    from tests.support.fake_cuda.shape_only import IdleCard
+    from tests.support.fake_cuda.patch import use_fake_cuda
+    from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
     print(
         f"SD v1, {given.size}x{given.size}, a pretended card: what tensors take, and what torch reserves for them, MB"
@@ -375,9 +375,9 @@ def pretend_all(given: argparse.Namespace) -> None:
     print(f"{'way':<16}{'precision':<10}{'tensors':>9}{'reserved':>9}{'graph':>9}{'streamed':>9}")
     for dtype in [given.dtype] if given.dtype else ["autocast", "full"]:
         for name in given.ways:
-            settings = {**vars(given), "dtype": dtype, "steps": WORTH_IT, **WAYS[name]}
-            with pretended(IdleCard(PRETENDED_BYTES)):
-                found = draw(argparse.Namespace(**settings))
+            settings = {**vars(given), "dtype": dtype, "steps": MIN_STEPS_TO_CAPTURE, **CONFIGURATIONS[name]}
+            with use_fake_cuda(ShapeOnlyCudaDevice(FAKE_DEVICE_BYTES)):
+                found = measure_generation(argparse.Namespace(**settings))
             own, reserved = (max(one[what] for one in found["phases"].values()) for what in ("own", "reserved"))
             numbers = (own, reserved, found.get("graph", 0), found["streamed"])
             print(f"{name:<16}{dtype:<10}" + "".join(f"{number / MB:>9.1f}" for number in numbers), flush=True)
@@ -388,7 +388,7 @@ def new_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=list(CONFIGURATIONS), choices=list(CONFIGURATIONS))
     parser.add_argument("--dtype", choices=["full", "autocast"], help="one of both only")
     parser.add_argument("--pretend", action="store_true", help="no card is needed, and memory alone is told")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
@@ -402,11 +402,11 @@ def new_parser() -> argparse.ArgumentParser:
 def main() -> None:
     given = new_parser().parse_args()
     if given.child:
-        work_as_child(CHILDREN[given.child], given)
+        run_as_child(CHILDREN[given.child], given)
         return
     if not given.model.exists():
-        make_model(given.model)
-    (pretend_all if given.pretend else measure_all)(given)
+        make_random_model(given.model)
+    (measure_on_fake_device if given.pretend else measure_on_gpu)(given)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from tests.support.tiny_models import write_float_model
 
 # Heavy libraries are imported in fixtures: the process that only hands out tests to its workers has no use for them.
 if TYPE_CHECKING:
-    from tests.support.fake_cuda.device import Card
-    from tests.support.fake_cuda.shape_only import IdleCard
+    from tests.support.fake_cuda.device import FakeCudaDevice
+    from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
-AnyCard = TypeVar("AnyCard", bound="Card")
+AnyCard = TypeVar("AnyCard", bound="FakeCudaDevice")
 
 # A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
 # tries the same examples, ten times as many with HYPOTHESIS_PROFILE=thorough.
@@ -71,20 +71,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pretended_card() -> "Iterator[Card]":
+def pretended_card() -> "Iterator[FakeCudaDevice]":
     """A card of 4 GiB; all work on it was in good order."""
-    from tests.support.fake_cuda.device import Card
+    from tests.support.fake_cuda.device import FakeCudaDevice
 
-    with in_good_order(Card()) as card:
+    with in_good_order(FakeCudaDevice()) as card:
         yield card
 
 
 @pytest.fixture
-def idle_card() -> "Iterator[IdleCard]":
+def idle_card() -> "Iterator[ShapeOnlyCudaDevice]":
     """The same, which computes nothing."""
-    from tests.support.fake_cuda.shape_only import IdleCard
+    from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
-    with in_good_order(IdleCard()) as card:
+    with in_good_order(ShapeOnlyCudaDevice()) as card:
         yield card
 
 
@@ -93,17 +93,17 @@ def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
     import torch
 
     from tests.support.fake_cuda.driver import COMPILER
-    from tests.support.fake_cuda.patch import pretended
-    from tests.support.fake_cuda.race_detector import Race
+    from tests.support.fake_cuda.patch import use_fake_cuda
+    from tests.support.fake_cuda.race_detector import DataRaceError
 
     if COMPILER is None:
         pytest.skip("no g++ here to compile the kernels with")
     if torch.cuda.is_available():
         pytest.skip("there is a real card")
-    with pretended(card):
+    with use_fake_cuda(card):
         yield card
-    assert not Race.met
-    assert not card.allocator.underway, "a capture that was begun and not ended"
+    assert not DataRaceError.raised
+    assert not card.allocator.capturing_pools, "a capture that was begun and not ended"
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def real_card() -> None:
 
 
 @pytest.fixture(params=["pretended_card", pytest.param("real_card", marks=pytest.mark.gpu)])
-def card(request: pytest.FixtureRequest) -> "Card | None":
+def card(request: pytest.FixtureRequest) -> "FakeCudaDevice | None":
     """The pretended card, or None for a real one: what can be told of both is tested on both."""
-    found: Card | None = request.getfixturevalue(request.param)
+    found: FakeCudaDevice | None = request.getfixturevalue(request.param)
     return found

@@ -13,7 +13,7 @@ from tests.support.files import write_csv
 from tests.support.jobs import check_whole
 from tinysd_batch import TinySD, read_results, submit
 from tinysd_batch.errors import ManifestError, StorageError, UsageError
-from tinysd_batch.images import read_entries
+from tinysd_batch.images import read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_images_carry_their_settings(model: TinySD, tmp_path: Path) -> None:
     for suffix in ("png", "jpg", "webp"):
         paths = made.save(tmp_path / f"a.{suffix}")
         assert [path.name for path in paths] == [f"a_00001.{suffix}", f"a_00002.{suffix}"]
-        parameters, settings = read_entries(paths[0].read_bytes())
+        parameters, settings = read_metadata(paths[0].read_bytes())
         assert parameters == told
         assert settings == {"schema": 1, **made.settings[0]}
         again = model.generate(
@@ -195,7 +195,7 @@ def test_a_job_with_numbers_of_other_libraries_and_lost_files(tiny_model: Path, 
 
 def test_a_share_of_memory_as_a_number(tiny_model: Path) -> None:
     shares = (TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=share) for share in (0.5, "0.5"))
-    assert len({model.memory.budget_bytes for model in shares}) == 1
+    assert len({model.planner.budget_bytes for model in shares}) == 1
 
 
 def test_settings_that_are_not_known(here: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.program import Capture, call
-from tinysd_batch.config import find_sampler, read_job_file, read_preset, resolve
+from tinysd_batch.config import find_sampler, merge_settings, read_job_file, read_preset
 from tinysd_batch.errors import UsageError
 
 
@@ -26,7 +26,7 @@ from tinysd_batch.errors import UsageError
     ],
 )
 def test_settings_in_every_spelling(values: dict[str, Any], expected: dict[str, Any]) -> None:
-    settings = resolve(values)
+    settings = merge_settings(values)
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
@@ -36,11 +36,11 @@ def test_settings_in_every_spelling(values: dict[str, Any], expected: dict[str, 
 )
 def test_what_stays_a_fault(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"settings: {next(iter(values))} = "):
-        resolve(values)
+        merge_settings(values)
 
 
 def test_a_missing_value_says_nothing_and_minus_one_takes_a_seed_back() -> None:
-    settings = resolve({"scale": 3.0, "seed": 5}, {"scale": math.nan, "seed": -1})
+    settings = merge_settings({"scale": 3.0, "seed": 5}, {"scale": math.nan, "seed": -1})
     assert (settings.scale, settings.seed) == (3.0, None)
 
 

@@ -24,8 +24,8 @@ from tests.support.program import environment
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.checkpoint.folder import read_unet
-from tinysd_batch.model.checkpoint.info import WEIGHTS, embedded_path
-from tinysd_batch.model.checkpoint.json_file import read_json
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, embedded_model_path
+from tinysd_batch.model.checkpoint.json_file import read_json_object
 
 PACKED_NAMES = ("qweight", "qscale", "qoff", "qmeta")
 DRAWN: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(params=["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
-    return tiny_model if request.param == "tiny" else embedded_path()
+    return tiny_model if request.param == "tiny" else embedded_model_path()
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_pipeline_draws_what_we_draw(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_another_number_format_leaves_packed_integers_alone(unet_folder: Path, dtype: torch.dtype) -> None:
-    stored = load_file(unet_folder / WEIGHTS)
+    stored = load_file(unet_folder / WEIGHTS_FILE)
     loaded = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=dtype).state_dict()
     check_same(loaded, convert_floats(stored, dtype))
     assert loaded[f"{LAYER}.qmeta"].dtype == torch.int16
@@ -99,9 +99,9 @@ def test_another_number_format_leaves_packed_integers_alone(unet_folder: Path, d
 
 def test_saved_in_the_files_own_format_it_is_the_same_file(folder: Path, tmp_path: Path) -> None:
     UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float16).save_pretrained(tmp_path)
-    check_same(load_file(tmp_path / WEIGHTS), load_file(folder / "unet" / WEIGHTS))
-    quantization = read_json(tmp_path / "config.json")["quantization_config"]
-    assert quantization == read_json(folder / "unet" / "config.json")["quantization_config"]
+    check_same(load_file(tmp_path / WEIGHTS_FILE), load_file(folder / "unet" / WEIGHTS_FILE))
+    quantization = read_json_object(tmp_path / "config.json")["quantization_config"]
+    assert quantization == read_json_object(folder / "unet" / "config.json")["quantization_config"]
 
 
 def test_a_saved_pipeline_loads_again_in_diffusers_and_here(folder: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_saved_pipeline_loads_again_in_diffusers_and_here(folder: Path, tmp_pa
     again = new_pipeline(tmp_path)
     for part in ("unet", "vae", "text_encoder"):
         check_same(getattr(again, part).state_dict(), getattr(first, part).state_dict())
-    stored, saved = load_file(folder / "unet" / WEIGHTS), load_file(tmp_path / "unet" / WEIGHTS)
+    stored, saved = load_file(folder / "unet" / WEIGHTS_FILE), load_file(tmp_path / "unet" / WEIGHTS_FILE)
     for name, value in stored.items():
         assert torch.equal(value.float(), saved[name].float()), name
         assert value.dtype == saved[name].dtype or not name.endswith(PACKED_NAMES), name
@@ -153,16 +153,16 @@ def test_a_damaged_file_is_refused_by_name(
     tiny_model: Path, tmp_path: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
     model = damage(tiny_model, tmp_path / "model", change)
-    with pytest.raises(ModelError, match=rf"{model}/unet/{WEIGHTS}: .*{message}"):
+    with pytest.raises(ModelError, match=rf"{model}/unet/{WEIGHTS_FILE}: .*{message}"):
         StableDiffusionPipeline.from_pretrained(model)
 
 
 def test_a_newer_format_is_refused(unet_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(unet_folder, tmp_path / "unet")
-    config = read_json(unet_folder / "config.json")
+    config = read_json_object(unet_folder / "config.json")
     config["quantization_config"]["min_reader"] = "2.0"
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=rf"{WEIGHTS}: format 2\.0 is newer than 1\.0; update tinysd-batch"):
+    with pytest.raises(ModelError, match=rf"{WEIGHTS_FILE}: format 2\.0 is newer than 1\.0; update tinysd-batch"):
         UNet2DConditionModel.from_pretrained(tmp_path / "unet")
 
 
@@ -185,7 +185,7 @@ def test_a_float_model_is_not_packed_while_it_loads(float_model: Path) -> None:
 
 
 def test_the_embedded_models_autoencoder_decodes_only() -> None:
-    pipeline = new_pipeline(embedded_path()).to("cpu")  # raises where weights are missing
+    pipeline = new_pipeline(embedded_model_path()).to("cpu")  # raises where weights are missing
     with pytest.raises(UsageError, match="has no encoder"):
         AutoPipelineForImage2Image.from_pipe(pipeline)("red apple", image=torch.zeros(1, 3, 64, 64))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.support.paths import ROOT
 from tests.support.program import run_here
 from tinysd_batch import TinySD
-from tinysd_batch.model.checkpoint.info import WEIGHTS, embedded_path
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, embedded_model_path
 
 STEPS = 12
 
@@ -32,7 +32,7 @@ def mean_colour(model: TinySD, prompt: str) -> np.ndarray:
 
 
 def test_it_is_at_most_15_megabytes() -> None:
-    assert sum(path.stat().st_size for path in embedded_path().rglob("*") if path.is_file()) <= 15_000_000
+    assert sum(path.stat().st_size for path in embedded_model_path().rglob("*") if path.is_file()) <= 15_000_000
 
 
 def test_weights_are_those_that_training_recorded() -> None:
@@ -43,14 +43,14 @@ def test_weights_are_those_that_training_recorded() -> None:
 
 
 def test_most_of_its_unet_is_at_two_bits() -> None:
-    unet = embedded_path() / "unet"
+    unet = embedded_model_path() / "unet"
     layers = json.loads((unet / "config.json").read_text())["quantization_config"]["layers"]
     weights: Counter[int] = Counter()
     for layer in layers.values():
         weights[layer["bits"]] += math.prod(layer["shape"])
     assert weights.total() > 0.95 * 14.9e6
     assert weights[2] > 0.85 * weights.total()
-    stored = load_file(unet / WEIGHTS)
+    stored = load_file(unet / WEIGHTS_FILE)
     packed = [one for name, one in stored.items() if name.rpartition(".")[0] in layers and not name.endswith(".bias")]
     assert 8 * sum(one.nbytes for one in packed) < 2.5 * weights.total()
 
@@ -58,9 +58,9 @@ def test_most_of_its_unet_is_at_two_bits() -> None:
 def test_the_report_on_it_is_of_these_weights() -> None:
     """Level, size and bytes of the report that the repository keeps."""
     report = json.loads((ROOT / "training" / "report" / "report.json").read_text())
-    config = json.loads((embedded_path() / "unet" / "config.json").read_text())["quantization_config"]
+    config = json.loads((embedded_model_path() / "unet" / "config.json").read_text())["quantization_config"]
     assert report["level"] == config["level"]
-    assert report["unet_bytes"] == (embedded_path() / "unet" / WEIGHTS).stat().st_size
+    assert report["unet_bytes"] == (embedded_model_path() / "unet" / WEIGHTS_FILE).stat().st_size
     bits = {layer["name"]: layer["bits"] for layer in report["layers"]}
     assert all(bits[name] == layer["bits"] for name, layer in config["layers"].items())
 

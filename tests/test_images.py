@@ -8,7 +8,7 @@ import sd_parsers
 from PIL import Image
 
 from tinysd_batch.config import SAMPLERS
-from tinysd_batch.images import SAMPLER_LABELS, FileFormat, encode_image, parameters_text, read_entries
+from tinysd_batch.images import SAMPLER_LABELS, FileFormat, encode_image, format_webui_parameters, read_metadata
 from tinysd_batch.records import ImageRequest, SamplingParams
 
 
@@ -18,7 +18,7 @@ def request(prompt: str, negative: str = "") -> ImageRequest:
 
 
 def test_parameters_as_other_tools_read_them() -> None:
-    text = parameters_text(request("a cat\non a mat", "blurry"), "sd, v1", "0123456789abcdef", "0.1.0")
+    text = format_webui_parameters(request("a cat\non a mat", "blurry"), "sd, v1", "0123456789abcdef", "0.1.0")
     assert text.splitlines() == [
         "a cat on a mat",
         "Negative prompt: blurry",
@@ -44,13 +44,13 @@ def test_pixels_and_metadata_survive(name: str) -> None:
     with Image.open(io.BytesIO(data)) as image:
         difference = np.abs(np.asarray(image).astype(int) - pixels())
     assert difference.max() <= (0 if name == "png" else 12)
-    assert read_entries(data) == ("p\N{SNOWMAN}", OURS)
+    assert read_metadata(data) == ("p\N{SNOWMAN}", OURS)
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
 def test_metadata_may_hold_names_that_are_no_text(name: str) -> None:
     odd = {"model": "mod\udce9", "made": {"device_name": "\ud800", "degraded": ["\udce9"]}}
-    parameters, ours = read_entries(encode_image(Image.fromarray(pixels()), FileFormat(name), "mod\udce9", odd))
+    parameters, ours = read_metadata(encode_image(Image.fromarray(pixels()), FileFormat(name), "mod\udce9", odd))
     assert (parameters, ours["model"], ours["made"]["degraded"]) == ("mod\\xe9", "mod\\xe9", ["\\xe9"])
 
 
@@ -65,7 +65,7 @@ def test_quality_costs_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
 def test_without_metadata_nothing_is_told(name: str) -> None:
     data = encode_image(Image.fromarray(pixels()), FileFormat(name, with_metadata=False), "secret prompt", OURS)
-    assert read_entries(data) == ("", {})
+    assert read_metadata(data) == ("", {})
     with Image.open(io.BytesIO(data)) as image:
         assert not image.getexif()
         assert not {"parameters", "tinysd", "exif"} & image.info.keys()
@@ -76,7 +76,7 @@ def test_without_metadata_nothing_is_told(name: str) -> None:
 def test_prompts_too_long_for_exif_leave_the_identity(name: str, characters: int) -> None:
     prompt = "\N{SNOWMAN}" * characters
     ours = {"image_id": "ab", "prompt": prompt, "negative_prompt": prompt, "seed": 3}
-    _, found = read_entries(encode_image(Image.fromarray(pixels()), FileFormat(name), prompt + prompt, ours))
+    _, found = read_metadata(encode_image(Image.fromarray(pixels()), FileFormat(name), prompt + prompt, ours))
     assert (found["image_id"], found["seed"]) == ("ab", 3)
     assert found.get("prompt", prompt) == prompt
 
@@ -90,7 +90,7 @@ def test_other_programs_read_what_made_the_picture(
     monkeypatch.setattr("sd_parsers.extractors._jpeg_usercomment._image_id", None)
     params = SamplingParams(width=512, height=768, steps=50, sampler=sampler, eta=0.5)
     made = ImageRequest(1, 1, 1, "a cat, (big:1.2), 16:9", "blurry: yes", 42, 7.5, params, "ab" * 16, "x.png")
-    parameters = parameters_text(made, "sd, v1", "0123456789abcdef", "0.1.0")
+    parameters = format_webui_parameters(made, "sd, v1", "0123456789abcdef", "0.1.0")
     path = tmp_path / f"picture.{name}"
     path.write_bytes(encode_image(Image.fromarray(pixels()), FileFormat(name), parameters, OURS))
     found = sd_parsers.ParserManager().parse(path)
@@ -107,4 +107,4 @@ def test_files_that_are_not_ours_have_no_metadata() -> None:
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")
     files = b"", data[: len(data) // 2], plain.getvalue()
-    assert [read_entries(file)[1] for file in files] == [{}, {}, {}]
+    assert [read_metadata(file)[1] for file in files] == [{}, {}, {}]

@@ -9,7 +9,7 @@ import pytest
 
 import tinysd_batch
 from tests.support.program import environment
-from tinysd_batch.import_path import PACKAGE_ROOT, absolute_entries, trusted
+from tinysd_batch.import_path import PACKAGE_ROOT, filter_trusted, select_absolute_entries
 
 NAMES = (
     "diffusers", "torch", "ray", "numpy", "pyarrow", "typer", "rich", "pydantic", "transformers", "PIL", "json", "csv",
@@ -77,16 +77,18 @@ def test_an_empty_entry_of_pythonpath_reaches_no_worker(trap: Path) -> None:
 def test_what_is_trusted() -> None:
     here = "/home/me/farm"
     entries = ["", ".", here, "/opt/lib", f"{here}/sub", PACKAGE_ROOT]
-    assert trusted(entries, [here], []) == ["/opt/lib", f"{here}/sub", PACKAGE_ROOT]
-    assert trusted(entries, [here], [here]) == [here, "/opt/lib", f"{here}/sub", PACKAGE_ROOT]
+    assert filter_trusted(entries, [here], []) == ["/opt/lib", f"{here}/sub", PACKAGE_ROOT]
+    assert filter_trusted(entries, [here], [here]) == [here, "/opt/lib", f"{here}/sub", PACKAGE_ROOT]
     library = str(Path(os.__file__).parent)
-    assert trusted([library], [library], [])[0] == library
-    assert trusted([PACKAGE_ROOT, "/opt/lib"], [PACKAGE_ROOT], []) == ["/opt/lib", PACKAGE_ROOT], "last, in a checkout"
+    assert filter_trusted([library], [library], [])[0] == library
+    assert filter_trusted([PACKAGE_ROOT, "/opt/lib"], [PACKAGE_ROOT], []) == ["/opt/lib", PACKAGE_ROOT], (
+        "last, in a checkout"
+    )
 
 
 @pytest.mark.parametrize(("python_path", "kept"), [("", []), (":/a", ["/a"]), ("/a:.:lib:/b:", ["/a", "/b"])])
 def test_entries_of_pythonpath_that_mean_the_current_folder(python_path: str, kept: list[str]) -> None:
-    assert absolute_entries(python_path) == kept
+    assert select_absolute_entries(python_path) == kept
 
 
 @pytest.mark.parametrize(

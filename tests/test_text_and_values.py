@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.text import INVISIBLE_CHARACTERS, fold_widths, has_surrogates, normalize_text, storable_text
-from tinysd_batch.values import is_missing, is_missing_number, read_whole_number
+from tinysd_batch.text import INVISIBLE_CHARACTERS, fold_widths, has_surrogates, make_text_storable, normalize_text
+from tinysd_batch.values import is_missing, is_missing_number, parse_integer
 
 ANY_TEXT = st.text(st.characters())  # lone surrogates included
 
@@ -43,7 +43,7 @@ def test_normalizing_twice_changes_nothing_and_leaves_nothing_invisible(text: st
 
 @given(ANY_TEXT)
 def test_storable_text_is_utf_8_without_nul(text: str) -> None:
-    stored = storable_text(text)
+    stored = make_text_storable(text)
     assert not has_surrogates(stored)
     assert "\0" not in stored
     if not has_surrogates(text) and "\0" not in text:
@@ -51,7 +51,7 @@ def test_storable_text_is_utf_8_without_nul(text: str) -> None:
 
 
 def test_bytes_of_another_encoding_stay_readable() -> None:
-    assert storable_text(b"/jobs/alt\xe9".decode("utf-8", "surrogateescape")) == "/jobs/alt\\xe9"
+    assert make_text_storable(b"/jobs/alt\xe9".decode("utf-8", "surrogateescape")) == "/jobs/alt\\xe9"
 
 
 @pytest.mark.parametrize("value", [None, "", " ", "\t\n", "\u200b", "\u00a0", math.nan, Decimal("nan")])
@@ -80,7 +80,7 @@ def test_words_for_nothing_are_missing_numbers_but_text_in_text(word: str) -> No
     ],
 )  # fmt: skip
 def test_whole_numbers(value: object, number: int) -> None:
-    assert read_whole_number(value) == number
+    assert parse_integer(value) == number
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_whole_numbers(value: object, number: int) -> None:
 )
 def test_no_whole_numbers(value: object) -> None:
     with pytest.raises(ValueError, match="a whole number was expected"):
-        read_whole_number(value)
+        parse_integer(value)
 
 
 @pytest.mark.parametrize(

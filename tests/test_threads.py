@@ -13,11 +13,11 @@ import torch
 from tests.support.program import environment
 from tinysd_batch import TinySD, threads
 
-OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": threads.WAITING["GOMP_SPINCOUNT"]}
+OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": threads.WAIT_POLICY["GOMP_SPINCOUNT"]}
 
 
 def run_python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
-    without = {name: value for name, value in environment().items() if name not in threads.USER_CHOICES}
+    without = {name: value for name, value in environment().items() if name not in threads.WAIT_POLICY_VARIABLES}
     return subprocess.run(
         [sys.executable, "-c", code], env={**without, **more}, capture_output=True, text=True, check=True, timeout=60
     )
@@ -35,7 +35,7 @@ def run_python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
 def test_the_wait_policy_is_set_unless_the_user_has_set_one(module: str, users: dict[str, str]) -> None:
     code = (
         f"import {module}, json, os, sys; assert 'torch' not in sys.modules; "
-        f"names = set({sorted(threads.USER_CHOICES)}) & os.environ.keys(); "
+        f"names = set({sorted(threads.WAIT_POLICY_VARIABLES)}) & os.environ.keys(); "
         "print(json.dumps({name: os.environ[name] for name in names}))"
     )
     assert json.loads(run_python(code, **users).stdout) == (users or OURS)
@@ -75,7 +75,7 @@ def test_a_small_model_generates_on_one_thread(tiny_model: Path, before: int, du
 def test_who_imports_torch_first_is_told_what_to_do(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(threads, "is_too_late", False)
+    monkeypatch.setattr(threads, "was_torch_imported_first", False)
     monkeypatch.setattr(os, "environ", {})
     threads.set_wait_policy()
     threads.warn_if_threads_spin(1)

@@ -11,14 +11,14 @@ USAGE_ERROR = 2
 def main() -> None:
     """Make the process safe to work in, then run the command line."""
     restrict_import_path()  # before anything else is imported
-    occupy_standard_streams()
-    refuse_lost_folder()
+    open_closed_streams()
+    check_current_folder()
     from tinysd_batch.cli import main as run
 
     run()
 
 
-def occupy_standard_streams() -> None:
+def open_closed_streams() -> None:
     """A stream that was closed (`2>&-`) must not become the descriptor of a file that is opened later."""
     for stream in (0, 1, 2):
         try:
@@ -30,7 +30,7 @@ def occupy_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - open until the end
 
 
-def refuse_lost_folder() -> None:
+def check_current_folder() -> None:
     """Libraries end the process with messages of their own where the current folder was removed."""
     try:
         os.getcwd()  # noqa: PTH109

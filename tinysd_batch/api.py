@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import UsageError
 from tinysd_batch.records import Status
-from tinysd_batch.values import read_whole_number
+from tinysd_batch.values import parse_integer
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OTHER_NAMES = {
+SETTING_ALIASES = {
     "num_inference_steps": "steps",
     "ddim_steps": "steps",
     "guidance_scale": "scale",
@@ -28,7 +28,7 @@ OTHER_NAMES = {
     "W": "width",
     "ddim_eta": "eta",
 }
-WHOLE_NUMBERS = {
+INTEGER_ARGUMENTS = {
     "seed", "steps", "height", "width", "n_iter", "n_samples", "quality", "n_rows", "unet_bs", "max_batch", "workers",
 }  # fmt: skip
 
@@ -86,18 +86,18 @@ def submit(
     from rich.console import Console
 
     from tinysd_batch.job.driver import run_job
-    from tinysd_batch.job.open_pool import pool_for
+    from tinysd_batch.job.open_pool import make_pool_factory
     from tinysd_batch.job.state.prepare_job import prepare_job
-    from tinysd_batch.report.progress_bar import RunProgress
+    from tinysd_batch.report.progress_bar import RunProgressBar
 
     job, _ = prepare_job(
-        Path(manifest), Path(output) if output is not None else None, (), own_names(settings),
+        Path(manifest), Path(output) if output is not None else None, (), resolve_aliases(settings),
         Path(reuse) if reuse is not None else None,
     )  # fmt: skip
     with ExitStack() as stack:
-        shown = RunProgress(Console(stderr=True, highlight=False, quiet=not progress), verbose=False)
+        shown = RunProgressBar(Console(stderr=True, highlight=False, quiet=not progress), verbose=False)
         summary = run_job(
-            job, pool_for(job), stack.enter_context(shown), lambda: False, limit, retry_failed=retry_failed,
+            job, make_pool_factory(job), stack.enter_context(shown), lambda: False, limit, retry_failed=retry_failed,
             redo_missing=redo_missing, take_over=take_over,
         )  # fmt: skip
     return JobResult(
@@ -106,14 +106,14 @@ def submit(
     )  # fmt: skip
 
 
-def own_names(settings: dict[str, Any]) -> dict[str, Any]:
+def resolve_aliases(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings under their own names. Raises TypeError for an unknown one, UsageError for one that is given twice."""
     named: dict[str, Any] = {}
     for given, written in settings.items():
-        name = OTHER_NAMES.get(given, given)
+        name = SETTING_ALIASES.get(given, given)
         if name not in Settings.model_fields:
-            raise TypeError(f"submit() got an unexpected keyword argument {given!r}{suggestion(given)}")
-        value = plain_value(name, written)
+            raise TypeError(f"submit() got an unexpected keyword argument {given!r}{suggest_setting(given)}")
+        value = to_plain_value(name, written)
         if name in named and named[name] != value:
             raise UsageError(
                 f"{name} = {named[name]} and {given} = {value}: two names of one setting; give one of them"
@@ -122,7 +122,7 @@ def own_names(settings: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def plain_value(name: str, value: Any) -> Any:
+def to_plain_value(name: str, value: Any) -> Any:
     """A setting's value as job.toml would have it: paths as text, whole numbers of any type as int, no seed as None."""
     if isinstance(value, Path):
         return str(value)
@@ -130,20 +130,20 @@ def plain_value(name: str, value: Any) -> Any:
         value = item()
     if name == "vram_budget" and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    if name not in WHOLE_NUMBERS or isinstance(value, str | bool) or value is None:
+    if name not in INTEGER_ARGUMENTS or isinstance(value, str | bool) or value is None:
         return value
     if name == "seed" and value == -1:
         return None
     try:
-        return read_whole_number(value)
+        return parse_integer(value)
     except ValueError:
         return value  # which `config.resolve` refuses by name
 
 
-def suggestion(name: str) -> str:
+def suggest_setting(name: str) -> str:
     import difflib
 
-    alike = difflib.get_close_matches(name, [*Settings.model_fields, *OTHER_NAMES], n=1)
+    alike = difflib.get_close_matches(name, [*Settings.model_fields, *SETTING_ALIASES], n=1)
     return f"; did you mean {alike[0]}?" if alike else ""
 
 
@@ -156,12 +156,12 @@ def read_results(folder: str | Path, columns: Sequence[str] | None = None) -> "p
         UsageError: the folder is not a job, or has no such column.
         StorageError: a file of the table is damaged.
     """
-    from tinysd_batch.job.results.table import ResultsPaths
+    from tinysd_batch.job.results.table import ResultsTable
     from tinysd_batch.job.state.open_job import read_job_json
 
     read_job_json(Path(folder))
     columns = [columns] if isinstance(columns, str) else columns
-    table = ResultsPaths(Path(folder)).read_newest_whole()
+    table = ResultsTable(Path(folder)).read_newest_all_columns()
     if columns is None:
         return table
     if unknown := [name for name in columns if name not in table.column_names]:

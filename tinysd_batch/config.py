@@ -12,10 +12,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tinysd_batch.errors import UsageError
 from tinysd_batch.storage.atomic import read_file
 from tinysd_batch.text import decode_text, excerpt, normalize_text
-from tinysd_batch.values import is_missing_number, is_nan, read_whole_number
+from tinysd_batch.values import is_missing_number, is_nan, parse_integer
 
 SAMPLERS = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "unipc")
-TAKE_ETA = ("plms", "ddim")  # the others have no use for it
+SAMPLERS_WITH_ETA = ("plms", "ddim")  # the others have no use for it
 
 MAX_STEPS = 1000  # SD v1 knows 1000 noise levels
 MAX_SIDE_PX = 2048
@@ -24,13 +24,13 @@ MAX_PROMPT_CHARACTERS = 10_000
 MAX_IMAGES_PER_ROW = 100_000
 MAX_GRID_IMAGES = 100
 MAX_TOML_BYTES = 1_000_000
-EMBEDDED = "embedded"
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+EMBEDDED_MODEL = "embedded"
+BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 # What other programs call our samplers, as `squeeze` leaves it: k-diffusion, the web UI, ComfyUI, InvokeAI, and the
 # scheduler classes of diffusers.
-SAMPLER_NAMES = {
+SAMPLER_ALIASES = {
     **{name.replace("_", ""): name for name in SAMPLERS},
     "pndm": "plms",
     "eulerancestral": "euler_a",
@@ -41,7 +41,7 @@ SAMPLER_NAMES = {
     "unipcmultistep": "unipc",
 }
 # Sigma schedules that such names end in.
-SCHEDULES = {
+SIGMA_SCHEDULES = {
     "karras": "Karras", "ka": "Karras", "polyexponential": "polyexponential", "exponential": "exponential",
     "sgmuniform": "SGM uniform", "ddimuniform": "DDIM uniform", "uniform": "uniform", "normal": "normal",
     "simple": "simple", "beta": "beta", "linearquadratic": "linear quadratic", "kloptimal": "KL optimal",
@@ -54,65 +54,65 @@ def find_sampler(name: str) -> str:
 
     Raises ValueError for a name that is none, and for one that asks for a sigma schedule, which is what is missing.
     """
-    if own := known_sampler(squeeze(name)):
+    if own := look_up_sampler(normalize_sampler_name(name)):
         return own
-    for own, schedule in without_schedules(name):
+    for own, schedule in split_off_schedules(name):
         raise ValueError(f"{own} is known, but its {schedule} schedule is missing; write {own} for the model's own")
     raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
 
 
-def squeeze(name: str) -> str:
+def normalize_sampler_name(name: str) -> str:
     """`k_dpm_2_ancestral` -> `kdpm2ancestral`, `diffusers.EulerDiscreteScheduler` -> `euler`"""
     plain = normalize_text(name).strip().rpartition(".")[2].lower().replace("++", "pp")
     plain = re.sub(r"[\W_]+", "", plain).removeprefix("sample").removesuffix("scheduler")
     return plain.replace("discrete", "")
 
 
-def known_sampler(squeezed: str) -> str | None:
+def look_up_sampler(squeezed: str) -> str | None:
     """k-diffusion's samplers are known with a k before them, too."""
-    return SAMPLER_NAMES.get(squeezed) or SAMPLER_NAMES.get(squeezed.removeprefix("k"))
+    return SAMPLER_ALIASES.get(squeezed) or SAMPLER_ALIASES.get(squeezed.removeprefix("k"))
 
 
-def without_schedules(name: str) -> Iterator[tuple[str, str]]:
+def split_off_schedules(name: str) -> Iterator[tuple[str, str]]:
     """The samplers whose name, with a schedule behind it, this is, and the schedule."""
-    squeezed = squeeze(name)
-    for ending, schedule in SCHEDULES.items():
-        if squeezed.endswith(ending) and (own := known_sampler(squeezed.removesuffix(ending))):
+    squeezed = normalize_sampler_name(name)
+    for ending, schedule in SIGMA_SCHEDULES.items():
+        if squeezed.endswith(ending) and (own := look_up_sampler(squeezed.removesuffix(ending))):
             yield own, schedule
     # InvokeAI's dpmpp_2m_k
-    if re.search(r"[\s_-]k$", name.strip().lower()) and (own := known_sampler(squeezed.removesuffix("k"))):
+    if re.search(r"[\s_-]k$", name.strip().lower()) and (own := look_up_sampler(squeezed.removesuffix("k"))):
         yield own, "Karras"
 
 
-WHOLE_NUMBER_SETTINGS = (
+INTEGER_SETTINGS = (
     "height", "width", "steps", "n_iter", "n_samples", "seed", "quality", "n_rows", "unet_bs", "max_batch", "workers",
     "C", "f",
 )  # fmt: skip
-NUMBER_SETTINGS = ("scale", "eta", "worker_wait")
+FLOAT_SETTINGS = ("scale", "eta", "worker_wait")
 TEXT_SETTINGS = (
     "negative_prompt", "prompt_syntax", "sampler", "rng", "precision", "format", "device", "vram_budget", "address",
 )  # fmt: skip
 
 
-def tidy_settings(values: Any) -> Any:
+def normalize_settings(values: Any) -> Any:
     """Settings as manifests' cells are read: `30.0` is 30, NaN and a seed of -1 say nothing, text is normalized."""
     if not isinstance(values, dict):
         return values
     tidied: dict[str, Any] = {}
     for name, value in values.items():
-        if name in WHOLE_NUMBER_SETTINGS or name in NUMBER_SETTINGS:
+        if name in INTEGER_SETTINGS or name in FLOAT_SETTINGS:
             if is_missing_number(value) or (name == "seed" and value in (-1, "-1")):
                 continue
-            tidied[name] = as_whole_number(value) if name in WHOLE_NUMBER_SETTINGS else value
+            tidied[name] = to_integer_if_possible(value) if name in INTEGER_SETTINGS else value
         else:
             tidied[name] = normalize_text(value) if name in TEXT_SETTINGS and isinstance(value, str) else value
     return tidied
 
 
-def as_whole_number(value: Any) -> Any:
+def to_integer_if_possible(value: Any) -> Any:
     """The value itself where it is none, for pydantic to say so."""
     try:
-        return read_whole_number(value)
+        return parse_integer(value)
     except ValueError:
         return value
 
@@ -132,10 +132,10 @@ class Settings(BaseModel):
     """Everything a job can be told besides its rows. None means: the model's own default."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-    _tidy = model_validator(mode="before")(tidy_settings)
+    _tidy = model_validator(mode="before")(normalize_settings)
 
     # What decides the pixels of a row that does not say otherwise.
-    model: str = EMBEDDED
+    model: str = EMBEDDED_MODEL
     negative_prompt: str = ""
     prompt_syntax: Literal["seed", "a1111", "none"] = "seed"
     long_prompts: bool = False
@@ -197,7 +197,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
 
 
-def validate(kind: type[Settings], values: dict[str, Any], where: str) -> Any:
+def validate_settings(kind: type[Settings], values: dict[str, Any], where: str) -> Any:
     """Build `kind` from `values`, or raise UsageError naming `where`, the setting and the rule it breaks."""
     try:
         return kind(**values)
@@ -216,18 +216,18 @@ def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
     Paths in the file are relative to it.
     """
     values = read_toml(path)
-    job = validate(JobFile, values, str(path))
+    job = validate_settings(JobFile, values, str(path))
     merged: dict[str, Any] = {}
     for preset in job.preset:
-        merged |= without_missing(read_preset(beside(path, preset)))
-    merged |= without_missing({key: values[key] for key in values.keys() - {"manifest", "output", "preset"}})
-    if job.model != EMBEDDED and "model" in values:
-        merged["model"] = str(beside(path, job.model))
-    output = beside(path, job.output) if job.output else None
-    return merged, beside(path, job.manifest), output
+        merged |= drop_unset(read_preset(resolve_relative_path(path, preset)))
+    merged |= drop_unset({key: values[key] for key in values.keys() - {"manifest", "output", "preset"}})
+    if job.model != EMBEDDED_MODEL and "model" in values:
+        merged["model"] = str(resolve_relative_path(path, job.model))
+    output = resolve_relative_path(path, job.output) if job.output else None
+    return merged, resolve_relative_path(path, job.manifest), output
 
 
-def beside(file: Path, target: str) -> Path:
+def resolve_relative_path(file: Path, target: str) -> Path:
     """A path that `file` names relative to itself."""
     if "\0" in target:
         raise UsageError(f"{file}: {excerpt(target)}: a path holds no NUL")
@@ -236,30 +236,30 @@ def beside(file: Path, target: str) -> Path:
 
 def read_preset(path: Path) -> dict[str, Any]:
     values = read_toml(path)
-    validate(Settings, values, str(path))
+    validate_settings(Settings, values, str(path))
     return values
 
 
-def resolve(*layers: dict[str, Any]) -> Settings:
+def merge_settings(*layers: dict[str, Any]) -> Settings:
     """Settings from layers, later ones winning; a value of None in a layer says nothing."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged |= without_missing(layer)
-    settings: Settings = validate(Settings, merged, "settings")
-    parse_budget(settings.vram_budget, MAX_SEED)
+        merged |= drop_unset(layer)
+    settings: Settings = validate_settings(Settings, merged, "settings")
+    parse_memory_budget(settings.vram_budget, MAX_SEED)
     return settings
 
 
-def without_missing(layer: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in layer.items() if not says_nothing(name, value)}
+def drop_unset(layer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in layer.items() if not is_unset(name, value)}
 
 
-def says_nothing(name: str, value: Any) -> bool:
-    is_number = name in WHOLE_NUMBER_SETTINGS or name in NUMBER_SETTINGS
+def is_unset(name: str, value: Any) -> bool:
+    is_number = name in INTEGER_SETTINGS or name in FLOAT_SETTINGS
     return value is None or (is_missing_number(value) if is_number else is_nan(value))
 
 
-def parse_budget(amount: str | float | None, total: int | None) -> int | None:
+def parse_memory_budget(amount: str | float | None, total: int | None) -> int | None:
     """Bytes from a number or text: `900MB`, `1.5 GiB`, `0.5` of the `total` bytes, or `-500MB`, all but so much.
 
     Raises UsageError for anything else, and where `total` would have to be known.
@@ -267,7 +267,7 @@ def parse_budget(amount: str | float | None, total: int | None) -> int | None:
     if amount is None or isinstance(amount, int):
         return amount
     match = re.fullmatch(r"\s*(-?)(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(amount).lower())
-    if match is None or match[3] not in UNITS or not float(match[2]):
+    if match is None or match[3] not in BYTE_UNITS or not float(match[2]):
         raise UsageError(
             f"vram_budget = {amount!r}: give a number with a unit, such as 900MB, a share of the device's memory, such "
             f"as 0.5, or what is to be left of it, such as -500MB"
@@ -276,7 +276,7 @@ def parse_budget(amount: str | float | None, total: int | None) -> int | None:
     is_share = not match[3] and number <= 1
     if total is None and (match[1] or is_share):
         raise UsageError(f"vram_budget = {amount!r}: the card is not here, so its memory is not known; give megabytes")
-    wanted = min(number * (total if is_share and total else UNITS[match[3]]), MAX_SEED)
+    wanted = min(number * (total if is_share and total else BYTE_UNITS[match[3]]), MAX_SEED)
     return int(total - wanted if match[1] and total else wanted)
 
 
@@ -285,6 +285,6 @@ def parse_bytes(amount: str | int | None, name: str) -> int | None:
     if amount is None or isinstance(amount, int):
         return amount
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())
-    if match is None or match[2] not in UNITS:
+    if match is None or match[2] not in BYTE_UNITS:
         raise UsageError(f"{name} = {amount!r}: give bytes or a number with a unit, such as 900MB")
-    return int(min(float(match[1]) * UNITS[match[2]], MAX_SEED))
+    return int(min(float(match[1]) * BYTE_UNITS[match[2]], MAX_SEED))

@@ -22,7 +22,13 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.checkpoint.folder import QUANT_METHOD, check_format, check_names, check_tensor, layouts_of
+from tinysd_batch.model.checkpoint.folder import (
+    QUANT_METHOD,
+    check_quantization_format,
+    check_tensor,
+    check_tensor_names,
+    parse_layouts,
+)
 from tinysd_batch.model.device.select import choose_device
 from tinysd_batch.model.packed.layers import swap_packed_layers
 from tinysd_batch.model.sampling.noise_correction import NoiseCorrection, parse_correction
@@ -31,7 +37,7 @@ from tinysd_batch.model.sampling.noise_correction import NoiseCorrection, parse_
 __all__ = ["AutoencoderKLDecoder", "ModelMixin", "TinySDConfig", "TinySDQuantizer"]
 
 
-class Method(StrEnum):
+class QuantizationMethod(StrEnum):
     """diffusers asks the method's name for its `value`."""
 
     TINYSD = QUANT_METHOD
@@ -41,7 +47,7 @@ class TinySDConfig(QuantizationConfigMixin):  # type: ignore[misc] # diffusers i
     """The `quantization_config` of a packed UNet; keeps every entry, so that it is saved as it was read."""
 
     def __init__(self, **entries: Any) -> None:
-        self.__dict__.update(entries, quant_method=Method.TINYSD)
+        self.__dict__.update(entries, quant_method=QuantizationMethod.TINYSD)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What diffusers prints."""
@@ -77,12 +83,12 @@ class TinySDQuantizer(DiffusersQuantizer):  # type: ignore[misc] # diffusers is 
         first = Path(checkpoint_files[0])
         self.where = first if len(checkpoint_files) == 1 else first.parent
         self.loaded_keys = loaded_keys
-        check_format(self.quantization_config.to_dict(), self.where)
+        check_quantization_format(self.quantization_config.to_dict(), self.where)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        swap_packed_layers(model, layouts_of(self.quantization_config.to_dict(), self.where))
-        check_names(model, self.loaded_keys, self.where)
+        swap_packed_layers(model, parse_layouts(self.quantization_config.to_dict(), self.where))
+        check_tensor_names(model, self.loaded_keys, self.where)
         self.expected = model.state_dict()
         model.config.quantization_config = self.quantization_config  # diffusers saves it from there
 

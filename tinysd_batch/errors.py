@@ -6,7 +6,7 @@ A message says what is wrong, where (file, row, column, tensor), and what to do.
 import re
 
 # Texts of CUDA's runtime (cudaGetErrorString), cuBLAS, cuDNN and torch's allocators.
-NO_MEMORY = re.compile(
+OUT_OF_MEMORY_PATTERN = re.compile(
     r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|CU\w+_STATUS_ALLOC_FAILED|"
     # how cuDNN and cuBLAS come to say that there is no memory for what they would like
     r"unable to find an engine to execute|CU\w+_STATUS_NOT_INITIALIZED",
@@ -17,7 +17,7 @@ NO_MEMORY = re.compile(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception, of Python's or of a library's, says that memory did not suffice."""
     is_so_by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_so_by_type or NO_MEMORY.search(str(error)) is not None
+    return is_so_by_type or OUT_OF_MEMORY_PATTERN.search(str(error)) is not None
 
 
 class TinySDError(Exception):

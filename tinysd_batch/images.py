@@ -15,15 +15,15 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from tinysd_batch.records import ImageRequest
-from tinysd_batch.text import storable_value
+from tinysd_batch.text import make_value_storable
 
-OUR_KEY = "tinysd"
-PILLOW_NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-END_MARKS = {"png": b"IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
+METADATA_KEY = "tinysd"
+PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+END_MARKERS = {"png": b"IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 PNG_COMPRESSION = 6
-MAX_SHOWN_PX = 8192  # a side; nobody's pictures of ours are larger
+MAX_READABLE_PX = 8192  # a side; nobody's pictures of ours are larger
 MAX_EXIF_BYTES = 65_000  # a JPEG's segment holds no more
-COMMENT_CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
+COMMENT_ENCODINGS = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
 SAMPLER_LABELS = {  # as the web UI spells them
     "plms": "PLMS", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
     "dpm2_a": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
@@ -39,7 +39,7 @@ class FileFormat:
     with_metadata: bool = True
 
 
-def parameters_text(request: ImageRequest, model_name: str, model_digest: str, version: str) -> str:
+def format_webui_parameters(request: ImageRequest, model_name: str, model_digest: str, version: str) -> str:
     """The `parameters` entry: prompt, negative prompt, then one line of settings."""
     params = request.params
     settings = {
@@ -64,32 +64,32 @@ def parameters_text(request: ImageRequest, model_name: str, model_digest: str, v
 
 def encode_image(image: Image.Image, kind: FileFormat, parameters: str, ours: dict[str, Any]) -> bytes:
     """The picture as a file's bytes."""
-    parameters, ours = storable_value(parameters), storable_value(ours)
+    parameters, ours = make_value_storable(parameters), make_value_storable(ours)
     options: dict[str, Any] = {"quality": kind.quality}
     if kind.name == "png":
         options = {"compress_level": PNG_COMPRESSION}
     if kind.with_metadata:
-        options |= png_entries(parameters, ours) if kind.name == "png" else exif_entries(parameters, ours)
+        options |= make_png_metadata(parameters, ours) if kind.name == "png" else make_exif_metadata(parameters, ours)
     buffer = io.BytesIO()
-    image.save(buffer, PILLOW_NAMES[kind.name], **options)
+    image.save(buffer, PILLOW_FORMATS[kind.name], **options)
     return buffer.getvalue()
 
 
-def png_entries(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
+def make_png_metadata(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
     text = PngImagePlugin.PngInfo()
     text.add_itxt("parameters", parameters)
-    text.add_itxt(OUR_KEY, json.dumps(ours, sort_keys=True, ensure_ascii=False))
+    text.add_itxt(METADATA_KEY, json.dumps(ours, sort_keys=True, ensure_ascii=False))
     return {"pnginfo": text}
 
 
-def exif_entries(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
+def make_exif_metadata(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
     """Both entries as EXIF. Where prompts are too long for it, first `parameters` and then our prompts are left out."""
-    for comment, entry in shorter_and_shorter(parameters, ours):
+    for comment, entry in iterate_shortened_metadata(parameters, ours):
         exif = Image.Exif()
         exif.get_ifd(ExifTags.IFD.Exif).update(
             {
                 ExifTags.Base.UserComment: b"UNICODE\0" + comment.encode("utf-16-be", "replace"),
-                ExifTags.Base.MakerNote: json.dumps({OUR_KEY: entry}, sort_keys=True).encode("ascii"),
+                ExifTags.Base.MakerNote: json.dumps({METADATA_KEY: entry}, sort_keys=True).encode("ascii"),
             }
         )
         data = exif.tobytes()
@@ -98,21 +98,21 @@ def exif_entries(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def shorter_and_shorter(parameters: str, ours: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def iterate_shortened_metadata(parameters: str, ours: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield parameters, ours
     yield "", ours
     yield "", {name: value for name, value in ours.items() if name not in ("prompt", "negative_prompt")}
 
 
-def is_whole(data: bytes, kind: str) -> bool:
+def is_complete_file(data: bytes, kind: str) -> bool:
     """Whether a file's last bytes are there, which Pillow does not ask for: a PNG's IEND, a JPEG's end mark."""
     if kind == "webp":
         return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return data.endswith(END_MARKS[kind])
+    return data.endswith(END_MARKERS[kind])
 
 
 @contextmanager
-def open_picture(file: Any, kinds: Collection[str] = tuple(PILLOW_NAMES)) -> Iterator[Image.Image]:
+def open_image(file: Any, kinds: Collection[str] = tuple(PILLOW_FORMATS)) -> Iterator[Image.Image]:
     """A picture of these formats (png, jpg, webp) that anybody may have made. Raises OSError for whatever is wrong.
 
     Before its pixels are unpacked, `size` must be looked at.
@@ -120,7 +120,7 @@ def open_picture(file: Any, kinds: Collection[str] = tuple(PILLOW_NAMES)) -> Ite
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=[PILLOW_NAMES[kind] for kind in kinds]) as image:
+            with Image.open(file, formats=[PILLOW_FORMATS[kind] for kind in kinds]) as image:
                 yield image
     except OSError:
         raise
@@ -128,31 +128,31 @@ def open_picture(file: Any, kinds: Collection[str] = tuple(PILLOW_NAMES)) -> Ite
         raise OSError(f"no whole picture: {error}") from None
 
 
-def read_entries(
-    data: bytes, size: tuple[int, int] | None = None, kinds: Collection[str] = tuple(PILLOW_NAMES)
+def read_metadata(
+    data: bytes, size: tuple[int, int] | None = None, kinds: Collection[str] = tuple(PILLOW_FORMATS)
 ) -> tuple[str, dict[str, Any]]:
     """`parameters` and our JSON; both empty where the file is not a whole picture, or not of `size` (width, height)."""
     try:
-        with open_picture(io.BytesIO(data), kinds) as image:
-            if image.size != (size or image.size) or max(image.size) > MAX_SHOWN_PX:
+        with open_image(io.BytesIO(data), kinds) as image:
+            if image.size != (size or image.size) or max(image.size) > MAX_READABLE_PX:
                 return "", {}
             image.load()
-            parameters, ours = entries_of(image)
+            parameters, ours = extract_metadata(image)
             found = json.loads(ours)
     except OSError:
         return "", {}
     return parameters, found if isinstance(found, dict) else {}
 
 
-def entries_of(image: Image.Image) -> tuple[str, str]:
+def extract_metadata(image: Image.Image) -> tuple[str, str]:
     if image.format == "PNG":
         text = getattr(image, "text", {})
-        return str(text.get("parameters", "")), str(text.get(OUR_KEY, "{}"))
+        return str(text.get("parameters", "")), str(text.get(METADATA_KEY, "{}"))
     exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
     comment, note = exif.get(ExifTags.Base.UserComment, b""), exif.get(ExifTags.Base.MakerNote, b"")
     if not isinstance(comment, bytes) or not isinstance(note, bytes):
         return "", "{}"
-    encoding = COMMENT_CODES.get(comment[:8])
+    encoding = COMMENT_ENCODINGS.get(comment[:8])
     parameters = comment[8:].decode(encoding, "replace") if encoding else ""
     found = json.loads(note.decode("ascii", "replace") or "{}")
-    return parameters, json.dumps(found.get(OUR_KEY, {}) if isinstance(found, dict) else {})
+    return parameters, json.dumps(found.get(METADATA_KEY, {}) if isinstance(found, dict) else {})

@@ -14,26 +14,30 @@ STANDARD_LIBRARY = os.path.dirname(os.path.abspath(os.__file__))  # noqa: PTH100
 
 def restrict_import_path() -> None:
     """Apply it to this process, which is one of the command line: a program that imports us keeps its path."""
-    named = absolute_entries(os.environ.get("PYTHONPATH", ""))
+    named = select_absolute_entries(os.environ.get("PYTHONPATH", ""))
     if "PYTHONPATH" in os.environ:  # for the processes that this one starts
         os.environ["PYTHONPATH"] = os.pathsep.join(named)
-    sys.path[:] = trusted(sys.path, [current_folder(), script_folder()], named)
+    sys.path[:] = filter_trusted(sys.path, [get_current_folder(), get_script_folder()], named)
 
 
-def trusted(entries: list[str], untrusted: list[str], named: list[str]) -> list[str]:
+def filter_trusted(entries: list[str], untrusted: list[str], named: list[str]) -> list[str]:
     """The entries without the untrusted folders; the folder of this package goes last where it was one of them."""
-    allowed = {*named, *installed_folders()}
-    kept = [entry for entry in entries if is_absolute(entry) and (entry in allowed or real(entry) not in untrusted)]
-    return kept if PACKAGE_ROOT in map(real, kept) or PACKAGE_ROOT in kept else [*kept, PACKAGE_ROOT]
+    allowed = {*named, *get_installed_folders()}
+    kept = [
+        entry
+        for entry in entries
+        if is_absolute(entry) and (entry in allowed or resolve_folder(entry) not in untrusted)
+    ]
+    return kept if PACKAGE_ROOT in map(resolve_folder, kept) or PACKAGE_ROOT in kept else [*kept, PACKAGE_ROOT]
 
 
-def installed_folders() -> list[str]:
+def get_installed_folders() -> list[str]:
     """Where Python and its packages are, in which somebody may stand, too."""
     site = sys.modules.get("site")
     return [STANDARD_LIBRARY, *(site.getsitepackages() if site is not None else [])]
 
 
-def absolute_entries(python_path: str) -> list[str]:
+def select_absolute_entries(python_path: str) -> list[str]:
     """PYTHONPATH without its empty and relative entries."""
     return [entry for entry in python_path.split(os.pathsep) if is_absolute(entry)]
 
@@ -42,19 +46,19 @@ def is_absolute(entry: str) -> bool:
     return entry.startswith("/")
 
 
-def real(folder: str) -> str:
+def resolve_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def current_folder() -> str:
+def get_current_folder() -> str:
     """Empty where it is gone."""
     try:
-        return real(os.getcwd())  # noqa: PTH109
+        return resolve_folder(os.getcwd())  # noqa: PTH109
     except OSError:
         return ""
 
 
-def script_folder() -> str:
+def get_script_folder() -> str:
     """Empty where there is no script, as with `python -c`."""
     script = sys.argv[0] if sys.argv else ""
-    return os.path.dirname(real(script)) if os.path.isfile(script) else ""  # noqa: PTH113, PTH120
+    return os.path.dirname(resolve_folder(script)) if os.path.isfile(script) else ""  # noqa: PTH113, PTH120

@@ -13,14 +13,14 @@ from typing import Any
 # Characters that nobody sees and that change nothing for a reader: byte-order mark, zero-width space, word joiner and
 # the invisible operators after it, soft hyphen, direction marks. The joiners U+200C and U+200D stay: emoji and several
 # scripts need them.
-INVISIBLE = "\ufeff\u200b\u2060\u2061\u2062\u2063\u2064\u00ad\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u180e"
+INVISIBLE_RANGES = "\ufeff\u200b\u2060\u2061\u2062\u2063\u2064\u00ad\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u180e"
 # Blanks other than the space: no-break spaces, those of fixed widths, the ideographic one, line separators.
-BLANKS = "\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0085"
-UNUSUAL = re.compile(f"[{INVISIBLE}]+|[{BLANKS}]")
+BLANK_RANGES = "\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0085"
+NON_NORMAL_CHARACTERS = re.compile(f"[{INVISIBLE_RANGES}]+|[{BLANK_RANGES}]")
 
 # Full-width Latin letters, digits and marks, half-width katakana and hangul, and what they are in usual width: the map
 # of ftfy's `fix_character_width`, which tiny-stable-diffusion's tokenizer applies. U+3000 is a blank.
-WIDTHS = {
+WIDTH_FOLDING = {
     code: folded for code in range(0xFF01, 0xFFF0) if (folded := unicodedata.normalize("NFKC", chr(code))) != chr(code)
 }
 
@@ -32,7 +32,7 @@ def normalize_text(text: str) -> str:
     """
     if text.isascii():
         return text
-    return UNUSUAL.sub(lambda match: " " if match[0][0] not in INVISIBLE_CHARACTERS else "", text)
+    return NON_NORMAL_CHARACTERS.sub(lambda match: " " if match[0][0] not in INVISIBLE_CHARACTERS else "", text)
 
 
 def decode_text(data: bytes) -> str:
@@ -47,7 +47,7 @@ def decode_text(data: bytes) -> str:
 
 def fold_widths(text: str) -> str:
     """Return `text` with full-width and half-width characters in their usual width."""
-    return text if text.isascii() else text.translate(WIDTHS)
+    return text if text.isascii() else text.translate(WIDTH_FOLDING)
 
 
 def has_surrogates(text: str) -> bool:
@@ -59,7 +59,7 @@ def has_surrogates(text: str) -> bool:
     return False
 
 
-def storable_text(text: str) -> str:
+def make_text_storable(text: str) -> str:
     """Return `text` as a UTF-8 table, JSON or an image can hold it.
 
     Bytes that are not UTF-8, which Python keeps as lone surrogates in paths and messages, are written as `\\xe9`, other
@@ -73,14 +73,14 @@ def storable_text(text: str) -> str:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-def storable_value(value: Any) -> Any:
+def make_value_storable(value: Any) -> Any:
     """Return a value, list or dictionary whose texts and keys are valid UTF-8. NULs stay: JSON and Arrow hold them."""
     if isinstance(value, str):
-        return storable_text(value) if has_surrogates(value) else value
+        return make_text_storable(value) if has_surrogates(value) else value
     if isinstance(value, list):
-        return [storable_value(each) for each in value]
+        return [make_value_storable(each) for each in value]
     if isinstance(value, dict):
-        return {storable_value(name): storable_value(each) for name, each in value.items()}
+        return {make_value_storable(name): make_value_storable(each) for name, each in value.items()}
     return value
 
 
@@ -93,10 +93,10 @@ def expand_ranges(characters: str) -> frozenset[str]:
     return frozenset(members)
 
 
-INVISIBLE_CHARACTERS = expand_ranges(INVISIBLE)
+INVISIBLE_CHARACTERS = expand_ranges(INVISIBLE_RANGES)
 
 
-def printable(text: str) -> str:
+def make_printable(text: str) -> str:
     """Text that anybody may have written, fit for a terminal: no control characters, no changes of direction."""
     return "".join(character if character.isprintable() else " " for character in text)
 

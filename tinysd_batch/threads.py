@@ -13,32 +13,32 @@ import os
 import sys
 
 # libgomp, which the wheels of torch contain, reads both. libomp and libiomp read the first, and sleep at once.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
-USER_CHOICES = {*WAITING, "KMP_BLOCKTIME", "KMP_LIBRARY"}
+WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+WAIT_POLICY_VARIABLES = {*WAIT_POLICY, "KMP_BLOCKTIME", "KMP_LIBRARY"}
 
-is_too_late = False  # torch was imported before this package, so that OpenMP has not read our variables
+was_torch_imported_first = False  # torch was imported before this package, so that OpenMP has not read our variables
 
 
 def set_wait_policy() -> None:
     """Let waiting threads sleep soon, unless the user has chosen how they wait."""
-    global is_too_late
-    if USER_CHOICES.isdisjoint(os.environ):
-        os.environ.update(WAITING)
-        is_too_late = "torch" in sys.modules
+    global was_torch_imported_first
+    if WAIT_POLICY_VARIABLES.isdisjoint(os.environ):
+        os.environ.update(WAIT_POLICY)
+        was_torch_imported_first = "torch" in sys.modules
 
 
 def warn_if_threads_spin(count: int) -> None:
     """Log what to do where `count` threads will compute and OpenMP did not see the wait policy."""
     import logging
 
-    if is_too_late and count > 1:
+    if was_torch_imported_first and count > 1:
         logging.getLogger(__name__).warning(
             "torch was imported before tinysd_batch, so its threads spin while they wait, which is slow beside other "
             "busy programs; import tinysd_batch first, or set OMP_WAIT_POLICY=PASSIVE"
         )
 
 
-class at_most_threads:  # noqa: N801 - used as a function, as contextlib's are
+class limit_threads:  # noqa: N801 - used as a function, as contextlib's are
     """Let torch compute on at most `count` threads, any number for None, and restore the number afterwards."""
 
     def __init__(self, count: int | None) -> None:
@@ -60,6 +60,6 @@ class at_most_threads:  # noqa: N801 - used as a function, as contextlib's are
             torch.set_num_threads(self.before)
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Cores this process may use, which in a container is fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,7 @@ from typing import Any
 from tinysd_batch.text import normalize_text
 
 MISSING_WORDS = {"none", "nan", "null", "n/a", "<na>"}  # in a cell for a number; in text they are text
-WHOLE = re.compile(r"[+-]?\d+\.0*", re.ASCII)
+INTEGER_PATTERN = re.compile(r"[+-]?\d+\.0*", re.ASCII)
 
 
 def is_missing(value: Any) -> bool:
@@ -37,7 +37,7 @@ def is_missing_number(value: Any) -> bool:
     return is_missing(value)
 
 
-def read_whole_number(value: Any) -> int:
+def parse_integer(value: Any) -> int:
     """Return the whole number that `42`, `42.0`, `"42"` or `"42.0"` stands for.
 
     pandas writes whole numbers as floats wherever a column has gaps. Raises ValueError for everything else.
@@ -45,7 +45,7 @@ def read_whole_number(value: Any) -> int:
     try:
         if isinstance(value, str):
             text = normalize_text(value).strip()
-            return int(text.partition(".")[0] if WHOLE.fullmatch(text) else text, 10)
+            return int(text.partition(".")[0] if INTEGER_PATTERN.fullmatch(text) else text, 10)
         number = int(value)
         if isinstance(value, bool) or number != value:
             raise ValueError

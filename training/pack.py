@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinysd_batch.model.checkpoint.folder import write_packed_unet, write_pipeline_index
-from tinysd_batch.model.packed.format import PackedWeight
+from tinysd_batch.model.packed.format import GroupWeight
 from training import captions, checkpoints, unet, vae
 
 STEPS, SCALE = 20, 2.0
@@ -71,7 +71,7 @@ def write_shared_parts(build: Path, out: Path) -> None:
 def write_model(
     build: Path,
     out: Path,
-    packed: dict[str, tuple[PackedWeight, tuple[int, ...]]],
+    packed: dict[str, tuple[GroupWeight, tuple[int, ...]]],
     others: dict[str, Tensor],
     notes: dict[str, Any],
 ) -> None:

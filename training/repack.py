@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from tinysd_batch.cli.quantize import make_and_report
-from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, draw_held_out
-from tinysd_batch.quantize.calibration.unet_segments import Walker
-from tinysd_batch.quantize.evaluate.compare import measure
-from tinysd_batch.quantize.evaluate.sensitivity import harms_of
-from tinysd_batch.quantize.presets import Size
+from tinysd_batch.cli.quantize import quantize_and_report
+from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEED_OFFSET, generate_held_out_trajectories
+from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
+from tinysd_batch.quantize.evaluate.compare import compare_models
+from tinysd_batch.quantize.evaluate.sensitivity import measure_sensitivity
+from tinysd_batch.quantize.presets import SizeTarget
 from tinysd_batch.quantize.recipe import read_recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 from tinysd_batch.quantize.sources.open import open_source
-from tinysd_batch.report.quantization.report import measure_anew
+from tinysd_batch.report.quantization.report import update_measurements
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "tinysd_batch" / "embedded" / "model"
@@ -46,7 +46,9 @@ def repack(build: Path) -> None:
     shutil.rmtree(calibrated, ignore_errors=True)
     shutil.rmtree(floats, ignore_errors=True)
     float_folder(floats)
-    make_and_report(floats, calibrated, Options(), "calib", RECIPE, "cpu", Size(most=MOST), noise_correction=True)
+    quantize_and_report(
+        floats, calibrated, SourceOptions(), "calib", RECIPE, "cpu", SizeTarget(max_bytes=MOST), noise_correction=True
+    )
     for made, place in ((calibrated / "unet", EMBEDDED / "unet"), (calibrated / "report", REPORT)):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(made, place)
@@ -57,10 +59,10 @@ def measure_shipped(build: Path) -> None:
     """Bring the report's errors, pictures and sensitivity up to what is measured now."""
     recipe, cpu = read_recipe(RECIPE), torch.device("cpu")
     floats = float_folder(build / "floats")
-    part = open_source(floats, Options()).unet()
-    held = draw_held_out(Walker(part.config, part.tensors, cpu, part.release), floats, recipe)
-    errors = measure(EMBEDDED, held, recipe.seed + HELD_OUT_SEEDS, recipe.scale, cpu)
-    measure_anew(REPORT, errors, harms_of(part, EMBEDDED / "unet", held, recipe.scale, cpu))
+    part = open_source(floats, SourceOptions()).unet()
+    held = generate_held_out_trajectories(SegmentedUNet(part.config, part.tensors, cpu, part.release), floats, recipe)
+    errors = compare_models(EMBEDDED, held, recipe.seed + HELD_OUT_SEED_OFFSET, recipe.scale, cpu)
+    update_measurements(REPORT, errors, measure_sensitivity(part, EMBEDDED / "unet", held, recipe.scale, cpu))
 
 
 def write_digests() -> None:

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from tests.support.batch_layouts import LAYOUTS, Pictures, compare, draw
+from tests.support.batch_layouts import LAYOUTS, ImagesById, compare_images, generate_with_layout
 from tinysd_batch.config import SAMPLERS, Settings
 
 
@@ -22,14 +22,14 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings(model=arguments.model, steps=arguments.steps, device="cpu")
     with tempfile.TemporaryDirectory() as scratch:
-        first: Pictures = {}
+        first: ImagesById = {}
         for number, layout in enumerate(LAYOUTS):
-            pictures = draw(layout, settings, Path(scratch) / str(number))
+            pictures = generate_with_layout(layout, settings, Path(scratch) / str(number))
             if not first:
                 first = pictures
                 print(f"{len(first)} images, {arguments.steps} steps, {len(SAMPLERS)} samplers, eta 0 and 0.5")
                 continue
-            largest, many = compare(first, pictures)
+            largest, many = compare_images(first, pictures)
             print(f"{layout.name:<40} largest difference {largest} of 255, in {many} of {len(first)} pictures")
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.engine.busy_machine --only generate    one of generate, worker and quantize
     python -m benchmarks.engine.busy_machine --before CHECKOUT
         alone, also by an earlier version, right after each measurement of ours
-    python -m benchmarks.engine.busy_machine --spins 4000  with another GOMP_SPINCOUNT than the one of `threads.WAITING`
+    python -m benchmarks.engine.busy_machine --spins 4000  with another GOMP_SPINCOUNT than the one of `threads.WAIT_POLICY`
 
 Prints the median of busy / alone over the rounds, and of alone now / alone before. Models are made on the first run:
 random weights, 0.6 GB for the worker, 4.3 GB for quantizing (--source FOLDER: a smaller model). Each measurement is a
@@ -24,15 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.paths import ROOT
-from tinysd_batch.threads import USER_CHOICES, WAITING
+from tinysd_batch.threads import WAIT_POLICY, WAIT_POLICY_VARIABLES
 
 ROUNDS = 9
 SIZE_PX = 256
 STEPS = 2
 IMAGES = 4  # by the embedded model
-BUSY_LOOP = "while True: pass"
+BUSY_PROGRAM = "while True: pass"
 
-GENERATE = f"""
+GENERATE_PROGRAM = f"""
 import sys, time
 from tinysd_batch import TinySD
 model = TinySD.from_pretrained("embedded", device="cpu")
@@ -43,7 +43,7 @@ for seed in range({IMAGES}):
 print(time.monotonic() - started)
 """
 # As a worker does: threads by `cpu_workers`, the precision that `auto` chooses, text and decoding included.
-WORKER = f"""
+WORKER_PROGRAM = f"""
 import sys, time
 from pathlib import Path
 from tinysd_batch.job.workers.inline_pool import cpu_workers
@@ -65,7 +65,7 @@ print(time.monotonic() - started)
 @contextmanager
 def busy_loop() -> Iterator[None]:
     """One core is busy meanwhile, as far as others let it."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY_LOOP])
+    process = subprocess.Popen([sys.executable, "-c", BUSY_PROGRAM])
     try:
         time.sleep(0.2)
         yield
@@ -74,49 +74,54 @@ def busy_loop() -> Iterator[None]:
         process.wait()
 
 
-def environment(checkout: Path, given: argparse.Namespace) -> dict[str, str]:
+def clean_environment(checkout: Path, given: argparse.Namespace) -> dict[str, str]:
     """As a user has it who sets nothing, with the package of that checkout."""
-    ours = {name: value for name, value in os.environ.items() if name not in {*USER_CHOICES, "OMP_NUM_THREADS"}}
+    ours = {
+        name: value for name, value in os.environ.items() if name not in {*WAIT_POLICY_VARIABLES, "OMP_NUM_THREADS"}
+    }
     if given.spins is not None and checkout == ROOT:
-        ours |= {**WAITING, "GOMP_SPINCOUNT": str(given.spins)}
+        ours |= {**WAIT_POLICY, "GOMP_SPINCOUNT": str(given.spins)}
     return {**ours, "PYTHONPATH": str(checkout)}
 
 
-def printed_seconds(code: str, checkout: Path, given: argparse.Namespace) -> float:
+def run_timed_program(code: str, checkout: Path, given: argparse.Namespace) -> float:
     words = [sys.executable, "-c", code, str(given.model.resolve())]
     done = subprocess.run(
-        words, cwd=checkout, env=environment(checkout, given), stdout=subprocess.PIPE, text=True, check=True
+        words, cwd=checkout, env=clean_environment(checkout, given), stdout=subprocess.PIPE, text=True, check=True
     )
     return float(done.stdout.splitlines()[-1])
 
 
-def generate(checkout: Path, given: argparse.Namespace) -> float:
-    return printed_seconds(GENERATE, checkout, given)
+def measure_generate(checkout: Path, given: argparse.Namespace) -> float:
+    return run_timed_program(GENERATE_PROGRAM, checkout, given)
 
 
-def worker(checkout: Path, given: argparse.Namespace) -> float:
-    return printed_seconds(WORKER, checkout, given)
+def measure_worker(checkout: Path, given: argparse.Namespace) -> float:
+    return run_timed_program(WORKER_PROGRAM, checkout, given)
 
 
-def quantize(checkout: Path, given: argparse.Namespace) -> float:
+def measure_quantize(checkout: Path, given: argparse.Namespace) -> float:
     out = given.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     words = [sys.executable, "-m", "tinysd_batch", "quantize", str(given.source.resolve()), str(out), "--level", "fast"]
     words += ["--no-samples"] if checkout == ROOT else []  # 0.1.0 generated none
     started = time.monotonic()
-    subprocess.run(words, cwd=checkout, env=environment(checkout, given), stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(words, cwd=checkout, env=clean_environment(checkout, given), stdout=subprocess.DEVNULL, check=True)
     took = time.monotonic() - started
     shutil.rmtree(out)
     return took
 
 
-MEASURED = {"generate": generate, "worker": worker, "quantize": quantize}
+MEASUREMENTS = {"generate": measure_generate, "worker": measure_worker, "quantize": measure_quantize}
 
 
 def make_models(given: argparse.Namespace) -> None:
-    from tests.support.random_sd_v1 import make_model, make_source
+    from tests.support.random_sd_v1 import make_float_model, make_random_model
 
-    for name, folder, make in (("worker", given.model, make_model), ("quantize", given.source, make_source)):
+    for name, folder, make in (
+        ("worker", given.model, make_random_model),
+        ("quantize", given.source, make_float_model),
+    ):
         if name in given.only and not folder.exists():
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -124,8 +129,8 @@ def make_models(given: argparse.Namespace) -> None:
             partial.rename(folder)
 
 
-def compare(name: str, given: argparse.Namespace) -> None:
-    measure = MEASURED[name]
+def compare_busy_with_idle(name: str, given: argparse.Namespace) -> None:
+    measure = MEASUREMENTS[name]
     alone: list[float] = []
     busy: list[float] = []
     before: list[float] = []
@@ -137,12 +142,12 @@ def compare(name: str, given: argparse.Namespace) -> None:
             busy.append(measure(ROOT, given))
         earlier = f", before {before[-1]:.2f} s" if before else ""
         print(f"{name:<10} round {number}: alone {alone[-1]:.2f} s{earlier}, busy {busy[-1]:.2f} s", flush=True)
-    tell(name, "busy / alone", busy, alone)
+    print_ratios(name, "busy / alone", busy, alone)
     if before:
-        tell(name, "now / before, alone", alone, before)
+        print_ratios(name, "now / before, alone", alone, before)
 
 
-def tell(name: str, what: str, ones: list[float], others: list[float]) -> None:
+def print_ratios(name: str, what: str, ones: list[float], others: list[float]) -> None:
     ratios = [one / other for one, other in zip(ones, others, strict=True)]
     print(
         f"{name:<10} {what:<20} median of {len(ratios)} rounds {statistics.median(ratios):.3f}, "
@@ -154,18 +159,18 @@ def tell(name: str, what: str, ones: list[float], others: list[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", action="append", choices=MEASURED)
+    parser.add_argument("--only", action="append", choices=MEASUREMENTS)
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")
     parser.add_argument("--spins", type=int)
     parser.add_argument("--model", type=Path, default=Path("outputs/random-sd-v1"))
     parser.add_argument("--source", type=Path, default=Path("outputs/random-sd-v1-float"))
     parser.add_argument("--out", type=Path, default=Path("outputs/random-sd-v1-busy"))
     given = parser.parse_args()
-    given.only = given.only or list(MEASURED)
+    given.only = given.only or list(MEASUREMENTS)
     make_models(given)
     print(f"load average before: {os.getloadavg()[0]:.2f}; numbers are only good on a machine that does nothing else")
     for name in given.only:
-        compare(name, given)
+        compare_busy_with_idle(name, given)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def sdnq(unet: Any) -> Any:
 METHODS = {"quanto": quanto, "sdnq": sdnq}
 
 
-def processor_s() -> float:
+def read_cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
@@ -53,9 +53,9 @@ def main() -> None:
     times = []
     with torch.no_grad():
         for step in range(steps):
-            before = processor_s()
+            before = read_cpu_s()
             unet(latents, 999 - step, context)
-            times.append(processor_s() - before)
+            times.append(read_cpu_s() - before)
     peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
     print(
         json.dumps(

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from tests.support.random_sd_v1 import MODEL, make_model
-from tests.support.stage_peaks import budget_at, measured_peaks
-from tinysd_batch.model.offload.stage_estimate import Shape
+from tests.support.random_sd_v1 import MODEL, make_random_model
+from tests.support.stage_peaks import interpolate_budget, measure_stage_peaks
+from tinysd_batch.model.offload.stage_estimate import MicroBatchShape
 from tinysd_batch.model.pipeline import TinySD
 
 SIZES = (256, 512, 768)
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--share", type=float)
     given = parser.parse_args()
     if not given.model.exists():
-        make_model(given.model)
+        make_random_model(given.model)
     dtype = torch.bfloat16 if given.half else "full"
     print(
         f"{'size':<10}{'images':>6}{'budget MB':>11}  {'phase':<14}{'foretold MB':>12}{'measured MB':>12}{'ratio':>8}"
@@ -39,13 +39,13 @@ def main() -> None:
     for size in given.sizes:
         for images in given.images:
             model = TinySD.from_pretrained(given.model, device="cpu", dtype=dtype, vram_budget="20GB")
-            shape = Shape(2 * images, size, size, model.info.max_tokens, images + 1)
-            budget = None if given.share is None else budget_at(given.share, model, shape)
+            shape = MicroBatchShape(2 * images, size, size, model.info.max_tokens, images + 1)
+            budget = None if given.share is None else interpolate_budget(given.share, model, shape)
             if budget is not None:
                 model = TinySD.from_pretrained(given.model, device="cpu", dtype=dtype, vram_budget=budget)
-            foretold = {phase.name: phase.peak for phase in model.memory.phases(shape)}
+            foretold = {phase.name: phase.peak_bytes for phase in model.planner.plan_stages(shape)}
             allowed = "none" if budget is None else f"{budget / 1e6:.0f}"
-            for name, peak in measured_peaks(model, images, size, size).items():
+            for name, peak in measure_stage_peaks(model, images, size, size).items():
                 told = foretold[name]
                 print(
                     f"{f'{size}x{size}':<10}{images:>6}{allowed:>11}  {name:<14}{told / 1e6:>12.1f}{peak / 1e6:>12.1f}"

@@ -16,20 +16,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tinysd_batch.job.plan.batches import IMAGES_PER_FOLDER, file_name
-from tinysd_batch.job.results.compare import as_images, find_differences, read_saved_images
-from tinysd_batch.job.results.schema import FIELDS
-from tinysd_batch.job.results.table import ResultsPaths, fit
+from tinysd_batch.job.plan.batches import IMAGES_PER_FOLDER, format_file_name
+from tinysd_batch.job.results.compare import find_differences, iterate_saved_images, read_saved_images
+from tinysd_batch.job.results.schema import RESULT_FIELDS
+from tinysd_batch.job.results.table import ResultsTable, conform_to_schema
 from tinysd_batch.job.results.writer import SEAL_ROWS, to_parquet
 from tinysd_batch.storage.atomic import write_atomically
 
 SEED = 1_000_000
-SIZES = (300_000, 500_000)  # bytes of an image, the least and the most
+FILE_SIZE_RANGE_BYTES = (300_000, 500_000)  # bytes of an image, the least and the most
 
 
 def make_files(folder: Path, sizes: np.ndarray) -> None:
     for first in range(0, len(sizes), IMAGES_PER_FOLDER):
-        names = [file_name(SEED + index - 1, index) for index in range(first + 1, first + IMAGES_PER_FOLDER + 1)]
+        names = [format_file_name(SEED + index - 1, index) for index in range(first + 1, first + IMAGES_PER_FOLDER + 1)]
         (folder / names[0]).parent.mkdir(parents=True)
         for name, size in zip(names, sizes[first:].tolist(), strict=False):
             path = os.fspath(folder / name)
@@ -38,29 +38,29 @@ def make_files(folder: Path, sizes: np.ndarray) -> None:
 
 
 def make_table(folder: Path, sizes: np.ndarray) -> None:
-    schema = pa.schema(FIELDS)
+    schema = pa.schema(RESULT_FIELDS)
     for part, first in enumerate(range(0, len(sizes), SEAL_ROWS)):
         own = sizes[first : first + SEAL_ROWS]
         indexes = np.arange(first + 1, first + len(own) + 1)
-        names = [file_name(SEED + index - 1, index) for index in indexes.tolist()]
+        names = [format_file_name(SEED + index - 1, index) for index in indexes.tolist()]
         ids = [f"{index:032x}" for index in indexes.tolist()]
         table = pa.table({
             "index": indexes, "row": indexes, "sample": np.ones(len(own), np.int32), "seed": indexes + SEED - 1,
             "prompt": ids, "image_id": ids, "status": ["ok"] * len(own), "file_name": names, "bytes": own,
             "sha256": [each * 2 for each in ids], "run_id": ["0"] * len(own),
         })  # fmt: skip
-        write_atomically(to_parquet(fit(table, schema)), ResultsPaths(folder).part(part))
+        write_atomically(to_parquet(conform_to_schema(table, schema)), ResultsTable(folder).part_path(part))
 
 
-def seconds(work: Callable[[], object]) -> float:
+def time_call_s(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def measure(folder: Path, images: int) -> None:
-    reading = min(seconds(lambda: list(as_images(read_saved_images(folder)))) for _ in range(3))
-    both = min(seconds(lambda: find_differences(folder)) for _ in range(3))
+    reading = min(time_call_s(lambda: list(iterate_saved_images(read_saved_images(folder)))) for _ in range(3))
+    both = min(time_call_s(lambda: find_differences(folder)) for _ in range(3))
     print(f"{images:,} images: reading the table {reading:.2f} s, comparing {both - reading:.2f} s more")
 
 
@@ -69,10 +69,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where to make the job folder; a temporary one if not given")
     arguments = parser.parse_args()
-    sizes = np.random.default_rng(0).integers(*SIZES, arguments.images)
+    sizes = np.random.default_rng(0).integers(*FILE_SIZE_RANGE_BYTES, arguments.images)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
-        making = seconds(lambda: make_files(folder, sizes)) + seconds(lambda: make_table(folder, sizes))
+        making = time_call_s(lambda: make_files(folder, sizes)) + time_call_s(lambda: make_table(folder, sizes))
         print(f"made in {making:.0f} s")
         differences = find_differences(folder)
         assert differences.images == arguments.images

@@ -34,34 +34,39 @@ from torch import Tensor
 
 from tests.support import adaround
 from tests.support.paths import ROOT
-from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.model.packed.format import from_matrix, to_matrix
-from tinysd_batch.quantize.bit_allocation import least_layouts
-from tinysd_batch.quantize.calibrated import quantize_calibrated
-from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, Trajectories, draw, spread_points
-from tinysd_batch.quantize.calibration.unet_segments import Walker
+from tinysd_batch.quantize.bit_allocation import select_smallest_layouts
+from tinysd_batch.quantize.calibrated import quantize_with_calibration
+from tinysd_batch.quantize.calibration.trajectories import (
+    HELD_OUT_SEED_OFFSET,
+    Trajectories,
+    draw,
+    select_spaced_inputs,
+)
+from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
-from tinysd_batch.quantize.evaluate.compare import Errors, measure
-from tinysd_batch.quantize.layers import layer_of
-from tinysd_batch.quantize.presets import Size, layers_to_pack, unet_bytes
+from tinysd_batch.quantize.evaluate.compare import ModelComparison, compare_models
+from tinysd_batch.quantize.layers import get_layer
+from tinysd_batch.quantize.presets import SizeTarget, compute_unet_bytes, get_preset_layouts
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 from tinysd_batch.quantize.sources.open import open_source
 from tinysd_batch.report.quantization.similarity import mean_ssim
 from training.repack import EMBEDDED as SHIPPED
 from training.repack import float_folder
 
 CPU = torch.device("cpu")
-Method = Callable[["Bench", Path], int]  # makes a model folder, returns the bytes of the layers it packed
+Method = Callable[["QuantizerBenchmark", Path], int]  # makes a model folder, returns the bytes of the layers it packed
 EMBEDDED = "embedded-floats"  # the folder of the embedded model's float weights
-ORIGINS_BYTES, QUANTOS_BYTES = 3_875_232, 4_218_368  # of the layers that these methods pack in it
-SHOWN = 10  # pictures of each method in the sheet
+TINY_STABLE_DIFFUSION_BYTES, QUANTO_BYTES = 3_875_232, 4_218_368  # of the layers that these methods pack in it
+IMAGES_IN_SHEET = 10  # pictures of each method in the sheet
 ADAROUND_PROMPTS = 32
 
 
 @dataclass(frozen=True)
-class Bench:
+class QuantizerBenchmark:
     """What all methods share."""
 
     floats: Path  # a float model folder
@@ -72,153 +77,153 @@ class Bench:
     peers: Path | None
 
 
-class NotMeasured(Exception):  # noqa: N818 - an answer, no error
+class MethodUnavailable(Exception):  # noqa: N818 - an answer, no error
     """Why a method is not in the table."""
 
 
 # The methods
 
 
-def fast(size: Size) -> Method:
-    def run(bench: Bench, folder: Path) -> int:
-        quantize_model(bench.floats, folder, Options(), lambda _: None, size)
-        return packed_bytes(folder, bench.names)
+def data_free(size: SizeTarget) -> Method:
+    def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
+        quantize_model(bench.floats, folder, SourceOptions(), lambda _: None, size)
+        return count_packed_bytes(folder, bench.names)
 
-    return run
-
-
-def calib(size: Size, *, tune: bool = False) -> Method:
-    def run(bench: Bench, folder: Path) -> int:
-        quantize_calibrated(bench.floats, folder, Options(), bench.recipe, CPU, tell, size=size, tune=tune)
-        return packed_bytes(folder, bench.names)
-
-    return run
+    return run_method
 
 
-def distill(size: Size) -> Method:
-    return calib(size, tune=True)
+def calibrated(size: SizeTarget, *, tune: bool = False) -> Method:
+    def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
+        quantize_with_calibration(bench.floats, folder, SourceOptions(), bench.recipe, CPU, log, size=size, tune=tune)
+        return count_packed_bytes(folder, bench.names)
+
+    return run_method
 
 
-def at_presets_size(level: Callable[[Size], Method], preset: str) -> Method:
+def distilled(size: SizeTarget) -> Method:
+    return calibrated(size, tune=True)
+
+
+def at_preset_size(level: Callable[[SizeTarget], Method], preset: str) -> Method:
     """A level of ours at a target size: the bytes of a preset's file, spent by error per byte."""
 
-    def run(bench: Bench, folder: Path) -> int:
-        part = open_source(bench.floats, Options()).unet()
-        unet = Walker(part.config, part.tensors, CPU).unet
-        most = unet_bytes(unet, layers_to_pack(unet, preset))
-        return level(Size(most=most))(bench, folder)
+    def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
+        part = open_source(bench.floats, SourceOptions()).unet()
+        unet = SegmentedUNet(part.config, part.tensors, CPU).unet
+        most = compute_unet_bytes(unet, get_preset_layouts(unet, preset))
+        return level(SizeTarget(max_bytes=most))(bench, folder)
 
-    return run
+    return run_method
 
 
-def at_bytes(level: Callable[[Size], Method], most: int) -> Method:
+def at_layer_bytes(level: Callable[[SizeTarget], Method], most: int) -> Method:
     """A level of ours, its packed layers of at most so many bytes: those of another method on the embedded model."""
 
-    def run(bench: Bench, folder: Path) -> int:
+    def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
         if bench.floats.name != EMBEDDED:
-            raise NotMeasured("only with the embedded model")
-        part = open_source(bench.floats, Options()).unet()
-        unet = Walker(part.config, part.tensors, CPU).unet
-        least = least_layouts(unet, bench.recipe.block)
-        packed = sum(layout.nbytes(*to_matrix(layer_of(unet, name).weight).shape) for name, layout in least.items())
-        return level(Size(most=unet_bytes(unet, least) + most - packed))(bench, folder)
+            raise MethodUnavailable("only with the embedded model")
+        part = open_source(bench.floats, SourceOptions()).unet()
+        unet = SegmentedUNet(part.config, part.tensors, CPU).unet
+        least = select_smallest_layouts(unet, bench.recipe.block)
+        packed = sum(layout.nbytes(*to_matrix(get_layer(unet, name).weight).shape) for name, layout in least.items())
+        return level(SizeTarget(max_bytes=compute_unet_bytes(unet, least) + most - packed))(bench, folder)
 
-    return run
+    return run_method
 
 
-def shipped(bench: Bench, folder: Path) -> int:
+def embedded_as_shipped(bench: QuantizerBenchmark, folder: Path) -> int:
     """The embedded model as it ships."""
     if bench.floats.name != EMBEDDED:
-        raise NotMeasured("only with the embedded model")
+        raise MethodUnavailable("only with the embedded model")
     shutil.copytree(SHIPPED, folder)
-    return packed_bytes(folder, bench.names)
+    return count_packed_bytes(folder, bench.names)
 
 
-def round_to_nearest(bench: Bench, folder: Path) -> int:
+def round_to_nearest(bench: QuantizerBenchmark, folder: Path) -> int:
     """Per output channel, between its least and largest weight."""
     found, total = {}, 0
-    for name, weight in float_weights(bench).items():
+    for name, weight in load_float_weights(bench).items():
         matrix = to_matrix(weight)
         low, high = matrix.amin(dim=1, keepdim=True), matrix.amax(dim=1, keepdim=True)
         step = ((high - low) / 3).clamp(min=1e-12)
         found[name] = from_matrix(((matrix - low) / step).round() * step + low, weight.shape)
         total += weight.numel() // 4 + 4 * len(weight)
-    write_floats(bench, folder, found)
+    write_float_model(bench, folder, found)
     return total
 
 
-def origins(bench: Bench, folder: Path) -> int:
-    part = open_source(bench.floats, Options()).unet()
-    walker = Walker(part.config, part.tensors, CPU)
+def tiny_stable_diffusion(bench: QuantizerBenchmark, folder: Path) -> int:
+    part = open_source(bench.floats, SourceOptions()).unet()
+    walker = SegmentedUNet(part.config, part.tensors, CPU)
     few = bench.recipe.model_copy(update={"prompts": bench.recipe.prompts[:ADAROUND_PROMPTS]})
     drawn = draw(walker, bench.floats, few, few.prompts, few.seed)
-    found, total = adaround.quantize(walker, spread_points(drawn, 2), bench.names)
-    write_floats(bench, folder, found)
+    found, total = adaround.quantize_layers(walker, select_spaced_inputs(drawn, 2), bench.names)
+    write_float_model(bench, folder, found)
     return total
 
 
-def peer(method: str) -> Method:
-    def run(bench: Bench, folder: Path) -> int:
+def peer_method(method: str) -> Method:
+    def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
         if bench.peers is None:
-            raise NotMeasured("needs --peers")
+            raise MethodUnavailable("needs --peers")
         layers, weights = bench.out / "layers.json", bench.out / f"{method}.safetensors"
         layers.write_text(json.dumps(bench.names))
         script = Path(__file__).with_name("peers.py")
         command = [str(bench.peers), str(script), method, str(bench.floats / "unet"), str(layers), str(weights)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise NotMeasured(done.stderr.strip().splitlines()[-1][:100] if done.stderr.strip() else "it failed")
+            raise MethodUnavailable(done.stderr.strip().splitlines()[-1][:100] if done.stderr.strip() else "it failed")
         with safe_open(weights, framework="pt") as file:
             total = int(file.metadata()["bytes"])
-        write_floats(bench, folder, load_file(weights))
+        write_float_model(bench, folder, load_file(weights))
         return total
 
-    return run
+    return run_method
 
 
 # In the table's order: what --only calls a method, its title, what it does.
 METHODS: dict[str, tuple[str, Method]] = {
     "rtn": ("round to nearest, per channel", round_to_nearest),
-    "origin": ("the origin's (L2.4, AdaRound)", origins),
-    "hqq": ("HQQ, groups of 64", peer("hqq")),
-    "quanto": ("optimum-quanto int2", peer("quanto")),
-    "sdnq": ("SDNQ uint2, its own groups", peer("sdnq")),
-    "sdnq64": ("SDNQ uint2, groups of 64", peer("sdnq64")),
-    "fast-origin": ("ours, fast, the origin's bytes", at_bytes(fast, ORIGINS_BYTES)),
-    "fast": ("ours, fast, tiny", fast(Size("tiny"))),
-    "fast-default": ("ours, fast, default", fast(Size())),
-    "fast-default-size": ("ours, fast, as large as default", at_presets_size(fast, "default")),
-    "fast-quality": ("ours, fast, quality", fast(Size("quality"))),
-    "fast-quality-size": ("ours, fast, as large as quality", at_presets_size(fast, "quality")),
-    "calib-origin": ("ours, calib, the origin's bytes", at_bytes(calib, ORIGINS_BYTES)),
-    "calib-quanto": ("ours, calib, quanto's bytes", at_bytes(calib, QUANTOS_BYTES)),
-    "calib": ("ours, calib, tiny", calib(Size("tiny"))),
-    "calib-tiny-size": ("ours, calib, as large as tiny", at_presets_size(calib, "tiny")),
-    "calib-default": ("ours, calib, default", calib(Size())),
-    "calib-quality": ("ours, calib, quality", calib(Size("quality"))),
-    "distill": ("ours, distill, tiny", distill(Size("tiny"))),
-    "distill-tiny-size": ("ours, distill, as large as tiny", at_presets_size(distill, "tiny")),
-    "shipped": ("embedded, as it ships", shipped),
+    "origin": ("the origin's (L2.4, AdaRound)", tiny_stable_diffusion),
+    "hqq": ("HQQ, groups of 64", peer_method("hqq")),
+    "quanto": ("optimum-quanto int2", peer_method("quanto")),
+    "sdnq": ("SDNQ uint2, its own groups", peer_method("sdnq")),
+    "sdnq64": ("SDNQ uint2, groups of 64", peer_method("sdnq64")),
+    "fast-origin": ("ours, fast, the origin's bytes", at_layer_bytes(data_free, TINY_STABLE_DIFFUSION_BYTES)),
+    "fast": ("ours, fast, tiny", data_free(SizeTarget("tiny"))),
+    "fast-default": ("ours, fast, default", data_free(SizeTarget())),
+    "fast-default-size": ("ours, fast, as large as default", at_preset_size(data_free, "default")),
+    "fast-quality": ("ours, fast, quality", data_free(SizeTarget("quality"))),
+    "fast-quality-size": ("ours, fast, as large as quality", at_preset_size(data_free, "quality")),
+    "calib-origin": ("ours, calib, the origin's bytes", at_layer_bytes(calibrated, TINY_STABLE_DIFFUSION_BYTES)),
+    "calib-quanto": ("ours, calib, quanto's bytes", at_layer_bytes(calibrated, QUANTO_BYTES)),
+    "calib": ("ours, calib, tiny", calibrated(SizeTarget("tiny"))),
+    "calib-tiny-size": ("ours, calib, as large as tiny", at_preset_size(calibrated, "tiny")),
+    "calib-default": ("ours, calib, default", calibrated(SizeTarget())),
+    "calib-quality": ("ours, calib, quality", calibrated(SizeTarget("quality"))),
+    "distill": ("ours, distill, tiny", distilled(SizeTarget("tiny"))),
+    "distill-tiny-size": ("ours, distill, as large as tiny", at_preset_size(distilled, "tiny")),
+    "shipped": ("embedded, as it ships", embedded_as_shipped),
 }
 
 
-def float_weights(bench: Bench) -> dict[str, Tensor]:
-    tensors = open_source(bench.floats, Options()).unet().tensors
+def load_float_weights(bench: QuantizerBenchmark) -> dict[str, Tensor]:
+    tensors = open_source(bench.floats, SourceOptions()).unet().tensors
     return {name: tensors[f"{name}.weight"].float() for name in bench.names}
 
 
-def write_floats(bench: Bench, folder: Path, weights: dict[str, Tensor]) -> None:
+def write_float_model(bench: QuantizerBenchmark, folder: Path, weights: dict[str, Tensor]) -> None:
     """The float model with these layers in place of its own."""
-    shutil.copytree(bench.floats, folder, ignore=shutil.ignore_patterns(WEIGHTS + "*", "report"))
+    shutil.copytree(bench.floats, folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE + "*", "report"))
     for part in ("vae", "text_encoder"):
         shutil.copytree(bench.floats / part, folder / part, dirs_exist_ok=True)
-    tensors = dict(open_source(bench.floats, Options()).unet().tensors)
+    tensors = dict(open_source(bench.floats, SourceOptions()).unet().tensors)
     tensors |= {f"{name}.weight": value.contiguous() for name, value in weights.items()}
-    save_file(tensors, folder / "unet" / WEIGHTS)
+    save_file(tensors, folder / "unet" / WEIGHTS_FILE)
 
 
-def packed_bytes(folder: Path, names: list[str]) -> int:
-    tensors = load_file(folder / "unet" / WEIGHTS)
+def count_packed_bytes(folder: Path, names: list[str]) -> int:
+    tensors = load_file(folder / "unet" / WEIGHTS_FILE)
     return sum(
         value.numel() * value.element_size()
         for name, value in tensors.items()
@@ -229,7 +234,7 @@ def packed_bytes(folder: Path, names: list[str]) -> int:
 # Measuring
 
 
-def run(bench: Bench, name: str) -> dict[str, object]:
+def run_method(bench: QuantizerBenchmark, name: str) -> dict[str, object]:
     """One method's line, and its pictures beside it; as it was if it was measured before."""
     title, method = METHODS[name]
     kept = bench.out / f"{name}.json"
@@ -241,27 +246,29 @@ def run(bench: Bench, name: str) -> dict[str, object]:
     started = time.monotonic()
     try:
         total = method(bench, folder)
-    except NotMeasured as reason:
+    except MethodUnavailable as reason:
         return {"name": title, "why": str(reason)}
     seconds = time.monotonic() - started
-    errors = measure(folder, bench.held_out, bench.recipe.seed + HELD_OUT_SEEDS, bench.recipe.scale, CPU)
-    np.save(bench.out / f"{name}.npy", errors.packed[:SHOWN])
-    np.save(bench.out / "float.npy", errors.floats[:SHOWN])
-    line = {"name": title, "pictures": f"{name}.npy", **line_of(bench, errors, total, seconds)}
+    errors = compare_models(folder, bench.held_out, bench.recipe.seed + HELD_OUT_SEED_OFFSET, bench.recipe.scale, CPU)
+    np.save(bench.out / f"{name}.npy", errors.packed_images[:IMAGES_IN_SHEET])
+    np.save(bench.out / "float.npy", errors.float_images[:IMAGES_IN_SHEET])
+    line = {"name": title, "pictures": f"{name}.npy", **make_table_line(bench, errors, total, seconds)}
     kept.write_text(json.dumps(line))
     return line
 
 
-def line_of(bench: Bench, errors: Errors, total: int, seconds: float) -> dict[str, object]:
-    count = sum(value.numel() for value in float_weights(bench).values())
+def make_table_line(
+    bench: QuantizerBenchmark, errors: ModelComparison, total: int, seconds: float
+) -> dict[str, object]:
+    count = sum(value.numel() for value in load_float_weights(bench).values())
     return {
-        "bytes": total, "bits": 8 * total / count, "seconds": seconds, "noise_db": errors.mean_noise_db,
-        "final_db": errors.final_db, "psnr_db": errors.psnr_db,
-        "ssim": mean_ssim(errors.floats, errors.packed),
+        "bytes": total, "bits": 8 * total / count, "seconds": seconds, "noise_db": errors.mean_noise_sqnr_db,
+        "final_db": errors.final_latents_sqnr_db, "psnr_db": errors.psnr_db,
+        "ssim": mean_ssim(errors.float_images, errors.packed_images),
     }  # fmt: skip
 
 
-def print_table(bench: Bench, lines: list[dict[str, object]]) -> None:
+def print_table(bench: QuantizerBenchmark, lines: list[dict[str, object]]) -> None:
     prompts, recipe = bench.held_out.latents.shape[1], bench.recipe
     print(f"\n{len(bench.names)} packed layers, {prompts} held-out prompts, {recipe.steps} steps, scale {recipe.scale}")
     print(f"{'method':<32}{'MB':>7}{'bits':>7}{'noise dB':>10}{'latents dB':>12}{'PSNR dB':>9}{'SSIM':>8}")
@@ -276,7 +283,7 @@ def print_table(bench: Bench, lines: list[dict[str, object]]) -> None:
         )
 
 
-def write_sheet(bench: Bench, lines: list[dict[str, object]]) -> Path:
+def write_sheet(bench: QuantizerBenchmark, lines: list[dict[str, object]]) -> Path:
     """A row of pictures for each method, the float model's first."""
     files = ["float.npy", *(str(line["pictures"]) for line in lines if "pictures" in line)]
     rows = [np.concatenate(list(np.load(bench.out / file)), axis=1) for file in files]
@@ -289,15 +296,19 @@ def held_out(floats: Path, recipe: Recipe, out: Path) -> Trajectories:
     """The float model's drawings of the held-out prompts, kept from an earlier call."""
     file = out / f"held-out-{len(recipe.held_out)}.safetensors"
     if not file.exists():
-        part = open_source(floats, Options()).unet()
+        part = open_source(floats, SourceOptions()).unet()
         drawn = draw(
-            Walker(part.config, part.tensors, CPU), floats, recipe, recipe.held_out, recipe.seed + HELD_OUT_SEEDS
+            SegmentedUNet(part.config, part.tensors, CPU),
+            floats,
+            recipe,
+            recipe.held_out,
+            recipe.seed + HELD_OUT_SEED_OFFSET,
         )
         save_file({name: getattr(drawn, name) for name in Trajectories.__slots__}, file)
     return Trajectories(**load_file(file))
 
 
-def tell(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -318,16 +329,16 @@ def main() -> None:
     else:
         floats, recipe = out / "floats", read_recipe(arguments.recipe)
         if not floats.exists():
-            convert_model(arguments.model, floats, Options(), None, tell)
+            convert_model(arguments.model, floats, SourceOptions(), None, log)
     if arguments.prompts:
         recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
-    part = open_source(floats, Options()).unet()
-    names = list(layers_to_pack(Walker(part.config, part.tensors, CPU).unet, "tiny"))
-    bench = Bench(floats, out, recipe, held_out(floats, recipe, out), names, arguments.peers)
+    part = open_source(floats, SourceOptions()).unet()
+    names = list(get_preset_layouts(SegmentedUNet(part.config, part.tensors, CPU).unet, "tiny"))
+    bench = QuantizerBenchmark(floats, out, recipe, held_out(floats, recipe, out), names, arguments.peers)
     lines = []
     for name in arguments.only.split(",") if arguments.only else METHODS:
-        tell(name)
-        lines.append(run(bench, name))
+        log(name)
+        lines.append(run_method(bench, name))
     print_table(bench, lines)
     print(f"\npictures, the float model's first: {write_sheet(bench, lines)}")
 

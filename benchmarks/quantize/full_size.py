@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
-from tests.support.random_sd_v1 import make_source
-from tinysd_batch.model.checkpoint.info import WEIGHTS
-from tinysd_batch.quantize.estimate.duration import foretell, speed_of, total
-from tinysd_batch.quantize.presets import DEFAULT, layers_to_pack
+from tests.support.random_sd_v1 import make_float_model
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
+from tinysd_batch.quantize.estimate.duration import estimate_calibration_cost, measure_device_speed, sum_costs
+from tinysd_batch.quantize.presets import DEFAULT_PRESET, get_preset_layouts
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Options, check_unet
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions, check_unet_tensors
 from tinysd_batch.quantize.sources.open import open_source
 
 
-def memory_of(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, int]]:
+def iter_process_memory(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, int]]:
     """Bytes resident and bytes of its own, a few times a second until it ends."""
     while process.poll() is None:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -41,7 +41,7 @@ def memory_of(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, int]]:
         time.sleep(0.05)
 
 
-def listen(process: subprocess.Popen[bytes], lines: list[tuple[float, str]]) -> None:
+def echo_output(process: subprocess.Popen[bytes], lines: list[tuple[float, str]]) -> None:
     """Pass on what it says, and keep it with the time."""
     assert process.stdout is not None
     for line in process.stdout:
@@ -49,14 +49,14 @@ def listen(process: subprocess.Popen[bytes], lines: list[tuple[float, str]]) -> 
         print(line.decode(), end="", flush=True)
 
 
-def extrapolate(lines: list[tuple[float, str]], ended: float, given: argparse.Namespace) -> None:
+def print_extrapolation(lines: list[tuple[float, str]], ended: float, given: argparse.Namespace) -> None:
     """What each part of the work took, and what it would take with the recipe that ships, as work is foretold."""
     if any(line.startswith("going on") for _, line in lines):
         print("part of it was done by an earlier run: no times of its parts")
         return
     marks = [next(at for at, line in lines if line.startswith(word)) for word in ("drawing", "calibrating the", "meas")]
     parts = [after - before for before, after in pairwise([*marks, ended])]
-    foretold = [seconds_foretold(given.source, recipe) for recipe in (read_recipe(given.recipe), read_recipe(None))]
+    foretold = [estimate_parts_s(given.source, recipe) for recipe in (read_recipe(given.recipe), read_recipe(None))]
     hours = 0.0
     for name, seconds, little, much in zip(
         ("drawing", "layers", "correcting, measuring"), parts, *foretold, strict=True
@@ -67,13 +67,19 @@ def extrapolate(lines: list[tuple[float, str]], ended: float, given: argparse.Na
     print(f"with the recipe that ships some {hours:.0f} hours in all, extrapolated")
 
 
-def seconds_foretold(source: Path, recipe: Recipe) -> tuple[float, float, float]:
+def estimate_parts_s(source: Path, recipe: Recipe) -> tuple[float, float, float]:
     """What drawing, layers and what follows them should take here."""
-    model = open_source(source, Options())
+    model = open_source(source, SourceOptions())
     part = model.unet()
-    work = foretell(part, model.vae(), layers_to_pack(check_unet(part), DEFAULT), recipe)
-    speed = speed_of(torch.device("cpu"))
-    return work.drawing.seconds(speed), total(work.layers.values()).seconds(speed), work.measuring.seconds(speed)
+    work = estimate_calibration_cost(
+        part, model.vae(), get_preset_layouts(check_unet_tensors(part), DEFAULT_PRESET), recipe
+    )
+    speed = measure_device_speed(torch.device("cpu"))
+    return (
+        work.generation.seconds(speed),
+        sum_costs(work.layers.values()).seconds(speed),
+        work.evaluation.seconds(speed),
+    )
 
 
 def main() -> None:
@@ -86,7 +92,7 @@ def main() -> None:
     if not given.source.exists():
         partial = given.source.with_name(given.source.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        make_source(partial)
+        make_float_model(partial)
         partial.rename(given.source)
     shutil.rmtree(given.out, ignore_errors=True)
     words = [
@@ -105,13 +111,13 @@ def main() -> None:
     started = time.monotonic()
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines: list[tuple[float, str]] = []
-    listener = threading.Thread(target=listen, args=(process, lines))
+    listener = threading.Thread(target=echo_output, args=(process, lines))
     listener.start()
-    resident, own = (max(most) for most in zip(*memory_of(process), strict=True))
+    resident, own = (max(most) for most in zip(*iter_process_memory(process), strict=True))
     listener.join()
     if process.returncode:
         sys.exit(process.returncode)
-    size = (given.out / "unet" / WEIGHTS).stat().st_size
+    size = (given.out / "unet" / WEIGHTS_FILE).stat().st_size
     source = sum(file.stat().st_size for file in given.source.rglob("*.safetensors"))
     print(
         f"level {given.level}: {source / 1e9:.1f} GB of floats to a UNet of {size / 1e6:.0f} MB in "
@@ -119,7 +125,7 @@ def main() -> None:
         f"peak memory {resident / 1e9:.2f} GB, mapped pages of the source included; {own / 1e9:.2f} GB of its own"
     )
     if given.level == "calib":
-        extrapolate(lines, time.monotonic(), given)
+        print_extrapolation(lines, time.monotonic(), given)
 
 
 if __name__ == "__main__":

@@ -20,24 +20,30 @@ from torch import Tensor
 
 from benchmarks.quantize.compare_quantizers import held_out
 from tests.support.paths import ROOT
-from tinysd_batch.model.packed.dequantize import unpack
+from tinysd_batch.model.packed.dequantize import dequantize
 from tinysd_batch.model.packed.format import Layout, from_matrix, to_matrix
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
-from tinysd_batch.quantize.evaluate.compare import sqnr_db
-from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, level_of, sort_of, unet_bytes
+from tinysd_batch.quantize.evaluate.compare import compute_sqnr_db
+from tinysd_batch.quantize.presets import (
+    PRESETS,
+    compute_unet_bytes,
+    get_block_level,
+    get_layer_type,
+    get_preset_layouts,
+)
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.quantize.solve.affine import quantize_matrix
-from tinysd_batch.quantize.sources.checkpoint_source import Options, Part
+from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, SourceOptions
 from tinysd_batch.quantize.sources.open import open_source
 from training.repack import float_folder
 
-EVERY = 3  # of the trajectory's times
+TIMESTEP_INTERVAL = 3  # of the trajectory's times
 
 
-class Bench:
+class SensitivityBenchmark:
     """A float UNet whose weights change places."""
 
-    def __init__(self, part: Part, held: Trajectories, scale: float) -> None:
+    def __init__(self, part: SourceComponent, held: Trajectories, scale: float) -> None:
         self.tensors = {name: value.float() for name, value in part.tensors.items()}
         self.unet = UNet2DConditionModel.from_config(dict(part.config)).eval()
         self.held = held
@@ -49,20 +55,22 @@ class Bench:
         self.unet.load_state_dict(self.tensors | changed, assign=True)
         context = torch.cat([self.held.context_without, self.held.context])
         found = []
-        for latents, time, wanted in zip(self.held.latents, self.held.times, self.held.guided(self.scale), strict=True):
+        for latents, time, wanted in zip(
+            self.held.latents, self.held.times, self.held.guided_noise(self.scale), strict=True
+        ):
             without, with_text = self.unet(torch.cat([latents, latents]), time, context).sample.chunk(2)
-            found.append(sqnr_db(wanted, without + self.scale * (with_text - without)))
+            found.append(compute_sqnr_db(wanted, without + self.scale * (with_text - without)))
         return float(np.mean(found))
 
 
-def packed_floats(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+def quantize_and_unpack(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
     """What the layers' weights become at level fast."""
     found = {}
     for name, layout in layouts.items():
         weight = tensors[f"{name}.weight"].float()
         matrix = to_matrix(weight)
-        packed = quantize_matrix(matrix, layout.group_in(matrix.shape[1]), layout.bits)
-        found[name] = from_matrix(unpack(packed, torch.empty(packed.shape)), weight.shape)
+        packed = quantize_matrix(matrix, layout.group_size_in(matrix.shape[1]), layout.bits)
+        found[name] = from_matrix(dequantize(packed, torch.empty(packed.shape)), weight.shape)
     return found
 
 
@@ -83,9 +91,9 @@ def main() -> None:
     recipe = read_recipe(arguments.recipe)
     recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
     held = held_out(floats, recipe, arguments.out)
-    some = {name: getattr(held, name)[::EVERY] for name in ("latents", "times", "noise", "noise_without")}
-    part = open_source(floats, Options()).unet()
-    bench = Bench(
+    some = {name: getattr(held, name)[::TIMESTEP_INTERVAL] for name in ("latents", "times", "noise", "noise_without")}
+    part = open_source(floats, SourceOptions()).unet()
+    bench = SensitivityBenchmark(
         part, Trajectories(**some, final=held.final, context=held.context, context_without=held.context_without),
         recipe.scale,
     )  # fmt: skip
@@ -93,27 +101,27 @@ def main() -> None:
     print_presets(bench)
 
 
-def print_groups(bench: Bench) -> None:
-    layouts, tensors = layers_to_pack(bench.unet, "tiny"), bench.tensors
+def print_groups(bench: SensitivityBenchmark) -> None:
+    layouts, tensors = get_preset_layouts(bench.unet, "tiny"), bench.tensors
     levels = len(bench.unet.down_blocks)
     groups: dict[tuple[str, int], list[str]] = {}
     for name in layouts:
-        groups.setdefault((sort_of(name), level_of(name, levels)), []).append(name)
+        groups.setdefault((get_layer_type(name), get_block_level(name, levels)), []).append(name)
     print(f"{'alone at 2 bits':<24}{'level':>6}{'layers':>8}{'weights':>10}{'noise dB':>10}{'weighs':>10}")
     for (sort, level), names in sorted(groups.items()):
-        weights = packed_floats(tensors, {name: layouts[name] for name in names})
+        weights = quantize_and_unpack(tensors, {name: layouts[name] for name in names})
         own = sum(relative_error(tensors[f"{name}.weight"], value) for name, value in weights.items())
         found = bench.noise_db(weights)
         count = sum(value.numel() for value in weights.values())
         print(f"{sort:<24}{level:>6}{len(names):>8}{count:>10,}{found:>10.2f}{10 ** (-found / 10) / own:>10.5f}")
 
 
-def print_presets(bench: Bench) -> None:
+def print_presets(bench: SensitivityBenchmark) -> None:
     print(f"\n{'preset':<24}{'MB':>10}{'noise dB':>10}")
     for preset in PRESETS:
-        layouts = layers_to_pack(bench.unet, preset)
-        found = bench.noise_db(packed_floats(bench.tensors, layouts))
-        print(f"{preset:<24}{unet_bytes(bench.unet, layouts) / 1e6:>10.2f}{found:>10.2f}")
+        layouts = get_preset_layouts(bench.unet, preset)
+        found = bench.noise_db(quantize_and_unpack(bench.tensors, layouts))
+        print(f"{preset:<24}{compute_unet_bytes(bench.unet, layouts) / 1e6:>10.2f}{found:>10.2f}")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.quantize.compare_quantizers import CPU, held_out, tell
+from benchmarks.quantize.compare_quantizers import CPU, held_out, log
 from tests.support.paths import ROOT
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import NoiseCorrection
-from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS, TUNE_EVERY, Trajectories, draw
-from tinysd_batch.quantize.calibration.unet_segments import Walker
-from tinysd_batch.quantize.evaluate.compare import sqnr_db
-from tinysd_batch.quantize.evaluate.fit_noise_correction import fit
+from tinysd_batch.quantize.calibration.trajectories import (
+    HELD_OUT_SEED_OFFSET,
+    TUNING_PROMPT_INTERVAL,
+    Trajectories,
+    draw,
+)
+from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
+from tinysd_batch.quantize.evaluate.compare import compute_sqnr_db
+from tinysd_batch.quantize.evaluate.fit_noise_correction import fit_correction
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 from tinysd_batch.quantize.sources.open import open_source
 from training.repack import float_folder
 
@@ -35,7 +40,7 @@ STOCHASTIC = {"euler_a": 0.0, "ddim": 1.0}  # and eta
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class CorrectionBenchmark:
     """What all models share."""
 
     recipe: Recipe
@@ -45,7 +50,7 @@ class Bench:
 
     def draw(self, model: TinySD, scale: float, sampler: str = "ddim", eta: float = 0.0) -> Tensor:
         """Final latents of the held-out prompts."""
-        first = self.recipe.seed + HELD_OUT_SEEDS
+        first = self.recipe.seed + HELD_OUT_SEED_OFFSET
         found: Tensor = model.generate(
             None, list(range(first, first + len(self.held.context))), sampler=sampler, eta=eta, guidance_scale=scale,
             num_inference_steps=self.recipe.steps, prompt_embeds=self.held.context, output_type="latent",
@@ -54,15 +59,15 @@ class Bench:
         return found
 
 
-def set_apart(floats: Path, recipe: Recipe) -> Trajectories:
+def load_tuning_trajectories(floats: Path, recipe: Recipe) -> Trajectories:
     """The float model's drawings of the prompts that calibration sets apart."""
-    part = open_source(floats, Options()).unet()
-    prompts = recipe.prompts[TUNE_EVERY // 2 :: TUNE_EVERY]
-    return draw(Walker(part.config, part.tensors, CPU), floats, recipe, prompts, recipe.seed)
+    part = open_source(floats, SourceOptions()).unet()
+    prompts = recipe.prompts[TUNING_PROMPT_INTERVAL // 2 :: TUNING_PROMPT_INTERVAL]
+    return draw(SegmentedUNet(part.config, part.tensors, CPU), floats, recipe, prompts, recipe.seed)
 
 
-def print_scales(bench: Bench, model: TinySD, name: str, wanted: Mapping[float, Tensor]) -> None:
-    fitted = fit(model, bench.apart, bench.recipe.scale)
+def print_scales(bench: CorrectionBenchmark, model: TinySD, name: str, wanted: Mapping[float, Tensor]) -> None:
+    fitted = fit_correction(model, bench.apart, bench.recipe.scale)
     ways: dict[str, NoiseCorrection | None] = {
         "none": None,
         "slopes": fitted.without_bias(),
@@ -71,21 +76,24 @@ def print_scales(bench: Bench, model: TinySD, name: str, wanted: Mapping[float, 
     for scale, latents in wanted.items():
         ways.pop("slopes fitted there", None)
         if scale != bench.recipe.scale:
-            ways["slopes fitted there"] = fit(model, bench.apart, scale).without_bias()
+            ways["slopes fitted there"] = fit_correction(model, bench.apart, scale).without_bias()
         for way, correction in ways.items():
             model.correction = correction
-            print(f"{name:<16}{scale:>6g}  {way:<22}{sqnr_db(latents, bench.draw(model, scale)):>10.2f}", flush=True)
+            print(
+                f"{name:<16}{scale:>6g}  {way:<22}{compute_sqnr_db(latents, bench.draw(model, scale)):>10.2f}",
+                flush=True,
+            )
 
 
-def print_noise(bench: Bench, model: TinySD, name: str, wanted: Mapping[str, Tensor]) -> None:
+def print_noise(bench: CorrectionBenchmark, model: TinySD, name: str, wanted: Mapping[str, Tensor]) -> None:
     scale = bench.recipe.scale
-    slopes = fit(model, bench.apart, scale).without_bias()
+    slopes = fit_correction(model, bench.apart, scale).without_bias()
     for sampler, eta in STOCHASTIC.items():
-        for way, correction in {"none": None, "slopes": slopes, "and less noise": slopes.absorbing(True)}.items():
+        for way, correction in {"none": None, "slopes": slopes, "and less noise": slopes.with_absorbs(True)}.items():
             model.correction = correction
             found = bench.draw(model, scale, sampler, eta)
             print(
-                f"{name:<16}{sampler:<8}{way:<18}{sqnr_db(wanted[sampler], found):>8.2f}"
+                f"{name:<16}{sampler:<8}{way:<18}{compute_sqnr_db(wanted[sampler], found):>8.2f}"
                 f"{float(found.std() / wanted[sampler].std()):>10.3f}",
                 flush=True,
             )
@@ -102,9 +110,11 @@ def main() -> None:
     folder = float_folder(arguments.out / "embedded-floats")
     recipe = read_recipe(ROOT / "configs" / "quantize" / "embedded.toml")
     recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
-    tell("drawing by the float model")
+    log("drawing by the float model")
     floats = TinySD.from_pretrained(folder, device="cpu", dtype="full")
-    bench = Bench(recipe, held_out(folder, recipe, arguments.out), set_apart(folder, recipe), floats)
+    bench = CorrectionBenchmark(
+        recipe, held_out(folder, recipe, arguments.out), load_tuning_trajectories(folder, recipe), floats
+    )
     models = {path.name: TinySD.from_pretrained(path, device="cpu", dtype="full") for path in arguments.models}
     print(f"{'model':<16}{'scale':>6}  {'corrected':<22}{'latents dB':>10}")
     by_scale = {scale: bench.draw(floats, scale) for scale in map(float, arguments.scales.split(","))}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
-def nbytes(tensors: Any) -> int:
+def count_bytes(tensors: Any) -> int:
     return sum(one.numel() * one.element_size() for one in tensors if isinstance(one, Tensor))
 
 
@@ -70,7 +70,7 @@ def sdnq(unet: Any, names: list[str], **settings: Any) -> tuple[dict[str, Tensor
     found, total = {}, 0
     for name in names:
         layer = unet.get_submodule(name)
-        total += nbytes(value for key, value in layer.state_dict().items() if key != "bias")
+        total += count_bytes(value for key, value in layer.state_dict().items() if key != "bias")
         if hasattr(layer, "dequantize"):
             layer.dequantize()
         found[name] = unet.get_submodule(name).weight.detach().float().contiguous()

@@ -16,20 +16,20 @@ import pyarrow as pa
 import pytest
 
 from tests.chaos.simulator import Faults, KilledError, SimPool, World, told
-from tests.support.stub_model import Silent
+from tests.support.stub_model import SilentProgress
 from tinysd_batch.job import driver
-from tinysd_batch.job.dispatch.job_progress import InvalidRows
+from tinysd_batch.job.dispatch.job_progress import InvalidRows, RunSummary
 from tinysd_batch.job.plan.batches import RowImages, cut_batches, plan_images
 from tinysd_batch.job.results import table as tables
 from tinysd_batch.job.results import writer
-from tinysd_batch.job.results.schema import FIELDS
+from tinysd_batch.job.results.schema import RESULT_FIELDS
 from tinysd_batch.job.state.job import Job
 from tinysd_batch.records import ImageRequest, ImageResult, Row, Status
 from tinysd_batch.storage import atomic
 
 # Enough of the table to check it by: a row of all columns takes half a millisecond.
 COLUMNS = ("index", "row", "status", "file_name", "sha256", "error_class")
-SCHEMA = pa.schema([field for field in FIELDS if field.name in COLUMNS])
+SCHEMA = pa.schema([field for field in RESULT_FIELDS if field.name in COLUMNS])
 
 
 class MemoryWorld(World):
@@ -45,10 +45,10 @@ class MemoryWorld(World):
     def guard(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def submit(self) -> driver.Summary:
-        surveyed = driver.Survey(sum(len(images) for _, images in self.planned), InvalidRows(), [], None)
-        run = driver.Run(self.the_job, surveyed, self, Silent(), lambda: False)  # type: ignore[arg-type]
-        return run.make(lambda _: SimPool(self), None, retry_failed=False, redo_missing=False)
+    def submit(self) -> RunSummary:
+        surveyed = driver.ManifestScan(sum(len(images) for _, images in self.planned), InvalidRows(), [], None)
+        run = driver.JobRun(self.the_job, surveyed, self, SilentProgress(), lambda: False)  # type: ignore[arg-type]
+        return run.execute(lambda _: SimPool(self), None, retry_failed=False, redo_missing=False)
 
     def leftovers(self) -> list[Path]:
         return list(self.temporaries)
@@ -99,7 +99,7 @@ class MemoryWorld(World):
         super().patch(monkeypatch)
         paths = functools.partial(MemoryPaths, world=self)
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-            (driver, "ResultsPaths", paths),
+            (driver, "ResultsTable", paths),
             (driver, "results_schema", lambda _: SCHEMA),
             (driver, "save_job", self.save_job),
             (driver, "record_earlier", lambda *_: None),
@@ -125,7 +125,7 @@ class MemoryWorld(World):
         return self.tables[file].select(columns) if columns else self.tables[file]
 
 
-class MemoryPaths(tables.ResultsPaths):
+class MemoryPaths(tables.ResultsTable):
     """Which files there are; what follows from that is the real class's."""
 
     def __init__(self, job_folder: Path, world: MemoryWorld) -> None:
@@ -133,18 +133,18 @@ class MemoryPaths(tables.ResultsPaths):
         self.world = world
 
     def sealed_files(self) -> list[Path]:
-        return [path for path in (self.one_file,) if path in self.world.tables]
+        return [path for path in (self.single_file,) if path in self.world.tables]
 
     def journal_parts(self) -> list[Path]:
         return sorted(path for path in self.world.tables if path.parent == self.journal)
 
-    def drop_covered_journal(self) -> None:
+    def delete_covered_parts(self) -> None:
         for part in set(self.journal_parts()):
-            if part.stem in self.covered():
+            if part.stem in self.read_covered_parts():
                 del self.world.tables[part]
 
 
 @functools.lru_cache
 def read_job(manifest: Path, folder: Path) -> tuple[Job, list[tuple[Row, RowImages]]]:
     job = World(folder, manifest, 1, [], Faults()).job()
-    return job, list(plan_images(job.read_rows(), job.common()))
+    return job, list(plan_images(job.read_rows(), job.shared_settings()))

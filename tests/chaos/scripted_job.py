@@ -14,16 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.stub_model import TrivialModel, TrivialPool, TrivialProcess
+from tests.support.stub_model import StubModel, StubRayPool, StubWorkerProcess
 from tinysd_batch.cli.terminal.signals import stop_on_signals
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.dispatch import dispatcher
-from tinysd_batch.job.dispatch.chunk_size import Patience
+from tinysd_batch.job.dispatch.chunk_size import HangTimeout
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.worker import WorkerSetup
-from tinysd_batch.report.progress_bar import RunProgress
+from tinysd_batch.report.progress_bar import RunProgressBar
 
 
 class DeviceError(RuntimeError):
@@ -39,7 +39,7 @@ def once(prompt: str) -> bool:
     return True
 
 
-class CursedModel(TrivialModel):
+class CursedModel(StubModel):
     """Does what the prompt says."""
 
     def generate(self, prompt: Sequence[str], seed: Sequence[int], **more: Any) -> Any:
@@ -63,7 +63,7 @@ class CursedModel(TrivialModel):
             self.eaten = [bytearray(os.urandom(1) * 50_000_000) for _ in range(1000)]
 
 
-class CursedProcess(TrivialProcess):
+class CursedProcess(StubWorkerProcess):
     """With `FARM_APART` in the environment it has the storage of another machine."""
 
     model_class = CursedModel
@@ -72,8 +72,8 @@ class CursedProcess(TrivialProcess):
         super().__init__(replace(setup, scratch=Path(os.environ.get("FARM_APART", setup.scratch))), name)
 
 
-class CursedPool(TrivialPool):
-    process = CursedProcess
+class CursedPool(StubRayPool):
+    worker_class = CursedProcess
 
 
 def main() -> int:
@@ -87,13 +87,13 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=120.0)
     parser.add_argument("--take-over", action="store_true")
     given = parser.parse_args()
-    setattr(dispatcher, "Patience", functools.partial(Patience, given.patience, 10.0, given.patience))  # noqa: B010
+    setattr(dispatcher, "HangTimeout", functools.partial(HangTimeout, given.patience, 10.0, given.patience))  # noqa: B010
     job = open_job(given.manifest, given.job, Settings(height=64, width=64, seed=1))
-    setup = WorkerSetup.of(
+    setup = WorkerSetup.from_settings(
         job.settings, job.model, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
         stop_file=job.stop_file.resolve(),
     )  # fmt: skip
-    with stop_on_signals() as stop, RunProgress(Console(highlight=False), verbose=False) as progress:
+    with stop_on_signals() as stop, RunProgressBar(Console(highlight=False), verbose=False) as progress:
         try:
             summary = run_job(
                 job, lambda _: CursedPool(setup, given.workers, given.seconds), progress, lambda: bool(stop),

@@ -22,18 +22,19 @@ import pytest
 
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole
-from tests.support.stub_model import Silent
+from tests.support.stub_model import SilentProgress
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.job import driver
 from tinysd_batch.job.dispatch import dispatcher
-from tinysd_batch.job.dispatch.chunk_size import Patience
-from tinysd_batch.job.manifest.files import fingerprint, stamp
-from tinysd_batch.job.plan.cost import work_of
+from tinysd_batch.job.dispatch.chunk_size import HangTimeout
+from tinysd_batch.job.dispatch.job_progress import RunSummary
+from tinysd_batch.job.manifest.files import fingerprint, read_manifest_stamp
+from tinysd_batch.job.plan.cost import estimate_batch_cost
 from tinysd_batch.job.results import table, writer
 from tinysd_batch.job.state.job import Job
-from tinysd_batch.job.workers.faults import POLICY, Action, Fault
-from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Event, WorkerLost, WorkerReady
+from tinysd_batch.job.workers.faults import FAULT_POLICIES, FaultAction, FaultType
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerEvent, WorkerLost, WorkerReady
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage import atomic
@@ -105,7 +106,7 @@ class World:
         settings = Settings(model="none", height=64, width=64, steps=2, scale=2.0)
         return Job(
             self.folder, self.manifest, settings, MODEL, 1, uuid.UUID(int=self.chance.getrandbits(128)).hex[:12],
-            fingerprint(self.manifest), stamp(self.manifest),
+            fingerprint(self.manifest), read_manifest_stamp(self.manifest),
         )  # fmt: skip
 
     def run(self) -> None:
@@ -130,8 +131,8 @@ class World:
                 worker.queue, worker.is_ready, worker.hangs = None, False, False
         pytest.fail("the job does not come to an end")
 
-    def submit(self) -> driver.Summary:
-        return driver.run_job(self.job(), lambda _: SimPool(self), Silent(), lambda: False)
+    def submit(self) -> RunSummary:
+        return driver.run_job(self.job(), lambda _: SimPool(self), SilentProgress(), lambda: False)
 
     def leftovers(self) -> list[Path]:
         return list(self.folder.rglob(f"{atomic.TEMPORARY_PREFIX}*"))
@@ -161,7 +162,7 @@ class World:
         """The class of failure that the image is for this worker, if it is one."""
         if image.index in self.faults.raising | self.faults.poison:
             return "ValueError"
-        return str(Fault.OUT_OF_MEMORY) if worker.is_small and image.params.width >= LARGE_PX else ""
+        return str(FaultType.OUT_OF_MEMORY) if worker.is_small and image.params.width >= LARGE_PX else ""
 
     def publish(self, image: ImageRequest) -> ImageResult:
         """What a worker does with one image: adopt what is there, or draw it and publish it, never replacing."""
@@ -214,17 +215,17 @@ class World:
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the simulated clock and disk in the place of real ones; all else is the real code."""
-        sweep = driver.sweep
+        sweep = driver.clean_up_job_folder
 
         def sweep_unless_killed(job: Job) -> None:
             if self.is_killed:
                 raise KilledError
             sweep(job)
 
-        timed = functools.partial(dispatcher.Dispatch, clock=self.clock, patience=Patience(60.0, 10.0, 300.0))
-        monkeypatch.setattr(driver, "Dispatch", timed)
-        monkeypatch.setattr(dispatcher, "adopt", self.adopt)
-        monkeypatch.setattr(driver, "sweep", sweep_unless_killed)
+        timed = functools.partial(dispatcher.Dispatcher, clock=self.clock, patience=HangTimeout(60.0, 10.0, 300.0))
+        monkeypatch.setattr(driver, "Dispatcher", timed)
+        monkeypatch.setattr(dispatcher, "adopt_image", self.adopt)
+        monkeypatch.setattr(driver, "clean_up_job_folder", sweep_unless_killed)
         monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=self.clock))
         monkeypatch.setattr(atomic, "synced_temporary", self.write)
         monkeypatch.setattr(atomic, "sync_path", lambda _: None)
@@ -247,7 +248,7 @@ class SimPool:
     def workers(self) -> list[str]:
         return list(self.there)
 
-    def idle(self) -> list[str]:
+    def idle_workers(self) -> list[str]:
         return [worker.name for worker in self.there.values() if worker.is_ready and worker.queue is None]
 
     def submit(self, worker: str, chunk: list[MicroBatch]) -> None:
@@ -255,30 +256,30 @@ class SimPool:
         assert process.is_ready
         assert process.queue is None, "one call in flight"
         process.queue = deque(chunk)
-        process.due = self.world.now + work_of(chunk[0]) / process.speed
+        process.due = self.world.now + estimate_batch_cost(chunk[0]) / process.speed
 
     def retire(self, worker: str, reason: str) -> None:
         del self.there[worker]
 
-    def kill(self, worker: str, reason: str, fault: Fault) -> WorkerLost:
+    def kill(self, worker: str, reason: str, fault: FaultType) -> WorkerLost:
         process = self.there[worker]
         assert process.hangs, "a worker that was at work was killed"
         return self.lose(process, fault, "hung")
 
-    def lose(self, process: SimWorker, fault: Fault, reason: str = "") -> WorkerLost:
+    def lose(self, process: SimWorker, fault: FaultType, reason: str = "") -> WorkerLost:
         batch = process.queue[0] if process.queue else None
         if batch is not None:
             self.world.wasted += len(batch.images)
-            if POLICY[fault].action is Action.SUSPECT:
+            if FAULT_POLICIES[fault].action is FaultAction.SUSPECT:
                 self.world.losses.update(batch.wanted)
-            if fault is Fault.NODE_LOST:
+            if fault is FaultType.NODE_LOST:
                 self.world.zombies.append((process, batch))  # cut off from us, but not from the storage
         self.world.ends[reason or str(fault)] += 1
         process.queue, process.is_ready, process.hangs = None, False, False
         process.due = self.world.now + BACKOFF_S + BOOT_S
         return WorkerLost(process.name, reason or str(fault), fault)
 
-    def events(self, timeout_s: float) -> list[Event]:
+    def wait_for_events(self, timeout_s: float) -> list[WorkerEvent]:
         world = self.world
         if not self.there:
             raise NoWorkerError("no worker is left")
@@ -295,20 +296,20 @@ class SimPool:
         assert soonest.queue
         return self.finish(soonest, soonest.queue[0])
 
-    def finish(self, process: SimWorker, batch: MicroBatch) -> list[Event]:
+    def finish(self, process: SimWorker, batch: MicroBatch) -> list[WorkerEvent]:
         """What comes of the batch at hand, be it pictures or a fault."""
         world, faults = self.world, self.world.faults
         world.trials += not batch.wanted
         if process.is_broken or not faults.poison.isdisjoint(batch.wanted):
-            return [self.lose(process, Fault.WORKER_DIED)]
+            return [self.lose(process, FaultType.WORKER_DIED)]
         what = ""
         if faults.worker and batch.wanted and world.chance.random() < 0.3:
             faults.worker -= 1
             what = world.chance.choice(WORKER_FAULTS)
         if what in ("host_out_of_memory", "node_lost", "device_broken"):
-            return [self.lose(process, Fault(what))]
+            return [self.lose(process, FaultType(what))]
         if what == "die_before":
-            return [self.lose(process, Fault.WORKER_DIED, what)]
+            return [self.lose(process, FaultType.WORKER_DIED, what)]
         if what == "hang":
             process.hangs = True
             return []
@@ -323,20 +324,20 @@ class SimPool:
         is_whole = wanted == batch.wanted and not any(self.world.fails(process, image) for image in batch.images)
         if process.queue and is_whole:
             process.queue.popleft()  # which the driver can see by the files
-        return self.lose(process, Fault.WORKER_DIED, what)
+        return self.lose(process, FaultType.WORKER_DIED, what)
 
-    def deliver(self, process: SimWorker, batch: MicroBatch, what: str) -> list[Event]:
+    def deliver(self, process: SimWorker, batch: MicroBatch, what: str) -> list[WorkerEvent]:
         done = BatchDone(process.name, self.make(process, batch))
         assert process.queue
         process.queue.popleft()
         if what == "die_after":
-            return [done, self.lose(process, Fault.WORKER_DIED, what)]
-        events: list[Event] = [done, done] if what == "twice" else [done]
+            return [done, self.lose(process, FaultType.WORKER_DIED, what)]
+        events: list[WorkerEvent] = [done, done] if what == "twice" else [done]
         self.world.ends["twice"] += what == "twice"
         if not process.queue:
             process.queue = None
             return [*events, ChunkDone(process.name)]
-        process.due = self.world.now + work_of(process.queue[0]) / process.speed
+        process.due = self.world.now + estimate_batch_cost(process.queue[0]) / process.speed
         return events
 
     def make(self, process: SimWorker, batch: MicroBatch) -> list[ImageResult]:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.program import command, environment, run
 from tests.support.small_unet import EMBEDDED, small_unet
-from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
@@ -66,8 +66,8 @@ def test_a_killed_calibration_goes_on(source: Path, tmp_path: Path, signal_numbe
     assert f"going on: {len(there)} of {LAYERS} layers are there" in said.stderr
     whole = tmp_path / "whole"
     assert run(*arguments(source, whole), OMP_NUM_THREADS="1").returncode == 0
-    assert (out / "unet" / WEIGHTS).read_bytes() == (whole / "unet" / WEIGHTS).read_bytes()
-    assert 0.98 * TARGET < (out / "unet" / WEIGHTS).stat().st_size <= TARGET
+    assert (out / "unet" / WEIGHTS_FILE).read_bytes() == (whole / "unet" / WEIGHTS_FILE).read_bytes()
+    assert 0.98 * TARGET < (out / "unet" / WEIGHTS_FILE).stat().st_size <= TARGET
     assert json.loads((out / "report" / "report.json").read_text())["final_latents_sqnr_db"] > 0
     assert not (tmp_path / "killed.work").exists()
     assert not list(tmp_path.rglob(f"{TEMPORARY_PREFIX}*"))

@@ -181,7 +181,7 @@ def test_failed_images_are_tried_again_through_kills(
 ) -> None:
     """In the end each has one row, whichever run wrote it."""
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 30} for number in range(IMAGES)])
-    original = Worker.try_to_make
+    original = Worker.generate_and_publish
 
     def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
         if images[0].index % 4:
@@ -189,7 +189,7 @@ def test_failed_images_are_tried_again_through_kills(
         return original(self, images, wanted)
 
     with monkeypatch.context() as curse:
-        curse.setattr(Worker, "try_to_make", poisoned)
+        curse.setattr(Worker, "generate_and_publish", poisoned)
         done = run_here("submit", "m.csv", "--model", tiny_model, "-o", "job", "--seed", 1, "--inline", cwd=tmp_path)
     assert done.returncode == 3
     job = tmp_path / "job"

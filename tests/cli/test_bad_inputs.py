@@ -15,7 +15,7 @@ from tests.support.files import Change, parquet_bytes
 from tests.support.jobs import check_whole, draw
 from tests.support.program import Capture, call, check_refused, command, environment
 from tinysd_batch.job.manifest.snapshot import ROWS_FILE
-from tinysd_batch.job.state.precision_record import RECORD_FILE
+from tinysd_batch.job.state.precision_record import PRECISION_FILE
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -128,7 +128,7 @@ def test_a_disk_without_room(here: Path, tiny_model: Path, limit: int) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (5, 1), done.stderr
     assert "File too large; make room or choose another folder" in done.stderr
     left = {path.name for path in (here / "job").rglob("*") if path.is_file()}
-    assert left <= {"lock", "job.json", ROWS_FILE, RECORD_FILE}
+    assert left <= {"lock", "job.json", ROWS_FILE, PRECISION_FILE}
     draw(here / "m.csv", here / "job", tiny_model, height=64, width=64)
     check_whole(here / "job", 1)
 

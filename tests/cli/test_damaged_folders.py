@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.files import Change, instead, parquet_bytes, put, remove, set_json
 from tests.support.jobs import draw
 from tests.support.program import Capture, call, check_refused
-from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,8 +26,10 @@ def set_tensors(part: str, **tensors: torch.Tensor | None) -> Change:
     """Change tensors of a part; None removes. Two underscores stand for a dot."""
 
     def change(model: Path) -> None:
-        found = load_file(model / part / WEIGHTS) | {name.replace("__", "."): value for name, value in tensors.items()}
-        save_file({name: value for name, value in found.items() if value is not None}, model / part / WEIGHTS)
+        found = load_file(model / part / WEIGHTS_FILE) | {
+            name.replace("__", "."): value for name, value in tensors.items()
+        }
+        save_file({name: value for name, value in found.items() if value is not None}, model / part / WEIGHTS_FILE)
 
     return change
 
@@ -55,7 +57,7 @@ SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/vocab.json"
 MODELS: list[tuple[Change, str]] = [
     (drop("vae"), "not a model folder, it has no vae"),
     (drop(UNET), "unet/config.json: missing; the model folder is not complete"),
-    (drop(f"unet/{WEIGHTS}"), f"unet/{WEIGHTS}: missing; the model folder is not complete"),
+    (drop(f"unet/{WEIGHTS_FILE}"), f"unet/{WEIGHTS_FILE}: missing; the model folder is not complete"),
     (drop("text_encoder/model.safetensors"), "text_encoder/model.safetensors: missing"),
     (drop(SCHEDULER), "scheduler_config.json: missing"),
     (drop(TOKENIZER), "tokenizer/vocab.json: missing"),
@@ -73,7 +75,7 @@ MODELS: list[tuple[Change, str]] = [
     (set_json("tokenizer/tokenizer_config.json", bos_token=["a"]), "not a readable CLIP tokenizer"),
     (set_json(TOKENIZER, **{"cat</w>": 10**6}), "token 'cat</w>' is number 1000000, the text encoder knows"),
     (pipe(UNET), "unet/config.json: cannot be read: not a regular file"),
-    (pipe(f"vae/{WEIGHTS}"), "not a readable safetensors file"),
+    (pipe(f"vae/{WEIGHTS_FILE}"), "not a readable safetensors file"),
     (set_json(UNET, block_out_channels=None), "block_out_channels = 'None': a list of 1 to 8 was expected"),
     (set_json(UNET, block_out_channels=[32] * 99), "a list of 1 to 8 was expected"),
     (set_json(UNET, sample_size=[8, 8]), "sample_size = '[8, 8]': a number was expected"),
@@ -107,10 +109,10 @@ MODELS: list[tuple[Change, str]] = [
     (set_json("tinysd.json", steps=-1), "tinysd.json: steps = '-1': must be between 1 and 1000"),
     (set_json("tinysd.json", scale="x"), "tinysd.json: scale = 'x': a number was expected"),
     (put("tinysd.json", b'{"scale": NaN}'), "tinysd.json: scale = 'nan': a number was expected"),
-    (cut(f"unet/{WEIGHTS}", 1000), "not a readable safetensors file"),
-    (cut(f"vae/{WEIGHTS}", 0), "not a readable safetensors file"),
-    (put(f"unet/{WEIGHTS}", (2**63).to_bytes(8, "little") + b"{}"), "not a readable safetensors file"),
-    (put(f"unet/{WEIGHTS}", b"\x80\x04c__builtin__\nprint\n"), "not a readable safetensors file"),
+    (cut(f"unet/{WEIGHTS_FILE}", 1000), "not a readable safetensors file"),
+    (cut(f"vae/{WEIGHTS_FILE}", 0), "not a readable safetensors file"),
+    (put(f"unet/{WEIGHTS_FILE}", (2**63).to_bytes(8, "little") + b"{}"), "not a readable safetensors file"),
+    (put(f"unet/{WEIGHTS_FILE}", b"\x80\x04c__builtin__\nprint\n"), "not a readable safetensors file"),
     (set_tensors("unet", conv_in__bias=None), "1 tensors are missing, the first is conv_in.bias"),
     (set_tensors("unet", conv_in__bias=torch.zeros(5)), "conv_in.bias has shape [5], [32] was expected"),
     (set_tensors("unet", stray=torch.zeros(1)), "1 unexpected tensors, the first is stray"),

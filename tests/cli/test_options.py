@@ -14,9 +14,9 @@ from PIL import Image
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole, read_results
 from tests.support.program import run_here
-from tinysd_batch.cli.options import SETTINGS
+from tinysd_batch.cli.options import SETTING_OPTIONS
 from tinysd_batch.config import Settings
-from tinysd_batch.images import read_entries
+from tinysd_batch.images import read_metadata
 
 FOLDER = Path("outputs/txt2img-samples")
 
@@ -29,7 +29,7 @@ def draw(tmp_path: Path, tiny_model: Path) -> Any:
         done = run_here("txt2img", "--ckpt", tiny_model, *arguments, cwd=tmp_path)
         assert done.returncode == expect, done.stderr
         pictures = sorted((tmp_path / FOLDER).glob("seed_*"))
-        return {path.name: read_entries(path.read_bytes())[1] for path in pictures}, done.stdout + done.stderr
+        return {path.name: read_metadata(path.read_bytes())[1] for path in pictures}, done.stdout + done.stderr
 
     return txt2img
 
@@ -212,8 +212,8 @@ def test_long_prompts_are_read_to_the_end(draw: Any, tmp_path: Path) -> None:
 def test_every_setting_can_be_set_by_an_option() -> None:
     """Some are submit's own."""
     own = {"workers", "inline", "address", "worker_wait", "strict"}
-    assert set(SETTINGS) | own == set(Settings.model_fields)
-    assert not set(SETTINGS) & own
+    assert set(SETTING_OPTIONS) | own == set(Settings.model_fields)
+    assert not set(SETTING_OPTIONS) & own
 
 
 # submit, plan, status and export

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.jobs import check_whole, draw
 from tests.support.program import command, environment, run_here
-from tinysd_batch.cli.terminal.streams import named_streams
+from tinysd_batch.cli.terminal.streams import name_standard_streams
 
 redirect = contextlib.redirect_stdout
 QUICK = ("--inline", "--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_grid", "--seed", 5)
@@ -45,7 +45,7 @@ def test_a_log_that_fills_the_disk_ends_a_job_resumable(
 
 def test_errors_keep_the_name_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Full(0))
-    with named_streams(), pytest.raises(OSError, match="No space left") as error:
+    with name_standard_streams(), pytest.raises(OSError, match="No space left") as error:
         print("x", file=sys.stderr, flush=True)
     assert error.value.filename == "standard error"
 

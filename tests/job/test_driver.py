@@ -17,11 +17,11 @@ from tests.support.files import write_csv
 from tests.support.jobs import Quiet, check_whole, draw, read_results, setup_for
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, StorageError, UsageError
-from tinysd_batch.job.dispatch.dispatcher import Dispatch
+from tinysd_batch.job.dispatch.dispatcher import Dispatcher
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.inline_pool import InlinePool
-from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Event, WorkerLost
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerEvent, WorkerLost
 from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 
@@ -93,14 +93,14 @@ def test_the_picture_carries_its_settings(manifest: Path, tmp_path: Path, tiny_m
 def test_an_image_that_fails_costs_only_itself(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Worker.try_to_make
+    original = Worker.generate_and_publish
 
     def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
         if any(image.seed == 8 for image in images):
             raise RuntimeError("this seed is cursed\nand more")
         return original(self, images, wanted)
 
-    monkeypatch.setattr(Worker, "try_to_make", poisoned)
+    monkeypatch.setattr(Worker, "generate_and_publish", poisoned)
     summary, _ = draw(manifest, tmp_path / "job", tiny_model)
     assert (summary.counts[Status.OK], summary.failed) == (5, 1)
     rows = {row["index"]: row for row in check_whole(tmp_path / "job", 6) if row["index"]}
@@ -157,13 +157,13 @@ class DyingPool:
     def retire(self, worker: str, reason: str) -> None:
         raise NoWorkerError(f"{worker} is retired: {reason}")
 
-    def idle(self) -> list[str]:
+    def idle_workers(self) -> list[str]:
         return ["w"] if self.queue is None else []
 
     def submit(self, worker: str, chunk: Any) -> None:
         self.queue = list(chunk)
 
-    def events(self, timeout_s: float) -> list[Event]:
+    def wait_for_events(self, timeout_s: float) -> list[WorkerEvent]:
         if not self.queue:
             self.queue = None
             return [ChunkDone("w")]
@@ -248,13 +248,13 @@ def test_chunks_grow_with_speed_and_shrink_at_the_end(
     path = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}"} for number in range(40)])
     job = open_job(path, tmp_path / "many", Settings(model=str(tiny_model)))
     sizes: list[int] = []
-    original = Dispatch.submit
+    original = Dispatcher.submit
 
-    def counted(self: Dispatch, worker: str, chunk: Any) -> None:
+    def counted(self: Dispatcher, worker: str, chunk: Any) -> None:
         sizes.append(len(chunk))
         original(self, worker, chunk)
 
-    monkeypatch.setattr(Dispatch, "submit", counted)
+    monkeypatch.setattr(Dispatcher, "submit", counted)
     run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)
     assert sizes[0] == 1
     assert max(sizes) > 4

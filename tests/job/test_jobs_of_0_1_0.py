@@ -17,8 +17,8 @@ from tests.support.paths import FIXTURES
 from tests.support.program import run_here
 from tinysd_batch.config import Settings
 from tinysd_batch.job.plan.batches import plan_images
-from tinysd_batch.job.plan.image_id import image_id
-from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.plan.image_id import compute_image_id
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import Row, SamplingParams
@@ -52,7 +52,7 @@ def go_on(name: str, manifest: Path, job: Path, *more: object, command: str = "s
 
 
 def table_of(job: Path) -> list[dict[str, Any]]:
-    rows = [row for file in ResultsPaths(job).sealed_files() for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in ResultsTable(job).sealed_files() for row in pq.read_table(file).to_pylist()]
     return sorted(rows, key=lambda row: (row["row"], row["index"] or 0))
 
 
@@ -112,7 +112,7 @@ def test_image_ids_are_what_they_were() -> None:
     for request in golden["requests"]:
         width, height, steps, sampler, eta = request.pop("params")
         known = request.pop("image_id")
-        assert image_id(**request, params=SamplingParams(width, height, steps, sampler, eta)) == known, request
+        assert compute_image_id(**request, params=SamplingParams(width, height, steps, sampler, eta)) == known, request
 
 
 def test_a_manifest_gives_the_images_it_gave(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_manifest_gives_the_images_it_gave(tmp_path: Path) -> None:
     settings = Settings(model=str(MODEL), seed=3, negative_prompt="blurry")
     job = open_job(FIXTURES / "ids.jsonl", tmp_path / "job", settings)
     rows = (row for row in job.read_rows() if isinstance(row, Row))
-    images = [image for _, images in plan_images(rows, job.common()) for image in images]
+    images = [image for _, images in plan_images(rows, job.shared_settings()) for image in images]
     assert [[image.index, image.seed, image.file_name, image.image_id] for image in images] == golden["manifest"]
 
 

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tinysd_batch import TinySD
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
-from tinysd_batch.model.checkpoint.json_file import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json_object
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def latents(model: TinySD, prompt: object, seed: object, **options: object) -> t
 
 @pytest.mark.parametrize("sampler", ["plms", "ddim", "euler", "heun", "dpmpp_2m", "unipc"])
 def test_same_picture_as_diffusers_own_pipeline(float_model: Path, sampler: str) -> None:
-    config = CLIPTextConfig(**read_json(float_model / "text_encoder" / "config.json"))
+    config = CLIPTextConfig(**read_json_object(float_model / "text_encoder" / "config.json"))
     text = CLIPTextModel(config)
     text.load_state_dict(load_file(float_model / "text_encoder" / "model.safetensors"))
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -133,8 +133,10 @@ def test_pictures_arrays_and_latents(model: TinySD) -> None:
 
 def test_embeddings_in_place_of_a_prompt(model: TinySD) -> None:
     (condition,) = model.prompts.encode(["cat"], ["dog"], [2.0], ["seed"])
-    assert condition.negative is not None
-    given = latents(model, None, 1, prompt_embeds=condition.text[None], negative_prompt_embeds=condition.negative[None])
+    assert condition.negative_embedding is not None
+    given = latents(
+        model, None, 1, prompt_embeds=condition.text[None], negative_prompt_embeds=condition.negative_embedding[None]
+    )
     assert torch.equal(given, latents(model, "cat", 1, negative_prompt="dog"))
 
 
@@ -181,7 +183,7 @@ def test_a_long_neighbour_changes_nothing(model: TinySD) -> None:
 
 def test_each_prompt_is_encoded_once(model: TinySD) -> None:
     seen: list[int] = []
-    model.prompts.known.clear()
+    model.prompts.cache.clear()
     hook = model.text_encoder.register_forward_pre_hook(lambda *_: seen.append(1))
     model.generate(["cat", "cat", "dog", "cat"], [1, 2, 3, 4], negative_prompt=["", "owl", "dog", ""])
     model.generate("dog", 5)
@@ -216,12 +218,12 @@ def test_turbo_unpacks_once_and_changes_no_bit(tiny_model: Path, monkeypatch: py
 
     monkeypatch.setattr(pipeline, "KEEP_UNPACKED_BYTES", 0)
     counts: list[int] = []
-    unpack = dequantize.unpack
+    unpack = dequantize.dequantize
     pictures = []
     for turbo in (False, True):
         one = TinySD.from_pretrained(tiny_model, device="cpu", turbo=turbo)
         calls: list[int] = []
-        monkeypatch.setattr(packed, "unpack", lambda *given, calls=calls: (calls.append(1), unpack(*given))[1])
+        monkeypatch.setattr(packed, "dequantize", lambda *given, calls=calls: (calls.append(1), unpack(*given))[1])
         pictures.append(latents(one, "cat", 1, num_inference_steps=3))
         counts.append(len(calls))
     assert torch.equal(*pictures)

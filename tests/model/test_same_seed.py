@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.batch_layouts import LAYOUTS, Layout, Pictures, compare, draw
+from tests.support.batch_layouts import LAYOUTS, BatchLayout, ImagesById, compare_images, generate_with_layout
 from tinysd_batch.config import Settings
 
 BOUND = 1  # of 255, as README states it
@@ -16,17 +16,17 @@ def settings(tiny_model: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def alone(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
-    return draw(LAYOUTS[0], settings, tmp_path_factory.mktemp("alone"))
+def alone(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> ImagesById:
+    return generate_with_layout(LAYOUTS[0], settings, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.name)
-def test_company_changes_no_picture(settings: Settings, alone: Pictures, layout: Layout, tmp_path: Path) -> None:
-    largest, _ = compare(alone, draw(layout, settings, tmp_path))
+def test_company_changes_no_picture(settings: Settings, alone: ImagesById, layout: BatchLayout, tmp_path: Path) -> None:
+    largest, _ = compare_images(alone, generate_with_layout(layout, settings, tmp_path))
     assert largest <= BOUND
 
 
 @pytest.mark.slow
-def test_pictures_are_not_all_alike(alone: Pictures) -> None:
+def test_pictures_are_not_all_alike(alone: ImagesById) -> None:
     assert len({picture.tobytes() for picture in alone.values()}) == len(alone)

@@ -14,7 +14,7 @@ from tests.support import ldm_checkpoint
 from tests.support.session import made_once
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 
 Save = Callable[..., Path]
 
@@ -40,7 +40,7 @@ def floats(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint as a float folder."""
 
     def convert(out: Path) -> None:
-        convert_model(checkpoint, out, Options(), None, lambda _: None)
+        convert_model(checkpoint, out, SourceOptions(), None, lambda _: None)
 
     return made_once(tmp_path_factory, "checkpoint/floats", convert)
 
@@ -50,7 +50,7 @@ def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint at 2 bits."""
 
     def quantize(out: Path) -> None:
-        quantize_model(checkpoint, out, Options(), lambda _: None)
+        quantize_model(checkpoint, out, SourceOptions(), lambda _: None)
 
     return made_once(tmp_path_factory, "checkpoint/packed", quantize)
 

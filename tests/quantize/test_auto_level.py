@@ -13,23 +13,25 @@ from tests.support.paths import ROOT
 from tests.support.program import run_here
 from tests.support.small_unet import RECIPE, small_unet
 from tinysd_batch.quantize import auto_level as levels
-from tinysd_batch.quantize.auto_level import rounded
-from tinysd_batch.quantize.calibration.resume import open_work
+from tinysd_batch.quantize.auto_level import format_duration
+from tinysd_batch.quantize.calibration.resume import open_work_folder
 from tinysd_batch.quantize.estimate import memory
 from tinysd_batch.quantize.estimate.duration import (
-    Effort,
-    Foretold,
-    Speed,
-    foretell,
-    layer_efforts,
-    multiply_adds,
-    walk,
+    CalibrationCost,
+    ComputeCost,
+    DeviceSpeed,
+    count_macs,
+    count_segment_costs,
+    estimate_calibration_cost,
+    estimate_layer_costs,
 )
-from tinysd_batch.quantize.presets import DEFAULT, Size, layers_to_pack
+from tinysd_batch.quantize.presets import DEFAULT_PRESET, SizeTarget, get_preset_layouts
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Options, Part
+from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, SourceOptions
 
-XEON = Speed(products=1.85e11, numbers=5.7e9, calls=5.5e5)  # two cores with AVX-512, as `speed_of` found it
+XEON = DeviceSpeed(
+    macs=1.85e11, elementwise_ops=5.7e9, op_calls=5.5e5
+)  # two cores with AVX-512, as `speed_of` found it
 # There by `python -m benchmarks.quantize.full_size`; sorts of layers alone, told since, on one core in 245 s.
 MEASURED_S = {"drawing": 103.0, "layers": 731.0, "measuring": 186 + 245 / 2}
 
@@ -47,10 +49,10 @@ def folder(tmp_path: Path) -> Path:
 def test_calib_is_chosen_where_it_is_soon_done(float_model: Path, folder: Path) -> None:
     recipe = read_recipe(folder / "recipe.toml")
     level = levels.choose_level(
-        float_model, folder / "out", Options(), Size(), recipe, torch.device("cpu"), noise_correction=True
+        float_model, folder / "out", SourceOptions(), SizeTarget(), recipe, torch.device("cpu"), noise_correction=True
     )
     assert level.name == "calib"
-    assert level.why.startswith("level calib: some ")
+    assert level.reason.startswith("level calib: some ")
 
 
 @pytest.mark.slow
@@ -63,7 +65,7 @@ def test_a_model_that_is_soon_calibrated_is(float_model: Path, folder: Path) -> 
 
 
 def test_one_that_would_take_hours_is_not(float_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels, "MOST_S", 0.0)
+    monkeypatch.setattr(levels, "MAX_CALIBRATION_S", 0.0)
     said = run_here("quantize", float_model, "out", "--level", "auto", cwd=folder)
     assert said.returncode == 0, said.stderr
     assert said.stderr.startswith("level fast: calib would take some ")
@@ -74,7 +76,7 @@ def test_one_that_would_take_hours_is_not(float_model: Path, folder: Path, monke
 def test_where_memory_does_not_suffice_for_calib(
     float_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda _: 10_000_000)
+    monkeypatch.setattr(memory, "get_available_memory_bytes", lambda _: 10_000_000)
     said = run_here("quantize", float_model, "out", cwd=folder)
     assert said.returncode == 0, said.stderr
     assert said.stderr.startswith("level fast, as there is no room for calib: quantizing needs some ")
@@ -85,16 +87,16 @@ def test_where_memory_does_not_suffice_for_calib(
 def test_a_stopped_run_goes_on_with_its_level_whatever_is_foretold(
     level: str, float_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(levels, "MOST_S", 0.0)
-    with open_work(folder / "out", {"source": "", "recipe": {}, "size": {}}) as work:
-        work.keep_level(level)
+    monkeypatch.setattr(levels, "MAX_CALIBRATION_S", 0.0)
+    with open_work_folder(folder / "out", {"source": "", "recipe": {}, "size": {}}) as work:
+        work.save_level(level)
     said = run_here("quantize", float_model, "out", "--recipe", "recipe.toml", cwd=folder)
     assert said.stderr.startswith(f"level {level}: {folder / 'out.work'} was begun with it")
     assert "was begun with another source" in said.stderr  # so it is that level that goes on
 
 
 @pytest.fixture(scope="module")
-def sd_v1() -> Callable[[Recipe], Foretold]:
+def sd_v1() -> Callable[[Recipe], CalibrationCost]:
     """What is foretold of a model of SD v1's size."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
@@ -102,42 +104,46 @@ def sd_v1() -> Callable[[Recipe], Foretold]:
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=512,
         )  # fmt: skip
-    parts = [Part(dict(one.config), one.state_dict(), Path("here")) for one in (unet, vae)]
-    return partial(foretell, parts[0], parts[1], layers_to_pack(unet, DEFAULT))
+    parts = [SourceComponent(dict(one.config), one.state_dict(), Path("here")) for one in (unet, vae)]
+    return partial(estimate_calibration_cost, parts[0], parts[1], get_preset_layouts(unet, DEFAULT_PRESET))
 
 
-def test_what_is_foretold_is_what_it_took_within_a_factor_of_two(sd_v1: Callable[[Recipe], Foretold]) -> None:
+def test_what_is_foretold_is_what_it_took_within_a_factor_of_two(sd_v1: Callable[[Recipe], CalibrationCost]) -> None:
     found = sd_v1(read_recipe(ROOT / "benchmarks" / "quantize" / "small_calib.toml"))
     layers = sum(one.seconds(XEON) for one in found.layers.values())
-    foretold = {"drawing": found.drawing.seconds(XEON), "layers": layers, "measuring": found.measuring.seconds(XEON)}
+    foretold = {
+        "drawing": found.generation.seconds(XEON),
+        "layers": layers,
+        "measuring": found.evaluation.seconds(XEON),
+    }
     for name, seconds in foretold.items():
         assert 0.5 < seconds / MEASURED_S[name] < 2, (name, seconds)
-    assert 2 < sd_v1(read_recipe(None)).all.seconds(XEON) / 3600 < 8  # some four, extrapolated
+    assert 2 < sd_v1(read_recipe(None)).total.seconds(XEON) / 3600 < 8  # some four, extrapolated
 
 
 def test_a_row_through_the_units_is_one_through_the_unet() -> None:
     unet = small_unet()
     with torch.device("meta"), torch.no_grad():
         empty = UNet2DConditionModel.from_config(dict(unet.config))
-        whole = multiply_adds(lambda: empty(torch.empty(1, 4, 16, 16), torch.empty(1), torch.empty(1, 77, 256)))
-    part = Part(dict(unet.config), {}, Path("here"))
-    units = walk(part, layers_to_pack(unet, DEFAULT))
-    assert sum(one.all for one in units.values()) == pytest.approx(whole, rel=0.01)
+        whole = count_macs(lambda: empty(torch.empty(1, 4, 16, 16), torch.empty(1), torch.empty(1, 77, 256)))
+    part = SourceComponent(dict(unet.config), {}, Path("here"))
+    units = count_segment_costs(part, get_preset_layouts(unet, DEFAULT_PRESET))
+    assert sum(one.total for one in units.values()) == pytest.approx(whole, rel=0.01)
 
 
 def test_more_tokens_and_sweeps_take_longer_in_every_layer() -> None:
     unet = small_unet()
-    part, layouts = Part(dict(unet.config), {}, Path("here")), layers_to_pack(unet, DEFAULT)
+    part, layouts = SourceComponent(dict(unet.config), {}, Path("here")), get_preset_layouts(unet, DEFAULT_PRESET)
     few = Recipe(prompts=["a", "b"] * 40, held_out=["c", "d"], tokens=256, sweeps=2)
     many = few.model_copy(update={"tokens": 4096, "sweeps": 4})
-    little, much = (layer_efforts(part, layouts, recipe) for recipe in (few, many))
+    little, much = (estimate_layer_costs(part, layouts, recipe) for recipe in (few, many))
     assert little.keys() == layouts.keys()
     for name in layouts:
         assert little[name].seconds(XEON) < much[name].seconds(XEON), name
 
 
 def test_durations_in_words() -> None:
-    assert [rounded(seconds) for seconds in (45, 240, 5400, 14_400)] == [
+    assert [format_duration(seconds) for seconds in (45, 240, 5400, 14_400)] == [
         "45 seconds", "4 minutes", "90 minutes", "4 hours",
     ]  # fmt: skip
-    assert Effort(1, 2, 3).times(2) + Effort(1, 1, 1) == Effort(3, 5, 7)
+    assert ComputeCost(1, 2, 3).scaled(2) + ComputeCost(1, 1, 1) == ComputeCost(3, 5, 7)

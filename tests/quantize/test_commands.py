@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tests.support import ldm_checkpoint
 from tests.support.program import command, environment, run_here
 from tinysd_batch import TinySD
-from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.quantize.data_free import quantize_model
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 
 
@@ -29,13 +29,13 @@ def test_a_single_file_at_two_bits(
         "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
     )
     assert drawn.images.isfinite().all()
-    assert ldm_checkpoint.same_tensors(models.vae, load_file(tmp_path / "model" / "vae" / WEIGHTS), torch.float16)
+    assert ldm_checkpoint.same_tensors(models.vae, load_file(tmp_path / "model" / "vae" / WEIGHTS_FILE), torch.float16)
     assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
 
 
 def test_a_file_is_quantized_as_its_folder_is(floats: Path, packed: Path, tmp_path: Path) -> None:
-    quantize_model(floats, tmp_path / "two", Options(), lambda _: None)
-    one, two = (load_file(folder / "unet" / WEIGHTS) for folder in (packed, tmp_path / "two"))
+    quantize_model(floats, tmp_path / "two", SourceOptions(), lambda _: None)
+    one, two = (load_file(folder / "unet" / WEIGHTS_FILE) for folder in (packed, tmp_path / "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 

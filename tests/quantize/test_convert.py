@@ -17,10 +17,10 @@ from tests.support import ldm_checkpoint, tiny_stable_diffusion
 from tests.support.files import write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.info import WEIGHTS, read_model_info
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, read_model_info
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 
 Tensors = dict[str, Tensor]
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -29,7 +29,7 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 def convert(source: Path, out: Path, dtype: str | None = None, **options: Any) -> list[str]:
     """Convert and return what was said."""
     said: list[str] = []
-    convert_model(source, out, Options(**options), dtype, said.append)
+    convert_model(source, out, SourceOptions(**options), dtype, said.append)
     return said
 
 
@@ -40,8 +40,8 @@ def text_tensors(out: Path) -> Tensors:
 
 def check_same(out: Path, models: ldm_checkpoint.Models, dtype: torch.dtype = torch.float32) -> None:
     """Assert that a converted folder holds the models' weights, to the bit."""
-    assert ldm_checkpoint.same_tensors(models.unet, load_file(out / "unet" / WEIGHTS), dtype)
-    assert ldm_checkpoint.same_tensors(models.vae, load_file(out / "vae" / WEIGHTS), dtype)
+    assert ldm_checkpoint.same_tensors(models.unet, load_file(out / "unet" / WEIGHTS_FILE), dtype)
+    assert ldm_checkpoint.same_tensors(models.vae, load_file(out / "vae" / WEIGHTS_FILE), dtype)
     assert ldm_checkpoint.same_tensors(models.text_encoder, text_tensors(out), dtype)
 
 
@@ -66,7 +66,7 @@ def test_a_single_file_becomes_a_folder_that_draws(
     assert said[0] == "unet: 686 tensors, 8.5 M weights"
     check_same(out, models)
     info = read_model_info(str(out))
-    assert (info.name, info.native_px, info.step_px, info.max_tokens) == ("mine", 512, 64, 77)
+    assert (info.name, info.native_px, info.size_multiple_px, info.max_tokens) == ("mine", 512, 64, 77)
     drawn = TinySD.from_pretrained(out).generate(
         "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
     )
@@ -110,7 +110,7 @@ def test_types_of_numbers(
 ) -> None:
     path = save({name: value.to(dtype) for name, value in tensors.items()})
     convert(path, tmp_path / "model")
-    written = load_file(tmp_path / "model" / "unet" / WEIGHTS)["conv_in.weight"]
+    written = load_file(tmp_path / "model" / "unet" / WEIGHTS_FILE)["conv_in.weight"]
     kept = torch.float32 if dtype == torch.float64 else torch.float16
     assert torch.equal(written, models.unet.state_dict()["conv_in.weight"].to(dtype).to(kept))
     assert written.dtype == kept
@@ -164,7 +164,7 @@ def test_averaged_copies(tensors: Tensors, models: ldm_checkpoint.Models, save: 
     assert said[-1] == "left out: 688 EMA copies, 5 of the noise schedule"
     check_same(tmp_path / "plain", models)
     assert convert(path, tmp_path / "ema", ema=True)[-1] == "left out: 5 of the noise schedule"
-    converted = load_file(tmp_path / "ema" / "unet" / WEIGHTS)
+    converted = load_file(tmp_path / "ema" / "unet" / WEIGHTS_FILE)
     for name, value in models.unet.state_dict().items():
         assert torch.equal(converted[name], value + 1.0), name
     del copies["model_ema.diffusion_modelmiddle_block1norm" + "weight"]
@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_named_and_nothing_stays(
 
 
 def test_an_existing_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
-    for work in (convert, lambda source, out: quantize_model(source, out, Options(), lambda _: None)):
+    for work in (convert, lambda source, out: quantize_model(source, out, SourceOptions(), lambda _: None)):
         with pytest.raises(ModelError, match="exists; name a folder that does not"):
             work(checkpoint, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -429,6 +429,6 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
     for path, message in [(tmp_path / "empty", "it has no unet"), (tmp_path / "nowhere", "no such file or folder")]:
         with pytest.raises(ModelError, match=message):
             convert(path, tmp_path / "model")
-    shutil.move(folder / "unet" / WEIGHTS, folder / "unet" / "x.safetensors")
+    shutil.move(folder / "unet" / WEIGHTS_FILE, folder / "unet" / "x.safetensors")
     with pytest.raises(ModelError, match=r"unet: no weights; diffusion_pytorch_model\.safetensors was expected"):
         convert(folder, tmp_path / "model")

@@ -100,7 +100,7 @@ def test_the_origins_file_predicts_the_noise_of_its_mathematics(
     for rows, height, width, when in ((1, 8, 8, 981.0), (3, 8, 16, 535.955)):
         latents = torch.randn(rows, 4, height, width, generator=generator)
         context = torch.randn(rows, 77, 768, generator=generator)
-        with torch.no_grad(), ours.residency.holding(ours.encode_fragment, ours.decode_fragment):
+        with torch.no_grad(), ours.offloader.holding(ours.encode_fragment, ours.decode_fragment):
             found = ours.predict_noise(latents, torch.tensor(when), context)
             expected = unet.eval()(latents, torch.tensor(when), context).sample
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

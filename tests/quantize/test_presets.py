@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 
 from tests.support.program import run_here
 from tinysd_batch import TinySD
-from tinysd_batch.model.checkpoint.info import WEIGHTS
-from tinysd_batch.model.packed.format import BITS, ROW, Layout, to_matrix
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
+from tinysd_batch.model.packed.format import SUPPORTED_BITS, WHOLE_ROW, Layout, to_matrix
 from tinysd_batch.quantize.bit_allocation import (
-    Choice,
-    best_step,
-    choices_of,
-    least_layouts,
-    promote,
-    relative_error,
-    ways,
+    LayoutCandidate,
+    find_best_upgrade,
+    list_layout_candidates,
+    list_layouts,
+    measure_quantization_error,
+    select_layouts,
+    select_smallest_layouts,
 )
-from tinysd_batch.quantize.calibration.resume import open_work
+from tinysd_batch.quantize.calibration.resume import open_work_folder
 from tinysd_batch.quantize.data_free import quantize_folder
-from tinysd_batch.quantize.layers import layer_of
-from tinysd_batch.quantize.presets import PRESETS, layers_to_pack, sort_of, unet_bytes
+from tinysd_batch.quantize.layers import get_layer
+from tinysd_batch.quantize.presets import PRESETS, compute_unet_bytes, get_layer_type, get_preset_layouts
 
 ERRORS = (1.4, 1.3, 1.2, 1.0, 0.9, 0.8, 0.1, 0.01)  # of a layer's ways to be stored, the smallest first
 MOST_BYTES = {"tiny": 270e6, "default": 300e6, "quality": 420e6}
@@ -41,23 +41,23 @@ def sd_v1() -> UNet2DConditionModel:
 
 
 def test_at_sd_v1s_size_each_preset_is_small_and_larger_than_the_one_before(sd_v1: UNet2DConditionModel) -> None:
-    sizes = [unet_bytes(sd_v1, layers_to_pack(sd_v1, preset)) for preset in MOST_BYTES]
+    sizes = [compute_unet_bytes(sd_v1, get_preset_layouts(sd_v1, preset)) for preset in MOST_BYTES]
     assert all(size <= most for size, most in zip(sizes, MOST_BYTES.values(), strict=True)), sizes
     assert sizes == sorted(sizes)
     assert list(MOST_BYTES) == list(PRESETS)
 
 
 def test_presets_name_sorts_that_there_are(sd_v1: UNet2DConditionModel) -> None:
-    sorts = {sort_of(name) for name in layers_to_pack(sd_v1, "tiny")}
+    sorts = {get_layer_type(name) for name in get_preset_layouts(sd_v1, "tiny")}
     for preset in PRESETS.values():
-        assert set(preset.sorts) <= sorts
-        assert set(preset.sorts.values()) <= set(BITS)
+        assert set(preset.bits_by_layer_type) <= sorts
+        assert set(preset.bits_by_layer_type.values()) <= set(SUPPORTED_BITS)
 
 
 def test_in_the_default_projections_have_eight_bits_shortcuts_and_the_outer_level_four(
     sd_v1: UNet2DConditionModel,
 ) -> None:
-    bits = {name: layout.bits for name, layout in layers_to_pack(sd_v1, "default").items()}
+    bits = {name: layout.bits for name, layout in get_preset_layouts(sd_v1, "default").items()}
     eight = {name for name in bits if name.endswith(("time_emb_proj", "attn2.to_k", "attn2.to_v"))}
     four = {name for name in bits if "conv_shortcut" in name or name.startswith(("down_blocks.0.", "up_blocks.3."))}
     assert len(eight) == 22 + 2 * 16
@@ -71,8 +71,8 @@ def test_the_predicted_size_is_the_files(preset: str, float_model: Path, tmp_pat
     quantize_folder(float_model, tmp_path / "out", preset)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(json.loads((float_model / "unet" / "config.json").read_text()))
-    size = unet_bytes(unet, layers_to_pack(unet, preset))
-    assert (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size == size
+    size = compute_unet_bytes(unet, get_preset_layouts(unet, preset))
+    assert (tmp_path / "out" / "unet" / WEIGHTS_FILE).stat().st_size == size
     config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["quantization_config"]
     assert config["preset"] == preset
 
@@ -80,7 +80,7 @@ def test_the_predicted_size_is_the_files(preset: str, float_model: Path, tmp_pat
 def test_the_size_is_said_at_the_start_and_unknown_presets_are_refused(float_model: Path, tmp_path: Path) -> None:
     done = run_here("quantize", float_model, "out", "--level", "fast", "--preset", "tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    size = (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size
+    size = (tmp_path / "out" / "unet" / WEIGHTS_FILE).stat().st_size
     assert done.stderr.splitlines()[0].startswith("unet: packing, preset tiny: ")
     assert done.stderr.splitlines()[0].endswith(f"weights at 2 bits: a file of {size / 1e6:,.1f} MB")
 
@@ -111,7 +111,7 @@ def test_a_file_of_a_wanted_size(float_model: Path, tmp_path: Path) -> None:
     wanted = 480_000
     done = run_here("quantize", float_model, "out", "--level", "fast", "--target-size", wanted, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert 0.98 * wanted < (tmp_path / "out" / "unet" / WEIGHTS).stat().st_size <= wanted
+    assert 0.98 * wanted < (tmp_path / "out" / "unet" / WEIGHTS_FILE).stat().st_size <= wanted
     config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["quantization_config"]
     assert config["target_size"] == wanted
     assert {layer["bits"] for layer in config["layers"].values()} == {2, 4, 8}
@@ -124,14 +124,14 @@ def test_promotions_stay_within_the_target_and_never_hurt(sd_v1: UNet2DCondition
     draw = random.Random(megabytes)
     choices = {
         name: [
-            Choice(layout, layout.nbytes(*shape), error * draw.random())
-            for layout, error in zip(ways(shape[1]), ERRORS[-len(ways(shape[1])) :], strict=True)
+            LayoutCandidate(layout, layout.nbytes(*shape), error * draw.random())
+            for layout, error in zip(list_layouts(shape[1]), ERRORS[-len(list_layouts(shape[1])) :], strict=True)
         ]
-        for name in layers_to_pack(sd_v1, "tiny")
-        if (shape := to_matrix(layer_of(sd_v1, name).weight).shape)
+        for name in get_preset_layouts(sd_v1, "tiny")
+        if (shape := to_matrix(get_layer(sd_v1, name).weight).shape)
     }
-    chosen = promote(sd_v1, choices, megabytes * 10**6)
-    size = unet_bytes(sd_v1, chosen)
+    chosen = select_layouts(sd_v1, choices, megabytes * 10**6)
+    size = compute_unet_bytes(sd_v1, chosen)
     assert size <= megabytes * 10**6
     assert size > 0.99 * min(megabytes * 10**6, 480e6)
     for name, layout in chosen.items():
@@ -140,12 +140,12 @@ def test_promotions_stay_within_the_target_and_never_hurt(sd_v1: UNet2DCondition
 
 
 def test_the_smallest_file_has_a_scale_a_row_except_where_rows_are_taken_apart(sd_v1: UNet2DConditionModel) -> None:
-    least, apart = (least_layouts(sd_v1, widest) for widest in (None, 11_520))
-    assert {layout.group_size for layout in least.values()} == {ROW}
-    wide = {name for name in least if to_matrix(layer_of(sd_v1, name).weight).shape[1] > 11_520}
+    least, apart = (select_smallest_layouts(sd_v1, widest) for widest in (None, 11_520))
+    assert {layout.group_size for layout in least.values()} == {WHOLE_ROW}
+    wide = {name for name in least if to_matrix(get_layer(sd_v1, name).weight).shape[1] > 11_520}
     assert len(wide) == 7
     assert {name for name, layout in apart.items() if layout == Layout(2, 64)} == wide
-    assert [round(unet_bytes(sd_v1, one) / 1e6) for one in (least, apart)] == [221, 226]
+    assert [round(compute_unet_bytes(sd_v1, one) / 1e6) for one in (least, apart)] == [221, 226]
 
 
 def test_what_harms_most_for_its_bytes_is_promoted_first() -> None:
@@ -153,7 +153,9 @@ def test_what_harms_most_for_its_bytes_is_promoted_first() -> None:
     generator = torch.Generator().manual_seed(0)
     gains = []
     for name, shape in ((shortcut, (320, 960)), (deep, (1280, 11_520))):
-        step = best_step(name, choices_of(name, 4, torch.randn(shape, generator=generator), None), 0)
+        step = find_best_upgrade(
+            name, list_layout_candidates(name, 4, torch.randn(shape, generator=generator), None), 0
+        )
         assert step is not None
         gains.append(step[0])
     assert gains[0] < gains[1]
@@ -164,14 +166,14 @@ def test_errors_of_outputs_count_only_what_inputs_show() -> None:
     x = torch.zeros(4, 64)
     x[:, :32] = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     weight[:, 32:] *= 100  # in a group of their own
-    shown = relative_error(weight[:, :32], Layout(2, 32), x[:, :32])
-    assert relative_error(weight, Layout(2, 32), x) == pytest.approx(shown, rel=0.05)
-    assert relative_error(weight, Layout(2, 64), x) > 10 * shown
+    shown = measure_quantization_error(weight[:, :32], Layout(2, 32), x[:, :32])
+    assert measure_quantization_error(weight, Layout(2, 32), x) == pytest.approx(shown, rel=0.05)
+    assert measure_quantization_error(weight, Layout(2, 64), x) > 10 * shown
 
 
 def test_a_resumed_run_keeps_its_choice(tmp_path: Path) -> None:
     first = {"a": Layout(4, 64), "b": Layout(2, 16)}
-    with open_work(tmp_path / "out", {}) as work:
-        assert work.layouts(lambda: first) == first
-    with open_work(tmp_path / "out", {}) as work:
-        assert work.layouts(lambda: {"a": Layout(8, 64)}) == first
+    with open_work_folder(tmp_path / "out", {}) as work:
+        assert work.load_or_choose_layouts(lambda: first) == first
+    with open_work_folder(tmp_path / "out", {}) as work:
+        assert work.load_or_choose_layouts(lambda: {"a": Layout(8, 64)}) == first

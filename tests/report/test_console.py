@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from tests.support.program import Capture, call
-from tinysd_batch.report.console import has_live_display, make_console, without_bad_sizes
-from tinysd_batch.report.formatting import say
+from tinysd_batch.report.console import drop_invalid_sizes, has_live_display, make_console
+from tinysd_batch.report.formatting import print_line
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_columns_that_are_no_width_are_unknown(
     console = make_console()
     assert console.width == width
     assert console.height > 4
-    say(console, "a line")
+    print_line(console, "a line")
     assert capsys.readouterr().out == "a line\n"
 
 
@@ -62,4 +62,4 @@ def test_colours_and_live_lines_are_for_terminals_only(monkeypatch: pytest.Monke
 
 def test_other_variables_stay() -> None:
     given = {"COLUMNS": "0", "LINES": "24", "NO_COLOR": "1"}
-    assert without_bad_sizes(given) == {"LINES": "24", "NO_COLOR": "1"}
+    assert drop_invalid_sizes(given) == {"LINES": "24", "NO_COLOR": "1"}

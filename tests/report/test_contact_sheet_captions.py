@@ -7,8 +7,15 @@ import pytest
 from PIL import Image
 
 from tinysd_batch.report import fonts
-from tinysd_batch.report.contact_sheet import CELL_PX, FONT_SIZES_PX, Shown, captions, draw_sheet, fit_caption
-from tinysd_batch.report.fonts import font_for, has_character, own_font
+from tinysd_batch.report.contact_sheet import (
+    CELL_PX,
+    FONT_SIZES_PX,
+    SheetImage,
+    fit_caption,
+    make_captions,
+    render_sheet,
+)
+from tinysd_batch.report.fonts import choose_font, has_character, load_bundled_font
 
 
 def row(**values: Any) -> dict[str, Any]:
@@ -17,16 +24,16 @@ def row(**values: Any) -> dict[str, Any]:
 
 def test_numbers_are_written_out() -> None:
     """A seed was shown as 1.23457e+08."""
-    assert captions([row(seed=123456789), row(seed=2**31 + 1)]) == ["seed 123456789", "seed 2147483649"]
-    assert captions([row(seed=2**63 - 1), row(seed=5)]) == ["9223372036854775807", "seed 5"]
-    assert captions([row(steps=20, scale=7.5), row(steps=1000, scale=7.25)]) == [
+    assert make_captions([row(seed=123456789), row(seed=2**31 + 1)]) == ["seed 123456789", "seed 2147483649"]
+    assert make_captions([row(seed=2**63 - 1), row(seed=5)]) == ["9223372036854775807", "seed 5"]
+    assert make_captions([row(steps=20, scale=7.5), row(steps=1000, scale=7.25)]) == [
         "steps 20, scale 7.5", "steps 1000, scale 7.25",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [0, 123456789, 10**12, 2**63 - 1])
 def test_a_seed_is_never_cut(seed: int) -> None:
-    (caption, _) = captions([row(seed=seed), row(seed=7)])
+    (caption, _) = make_captions([row(seed=seed), row(seed=7)])
     text, font = fit_caption(caption)
     assert str(seed) in text
     assert font.getlength(text) <= CELL_PX
@@ -37,28 +44,28 @@ def test_a_seed_is_never_cut(seed: int) -> None:
     ["éèêàçñßøåœÿ", "ĄąŁłŐőŞşȚțĞğİıŽž", "ΑαΩωώϊ", "ЖжЁёЇїҐґўӘә", "“quotes” „unten“ — … • €", "Ảẵ ½ ² → ≤ №"],
 )  # fmt: skip
 def test_european_scripts_are_in_our_own_font(text: str) -> None:
-    assert [character for character in text if not has_character(own_font(11), character)] == []
+    assert [character for character in text if not has_character(load_bundled_font(11), character)] == []
 
 
 def test_characters_that_no_font_has_stay_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a font of the system that lacks them, too, is not taken for ours."""
-    assert not has_character(own_font(11), "猫")
+    assert not has_character(load_bundled_font(11), "猫")
     for answer in (None, "/no/such/font.ttf", __file__):
-        monkeypatch.setattr(fonts, "system_font", lambda _, answer=answer: answer)
-        assert font_for("猫 cat", 11) is own_font(11)
+        monkeypatch.setattr(fonts, "find_system_font", lambda _, answer=answer: answer)
+        assert choose_font("猫 cat", 11) is load_bundled_font(11)
 
 
 def test_without_fontconfig(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    fonts.system_font.cache_clear()
-    assert fonts.system_font("猫") is None
-    fonts.system_font.cache_clear()
+    fonts.find_system_font.cache_clear()
+    assert fonts.find_system_font("猫") is None
+    fonts.find_system_font.cache_clear()
 
 
 def test_a_sheet_of_every_script(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "white").save(tmp_path / "x.png")
     texts = ["é", "猫", "\N{CAT}", "a\u0301", "\u200b", "\0\x1b[31m", "", "long " * 99]
-    sheet = draw_sheet([Shown(tmp_path / "x.png", text) for text in texts], 1)
+    sheet = render_sheet([SheetImage(tmp_path / "x.png", text) for text in texts], 1)
     assert sheet.width > len(texts) * CELL_PX
 
 

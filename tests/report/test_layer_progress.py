@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from tinysd_batch.quantize.layer_progress import LayersDone, watched
-from tinysd_batch.report.quantization.layer_progress import LayerProgress
+from tinysd_batch.quantize.layer_progress import LayerProgressUpdate, iterate_with_progress
+from tinysd_batch.report.quantization.layer_progress import LayerProgressBar
 
 
 def feed(console: Console, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -14,8 +14,8 @@ def feed(console: Console, monkeypatch: pytest.MonkeyPatch) -> str:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     weights = {f"layer {number}": 100 for number in range(100)} | {"last": 10_000}
-    with LayerProgress(console) as progress:
-        for name in watched(weights, weights, "packing", progress.show):
+    with LayerProgressBar(console) as progress:
+        for name in iterate_with_progress(weights, weights, "packing", progress.show):
             progress.bar.refresh()
             now += weights[name] / 100
     assert isinstance(console.file, io.StringIO)
@@ -38,7 +38,11 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_layer_is_told_once_and_the_end() -> None:
-    seen: list[LayersDone] = []
-    assert list(watched(["a", "b"], {"a": 1, "b": 3}, "packing", seen.append)) == ["a", "b"]
-    assert [(one.layers, one.of_layers, one.share) for one in seen] == [(0, 2, 0.0), (1, 2, 0.25), (2, 2, 1.0)]
-    assert list(watched([], {}, "packing", seen.append)) == []
+    seen: list[LayerProgressUpdate] = []
+    assert list(iterate_with_progress(["a", "b"], {"a": 1, "b": 3}, "packing", seen.append)) == ["a", "b"]
+    assert [(one.done_layers, one.total_layers, one.weights_fraction) for one in seen] == [
+        (0, 2, 0.0),
+        (1, 2, 0.25),
+        (2, 2, 1.0),
+    ]
+    assert list(iterate_with_progress([], {}, "packing", seen.append)) == []

@@ -9,25 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinysd_batch.quantize.evaluate.compare import Errors
-from tinysd_batch.quantize.evaluate.summary import Summary
+from tinysd_batch.quantize.evaluate.compare import ModelComparison
+from tinysd_batch.quantize.evaluate.summary import QuantizationSummary
 from tinysd_batch.report.quantization.page import page
-from tinysd_batch.report.quantization.report import as_dict
-from tinysd_batch.report.quantization.similarity import Pictures, as_bytes, mean_ssim
+from tinysd_batch.report.quantization.report import report_as_dict
+from tinysd_batch.report.quantization.similarity import ImageArray, mean_ssim, to_8_bit
 
 
 @pytest.fixture
-def summary() -> Summary:
+def summary() -> QuantizationSummary:
     """Of a model without layers."""
-    return Summary("mine", "calib", "preset tiny", [], [], 10**6, 60.0, 10**9, "cpu", None, None)
+    return QuantizationSummary("mine", "calib", "preset tiny", [], [], 10**6, 60.0, 10**9, "cpu", None, None)
 
 
-def pictures(noise: float = 0.0) -> Pictures:
+def pictures(noise: float = 0.0) -> ImageArray:
     """Three smooth ones, with noise."""
     draw = torch.Generator().manual_seed(0)
     smooth = F.interpolate(torch.rand(3, 3, 6, 6, generator=draw), (40, 48), mode="bicubic").clamp(0, 1)
     noisy = smooth + noise * torch.randn(smooth.shape, generator=draw)
-    found: Pictures = noisy.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    found: ImageArray = noisy.clamp(0, 1).permute(0, 2, 3, 1).numpy()
     return found
 
 
@@ -48,7 +48,7 @@ def by_the_paper(x: Tensor, y: Tensor) -> float:
 
 def test_it_is_the_papers() -> None:
     wanted, found = pictures(), pictures(0.1)
-    x, y = (as_bytes(one).flatten(0, 1)[:, None] for one in (wanted, found))
+    x, y = (to_8_bit(one).flatten(0, 1)[:, None] for one in (wanted, found))
     assert mean_ssim(wanted, found) == pytest.approx(by_the_paper(x, y), abs=1e-4)
 
 
@@ -58,22 +58,26 @@ def test_equal_pictures_have_one_and_noise_lowers_it() -> None:
     assert all(one > other > 0 for one, other in pairwise(values))
 
 
-def test_without_the_library_the_report_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, summary: Summary) -> None:
-    errors = Errors([1.0], [20.0], [20.0], 20.0, 30.0, pictures(), pictures(0.1))
-    content = as_dict(summary, errors, ["a", "b", "c"])
+def test_without_the_library_the_report_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, summary: QuantizationSummary
+) -> None:
+    errors = ModelComparison([1.0], [20.0], [20.0], 20.0, 30.0, pictures(), pictures(0.1))
+    content = report_as_dict(summary, errors, ["a", "b", "c"])
     assert 0 < content["pictures_ssim"] < 1
     assert f"{content['pictures_ssim']:.4f}" in page(content)
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    content = as_dict(summary, errors, ["a", "b", "c"])
+    content = report_as_dict(summary, errors, ["a", "b", "c"])
     assert content["pictures_ssim"] is None
     assert "pip install &#x27;tinysd-batch[report]&#x27;" in page(content)
     assert np.isfinite(content["pictures_psnr_db"])
 
 
-def test_one_picture_that_became_another_does_not_hide_what_the_others_are(summary: Summary) -> None:
+def test_one_picture_that_became_another_does_not_hide_what_the_others_are(summary: QuantizationSummary) -> None:
     floats, packed = pictures(), pictures(0.01)
     packed[1] = 1 - floats[1]
-    content = as_dict(summary, Errors([1.0], [20.0], [20.0], 20.0, 9.0, floats, packed), ["a", "b", "c"])
+    content = report_as_dict(
+        summary, ModelComparison([1.0], [20.0], [20.0], 20.0, 9.0, floats, packed), ["a", "b", "c"]
+    )
     assert content["median_picture_psnr_db"] == pytest.approx(40, abs=1)
     assert f"{content['median_picture_psnr_db']:.2f} dB" in page(content)
 

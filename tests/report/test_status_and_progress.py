@@ -13,9 +13,9 @@ from tests.support.jobs import draw, read_results
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.workers.pool import WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
-from tinysd_batch.report.contact_sheet import CELL_PX, columns_for, write_contact_sheet
-from tinysd_batch.report.formatting import count, duration, one_line
-from tinysd_batch.report.progress_bar import RunProgress
+from tinysd_batch.report.contact_sheet import CELL_PX, choose_columns, write_contact_sheet
+from tinysd_batch.report.formatting import count, format_seconds, to_one_line
+from tinysd_batch.report.progress_bar import RunProgressBar
 from tinysd_batch.report.status import print_status, read_status
 
 
@@ -53,7 +53,7 @@ def test_no_pictures_no_sheet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pictures", "columns"), [(1, 1), (2, 2), (6, 3), (24, 6), (100, 13)])
 def test_a_sheet_is_a_little_wider_than_high(pictures: int, columns: int) -> None:
-    assert columns_for(pictures) == columns
+    assert choose_columns(pictures) == columns
 
 
 def test_status_tells_counts_speed_and_faults(job: Path) -> None:
@@ -94,7 +94,7 @@ def test_status_while_the_driver_seals(job: Path, tmp_path: Path) -> None:
 def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
     console = plain_console()
     params = SamplingParams(64, 64, 5, "plms", 0.0)
-    with RunProgress(console, verbose=True) as progress:
+    with RunProgressBar(console, verbose=True) as progress:
         progress.started(3, 1, InvalidRows([InvalidRow(9, "column seed = \x1b[31m: bad")], 1))
         for index, status in ((2, Status.OK), (3, Status.FAILED)):
             request = ImageRequest(index, 1, 1, "cat\x1b]0;evil\x07[red]", "", 5, 1.0, params, "", "f")
@@ -107,7 +107,7 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
     assert "\x1b" not in text
 
 
-def image_comes(progress: RunProgress, index: int) -> None:
+def image_comes(progress: RunProgressBar, index: int) -> None:
     params = SamplingParams(64, 64, 5, "plms", 0.0)
     request = ImageRequest(index, 1, 1, "cat", "", 5, 1.0, params, "", "f")
     progress.image(request, ImageResult(index, Status.OK, file_name="images/x.png"))
@@ -118,20 +118,20 @@ def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pyte
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     console = plain_console()
-    progress = RunProgress(console, verbose=False)
+    progress = RunProgressBar(console, verbose=False)
     progress.started(408, 0, InvalidRows())
     now = 112.0
     for index in range(1, 9):  # a batch of eight, at once
         image_comes(progress, index)
-        assert progress.times(now) == "elapsed 0:12"
+        assert progress.format_times(now) == "elapsed 0:12"
     now = 114.0
     image_comes(progress, 9)
-    assert progress.times(now) == "elapsed 0:14"  # two seconds say little
+    assert progress.format_times(now) == "elapsed 0:14"  # two seconds say little
     now = 132.0
     for index in range(10, 17):
         image_comes(progress, index)
-    assert progress.times(now) == "0.40 images/s, elapsed 0:32, about 16:20 left"
-    assert progress.times(now + 60) == "0.40 images/s, elapsed 1:32, about 15:20 left"
+    assert progress.format_times(now) == "0.40 images/s, elapsed 0:32, about 16:20 left"
+    assert progress.format_times(now + 60) == "0.40 images/s, elapsed 1:32, about 15:20 left"
     assert text_of(console).splitlines() == [
         "1 of 408 images, elapsed 0:12, 0 failed",
         "10 of 408 images, 0.10 images/s, elapsed 0:32, about 1:06:20 left, 0 failed",
@@ -141,11 +141,11 @@ def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pyte
 @pytest.mark.parametrize("width", [20, 60, 100])
 def test_the_bar_is_one_line_on_any_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, _environ={"TERM": "xterm"})
-    progress = RunProgress(console, verbose=False)
+    progress = RunProgressBar(console, verbose=False)
     progress.started(1_000_000, 0, InvalidRows())
     progress.worker(WorkerReady("cpu-0", {"device_name": "cpu"}))
-    progress.began -= 4000
-    progress.first_image_at, progress.last_image_at, progress.timed = 1.0, 3001.0, 70
+    progress.started_at -= 4000
+    progress.first_image_at, progress.last_image_at, progress.timed_images = 1.0, 3001.0, 70
     lines = console.render_lines(progress.bar.get_renderable(), pad=False)
     assert len(lines) == 1
     text = "".join(segment.text for segment in lines[0])
@@ -156,5 +156,5 @@ def test_the_bar_is_one_line_on_any_terminal(width: int) -> None:
 
 def test_words() -> None:
     assert [count(number, "image") for number in (0, 1, 12345)] == ["0 images", "1 image", "12,345 images"]
-    assert [duration(seconds) for seconds in (7.6, 185, 7800)] == ["8 s", "3 min 5 s", "2 h 10 min"]
-    assert one_line("a\nb\x1b[0m" + "x" * 99, 10) == "a b [0mxx…"
+    assert [format_seconds(seconds) for seconds in (7.6, 185, 7800)] == ["8 s", "3 min 5 s", "2 h 10 min"]
+    assert to_one_line("a\nb\x1b[0m" + "x" * 99, 10) == "a b [0mxx…"

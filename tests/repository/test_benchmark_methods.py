@@ -2,14 +2,14 @@
 
 import torch
 
-from tests.support.adaround import adaround, clipped_rows
+from tests.support.adaround import adaround, fit_clipped_rows
 
 
 def test_adaround_keeps_outputs_better_than_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(8, 64, generator=generator)
     x = torch.randn(512, 16, generator=generator) @ torch.randn(16, 64, generator=generator)  # far fewer directions
-    step, zero = clipped_rows(matrix)
+    step, zero = fit_clipped_rows(matrix)
     assert torch.equal(zero, zero.round())
     nearest = (((matrix / step).round() + zero).clamp(0, 3) - zero) * step
     learnt = adaround(matrix, x)

@@ -14,9 +14,9 @@ from tests.support.paths import ROOT
 from tinysd_batch import __version__
 from tinysd_batch.cli import app
 from tinysd_batch.errors import TinySDError
-from tinysd_batch.job.manifest.columns import SPELLINGS
-from tinysd_batch.job.manifest.readers import READERS
-from tinysd_batch.job.results.schema import FIELDS
+from tinysd_batch.job.manifest.columns import COLUMN_BY_NAME
+from tinysd_batch.job.manifest.readers import READERS_BY_SUFFIX
+from tinysd_batch.job.results.schema import RESULT_FIELDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -51,12 +51,12 @@ def test_every_option_has_help() -> None:
             assert getattr(parameter, "help", None), (command.name, parameter.name)
 
 
-@pytest.mark.parametrize("column", [*SPELLINGS, *(field.name for field in FIELDS)])
+@pytest.mark.parametrize("column", [*COLUMN_BY_NAME, *(field.name for field in RESULT_FIELDS)])
 def test_every_column_is_in_the_readme(column: str) -> None:
     assert f"`{column}`" in README
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", READERS_BY_SUFFIX)
 def test_every_format_is_in_the_readme(suffix: str) -> None:
     assert f"`{suffix}`" in README
 

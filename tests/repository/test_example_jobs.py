@@ -10,7 +10,7 @@ from PIL import Image
 from tests.support.jobs import check_whole
 from tests.support.paths import ROOT
 from tests.support.program import run
-from tinysd_batch.config import SAMPLERS, read_job_file, read_preset, resolve
+from tinysd_batch.config import SAMPLERS, merge_settings, read_job_file, read_preset
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.quantize.recipe import read_recipe
@@ -24,8 +24,8 @@ PRESETS = sorted(set((ROOT / "configs").rglob("*.toml")) - set(RECIPES))
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.parent.name)
 def test_every_job_opens(path: Path, tmp_path: Path) -> None:
     settings, manifest, _ = read_job_file(path)
-    job = open_job(manifest, tmp_path / "job", resolve(settings))
-    rows = list(read_rows(job.manifest, job.defaults()))
+    job = open_job(manifest, tmp_path / "job", merge_settings(settings))
+    rows = list(read_rows(job.manifest, job.row_defaults()))
     bad = [row for row in rows if isinstance(row, InvalidRow)]
     assert bool(bad) == (path.parent.name == "broken")
 
@@ -44,8 +44,8 @@ def test_every_recipe_is_valid(path: Path) -> None:
 
 def test_the_demo_has_twelve_rows() -> None:
     settings, manifest, _ = read_job_file(ROOT / "jobs" / "demo" / "job.toml")
-    job = open_job(manifest, Path("nowhere"), resolve(settings))
-    rows = list(read_rows(manifest, job.defaults()))
+    job = open_job(manifest, Path("nowhere"), merge_settings(settings))
+    rows = list(read_rows(manifest, job.row_defaults()))
     assert len(rows) == 12
     assert all(isinstance(row, Row) for row in rows)
 

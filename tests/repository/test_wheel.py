@@ -22,7 +22,7 @@ def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("tinysd_batch-*.whl")
     assert wheel.stat().st_size < 15_000_000
-    assert wheel.name.endswith("-py3-none-any.whl") is (cpu_build.compiler() is None)
+    assert wheel.name.endswith("-py3-none-any.whl") is (cpu_build.find_compiler() is None)
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     python = venv / "bin" / "python"
@@ -36,7 +36,7 @@ def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
     )
     told = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
     assert told[0].startswith(str(venv))
-    assert told[1] == str(cpu_build.compiler() is not None)
+    assert told[1] == str(cpu_build.find_compiler() is not None)
     (tmp_path / "m.csv").write_text("prompt,steps\nred apple,5\n")
     command = [str(venv / "bin" / "tinysd-batch"), "submit", "m.csv"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)

@@ -10,13 +10,13 @@ from tinysd_batch.errors import JobLockedError, StorageError
 from tinysd_batch.storage import lock as lock_module
 from tinysd_batch.storage.atomic import (
     TEMPORARY_PREFIX,
-    new_folder,
+    create_folder_atomically,
     publish,
     read_file,
-    sweep_temporaries,
+    remove_temporaries,
     write_atomically,
 )
-from tinysd_batch.storage.lock import lock
+from tinysd_batch.storage.lock import hold_lock
 
 
 def names(folder: Path) -> list[str]:
@@ -91,14 +91,14 @@ def test_pictures_are_not_written_through_a_linked_folder(tmp_path: Path) -> Non
 
 
 def test_a_fault_of_what_runs_under_the_lock_is_not_a_lock_fault(tmp_path: Path) -> None:
-    with pytest.raises(BlockingIOError), lock(tmp_path / "_tinysd" / "lock"):
+    with pytest.raises(BlockingIOError), hold_lock(tmp_path / "_tinysd" / "lock"):
         raise BlockingIOError
 
 
 def test_a_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(StorageError, match="symbolic links"), lock(tmp_path / "lock"):
+    with pytest.raises(StorageError, match="symbolic links"), hold_lock(tmp_path / "lock"):
         pytest.fail("locked through a link")
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -114,7 +114,7 @@ def test_a_lock_that_was_given_up_meanwhile_is_not_held(tmp_path: Path, monkeypa
         return handle
 
     monkeypatch.setattr(os, "open", open_late)
-    with pytest.raises(JobLockedError, match="just given this job up"), lock(path):
+    with pytest.raises(JobLockedError, match="just given this job up"), hold_lock(path):
         pytest.fail("locked what is gone")
 
 
@@ -134,26 +134,30 @@ def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
 
 def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:
     path = tmp_path / "_tinysd" / "lock"
-    with lock(path), pytest.raises(JobLockedError, match=f"process {os.getpid()}"), lock(path):
+    with hold_lock(path), pytest.raises(JobLockedError, match=f"process {os.getpid()}"), hold_lock(path):
         pytest.fail("locked twice")
-    with lock(path):
+    with hold_lock(path):
         pass
 
 
 def test_a_job_is_taken_over_between_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "_tinysd" / "lock"
-    monkeypatch.setattr(lock_module, "TAKE_OVER_S", 0.3)
-    with lock(path) as old:
-        with old.guard(), pytest.raises(JobLockedError, match="in the middle of a write"), lock(path, take_over=True):
+    monkeypatch.setattr(lock_module, "TAKE_OVER_WAIT_S", 0.3)
+    with hold_lock(path) as old:
+        with (
+            old.guard(),
+            pytest.raises(JobLockedError, match="in the middle of a write"),
+            hold_lock(path, take_over=True),
+        ):
             pytest.fail("took over in the middle of a write")
         with old.guard(), old.guard():
             pass
-        with lock(path, take_over=True) as new:
+        with hold_lock(path, take_over=True) as new:
             with new.guard():
                 pass
             with pytest.raises(JobLockedError, match=rf"\(process {os.getpid()} on .* has taken this"), old.guard():
                 pytest.fail("wrote into another's job")
-            with pytest.raises(JobLockedError, match="take the job from it with --take-over"), lock(path):
+            with pytest.raises(JobLockedError, match="take the job from it with --take-over"), hold_lock(path):
                 pytest.fail("locked twice")
 
 
@@ -162,17 +166,17 @@ def test_nobody_waits_for_ever_for_one_that_stands_still_in_a_write(
 ) -> None:
     path = tmp_path / "_tinysd" / "lock"
     monkeypatch.setattr(lock_module, "GUARD_WAIT_S", 0.3)
-    with lock(path) as old, old.guard():
+    with hold_lock(path) as old, old.guard():
         path.unlink()
         message = "a process that had this job before is in the middle of a write; end it with kill -9"
-        with lock(path) as new, pytest.raises(JobLockedError, match=message), new.guard():
+        with hold_lock(path) as new, pytest.raises(JobLockedError, match=message), new.guard():
             pytest.fail("wrote between the parts of another's write")
 
 
 def test_a_new_folder_clears_away_what_a_killed_process_left_of_it(tmp_path: Path) -> None:
     (tmp_path / f"{TEMPORARY_PREFIX}a-0" / "unet").mkdir(parents=True)
     (tmp_path / f"{TEMPORARY_PREFIX}ab-0").mkdir()
-    with new_folder(tmp_path / "a") as first, new_folder(tmp_path / "a"):
+    with create_folder_atomically(tmp_path / "a") as first, create_folder_atomically(tmp_path / "a"):
         assert first.exists()  # its process lives
         assert not (tmp_path / f"{TEMPORARY_PREFIX}a-0").exists()
     assert names(tmp_path) == [f"{TEMPORARY_PREFIX}ab-0", "a"]
@@ -182,5 +186,5 @@ def test_sweeping_removes_only_temporaries(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / f"{TEMPORARY_PREFIX}1").touch()
     (tmp_path / "images" / "seed_1_00001.png").touch()
-    sweep_temporaries(tmp_path / "images", tmp_path / "nowhere")
+    remove_temporaries(tmp_path / "images", tmp_path / "nowhere")
     assert names(tmp_path / "images") == ["seed_1_00001.png"]

@@ -15,10 +15,10 @@ from tests.support.jobs import check_whole, draw
 from tests.support.paths import ROOT
 from tests.support.program import run
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.results.table import ResultsPaths
-from tinysd_batch.storage.atomic import TEMPORARY_PREFIX, new_folder, publish, write_atomically
-from tinysd_batch.storage.filesystem import NO_FOLDER_SYNC, NO_LINKS, NO_LOCKS
-from tinysd_batch.storage.lock import lock
+from tinysd_batch.job.results.table import ResultsTable
+from tinysd_batch.storage.atomic import TEMPORARY_PREFIX, create_folder_atomically, publish, write_atomically
+from tinysd_batch.storage.filesystem import NO_FOLDER_SYNC_ERRNOS, NO_LINKS_ERRNOS, NO_LOCKS_ERRNOS
+from tinysd_batch.storage.lock import hold_lock
 
 SOURCE = ROOT / "tests" / "support" / "fault_shim.c"
 QUICK = ("--inline", "--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_grid", "--seed", 5)
@@ -71,7 +71,7 @@ def test_without_hard_links_and_folder_sync_a_job_is_made_and_reused(submit: Run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["flock", "flock_folder"])
-@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+@pytest.mark.parametrize("number", sorted(NO_LOCKS_ERRNOS))
 def test_every_way_of_having_no_locks(submit: Run, tmp_path: Path, call: str, number: int) -> None:
     check_no_locks(submit, f"{call}={number}", tmp_path)
 
@@ -103,7 +103,7 @@ def test_images_are_reported_once_their_folder_can_be_synced(submit: Run, tmp_pa
     faults = f"fsync_folder={errno.EIO}@images"
     for _ in range(2):
         assert submit(faults, "-o", "job").returncode == 5
-        assert list(ResultsPaths(tmp_path / "job").read_rows(["status"])) == []
+        assert list(ResultsTable(tmp_path / "job").read_rows(["status"])) == []
     assert submit("", "-o", "job").returncode == 0
     check_whole(tmp_path / "job", 2)
 
@@ -153,29 +153,29 @@ def test_an_image_without_a_row_is_durable_before_it_gets_one(
         for _ in range(2):
             with pytest.raises(StorageError, match=r"images/00000/.*: No space left on device"):
                 draw(manifest, job, tiny_model)
-            assert list(ResultsPaths(job).read_rows(["row", "status"])) == []
+            assert list(ResultsTable(job).read_rows(["row", "status"])) == []
     draw(manifest, job, tiny_model)
     check_whole(job, 2)
 
 
-@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+@pytest.mark.parametrize("number", sorted(NO_LOCKS_ERRNOS))
 def test_a_lock_that_cannot_be_had_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:  # fmt: skip
     refuse(monkeypatch, fcntl, "flock", number)
     with pytest.raises(StorageError, match=r"a/job/_tinysd: this file system has no locks"):
-        lock(tmp_path / "a" / "job" / "_tinysd" / "lock").__enter__()
+        hold_lock(tmp_path / "a" / "job" / "_tinysd" / "lock").__enter__()
     assert names_below(tmp_path) == []
 
 
 def test_a_job_folder_that_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "job" / "_tinysd" / "lock"
-    with lock(path):
+    with hold_lock(path):
         pass
     before = path.read_bytes()
     refuse(monkeypatch, fcntl, "flock", errno.ENOLCK)
     with pytest.raises(StorageError, match="no locks"):
-        lock(path).__enter__()
+        hold_lock(path).__enter__()
     assert path.read_bytes() == before
 
 
@@ -183,7 +183,7 @@ def test_a_model_folder_can_be_written_without_locks(tmp_path: Path, monkeypatch
     """Locks only keep others from removing it as left over, and those need one for that, too."""
     (tmp_path / f"{TEMPORARY_PREFIX}model-0").mkdir()
     refuse(monkeypatch, fcntl, "flock", errno.ENOSYS)
-    with new_folder(tmp_path / "model") as folder:
+    with create_folder_atomically(tmp_path / "model") as folder:
         (folder / "x").touch()
     assert names_below(tmp_path) == [f"{TEMPORARY_PREFIX}model-0", "model", "model/x"]
 
@@ -191,10 +191,10 @@ def test_a_model_folder_can_be_written_without_locks(tmp_path: Path, monkeypatch
 def test_another_reason_for_a_failing_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, fcntl, "flock", errno.EIO)
     with pytest.raises(StorageError, match="_tinysd: Input/output error"):
-        lock(tmp_path / "_tinysd" / "lock").__enter__()
+        hold_lock(tmp_path / "_tinysd" / "lock").__enter__()
 
 
-@pytest.mark.parametrize("number", sorted(NO_LINKS))
+@pytest.mark.parametrize("number", sorted(NO_LINKS_ERRNOS))
 @pytest.mark.parametrize("there", [None, b"same", b"other"])
 def test_publishing_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, there: bytes | None
@@ -208,7 +208,7 @@ def test_publishing_without_hard_links(
     assert names_below(tmp_path) == ["tmp", "x"]
 
 
-@pytest.mark.parametrize("number", sorted(NO_FOLDER_SYNC))
+@pytest.mark.parametrize("number", sorted(NO_FOLDER_SYNC_ERRNOS))
 def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     original = os.fsync
 
@@ -220,7 +220,7 @@ def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "fsync", sync_files_only)
     write_atomically(b"data", tmp_path / "x")
     publish(b"data", tmp_path / "images" / "x", tmp_path / "tmp", lambda _: False)
-    with new_folder(tmp_path / "model") as folder:
+    with create_folder_atomically(tmp_path / "model") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "x").touch()
     assert names_below(tmp_path) == ["images", "images/x", "model", "model/sub", "model/sub/x", "tmp", "x"]

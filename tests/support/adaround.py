@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.model.packed.format import from_matrix, to_matrix
-from tinysd_batch.quantize.calibration.layerwise import layer_inputs
-from tinysd_batch.quantize.calibration.trajectories import Rows
-from tinysd_batch.quantize.calibration.unet_segments import Walker
+from tinysd_batch.quantize.calibration.layerwise import iter_layer_inputs
+from tinysd_batch.quantize.calibration.trajectories import UNetInputs
+from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
 
-NORM = 2.4
-SHRINKS = 40  # ranges that are tried
+CLIPPING_NORM = 2.4
+RANGE_CANDIDATES = 40  # ranges that are tried
 ITERATIONS = 200
 BATCH = 256  # tokens
 TOKENS = 2048
@@ -18,17 +18,17 @@ STRETCH = (-0.1, 1.1)  # of the rectified sigmoid (Nagel et al. 2020, equation 2
 ROUNDING = 1.0  # weight of the term that drives every choice to 0 or 1
 
 
-def clipped_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def fit_clipped_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Step and zero point [O, 1] of the range that loses least of each row by the L2.4 norm; zero is a whole number."""
     low, high = matrix.amin(dim=1, keepdim=True), matrix.amax(dim=1, keepdim=True)
     best = torch.full_like(low, torch.inf)
     step, zero = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in range(SHRINKS):
-        share = 1 - shrink / SHRINKS * 0.9
+    for shrink in range(RANGE_CANDIDATES):
+        share = 1 - shrink / RANGE_CANDIDATES * 0.9
         one = ((high - low) * share / 3).clamp(min=1e-8)
         at = (-low * share / one).round()
         back = ((matrix / one).round() + at).clamp(0, 3) - at
-        loss = (back * one - matrix).abs().pow(NORM).mean(dim=1, keepdim=True)
+        loss = (back * one - matrix).abs().pow(CLIPPING_NORM).mean(dim=1, keepdim=True)
         better = loss < best
         best, step, zero = (
             torch.where(better, loss, best),
@@ -40,7 +40,7 @@ def clipped_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def adaround(matrix: Tensor, x: Tensor) -> Tensor:
     """The matrix [O, K] on its rows' levels, rounded so that it multiplies tokens [N, K] as the float one does."""
-    step, zero = clipped_rows(matrix)
+    step, zero = fit_clipped_rows(matrix)
     floor = (matrix / step).floor()
     rest = (matrix / step - floor).clamp(0.01, 0.99)
     low, high = STRETCH
@@ -65,11 +65,11 @@ def adaround(matrix: Tensor, x: Tensor) -> Tensor:
         return ((floor + up + zero).clamp(0, 3) - zero) * step
 
 
-def quantize(walker: Walker, rows: Rows, names: list[str]) -> tuple[dict[str, Tensor], int]:
+def quantize_layers(walker: SegmentedUNet, rows: UNetInputs, names: list[str]) -> tuple[dict[str, Tensor], int]:
     """Every layer's weight as it comes back, and the bytes of codes, steps (float32) and zero points."""
     found, total = {}, 0
     with torch.no_grad():
-        for name, x in layer_inputs(walker, rows, names, TOKENS):
+        for name, x in iter_layer_inputs(walker, rows, names, TOKENS):
             weight = walker.tensors[f"{name}.weight"].float()
             with torch.enable_grad():
                 matrix = adaround(to_matrix(weight).contiguous(), x)

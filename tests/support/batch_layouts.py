@@ -10,13 +10,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from tinysd_batch.config import SAMPLERS, Settings
-from tinysd_batch.job.manifest.validate import check_row
+from tinysd_batch.job.manifest.validate import build_row
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
 from tinysd_batch.job.ray_workers.pool import RayPool
-from tinysd_batch.job.state.job import common_of, defaults_of
+from tinysd_batch.job.state.job import derive_row_defaults, derive_shared_settings
 from tinysd_batch.job.state.open_job import fill_in_model_defaults
 from tinysd_batch.job.workers.inline_pool import InlinePool
-from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Pool
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerPool
 from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.records import MicroBatch, Row, Status
@@ -25,11 +25,11 @@ IMAGES_PER_ROW = 4
 
 PROMPTS = (("red apple", "", 3.0), ("panda", "red", 5.0), ("ghost:1 skull:2", "", 1.0))
 
-Pictures = dict[str, npt.NDArray[np.int16]]  # by image_id
+ImagesById = dict[str, npt.NDArray[np.int16]]  # by image_id
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BatchLayout:
     """A way to draw the same images."""
 
     name: str
@@ -40,17 +40,17 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("one at a time", 1),
-    Layout("n_samples 2", 2),
-    Layout("n_samples 4", 4),
-    Layout("rows mixed, 3 in a batch", 1, max_batch=3),
-    Layout("two Ray workers, shuffled, n_samples 4", 4, ray_workers=2, shuffled=True),
+    BatchLayout("one at a time", 1),
+    BatchLayout("n_samples 2", 2),
+    BatchLayout("n_samples 4", 4),
+    BatchLayout("rows mixed, 3 in a batch", 1, max_batch=3),
+    BatchLayout("two Ray workers, shuffled, n_samples 4", 4, ray_workers=2, shuffled=True),
 )
 
 
-def rows(settings: Settings, n_samples: int) -> Iterator[Row]:
+def iter_rows(settings: Settings, n_samples: int) -> Iterator[Row]:
     model = read_model_info(settings.model)
-    defaults = defaults_of(fill_in_model_defaults(settings, model), model)
+    defaults = derive_row_defaults(fill_in_model_defaults(settings, model), model)
     variants = [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.5), ("plms", 0.5)]
     number = 0
     for sampler, eta in variants:
@@ -60,43 +60,43 @@ def rows(settings: Settings, n_samples: int) -> Iterator[Row]:
                 "prompt": prompt, "negative_prompt": negative, "scale": scale, "sampler": sampler, "eta": eta,
                 "seed": 10 * number, "n_iter": IMAGES_PER_ROW // n_samples, "n_samples": n_samples,
             }  # fmt: skip
-            row = check_row(number, values, defaults)
+            row = build_row(number, values, defaults)
             assert isinstance(row, Row), row
             yield row
 
 
-def draw(layout: Layout, settings: Settings, folder: Path) -> Pictures:
+def generate_with_layout(layout: BatchLayout, settings: Settings, folder: Path) -> ImagesById:
     """All images, drawn in this layout, read back from their files."""
     model = read_model_info(settings.model)
-    common = common_of(settings, model, seed=1)
-    batches = list(cut_batches(plan_images(rows(settings, layout.n_samples), common), (), layout.max_batch))
+    common = derive_shared_settings(settings, model, seed=1)
+    batches = list(cut_batches(plan_images(iter_rows(settings, layout.n_samples), common), (), layout.max_batch))
     if layout.shuffled:
         random.Random(7).shuffle(batches)
-    setup = WorkerSetup.of(settings, model, job_folder=folder, scratch=folder / "_tinysd" / "tmp")
+    setup = WorkerSetup.from_settings(settings, model, job_folder=folder, scratch=folder / "_tinysd" / "tmp")
     with RayPool(setup, layout.ray_workers, layout.ray_workers) if layout.ray_workers else InlinePool(setup) as pool:
-        run(pool, batches)
-    return {image.image_id: read(folder / image.file_name) for batch in batches for image in batch.images}
+        run_batches(pool, batches)
+    return {image.image_id: read_image(folder / image.file_name) for batch in batches for image in batch.images}
 
 
-def run(pool: Pool, batches: Sequence[MicroBatch]) -> None:
+def run_batches(pool: WorkerPool, batches: Sequence[MicroBatch]) -> None:
     waiting, busy = list(batches), 0
     while waiting or busy:
-        for worker in pool.idle():
+        for worker in pool.idle_workers():
             if waiting:
                 pool.submit(worker, [waiting.pop(0)])
                 busy += 1
-        for event in pool.events(0.5):
+        for event in pool.wait_for_events(0.5):
             busy -= isinstance(event, ChunkDone)
             if isinstance(event, BatchDone):
                 assert all(result.status is Status.OK for result in event.results), event.results
 
 
-def read(path: Path) -> npt.NDArray[np.int16]:
+def read_image(path: Path) -> npt.NDArray[np.int16]:
     with Image.open(path) as image:
         return np.asarray(image).astype(np.int16)
 
 
-def compare(one: Pictures, other: Pictures) -> tuple[int, int]:
+def compare_images(one: ImagesById, other: ImagesById) -> tuple[int, int]:
     """The largest difference of a channel, and how many pictures differ."""
     assert one.keys() == other.keys()
     differences = [int(np.abs(one[name] - other[name]).max()) for name in one]

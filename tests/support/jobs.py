@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from tinysd_batch.config import Settings
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
-from tinysd_batch.job.driver import Summary, run_job
-from tinysd_batch.job.results.table import readable
+from tinysd_batch.job.driver import RunSummary, run_job
+from tinysd_batch.job.results.table import convert_times_to_text
 from tinysd_batch.job.state.job import Job
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.inline_pool import InlinePool
@@ -21,7 +21,7 @@ from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 
 
 def read_results(job: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = readable(pq.read_table(job / "results.parquet")).to_pylist()
+    rows: list[dict[str, Any]] = convert_times_to_text(pq.read_table(job / "results.parquet")).to_pylist()
     return rows
 
 
@@ -70,7 +70,7 @@ def setup_for(job: Job) -> WorkerSetup:
 
 def draw(
     manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any
-) -> tuple[Summary, Quiet]:
+) -> tuple[RunSummary, Quiet]:
     job = open_job(manifest, folder, Settings(model=str(model), **settings))
     progress = Quiet()
     stop: Callable[[], bool] = lambda: stop_after is not None and len(progress.made) >= stop_after  # noqa: E731

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tinysd_batch.quantize.sources.clip_tokenizer import VOCABULARY
+from tinysd_batch.quantize.sources.clip_tokenizer import VOCAB_SIZE
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
 TEXT_WIDTH = 32
@@ -27,7 +27,7 @@ class Sizes:
     vae: int = 128
     text: int = 768
     text_layers: int = 12
-    vocabulary: int = VOCABULARY
+    vocabulary: int = VOCAB_SIZE
 
 
 SMALL = Sizes(unet=32, vae=32, text=TEXT_WIDTH, text_layers=2)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
-from tinysd_batch.job.manifest.validate import Defaults, read_rows
+from tinysd_batch.job.manifest.validate import RowDefaults, read_rows
 from tinysd_batch.records import InvalidRow, Row
 
-DEFAULTS = Defaults(
+DEFAULTS = RowDefaults(
     negative_prompt="",
     prompt_syntax="seed",
     height=64,
@@ -19,7 +19,7 @@ DEFAULTS = Defaults(
     eta=0.0,
     n_iter=1,
     n_samples=1,
-    step_px=16,
+    size_multiple_px=16,
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 
 Tensors = dict[str, torch.Tensor]
 
@@ -17,9 +17,9 @@ LAYER = "mid_block.resnets.0.conv1"
 
 def damage(model: Path, out: Path, change: Callable[[Tensors], None]) -> Path:
     shutil.copytree(model, out)
-    tensors = load_file(out / "unet" / WEIGHTS)
+    tensors = load_file(out / "unet" / WEIGHTS_FILE)
     change(tensors)
-    save_file(tensors, out / "unet" / WEIGHTS)
+    save_file(tensors, out / "unet" / WEIGHTS_FILE)
     return out
 
 

@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS
-from tinysd_batch.model.checkpoint.info import WEIGHTS
-from tinysd_batch.model.checkpoint.safetensors_mmap import write_tensors
+from tinysd_batch.model.checkpoint.folder import TEXT_ENCODER_WEIGHTS_FILE
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
+from tinysd_batch.model.checkpoint.safetensors_mmap import write_safetensors
 from tinysd_batch.model.packed.format import Layout
-from tinysd_batch.quantize.presets import layers_to_pack
+from tinysd_batch.quantize.presets import get_preset_layouts
 
 MODEL = Path("outputs/random-sd-v1")
 
@@ -33,32 +33,34 @@ SD_V1_TEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_model(folder: Path) -> None:
+def make_random_model(folder: Path) -> None:
     """A packed model folder at SD v1's sizes with random weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
-    from tinysd_batch.model.checkpoint.info import WEIGHTS
-    from tinysd_batch.quantize.sources.clip_tokenizer import write_tokenizer
+    from tinysd_batch.model.checkpoint.folder import TEXT_ENCODER_WEIGHTS_FILE, write_packed_unet, write_pipeline_index
+    from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
+    from tinysd_batch.quantize.sources.clip_tokenizer import write_clip_tokenizer
 
     print(f"making {folder}", file=sys.stderr)
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_V1_UNET)
         vae, text = AutoencoderKL(**SD_V1_VAE), CLIPTextModel(CLIPTextConfig(**SD_V1_TEXT))
-    layouts = layers_to_pack(unet, "tiny")
-    packed = {name: random_packed(unet.get_submodule(name), layout, generator) for name, layout in layouts.items()}
+    layouts = get_preset_layouts(unet, "tiny")
+    packed = {name: make_random_packed(unet.get_submodule(name), layout, generator) for name, layout in layouts.items()}
     places = {f"{name}.weight" for name in packed}
-    others = random_tensors({name: one for name, one in unet.state_dict().items() if name not in places}, generator)
+    others = make_random_tensors(
+        {name: one for name, one in unet.state_dict().items() if name not in places}, generator
+    )
     write_packed_unet(folder / "unet", dict(unet.config), packed, others, {"level": "random"})
     for part, module, config in (("vae", vae, dict(vae.config)), ("text_encoder", text, text.config.to_dict())):
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(config, indent=2))
-        file = folder / part / (WEIGHTS if part == "vae" else TEXT_WEIGHTS)
-        save_file(random_tensors(module.state_dict(), generator), file, metadata={"format": "pt"})
-    write_tokenizer(folder / "tokenizer", SD_V1_TEXT["max_position_embeddings"])
+        file = folder / part / (WEIGHTS_FILE if part == "vae" else TEXT_ENCODER_WEIGHTS_FILE)
+        save_file(make_random_tensors(module.state_dict(), generator), file, metadata={"format": "pt"})
+    write_clip_tokenizer(folder / "tokenizer", SD_V1_TEXT["max_position_embeddings"])
     (folder / "scheduler").mkdir()
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     (folder / "scheduler" / "scheduler_config.json").write_text(
@@ -68,9 +70,9 @@ def make_model(folder: Path) -> None:
     write_pipeline_index(folder)
 
 
-def random_packed(layer: nn.Module, layout: Layout, generator: torch.Generator) -> tuple[Any, tuple[int, ...]]:
+def make_random_packed(layer: nn.Module, layout: Layout, generator: torch.Generator) -> tuple[Any, tuple[int, ...]]:
     """Codes at random; a scale by which the layer keeps the spread of what it is given."""
-    from tinysd_batch.model.packed.format import PackedWeight
+    from tinysd_batch.model.packed.format import GroupWeight
 
     assert isinstance(layer.weight, Tensor)
     shape = tuple(layer.weight.shape)
@@ -78,11 +80,11 @@ def random_packed(layer: nn.Module, layout: Layout, generator: torch.Generator) 
     scale = 0.9 * columns**-0.5  # the codes 0..3 spread by 1.118
     meta = torch.tensor([scale, 0.0, -1.5 * scale, 0.0], dtype=torch.float16).repeat(rows, 1)
     codes = torch.randint(0, 256, (rows, columns // 4), dtype=torch.uint8, generator=generator)
-    nothing = torch.zeros(rows, columns // layout.group_in(columns), dtype=torch.uint8)
-    return PackedWeight(codes, nothing, nothing.clone(), meta.view(torch.int16)), shape
+    nothing = torch.zeros(rows, columns // layout.group_size_in(columns), dtype=torch.uint8)
+    return GroupWeight(codes, nothing, nothing.clone(), meta.view(torch.int16)), shape
 
 
-def random_tensors(like: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def make_random_tensors(like: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """float16; norms 1, biases 0, the rest spread by its fan-in."""
     made = {}
     for name, place in like.items():
@@ -94,31 +96,33 @@ def random_tensors(like: dict[str, Tensor], generator: torch.Generator) -> dict[
     return made
 
 
-REPEATED = 2**24  # random numbers, over and over
+RANDOM_NUMBERS = 2**24  # random numbers, over and over
 
 
 STD = 0.02
 
 
-def make_source(folder: Path) -> None:
+def make_float_model(folder: Path) -> None:
     """A float32 model folder in diffusers' layout."""
     print(f"making {folder}", file=sys.stderr)
-    numbers = STD * torch.randn(REPEATED, generator=torch.Generator().manual_seed(0))
+    numbers = STD * torch.randn(RANDOM_NUMBERS, generator=torch.Generator().manual_seed(0))
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_V1_UNET)
         vae, text = AutoencoderKL(**SD_V1_VAE), CLIPTextModel(CLIPTextConfig(**SD_V1_TEXT))
-    write_part(folder / "unet", unet, dict(unet.config), WEIGHTS, numbers)
-    write_part(folder / "vae", vae, dict(vae.config), WEIGHTS, numbers)
-    write_part(folder / "text_encoder", text, text.config.to_dict(), TEXT_WEIGHTS, numbers)
+    write_random_component(folder / "unet", unet, dict(unet.config), WEIGHTS_FILE, numbers)
+    write_random_component(folder / "vae", vae, dict(vae.config), WEIGHTS_FILE, numbers)
+    write_random_component(folder / "text_encoder", text, text.config.to_dict(), TEXT_ENCODER_WEIGHTS_FILE, numbers)
 
 
-def write_part(folder: Path, module: nn.Module, config: dict[str, object], name: str, numbers: Tensor) -> None:
+def write_random_component(
+    folder: Path, module: nn.Module, config: dict[str, object], name: str, numbers: Tensor
+) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shapes = module.state_dict()
 
     def values(name: str) -> Tensor:
         count = shapes[name].numel()
-        return numbers.repeat(math.ceil(count / REPEATED))[:count].view(shapes[name].shape)
+        return numbers.repeat(math.ceil(count / RANDOM_NUMBERS))[:count].view(shapes[name].shape)
 
-    write_tensors(folder / name, shapes, dict.fromkeys(shapes, torch.float32), values)
+    write_safetensors(folder / name, shapes, dict.fromkeys(shapes, torch.float32), values)

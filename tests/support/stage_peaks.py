@@ -3,39 +3,42 @@
 import contextlib
 from collections.abc import Iterator
 
-from tinysd_batch.model.offload.peak_memory import LivePeak
-from tinysd_batch.model.offload.stage_estimate import Phase, Shape, Way
+from tinysd_batch.model.offload.peak_memory import PeakMemoryTracker
+from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBatchShape, StagePlan
 from tinysd_batch.model.pipeline import TinySD
 
 
-def measured_peaks(model: TinySD, images: int, height: int, width: int) -> dict[str, int]:
+def measure_stage_peaks(model: TinySD, images: int, height: int, width: int) -> dict[str, int]:
     """Of each phase: the most bytes that live tensors and weights on the device take together while images are drawn.
 
     Every image has a prompt of its own.
     """
     peaks: dict[str, int] = {}
-    working = model.memory.working
+    working = model.planner.executing
 
     @contextlib.contextmanager
-    def watched(phase: Phase) -> Iterator[Way]:
-        with LivePeak() as live, working(phase) as way:
+    def watched(phase: StagePlan) -> Iterator[ExecutionStrategy]:
+        with PeakMemoryTracker() as live, working(phase) as way:
             # Weights in the file's own pages are not made here, nor is what was computed before the loop.
-            places = [one.place for part in model.fragments for one in part.host if one.is_onloaded]
+            places = [one.module_tensor for part in model.fragments for one in part.host_tensors if one.is_onloaded]
             base = sum(one.nbytes for one in places if id(one.untyped_storage()) not in live.sizes)
-            live.leave_out(places)
+            live.exclude(places)
             yield way
-            known = [layer.value for _, layer in model.hoisted.of_text]
+            known = [layer.value for _, layer in model.precomputed.context_layers]
             base += sum(value.nbytes for value in known if value is not None)
-        peaks[phase.name] = live.peak + base
+        peaks[phase.name] = live.peak_bytes + base
 
-    model.memory.working = watched  # type: ignore[method-assign]
+    model.planner.executing = watched  # type: ignore[method-assign]
     prompts = [f"cat {number}" for number in range(images)]
     model.generate(prompts, 1, num_inference_steps=1, sampler="ddim", height=height, width=width)
-    model.memory.working = working  # type: ignore[method-assign]
+    model.planner.executing = working  # type: ignore[method-assign]
     return peaks
 
 
-def budget_at(share: float, model: TinySD, shape: Shape) -> int:
+def interpolate_budget(share: float, model: TinySD, shape: MicroBatchShape) -> int:
     """Bytes: at 0 the least in which the batch can be drawn, at 1 what needs no streaming."""
-    least, whole = model.memory.least(shape), max(phase.peak for phase in model.memory.phases(shape))
+    least, whole = (
+        model.planner.estimate_min_budget(shape),
+        max(phase.peak_bytes for phase in model.planner.plan_stages(shape)),
+    )
     return int(least + share * (whole - least))

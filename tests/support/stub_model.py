@@ -18,11 +18,11 @@ from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
 
-SIDE_PX = 64
-SECONDS_MARK = "trivial:"  # in `WorkerSetup.model_name`: how long an image takes
+STUB_IMAGE_PX = 64
+STUB_MODEL_PREFIX = "trivial:"  # in `WorkerSetup.model_name`: how long an image takes
 
 
-class TrivialModel:
+class StubModel:
     """Draws one flat colour per seed, in so many seconds."""
 
     device_name = "none"
@@ -35,7 +35,9 @@ class TrivialModel:
 
     def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: Any) -> Any:
         end = time.perf_counter() + self.seconds * len(prompt)
-        pictures = [Image.new("RGB", (SIDE_PX, SIDE_PX), tuple(number.to_bytes(8, "big")[-3:])) for number in seed]
+        pictures = [
+            Image.new("RGB", (STUB_IMAGE_PX, STUB_IMAGE_PX), tuple(number.to_bytes(8, "big")[-3:])) for number in seed
+        ]
         nones: list[str | None] = [None] * len(prompt)
         if (left := end - time.perf_counter()) > 0:
             time.sleep(left)
@@ -46,26 +48,26 @@ class TrivialModel:
         )  # fmt: skip
 
 
-class TrivialProcess(WorkerProcess):
+class StubWorkerProcess(WorkerProcess):
     """A worker process with the stand-in."""
 
-    model_class: type[TrivialModel] = TrivialModel
+    model_class: type[StubModel] = StubModel
 
     def __init__(self, setup: WorkerSetup, name: str) -> None:
-        seconds = float(setup.model_name.removeprefix(SECONDS_MARK))
+        seconds = float(setup.model_name.removeprefix(STUB_MODEL_PREFIX))
         super().__init__(setup, name, self.model_class(seconds, setup.model_digest))  # type: ignore[arg-type]
 
 
-class TrivialPool(RayPool):
+class StubRayPool(RayPool):
     """Ray's real actors, with the stand-in in them; an image takes them `seconds`."""
 
-    process = TrivialProcess
+    worker_class = StubWorkerProcess
 
     def __init__(self, setup: WorkerSetup, workers: int, seconds: float = 0.0, **more: Any) -> None:
-        super().__init__(replace(setup, model_name=f"{SECONDS_MARK}{seconds}"), workers, workers, **more)
+        super().__init__(replace(setup, model_name=f"{STUB_MODEL_PREFIX}{seconds}"), workers, workers, **more)
 
 
-class Silent:
+class SilentProgress:
     """A progress that nobody sees."""
 
     def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...

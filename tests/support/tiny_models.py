@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.files import write_json
-from tinysd_batch.model.checkpoint.info import embedded_path
+from tinysd_batch.model.checkpoint.info import embedded_model_path
 
 if TYPE_CHECKING:
     pass
@@ -36,7 +36,7 @@ def write_float_model(folder: Path) -> None:
         latent_channels=4, sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    tokenizer = embedded_path() / "tokenizer"
+    tokenizer = embedded_model_path() / "tokenizer"
     vocabulary = len(json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")))
     text = CLIPTextModel(
         CLIPTextConfig(
@@ -51,6 +51,6 @@ def write_float_model(folder: Path) -> None:
     save_file({n: v.contiguous() for n, v in text.state_dict().items()}, folder / "text_encoder" / "model.safetensors")
     for part in ("tokenizer", "scheduler"):
         (folder / part).mkdir()
-        for file in (embedded_path() / part).iterdir():
+        for file in (embedded_model_path() / part).iterdir():
             (folder / part / file.name).write_bytes(file.read_bytes())
     write_json(folder / "tinysd.json", {"name": "random 16", "steps": 2, "scale": 2.0})

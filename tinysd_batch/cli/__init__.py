@@ -14,11 +14,11 @@ from tinysd_batch.cli.plan import plan
 from tinysd_batch.cli.quantize import quantize
 from tinysd_batch.cli.status import status
 from tinysd_batch.cli.submit import submit
-from tinysd_batch.cli.terminal.streams import named_streams
+from tinysd_batch.cli.terminal.streams import name_standard_streams
 from tinysd_batch.cli.txt2img import txt2img
 from tinysd_batch.cli.verify import verify
 from tinysd_batch.errors import StorageError, TinySDError
-from tinysd_batch.text import printable
+from tinysd_batch.text import make_printable
 from tinysd_batch.version import __version__
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ def print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def root_options(
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Say which version this is.")
     ] = False,
@@ -53,7 +53,7 @@ def options(
 
 def main() -> None:
     """Run a command; an error of ours is one line on stderr and its own exit code."""
-    with named_streams():
+    with name_standard_streams():
         try:
             app()
         except TinySDError as error:
@@ -73,4 +73,4 @@ def main() -> None:
 def print_error(line: str) -> None:
     """Print an error to stderr, unless that cannot be written either."""
     with contextlib.suppress(OSError):
-        typer.echo(printable(f"tinysd-batch: {line}"), err=True)
+        typer.echo(make_printable(f"tinysd-batch: {line}"), err=True)

@@ -4,17 +4,25 @@ from typing import Annotated
 
 import typer
 
-from tinysd_batch.cli.model_options import AllowPickle, Ema, Out, Source, Vae, options, tell
-from tinysd_batch.cli.terminal.signals import end_on_sigterm
+from tinysd_batch.cli.model_options import (
+    AllowPickleOption,
+    EmaOption,
+    OutputArgument,
+    SourceArgument,
+    VaeOption,
+    make_source_options,
+    print_to_stderr,
+)
+from tinysd_batch.cli.terminal.signals import exit_on_sigterm
 from tinysd_batch.errors import UsageError
 
 
 def convert(
-    source: Source,
-    out: Out,
-    allow_pickle: AllowPickle = False,
-    ema: Ema = False,
-    vae: Vae = None,
+    source: SourceArgument,
+    out: OutputArgument,
+    allow_pickle: AllowPickleOption = False,
+    ema: EmaOption = False,
+    vae: VaeOption = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Store as fp16 or fp32; as it is if not given.", show_default=False),
@@ -25,6 +33,6 @@ def convert(
         raise UsageError(f"--dtype {dtype}: fp16 or fp32 was expected")
     from tinysd_batch.quantize.convert import convert_model
 
-    with end_on_sigterm():
-        convert_model(source, out, options(allow_pickle, ema, vae), dtype, tell)
+    with exit_on_sigterm():
+        convert_model(source, out, make_source_options(allow_pickle, ema, vae), dtype, print_to_stderr)
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tinysd_batch.text import printable
+from tinysd_batch.text import make_printable
 
 
 def export(
@@ -16,4 +16,4 @@ def export(
     from tinysd_batch.export.table import export_table
 
     rows = export_table(job, table)
-    typer.echo(printable(f"{table}: {rows:,} rows"))
+    typer.echo(make_printable(f"{table}: {rows:,} rows"))

@@ -11,93 +11,95 @@ import typer
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class SettingOption:
     """An option for the field of `config.Settings` that it is named after."""
 
-    kind: type
-    names: tuple[str, ...]
+    value_type: type
+    flags: tuple[str, ...]
     help: str
 
 
-SETTINGS = {
-    "model": Setting(
+SETTING_OPTIONS = {
+    "model": SettingOption(
         str, ("--model", "--ckpt"), "A model folder; `embedded` is the small one that ships with us, and the default."
     ),
-    "seed": Setting(int, ("--seed",), "The first image's seed; random if not given, printed and kept."),
-    "negative_prompt": Setting(str, ("--negative-prompt",), "What the pictures should not show."),
-    "prompt_syntax": Setting(
+    "seed": SettingOption(int, ("--seed",), "The first image's seed; random if not given, printed and kept."),
+    "negative_prompt": SettingOption(str, ("--negative-prompt",), "What the pictures should not show."),
+    "prompt_syntax": SettingOption(
         str, ("--prompt-syntax",), "Marks in prompts: seed (cat:0.25 dog:0.75; default), a1111 ((cat:1.2)) or none."
     ),
-    "long_prompts": Setting(
+    "long_prompts": SettingOption(
         bool, ("--long-prompts",), "Encode prompts beyond the model's token limit in pieces, instead of cutting them."
     ),
-    "height": Setting(int, ("--height", "--H"), "Pixels; the model's own size if not given."),
-    "width": Setting(int, ("--width", "--W"), "Pixels; the model's own size if not given."),
-    "steps": Setting(
+    "height": SettingOption(int, ("--height", "--H"), "Pixels; the model's own size if not given."),
+    "width": SettingOption(int, ("--width", "--W"), "Pixels; the model's own size if not given."),
+    "steps": SettingOption(
         int,
         ("--steps", "--ddim_steps", "--num-inference-steps"),
         "Sampling steps, 1 to 1000; the model's own number if not given.",
     ),
-    "scale": Setting(
+    "scale": SettingOption(
         float,
         ("--scale", "--guidance-scale", "--cfg-scale"),
         "Guidance scale; 1 switches guidance off; the model's own if not given.",
     ),
-    "sampler": Setting(
+    "sampler": SettingOption(
         str,
         ("--sampler",),
         "plms (default), ddim, euler, euler_a, heun, dpm2, dpm2_a, lms, dpmpp_2m or unipc.",
     ),
-    "eta": Setting(float, ("--eta", "--ddim_eta"), "Fresh noise in ddim and plms, 0 (default) to 1."),
-    "n_iter": Setting(int, ("--n_iter", "--n-iter", "--batch-count"), "Batches for each prompt (default 1)."),
-    "n_samples": Setting(int, ("--n_samples", "--n-samples", "--batch-size"), "Images in a batch (default 1)."),
-    "max_batch": Setting(
+    "eta": SettingOption(float, ("--eta", "--ddim_eta"), "Fresh noise in ddim and plms, 0 (default) to 1."),
+    "n_iter": SettingOption(int, ("--n_iter", "--n-iter", "--batch-count"), "Batches for each prompt (default 1)."),
+    "n_samples": SettingOption(int, ("--n_samples", "--n-samples", "--batch-size"), "Images in a batch (default 1)."),
+    "max_batch": SettingOption(
         int, ("--max-batch",), "Let up to so many images of neighbouring rows share a batch (default: a row alone)."
     ),
-    "fixed_code": Setting(bool, ("--fixed_code", "--fixed-code"), "Start all images from the same noise."),
-    "rng": Setting(str, ("--rng",), "cpu (default), or cuda: the noise that a CUDA card draws from a seed."),
-    "precision": Setting(str, ("--precision",), "full (float32), autocast (float16 on GPUs) or auto (default)."),
-    "device": Setting(str, ("--device",), "cpu, cuda or auto (default)."),
-    "vram_budget": Setting(
+    "fixed_code": SettingOption(bool, ("--fixed_code", "--fixed-code"), "Start all images from the same noise."),
+    "rng": SettingOption(str, ("--rng",), "cpu (default), or cuda: the noise that a CUDA card draws from a seed."),
+    "precision": SettingOption(str, ("--precision",), "full (float32), autocast (float16 on GPUs) or auto (default)."),
+    "device": SettingOption(str, ("--device",), "cpu, cuda or auto (default)."),
+    "vram_budget": SettingOption(
         str,
         ("--vram-budget",),
         "Device memory for everything, such as 900MB, 0.5 (a share) or -500MB (all but so much).",
     ),
-    "turbo": Setting(bool, ("--turbo",), "Keep the UNet's weights unpacked while drawing: faster, more memory."),
-    "unet_bs": Setting(
+    "turbo": SettingOption(bool, ("--turbo",), "Keep the UNet's weights unpacked while drawing: faster, more memory."),
+    "unet_bs": SettingOption(
         int, ("--unet_bs", "--unet-bs"), "Rows through the UNet at once, two an image with guidance (default: all)."
     ),
-    "format": Setting(str, ("--format",), "png (default), jpg or webp."),
-    "quality": Setting(int, ("--quality",), "Of jpg and webp, 1 to 100 (default 90)."),
-    "no_metadata": Setting(bool, ("--no-metadata",), "Write no prompt, seed or settings into the pictures."),
-    "interpret_lines": Setting(
+    "format": SettingOption(str, ("--format",), "png (default), jpg or webp."),
+    "quality": SettingOption(int, ("--quality",), "Of jpg and webp, 1 to 100 (default 90)."),
+    "no_metadata": SettingOption(bool, ("--no-metadata",), "Write no prompt, seed or settings into the pictures."),
+    "interpret_lines": SettingOption(
         bool,
         ("--interpret-lines",),
         "In a .txt, skip lines that begin with # and read options behind a prompt (-n4 -S7, --steps 20).",
     ),
-    "skip_save": Setting(bool, ("--skip_save", "--skip-save"), "Draw, but write no pictures: to measure speed."),
-    "skip_grid": Setting(bool, ("--skip_grid", "--skip-grid"), "Write no grid, or contact sheet, of the pictures."),
-    "n_rows": Setting(int, ("--n_rows", "--n-rows"), "Rows of the grid (default: as it fits best)."),
-    "C": Setting(int, ("--C",), "Latent channels: checked against the model, which decides."),
-    "f": Setting(int, ("--f",), "Pixels per latent: checked against the model, which decides."),
+    "skip_save": SettingOption(bool, ("--skip_save", "--skip-save"), "Draw, but write no pictures: to measure speed."),
+    "skip_grid": SettingOption(
+        bool, ("--skip_grid", "--skip-grid"), "Write no grid, or contact sheet, of the pictures."
+    ),
+    "n_rows": SettingOption(int, ("--n_rows", "--n-rows"), "Rows of the grid (default: as it fits best)."),
+    "C": SettingOption(int, ("--C",), "Latent channels: checked against the model, which decides."),
+    "f": SettingOption(int, ("--f",), "Pixels per latent: checked against the model, which decides."),
 }
 
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse a manifest with columns that are not known.")]
-Preset = Annotated[
+StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse a manifest with columns that are not known.")]
+PresetOption = Annotated[
     list[Path] | None,
     typer.Option("--preset", help="A TOML file of settings to start from; may be repeated.", show_default=False),
 ]
-MoreWords = Annotated[
+ExtraWordsArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Nothing more is taken; who types a prompt is told how.", hidden=True, metavar=""),
 ]
-FromFile = Annotated[
+FromFileOption = Annotated[
     Path | None,
     typer.Option(
         "--from-file", "--from_file", help="A file with a prompt a line, or any manifest.", show_default=False
     ),
 ]
-Reuse = Annotated[
+ReuseOption = Annotated[
     Path | None,
     typer.Option(
         "--reuse",
@@ -105,10 +107,10 @@ Reuse = Annotated[
         show_default=False,
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each image, with its seed and path.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each image, with its seed and path.")]
 
 
-def takes_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def add_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command every option of another that it does not have, so that the same command line suits both.
 
     It gets their values as the dictionary `others`; an option that is added to `other` is accepted from then on.
@@ -136,7 +138,7 @@ def takes_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., Any]]
     return with_options
 
 
-def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+def add_setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command an option for each setting. It gets them as a dictionary, None for what was not said."""
     own = [each for each in inspect.signature(command).parameters.values() if each.name != "settings"]
     added = [
@@ -145,15 +147,15 @@ def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                setting.kind | None, typer.Option(*setting.names, help=setting.help, show_default=False)
+                setting.value_type | None, typer.Option(*setting.flags, help=setting.help, show_default=False)
             ],
         )
-        for name, setting in SETTINGS.items()
+        for name, setting in SETTING_OPTIONS.items()
     ]
 
     @functools.wraps(command)
     def with_settings(**values: Any) -> Any:
-        settings = {name: values.pop(name) for name in SETTINGS}
+        settings = {name: values.pop(name) for name in SETTING_OPTIONS}
         return command(**values, settings=settings)
 
     with_settings.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]

@@ -5,17 +5,17 @@ from typing import Annotated, Any
 import typer
 
 from tinysd_batch.cli import options
-from tinysd_batch.cli.submit import Manifest, Output, one_manifest, prepare, submit
+from tinysd_batch.cli.submit import ManifestArgument, OutputOption, choose_manifest, prepare_from_options, submit
 from tinysd_batch.errors import StorageError
 
 
-@options.takes_options_of(submit)
+@options.add_options_of(submit)
 def plan(
-    manifest: Manifest = None,
-    from_file: options.FromFile = None,
-    output: Output = None,
-    reuse: options.Reuse = None,
-    preset: options.Preset = None,
+    manifest: ManifestArgument = None,
+    from_file: options.FromFileOption = None,
+    output: OutputOption = None,
+    reuse: options.ReuseOption = None,
+    preset: options.PresetOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each row of the manifest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     *,
@@ -35,9 +35,9 @@ def plan(
 
     flags = {name: value for name, value in others.items() if name in Settings.model_fields}
     flags["strict"] = others["strict"] or None
-    chosen = one_manifest(manifest, from_file, others["more_words"])
+    chosen = choose_manifest(manifest, from_file, others["more_words"])
     with ReadingProgress(make_console(stderr=True, quiet=as_json), f"Reading {chosen}") as progress:
-        job, _ = prepare(chosen, output, preset or [], flags, reuse)
+        job, _ = prepare_from_options(chosen, output, preset or [], flags, reuse)
         printer = PlanPrinter(make_console(quiet=as_json), verbose, progress)
         planned = make_plan(job, printer.row, others["limit"], retry_failed=others["retry_failed"], progress=progress)
     printer.plan(job, planned)

@@ -7,25 +7,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinysd_batch.cli.model_options import AllowPickle, Ema, Out, Source, Vae, options, tell
-from tinysd_batch.cli.terminal.signals import end_on_sigterm
+from tinysd_batch.cli.model_options import (
+    AllowPickleOption,
+    EmaOption,
+    OutputArgument,
+    SourceArgument,
+    VaeOption,
+    make_source_options,
+    print_to_stderr,
+)
+from tinysd_batch.cli.terminal.signals import exit_on_sigterm
 from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from tinysd_batch.quantize.presets import Size
+    from tinysd_batch.quantize.presets import SizeTarget
     from tinysd_batch.quantize.recipe import Recipe
-    from tinysd_batch.quantize.sources.checkpoint_source import Options
+    from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 
-MOST_SAMPLE_S = 900.0  # that comparing images may take where nobody asked for it
+MAX_DEFAULT_SAMPLES_S = 900.0  # that comparing images may take where nobody asked for it
 LEVELS = ("auto", "fast", "calib", "distill")
 
 
 def quantize(
-    source: Source,
-    out: Out,
+    source: SourceArgument,
+    out: OutputArgument,
     level: Annotated[
         str,
         typer.Option(
@@ -64,106 +72,112 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    allow_pickle: AllowPickle = False,
-    ema: Ema = False,
-    vae: Vae = None,
+    allow_pickle: AllowPickleOption = False,
+    ema: EmaOption = False,
+    vae: VaeOption = None,
 ) -> None:
     """Make a model folder of an SD v1 checkpoint with its UNet at 2 bits, a few layers at more."""
     if level not in LEVELS:
         raise UsageError(f"--level {level}: one of {', '.join(LEVELS)} was expected")
-    size = size_of(preset, target_size)
-    how = options(allow_pickle, ema, vae)
-    with end_on_sigterm():
-        page, is_measured = make_and_report(
+    size = read_size_target(preset, target_size)
+    how = make_source_options(allow_pickle, ema, vae)
+    with exit_on_sigterm():
+        page, is_measured = quantize_and_report(
             source, out, how, level, recipe, device, size, noise_correction=not no_noise_correction
         )
         if not is_measured and samples is not False:
-            compare_samples(source, out, how, device, page, MOST_SAMPLE_S if samples is None else None)
+            add_sample_images(source, out, how, device, page, MAX_DEFAULT_SAMPLES_S if samples is None else None)
     typer.echo(f"{out}: ready for `tinysd-batch submit MANIFEST --model {out}`")
 
 
-def size_of(preset: str | None, target: str | None) -> "Size":
+def read_size_target(preset: str | None, target: str | None) -> "SizeTarget":
     """What the two options ask for. Raises UsageError."""
-    from tinysd_batch.quantize.presets import DEFAULT, PRESETS, Size
+    from tinysd_batch.quantize.presets import DEFAULT_PRESET, PRESETS, SizeTarget
 
     if preset is not None and target is not None:
         raise UsageError("--preset and --target-size: each decides the file's size; give one of them")
     if preset not in (None, *PRESETS):
         raise UsageError(f"--preset {preset}: one of {', '.join(PRESETS)} was expected")
-    return Size(preset or DEFAULT, parse_bytes(target, "--target-size"))
+    return SizeTarget(preset or DEFAULT_PRESET, parse_bytes(target, "--target-size"))
 
 
-def make_and_report(
-    source: Path, out: Path, how: "Options", level: str, file: Path | None, device: str, size: "Size", *,
+def quantize_and_report(
+    source: Path, out: Path, how: "SourceOptions", level: str, file: Path | None, device: str, size: "SizeTarget", *,
     noise_correction: bool,
 ) -> tuple[Path, bool]:  # fmt: skip
     """Quantize, measure, and report: the report's page, and whether images were measured, as fast does by a recipe."""
-    from tinysd_batch.quantize.calibrated import quantize_calibrated
-    from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEEDS
+    from tinysd_batch.quantize.calibrated import quantize_with_calibration
+    from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEED_OFFSET
     from tinysd_batch.quantize.data_free import quantize_model
-    from tinysd_batch.quantize.evaluate.compare import measure
-    from tinysd_batch.quantize.evaluate.sensitivity import harms_of
+    from tinysd_batch.quantize.evaluate.compare import compare_models
+    from tinysd_batch.quantize.evaluate.sensitivity import measure_sensitivity
     from tinysd_batch.quantize.evaluate.summary import summarize
     from tinysd_batch.quantize.sources.open import open_source
     from tinysd_batch.report.console import make_console
-    from tinysd_batch.report.quality_text import judge
-    from tinysd_batch.report.quantization.layer_progress import LayerProgress
-    from tinysd_batch.report.quantization.report import median_psnr_db, write_report
+    from tinysd_batch.report.quality_text import describe_quality
+    from tinysd_batch.report.quantization.layer_progress import LayerProgressBar
+    from tinysd_batch.report.quantization.report import compute_median_psnr_db, write_report
 
-    level, recipe, chosen = decide(source, out, how, level, file, device, size, noise_correction=noise_correction)
+    level, recipe, chosen = resolve_level(
+        source, out, how, level, file, device, size, noise_correction=noise_correction
+    )
     if recipe is None or level == "fast":
-        with LayerProgress(make_console(stderr=True)) as bar:
-            made = quantize_model(source, out, how, bar.say, size, recipe, chosen, bar.show)
+        with LayerProgressBar(make_console(stderr=True)) as bar:
+            made = quantize_model(source, out, how, bar.print_line, size, recipe, chosen, bar.show)
     else:
-        made = quantize_calibrated(
-            source, out, how, recipe, chosen, tell,
+        made = quantize_with_calibration(
+            source, out, how, recipe, chosen, print_to_stderr,
             size=size, tune=level == "distill", noise_correction=noise_correction,
         )  # fmt: skip
     errors, harms, started = None, None, time.monotonic()
     if recipe is not None and made.held_out is not None:
-        tell(f"measuring on {len(recipe.held_out)} held-out prompts")
-        errors = measure(out, made.held_out, recipe.seed + HELD_OUT_SEEDS, recipe.scale, chosen)
-        tell(
-            f"against the float model: noise prediction {errors.mean_noise_db:.1f} dB, "
-            f"final latents {errors.final_db:.1f} dB, pictures {errors.psnr_db:.1f} dB"
+        print_to_stderr(f"measuring on {len(recipe.held_out)} held-out prompts")
+        errors = compare_models(out, made.held_out, recipe.seed + HELD_OUT_SEED_OFFSET, recipe.scale, chosen)
+        print_to_stderr(
+            f"against the float model: noise prediction {errors.mean_noise_sqnr_db:.1f} dB, "
+            f"final latents {errors.final_latents_sqnr_db:.1f} dB, pictures {errors.psnr_db:.1f} dB"
         )
-        tell(f"images: {judge(median_psnr_db(errors))}")
-        tell("measuring what each sort of layer harms alone")
-        harms = harms_of(open_source(source, how).unet(), out / "unet", made.held_out, recipe.scale, chosen)
-    made = replace(made, seconds=made.seconds + time.monotonic() - started)
+        print_to_stderr(f"images: {describe_quality(compute_median_psnr_db(errors))}")
+        print_to_stderr("measuring what each sort of layer harms alone")
+        harms = measure_sensitivity(open_source(source, how).unet(), out / "unet", made.held_out, recipe.scale, chosen)
+    made = replace(made, duration_s=made.duration_s + time.monotonic() - started)
     summary = summarize(out, made, str(chosen), recipe)
     page = write_report(out, summary, errors, recipe.held_out if recipe else [], harms)
-    tell(f"report: {page}")
+    print_to_stderr(f"report: {page}")
     return page, errors is not None
 
 
-def compare_samples(source: Path, out: Path, how: "Options", device: str, page: Path, most_s: float | None) -> None:
+def add_sample_images(
+    source: Path, out: Path, how: "SourceOptions", device: str, page: Path, most_s: float | None
+) -> None:
     """Generate four images by both models and put them into the report. The model is finished: a failure is a line."""
     from tinysd_batch.errors import TinySDError, is_out_of_memory
     from tinysd_batch.model.device.select import choose_device
-    from tinysd_batch.quantize.auto_level import rounded
-    from tinysd_batch.quantize.evaluate.samples import PAIRS, generate_pairs, seconds_of_samples
+    from tinysd_batch.quantize.auto_level import format_duration
+    from tinysd_batch.quantize.evaluate.samples import N_PAIRS, estimate_samples_s, generate_image_pairs
     from tinysd_batch.report.quantization.report import add_samples
 
     chosen = choose_device(None if device == "auto" else device)
     try:
-        seconds = seconds_of_samples(source, how, chosen)
+        seconds = estimate_samples_s(source, how, chosen)
         if most_s is not None and seconds > most_s:
-            tell(f"no images were compared, as that takes some {rounded(seconds)} here; --samples does it all the same")
+            print_to_stderr(
+                f"no images were compared, as that takes some {format_duration(seconds)} here; --samples does it all the same"
+            )
             return
-        tell(
-            f"{out} is finished; comparing {PAIRS} images with the float model's, some {rounded(seconds)}; "
+        print_to_stderr(
+            f"{out} is finished; comparing {N_PAIRS} images with the float model's, some {format_duration(seconds)}; "
             f"--no-samples leaves it out"
         )
-        tell(f"images: {add_samples(page, generate_pairs(source, out, how, chosen))}")
+        print_to_stderr(f"images: {add_samples(page, generate_image_pairs(source, out, how, chosen))}")
     except (TinySDError, RuntimeError, MemoryError) as error:
         if not isinstance(error, TinySDError) and not is_out_of_memory(error):
             raise
-        tell(f"no images were compared: {error}")
+        print_to_stderr(f"no images were compared: {error}")
 
 
-def decide(
-    source: Path, out: Path, how: "Options", level: str, file: Path | None, device: str, size: "Size", *,
+def resolve_level(
+    source: Path, out: Path, how: "SourceOptions", level: str, file: Path | None, device: str, size: "SizeTarget", *,
     noise_correction: bool,
 ) -> "tuple[str, Recipe | None, torch.device]":  # fmt: skip
     """Level, recipe and device, with a word on the level where it was not asked for."""
@@ -175,7 +189,7 @@ def decide(
     chosen = choose_device("cpu" if recipe is None else None if device == "auto" else device)
     if level == "auto" and recipe is not None:
         found = choose_level(source, out, how, size, recipe, chosen, noise_correction=noise_correction)
-        tell(found.why)
+        print_to_stderr(found.reason)
         level = found.name
     if level == "fast" and file is None:
         return level, None, choose_device("cpu")

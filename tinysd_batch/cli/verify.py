@@ -25,5 +25,5 @@ def verify(
         typer.echo(json.dumps(verification_as_dict(found)))
     else:
         print_verification(str(job), found, Console(highlight=False))
-    if not found.is_right:
+    if not found.is_intact:
         raise typer.Exit(PROBLEMS_EXIT_CODE)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.open_job import read_job_json
 from tinysd_batch.storage.atomic import storage_errors, write_atomically
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-FORMULA_MARKS = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - the wide ones count in some of these programs
+CELL_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+FORMULA_PREFIXES = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - the wide ones count in some of these programs
 
 
 def export_table(job_folder: Path, path: Path) -> int:
@@ -23,17 +23,17 @@ def export_table(job_folder: Path, path: Path) -> int:
     """
     read_job_json(job_folder)
     suffix = path.suffix.lower()
-    if suffix not in (*SEPARATORS, ".jsonl"):
+    if suffix not in (*CELL_SEPARATORS, ".jsonl"):
         raise UsageError(f"{path}: the table is written as .csv, .tsv or .jsonl")
-    rows = list(newest_rows(job_folder))
-    text = to_json_lines(rows) if suffix == ".jsonl" else to_csv(rows, SEPARATORS[suffix])
+    rows = list(read_newest_rows(job_folder))
+    text = to_json_lines(rows) if suffix == ".jsonl" else to_csv(rows, CELL_SEPARATORS[suffix])
     with storage_errors(path):
         write_atomically(text.encode("utf-8"), path)
     return len(rows)
 
 
-def newest_rows(job_folder: Path) -> Iterator[dict[str, Any]]:
-    newest = {(row["row"], row["index"] or 0): row for row in ResultsPaths(job_folder).read_rows(None)}
+def read_newest_rows(job_folder: Path) -> Iterator[dict[str, Any]]:
+    newest = {(row["row"], row["index"] or 0): row for row in ResultsTable(job_folder).read_rows(None)}
     for key in sorted(newest):
         yield newest[key]
 
@@ -47,18 +47,18 @@ def to_csv(rows: list[dict[str, Any]], separator: str) -> str:
     # All text is quoted: left to itself, `csv` leaves carriage returns bare, behind which a new row would begin.
     writer = csv.writer(sheet, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     names = list(rows[0]) if rows else []
-    writer.writerow([cell(name) for name in names])
+    writer.writerow([to_spreadsheet_cell(name) for name in names])
     for row in rows:
         row["degraded"] = " ".join(row.get("degraded") or [])
-        writer.writerow([cell(row.get(name)) for name in names])
+        writer.writerow([to_spreadsheet_cell(row.get(name)) for name in names])
     return sheet.getvalue()
 
 
-def cell(value: Any) -> Any:
+def to_spreadsheet_cell(value: Any) -> Any:
     """A value as a spreadsheet may hold it. Text that would run as a formula gets an apostrophe before it.
 
     Manifests may come from anybody, and Excel and its like run what begins with these marks (OWASP, CSV injection).
     """
     if isinstance(value, list | dict):
         value = json.dumps(value, ensure_ascii=False, default=str)
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_MARKS) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_PREFIXES) else value

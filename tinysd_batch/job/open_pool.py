@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from tinysd_batch.job.ray_workers.pool import RayPool
 from tinysd_batch.job.workers.inline_pool import InlinePool
-from tinysd_batch.job.workers.pool import cpu_workers
+from tinysd_batch.job.workers.pool import choose_cpu_workers
 from tinysd_batch.job.workers.worker import WorkerSetup
 
 if TYPE_CHECKING:
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from tinysd_batch.job.workers.pool import PoolFactory
 
 
-def pool_for(job: "Job") -> "PoolFactory":
+def make_pool_factory(job: "Job") -> "PoolFactory":
     """How to open the workers of a job, by its settings."""
     settings = job.settings
 
     def open_pool(images: int) -> InlinePool | RayPool:
         wanted = 1 if settings.inline else settings.workers
-        count, threads = cpu_workers(images, wanted, job.model.is_small)
-        setup = WorkerSetup.of(
+        count, threads = choose_cpu_workers(images, wanted, job.model.is_small)
+        setup = WorkerSetup.from_settings(
             settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
             stop_file=job.stop_file.resolve(), precision_file=job.precision_file.resolve(),
         )  # fmt: skip

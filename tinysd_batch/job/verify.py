@@ -20,19 +20,19 @@ from tinysd_batch.job.results.compare import (
     FileState,
     compare_folders,
     is_majority,
-    list_sizes,
+    list_file_sizes,
 )
-from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job import STATE_FOLDER
 from tinysd_batch.records import Status
 from tinysd_batch.storage.lock import is_locked
 
-COLUMNS = ["row", "index", "status", "file_name", "sha256", "bytes"]
+VERIFIED_COLUMNS = ["row", "index", "status", "file_name", "sha256", "bytes"]
 BLOCK_BYTES = 1 << 20
 READ_ATTEMPTS = 5
 
 
-class Problem(StrEnum):
+class VerificationProblem(StrEnum):
     """What can be wrong with a file or a row."""
 
     MISSING = "missing"
@@ -47,12 +47,12 @@ class Problem(StrEnum):
     NO_HASH = "no_hash"
 
 
-PROBLEM_OF = {
-    FileState.MISSING: Problem.MISSING,
-    FileState.SHORTER: Problem.SHORTER,
-    FileState.LARGER: Problem.CHANGED,
-    FileState.NO_FILE: Problem.NO_FILE,
-    FileState.OUTSIDE: Problem.OUTSIDE,
+PROBLEM_BY_STATE = {
+    FileState.MISSING: VerificationProblem.MISSING,
+    FileState.SHORTER: VerificationProblem.SHORTER,
+    FileState.LARGER: VerificationProblem.CHANGED,
+    FileState.NO_FILE: VerificationProblem.NO_FILE,
+    FileState.OUTSIDE: VerificationProblem.OUTSIDE,
 }
 
 
@@ -62,17 +62,19 @@ class Verification:
 
     images: int = 0  # rows whose image was saved
     unsaved: int = 0  # rows of images that were not saved (--skip_save)
-    unmade: int = 0  # rows of images that failed, and invalid rows
+    failed_or_invalid: int = 0  # rows of images that failed, and invalid rows
     running: bool = False  # another process works on the job: files without a row are its newest
-    problems: dict[Problem, list[str]] = field(default_factory=lambda: {problem: [] for problem in Problem})
+    problems: dict[VerificationProblem, list[str]] = field(
+        default_factory=lambda: {problem: [] for problem in VerificationProblem}
+    )
 
     @property
-    def is_right(self) -> bool:
+    def is_intact(self) -> bool:
         return not any(self.problems.values())
 
     @property
     def is_mostly_missing(self) -> bool:
-        return is_majority(len(self.problems[Problem.MISSING]), self.images)
+        return is_majority(len(self.problems[VerificationProblem.MISSING]), self.images)
 
 
 def verify_job(job_folder: Path, on_image: Callable[[int, int], None]) -> Verification:
@@ -80,12 +82,12 @@ def verify_job(job_folder: Path, on_image: Callable[[int, int], None]) -> Verifi
 
     Raises UsageError where there is no table, StorageError where table or folders cannot be read.
     """
-    paths = ResultsPaths(job_folder)
+    paths = ResultsTable(job_folder)
     if not paths.sealed_files() and not paths.journal_parts():
         raise UsageError(f"{job_folder}: has no results to verify; name the folder that submit printed")
     found = Verification(running=is_locked(job_folder / STATE_FOLDER / "lock"))
-    table = read_newest(paths)
-    saved = check_table(table, found)
+    table = read_table_with_retries(paths)
+    saved = check_rows(table, found)
     hashes = {index: sha256 for index, _, _, sha256 in saved}
     found.images = len(saved)
     checked = 0
@@ -93,60 +95,60 @@ def verify_job(job_folder: Path, on_image: Callable[[int, int], None]) -> Verifi
     for folder in compare_folders(job_folder, (image[:3] for image in sorted(saved, key=itemgetter(1)))):
         for file in folder.files:
             listed.add(file.file_name.rpartition("/")[0])
-            check_file(job_folder, file, hashes[file.image], found)
+            check_file(job_folder, file, hashes[file.image_index], found)
             checked += 1
             on_image(checked, found.images)
-        add_extra(found, folder.extra)
-    add_extra(found, list_unlisted(job_folder, listed))
+        add_extra_files(found, folder.extra)
+    add_extra_files(found, find_unlisted_files(job_folder, listed))
     return found
 
 
-def read_newest(paths: ResultsPaths) -> pa.Table:
+def read_table_with_retries(paths: ResultsTable) -> pa.Table:
     """Read the table, and again when a driver sealed the journal away meanwhile."""
     for attempt in range(READ_ATTEMPTS):
         try:
-            return paths.read_newest(COLUMNS)
+            return paths.read_newest(VERIFIED_COLUMNS)
         except StorageError:
             if attempt + 1 == READ_ATTEMPTS:
                 raise
     raise AssertionError("unreachable")
 
 
-def check_table(table: pa.Table, found: Verification) -> list[tuple[int, str, int | None, str | None]]:
+def check_rows(table: pa.Table, found: Verification) -> list[tuple[int, str, int | None, str | None]]:
     """Check the rows; return index, file name, bytes and hash of the images that were saved."""
     saved: list[tuple[int, str, int | None, str | None]] = []
     indexes: Counter[int] = Counter()
     names: Counter[str] = Counter()
     for row, index, status, name, sha256, size in zip(
-        *(table[column].to_pylist() for column in COLUMNS), strict=True
+        *(table[column].to_pylist() for column in VERIFIED_COLUMNS), strict=True
     ):  # fmt: skip
         where = f"row {row}" if index is None else f"image {index}"
         if status not in set(Status):
-            found.problems[Problem.UNKNOWN_STATUS].append(f"{where}: {status}")
+            found.problems[VerificationProblem.UNKNOWN_STATUS].append(f"{where}: {status}")
         if index is not None:
             indexes[index] += 1
         if status != Status.OK:
-            found.unmade += 1
+            found.failed_or_invalid += 1
         elif name is None or index is None:
             found.unsaved += 1
         else:
             names[name] += 1
             saved.append((index, name, size, sha256))
-    doubled = found.problems[Problem.DOUBLED]
+    doubled = found.problems[VerificationProblem.DOUBLED]
     doubled += [f"image {index}: {count} rows" for index, count in indexes.items() if count > 1]
     doubled += [f"{name}: {count} rows" for name, count in names.items() if count > 1]
     return saved
 
 
 def check_file(job_folder: Path, file: ComparedFile, sha256: str | None, found: Verification) -> None:
-    problem = PROBLEM_OF.get(file.state)
+    problem = PROBLEM_BY_STATE.get(file.state)
     if problem is None and sha256 is None:
-        problem = Problem.NO_HASH
+        problem = VerificationProblem.NO_HASH
     if problem is None:
         try:
-            problem = None if hash_file(job_folder / file.file_name) == sha256 else Problem.CHANGED
+            problem = None if hash_file(job_folder / file.file_name) == sha256 else VerificationProblem.CHANGED
         except OSError as error:
-            found.problems[Problem.UNREADABLE].append(f"{file.file_name}: {error.strerror or error}")
+            found.problems[VerificationProblem.UNREADABLE].append(f"{file.file_name}: {error.strerror or error}")
             return
     if problem is not None:
         found.problems[problem].append(file.file_name)
@@ -164,19 +166,19 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def list_unlisted(job_folder: Path, listed: set[str]) -> Iterator[str]:
+def find_unlisted_files(job_folder: Path, listed: set[str]) -> Iterator[str]:
     """What lies in `images/` besides the folders that were compared: files, and the content of other folders."""
-    for name in sorted(list_sizes(job_folder / IMAGES_FOLDER)):
+    for name in sorted(list_file_sizes(job_folder / IMAGES_FOLDER)):
         folder = f"{IMAGES_FOLDER}/{name}"
         path = job_folder / folder
         if folder in listed:
             continue
         if path.is_dir() and not path.is_symlink():
-            yield from (f"{folder}/{each}" for each in sorted(list_sizes(path)))
+            yield from (f"{folder}/{each}" for each in sorted(list_file_sizes(path)))
         else:
             yield folder
 
 
-def add_extra(found: Verification, names: Iterable[str]) -> None:
+def add_extra_files(found: Verification, names: Iterable[str]) -> None:
     if not found.running:
-        found.problems[Problem.EXTRA] += names
+        found.problems[VerificationProblem.EXTRA] += names

@@ -7,25 +7,25 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-USUAL_BYTES = 32 * 2**20
-SMALL_BYTES, SMALLEST_BYTES = 8 * 2**20, 4 * 2**20
-CURRENT: ContextVar[int] = ContextVar("part_bytes", default=USUAL_BYTES)  # each thread's own
+DEFAULT_CHUNK_BYTES = 32 * 2**20
+SMALL_CHUNK_BYTES, MIN_CHUNK_BYTES = 8 * 2**20, 4 * 2**20
+CHUNK_BYTES: ContextVar[int] = ContextVar("part_bytes", default=DEFAULT_CHUNK_BYTES)  # each thread's own
 
 
-def part_bytes() -> int:
-    return CURRENT.get()
+def get_chunk_bytes() -> int:
+    return CHUNK_BYTES.get()
 
 
 @contextlib.contextmanager
-def in_parts_of(nbytes: int) -> Iterator[None]:
-    before = CURRENT.set(nbytes)
+def limit_chunk_bytes(nbytes: int) -> Iterator[None]:
+    before = CHUNK_BYTES.set(nbytes)
     try:
         yield
     finally:
-        CURRENT.reset(before)
+        CHUNK_BYTES.reset(before)
 
 
-def at_once(total: int, each: int, nbytes: int | None = None) -> int:
+def items_per_chunk(total: int, each: int, nbytes: int | None = None) -> int:
     """How many of `total` things of `each` bytes make a part, in parts as equal as may be; at least one."""
-    parts = max(1, -(-total * each // (nbytes or part_bytes())))
+    parts = max(1, -(-total * each // (nbytes or get_chunk_bytes())))
     return max(1, -(-total // parts))

@@ -8,17 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.packed.dequantize import unpack
-from tinysd_batch.model.packed.format import BITS, GROUPS, ROW, USUAL_GROUP, Layout, group_size_for, to_matrix
-from tinysd_batch.quantize.layer_progress import OnLayers, ignore_layers, watched
-from tinysd_batch.quantize.layers import layer_of
-from tinysd_batch.quantize.presets import SMALLEST, layers_to_pack, level_of, levels_of, sort_of, unet_bytes
+from tinysd_batch.model.packed.dequantize import dequantize
+from tinysd_batch.model.packed.format import (
+    GROUP_SIZES,
+    MAX_DEFAULT_GROUP_SIZE,
+    SUPPORTED_BITS,
+    WHOLE_ROW,
+    Layout,
+    choose_group_size,
+    to_matrix,
+)
+from tinysd_batch.quantize.layer_progress import ProgressCallback, ignore_progress, iterate_with_progress
+from tinysd_batch.quantize.layers import get_layer
+from tinysd_batch.quantize.presets import (
+    SMALLEST_PRESET,
+    compute_unet_bytes,
+    count_block_levels,
+    get_block_level,
+    get_layer_type,
+    get_preset_layouts,
+)
 from tinysd_batch.quantize.solve.affine import quantize_matrix
 
-SAMPLE = 2**16  # weights of a layer that its errors are told from
+SAMPLED_WEIGHTS = 2**16  # weights of a layer that its errors are told from
 # The error of what the UNet says over a layer's relative error, by sort and level (the last for all further in), as
 # `python -m benchmarks.quantize.layer_sensitivity` prints them for the embedded model.
-HARM = {
+SENSITIVITY_BY_LAYER_TYPE = {
     "attention": (0.0018, 0.0018, 0.0004), "block projections": (0.0114, 0.0114, 0.0033),
     "feed-forward": (0.0086, 0.0086, 0.0051), "resampling": (0.0194, 0.0291, 0.0172),
     "resnet convolutions": (0.0201, 0.0111, 0.0021), "shortcuts": (0.1844, 0.0270, 0.0042),
@@ -27,7 +42,7 @@ HARM = {
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class LayoutCandidate:
     """A way to store a layer."""
 
     layout: Layout
@@ -35,18 +50,18 @@ class Choice:
     error: float  # that it adds to what the UNet says
 
 
-def check_target(unet: nn.Module, target: int, widest: int | None = None) -> None:
+def check_target_size(unet: nn.Module, target: int, widest: int | None = None) -> None:
     """Raise UsageError, with the least possible, where no file is so small."""
-    least = unet_bytes(unet, least_layouts(unet, widest))
+    least = compute_unet_bytes(unet, select_smallest_layouts(unet, widest))
     if target < least:
         raise UsageError(
             f"--target-size {target / 1e6:,.1f} MB: for this UNet at least {least / 1e6:,.1f} MB are needed"
         )
 
 
-def allocate(
+def allocate_bits(
     unet: nn.Module, tensors: Mapping[str, Tensor], target: int, inputs: Iterable[tuple[str, Tensor]] | None = None,
-    widest: int | None = None, on_layers: OnLayers = ignore_layers,
+    widest: int | None = None, on_layers: ProgressCallback = ignore_progress,
 ) -> dict[str, Layout]:  # fmt: skip
     """The layouts of a file of at most `target` bytes.
 
@@ -54,58 +69,62 @@ def allocate(
     model, from their outputs; both weighed by HARM. Rows of over `widest` weights, which calibration takes apart, keep
     the groups that allow it.
     """
-    names, levels = list(layers_to_pack(unet, SMALLEST)), levels_of(unet)
+    names, levels = list(get_preset_layouts(unet, SMALLEST_PRESET)), count_block_levels(unet)
     weights = {name: tensors[f"{name}.weight"].numel() for name in names}
-    unseen = ((name, None) for name in watched(names, weights, "measuring", on_layers))
+    unseen = ((name, None) for name in iterate_with_progress(names, weights, "measuring", on_layers))
     given = unseen if inputs is None else inputs
-    choices = {name: choices_of(name, levels, to_matrix(tensors[f"{name}.weight"]), x, widest) for name, x in given}
-    return promote(unet, {name: choices[name] for name in names}, target)
+    choices = {
+        name: list_layout_candidates(name, levels, to_matrix(tensors[f"{name}.weight"]), x, widest) for name, x in given
+    }
+    return select_layouts(unet, {name: choices[name] for name in names}, target)
 
 
-def least_layouts(unet: nn.Module, widest: int | None = None) -> dict[str, Layout]:
+def select_smallest_layouts(unet: nn.Module, widest: int | None = None) -> dict[str, Layout]:
     """The layouts of the smallest file that there can be."""
-    names = layers_to_pack(unet, SMALLEST)
-    return {name: ways(to_matrix(layer_of(unet, name).weight).shape[1], widest)[0] for name in names}
+    names = get_preset_layouts(unet, SMALLEST_PRESET)
+    return {name: list_layouts(to_matrix(get_layer(unet, name).weight).shape[1], widest)[0] for name in names}
 
 
-def choices_of(name: str, levels: int, weight: Tensor, x: Tensor | None, widest: int | None = None) -> list[Choice]:
+def list_layout_candidates(
+    name: str, levels: int, weight: Tensor, x: Tensor | None, widest: int | None = None
+) -> list[LayoutCandidate]:
     """The ways to store a layer's weight [O, K], smallest first, with errors told from some of its rows."""
-    rows = weight[:: max(1, weight.numel() // SAMPLE)].float()
-    harms = HARM.get(sort_of(name), HARM["feed-forward"])
-    harm = harms[min(level_of(name, levels), len(harms) - 1)]
+    rows = weight[:: max(1, weight.numel() // SAMPLED_WEIGHTS)].float()
+    harms = SENSITIVITY_BY_LAYER_TYPE.get(get_layer_type(name), SENSITIVITY_BY_LAYER_TYPE["feed-forward"])
+    harm = harms[min(get_block_level(name, levels), len(harms) - 1)]
     return [
-        Choice(layout, layout.nbytes(*weight.shape), harm * relative_error(rows, layout, x))
-        for layout in ways(weight.shape[1], widest)
+        LayoutCandidate(layout, layout.nbytes(*weight.shape), harm * measure_quantization_error(rows, layout, x))
+        for layout in list_layouts(weight.shape[1], widest)
     ]
 
 
-def ways(columns: int, widest: int | None = None) -> list[Layout]:
+def list_layouts(columns: int, widest: int | None = None) -> list[Layout]:
     """2 bits in whole rows and in groups of every size that divides one, then 4 and 8 bits in the largest usual."""
-    usual = group_size_for(columns)
+    usual = choose_group_size(columns)
     assert usual is not None, columns
     apart = widest is not None and columns > widest
-    largest = USUAL_GROUP if apart else columns - 1
+    largest = MAX_DEFAULT_GROUP_SIZE if apart else columns - 1
     return [
-        *([] if apart else [Layout(BITS[0], ROW)]),
-        *(Layout(BITS[0], size) for size in GROUPS if size <= largest and columns % size == 0),
-        *(Layout(bits, usual) for bits in BITS[1:]),
+        *([] if apart else [Layout(SUPPORTED_BITS[0], WHOLE_ROW)]),
+        *(Layout(SUPPORTED_BITS[0], size) for size in GROUP_SIZES if size <= largest and columns % size == 0),
+        *(Layout(bits, usual) for bits in SUPPORTED_BITS[1:]),
     ]
 
 
-def relative_error(rows: Tensor, layout: Layout, x: Tensor | None) -> float:
+def measure_quantization_error(rows: Tensor, layout: Layout, x: Tensor | None) -> float:
     """Of rows [O, K] of a weight, or of what they make of tokens [N, K], as a share of its power."""
-    packed = quantize_matrix(rows, layout.group_in(rows.shape[1]), layout.bits)
-    wrong = unpack(packed, torch.empty(packed.shape)) - rows
+    packed = quantize_matrix(rows, layout.group_size_in(rows.shape[1]), layout.bits)
+    wrong = dequantize(packed, torch.empty(packed.shape)) - rows
     if x is not None:
         rows, wrong = x @ rows.T, x @ wrong.T
     return float(wrong.square().sum() / rows.square().sum().clamp(min=1e-20))
 
 
-def promote(unet: nn.Module, choices: Mapping[str, Sequence[Choice]], target: int) -> dict[str, Layout]:
+def select_layouts(unet: nn.Module, choices: Mapping[str, Sequence[LayoutCandidate]], target: int) -> dict[str, Layout]:
     """Each layer's choice: the first, then larger ones by the error they save per byte, while the file stays small."""
     chosen = dict.fromkeys(choices, 0)
-    size = unet_bytes(unet, layouts_of(choices, chosen))
-    steps = [step for name in choices if (step := best_step(name, choices[name], 0))]
+    size = compute_unet_bytes(unet, collect_selected_layouts(choices, chosen))
+    steps = [step for name in choices if (step := find_best_upgrade(name, choices[name], 0))]
     heapq.heapify(steps)
     made: list[tuple[str, int]] = []
     while steps:
@@ -114,15 +133,17 @@ def promote(unet: nn.Module, choices: Mapping[str, Sequence[Choice]], target: in
         if grown <= target:
             made.append((name, chosen[name]))
             chosen[name], size = to, grown
-            if step := best_step(name, choices[name], to):
+            if step := find_best_upgrade(name, choices[name], to):
                 heapq.heappush(steps, step)
-    while made and unet_bytes(unet, layouts_of(choices, chosen)) > target:  # longer numbers in the file's header
+    while (
+        made and compute_unet_bytes(unet, collect_selected_layouts(choices, chosen)) > target
+    ):  # longer numbers in the file's header
         name, before = made.pop()
         chosen[name] = before
-    return layouts_of(choices, chosen)
+    return collect_selected_layouts(choices, chosen)
 
 
-def best_step(name: str, choices: Sequence[Choice], at: int) -> tuple[float, str, int] | None:
+def find_best_upgrade(name: str, choices: Sequence[LayoutCandidate], at: int) -> tuple[float, str, int] | None:
     """Its gain per byte, negative, the layer, and which larger choice; None where none is better."""
     now = choices[at]
     gains = [
@@ -133,5 +154,7 @@ def best_step(name: str, choices: Sequence[Choice], at: int) -> tuple[float, str
     return min(gains, default=None)
 
 
-def layouts_of(choices: Mapping[str, Sequence[Choice]], chosen: Mapping[str, int]) -> dict[str, Layout]:
+def collect_selected_layouts(
+    choices: Mapping[str, Sequence[LayoutCandidate]], chosen: Mapping[str, int]
+) -> dict[str, Layout]:
     return {name: choices[name][at].layout for name, at in chosen.items()}

@@ -7,30 +7,30 @@ from typing import Any
 import torch
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.config_checks import check_fit
-from tinysd_batch.model.checkpoint.folder import TEXT_WEIGHTS, write_packed_unet, write_pipeline_index
-from tinysd_batch.model.checkpoint.info import WEIGHTS, look_at
-from tinysd_batch.model.checkpoint.json_file import read_json
-from tinysd_batch.model.checkpoint.safetensors_mmap import write_tensors
+from tinysd_batch.model.checkpoint.config_checks import check_width_matches_unet
+from tinysd_batch.model.checkpoint.folder import TEXT_ENCODER_WEIGHTS_FILE, write_packed_unet, write_pipeline_index
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, read_folder_info
+from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.model.checkpoint.safetensors_mmap import write_safetensors
 from tinysd_batch.quantize.sources.checkpoint_source import (
-    Options,
-    Part,
-    Say,
-    Source,
-    as_stored,
+    CheckpointSource,
+    SourceComponent,
+    SourceOptions,
+    StatusCallback,
+    choose_storage_dtype,
+    convert_for_storage,
     has_encoder,
-    stored_dtype,
     write_json,
 )
-from tinysd_batch.quantize.sources.diffusers_folder import DECODER_ONLY
+from tinysd_batch.quantize.sources.diffusers_folder import DECODER_ONLY_VAE
 from tinysd_batch.quantize.sources.open import open_source
-from tinysd_batch.quantize.sources.tiny_stable_diffusion import OriginFile
-from tinysd_batch.storage.atomic import new_folder, storage_errors
+from tinysd_batch.quantize.sources.tiny_stable_diffusion import TinyStableDiffusionSource
+from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
 
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+DTYPE_BY_NAME = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def convert_model(source: Path, out: Path, options: Options, dtype: str | None, say: Say) -> None:
+def convert_model(source: Path, out: Path, options: SourceOptions, dtype: str | None, say: StatusCallback) -> None:
     """Write `out`, a float model folder with everything of `source` that drawing needs.
 
     The UNet of the origin's checkpoint stays at 2 bits, every number kept.
@@ -38,63 +38,74 @@ def convert_model(source: Path, out: Path, options: Options, dtype: str | None, 
     is being done. Raises ModelError where a tensor is missing, unexpected, of the wrong shape or not finite, and where
     `out` exists; of a new `out` nothing is left then.
     """
-    refuse_existing(out)
+    check_not_existing(out)
     model = open_source(source, options)
-    wanted = DTYPES[dtype] if dtype else None
-    with storage_errors(out), new_folder(out) as folder:
-        if isinstance(model, OriginFile):
-            unet = model.packed_unet(wanted)
-            say(f"unet: {len(unet.packed):,} layers at 2 and 8 bits as they are, {len(unet.others):,} other tensors")
-            write_packed_unet(folder / "unet", unet.config, unet.packed, unet.others, {"level": "origin"})
+    wanted = DTYPE_BY_NAME[dtype] if dtype else None
+    with storage_errors(out), create_folder_atomically(out) as folder:
+        if isinstance(model, TinyStableDiffusionSource):
+            unet = model.read_packed_unet(wanted)
+            say(
+                f"unet: {len(unet.packed):,} layers at 2 and 8 bits as they are, {len(unet.other_tensors):,} other tensors"
+            )
+            write_packed_unet(folder / "unet", unet.config, unet.packed, unet.other_tensors, {"level": "origin"})
             del unet
         else:
-            write_part(model.unet(), folder / "unet", WEIGHTS, wanted, say)
-        write_others(model, folder, wanted, say)
-    tell_left_out(model, say)
+            write_component(model.unet(), folder / "unet", WEIGHTS_FILE, wanted, say)
+        write_other_components(model, folder, wanted, say)
+    report_ignored_tensors(model, say)
 
 
-def refuse_existing(out: Path) -> None:
+def check_not_existing(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise ModelError(f"{out}: exists; name a folder that does not")
 
 
-def tell_left_out(model: Source, say: Say) -> None:
-    if model.found.left_out:
-        say(f"left out: {model.found}")
-    for note in model.found.notes:
+def report_ignored_tensors(model: CheckpointSource, say: StatusCallback) -> None:
+    if model.report.ignored:
+        say(f"left out: {model.report}")
+    for note in model.report.notes:
         say(f"note: {note}")
 
 
-def write_others(model: Source, folder: Path, wanted: torch.dtype | None, say: Say) -> None:
+def write_other_components(
+    model: CheckpointSource, folder: Path, wanted: torch.dtype | None, say: StatusCallback
+) -> None:
     """Everything but the UNet, which is there already. Raises ModelError where the parts do not go together."""
-    unet = read_json(folder / "unet" / "config.json")
+    unet = read_json_object(folder / "unet" / "config.json")
     vae, text = model.vae(), model.text_encoder()
-    check_parts(unet, vae, text)
-    parts = {} if has_encoder(vae) else {"vae": DECODER_ONLY}
-    write_part(vae, folder / "vae", WEIGHTS, wanted, say)
+    check_components_fit(unet, vae, text)
+    parts = {} if has_encoder(vae) else {"vae": DECODER_ONLY_VAE}
+    write_component(vae, folder / "vae", WEIGHTS_FILE, wanted, say)
     del vae
     # Under the old name older libraries find them, too; transformers 5 and we read both.
     named = {f"text_model.{name}": value for name, value in text.tensors.items()}
     # transformers 5 would load float16 as float16, while diffusers loads all else as float32, unless told otherwise.
     config = {name: value for name, value in text.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
-    write_part(Part(config, named, text.where), folder / "text_encoder", TEXT_WEIGHTS, wanted, say)
-    model.write_rest(folder)
+    write_component(
+        SourceComponent(config, named, text.path), folder / "text_encoder", TEXT_ENCODER_WEIGHTS_FILE, wanted, say
+    )
+    model.write_scheduler_and_tokenizer(folder)
     write_pipeline_index(folder, **parts)
-    look_at(folder, digest="")
+    read_folder_info(folder, digest="")
 
 
-def check_parts(unet: Mapping[str, Any], vae: Part, text: Part) -> None:
+def check_components_fit(unet: Mapping[str, Any], vae: SourceComponent, text: SourceComponent) -> None:
     """Raise ModelError where the parts do not go together."""
-    check_fit(vae.config, "latent_channels", unet, "in_channels", vae.where)
-    check_fit(text.config, "hidden_size", unet, "cross_attention_dim", text.where)
+    check_width_matches_unet(vae.config, "latent_channels", unet, "in_channels", vae.path)
+    check_width_matches_unet(text.config, "hidden_size", unet, "cross_attention_dim", text.path)
 
 
-def write_part(part: Part, folder: Path, file: str, wanted: torch.dtype | None, say: Say) -> None:
+def write_component(
+    part: SourceComponent, folder: Path, file: str, wanted: torch.dtype | None, say: StatusCallback
+) -> None:
     """Configuration and weights. Raises ModelError where a tensor is not finite."""
     count = sum(tensor.numel() for tensor in part.tensors.values())
     say(f"{folder.name}: {len(part.tensors):,} tensors, {count / 1e6:,.1f} M weights")
     write_json(folder / "config.json", part.config)
-    dtypes = {name: stored_dtype(tensor.dtype, wanted) for name, tensor in part.tensors.items()}
-    write_tensors(
-        folder / file, part.tensors, dtypes, lambda name: as_stored(name, part.tensors[name], wanted, part.where)
+    dtypes = {name: choose_storage_dtype(tensor.dtype, wanted) for name, tensor in part.tensors.items()}
+    write_safetensors(
+        folder / file,
+        part.tensors,
+        dtypes,
+        lambda name: convert_for_storage(name, part.tensors[name], wanted, part.path),
     )

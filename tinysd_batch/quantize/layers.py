@@ -2,10 +2,10 @@
 
 from torch import nn
 
-Layer = nn.Linear | nn.Conv2d
+LinearOrConv = nn.Linear | nn.Conv2d
 
 
-def layer_of(unet: nn.Module, name: str) -> Layer:
+def get_layer(unet: nn.Module, name: str) -> LinearOrConv:
     """A linear or convolution layer by its name."""
     layer = unet.get_submodule(name)
     assert isinstance(layer, nn.Linear | nn.Conv2d), (name, type(layer))

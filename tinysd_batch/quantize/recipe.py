@@ -10,7 +10,7 @@ from tinysd_batch.config import MAX_STEPS, read_toml
 from tinysd_batch.errors import UsageError
 from tinysd_batch.text import excerpt
 
-SHIPPED = "sd_v1.toml"  # the recipe for models whose user names none
+DEFAULT_RECIPE_FILE = "sd_v1.toml"  # the recipe for models whose user names none
 
 
 class Recipe(BaseModel):
@@ -36,7 +36,9 @@ class Recipe(BaseModel):
 def read_recipe(path: Path | None) -> Recipe:
     """The recipe in a file, or the one that ships for SD v1. Raises UsageError."""
     if path is None:
-        values = tomllib.loads((files("tinysd_batch.quantize.recipes") / SHIPPED).read_text(encoding="utf-8"))
+        values = tomllib.loads(
+            (files("tinysd_batch.quantize.recipes") / DEFAULT_RECIPE_FILE).read_text(encoding="utf-8")
+        )
         return Recipe(**values)
     try:
         recipe = Recipe(**read_toml(path))

@@ -12,18 +12,19 @@ from rich.console import Console, ConsoleDimensions
 
 MIN_COLUMNS, DEFAULT_COLUMNS = 20, 80
 MIN_LINES, DEFAULT_LINES = 5, 25
-MAX_SIDE = 10_000
-BAR_FROM_COLUMNS = 90  # narrower terminals show the numbers of a progress alone
+MAX_CONSOLE_SIDE = 10_000
+MIN_COLUMNS_FOR_BAR = 90  # narrower terminals show the numbers of a progress alone
 
 
-class TextConsole(Console):
+class MinimumSizeConsole(Console):
     """A console that never takes a terminal for narrower or lower than text can be read on."""
 
     @property
     def size(self) -> ConsoleDimensions:
         found = super().size
         return ConsoleDimensions(
-            known_side(found.width, MIN_COLUMNS, DEFAULT_COLUMNS), known_side(found.height, MIN_LINES, DEFAULT_LINES)
+            side_or_default(found.width, MIN_COLUMNS, DEFAULT_COLUMNS),
+            side_or_default(found.height, MIN_LINES, DEFAULT_LINES),
         )
 
     @size.setter
@@ -34,9 +35,9 @@ class TextConsole(Console):
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """The console of a command. Colours and escapes only go to real terminals, whatever FORCE_COLOR says."""
     stream = sys.stderr if stderr else sys.stdout
-    return TextConsole(
+    return MinimumSizeConsole(
         stderr=stderr, quiet=quiet, highlight=False, force_terminal=is_terminal(stream),
-        _environ=without_bad_sizes(os.environ),
+        _environ=drop_invalid_sizes(os.environ),
     )  # fmt: skip
 
 
@@ -52,15 +53,17 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
-def without_bad_sizes(environment: Mapping[str, str]) -> dict[str, str]:
+def drop_invalid_sizes(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without a COLUMNS or LINES that is no usable number, so that the terminal itself is asked."""
     least = {"COLUMNS": MIN_COLUMNS, "LINES": MIN_LINES}
-    return {name: value for name, value in environment.items() if name not in least or is_side(value, least[name])}
+    return {
+        name: value for name, value in environment.items() if name not in least or is_valid_side(value, least[name])
+    }
 
 
-def is_side(text: str, least: int) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 6 and least <= int(text) <= MAX_SIDE
+def is_valid_side(text: str, least: int) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 6 and least <= int(text) <= MAX_CONSOLE_SIDE
 
 
-def known_side(found: int, least: int, default: int) -> int:
-    return found if least <= found <= MAX_SIDE else default
+def side_or_default(found: int, least: int, default: int) -> int:
+    return found if least <= found <= MAX_CONSOLE_SIDE else default

@@ -12,29 +12,31 @@ from importlib.resources import files
 
 from PIL import ImageFont
 
-SUBSET = "DejaVuSans-subset.ttf"
-NO_CHARACTER = "\U0010fffe"  # no font has it: it is drawn as what stands for missing ones
-ASK_SECONDS = 10.0
+BUNDLED_FONT_FILE = "DejaVuSans-subset.ttf"
+UNASSIGNED_CHARACTER = "\U0010fffe"  # no font has it: it is drawn as what stands for missing ones
+FONTCONFIG_TIMEOUT_S = 10.0
 Font = ImageFont.FreeTypeFont
 
 
-def font_for(text: str, size: int) -> Font:
+def choose_font(text: str, size: int) -> Font:
     """A font that has every character of the text, else ours."""
-    own = own_font(size)
+    own = load_bundled_font(size)
     missing = next((character for character in text if not has_character(own, character)), None)
-    if missing is None or (path := system_font(missing)) is None:
+    if missing is None or (path := find_system_font(missing)) is None:
         return own
-    found = open_font(path, size)
+    found = load_font_file(path, size)
     return found if found is not None and has_character(found, missing) else own
 
 
 @lru_cache
-def own_font(size: int) -> Font:
-    return ImageFont.truetype(io.BytesIO((files("tinysd_batch.report") / "data" / SUBSET).read_bytes()), size)
+def load_bundled_font(size: int) -> Font:
+    return ImageFont.truetype(
+        io.BytesIO((files("tinysd_batch.report") / "data" / BUNDLED_FONT_FILE).read_bytes()), size
+    )
 
 
 @lru_cache(maxsize=16)
-def open_font(path: str, size: int) -> Font | None:
+def load_font_file(path: str, size: int) -> Font | None:
     try:
         return ImageFont.truetype(path, size)
     except OSError:
@@ -46,11 +48,11 @@ def has_character(font: Font, character: str) -> bool:
     """Whether it is drawn as itself; blanks and marks that join others have nothing to draw."""
     if not character.isprintable() or character.isspace():
         return True
-    return bytes(font.getmask(character)) != bytes(font.getmask(NO_CHARACTER))
+    return bytes(font.getmask(character)) != bytes(font.getmask(UNASSIGNED_CHARACTER))
 
 
 @lru_cache(maxsize=256)
-def system_font(character: str) -> str | None:
+def find_system_font(character: str) -> str | None:
     """The file of the font that fontconfig would take for a character."""
     program = shutil.which("fc-match")
     if program is None:
@@ -58,7 +60,11 @@ def system_font(character: str) -> str | None:
     pattern = f"sans:charset={ord(character):x}"
     try:
         done = subprocess.run(  # noqa: S603 - the program of the system, and a number
-            [program, "--format=%{file}", pattern], capture_output=True, text=True, timeout=ASK_SECONDS, check=False
+            [program, "--format=%{file}", pattern],
+            capture_output=True,
+            text=True,
+            timeout=FONTCONFIG_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from tinysd_batch.records import Status
-from tinysd_batch.text import printable
+from tinysd_batch.text import make_printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,12 +15,12 @@ def count(number: int, thing: str, things: str = "") -> str:
     return f"{number:,} " + (thing if number == 1 else things or f"{thing}s")
 
 
-def row_label(number: int, line: int | None = None) -> str:
+def format_row_label(number: int, line: int | None = None) -> str:
     """`row 7 (line 8)`: a row of the manifest, and where a spreadsheet or an editor shows it."""
     return f"row {number}" if line is None else f"row {number} (line {line})"
 
 
-def size(number: int) -> str:
+def format_bytes(number: int) -> str:
     """`812 bytes`, `45 kB`, `1.2 GB`."""
     amount, unit = float(number), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
@@ -30,7 +30,7 @@ def size(number: int) -> str:
     return f"{amount:.1f} {unit}" if unit != "bytes" and amount < 10 else f"{amount:.0f} {unit}"
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """`8 s`, `3 min 5 s`, `2 h 10 min`."""
     whole = round(seconds)
     if whole < 60:
@@ -40,20 +40,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """`0:07`, `12:34`, `1:02:03`."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def one_line(text: str, length: int = 60) -> str:
+def to_one_line(text: str, length: int = 60) -> str:
     """Text that came with a manifest, fit for a terminal: no control characters, not too long."""
-    shown = printable(text)
+    shown = make_printable(text)
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
-def say(console: "Console", line: str) -> None:
+def print_line(console: "Console", line: str) -> None:
     """Print a line as it is: no markup, no colours, and nothing in it that moves the terminal."""
     from rich.text import Text
 
-    console.print(Text(printable(line)), soft_wrap=True)
+    console.print(Text(make_printable(line)), soft_wrap=True)

@@ -13,10 +13,10 @@ from rich.live import Live
 from rich.text import Text
 
 from tinysd_batch.report.console import has_live_display
-from tinysd_batch.report.formatting import clock, count, say
+from tinysd_batch.report.formatting import count, format_clock, print_line
 
 SHOW_AFTER_S = 2.0
-REDRAW_EVERY_S = 0.25
+REDRAW_INTERVAL_S = 0.25
 PLAIN_LINE_EVERY_S = 10.0
 
 
@@ -27,7 +27,7 @@ class ReadingProgress:
     """
 
     def __init__(self, console: Console, what: str) -> None:
-        self.what = what
+        self.label = what
         self.rows = 0
         self.console = console
         self.started = time.monotonic()
@@ -69,14 +69,14 @@ class ReadingProgress:
         while not self.done.wait(wait):
             with self.lock, contextlib.suppress(OSError):  # a terminal that is gone ends no job
                 if has_live_display(self.console):
-                    wait = REDRAW_EVERY_S
+                    wait = REDRAW_INTERVAL_S
                     self.live.start()
-                    self.live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
+                    self.live.update(Text(self.format_line(), no_wrap=True, overflow="ellipsis"), refresh=True)
                 elif self.rows or time.monotonic() - self.started >= PLAIN_LINE_EVERY_S:
                     wait = PLAIN_LINE_EVERY_S
-                    say(self.console, self.line())
+                    print_line(self.console, self.format_line())
 
-    def line(self) -> str:
+    def format_line(self) -> str:
         """`Reading m.csv: 340,000 rows, elapsed 0:12`"""
         rows = f" {count(self.rows, 'row')}," if self.rows else ""
-        return f"{self.what}:{rows} elapsed {clock(time.monotonic() - self.started)}"
+        return f"{self.label}:{rows} elapsed {format_clock(time.monotonic() - self.started)}"

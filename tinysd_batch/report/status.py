@@ -11,22 +11,22 @@ from rich.console import Console
 from rich.table import Table
 
 from tinysd_batch.errors import StorageError, UsageError
-from tinysd_batch.images import read_entries
-from tinysd_batch.job.results.compare import Differences, find_differences
-from tinysd_batch.job.results.rows import split_line
-from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.images import read_metadata
+from tinysd_batch.job.results.compare import FileDifferences, find_differences
+from tinysd_batch.job.results.rows import parse_invalid_reason
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job import STATE_FOLDER
 from tinysd_batch.job.state.open_job import read_job_json
 from tinysd_batch.records import Status
-from tinysd_batch.report.formatting import count, one_line, row_label, say
+from tinysd_batch.report.formatting import count, format_row_label, print_line, to_one_line
 from tinysd_batch.storage.atomic import read_file
 from tinysd_batch.storage.lock import is_locked
 
-Read = TypeVar("Read")
-MAX_FAULTS = 10
-READ_ATTEMPTS = 5
-TOLD = ("row", "index", "status", "error_message", "device_name", "worker", "text_s", "denoise_s", "decode_s")
-FIRST_TOLD = (
+ReadResult = TypeVar("ReadResult")
+MAX_SHOWN_FAULTS = 10
+STATUS_READ_ATTEMPTS = 5
+STATUS_COLUMNS = ("row", "index", "status", "error_message", "device_name", "worker", "text_s", "denoise_s", "decode_s")
+FIRST_SHOWN_SETTINGS = (
     "prompt", "negative_prompt", "seed", "width", "height", "steps", "sampler", "scale", "eta", "model",
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ class JobStatus:
     seed: int
     model: str
     running: bool
-    differences: Differences  # between the table and the files on disk
+    differences: FileDifferences  # between the table and the files on disk
     by_status: Counter[str] = field(default_factory=Counter)
     by_worker: Counter[str] = field(default_factory=Counter)
     seconds_by_worker: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -57,13 +57,13 @@ def read_status(job_folder: Path) -> JobStatus:
     status = JobStatus(
         images=saved["images"], invalid_rows=saved["invalid_rows"], seed=saved["seed"],
         model=saved["model"]["name"], running=is_locked(job_folder / STATE_FOLDER / "lock"),
-        differences=while_running(lambda: find_differences(job_folder)),
+        differences=read_while_running(lambda: find_differences(job_folder)),
     )  # fmt: skip
-    for row, index, state, message, device, worker, *seconds in read_told(job_folder):
+    for row, index, state, message, device, worker, *seconds in read_status_columns(job_folder):
         status.by_status[state] += 1
         if state != Status.OK:
-            line, message = split_line(message or "") if state == Status.INVALID else (None, message)
-            where = row_label(row, line) + (f", image {index}" if index else "")
+            line, message = parse_invalid_reason(message or "") if state == Status.INVALID else (None, message)
+            where = format_row_label(row, line) + (f", image {index}" if index else "")
             status.faults.append(f"{where}: {state}: {message}")
         elif seconds[1] is not None:
             name = f"{worker or 'earlier run'} on {device}"
@@ -72,15 +72,15 @@ def read_status(job_folder: Path) -> JobStatus:
     return status
 
 
-def read_told(job_folder: Path) -> Iterator[tuple[Any, ...]]:
+def read_status_columns(job_folder: Path) -> Iterator[tuple[Any, ...]]:
     """The columns `TOLD` of each row that counts."""
-    table = while_running(lambda: ResultsPaths(job_folder).read_newest([*TOLD]))
-    return zip(*(table[name].to_pylist() for name in TOLD), strict=True)
+    table = read_while_running(lambda: ResultsTable(job_folder).read_newest([*STATUS_COLUMNS]))
+    return zip(*(table[name].to_pylist() for name in STATUS_COLUMNS), strict=True)
 
 
-def while_running(read: Callable[[], Read]) -> Read:
+def read_while_running(read: Callable[[], ReadResult]) -> ReadResult:
     """Read the table, and again when the driver sealed the journal away meanwhile."""
-    for _ in range(READ_ATTEMPTS - 1):
+    for _ in range(STATUS_READ_ATTEMPTS - 1):
         with contextlib.suppress(StorageError):
             return read()
     return read()
@@ -88,7 +88,7 @@ def while_running(read: Callable[[], Read]) -> Read:
 
 def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     state = "running" if status.running else "finished" if status.left <= 0 else "stopped"
-    say(console, f"{job_folder}: {state}, model {status.model}, seed {status.seed}")
+    print_line(console, f"{job_folder}: {state}, model {status.model}, seed {status.seed}")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name in Status:
         if status.by_status[name]:
@@ -97,14 +97,16 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
         table.add_row("left", f"{status.left:,}")
     console.print(table)
     if status.differences.indexes:
-        say(console, f"Files: {status.differences}; {status.differences.advice}")
+        print_line(console, f"Files: {status.differences}; {status.differences.advice}")
     for worker, images in sorted(status.by_worker.items()):
         each = status.seconds_by_worker[worker] / images
-        say(console, f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour")
-    for fault in status.faults[:MAX_FAULTS]:
-        say(console, one_line(fault, 300))
-    if len(status.faults) > MAX_FAULTS:
-        console.print(f"and {len(status.faults) - MAX_FAULTS:,} more; the results table names them all")
+        print_line(
+            console, f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour"
+        )
+    for fault in status.faults[:MAX_SHOWN_FAULTS]:
+        print_line(console, to_one_line(fault, 300))
+    if len(status.faults) > MAX_SHOWN_FAULTS:
+        console.print(f"and {len(status.faults) - MAX_SHOWN_FAULTS:,} more; the results table names them all")
 
 
 def print_image(path: Path, console: Console) -> None:
@@ -113,14 +115,14 @@ def print_image(path: Path, console: Console) -> None:
         data = read_file(path)
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    parameters, found = read_entries(data)
+    parameters, found = read_metadata(data)
     if not found and not parameters:
         raise UsageError(f"{path}: no settings are written in it, or it is no whole PNG, JPEG or WebP picture")
     made = found.pop("made", {})
-    told = {name: found.pop(name) for name in FIRST_TOLD if name in found} | found
+    told = {name: found.pop(name) for name in FIRST_SHOWN_SETTINGS if name in found} | found
     for name, value in {**told, **(made if isinstance(made, dict) else {})}.items():
         if value not in (None, "", []):
-            say(console, f"{one_line(name, 40):<20} {one_line(str(value), 1000)}")
+            print_line(console, f"{to_one_line(name, 40):<20} {to_one_line(str(value), 1000)}")
     if not told:
         for line in parameters.splitlines():
-            say(console, one_line(line, 1000))
+            print_line(console, to_one_line(line, 1000))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from tinysd_batch.errors import OccupiedPathError, StorageError
 from tinysd_batch.storage.filesystem import (
-    NO_LINKS,
-    NO_RENAME,
+    NO_LINKS_ERRNOS,
+    NO_RENAME_ERRNOS,
     NoLocksError,
-    lock_handle,
-    patiently,
-    sync,
+    retry_transient_errors,
+    sync_handle,
     sync_path,
+    try_flock,
     try_lock,
 )
 from tinysd_batch.storage.filesystem import is_transient as is_transient
@@ -29,7 +29,7 @@ TEMPORARY_PREFIX = ".tmp-"
 MAX_FILE_BYTES = 100_000_000  # a larger picture is not one of ours
 
 
-def check_regular(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Raises OSError for what is no file: a folder, or a pipe or device, whose reading may never end."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -39,7 +39,7 @@ def check_regular(path: Path) -> None:
 
 def read_file(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
     """What a file holds that anybody may have put there. Raises OSError, also for more than `most_bytes`."""
-    check_regular(path)
+    check_regular_file(path)
     with path.open("rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -56,14 +56,14 @@ def synced_temporary(data: bytes, folder: Path) -> Iterator[Path]:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            sync(file.fileno())
+            sync_handle(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@patiently
-def sync_found_file(path: Path) -> None:
+@retry_transient_errors
+def sync_existing_file(path: Path) -> None:
     """Make a file durable that was found rather than written: whoever wrote it may have died before syncing its folder.
 
     Raises StorageError.
@@ -73,7 +73,7 @@ def sync_found_file(path: Path) -> None:
         sync_path(path.parent)
 
 
-@patiently
+@retry_transient_errors
 def write_atomically(data: bytes, path: Path) -> None:
     """Put `data` at `path`, replacing what is there. Readers see the old file or the new one, never a part."""
     with storage_errors(path):
@@ -83,7 +83,7 @@ def write_atomically(data: bytes, path: Path) -> None:
         sync_path(path.parent)
 
 
-@patiently
+@retry_transient_errors
 def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> bytes:
     """Put `data` at `path` unless the same thing is there already; return what the file holds now.
 
@@ -98,7 +98,7 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
             try:
                 os.link(temporary, path, follow_symlinks=False)
             except OSError as error:
-                if error.errno not in (errno.EEXIST, *NO_LINKS):
+                if error.errno not in (errno.EEXIST, *NO_LINKS_ERRNOS):
                     raise
                 return replace_unless_same(data, temporary, path, is_same)
         sync_path(path.parent)
@@ -118,7 +118,7 @@ def make_image_folder(folder: Path) -> None:
             sync_path(each.parent)
 
 
-def share(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> None:
+def link_or_copy(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> None:
     """Make `path` the same file as `source`, or a copy where file systems do not allow that.
 
     The folder is not synced: the caller does that once for many. `is_same` is `publish`'s, for what is there already.
@@ -139,7 +139,7 @@ def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Calla
         )
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        if not lock_handle(folder, path.parent, fcntl.LOCK_EX):
+        if not try_flock(folder, path.parent, fcntl.LOCK_EX):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path.parent))
         there = b""
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_FILE_BYTES:
@@ -148,25 +148,25 @@ def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Calla
             sync_path(path)
         else:
             there = data
-            move(temporary, path, data)
-        sync(folder)
+            move_temporary(temporary, path, data)
+        sync_handle(folder)
         return there
     finally:
         os.close(folder)
 
 
-def move(temporary: Path, path: Path, data: bytes) -> None:
+def move_temporary(temporary: Path, path: Path, data: bytes) -> None:
     """Rename a temporary file, or write it beside `path` where its folder is on another file system."""
     try:
         temporary.replace(path)
     except OSError as error:
-        if error.errno not in NO_RENAME:
+        if error.errno not in NO_RENAME_ERRNOS:
             raise
         with synced_temporary(data, path.parent) as beside:
             beside.replace(path)
 
 
-def sweep_temporaries(*folders: Path) -> None:
+def remove_temporaries(*folders: Path) -> None:
     """Remove what killed writers left in these folders. Only the driver that holds the job's lock may do this."""
     for folder in folders:
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
@@ -174,7 +174,7 @@ def sweep_temporaries(*folders: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def create_folder_atomically(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` at the end; after an error nothing of it is left. `path` must not exist.
 
     What a killed process left of the same `path` is removed first.
@@ -182,7 +182,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     parent, prefix = path.absolute().parent, f"{TEMPORARY_PREFIX}{path.name}-"
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{glob.escape(prefix)}*"):
-        remove_abandoned(leftover)
+        remove_if_abandoned(leftover)
     temporary = parent / f"{prefix}{uuid.uuid4().hex}"
     temporary.mkdir()
     handle = os.open(temporary, os.O_RDONLY)
@@ -199,7 +199,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_abandoned(folder: Path) -> None:
+def remove_if_abandoned(folder: Path) -> None:
     """Remove a folder, unless a process that lives holds its lock, or the file system has no locks."""
     with contextlib.suppress(OSError, StorageError):
         handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)

@@ -19,17 +19,28 @@ from typing import ParamSpec, TypeVar
 
 from tinysd_batch.errors import StorageError
 
-UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-NO_LOCKS = UNSUPPORTED | {errno.ENOLCK, errno.EBADF, errno.EPERM}  # ENOLCK: NFS without lockd; ENOSYS: Lustre, noflock
-NO_FOLDER_SYNC = UNSUPPORTED | {errno.EBADF}  # EINVAL: CIFS, sshfs, 9p
-NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}  # EPERM: FAT; EXDEV: mergerfs, OpenAFS
-NO_RENAME = frozenset({errno.EXDEV})  # mergerfs, or another file system mounted inside the job folder
-ATTEMPTS = 6  # at a write that fails by what may pass, with 0.5, 1, 2, 4 and 8 seconds between, give or take a half
-TRANSIENT = {
+UNSUPPORTED_ERRNOS = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+NO_LOCKS_ERRNOS = UNSUPPORTED_ERRNOS | {
+    errno.ENOLCK,
+    errno.EBADF,
+    errno.EPERM,
+}  # ENOLCK: NFS without lockd; ENOSYS: Lustre, noflock
+NO_FOLDER_SYNC_ERRNOS = UNSUPPORTED_ERRNOS | {errno.EBADF}  # EINVAL: CIFS, sshfs, 9p
+NO_LINKS_ERRNOS = UNSUPPORTED_ERRNOS | {
+    errno.EPERM,
+    errno.EACCES,
+    errno.EXDEV,
+    errno.EMLINK,
+}  # EPERM: FAT; EXDEV: mergerfs, OpenAFS
+NO_RENAME_ERRNOS = frozenset({errno.EXDEV})  # mergerfs, or another file system mounted inside the job folder
+WRITE_ATTEMPTS = (
+    6  # at a write that fails by what may pass, with 0.5, 1, 2, 4 and 8 seconds between, give or take a half
+)
+TRANSIENT_ERRNOS = {
     errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
-LOCK_HELD = frozenset({errno.EAGAIN, errno.EACCES})  # EACCES: CIFS
+LOCK_HELD_ERRNOS = frozenset({errno.EAGAIN, errno.EACCES})  # EACCES: CIFS
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,15 +57,15 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def is_transient(error: BaseException) -> bool:
     """Whether a StorageError's cause may pass by itself: a network file system that is away for a while, say."""
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in TRANSIENT
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in TRANSIENT_ERRNOS
 
 
-def patiently(write: Callable[P, R]) -> Callable[P, R]:
+def retry_transient_errors(write: Callable[P, R]) -> Callable[P, R]:
     """Have a write that can be repeated wait and try again, before it raises what may be transient."""
 
     @functools.wraps(write)
     def tried(*args: P.args, **kwargs: P.kwargs) -> R:
-        for attempt in range(ATTEMPTS - 1):
+        for attempt in range(WRITE_ATTEMPTS - 1):
             try:
                 return write(*args, **kwargs)
             except StorageError as error:
@@ -70,7 +81,7 @@ class NoLocksError(StorageError):
     """The file system has no locks."""
 
 
-def lock_handle(handle: int, folder: Path, operation: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
+def try_flock(handle: int, folder: Path, operation: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
     """Lock an open file or folder; False where another process holds it.
 
     Raises:
@@ -80,9 +91,9 @@ def lock_handle(handle: int, folder: Path, operation: int = fcntl.LOCK_EX | fcnt
     try:
         fcntl.flock(handle, operation)
     except OSError as error:
-        if error.errno in LOCK_HELD:
+        if error.errno in LOCK_HELD_ERRNOS:
             return False
-        if error.errno in NO_LOCKS:
+        if error.errno in NO_LOCKS_ERRNOS:
             raise NoLocksError(
                 f"{folder}: this file system has no locks (Lustre: mount with -o flock; NFS: start lockd); "
                 f"choose a folder on another one"
@@ -91,7 +102,7 @@ def lock_handle(handle: int, folder: Path, operation: int = fcntl.LOCK_EX | fcnt
     return True
 
 
-def sync(handle: int) -> None:
+def sync_handle(handle: int) -> None:
     """Make an open file or folder durable. A folder's sync is skipped where the file system has none, a file's never.
 
     Raises OSError.
@@ -99,7 +110,7 @@ def sync(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC or not stat.S_ISDIR(os.fstat(handle).st_mode):
+        if error.errno not in NO_FOLDER_SYNC_ERRNOS or not stat.S_ISDIR(os.fstat(handle).st_mode):
             raise
 
 
@@ -107,7 +118,7 @@ def sync_path(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a power cut. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        sync(handle)
+        sync_handle(handle)
     finally:
         os.close(handle)
 
@@ -115,4 +126,4 @@ def sync_path(path: Path) -> None:
 def try_lock(handle: int, folder: Path) -> bool:
     """Lock an open file or folder, unless another process has locked it. Raises StorageError."""
     with storage_errors(folder):
-        return lock_handle(handle, folder)
+        return try_flock(handle, folder)

@@ -10,15 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tinysd_batch.errors import JobLockedError
-from tinysd_batch.storage.atomic import check_regular, read_file
+from tinysd_batch.storage.atomic import check_regular_file, read_file
 from tinysd_batch.storage.filesystem import (
     NoLocksError,
-    lock_handle,
+    try_flock,
     try_lock,
 )
 from tinysd_batch.storage.filesystem import is_transient as is_transient
 from tinysd_batch.storage.filesystem import storage_errors as storage_errors
-from tinysd_batch.text import storable_text
+from tinysd_batch.text import make_text_storable
 
 MAX_HOLDER_BYTES = 1000
 
@@ -26,20 +26,20 @@ LOCK_ATTEMPTS = 4
 
 LOCK_WAIT_S = 0.05
 
-TAKE_OVER_S = 10.0  # a write takes less
+TAKE_OVER_WAIT_S = 10.0  # a write takes less
 
 GUARD_WAIT_S = 60.0  # where nobody asked to take anything over: for a write of another onto a slow disk
 
 
-class Lock:
+class FileLock:
     """A job's lock in our hands. `guard` surrounds every write that another driver could take for its own."""
 
     def __init__(self, handle: int, path: Path) -> None:
         self.handle = handle
         self.path = path
-        self.depth = 0
+        self.guard_depth = 0
 
-    def is_ours(self) -> bool:
+    def is_held(self) -> bool:
         try:
             return os.path.samestat(os.fstat(self.handle), self.path.stat(follow_symlinks=False))
         except FileNotFoundError:
@@ -49,22 +49,22 @@ class Lock:
     def guard(self) -> Iterator[None]:
         """Nobody takes the job over meanwhile; raise JobLockedError when somebody has, while we were stopped, say."""
         with contextlib.ExitStack() as gate:
-            if self.depth == 0:
-                gate.enter_context(gate_of(self.path, GUARD_WAIT_S))
-                if not self.is_ours():
+            if self.guard_depth == 0:
+                gate.enter_context(hold_write_gate(self.path, GUARD_WAIT_S))
+                if not self.is_held():
                     raise JobLockedError(
-                        f"{self.path.parent.parent}: another tinysd-batch ({holder_of(self.path)}) has taken this job "
+                        f"{self.path.parent.parent}: another tinysd-batch ({read_lock_holder(self.path)}) has taken this job "
                         f"over; this one writes nothing more. What is done is safe, and the same command goes on"
                     )
-            self.depth += 1
+            self.guard_depth += 1
             try:
                 yield
             finally:
-                self.depth -= 1
+                self.guard_depth -= 1
 
 
 @contextlib.contextmanager
-def gate_of(path: Path, wait_s: float) -> Iterator[None]:
+def hold_write_gate(path: Path, wait_s: float) -> Iterator[None]:
     """Hold the folder of the lock `path` for the time of a write. Raises JobLockedError after `wait_s`."""
     with storage_errors(path.parent):
         folder = os.open(path.parent, os.O_RDONLY)
@@ -72,17 +72,17 @@ def gate_of(path: Path, wait_s: float) -> Iterator[None]:
         deadline = time.monotonic() + wait_s
         while not try_lock(folder, path.parent):
             if time.monotonic() >= deadline:
-                raise in_a_write(path)
+                raise write_in_progress_error(path)
             time.sleep(0.1)
         yield
     finally:
         os.close(folder)
 
 
-def in_a_write(path: Path) -> JobLockedError:
+def write_in_progress_error(path: Path) -> JobLockedError:
     """Somebody was stopped in the middle of a write, or the disk hangs. Whoever signed `path` may well be ourselves."""
-    told = holder_of(path)
-    ours = told.startswith(f"{holder_here()} ")
+    told = read_lock_holder(path)
+    ours = told.startswith(f"{describe_own_process()} ")
     who = "a process that had this job before" if ours else f"another tinysd-batch ({told})"
     return JobLockedError(
         f"{path.parent.parent}: {who} is in the middle of a write; end it with kill -9 first. What is done is "
@@ -90,11 +90,11 @@ def in_a_write(path: Path) -> JobLockedError:
     )
 
 
-def holder_here() -> str:
-    return f"process {os.getpid()} on {storable_text(platform.node())}"
+def describe_own_process() -> str:
+    return f"process {os.getpid()} on {make_text_storable(platform.node())}"
 
 
-def holder_of(path: Path) -> str:
+def read_lock_holder(path: Path) -> str:
     """Who holds a lock, by the holder's own word."""
     told = ""
     with contextlib.suppress(OSError):
@@ -102,27 +102,29 @@ def holder_of(path: Path) -> str:
     return told or "which one, it does not say"
 
 
-def held_by_another(path: Path, advice: str) -> JobLockedError:
-    return JobLockedError(f"{path.parent.parent}: another tinysd-batch ({holder_of(path)}) works on this job; {advice}")
+def lock_held_error(path: Path, advice: str) -> JobLockedError:
+    return JobLockedError(
+        f"{path.parent.parent}: another tinysd-batch ({read_lock_holder(path)}) works on this job; {advice}"
+    )
 
 
 @contextlib.contextmanager
-def lock(path: Path, take_over: bool = False) -> Iterator[Lock]:
+def hold_lock(path: Path, take_over: bool = False) -> Iterator[FileLock]:
     """Hold `path` as a lock, which the kernel frees when we die; raise JobLockedError when another process has it.
 
     With `take_over` it is taken from one that has it, who finds out before its next write.
     """
-    with without_traces(path):
-        held = take(path, take_over)
+    with clean_up_if_unlockable(path):
+        held = acquire_lock(path, take_over)
     try:
-        sign(held.handle, path)
+        write_lock_holder(held.handle, path)
         yield held
     finally:
         os.close(held.handle)
 
 
 @contextlib.contextmanager
-def without_traces(path: Path) -> Iterator[None]:
+def clean_up_if_unlockable(path: Path) -> Iterator[None]:
     """Remove a new lock file and the folders made for it where the file system turns out to have no locks."""
     new = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     try:
@@ -134,22 +136,22 @@ def without_traces(path: Path) -> Iterator[None]:
         raise
 
 
-def take(path: Path, take_over: bool) -> Lock:
+def acquire_lock(path: Path, take_over: bool) -> FileLock:
     """Lock the file `path`, which is made if need be."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open_lock(path)
+        handle = open_lock_file(path)
     try:
-        if not try_for_a_moment(handle, path):
+        if not try_lock_with_retries(handle, path):
             if not take_over:
                 advice = "wait for it, stop it, or where that cannot be, take the job from it with --take-over"
-                raise held_by_another(path, advice)
-            theirs, handle = handle, take_from_holder(path)
+                raise lock_held_error(path, advice)
+            theirs, handle = handle, replace_lock_file(path)
             os.close(theirs)
-        held = Lock(handle, path)
-        if not held.is_ours():
+        held = FileLock(handle, path)
+        if not held.is_held():
             raise JobLockedError(f"{path.parent.parent}: another tinysd-batch has just given this job up; try again")
-        with contextlib.suppress(JobLockedError), gate_of(path, 0.0):
+        with contextlib.suppress(JobLockedError), hold_write_gate(path, 0.0):
             pass  # every later write needs it: raises where files can be locked and folders cannot
     except BaseException:
         os.close(handle)
@@ -157,13 +159,13 @@ def take(path: Path, take_over: bool) -> Lock:
     return held
 
 
-def open_lock(path: Path) -> int:
+def open_lock_file(path: Path) -> int:
     if path.exists():
-        check_regular(path)
+        check_regular_file(path)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
-def try_for_a_moment(handle: int, path: Path) -> bool:
+def try_lock_with_retries(handle: int, path: Path) -> bool:
     """`status` holds it for a moment, too."""
     for _ in range(LOCK_ATTEMPTS - 1):
         if try_lock(handle, path.parent):
@@ -172,20 +174,20 @@ def try_for_a_moment(handle: int, path: Path) -> bool:
     return try_lock(handle, path.parent)
 
 
-def sign(handle: int, path: Path) -> None:
+def write_lock_holder(handle: int, path: Path) -> None:
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     with storage_errors(path):
         os.ftruncate(handle, 0)
-        os.write(handle, f"{holder_here()} since {since}\n".encode())
+        os.write(handle, f"{describe_own_process()} since {since}\n".encode())
 
 
-def take_from_holder(path: Path) -> int:
+def replace_lock_file(path: Path) -> int:
     """Put a lock of our own in the place of another's, between two of its writes. It is ours before it is there."""
     new = path.with_name(f"{path.name}.new")
-    with gate_of(path, TAKE_OVER_S), storage_errors(path):
+    with hold_write_gate(path, TAKE_OVER_WAIT_S), storage_errors(path):
         new.unlink(missing_ok=True)  # of one that was killed here
         handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        lock_handle(handle, path.parent, fcntl.LOCK_EX)
+        try_flock(handle, path.parent, fcntl.LOCK_EX)
         new.replace(path)
     return handle
 
@@ -193,7 +195,7 @@ def take_from_holder(path: Path) -> int:
 def check_unlocked(path: Path) -> None:
     """Raise JobLockedError while another process holds `path`. Takes nothing and writes nothing."""
     if is_locked(path):
-        raise held_by_another(path, "wait for it or stop it")
+        raise lock_held_error(path, "wait for it or stop it")
 
 
 def is_locked(path: Path) -> bool:
@@ -201,10 +203,10 @@ def is_locked(path: Path) -> bool:
     with storage_errors(path):
         if not path.exists():
             return False
-        check_regular(path)
+        check_regular_file(path)
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            return not lock_handle(handle, path.parent, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return not try_flock(handle, path.parent, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except NoLocksError:
             return False
         finally:

@@ -8,15 +8,15 @@ import pytest
 from tests.chaos.simulator import Faults, SimPool, SimWorker, World
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole
-from tests.support.stub_model import Silent
+from tests.support.stub_model import SilentProgress
 from tinysd_batch.errors import NoWorkerError
 from tinysd_batch.job import driver
-from tinysd_batch.job.workers.faults import Fault
+from tinysd_batch.job.workers.faults import FaultType
 from tinysd_batch.job.workers.pool import WorkerLost
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 
 
-class Told(Silent):
+class Told(SilentProgress):
     """What the user is told of workers."""
 
     def __init__(self) -> None:
@@ -55,14 +55,14 @@ def test_a_poison_row_costs_itself_and_no_card(
     assert (rows[1]["status"], rows[1]["error_class"], rows[1]["attempts"]) == ("quarantined", "worker_died", 3)
     assert {row["status"] for index, row in rows.items() if index > 1} <= {"ok"}
     assert len(told.lost) == 3
-    assert not any(event.for_good for event in told.lost)
+    assert not any(event.is_permanent for event in told.lost)
 
 
 def test_a_broken_card_is_retired_by_name_and_no_image_suffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = farm(tmp_path, 200, [SimWorker("good", 0.1), SimWorker("bad", 1.0, is_broken=True)])
     told = run(world, monkeypatch)
     assert {row["status"] for row in by_index(world, 200).values()} == {"ok"}
-    (retired,) = (event for event in told.lost if event.for_good)
+    (retired,) = (event for event in told.lost if event.is_permanent)
     assert retired.worker == "bad"
     assert "lost on good images too" in retired.reason
 
@@ -154,7 +154,7 @@ def test_a_card_that_hangs_is_ended_after_ten_times_what_it_should_take(
 
     world = farm(tmp_path, 8, [SimWorker("a", 0.5)])
     told = run(world, monkeypatch, Hanging)
-    assert [(event.worker, event.fault) for event in told.lost] == [("a", Fault.HUNG)]
+    assert [(event.worker, event.fault) for event in told.lost] == [("a", FaultType.HUNG)]
     rows = by_index(world, 8)
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert rows[5]["attempts"] == 2
@@ -167,7 +167,7 @@ def test_what_is_no_images_fault_quarantines_none(tmp_path: Path, monkeypatch: p
     class Unlucky(SimPool):
         def finish(self, process: SimWorker, batch: MicroBatch) -> list[Any]:
             if 1 in batch.wanted and next(losses, None) is not None:
-                lost = self.lose(process, Fault(fault))
+                lost = self.lose(process, FaultType(fault))
                 self.world.zombies.clear()  # or one of them may publish it
                 return [lost]
             return super().finish(process, batch)
@@ -181,8 +181,8 @@ def test_what_is_no_images_fault_quarantines_none(tmp_path: Path, monkeypatch: p
 
 def test_results_that_come_twice_or_too_late_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Echo(SimPool):
-        def events(self, timeout_s: float) -> list[Any]:
-            return [again for event in super().events(timeout_s) for again in (event, event)]
+        def wait_for_events(self, timeout_s: float) -> list[Any]:
+            return [again for event in super().wait_for_events(timeout_s) for again in (event, event)]
 
     world = farm(tmp_path, 6, [SimWorker("a", 0.5), SimWorker("b", 0.5)])
     run(world, monkeypatch, Echo)

@@ -15,7 +15,7 @@ import pytest
 from tests.support.jobs import check_whole, read_results
 from tests.support.program import run_here
 from tinysd_batch.job.results import writer
-from tinysd_batch.job.results.table import ResultsPaths, read_table
+from tinysd_batch.job.results.table import ResultsTable, read_table
 from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import ImageResult
@@ -273,14 +273,14 @@ def test_a_reuse_that_cannot_be(
 def cursed(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Seeds whose images fail; the test may lift the curse."""
     bad = {6, 8}
-    original = Worker.try_to_make
+    original = Worker.generate_and_publish
 
     def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
         if any(image.seed in bad for image in images):
             raise RuntimeError("cursed")
         return original(self, images, wanted)
 
-    monkeypatch.setattr(Worker, "try_to_make", poisoned)
+    monkeypatch.setattr(Worker, "generate_and_publish", poisoned)
     return bad
 
 
@@ -289,7 +289,7 @@ def test_failed_images_are_tried_again(
     manifest: Path, tmp_path: Path, submit: Program, cursed: set[int], monkeypatch: pytest.MonkeyPatch,
     rows_of_a_small_job: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(writer, "ONE_FILE_ROWS", rows_of_a_small_job)
+    monkeypatch.setattr(writer, "MAX_SINGLE_FILE_ROWS", rows_of_a_small_job)
     assert submit(manifest, "-o", "job", "--seed", 5).returncode == 3
     assert submit(manifest, "-o", "job").returncode == 3
     cursed.remove(6)
@@ -301,7 +301,7 @@ def test_failed_images_are_tried_again(
     assert "No failed image to try again" in submit(manifest, "-o", "job", "--retry-failed").stdout
     job = tmp_path / "job"
     if rows_of_a_small_job == 2:
-        rows = [row for part in ResultsPaths(job).sealed_files() for row in read_table(part).to_pylist()]
+        rows = [row for part in ResultsTable(job).sealed_files() for row in read_table(part).to_pylist()]
         assert sorted((row["index"], row["status"]) for row in rows) == [(number, "ok") for number in range(1, 5)]
     else:
         assert all(row["status"] == "ok" for row in check_whole(job, 4))
@@ -311,15 +311,15 @@ def test_a_job_that_grows_big_goes_on_in_parts(
     manifest: Path, tmp_path: Path, submit: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(manifest, "-o", "job")
-    monkeypatch.setattr(writer, "ONE_FILE_ROWS", 4)
+    monkeypatch.setattr(writer, "MAX_SINGLE_FILE_ROWS", 4)
     write(manifest, *PROMPTS, "fox")
     submit(manifest, "-o", "job")
     job = tmp_path / "job"
-    assert [file.name for file in ResultsPaths(job).sealed_files()] == [
+    assert [file.name for file in ResultsTable(job).sealed_files()] == [
         "part-00000.parquet",
         "part-00001.parquet",
     ]
-    assert sorted(row["index"] for row in ResultsPaths(job).read_rows(["index", "row", "status"])) == [
+    assert sorted(row["index"] for row in ResultsTable(job).read_rows(["index", "row", "status"])) == [
         1,
         2,
         3,

@@ -23,7 +23,7 @@ def test_a_small_file_of_millions_of_nulls_is_refused(tmp_path: Path) -> None:
 
 
 def test_faults_alone_are_refused_with_the_first_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "MAX_ROWS_WITHOUT_ONE", 100)
+    monkeypatch.setattr(validate, "MAX_ROWS_BEFORE_FIRST_VALID", 100)
     path = tmp_path / "m.csv"
     path.write_text("prompt,seed\n" + "cat,oops\n" * 150)
     with pytest.raises(
@@ -37,7 +37,7 @@ def test_faults_alone_are_refused_with_the_first_of_them(tmp_path: Path, monkeyp
 def test_faults_beyond_those_in_memory_are_all_in_the_table(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_progress, "MAX_INVALID_IN_MEMORY", 5)
+    monkeypatch.setattr(job_progress, "MAX_INVALID_ROWS_IN_MEMORY", 5)
     path = tmp_path / "m.csv"
     path.write_text("prompt,seed,steps\n" + "cat,oops,\n" * 20 + "cat,1,1\n" + "cat,oops,\n" * 20)
     for _ in range(2):  # and once only

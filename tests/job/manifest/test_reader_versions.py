@@ -15,10 +15,10 @@ from tests.support.jobs import check_whole, draw, read_results
 from tests.support.paths import FIXTURES
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, UsageError
-from tinysd_batch.job.manifest.snapshot import READER
+from tinysd_batch.job.manifest.snapshot import READER_VERSION
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.job.results import writer
-from tinysd_batch.job.results.table import ResultsPaths, read_table
+from tinysd_batch.job.results.table import ResultsTable, read_table
 from tinysd_batch.job.state import job as job_module
 from tinysd_batch.job.state import job_json
 from tinysd_batch.job.state.open_job import open_job
@@ -142,9 +142,9 @@ def test_a_big_job_drops_the_fault_of_a_corrected_row(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though as many rows have a fault as before."""
-    monkeypatch.setattr(writer, "ONE_FILE_ROWS", 2)
+    monkeypatch.setattr(writer, "MAX_SINGLE_FILE_ROWS", 2)
     draw(write(tmp_path, "cat,", "bee,oops", "yak,-4"), job, MODEL, **QUICK)
-    rows = [row for part in ResultsPaths(job).sealed_files() for row in read_table(part).to_pylist()]
+    rows = [row for part in ResultsTable(job).sealed_files() for row in read_table(part).to_pylist()]
     assert sorted((row["row"], row["status"]) for row in rows) == [
         (1, "ok"), (2, "ok"), (3, "ok"), (4, "ok"), (5, "invalid"), (6, "ok"), (7, "invalid"),
     ]  # fmt: skip
@@ -172,7 +172,7 @@ def test_reuse_gives_each_row_the_seed_it_had(job: Path, tmp_path: Path) -> None
     fixed = tmp_path / "fixed.csv"
     fixed.write_text("prompt,seed\nant,\ncat,\nowl,\n")
     new = open_job(fixed, tmp_path / "new", Settings(model=str(MODEL), **QUICK), reuse=job)
-    assert new.given_seeds == {1: 103, 2: 104, 3: 101}
+    assert new.inherited_seeds == {1: 103, 2: 104, 3: 101}
 
 
 @pytest.mark.parametrize("name", ["invalid_rows", "invalid_rows_limited"])
@@ -188,7 +188,7 @@ def test_a_job_of_0_1_0_gets_the_rows_that_only_newer_rules_read(name: str, tmp_
         (1, 1, 7, "ok"), (2, 4, 42, "ok"), (3, 2, 6, "ok"), (4, 5, 9, "ok"), (5, None, None, "invalid"),
         (6, 3, 7, "ok"),
     ]  # fmt: skip
-    assert json.loads((job / "job.json").read_text())["reader"] == READER
+    assert json.loads((job / "job.json").read_text())["reader"] == READER_VERSION
     _, progress = draw(tmp_path / name / "m.csv", job, MODEL, **QUICK)
     assert (progress.made, progress.notes) == ([], [])
     check_whole(job, 5)
@@ -261,13 +261,13 @@ def test_a_job_of_0_1_0_carries_times_and_lists_as_text(tmp_path: Path) -> None:
     table = {"prompt": ["cat"], "when": [datetime(2024, 1, 1)], "sizes": [[1, 2]], "price": [1.5]}
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
     job = open_job(tmp_path / "m.parquet", tmp_path / "job", Settings(model=str(MODEL), **QUICK))
-    (row,) = read_rows(job.manifest, job.defaults(), as_0_1_0=True)
+    (row,) = read_rows(job.manifest, job.row_defaults(), as_0_1_0=True)
     assert row.extra == {"when": "2024-01-01 00:00:00.000000", "sizes": "[1, 2]", "price": 1.5}
 
 
 def test_a_job_of_a_newer_version_is_refused(job: Path, tmp_path: Path) -> None:
     saved = json.loads((job / "job.json").read_text())
-    (job / "job.json").write_text(json.dumps({**saved, "reader": READER + 1, "version": "9.9"}))
+    (job / "job.json").write_text(json.dumps({**saved, "reader": READER_VERSION + 1, "version": "9.9"}))
     with pytest.raises(UsageError, match=r"made by tinysd-batch 9\.9"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 

@@ -25,9 +25,9 @@ from tests.support.session import examples
 from tinysd_batch.errors import ManifestError, UsageError
 from tinysd_batch.job.manifest.columns import near_misses
 from tinysd_batch.job.manifest.formats.text_lines import MAX_LINE_CHARACTERS
-from tinysd_batch.job.manifest.readers import READERS
+from tinysd_batch.job.manifest.readers import READERS_BY_SUFFIX
 from tinysd_batch.job.manifest.validate import read_rows
-from tinysd_batch.job.state.open_job import default_folder
+from tinysd_batch.job.state.open_job import default_job_folder
 from tinysd_batch.records import InvalidRow, Row
 
 ROWS: list[dict[str, object]] = [
@@ -35,7 +35,7 @@ ROWS: list[dict[str, object]] = [
     {"prompt": 'größer, "quoted" 😀', "seed": None, "scale": None, "id": None, "artist": None},
     {"prompt": "tabby cat:0.25 duck:0.75", "seed": 2**40, "scale": 3.0, "id": "c", "artist": "you; them"},
 ]
-FORMATS = [suffix + packed for suffix in READERS for packed in ("", ".gz")]
+FORMATS = [suffix + packed for suffix in READERS_BY_SUFFIX for packed in ("", ".gz")]
 
 
 def encode(rows: list[dict[str, object]], suffix: str) -> bytes:
@@ -355,10 +355,10 @@ def test_a_cut_parquet_file_is_told(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("name", ["fruit.csv", "fruit.csv.gz", "fruit.TSV.GZ", "fruit.parquet", "fruit.txt"])
 def test_the_job_folder_has_the_bare_name(name: str) -> None:
-    assert default_folder(Path("somewhere") / name) == Path("outputs/fruit")
+    assert default_job_folder(Path("somewhere") / name) == Path("outputs/fruit")
 
 
 @pytest.mark.parametrize("name", ["..csv", "...csv.gz", "-x.csv", "..gz", "."])
 def test_some_names_are_no_folder(name: str) -> None:
     with pytest.raises(UsageError, match="name one with -o"):
-        default_folder(Path(name))
+        default_job_folder(Path(name))

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.manifest.changes import Change, Pair
-from tinysd_batch.job.manifest.files import begins_with, fingerprint
+from tinysd_batch.job.manifest.changes import LinePair, ManifestDiff
+from tinysd_batch.job.manifest.files import fingerprint, starts_with_fingerprint
 from tinysd_batch.job.manifest.snapshot import (
     ROWS_FILE,
-    KeptRow,
-    RowKeeper,
     Snapshot,
-    as_line,
-    parse_line,
-    read_kept_lines,
+    SnapshotRow,
+    SnapshotWriter,
+    parse_snapshot_line,
+    read_snapshot_lines,
+    row_to_line,
 )
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
@@ -30,10 +30,10 @@ def row(number: int, prompt: str, seed: int | None = None, **extra: object) -> R
 
 
 def lines(*prompts: str) -> list[str]:
-    return [as_line(row(number, prompt)) for number, prompt in enumerate(prompts, start=1)]
+    return [row_to_line(row(number, prompt)) for number, prompt in enumerate(prompts, start=1)]
 
 
-def pairs(old: list[str], new: list[str]) -> list[Pair]:
+def pairs(old: list[str], new: list[str]) -> list[LinePair]:
     return [(number, *both) for number, both in enumerate(zip_longest(old, new), start=1)]
 
 
@@ -56,8 +56,8 @@ def pairs(old: list[str], new: list[str]) -> list[Pair]:
     ],
 )  # fmt: skip
 def test_what_is_told_of_a_change(now: str, told: str) -> None:
-    change = Change.between(pairs(lines(*"abcde"), lines(*now.split())))
-    assert not change.is_growth
+    change = ManifestDiff.from_pairs(pairs(lines(*"abcde"), lines(*now.split())))
+    assert not change.is_append_only
     assert str(change) == told
 
 
@@ -66,9 +66,9 @@ PROMPTS = st.lists(st.sampled_from("abc"), max_size=8)
 
 @given(PROMPTS, PROMPTS)
 def test_only_rows_behind_the_old_ones_are_appended(old: list[str], new: list[str]) -> None:
-    change = Change.between(pairs(lines(*old), lines(*new)))
+    change = ManifestDiff.from_pairs(pairs(lines(*old), lines(*new)))
     grown = new[: len(old)] == old
-    assert change.is_growth == grown
+    assert change.is_append_only == grown
     assert grown or str(change)
 
 
@@ -79,17 +79,17 @@ def test_a_difference_names_columns_with_both_values() -> None:
         (row(1, "a", artist="\x1b[2J"), "row 1: artist nothing is now '\\x1b[2J'"),
         (faulty, "row 1: is faulty now: prompt 'a'"),
     ):
-        assert str(Change.between(pairs(lines("a"), [as_line(new)]))) == told
+        assert str(ManifestDiff.from_pairs(pairs(lines("a"), [row_to_line(new)]))) == told
 
 
 def test_rows_are_read_as_they_were_kept_and_no_further_than_asked(tmp_path: Path) -> None:
-    keeper = RowKeeper()
+    keeper = SnapshotWriter()
     kept = [row(1, "a\nb\u2028c", 2**63 - 1, artist="é", price=1.5), row(2, "b")]
     for one in kept:
         keeper.add(one)
     keeper.save(tmp_path)
-    assert list(read_kept_lines(tmp_path, 2)) == [as_line(one) for one in kept]
-    assert list(read_kept_lines(tmp_path, 1)) == [as_line(kept[0])]
+    assert list(read_snapshot_lines(tmp_path, 2)) == [row_to_line(one) for one in kept]
+    assert list(read_snapshot_lines(tmp_path, 1)) == [row_to_line(kept[0])]
     assert [one.read() for one in Snapshot(tmp_path, 2).rows()] == kept
 
 
@@ -105,10 +105,10 @@ BAD_ROWS = st.builds(InvalidRow, NUMBERS, TEXT.filter(bool), st.none() | TEXT, s
 
 @given(st.lists(GOOD_ROWS | BAD_ROWS, max_size=6))
 def test_every_row_comes_back_with_its_number(rows: list[Row | InvalidRow]) -> None:
-    keeper = RowKeeper()
+    keeper = SnapshotWriter()
     for one in rows:
         keeper.add(one)
-    assert keeper.last_number == max((one.number for one in rows), default=0)
+    assert keeper.highest_row_number == max((one.number for one in rows), default=0)
     assert list(keeper.rows()) == rows
 
 
@@ -132,10 +132,10 @@ def test_a_file_that_only_grew_is_known_by_its_bytes(
     file.write_bytes(old.encode())
     digest = fingerprint(file)
     file.write_bytes(new.encode())
-    assert begins_with(file, digest, len(old) if size else None) == grows
+    assert starts_with_fingerprint(file, digest, len(old) if size else None) == grows
 
 
-VALID = parse_line(as_line(row(1, "a", 7)))
+VALID = parse_snapshot_line(row_to_line(row(1, "a", 7)))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_row_that_no_manifest_gives_is_refused(name: str, value: object) -> No
     import json
 
     with pytest.raises(StorageError, match="not a row of a job"):
-        KeptRow(1, json.dumps({**VALID, name: value})).read()
+        SnapshotRow(1, json.dumps({**VALID, name: value})).read()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_row_that_no_manifest_gives_is_refused(name: str, value: object) -> No
 )
 def test_what_is_no_row_is_named(line: str) -> None:
     with pytest.raises(StorageError, match="not a row of a job"):
-        parse_line(line)
+        parse_snapshot_line(line)
 
 
 def test_damaged_rows_are_named(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     for content in (whole, whole[:-12], b"no gzip", gzip.compress(b"{}\n{}"), gzip.compress(b"\xff\n" * 3)):
         file.write_bytes(content)
         with pytest.raises(StorageError, match="restore it from a backup"):
-            list(read_kept_lines(tmp_path, 3))
+            list(read_snapshot_lines(tmp_path, 3))
     file.unlink()
     with pytest.raises(StorageError, match="No such file"):
-        list(read_kept_lines(tmp_path, 1))
+        list(read_snapshot_lines(tmp_path, 1))

@@ -6,9 +6,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.job.manifest.changes import Change, pair_rows
-from tinysd_batch.job.manifest.merge import Merger
-from tinysd_batch.job.manifest.snapshot import ROWS_FILE, RowKeeper, Snapshot
+from tinysd_batch.job.manifest.changes import ManifestDiff, pair_rows
+from tinysd_batch.job.manifest.merge import RowMerger
+from tinysd_batch.job.manifest.snapshot import ROWS_FILE, Snapshot, SnapshotWriter
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)
@@ -38,7 +38,7 @@ def read(states: States, version: int = 0) -> list[Row | InvalidRow]:
     ]
 
 
-def save(kept: RowKeeper, folder: Path) -> None:
+def save(kept: SnapshotWriter, folder: Path) -> None:
     kept.close()
     (folder / ROWS_FILE).write_bytes(kept.file.read())
 
@@ -47,12 +47,12 @@ def save(kept: RowKeeper, folder: Path) -> None:
 def test_a_job_learns_each_row_once_and_keeps_its_order(history: list[States], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save(RowKeeper(), folder)
+        save(SnapshotWriter(), folder)
         snapshot, last = Snapshot(folder, 0), 0
         prompts: dict[int, str] = {}  # of rows that could be generated, in the order of their images
         faulty: set[int] = set()
         for version, states in enumerate(history):
-            merger, kept = Merger(snapshot, last), RowKeeper()
+            merger, kept = RowMerger(snapshot, last), SnapshotWriter()
             rows = list(merger.merge(read(states, version), kept))
             good = {row.number: row.prompt for row in rows if isinstance(row, Row)}
             assert len(good) == sum(isinstance(row, Row) for row in rows) == states.count(GOOD)
@@ -69,7 +69,7 @@ def test_a_job_learns_each_row_once_and_keeps_its_order(history: list[States], d
             if data.draw(st.booleans()):
                 faulty = {row.number for row in snapshot.rows() if row.is_invalid}
                 continue
-            snapshot, last = Snapshot(folder, kept.count, kept.out_of_order), kept.last_number
+            snapshot, last = Snapshot(folder, kept.count, kept.out_of_order), kept.highest_row_number
             assert [row.read() for row in snapshot.rows()] == rows
             prompts = good
 
@@ -78,16 +78,16 @@ def test_a_job_learns_each_row_once_and_keeps_its_order(history: list[States], d
 def test_growth_is_what_moves_no_image(history: list[States], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save(RowKeeper(), folder)
+        save(SnapshotWriter(), folder)
         snapshot, last = Snapshot(folder, 0), 0
         for states in history:
-            assert Change.between(pair_rows(snapshot, read(states))).is_growth
+            assert ManifestDiff.from_pairs(pair_rows(snapshot, read(states))).is_append_only
             known = [row.number for row in snapshot.rows() if not row.is_invalid]
             if known:
                 place = data.draw(st.sampled_from(known)) - 1
                 spoilt = [*states[:place], data.draw(st.sampled_from([FAULTY, BLANK])), *states[place + 1 :]]
-                assert not Change.between(pair_rows(snapshot, read(spoilt))).is_growth
-            kept = RowKeeper()
-            list(Merger(snapshot, last).merge(read(states), kept))
+                assert not ManifestDiff.from_pairs(pair_rows(snapshot, read(spoilt))).is_append_only
+            kept = SnapshotWriter()
+            list(RowMerger(snapshot, last).merge(read(states), kept))
             save(kept, folder)
-            snapshot, last = Snapshot(folder, kept.count, kept.out_of_order), kept.last_number
+            snapshot, last = Snapshot(folder, kept.count, kept.out_of_order), kept.highest_row_number

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.files import write_csv
 from tests.support.manifests import DEFAULTS, reason, rows_of
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest.validate import check_row
+from tinysd_batch.job.manifest.validate import build_row
 from tinysd_batch.records import InvalidRow, Row
 
 
@@ -40,11 +40,11 @@ from tinysd_batch.records import InvalidRow, Row
     ],
 )
 def test_a_fault_names_column_value_and_rule(values: dict[str, object], message: str) -> None:
-    assert message in reason(check_row(1, {"prompt": "cat", **values}, DEFAULTS))
+    assert message in reason(build_row(1, {"prompt": "cat", **values}, DEFAULTS))
 
 
 def test_eta_is_kept_where_it_has_an_effect() -> None:
-    rows = [check_row(1, {"prompt": "cat", "eta": "0.5", "sampler": name}, DEFAULTS) for name in ("ddim", "Euler a")]
+    rows = [build_row(1, {"prompt": "cat", "eta": "0.5", "sampler": name}, DEFAULTS) for name in ("ddim", "Euler a")]
     assert [(row.params.sampler, row.params.eta) for row in rows if isinstance(row, Row)] == [
         ("ddim", 0.5),
         ("euler_a", 0.0),
@@ -52,7 +52,7 @@ def test_eta_is_kept_where_it_has_an_effect() -> None:
 
 
 def test_all_faults_of_a_row_are_told() -> None:
-    told = reason(check_row(1, {"prompt": "cat", "seed": "x", "steps": "0", "scale": "inf"}, DEFAULTS))
+    told = reason(build_row(1, {"prompt": "cat", "seed": "x", "steps": "0", "scale": "inf"}, DEFAULTS))
     assert all(f"column {name}" in told for name in ("seed", "steps", "scale"))
 
 
@@ -172,7 +172,7 @@ CELL = st.one_of(st.none(), st.text(max_size=30), st.integers(), st.floats(), st
     )
 )
 def test_any_row_is_either_whole_or_told_off(values: dict[str, object]) -> None:
-    row = check_row(1, {"prompt": None, **values}, DEFAULTS)
+    row = build_row(1, {"prompt": None, **values}, DEFAULTS)
     if isinstance(row, Row):
         assert row.prompt.strip()
         assert row.params.height % 16 == 0

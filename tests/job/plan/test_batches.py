@@ -6,8 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.planning import PARAMS, common, images_of, row
-from tinysd_batch.job.plan.batches import count_batches, cut_batches, file_name, plan_images, split_to_singles
-from tinysd_batch.job.plan.image_id import image_id
+from tinysd_batch.job.plan.batches import (
+    count_batches,
+    cut_batches,
+    format_file_name,
+    plan_images,
+    split_into_single_images,
+)
+from tinysd_batch.job.plan.image_id import compute_image_id
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 
 IDENTITY: dict[str, Any] = {
@@ -33,7 +39,7 @@ def test_batches_hold_every_unfinished_image_once_in_order(
     batches = list(cut_batches(planned, finished))
     wanted = [index for batch in batches for index in sorted(batch.wanted)]
     assert wanted == [index for index in range(1, total + 1) if index not in finished]
-    assert [single.images[0].index for single in split_to_singles(batches)] == wanted
+    assert [single.images[0].index for single in split_into_single_images(batches)] == wanted
     for batch in batches:
         assert len(batch.images) <= rows[batch.images[0].row - 1].n_samples  # type: ignore[union-attr]
 
@@ -98,41 +104,43 @@ def test_fixed_code_starts_all_from_the_jobs_seed() -> None:
 
 
 def test_file_names() -> None:
-    assert file_name(7, 1, "webp") == "images/00000/seed_7_00001.webp"
+    assert format_file_name(7, 1, "webp") == "images/00000/seed_7_00001.webp"
 
-    assert file_name(1234, 55) == "images/00000/seed_1234_00055.png"
-    assert file_name(1, 10_000) == "images/00000/seed_1_10000.png"
-    assert file_name(1, 10_001) == "images/00001/seed_1_10001.png"
-    assert file_name(2**63 - 1, 1_234_567) == "images/00123/seed_9223372036854775807_1234567.png"
+    assert format_file_name(1234, 55) == "images/00000/seed_1234_00055.png"
+    assert format_file_name(1, 10_000) == "images/00000/seed_1_10000.png"
+    assert format_file_name(1, 10_001) == "images/00001/seed_1_10001.png"
+    assert format_file_name(2**63 - 1, 1_234_567) == "images/00123/seed_9223372036854775807_1234567.png"
 
 
 def test_golden_identities() -> None:
     """These may never change: they are in every table and picture ever written."""
-    assert image_id(**IDENTITY, params=PARAMS) == "b5ef3a2132275a4ebf6c2e442a15bda6"
+    assert compute_image_id(**IDENTITY, params=PARAMS) == "b5ef3a2132275a4ebf6c2e442a15bda6"
     assert (
-        image_id(**{**IDENTITY, "prompt": "Zu\u0308rich \N{RED APPLE}"}, params=PARAMS)
+        compute_image_id(**{**IDENTITY, "prompt": "Zu\u0308rich \N{RED APPLE}"}, params=PARAMS)
         == "f30aad90e19cb13871b28851bcb043cd"
     )
 
 
 def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
-    composed = image_id(**{**IDENTITY, "prompt": "Z\u00fcrich"}, params=PARAMS)
-    assert composed == image_id(**{**IDENTITY, "prompt": "Zu\u0308rich"}, params=PARAMS)
-    assert image_id(**IDENTITY, params=PARAMS, noise_seed=7) == image_id(**IDENTITY, params=PARAMS)
-    assert image_id(**{**IDENTITY, "scale": 7}, params=PARAMS) == image_id(**{**IDENTITY, "scale": 7.0}, params=PARAMS)
+    composed = compute_image_id(**{**IDENTITY, "prompt": "Z\u00fcrich"}, params=PARAMS)
+    assert composed == compute_image_id(**{**IDENTITY, "prompt": "Zu\u0308rich"}, params=PARAMS)
+    assert compute_image_id(**IDENTITY, params=PARAMS, noise_seed=7) == compute_image_id(**IDENTITY, params=PARAMS)
+    assert compute_image_id(**{**IDENTITY, "scale": 7}, params=PARAMS) == compute_image_id(
+        **{**IDENTITY, "scale": 7.0}, params=PARAMS
+    )
 
 
 def test_full_width_characters_have_ids_of_their_own() -> None:
     """They are read in usual width since 0.2.0, so their pixels changed; blanks of full width never mattered."""
     wide = {"prompt": "a:1 b\uff1a1\uff0cc"}
     before = "84a2a8e3690706a86e95aabdba640383"
-    assert image_id(**{**IDENTITY, **wide}, params=PARAMS) not in (
+    assert compute_image_id(**{**IDENTITY, **wide}, params=PARAMS) not in (
         before,
-        image_id(**{**IDENTITY, "prompt": "a:1 b:1,c"}, params=PARAMS),
+        compute_image_id(**{**IDENTITY, "prompt": "a:1 b:1,c"}, params=PARAMS),
     )
-    assert image_id(**{**IDENTITY, **wide}, params=PARAMS) == "3d64b692351ceaac3f7574b42ea1fc7c"
+    assert compute_image_id(**{**IDENTITY, **wide}, params=PARAMS) == "3d64b692351ceaac3f7574b42ea1fc7c"
     blank = {**IDENTITY, "negative_prompt": "red\u3000apple"}
-    assert image_id(**blank, params=PARAMS) == "2534ebed171e442325d73f0236928910"
+    assert compute_image_id(**blank, params=PARAMS) == "2534ebed171e442325d73f0236928910"
 
 
 def test_everything_that_decides_pixels_decides_identity() -> None:
@@ -156,8 +164,8 @@ def test_everything_that_decides_pixels_decides_identity() -> None:
         SamplingParams(512, 512, 50, "ddim", 0.0),
         SamplingParams(512, 512, 50, "plms", 0.1),
     ]
-    ids = {image_id(**{**IDENTITY, **change}, params=PARAMS) for change in variants} | {
-        image_id(**IDENTITY, params=p) for p in params
+    ids = {compute_image_id(**{**IDENTITY, **change}, params=PARAMS) for change in variants} | {
+        compute_image_id(**IDENTITY, params=p) for p in params
     }
     assert len(ids) == len(variants) + len(params) - 1
 

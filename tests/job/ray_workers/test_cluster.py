@@ -202,7 +202,8 @@ def test_joining_a_cluster_whose_head_hangs_is_bounded(cluster: Cluster, tmp_pat
 def test_stop_ends_this_cluster_and_no_other_ray(cluster: Cluster, tmp_path: Path) -> None:
     shutil.copy(shutil.which("sleep") or "", tmp_path / "raylet")
     others = [
-        subprocess.Popen([tmp_path / "raylet", "600"], env=environment(**mark)) for mark in ({}, {reaper.MARK: "ssh-1"})
+        subprocess.Popen([tmp_path / "raylet", "600"], env=environment(**mark))
+        for mark in ({}, {reaper.MARK_VARIABLE: "ssh-1"})
     ]
     try:
         done = cluster.recipe("stop")
@@ -257,7 +258,7 @@ def test_an_address_that_is_none(tmp_path: Path, tiny_model: Path, options: list
 
 def test_the_guardian_ends_what_is_ours_and_nothing_else() -> None:
     guarding = subprocess.Popen([sys.executable, reaper.__file__, "word"], stdin=subprocess.PIPE)
-    marks: tuple[dict[str, str], ...] = ({reaper.MARK: "word"}, {reaper.MARK: "wording"}, {})
+    marks: tuple[dict[str, str], ...] = ({reaper.MARK_VARIABLE: "word"}, {reaper.MARK_VARIABLE: "wording"}, {})
     ours, other, plain = (subprocess.Popen(["sleep", "60"], env=environment(**mark)) for mark in marks)
     try:
         assert guarding.stdin is not None

@@ -19,14 +19,14 @@ from tests.support.jobs import check_whole
 from tests.support.program import environment, run
 from tinysd_batch.errors import NoWorkerError
 from tinysd_batch.job.ray_workers import reaper
-from tinysd_batch.job.ray_workers.bounded_calls import Caller, RayLostError
-from tinysd_batch.job.ray_workers.local_ray import how_ended
+from tinysd_batch.job.ray_workers.bounded_calls import BoundedCaller, RayLostError
+from tinysd_batch.job.ray_workers.local_ray import describe_exit_code
 from tinysd_batch.job.ray_workers.temp_folder import (
+    FOLDER_PREFIX,
     MAX_SOCKET_PATH_BYTES,
-    PREFIX,
-    SOCKET_BYTES,
-    make_folder,
-    remove_stale,
+    SOCKET_PATH_BYTES,
+    create_temp_folder,
+    remove_stale_folders,
 )
 
 
@@ -42,23 +42,23 @@ def test_rays_folder_is_short_closed_and_removed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 40)))
     monkeypatch.setenv("HOME", "/nonexistent")
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    folder = make_folder()
+    folder = create_temp_folder()
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-    assert stat.S_IMODE(folder.token.stat().st_mode) == 0o600
-    assert len(os.fsencode(folder.path)) - len("/r") + SOCKET_BYTES <= MAX_SOCKET_PATH_BYTES
-    assert [path.name for path in folder.packages.iterdir()] == ["tinysd_batch"]
+    assert stat.S_IMODE(folder.token_file.stat().st_mode) == 0o600
+    assert len(os.fsencode(folder.path)) - len("/r") + SOCKET_PATH_BYTES <= MAX_SOCKET_PATH_BYTES
+    assert [path.name for path in folder.packages_folder.iterdir()] == ["tinysd_batch"]
     folder.close()
     assert not folder.path.exists()
 
 
 def test_folders_whose_owner_died_are_removed_and_nothing_else(place: Path) -> None:
-    stale, used = make_folder(), make_folder()
-    stale.owner.close()  # as the end of a process does
-    others = [place / f"{PREFIX}mine", place / f"{PREFIX}data"]
+    stale, used = create_temp_folder(), create_temp_folder()
+    stale.lock_file.close()  # as the end of a process does
+    others = [place / f"{FOLDER_PREFIX}mine", place / f"{FOLDER_PREFIX}data"]
     others[0].mkdir()
     others[1].symlink_to(others[0])
     (others[0] / "owner").write_text("somebody else")
-    remove_stale(place)
+    remove_stale_folders(place)
     assert not stale.path.exists()
     assert used.path.exists()
     assert all(other.exists() for other in others)
@@ -72,7 +72,7 @@ def test_folders_whose_owner_died_are_removed_and_nothing_else(place: Path) -> N
 def test_a_folder_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, named: str, reason: str) -> None:
     monkeypatch.setenv("RAY_TMPDIR", named)
     with pytest.raises(NoWorkerError, match=f"{named}: .*{reason}.*--inline"):
-        make_folder()
+        create_temp_folder()
 
 
 def without_network(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -95,7 +95,7 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     guarding = subprocess.Popen(
         [sys.executable, "-I", "-S", reaper.__file__, "word", str(tmp_path / "session"), "0.2"], stdin=subprocess.PIPE
     )
-    started = subprocess.Popen(["sleep", "60"], env=environment(**{reaper.MARK: "word"}))
+    started = subprocess.Popen(["sleep", "60"], env=environment(**{reaper.MARK_VARIABLE: "word"}))
     assert started.wait(timeout=30) == -signal.SIGKILL
     assert guarding.poll() is None, "it watches on"
     guarding.communicate()
@@ -103,7 +103,7 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_call_that_hangs_is_given_up_and_the_next_one_works() -> None:
-    call = Caller()
+    call = BoundedCaller()
     with pytest.raises(RayLostError, match="did not answer"):
         call(lambda: time.sleep(30), 0.05)
     assert call(lambda: 1) == 1
@@ -112,8 +112,8 @@ def test_a_call_that_hangs_is_given_up_and_the_next_one_works() -> None:
 
 
 def test_how_a_process_ended() -> None:
-    assert how_ended(-9) == "was ended by SIGKILL"
-    assert how_ended(1) == "ended with code 1"
+    assert describe_exit_code(-9) == "was ended by SIGKILL"
+    assert describe_exit_code(1) == "ended with code 1"
 
 
 OUTPUT = """
@@ -123,7 +123,7 @@ OUTPUT = """
     import ray._private.worker as worker
 
     ray_log.MAX_LOG_BYTES = 1000
-    output = ray_log.RayOutput(Path(sys.argv[1]))
+    output = ray_log.RayLog(Path(sys.argv[1]))
     output.open()
     os.write(2, b"native\\n")
     worker.print_to_stdstream({"lines": ["state dump"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
@@ -195,7 +195,7 @@ HANGING = """
     from tinysd_batch.job.ray_workers import local_ray
     from tinysd_batch.job.ray_workers.cluster import start_ray
 
-    local_ray.START_S = 6.0
+    local_ray.RAY_START_TIMEOUT_S = 6.0
     try:
         start_ray({})
     except NoWorkerError as error:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.files import write_csv
 from tests.support.program import environment, run
-from tinysd_batch.job.ray_workers.cluster import fault_line
+from tinysd_batch.job.ray_workers.cluster import summarize_ray_error
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -99,12 +99,12 @@ def test_the_telling_line_of_a_ray_error() -> None:
     error = RuntimeError(
         'The actor died\n\tclass_name: Worker\nTraceback:\n  File "x.py", line 3\nValueError: the real cause\n'
     )
-    assert fault_line(error) == "ValueError: the real cause"
+    assert summarize_ray_error(error) == "ValueError: the real cause"
     error = RuntimeError(
         "The actor died unexpectedly before finishing this task.\n\tpid: 3\n\tip: 192.0.2.2\n"
         "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. "
         "End of file. Some common causes include: (1) the process was killed by the OOM killer\n\tip: 192.0.2.2"
     )
-    assert fault_line(error) == (
+    assert summarize_ray_error(error) == (
         "its process died: Worker unexpectedly exits with a connection error code 2. End of file"
     )

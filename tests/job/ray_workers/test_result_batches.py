@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.planning import common, row
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
-from tinysd_batch.job.ray_workers.result_batches import LATE_S, Made, pack
+from tinysd_batch.job.ray_workers.result_batches import MAX_DELAY_S, MicroBatchResults, group_results
 from tinysd_batch.records import ImageResult, MicroBatch, Status
 
 
@@ -29,7 +29,7 @@ def draw(clock: Clock, seconds: list[float], statuses: list[Status]) -> Iterator
         yield [ImageResult(index, status, file_name="f" if status is Status.OK else None, finished_at=clock.now)]
 
 
-def indexes(parcel: list[Made]) -> list[int]:
+def indexes(parcel: list[MicroBatchResults]) -> list[int]:
     return [result.index for made in parcel for result in made.results]
 
 
@@ -40,7 +40,7 @@ STEPS = st.lists(st.tuples(st.floats(0.001, 3), st.sampled_from([Status.OK, Stat
 def test_every_result_once_in_order_and_failures_at_once(steps: list[tuple[float, Status]]) -> None:
     clock = Clock()
     seconds, statuses = [took for took, _ in steps], [status for _, status in steps]
-    parcels = list(pack(batches_of(len(steps)), draw(clock, seconds, statuses), clock=clock))
+    parcels = list(group_results(batches_of(len(steps)), draw(clock, seconds, statuses), clock=clock))
     assert [index for parcel in parcels for index in indexes(parcel)] == list(range(1, len(steps) + 1))
     assert all(statuses[index - 1] is Status.OK for parcel in parcels for index in indexes(parcel)[:-1])
     assert [made.seconds for parcel in parcels for made in parcel] == pytest.approx(seconds)
@@ -49,16 +49,16 @@ def test_every_result_once_in_order_and_failures_at_once(steps: list[tuple[float
 @pytest.mark.parametrize(("each_s", "together"), [(0.05, 11), (0.2, 3), (0.6, 1), (5.0, 1)])
 def test_quick_results_travel_together_and_slow_ones_alone(each_s: float, together: int) -> None:
     clock = Clock()
-    parcels = pack(batches_of(40), draw(clock, [each_s] * 40, [Status.OK] * 40), clock=clock)
+    parcels = group_results(batches_of(40), draw(clock, [each_s] * 40, [Status.OK] * 40), clock=clock)
     sent = [(len(parcel), clock.now - (parcel[0].results[0].finished_at or 0.0)) for parcel in parcels]
     assert max(size for size, _ in sent) == together
-    assert max(late for _, late in sent) <= LATE_S
+    assert max(late for _, late in sent) <= MAX_DELAY_S
 
 
 def test_a_slow_batch_holds_up_no_result_before_it() -> None:
     clock = Clock()
     batches = cut_batches(plan_images([row(1, None, 1, 1), row(2, None, 1, 16)], common(5)), ())
-    parcels = pack(list(batches), draw(clock, [0.1, 1.6], [Status.OK] * 2), clock=clock)
+    parcels = group_results(list(batches), draw(clock, [0.1, 1.6], [Status.OK] * 2), clock=clock)
     assert indexes(next(parcels)) == [1]
     assert clock.now == pytest.approx(0.1)
 
@@ -68,7 +68,7 @@ def test_what_was_made_before_an_error_is_told() -> None:
         yield from draw(Clock(), [0.01] * 3, [Status.OK] * 3)
         raise RuntimeError("broken")
 
-    parcels = pack(batches_of(5), breaks(), clock=Clock())
+    parcels = group_results(batches_of(5), breaks(), clock=Clock())
     assert indexes(next(parcels)) == [1, 2, 3]
     with pytest.raises(RuntimeError, match="broken"):
         next(parcels)
@@ -77,4 +77,4 @@ def test_what_was_made_before_an_error_is_told() -> None:
 def test_nothing_waits_where_pictures_do_not_say_how_they_were_made() -> None:
     clock = Clock()
     made = draw(clock, [0.01] * 5, [Status.OK] * 5)
-    assert [len(parcel) for parcel in pack(batches_of(5), made, 0.0, clock)] == [1] * 5
+    assert [len(parcel) for parcel in group_results(batches_of(5), made, 0.0, clock)] == [1] * 5

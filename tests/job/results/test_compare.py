@@ -18,7 +18,7 @@ from tests.support.jobs import check_whole, read_results
 from tests.support.program import run_here
 from tinysd_batch.job.results import writer
 from tinysd_batch.job.results.compare import FileState, compare_folders, find_differences
-from tinysd_batch.job.results.table import ResultsPaths, read_table
+from tinysd_batch.job.results.table import ResultsTable, read_table
 from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.records import ImageResult
@@ -169,12 +169,12 @@ def test_images_that_were_not_saved_are_not_missing(submit: Program, tmp_path: P
 def test_a_large_job_keeps_one_row_an_image(
     submit: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(writer, "ONE_FILE_ROWS", 2)
+    monkeypatch.setattr(writer, "MAX_SINGLE_FILE_ROWS", 2)
     submit("-o", "job")
-    rows = ResultsPaths(tmp_path / "job").read_newest(["row", "index", "file_name"])
+    rows = ResultsTable(tmp_path / "job").read_newest(["row", "index", "file_name"])
     (tmp_path / "job" / rows["file_name"][3].as_py()).unlink()
     assert submit("-o", "job").returncode == 0
-    parts = ResultsPaths(tmp_path / "job").sealed_files()
+    parts = ResultsTable(tmp_path / "job").sealed_files()
     assert len(parts) == 2
     assert sorted(pa.concat_tables(map(read_table, parts))["index"].to_pylist()) == [1, 2, 3, 4, 5]
     assert say("verify", tmp_path / "job").returncode == 0
@@ -377,7 +377,7 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for file in folder.files
     ]
     assert listed == ["00000", "00001"]
-    assert {file.image: file.state for file in compared if file.state is FileState.SAME_SIZE}.keys() == {0, 1}
+    assert {file.image_index: file.state for file in compared if file.state is FileState.SAME_SIZE}.keys() == {0, 1}
 
 
 # Jobs that have lost their job.json

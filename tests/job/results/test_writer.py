@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.job.results import writer as results
-from tinysd_batch.job.results.rows import image_row, invalid_row
-from tinysd_batch.job.results.schema import FIELDS, keep_columns, results_schema
-from tinysd_batch.job.results.table import ResultsPaths, newest
+from tinysd_batch.job.results.rows import make_image_row, make_invalid_row
+from tinysd_batch.job.results.schema import RESULT_FIELDS, build_results_schema, keep_earlier_columns
+from tinysd_batch.job.results.table import ResultsTable, keep_newest_rows
 from tinysd_batch.job.results.writer import ResultsWriter
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 
 RUN = {"model": "m", "model_digest": "d", "run_id": "r", "version": "0"}
-SCHEMA = results_schema([pa.field("artist", pa.string()), pa.field("status", pa.string())])
+SCHEMA = build_results_schema([pa.field("artist", pa.string()), pa.field("status", pa.string())])
 
 
 def row(index: int, status: Status = Status.OK) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def row(index: int, status: Status = Status.OK) -> dict[str, Any]:
     request = ImageRequest(
         index, index, 1, f"p{index}", "", index, 4.0, params, f"{index:032x}", f"f{index}", extra=extra
     )
-    return image_row(request, ImageResult(index, status, started_at=time.time()), RUN)
+    return make_image_row(request, ImageResult(index, status, started_at=time.time()), RUN)
 
 
 def indexes(folder: Path) -> list[int]:
@@ -83,7 +83,7 @@ def test_the_columns_are_those_that_were_promised() -> None:
 
 def test_a_manifest_column_that_would_come_twice_is_refused() -> None:
     with pytest.raises(ManifestError, match="becomes manifest_index in the results, which is taken"):
-        results_schema([pa.field("manifest_index", pa.string()), pa.field("index", pa.string())])
+        build_results_schema([pa.field("manifest_index", pa.string()), pa.field("index", pa.string())])
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_rows_come_back_sorted_with_their_extra_columns(tmp_path: Path) -> None:
     assert [(one["index"], one["artist"], one["manifest_status"], one["status"]) for one in found] == [
         (index, f"artist {index}", "theirs", "ok") for index in (1, 2, 3)
     ]
-    assert not list(writer.paths.journal.iterdir())
+    assert not list(writer.table.journal.iterdir())
 
 
 def test_a_second_run_adds_and_its_rows_count(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_unsealed_rows_are_read_and_sealed_by_the_next_run(tmp_path: Path) -> No
     killed = ResultsWriter(tmp_path, SCHEMA, 2)
     killed.append(row(1))
     killed.flush()
-    assert [one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])] == [1]
+    assert [one["index"] for one in ResultsTable(tmp_path).read_rows(["index"])] == [1]
     following = ResultsWriter(tmp_path, SCHEMA, 2)
     following.append(row(2))
     following.seal()
@@ -134,12 +134,12 @@ def test_a_crash_between_sealing_and_deleting_doubles_nothing(tmp_path: Path, mo
     writer.append(row(1))
     writer.flush()
     with monkeypatch.context() as crash:
-        crash.setattr(ResultsPaths, "drop_covered_journal", lambda self: None)
+        crash.setattr(ResultsTable, "delete_covered_parts", lambda self: None)
         writer.seal()
-    assert list(writer.paths.journal.iterdir())
-    assert [one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])] == [1]
+    assert list(writer.table.journal.iterdir())
+    assert [one["index"] for one in ResultsTable(tmp_path).read_rows(["index"])] == [1]
     following = ResultsWriter(tmp_path, SCHEMA, 2)
-    assert not list(writer.paths.journal.iterdir())
+    assert not list(writer.table.journal.iterdir())
     following.append(row(2))
     following.seal()
     assert indexes(tmp_path) == [1, 2]
@@ -164,7 +164,7 @@ def test_journal_parts_that_are_deleted_meanwhile_are_noticed(tmp_path: Path, lo
     with pytest.raises(StorageError, match=rf"{LOST_FILES[lost][0]}.*deleted.* with {gone} rows.*submit again"):
         writer.seal()
     writer.seal()  # what is left is sealed, and said once
-    assert len(list(ResultsPaths(tmp_path).read_rows(["row", "status"]))) == 3 - gone
+    assert len(list(ResultsTable(tmp_path).read_rows(["row", "status"]))) == 3 - gone
     following = ResultsWriter(tmp_path, SCHEMA, 3)
     for index in (1, 2, 3):
         following.append(row(index))
@@ -193,7 +193,7 @@ def test_a_table_that_is_deleted_or_cut_short_meanwhile_is_noticed(tmp_path: Pat
 
 def test_a_part_never_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where one of a lower number was deleted."""
-    monkeypatch.setattr(results, "ONE_FILE_ROWS", 1)
+    monkeypatch.setattr(results, "MAX_SINGLE_FILE_ROWS", 1)
     for index in (1, 2):
         writer = ResultsWriter(tmp_path, SCHEMA, 3)
         writer.append(row(index))
@@ -202,8 +202,8 @@ def test_a_part_never_replaces_another(tmp_path: Path, monkeypatch: pytest.Monke
     writer = ResultsWriter(tmp_path, SCHEMA, 3)
     writer.append(row(3))
     writer.seal()
-    assert [path.name for path in ResultsPaths(tmp_path).sealed_files()] == ["part-00001.parquet", "part-00002.parquet"]
-    assert sorted(one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])) == [2, 3]
+    assert [path.name for path in ResultsTable(tmp_path).sealed_files()] == ["part-00001.parquet", "part-00002.parquet"]
+    assert sorted(one["index"] for one in ResultsTable(tmp_path).read_rows(["index"])) == [2, 3]
 
 
 def test_text_from_the_system_is_stored_whatever_it_is(tmp_path: Path) -> None:
@@ -224,13 +224,13 @@ def test_journal_names_never_come_again(tmp_path: Path) -> None:
         writer = ResultsWriter(tmp_path, SCHEMA, 3)
         writer.append(row(index))
         writer.flush()
-        ResultsPaths(tmp_path).drop_covered_journal()
+        ResultsTable(tmp_path).delete_covered_parts()
         writer.seal()
     assert indexes(tmp_path) == [1, 2, 3]
 
 
 def test_big_jobs_end_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "ONE_FILE_ROWS", 10)
+    monkeypatch.setattr(results, "MAX_SINGLE_FILE_ROWS", 10)
     monkeypatch.setattr(results, "SEAL_ROWS", 5)
     writer = ResultsWriter(tmp_path, SCHEMA, 12)
     for index in range(1, 13):
@@ -240,12 +240,12 @@ def test_big_jobs_end_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [path.name for path in sorted((tmp_path / "results").iterdir())] == [
         f"part-{n:05d}.parquet" for n in range(3)
     ]
-    assert sorted(one["index"] for one in ResultsPaths(tmp_path).read_rows(["index"])) == list(range(1, 13))
+    assert sorted(one["index"] for one in ResultsTable(tmp_path).read_rows(["index"])) == list(range(1, 13))
 
 
 def test_an_invalid_row_has_no_index(tmp_path: Path) -> None:
     writer = ResultsWriter(tmp_path, SCHEMA, 1)
-    writer.append(invalid_row(InvalidRow(5, "column seed is odd", prompt="cat", extra={"artist": "x"}), RUN))
+    writer.append(make_invalid_row(InvalidRow(5, "column seed is odd", prompt="cat", extra={"artist": "x"}), RUN))
     writer.seal()
     (found,) = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert (found["index"], found["row"], found["status"], found["error_message"], found["artist"]) == (
@@ -255,7 +255,7 @@ def test_an_invalid_row_has_no_index(tmp_path: Path) -> None:
 
 def test_a_table_that_gains_a_column_keeps_its_rows(tmp_path: Path) -> None:
     """A JSONL manifest may grow by rows with new keys."""
-    first = ResultsWriter(tmp_path, results_schema([]), 2)
+    first = ResultsWriter(tmp_path, build_results_schema([]), 2)
     first.append(row(1))
     first.seal()
     second = ResultsWriter(tmp_path, SCHEMA, 2)
@@ -267,11 +267,13 @@ def test_a_table_that_gains_a_column_keeps_its_rows(tmp_path: Path) -> None:
 
 def test_a_job_that_goes_on_keeps_its_columns_and_their_types(tmp_path: Path) -> None:
     """Newer rules may read a list where text was read, or not carry a column any more."""
-    first = ResultsWriter(tmp_path, results_schema([pa.field("tags", pa.string()), pa.field("old", pa.int64())]), 2)
+    first = ResultsWriter(
+        tmp_path, build_results_schema([pa.field("tags", pa.string()), pa.field("old", pa.int64())]), 2
+    )
     first.append({**row(1), "tags": "[1, 2]", "old": 7})
     first.seal()
-    newer = results_schema([pa.field("tags", pa.list_(pa.int64())), pa.field("artist", pa.string())])
-    second = ResultsWriter(tmp_path, keep_columns(newer, ResultsPaths(tmp_path).schemas()), 2)
+    newer = build_results_schema([pa.field("tags", pa.list_(pa.int64())), pa.field("artist", pa.string())])
+    second = ResultsWriter(tmp_path, keep_earlier_columns(newer, ResultsTable(tmp_path).read_schemas()), 2)
     second.append({**row(2), "tags": [3, None]})
     second.seal()
     found = pq.read_table(tmp_path / "results.parquet").to_pylist()
@@ -286,9 +288,9 @@ KEYS = st.lists(st.tuples(st.integers(1, 4), st.one_of(st.none(), st.integers(1,
 @given(KEYS)
 def test_of_rows_written_more_than_once_the_last_counts(keys: list[tuple[int, int | None]]) -> None:
     written = [{"row": number, "index": index, "error_message": str(when)} for when, (number, index) in enumerate(keys)]
-    schema = pa.schema([field for field in FIELDS if field.name in ("row", "index", "error_message")])
+    schema = pa.schema([field for field in RESULT_FIELDS if field.name in ("row", "index", "error_message")])
     with_images = {number for number, index in keys if index}  # what was wrong with such a row is the past
     last = {(one["row"], one["index"] or 0): one for one in written if one["index"] or one["row"] not in with_images}
-    assert newest(pa.Table.from_pylist(written, schema)).select(["row", "index", "error_message"]).to_pylist() == [
-        last[key] for key in sorted(last)
-    ]
+    assert keep_newest_rows(pa.Table.from_pylist(written, schema)).select(
+        ["row", "index", "error_message"]
+    ).to_pylist() == [last[key] for key in sorted(last)]

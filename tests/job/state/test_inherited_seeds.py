@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.state.inherited_seeds import SEEDS_FILE, SeededRow, match_seeds, read_seeds, save_seeds
+from tinysd_batch.job.state.inherited_seeds import (
+    SEEDS_FILE,
+    SeededRow,
+    match_seeds,
+    read_inherited_seeds,
+    save_inherited_seeds,
+)
 
 Spec = tuple[str | None, str]  # id, prompt
 
@@ -64,8 +70,8 @@ def test_leaving_out_a_row_leaves_the_others_what_their_kind_had(specs: list[Spe
 
 
 def test_seeds_are_kept(tmp_path: Path) -> None:
-    save_seeds({1: 0, 20_000: 2**63 - 1}, tmp_path)
-    assert read_seeds(tmp_path) == {1: 0, 20_000: 2**63 - 1}
+    save_inherited_seeds({1: 0, 20_000: 2**63 - 1}, tmp_path)
+    assert read_inherited_seeds(tmp_path) == {1: 0, 20_000: 2**63 - 1}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", b"\x1f\x8b\x08"])
@@ -73,4 +79,4 @@ def test_seeds_that_are_lost_are_named(tmp_path: Path, content: bytes | None) ->
     if content is not None:
         (tmp_path / SEEDS_FILE).write_bytes(content)
     with pytest.raises(StorageError, match="cannot be read"):
-        read_seeds(tmp_path)
+        read_inherited_seeds(tmp_path)

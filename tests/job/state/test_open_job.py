@@ -62,7 +62,7 @@ def test_files_without_rows_are_adopted_not_redrawn(
     draw(manifest, tmp_path / "job", tiny_model)
     before = read_results(tmp_path / "job")
     (tmp_path / "job" / "results.parquet").unlink()
-    monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was drawn again"))
+    monkeypatch.setattr(Worker, "generate_and_publish", lambda *_: pytest.fail("an image was drawn again"))
     draw(manifest, tmp_path / "job", tiny_model)
     kept = ("index", "sha256", "n_tokens", "precision")
     after = check_whole(tmp_path / "job", 6)
@@ -179,7 +179,7 @@ def test_a_run_whose_journal_is_deleted_ends_resumable(
 
     with pytest.raises(StorageError, match=r"journal/00000001\.parquet.*: deleted or cut short while the job ran"):
         run_job(job, lambda _: InlinePool(setup_for(job)), Vandal(), lambda: False)
-    monkeypatch.setattr(Worker, "try_to_make", lambda *_: pytest.fail("an image was generated again"))
+    monkeypatch.setattr(Worker, "generate_and_publish", lambda *_: pytest.fail("an image was generated again"))
     draw(manifest, tmp_path / "job", tiny_model)
     check_whole(tmp_path / "job", 6)
 

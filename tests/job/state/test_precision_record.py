@@ -14,10 +14,15 @@ import torch
 
 from tests.support.files import write_csv
 from tests.support.program import run_here
-from tinysd_batch.job.dispatch.dispatcher import Dispatch
-from tinysd_batch.job.state.precision_record import choose_as_recorded, read_record, record_key, update_record
-from tinysd_batch.job.workers.faults import Fault
-from tinysd_batch.job.workers.pool import Event, WorkerLost, WorkerReady
+from tinysd_batch.job.dispatch.dispatcher import Dispatcher
+from tinysd_batch.job.state.precision_record import (
+    choose_recorded_precision,
+    machine_device_key,
+    read_precision_record,
+    update_precision_record,
+)
+from tinysd_batch.job.workers.faults import FaultType
+from tinysd_batch.job.workers.pool import WorkerEvent, WorkerLost, WorkerReady
 from tinysd_batch.model.checkpoint import info
 from tinysd_batch.model.device import precision
 
@@ -54,7 +59,7 @@ def test_a_resumed_job_keeps_its_precision(
     cpu_with(monkeypatch, "avx2")
     submit(tmp_path, tiny_model, 1)
     record = tmp_path / "job" / "_tinysd" / "precision.json"
-    assert json.loads(record.read_text())[record_key(CPU)]["dtype"] == "float32"
+    assert json.loads(record.read_text())[machine_device_key(CPU)]["dtype"] == "float32"
     if found == "missing":
         record.unlink()
     elif found == "damaged":
@@ -81,7 +86,10 @@ def test_another_machine_of_the_same_name_decides_anew(
         submit(tmp_path, tiny_model, 2)
     assert precisions(tmp_path / "job") == ["bfloat16", "float32"]
     assert "begun in bfloat16, which cannot be computed well here; going on in float32" in caplog.text
-    assert read_record(tmp_path / "job" / "_tinysd" / "precision.json")[record_key(CPU)]["dtype"] == "float32"
+    assert (
+        read_precision_record(tmp_path / "job" / "_tinysd" / "precision.json")[machine_device_key(CPU)]["dtype"]
+        == "float32"
+    )
 
 
 def test_a_precision_that_was_asked_for_is_not_recorded(tmp_path: Path, tiny_model: Path) -> None:
@@ -98,12 +106,12 @@ def test_a_precision_that_was_asked_for_is_not_recorded(tmp_path: Path, tiny_mod
 )  # fmt: skip
 def test_a_damaged_record_is_as_none(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "precision.json"
-    file.write_bytes(content.replace(b"KEY", record_key(CPU).encode()))
-    choice = choose_as_recorded(file, CPU, is_small=True)
+    file.write_bytes(content.replace(b"KEY", machine_device_key(CPU).encode()))
+    choice = choose_recorded_precision(file, CPU, is_small=True)
     assert choice.dtype is torch.float32
     description = {"precision": "float32", "precision_reason": choice.reason, "precision_replaces": choice.replaces}
-    assert update_record(file, {**description, "precision_key": record_key(CPU)}) is None
-    assert read_record(file)[record_key(CPU)]["dtype"] == "float32"
+    assert update_precision_record(file, {**description, "precision_key": machine_device_key(CPU)}) is None
+    assert read_precision_record(file)[machine_device_key(CPU)]["dtype"] == "float32"
 
 
 class TwoWorkers:
@@ -112,7 +120,7 @@ class TwoWorkers:
     def __init__(self) -> None:
         self.killed: list[str] = []
 
-    def kill(self, worker: str, reason: str, fault: Fault) -> Event:
+    def kill(self, worker: str, reason: str, fault: FaultType) -> WorkerEvent:
         self.killed.append(f"{worker}: {reason}")
         return WorkerLost(worker, reason, fault)
 
@@ -125,8 +133,8 @@ def test_workers_of_one_machine_compute_alike(tmp_path: Path) -> None:
     quiet: Any = SimpleNamespace(worker=lambda _: None)
     writer: Any = SimpleNamespace(guard=nullcontext)
     batches: Iterator[Any] = iter(())
-    dispatch = Dispatch(job, pool, writer, quiet, SimpleNamespace(), batches)  # type: ignore[arg-type]
+    dispatch = Dispatcher(job, pool, writer, quiet, SimpleNamespace(), batches)  # type: ignore[arg-type]
     for worker, chosen in (("gpu-0", "float16"), ("gpu-1", "float32"), ("gpu-2", "float16")):
         description = {"precision": chosen, "precision_reason": "measured", "precision_replaces": None}
-        dispatch.handle([WorkerReady(worker, {**description, "precision_key": "box/GPU"})])
+        dispatch.handle_events([WorkerReady(worker, {**description, "precision_key": "box/GPU"})])
     assert pool.killed == ["gpu-1: chose float32, where the job computes in float16 on box/GPU"]

@@ -19,11 +19,19 @@ from tests.support.jobs import check_whole, draw, setup_for
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, NotFiniteError, StorageError, UsageError
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
-from tinysd_batch.job.ray_workers.slots import Slot
+from tinysd_batch.job.ray_workers.slots import WorkerSlot
 from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
 from tinysd_batch.job.state.open_job import open_job
-from tinysd_batch.job.workers.faults import POLICY, Action, Charged, Fault, error_class, fault_of, loss_of
-from tinysd_batch.job.workers.oom_fallback import LADDER, Limit, pieces
+from tinysd_batch.job.workers.faults import (
+    FAULT_POLICIES,
+    CountsAgainst,
+    FaultAction,
+    FaultType,
+    classify_error,
+    classify_worker_loss,
+    get_error_class,
+)
+from tinysd_batch.job.workers.oom_fallback import OOM_FALLBACKS, MemoryLimits, split_evenly
 from tinysd_batch.model import pipeline
 from tinysd_batch.model.nn import unet
 from tinysd_batch.records import Status
@@ -40,64 +48,66 @@ def from_os(number: int) -> StorageError:
 @pytest.mark.parametrize(
     ("error", "fault"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Fault.OUT_OF_MEMORY),
-        (RuntimeError("CUDA error: out of memory"), Fault.OUT_OF_MEMORY),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Fault.OUT_OF_MEMORY),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.OUT_OF_MEMORY),
-        (RuntimeError("GET was unable to find an engine to execute this computation"), Fault.OUT_OF_MEMORY),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `x`"), Fault.OUT_OF_MEMORY),
-        (MemoryError(), Fault.OUT_OF_MEMORY),
-        (torch.AcceleratorError("CUDA error: device-side assert triggered"), Fault.DEVICE_BROKEN),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), Fault.DEVICE_BROKEN),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), Fault.DEVICE_BROKEN),
-        (RuntimeError("CUDA error: unspecified launch failure"), Fault.DEVICE_BROKEN),
-        (NotFiniteError("the latents are not finite"), Fault.NOT_FINITE),
-        (UsageError("weights sum to zero"), Fault.REFUSED),
-        (from_os(errno.ENOSPC), Fault.STORAGE),
-        (from_os(errno.EROFS), Fault.STORAGE),
-        (from_os(errno.EIO), Fault.TRANSIENT_IO),
-        (from_os(errno.ESTALE), Fault.TRANSIENT_IO),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), Fault.ERROR),
-        (ValueError("x"), Fault.ERROR),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), FaultType.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: out of memory"), FaultType.OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), FaultType.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), FaultType.OUT_OF_MEMORY),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), FaultType.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `x`"), FaultType.OUT_OF_MEMORY),
+        (MemoryError(), FaultType.OUT_OF_MEMORY),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), FaultType.DEVICE_BROKEN),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), FaultType.DEVICE_BROKEN),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), FaultType.DEVICE_BROKEN),
+        (RuntimeError("CUDA error: unspecified launch failure"), FaultType.DEVICE_BROKEN),
+        (NotFiniteError("the latents are not finite"), FaultType.NOT_FINITE),
+        (UsageError("weights sum to zero"), FaultType.REFUSED),
+        (from_os(errno.ENOSPC), FaultType.STORAGE),
+        (from_os(errno.EROFS), FaultType.STORAGE),
+        (from_os(errno.EIO), FaultType.TRANSIENT_IO),
+        (from_os(errno.ESTALE), FaultType.TRANSIENT_IO),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), FaultType.ERROR),
+        (ValueError("x"), FaultType.ERROR),
     ],
 )  # fmt: skip
-def test_what_an_exception_means(error: Exception, fault: Fault) -> None:
-    assert fault_of(error) is fault
+def test_what_an_exception_means(error: Exception, fault: FaultType) -> None:
+    assert classify_error(error) is fault
 
 
 def test_real_lack_of_memory_is_known_as_such() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**61, dtype=torch.uint8)
-    assert error_class(caught.value) == "out_of_memory"
-    assert error_class(RuntimeError("x")) == "RuntimeError"
+    assert get_error_class(caught.value) == "out_of_memory"
+    assert get_error_class(RuntimeError("x")) == "RuntimeError"
 
 
 @pytest.mark.parametrize(
     ("error", "node_is_dead", "fault"),
     [
-        (ray.exceptions.ActorDiedError(), False, Fault.WORKER_DIED),
-        (ray.exceptions.ActorDiedError(), True, Fault.NODE_LOST),
-        (ray.exceptions.ActorUnavailableError("gone", b"0" * 16), False, Fault.NODE_LOST),
-        (ray.exceptions.NodeDiedError("gone"), False, Fault.NODE_LOST),
-        (ray.exceptions.OutOfMemoryError("memory monitor"), False, Fault.HOST_OUT_OF_MEMORY),
-        (ray.exceptions.RaySystemError(RuntimeError("x")), False, Fault.WORKER_DIED),
+        (ray.exceptions.ActorDiedError(), False, FaultType.WORKER_DIED),
+        (ray.exceptions.ActorDiedError(), True, FaultType.NODE_LOST),
+        (ray.exceptions.ActorUnavailableError("gone", b"0" * 16), False, FaultType.NODE_LOST),
+        (ray.exceptions.NodeDiedError("gone"), False, FaultType.NODE_LOST),
+        (ray.exceptions.OutOfMemoryError("memory monitor"), False, FaultType.HOST_OUT_OF_MEMORY),
+        (ray.exceptions.RaySystemError(RuntimeError("x")), False, FaultType.WORKER_DIED),
     ],
 )
-def test_what_the_loss_of_a_worker_means(error: Exception, node_is_dead: bool, fault: Fault) -> None:
-    assert loss_of(error, node_is_dead) is fault
+def test_what_the_loss_of_a_worker_means(error: Exception, node_is_dead: bool, fault: FaultType) -> None:
+    assert classify_worker_loss(error, node_is_dead) is fault
 
 
 def test_every_fault_has_a_policy_and_only_suspects_and_failures_are_charged_to_images() -> None:
-    assert set(POLICY) == set(Fault)
-    for policy in POLICY.values():
-        assert (policy.charged is Charged.IMAGE) == (policy.action in (Action.FAIL, Action.SUSPECT))
+    assert set(FAULT_POLICIES) == set(FaultType)
+    for policy in FAULT_POLICIES.values():
+        assert (policy.counts_against is CountsAgainst.IMAGE) == (
+            policy.action in (FaultAction.FAIL, FaultAction.SUSPECT)
+        )
 
 
 def test_pieces_are_as_equal_as_may_be() -> None:
     images: Any = list(range(7))
-    assert [len(part) for part in pieces(images, 3)] == [2, 2, 3]
-    assert [list(part) for part in pieces(images, None)] == [images]
-    assert [image for part in pieces(images, 2) for image in part] == images
+    assert [len(part) for part in split_evenly(images, 3)] == [2, 2, 3]
+    assert [list(part) for part in split_evenly(images, None)] == [images]
+    assert [image for part in split_evenly(images, 2) for image in part] == images
 
 
 QUICK: dict[str, Any] = {"steps": 1, "sampler": "ddim"}  # one call of the UNet for an image
@@ -231,19 +241,19 @@ def test_every_saving_is_known_to_the_model_and_changes_no_picture(tiny_model: P
         return np.asarray(model.generate("fox", seed=1).images[0]).astype(int)
 
     plain = pixels()
-    for saving in LADDER:
-        assert saving.changes(model)
-        with Limit(savings=[saving]).applied(model):
-            assert not saving.changes(model)
+    for saving in OOM_FALLBACKS:
+        assert saving.is_applicable(model)
+        with MemoryLimits(fallbacks=[saving]).apply(model):
+            assert not saving.is_applicable(model)
             assert abs(pixels() - plain).max() <= 1
-        assert saving.changes(model)
+        assert saving.is_applicable(model)
 
 
 def test_a_model_that_knows_no_saving_is_left_as_it_is() -> None:
-    limit = Limit()
-    assert limit.lower(2, object())
-    assert not limit.lower(1, object())
-    assert (limit.batch, limit.names()) == (1, [])
+    limit = MemoryLimits()
+    assert limit.next_fallback(2, object())
+    assert not limit.next_fallback(1, object())
+    assert (limit.max_batch, limit.fallback_names()) == (1, [])
 
 
 def test_what_a_card_cannot_hold_is_known_to_the_process_that_follows(
@@ -252,13 +262,13 @@ def test_what_a_card_cannot_hold_is_known_to_the_process_that_follows(
     """Through the driver, which keeps it for the card."""
     found = too_large_above(4, monkeypatch)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), seed=1))
-    first, second = (list(cut_batches(plan_images([row], job.common()), ())) for row in job.read_rows())
-    slot = Slot("gpu-0")
+    first, second = (list(cut_batches(plan_images([row], job.shared_settings()), ())) for row in job.read_rows())
+    slot = WorkerSlot("gpu-0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which a process of a worker sets for itself
     for batches, refused in ((first, [8]), (second, [8])):
         process = WorkerProcess(setup_for(job), slot.name)
-        process.limits.update(pickle.loads(pickle.dumps(slot.limits)))
-        (parcel,) = process.work(batches)
-        slot.worked(pickle.loads(pickle.dumps(parcel)).limits)
+        process.memory_limits.update(pickle.loads(pickle.dumps(slot.memory_limits)))
+        (parcel,) = process.run_chunk(batches)
+        slot.record_results(pickle.loads(pickle.dumps(parcel)).memory_limits)
         assert found == refused
-        assert all(result.degraded == ["batch_halved"] for made in parcel.made for result in made.results)
+        assert all(result.degraded == ["batch_halved"] for made in parcel.micro_batches for result in made.results)

@@ -15,13 +15,13 @@ from tests.support.files import snapshot, write_csv, write_json
 from tests.support.program import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.config_checks import CONFIGS, check_configs, sampler_notes
-from tinysd_batch.model.checkpoint.config_rules import SCHEDULER, UNET, VAE
-from tinysd_batch.model.nn.chunked_attention import work_in_parts
-from tinysd_batch.model.nn.unet import predict
-from tinysd_batch.model.offload.precompute import Hoisted
-from tinysd_batch.quantize.calibration.unet_segments import Walker
-from tinysd_batch.quantize.sources.ldm_config import SCHEDULER as SD_V1_SCHEDULER
+from tinysd_batch.model.checkpoint.config_checks import CONFIG_FILES, check_configs, list_sampler_differences
+from tinysd_batch.model.checkpoint.config_rules import SCHEDULER_RULES, UNET_RULES, VAE_RULES
+from tinysd_batch.model.nn.chunked_attention import use_chunked_layers
+from tinysd_batch.model.nn.unet import run_unet
+from tinysd_batch.model.offload.precompute import PrecomputedLayers
+from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
+from tinysd_batch.quantize.sources.ldm_config import SCHEDULER_CONFIG as SD_V1_SCHEDULER
 
 CPU = torch.device("cpu")
 TEXT_WIDTH = 16
@@ -131,12 +131,12 @@ def new_vae() -> AutoencoderKL:
 
 def predict_here(unet: UNet2DConditionModel, latents: Tensor, time: float, context: Tensor) -> Tensor:
     """What the pipeline makes of a UNet: its layers are replaced, so it is of no use afterwards."""
-    hoisted = Hoisted(unet, {name: value.clone() for name, value in unet.state_dict().items()})
-    work_in_parts(unet, new_vae(), fused=False)
-    attended = hoisted.read(context, CPU, torch.float32)
-    hoisted.at(time, CPU, torch.float32)
-    hoisted.attend(attended)
-    return predict(unet, latents, attended.rows, None, torch.float32)
+    hoisted = PrecomputedLayers(unet, {name: value.clone() for name, value in unet.state_dict().items()})
+    use_chunked_layers(unet, new_vae(), fused=False)
+    attended = hoisted.compute_context_kv(context, CPU, torch.float32)
+    hoisted.set_timestep(time, CPU, torch.float32)
+    hoisted.use_context_kv(attended)
+    return run_unet(unet, latents, attended.rows, None, torch.float32)
 
 
 @pytest.mark.parametrize("settings", COMPUTED, ids=lambda settings: "-".join(settings))
@@ -148,7 +148,9 @@ def test_a_setting_is_computed_as_diffusers_does(settings: dict[str, Any]) -> No
     latents, context, time = torch.randn(2, 4, 8, 8), torch.randn(2, 5, TEXT_WIDTH), 500.0
     with torch.no_grad():
         expected = unet(latents, time, context).sample
-        walked = Walker(config, dict(unet.state_dict()), CPU).predict(latents, torch.full((2,), time), context, 2)
+        walked = SegmentedUNet(config, dict(unet.state_dict()), CPU).predict(
+            latents, torch.full((2,), time), context, 2
+        )
         found = predict_here(unet, latents, time, context)
     most = expected.abs().max()
     assert (found - expected).abs().max() < 1e-5 * most
@@ -162,13 +164,13 @@ def test_every_setting_of_diffusers_is_on_the_list() -> None:
         "projection_class_embeddings_input_dim", "force_upcast",
     }  # fmt: skip
     sizes = {"self", "sample_size", "out_channels", "block_out_channels", "latent_channels"}
-    for model, table in ((UNet2DConditionModel, UNET), (AutoencoderKL, VAE)):
+    for model, table in ((UNet2DConditionModel, UNET_RULES), (AutoencoderKL, VAE_RULES)):
         assert set(inspect.signature(model.__init__).parameters) - inert - sizes == set(table) - sizes
 
 
 def test_every_setting_that_is_not_computed_is_tried() -> None:
     tried = {(part, name) for part, entry, _ in NOT_COMPUTED for name in entry} | {("vae", "in_channels")}
-    for part, table in {"unet": UNET, "vae": VAE, "scheduler": SCHEDULER}.items():
+    for part, table in {"unet": UNET_RULES, "vae": VAE_RULES, "scheduler": SCHEDULER_RULES}.items():
         assert {(part, name) for name, setting in table.items() if setting.accepts is None} <= tried
 
 
@@ -185,16 +187,16 @@ def test_what_diffusers_ignores_is_ignored() -> None:
 
 
 def test_a_samplers_own_settings_are_noted() -> None:
-    assert sampler_notes(SD_V1_SCHEDULER) == []
-    (note,) = sampler_notes({**SD_V1_SCHEDULER, "timestep_spacing": "trailing", "steps_offset": 0})
+    assert list_sampler_differences(SD_V1_SCHEDULER) == []
+    (note,) = list_sampler_differences({**SD_V1_SCHEDULER, "timestep_spacing": "trailing", "steps_offset": 0})
     assert note.startswith('scheduler: timestep_spacing = "trailing", steps_offset = 0: ')
-    (note,) = sampler_notes({**SD_V1_SCHEDULER, "clip_sample": True})
+    (note,) = list_sampler_differences({**SD_V1_SCHEDULER, "clip_sample": True})
     assert note.startswith("scheduler: clip_sample = true: ")
-    assert "LCMScheduler is for few-step models" in sampler_notes({"_class_name": "LCMScheduler"})[0]
+    assert "LCMScheduler is for few-step models" in list_sampler_differences({"_class_name": "LCMScheduler"})[0]
 
 
 def change(model: Path, part: str, **entry: Any) -> None:
-    path = model / part / CONFIGS[part]
+    path = model / part / CONFIG_FILES[part]
     write_json(path, {**json.loads(path.read_text()), **entry})
 
 
@@ -259,7 +261,7 @@ def test_a_unet_without_a_middle_block(here: Path, float_model: Path) -> None:
     assert list((here / "images").rglob("*.png"))
     model = TinySD.from_pretrained("model", device="cpu", dtype="full")
     latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 24, width)
-    with torch.no_grad(), model.residency.holding(model.encode_fragment, model.decode_fragment):
+    with torch.no_grad(), model.offloader.holding(model.encode_fragment, model.decode_fragment):
         found = model.predict_noise(latents, torch.tensor(300.0), context)
         expected = theirs(latents, 300, context).sample
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

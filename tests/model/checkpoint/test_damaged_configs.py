@@ -15,7 +15,7 @@ from tests.support.files import write_json
 from tests.support.program import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.config_checks import CONFIGS
+from tinysd_batch.model.checkpoint.config_checks import CONFIG_FILES
 
 VALUES: list[Any] = [
     None, {}, [], "x", -1, 0, 3, 1e30, float("nan"), True, [[[1]]], [1, 2], ["a"], "", 2**70, [32] * 200,
@@ -60,7 +60,7 @@ def load_verdict(model: str) -> tuple[int, str]:
 
 def check_mutants(here: Path, model: Path, part: str, chosen: list[Mutant]) -> None:
     """Assert that inspect, plan and a load agree on each."""
-    config = model / part / CONFIGS[part]
+    config = model / part / CONFIG_FILES[part]
     for name, content in chosen:
         write_json(config, content)
         expected = load_verdict(model.name)
@@ -74,7 +74,7 @@ def check_mutants(here: Path, model: Path, part: str, chosen: list[Mutant]) -> N
 
 def sample(part: str, model: Path, count: int) -> list[Mutant]:
     """Some mutants, the same at every run."""
-    found = list(mutants(json.loads((model / part / CONFIGS[part]).read_text())))
+    found = list(mutants(json.loads((model / part / CONFIG_FILES[part]).read_text())))
     return random.Random(count).sample(found, min(count, len(found)))
 
 
@@ -86,7 +86,7 @@ def test_some_damaged_configurations(here: Path, tiny_model: Path, part: str, co
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("part", CONFIGS)
+@pytest.mark.parametrize("part", CONFIG_FILES)
 @pytest.mark.parametrize("kind", ["tiny_model", "float_model"])
 def test_all_damaged_configurations(here: Path, request: pytest.FixtureRequest, kind: str, part: str) -> None:
     shutil.copytree(request.getfixturevalue(kind), here / "model")

@@ -9,7 +9,7 @@ import torch
 from tests.support.packed_files import LAYER, Tensors, damage, drop, put
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.info import WEIGHTS, model_digest, read_model_info
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, compute_model_digest, read_model_info
 from tinysd_batch.quantize.data_free import quantize_folder
 
 
@@ -34,7 +34,7 @@ def test_a_damaged_unet_is_refused_by_name(
 def test_a_torn_file_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    weights = model / "unet" / WEIGHTS
+    weights = model / "unet" / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         TinySD.from_pretrained(model)
@@ -65,12 +65,12 @@ def test_what_is_no_model(tmp_path: Path, path: str, message: str) -> None:
 def test_the_digest_follows_weights_and_settings_but_not_the_model_card(tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    before = model_digest(model)
-    assert before == model_digest(tiny_model)
+    before = compute_model_digest(model)
+    assert before == compute_model_digest(tiny_model)
     (model / "README.md").write_text("a card")
-    assert model_digest(model) == before
+    assert compute_model_digest(model) == before
     other = damage(tiny_model, tmp_path / "other", put("conv_in.bias", torch.zeros(32)))
-    assert model_digest(other) != before
+    assert compute_model_digest(other) != before
 
 
 def test_quantizing_to_a_folder_that_is_there_is_refused(float_model: Path, tiny_model: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.safetensors_mmap import DTYPES, MappedTensors, write_tensors
+from tinysd_batch.model.checkpoint.safetensors_mmap import SAFETENSORS_DTYPES, MappedTensors, write_safetensors
 
 STATUS = Path("/proc/self/status")
 
@@ -53,11 +53,11 @@ def test_renaming_leaves_out_what_has_no_name(path: Path) -> None:
 
 
 def test_what_is_written_is_read_by_the_library(tmp_path: Path) -> None:
-    kinds = [dtype for dtype in DTYPES.values() if dtype.itemsize > 1]
+    kinds = [dtype for dtype in SAFETENSORS_DTYPES.values() if dtype.itemsize > 1]
     tensors = {str(dtype): torch.arange(6).view(2, 3).to(dtype) for dtype in kinds}
     tensors["turned"] = torch.arange(6.0).view(2, 3).T
     dtypes = {name: value.dtype for name, value in tensors.items()}
-    write_tensors(tmp_path / "a.safetensors", tensors, dtypes, tensors.__getitem__)
+    write_safetensors(tmp_path / "a.safetensors", tensors, dtypes, tensors.__getitem__)
     found = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(value, found[name]) for name, value in tensors.items())
 

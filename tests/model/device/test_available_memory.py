@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinysd_batch.model.device.available_memory import VERSION_1, VERSION_2, available_memory, control_groups
+from tinysd_batch.model.device.available_memory import (
+    CGROUP_V1_FILES,
+    CGROUP_V2_FILES,
+    get_available_memory_bytes,
+    iter_cgroup_headroom_bytes,
+)
 
 HOST_1 = "5:cpu,cpuacct:/job\n4:memory:/job/step\n0::/job\n"
 HOST_2 = "0::/job/step\n"
@@ -17,7 +22,7 @@ def group(folder: Path, names: tuple[str, str, str], limit: object, used: int, f
         (folder / ("memory.stat" if name == names[2] else name)).write_text(f"{content}\n")
 
 
-@pytest.mark.parametrize(("own", "root", "names"), [(HOST_1, "memory", VERSION_1), (HOST_2, "", VERSION_2)])
+@pytest.mark.parametrize(("own", "root", "names"), [(HOST_1, "memory", CGROUP_V1_FILES), (HOST_2, "", CGROUP_V2_FILES)])
 def test_the_tightest_group_tells_with_files_that_can_be_dropped(
     own: str, root: str, names: tuple[str, str, str], tmp_path: Path
 ) -> None:
@@ -25,26 +30,26 @@ def test_the_tightest_group_tells_with_files_that_can_be_dropped(
     mounted = tmp_path / "groups"
     group(mounted / root / "job", names, 9_000, 8_500, 4_000)
     group(mounted / root / "job" / "step", names, 6_000, 3_000, 500)
-    assert sorted(control_groups(tmp_path / "own", mounted)) == [3_500, 4_500]
+    assert sorted(iter_cgroup_headroom_bytes(tmp_path / "own", mounted)) == [3_500, 4_500]
 
 
-@pytest.mark.parametrize(("own", "root", "names"), [(HOST_1, "memory", VERSION_1), (HOST_2, "", VERSION_2)])
+@pytest.mark.parametrize(("own", "root", "names"), [(HOST_1, "memory", CGROUP_V1_FILES), (HOST_2, "", CGROUP_V2_FILES)])
 def test_a_container_that_sees_its_group_as_the_root(
     own: str, root: str, names: tuple[str, str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "own").write_text(own)
     group(tmp_path / "groups" / root, names, 6_000, 3_000, 500)
-    assert list(control_groups(tmp_path / "own", tmp_path / "groups")) == [3_500]
+    assert list(iter_cgroup_headroom_bytes(tmp_path / "own", tmp_path / "groups")) == [3_500]
 
 
 def test_no_limit_is_no_answer(tmp_path: Path) -> None:
     (tmp_path / "own").write_text(HOST_2)
-    group(tmp_path / "groups" / "job", VERSION_2, "max", 3_000, 500)
-    assert not list(control_groups(tmp_path / "own", tmp_path / "groups"))
-    assert not list(control_groups(tmp_path / "nothing", tmp_path / "groups"))
+    group(tmp_path / "groups" / "job", CGROUP_V2_FILES, "max", 3_000, 500)
+    assert not list(iter_cgroup_headroom_bytes(tmp_path / "own", tmp_path / "groups"))
+    assert not list(iter_cgroup_headroom_bytes(tmp_path / "nothing", tmp_path / "groups"))
 
 
 def test_this_machine_says_what_memory_it_has() -> None:
-    found = available_memory(torch.device("cpu"))
+    found = get_available_memory_bytes(torch.device("cpu"))
     assert found is not None
     assert 10**7 < found < 10**14

@@ -10,10 +10,10 @@ from tinysd_batch.errors import UsageError
 from tinysd_batch.model.device import precision
 from tinysd_batch.model.device.precision import (
     PrecisionChoice,
-    Probe,
-    best_times,
-    can_compute,
+    ProbeResult,
+    can_use_dtype,
     choose_precision,
+    measure_best_times,
     read_cpu_flags,
 )
 
@@ -25,24 +25,24 @@ def dtype_of(asked: precision.Precision, device: torch.device, *, is_small: bool
 
 
 def test_a_probe_measures_this_processor() -> None:
-    found = precision.probe(CPU, torch.bfloat16)
-    assert found.is_right
+    found = precision.probe_half_precision(CPU, torch.bfloat16)
+    assert found.is_accurate
     assert found.speedup > 0
 
 
 @pytest.mark.parametrize(
     ("name", "found", "expected"),
     [
-        ("NVIDIA GeForce RTX 3060", Probe(True, 2.1), torch.float16),
-        ("NVIDIA GeForce GTX 1060 6GB", Probe(True, 0.1), torch.float32),  # right, but slow
-        ("NVIDIA GeForce GTX 1650", Probe(True, 1.9), torch.float32),  # known to fail elsewhere
-        ("a card with broken convolutions", Probe(False, 2.0), torch.float32),
+        ("NVIDIA GeForce RTX 3060", ProbeResult(True, 2.1), torch.float16),
+        ("NVIDIA GeForce GTX 1060 6GB", ProbeResult(True, 0.1), torch.float32),  # right, but slow
+        ("NVIDIA GeForce GTX 1650", ProbeResult(True, 1.9), torch.float32),  # known to fail elsewhere
+        ("a card with broken convolutions", ProbeResult(False, 2.0), torch.float32),
     ],
 )
 def test_half_precision_only_where_it_is_right_and_fast(
-    monkeypatch: pytest.MonkeyPatch, name: str, found: Probe, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, name: str, found: ProbeResult, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr(precision, "probe", lambda *_: found)
+    monkeypatch.setattr(precision, "probe_half_precision", lambda *_: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert dtype_of(None, GPU) is expected
     assert dtype_of("autocast", GPU) is torch.float16
@@ -67,7 +67,7 @@ def test_the_instruction_set_decides_on_a_cpu_whatever_a_measurement_says(
     """Beside a busy program a measurement chose float32 on CPUs with AMX."""
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
-    monkeypatch.setattr(precision, "probe", lambda *_: pytest.fail("was measured"))
+    monkeypatch.setattr(precision, "probe_half_precision", lambda *_: pytest.fail("was measured"))
     choice = choose_precision(None, CPU)
     assert choice.dtype is expected
     assert reason in choice.reason
@@ -96,7 +96,7 @@ def test_what_instructions_do_not_tell_is_measured(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
-    monkeypatch.setattr(precision, "probe", lambda *_: Probe(True, speedup))
+    monkeypatch.setattr(precision, "probe_half_precision", lambda *_: ProbeResult(True, speedup))
     assert dtype_of(None, CPU) is expected
     assert f"{speedup} times as fast" in choose_precision(None, CPU).reason
 
@@ -115,7 +115,7 @@ def test_a_busy_machine_does_not_decide_a_measurement() -> None:
         time.sleep(0.004)
         return torch.zeros(())
 
-    slow, fast = best_times((steady, disturbed), CPU)
+    slow, fast = measure_best_times((steady, disturbed), CPU)
     assert slow > fast
 
 
@@ -140,7 +140,7 @@ def test_whether_an_earlier_choice_can_be_kept(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
-    assert can_compute(dtype, CPU) is expected
+    assert can_use_dtype(dtype, CPU) is expected
 
 
 def test_a_choice_is_kept_as_it_is() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.device import select
-from tinysd_batch.model.device.select import choose_device, has_code_for, nvidia_cards
+from tinysd_batch.model.device.select import choose_device, is_capability_supported, list_nvidia_gpus
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -28,7 +28,7 @@ CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
     ],
 )
 def test_which_cards_a_build_has_code_for(capability: tuple[int, int], built_for: list[str], runs: bool) -> None:
-    assert has_code_for(capability, built_for) is runs
+    assert is_capability_supported(capability, built_for) is runs
 
 
 def card(folder: Path, number: int, model: str) -> None:
@@ -43,12 +43,12 @@ def test_cards_that_the_driver_knows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     nodes.mkdir()
     for number, model in enumerate(models):
         card(tmp_path / "gpus", number, model)
-    assert nvidia_cards(tmp_path / "gpus", nodes) == []  # a container without a card
+    assert list_nvidia_gpus(tmp_path / "gpus", nodes) == []  # a container without a card
     (nodes / "nvidia0").touch()
-    assert nvidia_cards(tmp_path / "gpus", nodes) == models
-    assert nvidia_cards(tmp_path / "none", nodes) == []
+    assert list_nvidia_gpus(tmp_path / "gpus", nodes) == models
+    assert list_nvidia_gpus(tmp_path / "none", nodes) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user hides them
-    assert nvidia_cards(tmp_path / "gpus", nodes) == []
+    assert list_nvidia_gpus(tmp_path / "gpus", nodes) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
@@ -59,7 +59,7 @@ def test_cards_that_torch_cannot_use_are_not_passed_over_in_silence(
     assert choose_device(None) == torch.device("cpu")
     card(tmp_path, 1, "NVIDIA GeForce GTX 1060 6GB")
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(select, "nvidia_cards", lambda: nvidia_cards(tmp_path, tmp_path))
+    monkeypatch.setattr(select, "list_nvidia_gpus", lambda: list_nvidia_gpus(tmp_path, tmp_path))
     with pytest.raises(UsageError, match=r"GTX 1060 6GB, which torch .* cannot use; install a CUDA build .*cu126"):
         choose_device(None)
     assert choose_device("cpu") == torch.device("cpu")

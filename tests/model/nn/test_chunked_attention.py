@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from tests.support.tiny_models import TEXT_WIDTH
-from tinysd_batch.model.chunking import USUAL_BYTES, at_once, in_parts_of
-from tinysd_batch.model.nn.chunked_attention import work_in_parts
+from tinysd_batch.model.chunking import DEFAULT_CHUNK_BYTES, items_per_chunk, limit_chunk_bytes
+from tinysd_batch.model.nn.chunked_attention import use_chunked_layers
 from tinysd_batch.model.pipeline import TinySD
 
 
-@pytest.mark.parametrize("nbytes", [1, 5_000, USUAL_BYTES])
+@pytest.mark.parametrize("nbytes", [1, 5_000, DEFAULT_CHUNK_BYTES])
 @pytest.mark.parametrize("fused", [False, True])
 def test_parts_change_nothing(float_model: Path, nbytes: int, fused: bool) -> None:
     """Of the UNet and of the autoencoder."""
@@ -23,8 +23,8 @@ def test_parts_change_nothing(float_model: Path, nbytes: int, fused: bool) -> No
     latents, context = torch.randn(2, 4, 12, 8), torch.randn(2, 9, TEXT_WIDTH)
     with torch.no_grad():
         noise, pixels = plain(latents, 500, context).sample, vae.decode(latents).sample
-        work_in_parts(other, vae, fused=fused)
-        with in_parts_of(nbytes):
+        use_chunked_layers(other, vae, fused=fused)
+        with limit_chunk_bytes(nbytes):
             torch.testing.assert_close(other(latents, 500, context).sample, noise, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(vae.decode(latents).sample, pixels, rtol=1e-4, atol=1e-4)
 
@@ -34,11 +34,16 @@ def test_small_parts_draw_the_same_picture(tiny_model: Path, fused: bool) -> Non
     model = TinySD.from_pretrained(tiny_model, device="cpu")
     usual = model.generate("cat", 1, num_inference_steps=3, output_type="np").images
     model.attention.fused = fused
-    with in_parts_of(3000):
+    with limit_chunk_bytes(3000):
         small = model.generate("cat", 1, num_inference_steps=3, output_type="np").images
     assert abs(usual - small).max() < 1 / 255
 
 
 def test_parts_are_as_equal_as_may_be() -> None:
-    with in_parts_of(100):
-        assert [at_once(total, each) for total, each in ((10, 10), (11, 10), (25, 10), (3, 1000))] == [10, 6, 9, 1]
+    with limit_chunk_bytes(100):
+        assert [items_per_chunk(total, each) for total, each in ((10, 10), (11, 10), (25, 10), (3, 1000))] == [
+            10,
+            6,
+            9,
+            1,
+        ]

@@ -9,11 +9,11 @@ import torch
 from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.model.offload import offloader
-from tinysd_batch.model.offload.components import Fragment
-from tinysd_batch.model.offload.layer_stream import Stream
-from tinysd_batch.model.offload.offloader import largest_piece
-from tinysd_batch.model.offload.pinned import Arena
-from tinysd_batch.model.offload.stage_estimate import Phase, Task, Way
+from tinysd_batch.model.offload.components import Component
+from tinysd_batch.model.offload.layer_stream import LayerStream
+from tinysd_batch.model.offload.offloader import largest_group_bytes
+from tinysd_batch.model.offload.pinned import PinnedWeights
+from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, Stage, StagePlan
 
 SHARES = [0.0, 0.5, 0.999]
 
@@ -24,17 +24,19 @@ def model(tiny_model: Path) -> TinySD:
     return TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
 
 
-def with_room(model: Path, share: float, way: Way | None = None, **options: object) -> TinySD:
+def with_room(model: Path, share: float, way: ExecutionStrategy | None = None, **options: object) -> TinySD:
     """A model whose weights have room between what streaming takes at least and what they take as a whole."""
     tight = TinySD.from_pretrained(model, device="cpu", vram_budget="1GB", **options)  # type: ignore[arg-type]
-    phase_of = tight.memory.phase
+    phase_of = tight.planner.plan
 
-    def phase(task: Task) -> Phase:
-        whole = sum(part.nbytes for part in task.fragments)
-        least = sum(part.standing.nbytes for part in task.fragments) + 2 * largest_piece(task.fragments)
-        return replace(phase_of(task), room=int(least + share * (whole - least)), way=way or task.ways[0])
+    def phase(task: Stage) -> StagePlan:
+        whole = sum(part.nbytes for part in task.components)
+        least = sum(part.resident.nbytes for part in task.components) + 2 * largest_group_bytes(task.components)
+        return replace(
+            phase_of(task), weight_budget_bytes=int(least + share * (whole - least)), strategy=way or task.ways[0]
+        )
 
-    tight.memory.phase = phase  # type: ignore[assignment, method-assign]
+    tight.planner.plan = phase  # type: ignore[assignment, method-assign]
     return tight
 
 
@@ -47,27 +49,27 @@ def picture(model: TinySD, **options: object) -> torch.Tensor:
 def test_streamed_and_resident_give_the_same_bits(tiny_model: Path, model: TinySD, share: float) -> None:
     tight = with_room(tiny_model, share)
     assert torch.equal(picture(tight), picture(model))
-    assert tight.residency.placed(tight.fragments[3:], tight.residency.room)[1] > 0
+    assert tight.offloader.estimate_placement(tight.fragments[3:], tight.offloader.weight_budget_bytes)[1] > 0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_layers_that_work_by_turns_come_once(tiny_model: Path, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    tight = with_room(tiny_model, share, Way(part_bytes=2000, makes_anew=True))
+    tight = with_room(tiny_model, share, ExecutionStrategy(chunk_bytes=2000, recompute_maps=True))
     fetched: list[int] = []
-    fetch = Stream.fetch
+    fetch = LayerStream.fetch
 
-    def counted(stream: Stream, number: int, slot: int) -> None:
+    def counted(stream: LayerStream, number: int, slot: int) -> None:
         fetched.append(number)
         fetch(stream, number, slot)
 
-    monkeypatch.setattr(Stream, "fetch", counted)
+    monkeypatch.setattr(LayerStream, "fetch", counted)
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        streamed = tight.decode_values(latents)
+        streamed = tight.decode_pixels(latents)
     assert fetched == [*range(max(fetched) + 1), 0]
     monkeypatch.undo()
     with torch.no_grad():
-        resident = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB").decode_values(latents)
+        resident = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB").decode_pixels(latents)
     torch.testing.assert_close(streamed, resident, rtol=0, atol=1e-4)
 
 
@@ -86,8 +88,8 @@ def test_what_the_file_holds_otherwise_is_streamed_without_a_budget(
     monkeypatch.setattr(ModelInfo, "is_small", False)
     half = TinySD.from_pretrained(float_model, device="cpu", dtype=torch.bfloat16)
     whole = picture(half)
-    monkeypatch.setattr(offloader, "COPIED_WHOLE_BYTES", 0)
-    assert all(half.residency.streams([part]) for part in half.fragments)
+    monkeypatch.setattr(offloader, "MAX_RESIDENT_COPY_BYTES", 0)
+    assert all(half.offloader.should_stream([part]) for part in half.fragments)
     assert torch.equal(picture(half), whole)
 
 
@@ -99,9 +101,9 @@ def test_a_fragment_that_is_away_cannot_compute(model: TinySD) -> None:
 
 def test_a_piece_that_has_passed_cannot_compute(tiny_model: Path) -> None:
     tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
-    tight.residency.streams_all = True
+    tight.offloader.stream_all_weights = True
     x = torch.zeros(1, 4, 8, 8)
-    with tight.residency.holding(tight.encode_fragment, tight.decode_fragment):
+    with tight.offloader.holding(tight.encode_fragment, tight.decode_fragment):
         tight.unet.conv_in(x)
         tight.unet.conv_out(torch.zeros(1, 32, 8, 8))
         passed = tight.unet.conv_in
@@ -110,46 +112,46 @@ def test_a_piece_that_has_passed_cannot_compute(tiny_model: Path) -> None:
 
 
 def test_an_arena_holds_every_piece_as_the_device_wants_it(model: TinySD) -> None:
-    fragment: Fragment = model.decode_fragment
-    arena = Arena.of(fragment.pieces)
-    for number, piece in enumerate(fragment.pieces):
-        for tensor, place in piece.views(arena.piece(number, piece.nbytes)):
+    fragment: Component = model.decode_fragment
+    arena = PinnedWeights.copy_of(fragment.groups)
+    for number, piece in enumerate(fragment.groups):
+        for tensor, place in piece.views(arena.group_bytes(number, piece.nbytes)):
             assert torch.equal(place, tensor.value.to(tensor.dtype))
 
 
 def test_an_arena_does_not_serve_others_that_are_as_large(model: TinySD) -> None:
     """In another room other layers pass, and some sets of layers weigh the same."""
-    fragment: Fragment = model.decode_fragment
-    arena = Arena.of(fragment.pieces)
-    assert arena.is_of(fragment.pieces)
-    assert not arena.is_of(fragment.pieces[::-1])
-    assert not arena.is_of(fragment.pieces[:-1])
+    fragment: Component = model.decode_fragment
+    arena = PinnedWeights.copy_of(fragment.groups)
+    assert arena.is_copy_of(fragment.groups)
+    assert not arena.is_copy_of(fragment.groups[::-1])
+    assert not arena.is_copy_of(fragment.groups[:-1])
     fragment.set_dtype(torch.bfloat16)
-    assert not arena.is_of(fragment.pieces)
+    assert not arena.is_copy_of(fragment.groups)
     fragment.set_dtype(model.dtype)
-    assert arena.is_of(fragment.pieces)
+    assert arena.is_copy_of(fragment.groups)
 
 
 def test_after_a_capture_that_broke_off_steps_are_as_ever(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tight = with_room(tiny_model, 0.0)
-    tight.residency.streams_all = True
+    tight.offloader.stream_all_weights = True
     latents, context, time = torch.randn(2, 4, 8, 8), torch.randn(2, 22, 32), torch.tensor(500.0)
 
-    def refuse(_: Stream) -> None:
+    def refuse(_: LayerStream) -> None:
         raise RuntimeError("operation failed due to a previous error during capture")
 
     def broken_off() -> None:
-        with pytest.MonkeyPatch.context() as patch, tight.residency.capturing(2):
-            patch.setattr(Stream, "close", refuse)
+        with pytest.MonkeyPatch.context() as patch, tight.offloader.capturing(2):
+            patch.setattr(LayerStream, "close", refuse)
             tight.predict_noise(latents, time, context)
 
-    with torch.no_grad(), tight.residency.holding(tight.encode_fragment, tight.decode_fragment):
+    with torch.no_grad(), tight.offloader.holding(tight.encode_fragment, tight.decode_fragment):
         expected = [tight.predict_noise(latents, time, context) for _ in range(2)][1]
         with pytest.raises(RuntimeError, match="previous error"):
             broken_off()
-        assert tight.residency.stream is not None
-        assert tight.residency.stream.begins
-        assert tight.residency.stream.last is None
+        assert tight.offloader.stream is not None
+        assert tight.offloader.stream.begins
+        assert tight.offloader.stream.last is None
         assert torch.equal(tight.predict_noise(latents, time, context), expected)
 
 
@@ -157,19 +159,19 @@ def test_a_captured_step_copies_each_piece_once_and_leaves_nothing_under_way(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tight = with_room(tiny_model, 0.0)
-    tight.residency.streams_all = True
+    tight.offloader.stream_all_weights = True
     latents, context, time = torch.randn(2, 4, 8, 8), torch.randn(2, 22, 32), torch.tensor(500.0)
-    fetch, fetched = Stream.fetch, []
+    fetch, fetched = LayerStream.fetch, []
 
-    def watched(stream: Stream, number: int, slot: int) -> None:
+    def watched(stream: LayerStream, number: int, slot: int) -> None:
         fetched.append(number)
         fetch(stream, number, slot)
 
-    monkeypatch.setattr(Stream, "fetch", watched)
-    with torch.no_grad(), tight.residency.holding(tight.encode_fragment, tight.decode_fragment):
+    monkeypatch.setattr(LayerStream, "fetch", watched)
+    with torch.no_grad(), tight.offloader.holding(tight.encode_fragment, tight.decode_fragment):
         said = [tight.predict_noise(latents, time, context) for _ in range(2)]
         fetched.clear()
-        with tight.residency.capturing(2):
+        with tight.offloader.capturing(2):
             said.append(tight.predict_noise(latents, time, context))
         assert fetched == list(range(len(fetched)))
         assert len(fetched) > 2

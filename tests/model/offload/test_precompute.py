@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from tests.support.tiny_models import TEXT_WIDTH
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.model.sampling.samplers import times_of
+from tinysd_batch.model.sampling.samplers import get_timesteps
 
 TIMES = (981.0, 535.955, 1.0)
 
@@ -31,24 +31,24 @@ def test_the_noise_is_diffusers(
 ) -> None:
     model = TinySD.from_pretrained(float_model, device="cpu", unet_bs=unet_bs)
     latents, context = torch.randn(4, 4, 8, 8), torch.randn(2, 22, TEXT_WIDTH)[[0, 1, 1, 0]]
-    with torch.no_grad(), model.residency.holding(model.encode_fragment, model.decode_fragment):
+    with torch.no_grad(), model.offloader.holding(model.encode_fragment, model.decode_fragment):
         ours = model.predict_noise(latents, torch.tensor(time), context)
         theirs = whole(latents, torch.tensor(time), context).sample
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_layers_are_not_on_the_device_and_work_once(model: TinySD) -> None:
-    layers = [layer for layer, _ in [*model.hoisted.of_time, *model.hoisted.of_text]]
+    layers = [layer for layer, _ in [*model.precomputed.time_layers, *model.precomputed.context_layers]]
     calls: list[int] = []
     for layer in layers:
         layer.register_forward_pre_hook(lambda *_: calls.append(model.encode_fragment.is_onloaded))
     model.generate(["cat", "dog"], 1, num_inference_steps=3)
     prompts = 3  # the empty one, too
-    assert calls == [False] * (len(model.hoisted.of_time) + prompts * len(model.hoisted.of_text))
+    assert calls == [False] * (len(model.precomputed.time_layers) + prompts * len(model.precomputed.context_layers))
     assert not {id(layer) for layer in layers} & {id(layer) for layer in model.unet.modules()}
-    assert not model.hoisted.fragment.is_onloaded
+    assert not model.precomputed.fragment.is_onloaded
     model.generate(["dog"], 2, num_inference_steps=3)
-    assert len(calls) == len(model.hoisted.of_time) + prompts * len(model.hoisted.of_text)
+    assert len(calls) == len(model.precomputed.time_layers) + prompts * len(model.precomputed.context_layers)
 
 
 def test_what_was_drawn_before_changes_no_bit(float_model: Path, model: TinySD) -> None:
@@ -62,8 +62,8 @@ def test_what_was_drawn_before_changes_no_bit(float_model: Path, model: TinySD) 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_all_timesteps_are_known_before_the_loop(model: TinySD, sampler: str, steps: int) -> None:
     asked: list[float] = []
-    at = model.hoisted.at
-    model.hoisted.at = lambda time, *rest: (asked.append(time), at(time, *rest))[1]  # type: ignore[method-assign, func-returns-value]
+    at = model.precomputed.set_timestep
+    model.precomputed.set_timestep = lambda time, *rest: (asked.append(time), at(time, *rest))[1]  # type: ignore[method-assign, func-returns-value]
     model.generate("cat", 1, num_inference_steps=steps, sampler=sampler)
-    assert tuple(asked) == times_of(sampler, steps, model.schedule)
-    assert set(asked) == set(model.hoisted.times)
+    assert tuple(asked) == get_timesteps(sampler, steps, model.schedule)
+    assert set(asked) == set(model.precomputed.times)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from tests.support.fake_cuda.device import Card
+from tests.support.fake_cuda.device import FakeCudaDevice
 from tinysd_batch.model.packed import cuda_kernel, dequantize, fbgemm
-from tinysd_batch.model.packed.format import ROW, Layout, Weight
+from tinysd_batch.model.packed.format import WHOLE_ROW, Layout, PackedWeight
 
 
-def random_weight(layout: Layout, columns: int) -> Weight:
+def random_weight(layout: Layout, columns: int) -> PackedWeight:
     generator = torch.Generator().manual_seed(1)
     tensors = {
         name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, generator=generator).to(kind)
@@ -21,20 +21,20 @@ def random_weight(layout: Layout, columns: int) -> Weight:
 
 
 IN_GROUPS = [Layout(2, 64), Layout(2, 16), Layout(4, 64), Layout(8, 32), Layout(2, 256)]
-IN_ROWS = [Layout(2, ROW), Layout(4, ROW), Layout(8, ROW), Layout(2, None), Layout(8, None)]
+IN_ROWS = [Layout(2, WHOLE_ROW), Layout(4, WHOLE_ROW), Layout(8, WHOLE_ROW), Layout(2, None), Layout(8, None)]
 CASES = [*((layout, 768) for layout in IN_GROUPS + IN_ROWS), *((layout, 36) for layout in IN_ROWS)]
 
 
-@pytest.mark.parametrize("dtype", cuda_kernel.OUTS, ids=str)
+@pytest.mark.parametrize("dtype", cuda_kernel.OUTPUT_TYPES, ids=str)
 @pytest.mark.parametrize(("layout", "columns"), CASES, ids=str)
 def test_kernels_unpack_to_the_bit_as_plain_torch_does(
-    card: Card | None, layout: Layout, columns: int, dtype: torch.dtype
+    card: FakeCudaDevice | None, layout: Layout, columns: int, dtype: torch.dtype
 ) -> None:
     device = torch.device("cuda", 0)
     weight = random_weight(layout, columns)
     found = torch.zeros(weight.shape, dtype=dtype, device=device)
-    dequantize.unpack_by_kernel(weight.with_each(lambda tensor: tensor.to(device)), found)
-    expected = dequantize.unpack(weight, torch.empty(weight.shape, dtype=dtype), fbgemm.unpack_rows_torch)
+    dequantize.dequantize_with_kernel(weight.map_tensors(lambda tensor: tensor.to(device)), found)
+    expected = dequantize.dequantize(weight, torch.empty(weight.shape, dtype=dtype), fbgemm.dequantize_rows_torch)
     assert torch.equal(found.cpu(), expected)
     assert card is None or card.counts["launched"] == 1
 

@@ -11,21 +11,27 @@ from torch import nn
 from tests.support.session import examples
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.chunking import USUAL_BYTES, in_parts_of
-from tinysd_batch.model.offload.peak_memory import LivePeak
+from tinysd_batch.model.chunking import DEFAULT_CHUNK_BYTES, limit_chunk_bytes
+from tinysd_batch.model.offload.peak_memory import PeakMemoryTracker
 from tinysd_batch.model.packed import dequantize, fbgemm, format, layers
-from tinysd_batch.model.packed.fbgemm import unpack_by_rows
-from tinysd_batch.model.packed.format import ROW, Layout, RowWeight, Weight, WholeRowWeight
-from tinysd_batch.model.packed.layers import PackedConv2d, PackedLayer, keep_unpacked, packed_like, scratch_bytes
+from tinysd_batch.model.packed.fbgemm import dequantize_by_rows
+from tinysd_batch.model.packed.format import WHOLE_ROW, AffineRowWeight, Layout, PackedWeight, ZeroPointRowWeight
+from tinysd_batch.model.packed.layers import (
+    PackedConv2d,
+    PackedLayer,
+    keep_dequantized,
+    make_packed_layer,
+    required_scratch_bytes,
+)
 from tinysd_batch.quantize.solve.affine import quantize_matrix
 
-BITS = st.sampled_from(format.BITS)
+BITS = st.sampled_from(format.SUPPORTED_BITS)
 LAYOUTS = [
-    Layout(2, 64), Layout(2, 16), Layout(4, 32), Layout(8, 64), Layout(2, 128), Layout(2, 256), Layout(2, ROW),
-    Layout(8, ROW), Layout(2, None), Layout(8, None),
+    Layout(2, 64), Layout(2, 16), Layout(4, 32), Layout(8, 64), Layout(2, 128), Layout(2, 256), Layout(2, WHOLE_ROW),
+    Layout(8, WHOLE_ROW), Layout(2, None), Layout(8, None),
 ]  # fmt: skip
 COLUMNS = 768  # which all of them divide
-SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(format.GROUPS))
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from(format.GROUP_SIZES))
 
 
 @given(st.integers(1, 7), st.integers(1, 40), BITS, st.integers(0, 2**32 - 1))
@@ -48,16 +54,16 @@ def random_rows(count: int, group: int, bits: int, seed: int) -> torch.Tensor:
     codes = torch.randint(0, 256, (count, group * bits // 8), dtype=torch.uint8, generator=generator)
     numbers = torch.randint(-(2**15), 2**15, (count, 2), generator=generator).to(torch.int16).view(torch.float16)
     finite = torch.where(numbers.isfinite(), numbers, torch.zeros_like(numbers))
-    return fbgemm.fbgemm_rows(codes, finite, bits)
+    return fbgemm.to_fbgemm_rows(codes, finite, bits)
 
 
 @pytest.mark.skipif(
     not fbgemm.has_fbgemm(), reason="this torch has no FBGEMM operator, so the program uses plain torch"
 )
-@given(st.integers(1, 5000), st.sampled_from(format.GROUPS), BITS, st.integers(0, 2**32 - 1))
+@given(st.integers(1, 5000), st.sampled_from(format.GROUP_SIZES), BITS, st.integers(0, 2**32 - 1))
 def test_fbgemm_and_plain_torch_agree_to_the_bit(count: int, group: int, bits: int, seed: int) -> None:
     rows = random_rows(count, group, bits, seed)
-    assert torch.equal(fbgemm.unpack_rows_fbgemm(rows, bits), fbgemm.unpack_rows_torch(rows, bits))
+    assert torch.equal(fbgemm.dequantize_rows_fbgemm(rows, bits), fbgemm.dequantize_rows_torch(rows, bits))
 
 
 @given(SHAPES, BITS, st.integers(0, 2**32 - 1))
@@ -66,7 +72,7 @@ def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], bit
     matrix = torch.randn(out, groups * size, generator=torch.Generator().manual_seed(seed))
     weight = quantize_matrix(matrix, size, bits)
     assert weight.layout == Layout(bits, size)
-    scale, offset = format.affine_parameters(weight)
+    scale, offset = format.get_scales_and_offsets(weight)
     codes = format.unpack_codes(weight.qweight, bits).view(out, groups, size).float()
     expected = codes * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
     assert torch.equal(dense(weight).view(out, groups, size), expected)
@@ -76,22 +82,22 @@ def test_rows_hold_code_times_scale_plus_offset(shape: tuple[int, int, int], bit
 def test_a_whole_row_is_one_group_without_its_table(rows: int, quads: int, bits: int, seed: int) -> None:
     matrix = torch.randn(rows, 4 * quads, generator=torch.Generator().manual_seed(seed))
     group = quantize_matrix(matrix, 4 * quads, bits)
-    row = group.stored_as(Layout(bits, ROW))
-    assert isinstance(row, WholeRowWeight)
+    row = group.convert_to(Layout(bits, WHOLE_ROW))
+    assert isinstance(row, AffineRowWeight)
     assert set(row.tensors()) == {"qweight", "qaffine"}
     assert torch.equal(dense(row), dense(group))
 
 
-def random_row_weight(rows: int, columns: int, bits: int, seed: int) -> RowWeight:
+def random_row_weight(rows: int, columns: int, bits: int, seed: int) -> ZeroPointRowWeight:
     """As the origin's checkpoint may hold it."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8, generator=generator)
     zero = torch.randint(0, 2**bits, (rows,), generator=generator).to(torch.uint8)
     delta = torch.randn(rows, generator=generator).abs() * 10 ** torch.randn(rows, generator=generator)
-    return RowWeight(codes, zero, delta.view(torch.int32), bits=bits)
+    return ZeroPointRowWeight(codes, zero, delta.view(torch.int32), bits=bits)
 
 
-def random_weight(layout: Layout, rows: int) -> Weight:
+def random_weight(layout: Layout, rows: int) -> PackedWeight:
     """Of COLUMNS columns, in any layout."""
     generator = torch.Generator().manual_seed(5)
     tensors = {
@@ -115,12 +121,14 @@ def test_rows_of_the_origin_are_code_less_zero_times_delta(rows: int, quads: int
 @given(st.integers(1, 400), st.sampled_from([64, 640, 5760]), st.integers(0, 2**32 - 1))
 def test_all_ways_of_unpacking_agree_to_the_bit(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    weights: list[Weight] = [quantize_matrix(matrix, 64, bits) for bits in format.BITS]
-    whole = [quantize_matrix(matrix, columns, bits).stored_as(Layout(bits, ROW)) for bits in format.BITS]
+    weights: list[PackedWeight] = [quantize_matrix(matrix, 64, bits) for bits in format.SUPPORTED_BITS]
+    whole = [
+        quantize_matrix(matrix, columns, bits).convert_to(Layout(bits, WHOLE_ROW)) for bits in format.SUPPORTED_BITS
+    ]
     for weight in (*weights, *whole, random_row_weight(rows, columns, 2, seed)):
-        by_torch = dequantize.unpack(weight, torch.empty(rows, columns), fbgemm.unpack_rows_torch)
+        by_torch = dequantize.dequantize(weight, torch.empty(rows, columns), fbgemm.dequantize_rows_torch)
         assert torch.equal(dense(weight), by_torch)
-        assert torch.equal(unpack_by_rows(weight, torch.empty(rows, columns)), by_torch)
+        assert torch.equal(dequantize_by_rows(weight, torch.empty(rows, columns)), by_torch)
 
 
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,9 +141,9 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_neither_steps_nor_addresses_change_a_bit(monkeypatch: pytest.MonkeyPatch, layout: Layout, lines: int) -> None:
     weight = random_weight(layout, 11)
-    expected = dequantize.unpack(weight, torch.empty(weight.shape), fbgemm.unpack_rows_torch)
-    monkeypatch.setattr(fbgemm, "UNPACK_WEIGHTS", lines * (layout.group_size or COLUMNS))
-    for unpack in (dequantize.unpack, unpack_by_rows):
+    expected = dequantize.dequantize(weight, torch.empty(weight.shape), fbgemm.dequantize_rows_torch)
+    monkeypatch.setattr(fbgemm, "WEIGHTS_PER_STEP", lines * (layout.group_size or COLUMNS))
+    for unpack in (dequantize.dequantize, dequantize_by_rows):
         for changed in (weight, replace(weight, qweight=shifted(weight.qweight))):
             assert torch.equal(unpack(changed, torch.empty(weight.shape)), expected)
         assert torch.equal(unpack(weight.cut(slice(3, 9)), torch.empty(6, COLUMNS)), expected[3:9])
@@ -143,17 +151,17 @@ def test_neither_steps_nor_addresses_change_a_bit(monkeypatch: pytest.MonkeyPatc
 
 def test_what_unpacking_takes_is_seen_without_values() -> None:
     """Rows and floats of one step at least, and not twice as much."""
-    weight = random_weight(Layout(2, 64), 1).with_each(lambda one: one.to("meta").expand(2048, -1).contiguous())
+    weight = random_weight(Layout(2, 64), 1).map_tensors(lambda one: one.to("meta").expand(2048, -1).contiguous())
     out = torch.empty(weight.shape, device="meta")
-    with torch.device("meta"), LivePeak() as live:
-        live.leave_out([*weight.tensors().values(), out])
-        unpack_by_rows(weight, out)
-    assert 4 * fbgemm.UNPACK_WEIGHTS <= live.peak < 8 * fbgemm.UNPACK_WEIGHTS
+    with torch.device("meta"), PeakMemoryTracker() as live:
+        live.exclude([*weight.tensors().values(), out])
+        dequantize_by_rows(weight, out)
+    assert 4 * fbgemm.WEIGHTS_PER_STEP <= live.peak_bytes < 8 * fbgemm.WEIGHTS_PER_STEP
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_survives_the_configuration(layout: Layout) -> None:
-    assert Layout.of_entry(layout.entry((8, 64))) == layout
+    assert Layout.from_config_entry(layout.to_config_entry((8, 64))) == layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -178,7 +186,7 @@ def test_a_weight_takes_the_bytes_that_its_layout_says(layout: Layout) -> None:
 )  # fmt: skip
 def test_other_layouts_are_refused(entry: dict[str, object]) -> None:
     with pytest.raises(ModelError, match=r"a layer at 2, 4 or 8 bits in groups of 16, 32, 64, 128 or 256 was expected"):
-        Layout.of_entry(entry)
+        Layout.from_config_entry(entry)
 
 
 def test_a_layout_does_not_store_half_a_group() -> None:
@@ -193,7 +201,7 @@ def test_more_bits_lose_less(bits: int, least_db: float) -> None:
     assert float(-10 * error.log10()) > least_db
 
 
-def fill(layer: PackedLayer, weight: Weight, bias: torch.Tensor | None) -> None:
+def fill(layer: PackedLayer, weight: PackedWeight, bias: torch.Tensor | None) -> None:
     for name, tensor in weight.tensors().items():
         setattr(layer, name, tensor)
     if bias is not None:
@@ -201,12 +209,12 @@ def fill(layer: PackedLayer, weight: Weight, bias: torch.Tensor | None) -> None:
 
 
 def matrix(layer: PackedLayer) -> torch.Tensor:
-    ((whole, _),) = layer.parts(torch.float32)
+    ((whole, _),) = layer.dequantized_chunks(torch.float32)
     return whole
 
 
-def dense(weight: Weight) -> torch.Tensor:
-    return dequantize.unpack(weight, torch.empty(weight.shape))
+def dense(weight: PackedWeight) -> torch.Tensor:
+    return dequantize.dequantize(weight, torch.empty(weight.shape))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -214,7 +222,7 @@ def test_packed_linear_is_a_linear_layer_on_the_unpacked_weight(bias: bool) -> N
     torch.manual_seed(1)
     linear = nn.Linear(96, 20, bias=bias)
     weight = quantize_matrix(linear.weight.detach(), 32)
-    layer = packed_like(linear, weight.layout)
+    layer = make_packed_layer(linear, weight.layout)
     fill(layer, weight, linear.bias.detach() if bias else None)
     x = torch.randn(3, 5, 96)
     assert torch.equal(layer(x), F.linear(x, dense(weight), linear.bias))
@@ -225,7 +233,7 @@ def test_packed_convolution_is_a_convolution_with_the_unpacked_weight(kernel: in
     torch.manual_seed(2)
     conv = nn.Conv2d(64, 24, kernel, stride, padding)
     weight = quantize_matrix(format.to_matrix(conv.weight.detach()), 64)
-    layer = packed_like(conv, weight.layout)
+    layer = make_packed_layer(conv, weight.layout)
     fill(layer, weight, conv.bias.detach() if conv.bias is not None else None)
     x = torch.randn(2, 64, 9, 7)
     kernels = dense(weight).view(24, kernel, kernel, 64).permute(0, 3, 1, 2)
@@ -235,11 +243,11 @@ def test_packed_convolution_is_a_convolution_with_the_unpacked_weight(kernel: in
 
 def test_layers_share_a_buffer_and_kept_ones_do_not() -> None:
     torch.manual_seed(3)
-    first, second = (packed_like(nn.Linear(64, 8), Layout(2, 64)) for _ in range(2))
+    first, second = (make_packed_layer(nn.Linear(64, 8), Layout(2, 64)) for _ in range(2))
     for layer in (first, second):
         fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     assert matrix(first).data_ptr() == matrix(second).data_ptr()
-    keep_unpacked(first)
+    keep_dequantized(first)
     kept = matrix(first)
     before = kept.clone()
     matrix(second)
@@ -253,15 +261,15 @@ def test_what_is_reserved_to_unpack_in_is_what_layers_use(tiny_model: Path, monk
     monkeypatch.setattr(dequantize.SCRATCH, "buffers", {})
     model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
     dequantize.SCRATCH.release(torch.device("cpu"))
-    with torch.no_grad(), model.residency.holding(model.encode_fragment, model.decode_fragment):
+    with torch.no_grad(), model.offloader.holding(model.encode_fragment, model.decode_fragment):
         model.predict_noise(torch.randn(1, 4, 8, 8), torch.tensor(500.0), torch.randn(1, 22, 32))
     used = dequantize.SCRATCH.buffers[torch.device("cpu")].numel()
-    assert used == scratch_bytes(model.unet, model.dtype) > 0
+    assert used == required_scratch_bytes(model.unet, model.dtype) > 0
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dequantize.SCRATCH, "buffers", {})
-    layer = packed_like(nn.Linear(64, 8), Layout(2, 64))
+    layer = make_packed_layer(nn.Linear(64, 8), Layout(2, 64))
     fill(layer, quantize_matrix(torch.randn(8, 64), 64), None)
     with torch.inference_mode():
         first = matrix(layer).clone()
@@ -275,14 +283,14 @@ def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) ->
     maps = torch.randn(2, 64, 5, 5).to(dtype)
     whole: list[torch.Tensor] = []
     parts: list[torch.Tensor] = []
-    for results, room in ((whole, USUAL_BYTES), (parts, 7 * 64 * 4)):
+    for results, room in ((whole, DEFAULT_CHUNK_BYTES), (parts, 7 * 64 * 4)):
         for layer, x in ((linear, maps.flatten(2).mT), (conv, maps)):
             weight = quantize_matrix(format.to_matrix(layer.weight.detach()), 64)
-            layers = packed_like(layer, weight.layout)
+            layers = make_packed_layer(layer, weight.layout)
             fill(layers, weight, layer.bias.detach().to(dtype))  # type: ignore[union-attr]
-            with in_parts_of(room):
+            with limit_chunk_bytes(room):
                 results.append(layers(x).float())
-                assert (len(list(layers.parts(dtype))) > 1) == (results is parts)
+                assert (len(list(layers.dequantized_chunks(dtype))) > 1) == (results is parts)
     torch.testing.assert_close(parts, whole, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-2)
 
 
@@ -290,27 +298,27 @@ def test_a_matrix_larger_than_the_buffer_is_used_in_parts(dtype: torch.dtype) ->
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_unpacking_to_half_precision_rounds_once(layout: Layout, dtype: torch.dtype) -> None:
     weight = random_weight(layout, 6)
-    assert torch.equal(dequantize.unpack(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
+    assert torch.equal(dequantize.dequantize(weight, torch.empty(6, COLUMNS, dtype=dtype)), dense(weight).to(dtype))
 
 
 @given(st.integers(1, 3000), st.integers(1, 12000), st.integers(1, 2**24))
 def test_parts_fit_and_are_whole_blocks(rows: int, columns: int, most_bytes: int) -> None:
-    found = dequantize.rows_at_once(rows, columns, torch.bfloat16, most_bytes)
+    found = dequantize.rows_per_chunk(rows, columns, torch.bfloat16, most_bytes)
     assert 1 <= found <= rows
     assert (found - 1) * columns * 2 < most_bytes
-    assert found == rows or found < dequantize.BLOCK_ROWS or found % dequantize.BLOCK_ROWS == 0
+    assert found == rows or found < dequantize.ONEDNN_BLOCK_ROWS or found % dequantize.ONEDNN_BLOCK_ROWS == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_convolution_of_a_small_map_is_done_in_parts(monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
     torch.manual_seed(6)
     conv = nn.Conv2d(64, 200, 3, padding=1)
-    layer = packed_like(conv, Layout(2, 64))
+    layer = make_packed_layer(conv, Layout(2, 64))
     weight = quantize_matrix(format.to_matrix(conv.weight.detach()), 64)
     fill(layer, weight, conv.bias.detach() if conv.bias is not None else None)
-    layer.keeps_unpacked = kept
+    layer.keeps_dequantized = kept
     kernels = dense(weight).view(200, 3, 3, 64).permute(0, 3, 1, 2)
-    monkeypatch.setattr(layers, "COPIED_BYTES", 70 * 576 * 4)
+    monkeypatch.setattr(layers, "MAX_ONEDNN_COPY_BYTES", 70 * 576 * 4)
     counted: list[int] = []
     convolve = PackedConv2d.convolve
 
@@ -333,4 +341,4 @@ def test_tap_major_order() -> None:
 
 @pytest.mark.parametrize(("columns", "size"), [(576, 64), (288, 32), (144, 16), (36, None), (8, None)])
 def test_group_size_is_the_largest_that_divides(columns: int, size: int | None) -> None:
-    assert format.group_size_for(columns) == size
+    assert format.choose_group_size(columns) == size

@@ -13,8 +13,8 @@ from tests.support.jobs import read_results
 from tests.support.program import run_here
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.model.sampling.cuda_noise import ONE_WAVE, CudaNoise, philox
-from tinysd_batch.model.sampling.schedule import draw_noise
+from tinysd_batch.model.sampling.cuda_noise import MAX_NOISE_ELEMENTS, CudaNoiseGenerator, philox
+from tinysd_batch.model.sampling.schedule import sample_noise
 
 # torch.manual_seed(0); torch.randn(8, 8, device="cuda"), as printed in public notebooks: its first rows.
 SEED_0 = [
@@ -25,7 +25,7 @@ SEED_0 = [
 
 
 def test_the_numbers_of_a_card() -> None:
-    drawn = CudaNoise(0).randn((8, 8))
+    drawn = CudaNoiseGenerator(0).randn((8, 8))
     torch.testing.assert_close(drawn[:3], torch.tensor(SEED_0), rtol=0, atol=6e-5)
 
 
@@ -44,30 +44,30 @@ def test_the_generators_own_known_answers() -> None:
 
 
 def test_draws_follow_each_other_and_seeds_differ() -> None:
-    one, same, other = CudaNoise(7), CudaNoise(7), CudaNoise(7 + 2**32)
+    one, same, other = CudaNoiseGenerator(7), CudaNoiseGenerator(7), CudaNoiseGenerator(7 + 2**32)
     first, second = one.randn((4, 9)), one.randn((4, 9))
     assert not torch.equal(first, second)
     assert torch.equal(same.randn((6, 6)).view(4, 9), first)
     assert not torch.equal(other.randn((4, 9)), first)
-    assert abs(CudaNoise(1).randn((ONE_WAVE,)).std() - 1) < 0.02
+    assert abs(CudaNoiseGenerator(1).randn((MAX_NOISE_ELEMENTS,)).std() - 1) < 0.02
 
 
 def test_each_image_has_its_own() -> None:
-    both = draw_noise([CudaNoise(3), Generator().manual_seed(3)], (4, 8, 8))
-    assert torch.equal(both[0], CudaNoise(3).randn((4, 8, 8)))
+    both = sample_noise([CudaNoiseGenerator(3), Generator().manual_seed(3)], (4, 8, 8))
+    assert torch.equal(both[0], CudaNoiseGenerator(3).randn((4, 8, 8)))
     assert torch.equal(both[1], torch.randn((4, 8, 8), generator=Generator().manual_seed(3)))
 
 
 def test_beyond_one_wave_it_is_refused() -> None:
     with pytest.raises(UsageError, match="each card draws noise of its own"):
-        CudaNoise(0).randn((ONE_WAVE + 1,))
+        CudaNoiseGenerator(0).randn((MAX_NOISE_ELEMENTS + 1,))
 
 
 def test_a_picture_by_a_cards_noise(tiny_model: Path) -> None:
     model = TinySD.from_pretrained(tiny_model, device="cpu")
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "sampler": "ddim", "eta": 0.5}
     ours = model.generate("cat", 5, rng="cuda", **options).images
-    noise = CudaNoise(5)
+    noise = CudaNoiseGenerator(5)
     given = model.generate("cat", 5, latents=noise.randn(ours.shape[1:])[None], rng="cuda", **options).images
     plain = model.generate("cat", 5, **options).images
     assert not torch.equal(ours, plain)

@@ -21,10 +21,10 @@ from tests.support.program import run_here
 from tests.support.schedules import ALPHAS, SD_V1
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.json_file import read_json
-from tinysd_batch.model.sampling.noise_correction import ENTRY, Knot, NoiseCorrection, write_correction
+from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.model.sampling.noise_correction import CONFIG_KEY, Knot, NoiseCorrection, write_correction
 from tinysd_batch.model.sampling.samplers import sample
-from tinysd_batch.model.sampling.schedule import Run, draw_noise
+from tinysd_batch.model.sampling.schedule import SamplingRun, sample_noise
 
 BIAS = [0.1, 0.0, -0.1, 0.2]
 CORRECTION = NoiseCorrection(
@@ -71,9 +71,9 @@ def test_what_a_model_adds_is_taken_away(slope: float, bias: list[float], time: 
 
 
 def test_between_knots_numbers_are_interpolated_and_beyond_them_they_stay() -> None:
-    assert CORRECTION.at(451) == pytest.approx([-0.2, 0.3, 0.05, 0.0, -0.05, 0.1])
-    assert CORRECTION.at(0) == CORRECTION.at(1)
-    assert CORRECTION.at(999) == CORRECTION.at(901)
+    assert CORRECTION.interpolate(451) == pytest.approx([-0.2, 0.3, 0.05, 0.0, -0.05, 0.1])
+    assert CORRECTION.interpolate(0) == CORRECTION.interpolate(1)
+    assert CORRECTION.interpolate(999) == CORRECTION.interpolate(901)
 
 
 def test_a_folder_with_a_correction_draws_and_is_called_otherwise(model: TinySD, tiny_model: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_job_that_goes_on_keeps_its_ids_and_pictures(corrected: Path, tiny_mod
 
 def test_samplers_draw_less_noise_only_where_the_correction_says_so(model: TinySD) -> None:
     less = {sampler: draw(model, ["cat"], [1], sampler=sampler) for sampler in ("euler_a", "euler")}
-    model.correction = CORRECTION.absorbing(False)
+    model.correction = CORRECTION.with_absorbs(False)
     assert not torch.equal(less["euler_a"], draw(model, ["cat"], [1], sampler="euler_a"))
     assert torch.equal(less["euler"], draw(model, ["cat"], [1], sampler="euler"))
     model.correction = CORRECTION
@@ -142,8 +142,8 @@ def test_errors_do_for_noise(sampler: str) -> None:
             return share * latents + error * torch.randn(latents.shape, generator=errors)
 
         generators = [Generator().manual_seed(2)]
-        run = Run(predict, 20, SD_V1, generators, eta=1.0, deviation=lambda _: deviation)
-        return float(sample(sampler, run, draw_noise(generators, (4, 64, 64))).var())
+        run = SamplingRun(predict, 20, SD_V1, generators, eta=1.0, deviation=lambda _: deviation)
+        return float(sample(sampler, run, sample_noise(generators, (4, 64, 64))).var())
 
     wanted = variance(0.0, 0.0)
     assert abs(variance(0.3, 0.3) - wanted) < 0.5 * (variance(0.3, 0.0) - wanted)
@@ -207,10 +207,10 @@ def test_a_damaged_correction_is_refused_by_name(
     folder = tmp_path / "model"
     shutil.copytree(corrected, folder)
     path = folder / "unet" / "config.json"
-    config = read_json(path)
-    change(config["quantization_config"][ENTRY])
+    config = read_json_object(path)
+    change(config["quantization_config"][CONFIG_KEY])
     path.write_text(json.dumps(config))
-    named = rf"{path}: {ENTRY}.*{message}"
+    named = rf"{path}: {CONFIG_KEY}.*{message}"
     with pytest.raises(ModelError, match=named):
         TinySD.from_pretrained(folder)
     with pytest.raises(ModelError, match=named):
@@ -221,8 +221,8 @@ def test_an_entry_that_is_no_object_is_refused(corrected: Path, tmp_path: Path) 
     folder = tmp_path / "model"
     shutil.copytree(corrected, folder)
     path = folder / "unet" / "config.json"
-    config = read_json(path)
-    config["quantization_config"][ENTRY] = 3
+    config = read_json_object(path)
+    config["quantization_config"][CONFIG_KEY] = 3
     path.write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=rf"{path}: {ENTRY} = "):
+    with pytest.raises(ModelError, match=rf"{path}: {CONFIG_KEY} = "):
         TinySD.from_pretrained(folder)

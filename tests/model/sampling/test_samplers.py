@@ -13,10 +13,10 @@ from tests.support.schedules import ALPHAS, SD_V1
 from tests.support.tiny_stable_diffusion import CONTEXT, dequantized, unet_checkpoint
 from tinysd_batch.config import SAMPLERS, find_sampler
 from tinysd_batch.errors import ModelError, UsageError
-from tinysd_batch.model.sampling.ddim_plms import levels
-from tinysd_batch.model.sampling.samplers import new_scheduler, sample
-from tinysd_batch.model.sampling.schedule import Run, alphas_cumprod, draw_noise
-from tinysd_batch.model.sampling.sigma_samplers import Sigmas
+from tinysd_batch.model.sampling.ddim_plms import iter_ddim_steps
+from tinysd_batch.model.sampling.samplers import build_scheduler, sample
+from tinysd_batch.model.sampling.schedule import SamplingRun, compute_alphas_cumprod, sample_noise
+from tinysd_batch.model.sampling.sigma_samplers import SigmaSchedule
 
 SIGMAS = np.sqrt((1 - ALPHAS) / ALPHAS)
 SHAPE = (4, 8, 8)
@@ -116,14 +116,14 @@ def origin_sigmas(name: str, predict: Predict, unit: Tensor, steps: int, noise: 
 def test_final_latents_are_the_origins(predict: Predict, name: str, eta: float) -> None:
     def start() -> tuple[Generator, Tensor]:
         generator = Generator().manual_seed(5)
-        return generator, draw_noise([generator], SHAPE)
+        return generator, sample_noise([generator], SHAPE)
 
     generator, unit = start()
-    ours = sample(name, Run(predict, STEPS, SD_V1, [generator], eta), unit)
+    ours = sample(name, SamplingRun(predict, STEPS, SD_V1, [generator], eta), unit)
     generator, unit = start()
 
     def noise() -> Tensor:
-        return draw_noise([generator], SHAPE).double()
+        return sample_noise([generator], SHAPE).double()
 
     if name in ("plms", "ddim"):
         theirs = origin_alphas(predict, unit.double(), STEPS, eta, noise, multistep=name == "plms")
@@ -147,8 +147,8 @@ def visit(name: str, steps: int, eta: float = 0.5) -> tuple[list[float], Tensor]
         return toy(latents, time)
 
     generator = Generator().manual_seed(2)
-    unit = draw_noise([generator], (4, 2, 2))
-    return times, sample(name, Run(predict, steps, SD_V1, [generator], eta), unit)
+    unit = sample_noise([generator], (4, 2, 2))
+    return times, sample(name, SamplingRun(predict, steps, SD_V1, [generator], eta), unit)
 
 
 EVALUATIONS = {"plms": (1, 1), "heun": (2, -1), "dpm2": (2, 0), "dpm2_a": (2, 0)}  # per step, and besides
@@ -178,8 +178,8 @@ SOME = (*range(1, 20), 37, 101, 333, 501, 999, 1000)  # drawn to the end; all wo
 FEW = (*range(1, 20), 37, 101, 333)
 
 
-def new_run(steps: int) -> Run:
-    return Run(toy, steps, SD_V1, [])
+def new_run(steps: int) -> SamplingRun:
+    return SamplingRun(toy, steps, SD_V1, [])
 
 
 def counted(thorough: bool) -> Iterable[int]:
@@ -195,10 +195,10 @@ THOROUGH = pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=
 def test_every_number_of_steps(name: str, thorough: bool) -> None:
     for steps in counted(thorough):
         if name in ("plms", "ddim"):
-            times = [level.time for level in levels(new_run(steps))]
+            times = [level.time for level in iter_ddim_steps(new_run(steps))]
             assert times[0] >= 999 - 1000 / steps
         else:
-            times = Sigmas.of(new_run(steps)).times.tolist()
+            times = SigmaSchedule.from_run(new_run(steps)).timesteps.tolist()
             assert times[0] == 999
         assert len(set(times)) == steps
         assert (times, min(times) >= 0) == (sorted(times, reverse=True), True)
@@ -211,7 +211,7 @@ def test_every_number_of_steps(name: str, thorough: bool) -> None:
 def test_every_number_of_steps_by_diffusers(name: str, thorough: bool) -> None:
     per_step, besides = EVALUATIONS.get(name, (1, 0))
     for steps in counted(thorough):
-        times = new_scheduler(*THEIRS[name], steps, SD_V1).timesteps
+        times = build_scheduler(*THEIRS[name], steps, SD_V1).timesteps
         assert len(times) == per_step * steps + besides
         assert len(times.unique()) == steps
         assert (float(times[0]), float(times.max())) == (999, 999)
@@ -236,8 +236,8 @@ def test_noise_comes_from_each_images_own_generator(name: str) -> None:
 
     def run(seeds: list[int]) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in seeds]
-        unit = draw_noise(generators, (4, 2, 2))
-        return sample(name, Run(toy, 6, SD_V1, generators, 0.5), unit)
+        unit = sample_noise(generators, (4, 2, 2))
+        return sample(name, SamplingRun(toy, 6, SD_V1, generators, 0.5), unit)
 
     together = run([1, 2, 3])
     for number, seed in enumerate((1, 2, 3)):
@@ -247,9 +247,9 @@ def test_noise_comes_from_each_images_own_generator(name: str) -> None:
 @pytest.mark.parametrize("name", ["euler_a", "dpm2_a", "ddim", "plms"])
 def test_fresh_noise_is_drawn_where_it_should_be(name: str) -> None:
     generator = Generator().manual_seed(1)
-    unit = draw_noise([generator], (4, 2, 2))
+    unit = sample_noise([generator], (4, 2, 2))
     before = generator.get_state()
-    sample(name, Run(toy, 4, SD_V1, [generator], eta=0.5), unit)
+    sample(name, SamplingRun(toy, 4, SD_V1, [generator], eta=0.5), unit)
     assert not torch.equal(before, generator.get_state())
 
 
@@ -274,4 +274,4 @@ def test_names_that_are_none(name: str) -> None:
 
 def test_a_schedule_that_is_not_stable_diffusions() -> None:
     with pytest.raises(ModelError, match="beta_schedule 'cosine'"):
-        alphas_cumprod({**SD_V1, "beta_schedule": "cosine"})
+        compute_alphas_cumprod({**SD_V1, "beta_schedule": "cosine"})

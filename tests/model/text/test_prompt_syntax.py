@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.checkpoint.info import embedded_path
-from tinysd_batch.model.text.prompt_syntax import SYNTAXES, Run, SubPrompt, parse_prompt
+from tinysd_batch.model.checkpoint.info import embedded_model_path
+from tinysd_batch.model.text.prompt_syntax import SYNTAXES, EmphasisSpan, SubPrompt, parse_prompt
 from tinysd_batch.model.text.tokenizer import read_tokenizer, tokenize_prompt
 
 
@@ -79,12 +79,12 @@ def test_weights_without_a_sensible_sum_are_refused(prompt: str) -> None:
 )
 def test_brackets(prompt: str, runs: list[tuple[str, float]]) -> None:
     (sub,) = parse_prompt(prompt, "a1111")
-    same([(run.text, run.emphasis) for run in sub.runs], runs)
+    same([(run.text, run.emphasis) for run in sub.spans], runs)
 
 
 def test_without_syntax_nothing_is_read_into_a_prompt() -> None:
     prompt = r"cat:1 (dog:2) \: [owl]"
-    assert parse_prompt(prompt, "none") == [SubPrompt(1.0, (Run(prompt),))]
+    assert parse_prompt(prompt, "none") == [SubPrompt(1.0, (EmphasisSpan(prompt),))]
 
 
 def test_a_syntax_that_is_none() -> None:
@@ -102,7 +102,7 @@ def test_any_text_parses_or_is_refused(prompt: str, syntax: str) -> None:
     except UsageError:
         return
     assert sum(part.weight for part in parts) == pytest.approx(1)
-    assert all(part.runs for part in parts)
+    assert all(part.spans for part in parts)
 
 
 @given(MARKS)
@@ -112,12 +112,12 @@ def test_brackets_lose_no_word(prompt: str) -> None:
     assert [mark for mark in sub.text if mark.isalpha()] == kept
 
 
-TOKENIZER = read_tokenizer(embedded_path() / "tokenizer")
+TOKENIZER = read_tokenizer(embedded_model_path() / "tokenizer")
 
 
 def pieces(prompt: str, syntax: str = "seed", *, long_prompts: bool = True) -> list[list[int]]:
     tokenized = tokenize_prompt(TOKENIZER, parse_prompt(prompt, syntax), 8, long_prompts=long_prompts)
-    return [list(piece.ids) for part in tokenized.parts for piece in part.pieces]
+    return [list(piece.ids) for part in tokenized.sub_prompts for piece in part.windows]
 
 
 def test_long_prompts_come_in_pieces_that_together_are_the_prompt() -> None:
@@ -138,11 +138,11 @@ def test_what_does_not_fit_is_counted_and_told() -> None:
     )
     assert tokenized.n_tokens == 8
     assert tokenized.truncated == "apple frog"
-    assert tokenized.n_pieces == 1
+    assert tokenized.n_windows == 1
 
 
 def test_emphasis_stays_on_its_words() -> None:
     tokenized = tokenize_prompt(TOKENIZER, parse_prompt("red (apple:2) [frog]", "a1111"), 8, long_prompts=False)
-    (piece,) = tokenized.parts[0].pieces
+    (piece,) = tokenized.sub_prompts[0].windows
     assert list(piece.emphasis) == pytest.approx([1, 1, 2, 1 / 1.1, 1, 1, 1, 1])
     assert list(piece.ids) == pieces("red apple frog", "none")[0]

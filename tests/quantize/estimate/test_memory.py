@@ -12,26 +12,26 @@ from diffusers import UNet2DConditionModel
 from tests.support.paths import ROOT
 from tests.support.program import run_here
 from tests.support.small_unet import RECIPE, small_unet
-from tinysd_batch.model.checkpoint.info import WEIGHTS
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
-from tinysd_batch.model.offload.peak_memory import LivePeak
-from tinysd_batch.quantize.calibrated import pairs
-from tinysd_batch.quantize.calibration.layerwise import Calibration, Pair, Use, after
-from tinysd_batch.quantize.calibration.trajectories import Rows
-from tinysd_batch.quantize.calibration.unet_segments import State, Walker
+from tinysd_batch.model.offload.peak_memory import PeakMemoryTracker
+from tinysd_batch.quantize.calibrated import make_state_pairs
+from tinysd_batch.quantize.calibration.layerwise import DataSplit, LayerwiseCalibration, StatePair, run_segment
+from tinysd_batch.quantize.calibration.trajectories import UNetInputs
+from tinysd_batch.quantize.calibration.unet_segments import ForwardState, SegmentedUNet
 from tinysd_batch.quantize.estimate import memory
 from tinysd_batch.quantize.estimate.memory import (
-    Place,
-    bytes_to_calibrate,
-    file_bytes,
-    places_of,
-    rows_of,
-    state_dtype,
-    widest_state,
+    SegmentMemory,
+    choose_state_dtype,
+    count_unet_inputs,
+    estimate_calibration_bytes,
+    estimate_unet_file_bytes,
+    largest_state_floats,
+    trace_segment_memory,
 )
-from tinysd_batch.quantize.presets import Size, layers_to_pack
+from tinysd_batch.quantize.presets import SizeTarget, get_preset_layouts
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Part
+from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent
 
 CPU = torch.device("cpu")
 SMAPS = Path("/proc/self/smaps")
@@ -41,7 +41,7 @@ def test_too_little_memory_is_said_with_need_and_have(
     float_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    monkeypatch.setattr(memory, "available_memory", lambda _: 300_000)
+    monkeypatch.setattr(memory, "get_available_memory_bytes", lambda _: 300_000)
     for options, advice in (
         (("--level", "fast"), ""),
         (("--level", "calib", "--recipe", "recipe.toml"), "fewer prompts"),
@@ -63,69 +63,77 @@ def test_too_small_a_disk_is_said_with_need_and_have(
 
 
 @pytest.fixture(scope="module")
-def sd_v1() -> Part:
+def sd_v1() -> SourceComponent:
     """SD v1's UNet, without weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return Part(dict(unet.config), {}, Path("nowhere"))
+    return SourceComponent(dict(unet.config), {}, Path("nowhere"))
 
 
 @pytest.fixture(scope="module")
-def places(sd_v1: Part) -> list[Place]:
-    return places_of(sd_v1)
+def places(sd_v1: SourceComponent) -> list[SegmentMemory]:
+    return trace_segment_memory(sd_v1)
 
 
-def test_at_sd_v1s_size_rows_wait_as_float16(sd_v1: Part, places: list[Place], tmp_path: Path) -> None:
+def test_at_sd_v1s_size_rows_wait_as_float16(
+    sd_v1: SourceComponent, places: list[SegmentMemory], tmp_path: Path
+) -> None:
     recipe = read_recipe(None)
-    assert state_dtype(sd_v1, recipe) is torch.float16
-    assert 2 * rows_of(recipe) * 2 * widest_state(places) < 5e9
-    small = Part(dict(small_unet().config), {}, tmp_path)
-    assert state_dtype(small, recipe) is torch.float32
+    assert choose_state_dtype(sd_v1, recipe) is torch.float16
+    assert 2 * count_unet_inputs(recipe) * 2 * largest_state_floats(places) < 5e9
+    small = SourceComponent(dict(small_unet().config), {}, tmp_path)
+    assert choose_state_dtype(small, recipe) is torch.float32
 
 
 def test_calibrating_takes_the_tensors_that_are_foretold(tmp_path: Path) -> None:
     """With layers that are solved in parts, and more rows than pass a unit together."""
     unet = small_unet().eval()
-    part = Part(dict(unet.config), unet.state_dict(), tmp_path)
+    part = SourceComponent(dict(unet.config), unet.state_dict(), tmp_path)
     recipe = Recipe(prompts=["a"] * 40, held_out=["b"] * 4, points=2, tokens=1024, sweeps=2, block=320)
     draw = torch.Generator().manual_seed(0)
 
-    def rows(count: int, use: Use) -> list[Pair]:
+    def rows(count: int, use: DataSplit) -> list[StatePair]:
         latents, context = (torch.randn(count, *shape, generator=draw) for shape in ((4, 16, 16), (8, 256)))
-        return list(pairs(Rows(latents, torch.full((count,), 500.0), context), CPU, use, torch.float32))
+        return list(
+            make_state_pairs(UNetInputs(latents, torch.full((count,), 500.0), context), CPU, use, torch.float32)
+        )
 
     # Of the unit where most is foretold; the others' layers are passed as floats.
     layouts = {
-        name: one for name, one in layers_to_pack(unet, "tiny").items() if name.startswith("up_blocks.1.resnets.0")
+        name: one for name, one in get_preset_layouts(unet, "tiny").items() if name.startswith("up_blocks.1.resnets.0")
     }
-    source, target = (Walker(part.config, part.tensors, CPU) for _ in range(2))
-    with LivePeak() as live:
-        live.leave_out(part.tensors.values())
+    source, target = (SegmentedUNet(part.config, part.tensors, CPU) for _ in range(2))
+    with PeakMemoryTracker() as live:
+        live.exclude(part.tensors.values())
         some = [*rows(140, "moments"), *rows(20, "tuning"), *rows(8, "held out")]
-        Calibration(source, target, layouts, recipe, {}, lambda *_: None).run(some)
-    foretold = bytes_to_calibrate(part, places_of(part), recipe) + file_bytes(unet, Size("tiny"))
-    assert 0.6 * foretold < live.peak < 1.1 * foretold
+        LayerwiseCalibration(source, target, layouts, recipe, {}, lambda *_: None).run(some)
+    foretold = estimate_calibration_bytes(part, trace_segment_memory(part), recipe) + estimate_unet_file_bytes(
+        unet, SizeTarget("tiny")
+    )
+    assert 0.6 * foretold < live.peak_bytes < 1.1 * foretold
 
 
-def test_at_sd_v1s_size_a_small_recipe_takes_under_three_gigabytes(sd_v1: Part, places: list[Place]) -> None:
+def test_at_sd_v1s_size_a_small_recipe_takes_under_three_gigabytes(
+    sd_v1: SourceComponent, places: list[SegmentMemory]
+) -> None:
     recipe = read_recipe(ROOT / "benchmarks" / "quantize" / "small_calib.toml")
-    assert 2e9 < bytes_to_calibrate(sd_v1, places, recipe) < 3e9
+    assert 2e9 < estimate_calibration_bytes(sd_v1, places, recipe) < 3e9
 
 
 def test_waiting_as_float16_changes_little() -> None:
     unet = small_unet().eval()
     generator = torch.Generator().manual_seed(1)
     latents, context = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 5, 256)))
-    walker = Walker(unet.config, unet.state_dict(), CPU)
+    walker = SegmentedUNet(unet.config, unet.state_dict(), CPU)
     said = []
     for dtype in (torch.float32, torch.float16):
-        state = State.of(latents, torch.tensor([1.0, 900.0]), context)
+        state = ForwardState.of(latents, torch.tensor([1.0, 900.0]), context)
         with torch.no_grad():
-            for unit in walker.units:
+            for unit in walker.segments:
                 walker.load(unit)
-                state = after(unit, walker.unet, state, dtype)
-                assert {one.dtype for one in (state.hidden, *state.skips)} == {dtype}
-        said.append(state.hidden.float())
+                state = run_segment(unit, walker.unet, state, dtype)
+                assert {one.dtype for one in (state.hidden_states, *state.skips)} == {dtype}
+        said.append(state.hidden_states.float())
     error = (said[0] - said[1]).square().sum() / said[0].square().sum()
     assert 0 < error < 1e-5
 
@@ -134,9 +142,9 @@ def test_waiting_as_float16_changes_little() -> None:
 def test_what_was_read_of_the_float_model_leaves_memory_again(tmp_path: Path) -> None:
     unet = small_unet().eval()
     unet.save_pretrained(tmp_path / "unet")
-    file = tmp_path / "unet" / WEIGHTS
+    file = tmp_path / "unet" / WEIGHTS_FILE
     tensors = MappedTensors.read(file)
-    walker = Walker(unet.config, tensors, CPU, tensors.release)
+    walker = SegmentedUNet(unet.config, tensors, CPU, tensors.release)
     latents, context = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 256)
     expected = unet(latents, 500, context).sample
     assert torch.allclose(walker.predict(latents, torch.full((2,), 500.0), context, 2), expected, atol=1e-4)
@@ -147,5 +155,5 @@ def test_what_was_read_of_the_float_model_leaves_memory_again(tmp_path: Path) ->
 
 def resident_bytes(file: Path) -> int:
     """What of a file's mapping is in this process's memory."""
-    _, _, after = SMAPS.read_text().partition(str(file))
-    return int(after.partition("Rss:")[2].split()[0]) * 1024
+    _, _, run_segment = SMAPS.read_text().partition(str(file))
+    return int(run_segment.partition("Rss:")[2].split()[0]) * 1024

@@ -14,14 +14,14 @@ from torch import Generator
 from tests.support.program import run_here
 from tests.support.small_unet import CPU, RECIPE
 from tinysd_batch import TinySD
-from tinysd_batch.model.checkpoint.json_file import read_json
-from tinysd_batch.model.sampling.noise_correction import ENTRY, Knot, NoiseCorrection, read_correction
+from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.model.sampling.noise_correction import CONFIG_KEY, Knot, NoiseCorrection, read_correction
 from tinysd_batch.quantize.calibration.trajectories import Trajectories, draw
-from tinysd_batch.quantize.calibration.unet_segments import Walker
-from tinysd_batch.quantize.evaluate.compare import draw_again, guided_noise
-from tinysd_batch.quantize.evaluate.fit_noise_correction import correct, fit_knot, judge
+from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
+from tinysd_batch.quantize.evaluate.compare import generate_latents, predict_guided_noise
+from tinysd_batch.quantize.evaluate.fit_noise_correction import add_noise_correction, evaluate_correction, fit_knot
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 from tinysd_batch.quantize.sources.open import open_source
 
 SCALE = 2.0
@@ -53,8 +53,10 @@ def test_without_biases_what_they_took_away_is_still_wrong() -> None:
 def test_noise_is_spared_only_where_drawings_vary_too_much(spread: float, absorbs: bool) -> None:
     wanted = torch.randn(2, 4, 8, 8, generator=Generator().manual_seed(1))
     knots = [Knot(time=1, slope=SLOPE, bias=BIAS, deviation=0.1)]
-    judged = judge(NoiseCorrection(scale=SCALE, knots=knots), lambda one: wanted * (spread if one else 0.5), wanted)
-    assert judged.helps
+    judged = evaluate_correction(
+        NoiseCorrection(scale=SCALE, knots=knots), lambda one: wanted * (spread if one else 0.5), wanted
+    )
+    assert judged.is_improvement
     assert judged.correction.absorbs == absorbs
     assert (judged.correction.deviation(1) > 0) == absorbs
 
@@ -70,14 +72,14 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def drawn(float_model: Path) -> Trajectories:
     recipe = Recipe(prompts=["cat", "dog"], held_out=["lion", "bell"], steps=3, scale=SCALE)
-    part = open_source(float_model, Options()).unet()
-    return draw(Walker(part.config, part.tensors, CPU), float_model, recipe, recipe.prompts, SEED)
+    part = open_source(float_model, SourceOptions()).unet()
+    return draw(SegmentedUNet(part.config, part.tensors, CPU), float_model, recipe, recipe.prompts, SEED)
 
 
 def said_by(model: TinySD, drawn: Trajectories) -> Trajectories:
     """The same trajectories, with the noise that this model predicts there."""
     with torch.no_grad():
-        with_text, without = (torch.stack(guided_noise(model, drawn, scale)) for scale in (1.0, 0.0))
+        with_text, without = (torch.stack(predict_guided_noise(model, drawn, scale)) for scale in (1.0, 0.0))
     return replace(drawn, noise=with_text, noise_without=without)
 
 
@@ -90,15 +92,15 @@ def test_a_correction_that_helps_is_kept(folder: Path, drawn: Trajectories) -> N
     )
     knots = [Knot(time=float(time), slope=SLOPE, bias=BIAS, deviation=0) for time in reversed(drawn.times)]
     model.correction = NoiseCorrection(scale=SCALE, knots=knots)
-    told = replace(told, final=draw_again(model, told, SEED, SCALE)[-1])
-    before = read_json(folder / "unet" / "config.json")
-    judged = correct(folder, told, told, SEED, SCALE, CPU)
-    assert judged.helps
-    assert judged.with_bias
-    assert judged.with_db > judged.without_db + 20
-    after = read_json(folder / "unet" / "config.json")
+    told = replace(told, final=generate_latents(model, told, SEED, SCALE)[-1])
+    before = read_json_object(folder / "unet" / "config.json")
+    judged = add_noise_correction(folder, told, told, SEED, SCALE, CPU)
+    assert judged.is_improvement
+    assert judged.has_bias
+    assert judged.sqnr_db_with > judged.sqnr_db_without + 20
+    after = read_json_object(folder / "unet" / "config.json")
     assert read_correction(folder / "unet", 4) == judged.correction
-    del after["quantization_config"][ENTRY]
+    del after["quantization_config"][CONFIG_KEY]
     assert after == before
     assert TinySD.from_pretrained(folder, device="cpu").correction == judged.correction
 
@@ -108,11 +110,11 @@ def test_a_correction_that_does_not_help_is_not_kept(folder: Path, drawn: Trajec
     model = TinySD.from_pretrained(folder, device="cpu")
     said = said_by(model, drawn)
     stretched = replace(said, noise=1.2 * said.noise, noise_without=1.2 * said.noise_without)
-    held = replace(drawn, final=draw_again(model, drawn, SEED, SCALE)[-1])
+    held = replace(drawn, final=generate_latents(model, drawn, SEED, SCALE)[-1])
     before = (folder / "unet" / "config.json").read_bytes()
-    judged = correct(folder, stretched, held, SEED, SCALE, CPU)
-    assert not judged.helps
-    assert judged.without_db > judged.with_db
+    judged = add_noise_correction(folder, stretched, held, SEED, SCALE, CPU)
+    assert not judged.is_improvement
+    assert judged.sqnr_db_without > judged.sqnr_db_with
     assert (folder / "unet" / "config.json").read_bytes() == before
 
 
@@ -128,8 +130,8 @@ def test_quantizing_measures_one_and_says_what_became_of_it(float_model: Path, t
     with_db, without_db = (found[f"final_latents_sqnr_db_{which}"] for which in ("with", "without"))
     assert not found["kept"] or with_db > without_db
     assert report["final_latents_sqnr_db"] == pytest.approx(with_db if found["kept"] else without_db, abs=0.02)
-    stored = read_json(tmp_path / "out" / "unet" / "config.json")["quantization_config"]
-    assert (ENTRY in stored) == found["kept"]
+    stored = read_json_object(tmp_path / "out" / "unet" / "config.json")["quantization_config"]
+    assert (CONFIG_KEY in stored) == found["kept"]
     assert [knot["time"] for knot in found["knots"]] == [1, 501]
     assert f"noise correction: {found['says']}" in said.stderr
     assert found["says"] in (tmp_path / "out" / "report" / "index.html").read_text()
@@ -143,4 +145,4 @@ def test_quantizing_without_measuring_one(float_model: Path, tmp_path: Path) -> 
     assert said.returncode == 0, said.stderr
     assert "correction" not in said.stderr
     assert json.loads((tmp_path / "out" / "report" / "report.json").read_text())["noise_correction"] is None
-    assert ENTRY not in read_json(tmp_path / "out" / "unet" / "config.json")["quantization_config"]
+    assert CONFIG_KEY not in read_json_object(tmp_path / "out" / "unet" / "config.json")["quantization_config"]

@@ -1,8 +1,8 @@
 import torch
 
-from tinysd_batch.model.packed.dequantize import unpack
-from tinysd_batch.model.packed.format import affine_parameters
-from tinysd_batch.quantize.solve.affine import fit_groups, nearest_codes, quantize_matrix
+from tinysd_batch.model.packed.dequantize import dequantize
+from tinysd_batch.model.packed.format import get_scales_and_offsets
+from tinysd_batch.quantize.solve.affine import fit_affine_groups, quantize_matrix, round_to_codes
 
 
 def relative_error(weight: torch.Tensor, other: torch.Tensor) -> float:
@@ -14,15 +14,15 @@ def test_a_matrix_that_fits_two_bits_comes_back_nearly_exact() -> None:
     codes = torch.randint(0, 4, (8, 128), generator=generator)
     scale = torch.rand(8, 2, generator=generator).repeat_interleave(64, dim=1) + 0.5
     matrix = codes * scale - 1.0
-    assert relative_error(matrix, unpack(quantize_matrix(matrix, 64), torch.empty(8, 128))) < 1e-4
+    assert relative_error(matrix, dequantize(quantize_matrix(matrix, 64), torch.empty(8, 128))) < 1e-4
 
 
 def test_least_squares_beats_the_range_by_far_on_gaussian_weights() -> None:
     groups = torch.randn(500, 64, generator=torch.Generator().manual_seed(1))
     low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
-    by_range = nearest_codes(groups, (high - low) / 3, low) * (high - low) / 3 + low
-    scale, offset = fit_groups(groups)
-    fitted = nearest_codes(groups, scale, offset) * scale + offset
+    by_range = round_to_codes(groups, (high - low) / 3, low) * (high - low) / 3 + low
+    scale, offset = fit_affine_groups(groups)
+    fitted = round_to_codes(groups, scale, offset) * scale + offset
     # A Gaussian has 0.1188 of its variance left after the best four uniform levels (Max 1960, table II).
     assert relative_error(groups, fitted) < 0.13
     assert relative_error(groups, by_range) > 1.5 * relative_error(groups, fitted)
@@ -30,12 +30,12 @@ def test_least_squares_beats_the_range_by_far_on_gaussian_weights() -> None:
 
 def test_constant_and_zero_groups_are_exact() -> None:
     matrix = torch.cat([torch.zeros(2, 64), torch.full((2, 64), 0.75)])
-    assert torch.equal(unpack(quantize_matrix(matrix, 64), torch.empty(4, 64)), matrix)
+    assert torch.equal(dequantize(quantize_matrix(matrix, 64), torch.empty(4, 64)), matrix)
 
 
 def test_stored_scales_are_close_to_the_fitted_ones() -> None:
     matrix = torch.randn(16, 256, generator=torch.Generator().manual_seed(2))
-    scale, _ = fit_groups(matrix.view(-1, 64))
-    stored, _ = affine_parameters(quantize_matrix(matrix, 64))
+    scale, _ = fit_affine_groups(matrix.view(-1, 64))
+    stored, _ = get_scales_and_offsets(quantize_matrix(matrix, 64))
     spread = scale.max() - scale.min()
     assert (stored.float() - scale.view(16, 4)).abs().max() < spread / 100

@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 from tinysd_batch.model.text.prompt_syntax import parse_prompt
 from tinysd_batch.model.text.tokenizer import read_tokenizer, tokenize_prompt
-from tinysd_batch.quantize.sources.clip_tokenizer import BEGIN, END, VOCABULARY, write_tokenizer
+from tinysd_batch.quantize.sources.clip_tokenizer import BOS_TOKEN, EOS_TOKEN, VOCAB_SIZE, write_clip_tokenizer
 
 CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("clip_tokens.json").read_text())["texts"]
 
@@ -18,7 +18,7 @@ CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("clip_tokens.j
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip") / "tokenizer"
-    write_tokenizer(folder, 77)
+    write_clip_tokenizer(folder, 77)
     return folder
 
 
@@ -29,16 +29,16 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 
 def test_its_vocabulary(folder: Path, tokenizer: CLIPTokenizer) -> None:
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    assert len(vocabulary) == VOCABULARY == len(tokenizer)
-    assert sorted(vocabulary.values()) == list(range(VOCABULARY))
-    assert (vocabulary["!"], vocabulary[BEGIN], vocabulary[END]) == (0, 49406, 49407)
+    assert len(vocabulary) == VOCAB_SIZE == len(tokenizer)
+    assert sorted(vocabulary.values()) == list(range(VOCAB_SIZE))
+    assert (vocabulary["!"], vocabulary[BOS_TOKEN], vocabulary[EOS_TOKEN]) == (0, 49406, 49407)
     assert tokenizer.model_max_length == 77
 
 
 def ids_of(tokenizer: CLIPTokenizer, text: str) -> list[int]:
     """What our reader makes of a text, without begin and end marks."""
-    (part,) = tokenize_prompt(tokenizer, parse_prompt(text, "none"), 1000, long_prompts=False).parts
-    return list(part.pieces[0].ids[1 : 1 + part.n_tokens])
+    (part,) = tokenize_prompt(tokenizer, parse_prompt(text, "none"), 1000, long_prompts=False).sub_prompts
+    return list(part.windows[0].ids[1 : 1 + part.n_tokens])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case["text"][:20]))
@@ -53,8 +53,8 @@ def test_most_texts_give_the_same_ids() -> None:
 
 
 def test_a_prompt_is_filled_up_with_end_marks(tokenizer: CLIPTokenizer) -> None:
-    (part,) = tokenize_prompt(tokenizer, parse_prompt("a cat", "none"), 77, long_prompts=False).parts
-    (piece,) = part.pieces
+    (part,) = tokenize_prompt(tokenizer, parse_prompt("a cat", "none"), 77, long_prompts=False).sub_prompts
+    (piece,) = part.windows
     assert piece.ids == (49406, 320, 2368, *[49407] * 74)
 
 
@@ -78,16 +78,16 @@ def test_full_width_characters_are_read_in_their_usual_width(tokenizer: CLIPToke
 
 def test_weights_are_read_from_the_prompt_as_written(tokenizer: CLIPTokenizer) -> None:
     """tiny-stable-diffusion parses weights before its tokenizer folds widths: only an ASCII colon makes one."""
-    parts = tokenize_prompt(tokenizer, parse_prompt("a:\uff11 b\uff1a1\uff0cc"), 77, long_prompts=False).parts
-    plain = tokenize_prompt(tokenizer, parse_prompt("a:1 b\\:1,c"), 77, long_prompts=False).parts
-    assert [(part.weight, part.pieces) for part in parts] == [(part.weight, part.pieces) for part in plain]
+    parts = tokenize_prompt(tokenizer, parse_prompt("a:\uff11 b\uff1a1\uff0cc"), 77, long_prompts=False).sub_prompts
+    plain = tokenize_prompt(tokenizer, parse_prompt("a:1 b\\:1,c"), 77, long_prompts=False).sub_prompts
+    assert [(part.weight, part.windows) for part in parts] == [(part.weight, part.windows) for part in plain]
     assert len(parts) == 2
 
 
 def test_an_added_token_in_full_width_stays_a_token(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "added_tokens.json").write_text(
-        json.dumps({"\uff1c\u732b\uff1e": VOCABULARY}), encoding="utf-8"
+        json.dumps({"\uff1c\u732b\uff1e": VOCAB_SIZE}), encoding="utf-8"
     )
     added = read_tokenizer(tmp_path / "tokenizer")
-    assert ids_of(added, "\uff41 \uff1c\u732b\uff1e") == [*ids_of(added, "a"), VOCABULARY]
+    assert ids_of(added, "\uff41 \uff1c\u732b\uff1e") == [*ids_of(added, "a"), VOCAB_SIZE]

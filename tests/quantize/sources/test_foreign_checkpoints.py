@@ -22,8 +22,8 @@ from tests.support.program import run_here
 from tinysd_batch.errors import ModelError
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.evaluate.inspect import inspect_model
-from tinysd_batch.quantize.sources.checkpoint_source import Options
-from tinysd_batch.quantize.sources.tensor_files import MAX_HEADER, open_tensors
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
+from tinysd_batch.quantize.sources.tensor_files import MAX_HEADER_BYTES, open_tensors
 
 SECONDS = 10
 MEGABYTES = 400
@@ -41,7 +41,7 @@ def check_refused(path: Path, message: str, *, allow_pickle: bool = True) -> Non
     """Assert that a file is refused with this message, and that nothing is left."""
     before = sorted(each.name for each in path.parent.iterdir())
     with pytest.raises(ModelError, match=message) as refused:
-        convert_model(path, path.parent / "out", Options(allow_pickle=allow_pickle), None, lambda _: None)
+        convert_model(path, path.parent / "out", SourceOptions(allow_pickle=allow_pickle), None, lambda _: None)
     assert str(refused.value).startswith(str(path))
     assert sorted(each.name for each in path.parent.iterdir()) == before
 
@@ -76,7 +76,7 @@ LORA = [
 def test_lora_is_refused_by_name_in_every_spelling(save: Save, name: str) -> None:
     path = save(named(name))
     check_refused(path, "this is LoRA or LyCORIS: it is an addition to a model")
-    assert inspect_model(path).fault
+    assert inspect_model(path).unusable_reason
 
 
 OTHER_MODELS = {
@@ -120,8 +120,8 @@ def test_other_models_are_refused_by_name(save: Save, message: str) -> None:
     path = save(OTHER_MODELS[message])
     check_refused(path, f"this is {message}")
     found = inspect_model(path)
-    assert found.refused
-    assert found.fault == f"{path}: this is {found.kind}: {found.refused}"
+    assert found.refusal_reason
+    assert found.unusable_reason == f"{path}: this is {found.model_type}: {found.refusal_reason}"
 
 
 def test_a_pickled_hypernetwork(save: Save) -> None:
@@ -170,7 +170,7 @@ def test_a_header_bomb(tmp_path: Path) -> None:
         file.truncate(8 * 2**30 + 8)  # takes no room on the disk
     check_refused(path, "neither a safetensors")
     with path.open("r+b") as file:
-        file.write(struct.pack("<Q", MAX_HEADER + 1))
+        file.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
     check_refused(path, "its header claims")
 
 
@@ -288,7 +288,7 @@ def test_what_training_left_in_a_pickle_is_ignored(tensors: dict[str, Tensor], s
     replace_in_pickle(path, b"X\x04\0\0\0XXXX", called)
     contents = open_tensors(path, allow_pickle=True)
     assert contents.tensors.keys() == tensors.keys()
-    assert contents.others == ["callbacks"]
+    assert contents.other_names == ["callbacks"]
 
 
 BYTES = b"c_codecs\nencode\n"

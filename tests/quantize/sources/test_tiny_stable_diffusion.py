@@ -10,10 +10,14 @@ from tests.support.tiny_stable_diffusion import CONTEXT, PREFIX, dequantized, un
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.folder import read_unet, write_packed_unet
 from tinysd_batch.model.nn.unet import decode_half, encode_half
-from tinysd_batch.model.offload.components import Fragment
-from tinysd_batch.model.packed.dequantize import unpack
+from tinysd_batch.model.offload.components import Component
+from tinysd_batch.model.packed.dequantize import dequantize
 from tinysd_batch.model.packed.format import to_matrix
-from tinysd_batch.quantize.sources.tiny_stable_diffusion import IGNORED, is_origin, read_origin_unet
+from tinysd_batch.quantize.sources.tiny_stable_diffusion import (
+    IGNORED_SUFFIXES,
+    is_tiny_stable_diffusion,
+    read_tiny_stable_diffusion_unet,
+)
 
 Q2 = "input_blocks.1.0.in_layers.2"
 Q8 = "time_embed.0"
@@ -36,14 +40,14 @@ def plain(checkpoint: dict[str, Tensor]) -> UNet2DConditionModel:
 
 
 def test_every_weight_is_the_origins_to_the_bit(checkpoint: dict[str, Tensor], plain: UNet2DConditionModel) -> None:
-    unet = read_origin_unet(checkpoint, "origin.pth")
+    unet = read_tiny_stable_diffusion_unet(checkpoint, "origin.pth")
     expected = plain.state_dict()
     assert (len(unet.packed), sum(weight.layout.bits == 8 for weight, _ in unet.packed.values())) == (265, 4)
-    assert {f"{name}.weight" for name in unet.packed} | unet.others.keys() == expected.keys()
+    assert {f"{name}.weight" for name in unet.packed} | unet.other_tensors.keys() == expected.keys()
     for name, (weight, shape) in unet.packed.items():
         assert tuple(expected[f"{name}.weight"].shape) == shape
-        assert torch.equal(unpack(weight, torch.empty(weight.shape)), to_matrix(expected[f"{name}.weight"])), name
-    for name, value in unet.others.items():
+        assert torch.equal(dequantize(weight, torch.empty(weight.shape)), to_matrix(expected[f"{name}.weight"])), name
+    for name, value in unet.other_tensors.items():
         assert torch.equal(value, expected[name]), name
 
 
@@ -51,10 +55,10 @@ def test_every_weight_is_the_origins_to_the_bit(checkpoint: dict[str, Tensor], p
 def test_written_and_read_again_it_predicts_the_same_noise(
     checkpoint: dict[str, Tensor], plain: UNet2DConditionModel, tmp_path: Path, height: int, width: int, time: float
 ) -> None:
-    unet = read_origin_unet(checkpoint, "origin.pth")
-    write_packed_unet(tmp_path, unet.config, unet.packed, unet.others, {})
+    unet = read_tiny_stable_diffusion_unet(checkpoint, "origin.pth")
+    write_packed_unet(tmp_path, unet.config, unet.packed, unet.other_tensors, {})
     model, host = read_unet(tmp_path)
-    Fragment("UNet", {"": model}, host, torch.float32).onload(torch.device("cpu"))
+    Component("UNet", {"": model}, host, torch.float32).onload(torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(3, 4, height, width, generator=generator)
     context = torch.randn(3, 77, CONTEXT, generator=generator)
@@ -67,10 +71,10 @@ def test_written_and_read_again_it_predicts_the_same_noise(
 
 def test_names_without_the_wrapper_are_read_too(checkpoint: dict[str, Tensor]) -> None:
     bare = {name.replace(PREFIX, "model.diffusion_model."): value for name, value in checkpoint.items()}
-    assert is_origin(bare)
-    one, other = read_origin_unet(checkpoint, "a"), read_origin_unet(bare, "b")
+    assert is_tiny_stable_diffusion(bare)
+    one, other = read_tiny_stable_diffusion_unet(checkpoint, "a"), read_tiny_stable_diffusion_unet(bare, "b")
     assert one.packed.keys() == other.packed.keys()
-    assert all(torch.equal(value, other.others[name]) for name, value in one.others.items())
+    assert all(torch.equal(value, other.other_tensors[name]) for name, value in one.other_tensors.items())
 
 
 def test_what_a_reader_should_tolerate(checkpoint: dict[str, Tensor]) -> None:
@@ -78,16 +82,16 @@ def test_what_a_reader_should_tolerate(checkpoint: dict[str, Tensor]) -> None:
     odd = dict(checkpoint)
     odd[f"{PREFIX}{Q2}.weight"] = checkpoint[f"{PREFIX}{Q2}.weight"].float()
     odd[f"{PREFIX}{FLOAT}.bias"] = checkpoint[f"{PREFIX}{FLOAT}.bias"].half()
-    odd |= {f"{PREFIX}{Q2}{suffix}": torch.tensor(0.5) for suffix in IGNORED}
+    odd |= {f"{PREFIX}{Q2}{suffix}": torch.tensor(0.5) for suffix in IGNORED_SUFFIXES}
     odd |= {"betas": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
-    unet = read_origin_unet(odd, "origin.pth", torch.float16)
+    unet = read_tiny_stable_diffusion_unet(odd, "origin.pth", torch.float16)
     assert len(unet.packed) == 265
-    assert {value.dtype for value in unet.others.values()} == {torch.float16}
+    assert {value.dtype for value in unet.other_tensors.values()} == {torch.float16}
 
 
 def test_it_is_known_by_its_names(checkpoint: dict[str, Tensor]) -> None:
-    assert is_origin(checkpoint)
-    assert not is_origin(dequantized(checkpoint))
+    assert is_tiny_stable_diffusion(checkpoint)
+    assert not is_tiny_stable_diffusion(dequantized(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -119,4 +123,4 @@ def test_what_does_not_fit_is_refused_by_name(
     else:
         damaged[PREFIX + name] = value
     with pytest.raises(ModelError, match=message):
-        read_origin_unet(damaged, "origin.pth")
+        read_tiny_stable_diffusion_unet(damaged, "origin.pth")

@@ -17,13 +17,13 @@ from tests.support.jobs import check_whole
 from tests.support.program import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.json_file import read_json
+from tinysd_batch.model.checkpoint.json_file import read_json_object
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
 from tinysd_batch.quantize.evaluate.inspect import inspect_model
-from tinysd_batch.quantize.sources.checkpoint_source import Options
+from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 
-PICKLES = Options(allow_pickle=True)
+PICKLES = SourceOptions(allow_pickle=True)
 
 
 @functools.cache
@@ -63,8 +63,8 @@ def test_its_pictures_are_those_of_the_dequantized_model(folder: Path) -> None:
     unet.load_state_dict(convert_ldm_unet_checkpoint(floats, dict(unet.config)))
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     (condition,) = model.prompts.encode(["a lake"], ["a boat"], [7.5], ["seed"])
-    assert condition.negative is not None
-    context = torch.stack([condition.negative, condition.text])
+    assert condition.negative_embedding is not None
+    context = torch.stack([condition.negative_embedding, condition.text])
     seen: list[Tensor] = []
     model.generate(
         None, 1, prompt_embeds=context[1:], negative_prompt_embeds=context[:1], latents=start[:1], height=64, width=64,
@@ -102,11 +102,11 @@ def test_its_text_states_and_decoded_latents_are_the_models_own(folder: Path) ->
         pixels = parts().vae.eval().decode(latents / 0.18215).sample
     torch.testing.assert_close(condition.text, text, rtol=1e-3, atol=1e-3)
     expected = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(model.decode_values(latents), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.decode_pixels(latents), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_its_layers_keep_their_bits(folder: Path) -> None:
-    layers = read_json(folder / "unet" / "config.json")["quantization_config"]["layers"]
+    layers = read_json_object(folder / "unet" / "config.json")["quantization_config"]["layers"]
     assert [sum(layer["bits"] == bits for layer in layers.values()) for bits in (2, 8)] == [261, 4]
     assert {layer["kind"] for layer in layers.values()} == {"row"}
     assert inspect_model(folder)

@@ -21,8 +21,8 @@ Write = Callable[[Path, int], object]
 
 
 def ids_of(folder: Path) -> tuple[int, ...]:
-    (part,) = tokenize_prompt(read_tokenizer(folder), parse_prompt(PROMPT, "none"), 100, long_prompts=False).parts
-    return part.pieces[0].ids
+    (part,) = tokenize_prompt(read_tokenizer(folder), parse_prompt(PROMPT, "none"), 100, long_prompts=False).sub_prompts
+    return part.windows[0].ids
 
 
 def add_to_config(folder: Path, number: int, **entry: Any) -> None:

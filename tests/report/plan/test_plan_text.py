@@ -27,12 +27,12 @@ from tinysd_batch.records import InvalidRow
 from tinysd_batch.report import reading_progress
 from tinysd_batch.report.plan import token_counts
 from tinysd_batch.report.plan.job_plan import make_plan
-from tinysd_batch.report.plan.memory_process import plan_memory_apart, read_answer
-from tinysd_batch.report.plan.memory_table import Batch, MemoryPlan, PlannedPhase, plan_memory
-from tinysd_batch.report.plan.plan_summary import fit_line, read_quality
+from tinysd_batch.report.plan.memory_process import estimate_memory_in_subprocess, read_response
+from tinysd_batch.report.plan.memory_table import MemoryEstimate, PlannedBatch, StageMemory, estimate_memory
+from tinysd_batch.report.plan.plan_summary import format_memory_fit, read_model_quality
 from tinysd_batch.report.plan.plan_text import PlanPrinter
-from tinysd_batch.report.plan.token_counts import PromptReader
-from tinysd_batch.report.quality_text import judge
+from tinysd_batch.report.plan.token_counts import PromptTokenCounter
+from tinysd_batch.report.quality_text import describe_quality
 from tinysd_batch.report.reading_progress import ReadingProgress
 
 
@@ -46,13 +46,13 @@ def test_images_are_counted_without_making_one(
     def no_id(**_: object) -> str:
         raise AssertionError("an id was computed")
 
-    monkeypatch.setattr("tinysd_batch.job.plan.batches.image_id", no_id)
+    monkeypatch.setattr("tinysd_batch.job.plan.batches.compute_image_id", no_id)
     (tmp_path / "m.csv").write_text("prompt,n_samples\n" + "red apple,4\n" * 1000)
     started = time.process_time()
     done = run_here("plan", "m.csv", "--model", tiny_model, "--n_iter", "25000", "--skip_save", cwd=tmp_path)
     assert time.process_time() - started < 20
     assert "100,000,000 in 25,000,000 batches" in done.stdout, done.stderr
-    assert image_id.image_id is not no_id
+    assert image_id.compute_image_id is not no_id
 
 
 def test_ids_are_computed_where_a_job_is_reused(tmp_path: Path, tiny_model: Path) -> None:
@@ -75,10 +75,10 @@ def test_a_prompt_is_counted_once(tmp_path: Path, tiny_model: Path, monkeypatch:
     rows = [{"prompt": f"cat {number % 700}", "negative_prompt": "blurry, low quality"} for number in range(2100)]
     manifest = write_csv(tmp_path / "m.csv", rows)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    found = list(PromptReader(job).read(job.read_rows()))
+    found = list(PromptTokenCounter(job).read(job.read_rows()))
     assert len(counted) == len(set(counted)) == 701
     monkeypatch.setattr(token_counts, "MAX_CACHED_PROMPTS", 10)
-    assert [row.prompt for row in PromptReader(job).read(job.read_rows())] == [row.prompt for row in found]
+    assert [row.prompt for row in PromptTokenCounter(job).read(job.read_rows())] == [row.prompt for row in found]
 
 
 @pytest.mark.parametrize("syntax", ["seed", "a1111", "none"])
@@ -94,11 +94,11 @@ def test_counts_are_what_the_text_encoder_gets(
     manifest = write_csv(tmp_path / "m.csv", [{"prompt": text} for text in texts])
     settings = Settings(model=str(tiny_model), prompt_syntax=syntax, long_prompts=long_prompts)  # type: ignore[arg-type]
     job = open_job(manifest, tmp_path / "job", settings)
-    reader = PromptReader(job)
+    reader = PromptTokenCounter(job)
     for row in reader.read(job.read_rows()):
         assert not isinstance(row, InvalidRow)
         exact = reader.tokenize(row.row.prompt, syntax)
-        assert (row.prompt.n_tokens, row.prompt.is_cut) == (exact.n_tokens, exact.truncated is not None)
+        assert (row.prompt.n_tokens, row.prompt.is_truncated) == (exact.n_tokens, exact.truncated is not None)
 
 
 def test_a_row_is_a_line_of_the_terminal(tmp_path: Path, tiny_model: Path) -> None:
@@ -179,15 +179,15 @@ def test_a_gpu_that_is_not_here(tmp_path: Path, tiny_model: Path) -> None:
     ],
 )
 def test_whether_it_fits(available: int | None, budget: str | None, told: str) -> None:
-    phase = PlannedPhase("UNet", 5 * 10**9, 1, 1, 0, 1, 0, 0, None, 1, False, False, False)
-    batch = Batch(1, 512, 512, True)
-    memory = MemoryPlan(batch, "cpu", "float32", budget, [phase], available_bytes=available)
-    assert fit_line(memory) == told
+    phase = StageMemory("UNet", 5 * 10**9, 1, 1, 0, 1, 0, 0, None, 1, False, False, False)
+    batch = PlannedBatch(1, 512, 512, True)
+    memory = MemoryEstimate(batch, "cpu", "float32", budget, [phase], available_bytes=available)
+    assert format_memory_fit(memory) == told
 
 
 def test_the_embedded_model_says_how_good_it_is() -> None:
-    quality = read_quality(read_model_info("embedded"))
-    assert str(quality) == f"{judge(30.93)} (PSNR 30.9 dB, level calib, at most 4.7 MB)"
+    quality = read_model_quality(read_model_info("embedded"))
+    assert str(quality) == f"{describe_quality(30.93)} (PSNR 30.9 dB, level calib, at most 4.7 MB)"
 
 
 @pytest.mark.parametrize(
@@ -197,28 +197,28 @@ def test_a_report_that_says_nothing_is_no_measurement(tmp_path: Path, tiny_model
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "report").mkdir(exist_ok=True)
     (folder / "report" / "report.json").write_text(report)
-    assert read_quality(read_model_info(str(folder))).psnr_db is None
+    assert read_model_quality(read_model_info(str(folder))).psnr_db is None
 
 
 @pytest.mark.slow
 def test_memory_is_planned_in_another_process_alike(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `plan` does where torch is not loaded: the same numbers, the same errors."""
     settings = Settings(model=str(tiny_model), height=16, width=16, steps=2, scale=2.0, device="cpu")
-    batch = Batch(2, 16, 16, True)
-    here = plan_memory(settings, batch)
+    batch = PlannedBatch(2, 16, 16, True)
+    here = estimate_memory(settings, batch)
     monkeypatch.delitem(sys.modules, "torch")
-    apart = plan_memory_apart(settings, batch)
+    apart = estimate_memory_in_subprocess(settings, batch)
     assert replace(apart, available_bytes=None) == replace(here, available_bytes=None)
 
 
 def test_errors_come_through_from_the_other_process() -> None:
     with pytest.raises(UsageError, match="vram_budget = 1 MB"):
-        read_answer({"error": "UsageError", "message": "vram_budget = 1 MB: too little"})
+        read_response({"error": "UsageError", "message": "vram_budget = 1 MB: too little"})
 
 
 def test_judgements_are_in_order() -> None:
-    assert len({judge(psnr) for psnr in (40, 30, 24, 18, 5)}) == 5
-    assert judge(float("-inf")) == judge(-3)
+    assert len({describe_quality(psnr) for psnr in (40, 30, 24, 18, 5)}) == 5
+    assert describe_quality(float("-inf")) == describe_quality(-3)
 
 
 # The options of submit

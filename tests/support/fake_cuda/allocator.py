@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.support.fake_cuda.race_detector import Accesses, Timeline
+from tests.support.fake_cuda.race_detector import MemoryAccesses, StreamTimeline
 
 UNIT = 512  # bytes, of which all sizes are multiples
 SMALL = 2**20  # and less comes from small segments
 SMALL_SEGMENT, LARGE_SEGMENT, LARGE, SEGMENT_UNIT = 2 * 2**20, 20 * 2**20, 10 * 2**20, 2 * 2**20
 Pool = tuple[int, int]
-USUAL: Pool = (0, 0)  # of all who are not captured
+DEFAULT_POOL: Pool = (0, 0)  # of all who are not captured
 
 
 @dataclass(eq=False, slots=True)
@@ -36,33 +36,33 @@ class Block:
     segment: Segment
     nbytes: int
     is_free: bool = True
-    accesses: Accesses = field(default_factory=Accesses)
+    accesses: MemoryAccesses = field(default_factory=MemoryAccesses)
 
 
 @dataclass(slots=True)
-class Allocator:
+class FakeCachingAllocator:
     """Bytes of one card."""
 
     total: int
-    others: int  # bytes that are in use and not torch's
+    non_torch_bytes: int  # bytes that are in use and not torch's
     limit: int  # of what torch may reserve
     segments: list[Segment] = field(default_factory=list)
     allocated: int = 0
-    most_allocated: int = 0
-    most_reserved: int = 0
-    most_in_use: int = 0  # by whomever
-    underway: list[Pool] = field(default_factory=list)  # pools of graphs that are being captured
+    max_allocated: int = 0
+    max_reserved: int = 0
+    max_in_use: int = 0  # by whomever
+    capturing_pools: list[Pool] = field(default_factory=list)  # pools of graphs that are being captured
     held: dict[Pool, int] = field(default_factory=dict)  # by how many graphs a pool is held
 
     @property
     def reserved(self) -> int:
         return sum(segment.nbytes for segment in self.segments)
 
-    def allocate(self, nbytes: int, timeline: Timeline, pool: Pool) -> Block:
+    def allocate(self, nbytes: int, timeline: StreamTimeline, pool: Pool) -> Block:
         """Raises OutOfMemoryError as torch does, after it has given back what is free."""
-        size = max(UNIT, rounded(nbytes, UNIT))
+        size = max(UNIT, round_up(nbytes, UNIT))
         block = self.find(size, timeline.number, pool) or self.new_segment(size, timeline.number, pool)
-        if block is None and not self.underway:
+        if block is None and not self.capturing_pools:
             self.release()
             block = self.new_segment(size, timeline.number, pool)
         if block is None:
@@ -73,7 +73,7 @@ class Allocator:
         block.accesses.check(timeline, "handed on", writes=True)
         block.is_free = False
         self.allocated += block.nbytes
-        self.most_allocated = max(self.most_allocated, self.allocated)
+        self.max_allocated = max(self.max_allocated, self.allocated)
         return block
 
     def find(self, size: int, stream: int, pool: Pool) -> Block | None:
@@ -90,14 +90,14 @@ class Allocator:
 
     def new_segment(self, size: int, stream: int, pool: Pool) -> Block | None:
         is_small = size <= SMALL
-        nbytes = SMALL_SEGMENT if is_small else LARGE_SEGMENT if size < LARGE else rounded(size, SEGMENT_UNIT)
-        if self.reserved + nbytes > min(self.limit, self.total - self.others):
+        nbytes = SMALL_SEGMENT if is_small else LARGE_SEGMENT if size < LARGE else round_up(size, SEGMENT_UNIT)
+        if self.reserved + nbytes > min(self.limit, self.total - self.non_torch_bytes):
             return None
         segment = Segment(nbytes, is_small, stream, pool)
         segment.blocks.append(Block(segment, nbytes))
         self.segments.append(segment)
-        self.most_reserved = max(self.most_reserved, self.reserved)
-        self.most_in_use = max(self.most_in_use, self.reserved + self.others)
+        self.max_reserved = max(self.max_reserved, self.reserved)
+        self.max_in_use = max(self.max_in_use, self.reserved + self.non_torch_bytes)
         return segment.blocks[0]
 
     def split(self, block: Block, size: int) -> None:
@@ -121,31 +121,31 @@ class Allocator:
 
     def release(self) -> None:
         """Give free segments back to the driver; those of graphs only when no graph holds them."""
-        if not self.underway:
+        if not self.capturing_pools:
             self.segments = [one for one in self.segments if not one.is_free or self.held.get(one.pool, 0) > 0]
 
-    def take_others(self, nbytes: int) -> None:
+    def add_non_torch_bytes(self, nbytes: int) -> None:
         """Somebody else, such as the driver, takes memory, or gives it back."""
-        self.others += nbytes
-        self.most_in_use = max(self.most_in_use, self.reserved + self.others)
+        self.non_torch_bytes += nbytes
+        self.max_in_use = max(self.max_in_use, self.reserved + self.non_torch_bytes)
 
-    def blocks_of(self, pool: Pool) -> Iterator[Block]:
+    def pool_blocks(self, pool: Pool) -> Iterator[Block]:
         return (block for segment in self.segments if segment.pool == pool for block in segment.blocks)
 
     def begin(self, pool: Pool) -> None:
         """A graph is captured that is to have this pool."""
-        self.underway.append(pool)
+        self.capturing_pools.append(pool)
         self.held[pool] = self.held.get(pool, 0) + 1
 
     def end(self, pool: Pool) -> None:
-        if pool not in self.underway:
+        if pool not in self.capturing_pools:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        self.underway.remove(pool)
+        self.capturing_pools.remove(pool)
 
-    def let_go(self, pool: Pool) -> None:
+    def release_pool(self, pool: Pool) -> None:
         assert self.held[pool] > 0, "a pool was released more often than held"
         self.held[pool] -= 1
 
 
-def rounded(nbytes: int, unit: int) -> int:
+def round_up(nbytes: int, unit: int) -> int:
     return -(-nbytes // unit) * unit

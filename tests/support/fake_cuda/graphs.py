@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tests.support.fake_cuda.allocator import Pool
-from tests.support.fake_cuda.race_detector import Accesses, Race, Timeline
+from tests.support.fake_cuda.race_detector import DataRaceError, MemoryAccesses, StreamTimeline
 
 if TYPE_CHECKING:
-    from tests.support.fake_cuda.device import Card, Memory
+    from tests.support.fake_cuda.device import DeviceMemory, FakeCudaDevice
 
-BYTES_EACH = 6000  # that the driver keeps for an operation of a graph; real ones vary
+BYTES_PER_OPERATION = 6000  # that the driver keeps for an operation of a graph; real ones vary
 
 
 class CaptureError(RuntimeError):
@@ -18,14 +18,14 @@ class CaptureError(RuntimeError):
 
 
 @dataclass(eq=False, slots=True)
-class Capture:
+class GraphCapture:
     """A capture under way. `outside` is memory that is not of the graph's own pool, and what is done to it."""
 
-    origin: Timeline
+    origin: StreamTimeline
     pool: Pool
     work: list[Callable[[], object]] = field(default_factory=list)
-    outside: "dict[Memory, Accesses]" = field(default_factory=dict)
-    joined: list[Timeline] = field(default_factory=list)
+    outside: "dict[DeviceMemory, MemoryAccesses]" = field(default_factory=dict)
+    joined: list[StreamTimeline] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)  # what addresses point to
     is_broken: bool = False
 
@@ -38,12 +38,12 @@ class Capture:
         self.is_broken = True
         return CaptureError(f"CUDA error: operation not permitted when stream is capturing: {what}")
 
-    def accesses(self, memory: "Memory") -> Accesses:
+    def accesses(self, memory: "DeviceMemory") -> MemoryAccesses:
         if memory.block.segment.pool == self.pool:
             return memory.block.accesses
-        return self.outside.setdefault(memory, Accesses())
+        return self.outside.setdefault(memory, MemoryAccesses())
 
-    def join(self, timeline: Timeline) -> None:
+    def join(self, timeline: StreamTimeline) -> None:
         if timeline.capture is None:
             timeline.capture = self
             self.joined.append(timeline)
@@ -60,18 +60,18 @@ class Capture:
             raise CaptureError("CUDA error: capturing stream has unjoined work")
 
 
-class Graph:
+class FakeCudaGraph:
     """Stands for `torch.cuda.CUDAGraph`."""
 
-    def __init__(self, card: "Card") -> None:
+    def __init__(self, card: "FakeCudaDevice") -> None:
         self.card = card
-        self.captured: Capture | None = None
+        self.captured: GraphCapture | None = None
         self.is_complete = False
 
     @property
     def nbytes(self) -> int:
         """That the driver keeps for it."""
-        return BYTES_EACH * len(self.captured.work) if self.captured and self.is_complete else 0
+        return BYTES_PER_OPERATION * len(self.captured.work) if self.captured and self.is_complete else 0
 
     def capture_begin(self, pool: Pool, capture_error_mode: str = "global") -> None:
         timeline = self.card.current
@@ -79,7 +79,7 @@ class Graph:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         assert capture_error_mode in ("global", "thread_local", "relaxed")
         assert timeline.capture is None, "a capture within a capture"
-        self.captured = timeline.capture = Capture(timeline, pool)
+        self.captured = timeline.capture = GraphCapture(timeline, pool)
         self.card.allocator.begin(pool)
         self.card.counts["begun"] += 1
 
@@ -88,9 +88,9 @@ class Graph:
         self.captured.end()  # where this raises, torch forgets the pool
         self.card.allocator.end(self.captured.pool)
         self.is_complete = True
-        for block in self.card.allocator.blocks_of(self.captured.pool):
-            block.accesses = Accesses()  # nothing was done yet
-        self.card.allocator.take_others(self.nbytes)
+        for block in self.card.allocator.pool_blocks(self.captured.pool):
+            block.accesses = MemoryAccesses()  # nothing was done yet
+        self.card.allocator.add_non_torch_bytes(self.nbytes)
         self.card.counts["captured"] += 1
 
     def replay(self) -> None:
@@ -100,16 +100,16 @@ class Graph:
         timeline = self.card.begin_work()
         for memory, accesses in self.captured.outside.items():
             if not memory.users:
-                raise Race("a graph works with memory that was freed")
+                raise DataRaceError("a graph works with memory that was freed")
             memory.block.accesses.note(timeline, writes=bool(accesses.writes))
-        for block in self.card.allocator.blocks_of(self.captured.pool):
+        for block in self.card.allocator.pool_blocks(self.captured.pool):
             block.accesses.note(timeline, writes=True)
         for work in self.captured.work:
             work()
         self.card.counts["replayed"] += 1
 
     def reset(self) -> None:
-        self.card.allocator.take_others(-self.nbytes)
+        self.card.allocator.add_non_torch_bytes(-self.nbytes)
         if self.is_complete and self.captured is not None:
-            self.card.allocator.let_go(self.captured.pool)
+            self.card.allocator.release_pool(self.captured.pool)
         self.captured, self.is_complete = None, False

@@ -11,49 +11,49 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.fake_cuda.device import Card, Event, Stream
-from tests.support.fake_cuda.driver import Driver, Runtime, check, compile_kernel
-from tests.support.fake_cuda.graphs import Graph
-from tests.support.fake_cuda.race_detector import Race
-from tests.support.fake_cuda.tensors import CardMode, CardTensor
+from tests.support.fake_cuda.device import FakeCudaDevice, FakeEvent, FakeStream
+from tests.support.fake_cuda.driver import FakeCudaRuntime, FakeDriver, check_cuda_error, compile_kernel
+from tests.support.fake_cuda.graphs import FakeCudaGraph
+from tests.support.fake_cuda.race_detector import DataRaceError
+from tests.support.fake_cuda.tensors import FakeCudaMode, FakeCudaTensor
 from tinysd_batch.model.device import cuda_overhead, precision, streams
-from tinysd_batch.model.offload.planner import WORKSPACE_CONFIG
+from tinysd_batch.model.offload.planner import CUBLAS_WORKSPACE_VARIABLE
 from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
-REMEMBERED = (
-    cuda_overhead.overhead, streams.working_stream, cuda_kernel.kernel, precision.probe, streams.copying_stream,
-    dequantize.has_kernels,
+CACHED_FUNCTIONS = (
+    cuda_overhead.measure_cuda_overhead, streams.get_compute_stream, cuda_kernel.get_cuda_kernel, precision.probe_half_precision, streams.get_copy_stream,
+    dequantize.has_working_kernels,
 )  # fmt: skip
 
 
 @contextlib.contextmanager
-def pretended(card: Card) -> Iterator[Card]:
+def use_fake_cuda(card: FakeCudaDevice) -> Iterator[FakeCudaDevice]:
     """Within this there is `card`, and torch can use it; what is remembered of it is forgotten in the end."""
     with pytest.MonkeyPatch.context() as patch:
-        CardTensor.card = card
-        Race.met.clear()
-        patch.setattr(cuda_kernel, "ctypes", driver_in_place_of_cuda(card))
-        for name, answer in answers(card).items():
+        FakeCudaTensor.card = card
+        DataRaceError.raised.clear()
+        patch.setattr(cuda_kernel, "ctypes", fake_ctypes(card))
+        for name, answer in fake_torch_functions(card).items():
             patch.setattr(torch.cuda, name, answer)
         for name in ("can_use_flash_attention", "can_use_efficient_attention"):
             patch.setattr(torch.backends.cuda, name, lambda _: True)
-        patch.setattr(torch.cuda._utils, "_check_cuda", check)
+        patch.setattr(torch.cuda._utils, "_check_cuda", check_cuda_error)
         patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: card.allocator.end(pool), raising=False)
-        patch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: card.allocator.let_go(pool), raising=False)
-        patch.setenv(WORKSPACE_CONFIG, "")  # so that it is as before in the end
-        patch.delenv(WORKSPACE_CONFIG)
-        forget()
+        patch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: card.allocator.release_pool(pool), raising=False)
+        patch.setenv(CUBLAS_WORKSPACE_VARIABLE, "")  # so that it is as before in the end
+        patch.delenv(CUBLAS_WORKSPACE_VARIABLE)
+        clear_caches()
         try:
-            with guarding_nothing(), CardMode(card):
+            with without_device_guards(), FakeCudaMode(card):
                 yield card
         finally:
-            forget()
+            clear_caches()
             card.finish()
 
 
 @contextlib.contextmanager
-def guarding_nothing() -> Iterator[None]:
+def without_device_guards() -> Iterator[None]:
     """Let operations on the card pass where torch would set the current device, and a CPU build has nothing to set."""
     torch._C._ensureCUDADeviceGuardSet()  # in a CUDA build
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
@@ -69,28 +69,28 @@ def guarding_nothing() -> Iterator[None]:
         torch._C._set_only_lift_cpu_tensors(lifted)
 
 
-def forget() -> None:
-    for function in REMEMBERED:
+def clear_caches() -> None:
+    for function in CACHED_FUNCTIONS:
         function.cache_clear()
-    cuda_overhead.WORKSPACES.clear()
+    cuda_overhead.MEASURED_WORKSPACES.clear()
     dequantize.SCRATCH.release(torch.device("cuda"))
 
 
-def driver_in_place_of_cuda(card: Card) -> SimpleNamespace:
+def fake_ctypes(card: FakeCudaDevice) -> SimpleNamespace:
     """The module ctypes, of which libcuda is the card's driver."""
 
     def library(name: str) -> Any:
-        return Driver(card.launched) if name == "libcuda.so.1" else ctypes.CDLL(name)
+        return FakeDriver(card.launched) if name == "libcuda.so.1" else ctypes.CDLL(name)
 
     return SimpleNamespace(**{**vars(ctypes), "CDLL": library})
 
 
-def answers(card: Card) -> dict[str, Any]:
+def fake_torch_functions(card: FakeCudaDevice) -> dict[str, Any]:
     """What stands for the functions of `torch.cuda` that the engine calls."""
     allocator = card.allocator
 
     @contextlib.contextmanager
-    def on_stream(stream: Stream) -> Iterator[None]:
+    def on_stream(stream: FakeStream) -> Iterator[None]:
         before, card.current = card.current, stream.timeline
         try:
             yield
@@ -101,7 +101,7 @@ def answers(card: Card) -> dict[str, Any]:
         allocator.limit = int(fraction * allocator.total)
 
     def reset_peaks(_: object = None) -> None:
-        allocator.most_allocated, allocator.most_reserved = allocator.allocated, allocator.reserved
+        allocator.max_allocated, allocator.max_reserved = allocator.allocated, allocator.reserved
 
     return {
         "_lazy_init": lambda: None,
@@ -113,23 +113,26 @@ def answers(card: Card) -> dict[str, Any]:
         "get_device_capability": lambda _=None: (8, 6),
         "get_arch_list": lambda: ["sm_86"],
         "get_device_properties": lambda _=None: SimpleNamespace(total_memory=allocator.total, uuid="pretended"),
-        "mem_get_info": lambda _=None: (allocator.total - allocator.others - allocator.reserved, allocator.total),
-        "device_memory_used": lambda _=None: allocator.others + allocator.reserved,
+        "mem_get_info": lambda _=None: (
+            allocator.total - allocator.non_torch_bytes - allocator.reserved,
+            allocator.total,
+        ),
+        "device_memory_used": lambda _=None: allocator.non_torch_bytes + allocator.reserved,
         "memory_allocated": lambda _=None: allocator.allocated,
         "memory_reserved": lambda _=None: allocator.reserved,
-        "max_memory_allocated": lambda _=None: allocator.most_allocated,
-        "max_memory_reserved": lambda _=None: allocator.most_reserved,
+        "max_memory_allocated": lambda _=None: allocator.max_allocated,
+        "max_memory_reserved": lambda _=None: allocator.max_reserved,
         "reset_peak_memory_stats": reset_peaks,
         "set_per_process_memory_fraction": limit,
         "empty_cache": card.empty_cache,
         "synchronize": lambda _=None: card.wait(*card.timelines),
-        "current_stream": lambda _=None: Stream(card, card.current),
+        "current_stream": lambda _=None: FakeStream(card, card.current),
         "stream": on_stream,
-        "Stream": lambda _=None: Stream(card, next(card.next_stream)),
-        "Event": functools.partial(Event, card),
-        "CUDAGraph": functools.partial(Graph, card),
+        "Stream": lambda _=None: FakeStream(card, next(card.next_stream)),
+        "Event": functools.partial(FakeEvent, card),
+        "CUDAGraph": functools.partial(FakeCudaGraph, card),
         "graph_pool_handle": lambda: (0, next(card.next_pool)),
         "_sleep": lambda _: None,
-        "cudart": functools.partial(Runtime, card),
+        "cudart": functools.partial(FakeCudaRuntime, card),
         "_compile_kernel": compile_kernel,
     }

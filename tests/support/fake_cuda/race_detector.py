@@ -7,28 +7,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from tests.support.fake_cuda.graphs import Capture
+    from tests.support.fake_cuda.graphs import GraphCapture
 
 Clock = dict[int, int]  # of each stream, how much of its work is known to be done
 
 
-class Race(AssertionError):  # noqa: N818 - what it is, and no RuntimeError: nobody may deal with it
+class DataRaceError(AssertionError):
     """Two streams at work with the same memory, neither after the other."""
 
-    met: ClassVar[list["Race"]] = []  # raised where nobody hears it, too
+    raised: ClassVar[list["DataRaceError"]] = []  # raised where nobody hears it, too
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
-        self.met.append(self)
+        self.raised.append(self)
 
 
 @dataclass(eq=False, slots=True)
-class Timeline:
+class StreamTimeline:
     """A stream's work so far, and of other streams' what is known to be before it."""
 
     number: int  # 0 is the stream that CUDA begins with
     clock: Clock = field(default_factory=dict)
-    capture: "Capture | None" = None  # that its work goes to
+    capture: "GraphCapture | None" = None  # that its work goes to
 
     @property
     def now(self) -> int:
@@ -47,27 +47,29 @@ class Timeline:
 
 
 @dataclass(slots=True)
-class Accesses:
+class MemoryAccesses:
     """Who has last read and written some memory."""
 
     reads: Clock = field(default_factory=dict)
     writes: Clock = field(default_factory=dict)
 
-    def check(self, timeline: Timeline, what: str, *, writes: bool) -> None:
+    def check(self, timeline: StreamTimeline, what: str, *, writes: bool) -> None:
         """Raises Race where what was done to the memory may still be under way."""
         for kind, clock in (("written", self.writes), ("read", self.reads if writes else {})):
             for number, when in clock.items():
                 if not timeline.knows(number, when):
-                    raise Race(f"memory is {what} on stream {timeline.number}, perhaps still {kind} on stream {number}")
+                    raise DataRaceError(
+                        f"memory is {what} on stream {timeline.number}, perhaps still {kind} on stream {number}"
+                    )
 
-    def note(self, timeline: Timeline, *, writes: bool) -> None:
+    def note(self, timeline: StreamTimeline, *, writes: bool) -> None:
         self.check(timeline, "written" if writes else "read", writes=writes)
         (self.writes if writes else self.reads)[timeline.number] = timeline.now
 
-    def include(self, other: "Accesses") -> None:
+    def include(self, other: "MemoryAccesses") -> None:
         for mine, theirs in ((self.reads, other.reads), (self.writes, other.writes)):
             for number, when in theirs.items():
                 mine[number] = max(when, mine.get(number, 0))
 
-    def copy(self) -> "Accesses":
-        return Accesses(dict(self.reads), dict(self.writes))
+    def copy(self) -> "MemoryAccesses":
+        return MemoryAccesses(dict(self.reads), dict(self.writes))

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tests.support.fake_cuda.device import Card
-from tests.support.fake_cuda.tensors import COPY, TO_COPY, with_each
+from tests.support.fake_cuda.device import FakeCudaDevice
+from tests.support.fake_cuda.tensors import COPY, TO_COPY, map_tensors
 
 
-class IdleCard(Card):
+class ShapeOnlyCudaDevice(FakeCudaDevice):
     """Tensors have sizes only. A program that waits for numbers is told some, and that all is so and nothing amiss."""
 
     place = torch.device("meta")
 
     def compute(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = with_each(lambda tensor: tensor.to(self.place), (args, kwargs))
+        args, kwargs = map_tensors(lambda tensor: tensor.to(self.place), (args, kwargs))
         if operation is F.scaled_dot_product_attention:  # there torch has no fused kernel, and would count all scores
             return torch.empty_like(args[0])
         return operation(*args, **kwargs)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING = b"\nStopping when the pictures in work are done; a second time leaves at once.\n"
+STOPPING_MESSAGE = b"\nStopping when the pictures in work are done; a second time leaves at once.\n"
 
 
 class StopRequest:
@@ -25,14 +25,16 @@ class StopRequest:
     def exit_code(self) -> int:
         return 128 + (self.signal or 0)
 
-    def receive(self, number: int, _: FrameType | None) -> None:
+    def handle_signal(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            write_to_nowhere([stream if stream == 1 else stderr_descriptor() for stream in self.terminals])
+            redirect_to_devnull([stream if stream == 1 else get_stderr_descriptor() for stream in self.terminals])
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
         with contextlib.suppress(OSError):
-            os.write(stderr_descriptor(), STOPPING)  # a handler may not print: it may have interrupted a print
+            os.write(
+                get_stderr_descriptor(), STOPPING_MESSAGE
+            )  # a handler may not print: it may have interrupted a print
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     heard = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         heard.append(signal.SIGHUP)
-    before = {number: signal.signal(number, request.receive) for number in heard}
+    before = {number: signal.signal(number, request.handle_signal) for number in heard}
     try:
         yield request
     finally:
@@ -50,7 +52,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def stderr_descriptor() -> int:
+def get_stderr_descriptor() -> int:
     """Not always 2, which is the job's log while Ray is up."""
     try:
         return sys.stderr.fileno()
@@ -58,7 +60,7 @@ def stderr_descriptor() -> int:
         return 2
 
 
-def write_to_nowhere(streams: list[int]) -> None:
+def redirect_to_devnull(streams: list[int]) -> None:
     """Let output to these vanish: writing to a terminal that is closed is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
@@ -67,7 +69,7 @@ def write_to_nowhere(streams: list[int]) -> None:
 
 
 @contextmanager
-def end_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Let SIGTERM leave as an exit does, so that nothing half-written stays."""
 
     def leave(number: int, _: FrameType | None) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tinysd_batch.cli.terminal.signals import write_to_nowhere
+from tinysd_batch.cli.terminal.signals import redirect_to_devnull
 
 
 class NamedStream:
@@ -21,15 +21,15 @@ class NamedStream:
         return getattr(self.stream, attribute)
 
     def write(self, text: str) -> int:
-        with self.named_errors():
+        with self.naming_errors():
             return int(self.stream.write(text))
 
     def flush(self) -> None:
-        with self.named_errors():
+        with self.naming_errors():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def named_errors(self) -> Iterator[None]:
+    def naming_errors(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
@@ -38,15 +38,15 @@ class NamedStream:
             self.is_broken = True
             raise OSError(error.errno, error.strerror, self.name) from None
 
-    def silence(self) -> None:
+    def redirect_if_broken(self) -> None:
         """Let what Python itself writes at its end vanish, if it could not be written before."""
         if self.is_broken:
             with contextlib.suppress(OSError, ValueError):
-                write_to_nowhere([self.stream.fileno()])
+                redirect_to_devnull([self.stream.fileno()])
 
 
 @contextlib.contextmanager
-def named_streams() -> Iterator[None]:
+def name_standard_streams() -> Iterator[None]:
     """Name standard output and error in their errors; characters that they cannot show are written as escapes."""
     before = sys.stdout, sys.stderr
     for stream in before:
@@ -58,5 +58,5 @@ def named_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
-        out.silence()
-        err.silence()
+        out.redirect_if_broken()
+        err.redirect_if_broken()

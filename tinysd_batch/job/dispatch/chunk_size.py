@@ -8,33 +8,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CHUNK_S = 15.0
-NEWEST = 0.3  # how much the latest measurement counts against all before it
+TARGET_CHUNK_S = 15.0
+NEW_MEASUREMENT_WEIGHT = 0.3  # how much the latest measurement counts against all before it
 
 
 @dataclass(slots=True)
-class Speed:
+class WorkerSpeed:
     """A worker's work per second as measured, newer measurements counting more; None before the first."""
 
-    value: float | None = None
+    cost_per_s: float | None = None
 
-    def measure(self, work: float, seconds: float) -> None:
+    def add_measurement(self, work: float, seconds: float) -> None:
         latest = work / max(seconds, 1e-6)
-        if self.value is None:
-            self.value = latest
+        if self.cost_per_s is None:
+            self.cost_per_s = latest
         else:  # seconds per work are averaged, not work per second: one lucky batch must not count double
-            self.value = 1 / ((1 - NEWEST) / self.value + NEWEST / latest)
+            self.cost_per_s = 1 / ((1 - NEW_MEASUREMENT_WEIGHT) / self.cost_per_s + NEW_MEASUREMENT_WEIGHT / latest)
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class WorkerLoad:
     """A worker as the scheduler sees it."""
 
     speed: float | None
     busy_s: float = 0.0  # until it has done what it holds
 
 
-def work_for(asking: Standing, others: Sequence[Standing], left: float, unit: float) -> float:
+def choose_chunk_cost(asking: WorkerLoad, others: Sequence[WorkerLoad], left: float, unit: float) -> float:
     """How much of the work `left` the idle worker gets now, in whole units (a micro-batch); 0 to leave it out.
 
     A worker of unknown speed gets one unit.
@@ -46,13 +46,13 @@ def work_for(asking: Standing, others: Sequence[Standing], left: float, unit: fl
     known = [other.speed for other in others if other.speed is not None]
     mean = sum([asking.speed, *known]) / (1 + len(known))
     fleet = [(asking.speed, asking.busy_s), *((other.speed or mean, other.busy_s) for other in others)]
-    mine = math.floor(when_all_is_done(fleet, left, unit) * asking.speed / unit + 1e-6)
+    mine = math.floor(estimate_finish_s(fleet, left, unit) * asking.speed / unit + 1e-6)
     if mine < 1:
         return 0.0
-    return unit * max(1, min(mine // 2, math.floor(CHUNK_S * asking.speed / unit)))
+    return unit * max(1, min(mine // 2, math.floor(TARGET_CHUNK_S * asking.speed / unit)))
 
 
-def when_all_is_done(fleet: Sequence[tuple[float, float]], left: float, unit: float) -> float:
+def estimate_finish_s(fleet: Sequence[tuple[float, float]], left: float, unit: float) -> float:
     """Seconds until workers of these speeds, each busy for so long yet, could have done all that is left."""
     units = math.ceil(left / unit - 1e-6)
 
@@ -67,13 +67,13 @@ def when_all_is_done(fleet: Sequence[tuple[float, float]], left: float, unit: fl
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class HangTimeout:
     """How long a worker may take for one micro-batch before it counts as hung."""
 
-    least_s: float = 120.0
-    times: float = 10.0  # what its measured speed says
-    first_s: float = 3600.0  # while its speed is unknown
+    min_s: float = 120.0
+    expected_factor: float = 10.0  # what its measured speed says
+    without_speed_s: float = 3600.0  # while its speed is unknown
 
-    def allows(self, work: float, speed: float | None) -> float:
+    def compute_s(self, work: float, speed: float | None) -> float:
         """Seconds."""
-        return self.first_s if speed is None else max(self.least_s, self.times * work / speed)
+        return self.without_speed_s if speed is None else max(self.min_s, self.expected_factor * work / speed)

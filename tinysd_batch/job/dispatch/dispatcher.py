@@ -6,73 +6,77 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from tinysd_batch.errors import NoWorkerError, StorageError
-from tinysd_batch.job.dispatch.chunk_size import Patience, Speed, Standing, work_for
-from tinysd_batch.job.dispatch.job_progress import Progress, Summary
-from tinysd_batch.job.dispatch.quarantine import Blame
-from tinysd_batch.job.dispatch.queue import Backlog
-from tinysd_batch.job.plan.batches import neutral_image, split_to_singles
-from tinysd_batch.job.plan.cost import work_of
-from tinysd_batch.job.results.rows import image_row
+from tinysd_batch.job.dispatch.chunk_size import HangTimeout, WorkerLoad, WorkerSpeed, choose_chunk_cost
+from tinysd_batch.job.dispatch.job_progress import JobProgress, RunSummary
+from tinysd_batch.job.dispatch.quarantine import LossTracker
+from tinysd_batch.job.dispatch.queue import BatchQueue
+from tinysd_batch.job.plan.batches import make_probe_request, split_into_single_images
+from tinysd_batch.job.plan.cost import estimate_batch_cost
+from tinysd_batch.job.results.rows import make_image_row
 from tinysd_batch.job.results.writer import ResultsWriter
 from tinysd_batch.job.state.job import Job
-from tinysd_batch.job.state.precision_record import update_record
-from tinysd_batch.job.workers.adopt import adopt
-from tinysd_batch.job.workers.faults import POLICY, Action, Fault
-from tinysd_batch.job.workers.oom_fallback import Shape, shape_of
-from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, Event, Pool, WorkerLost, WorkerReady
+from tinysd_batch.job.state.precision_record import update_precision_record
+from tinysd_batch.job.workers.adopt import adopt_image
+from tinysd_batch.job.workers.faults import FAULT_POLICIES, FaultAction, FaultType
+from tinysd_batch.job.workers.oom_fallback import ImageShape, get_image_shape
+from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerEvent, WorkerLost, WorkerPool, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage.atomic import storage_errors
 
-GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
-POLL_S = 0.5
-ALIKE = 8  # failures of one class before anything was made: is it the images, or everything?
-PAUSE_S = 30.0  # a loop that took longer was stopped itself (SIGSTOP, a sleeping laptop), and no worker hangs for it
-ROWS_ENDED = "the job's rows ended before its last image: its folder was changed while the job ran; submit again"
+STOP_GRACE_S = 30.0  # how long a stop waits for the micro-batches in flight
+POLL_TIMEOUT_S = 0.5
+EQUAL_FAILURES_BEFORE_TRIAL = 8  # failures of one class before anything was made: is it the images, or everything?
+DRIVER_PAUSE_S = (
+    30.0  # a loop that took longer was stopped itself (SIGSTOP, a sleeping laptop), and no worker hangs for it
+)
+ROWS_EXHAUSTED = "the job's rows ended before its last image: its folder was changed while the job ran; submit again"
 
 
 @dataclass(slots=True)
-class Flight:
+class RunningChunk:
     """What a worker is at."""
 
     batches: deque[MicroBatch]  # the first is the one being made
-    since: float  # when that was begun
+    batch_started_at: float  # when that was begun
 
     @property
     def images(self) -> int:
         return sum(len(batch.wanted) for batch in self.batches)
 
 
-class Dispatch:
+class Dispatcher:
     """One chunk in flight per worker, cut to its speed. What a failure leads to is in `failures.POLICY`."""
 
     def __init__(
-        self, job: Job, pool: Pool, writer: ResultsWriter, progress: Progress, summary: Summary,
-        batches: Iterator[MicroBatch], patience: Patience | None = None, clock: Callable[[], float] = time.monotonic,
+        self, job: Job, pool: WorkerPool, writer: ResultsWriter, progress: JobProgress, summary: RunSummary,
+        batches: Iterator[MicroBatch], patience: HangTimeout | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.job = job
         self.pool = pool
         self.writer = writer
         self.progress = progress
         self.summary = summary
-        self.backlog = Backlog(batches)
-        self.patience = patience or Patience()
+        self.queue = BatchQueue(batches)
+        self.hang_timeout = patience or HangTimeout()
         self.clock = clock
-        self.looked_at = clock()
-        self.flights: dict[str, Flight] = {}
-        self.speeds: dict[str, Speed] = {}
-        self.blame = Blame()
-        self.last_losses: dict[int, WorkerLost] = {}  # by image
-        self.too_large: dict[str, set[Shape]] = {}  # what a worker cannot hold, however it saves
-        self.good: ImageRequest | None = None  # one that was made in this run, the quickest
-        self.held: list[tuple[ImageRequest, ImageResult]] = []  # failures before anything was made
-        self.doubt = True  # nothing has been made yet: failures may be of the model or the installation
+        self.last_checked_at = clock()
+        self.running_chunks: dict[str, RunningChunk] = {}
+        self.speeds: dict[str, WorkerSpeed] = {}
+        self.losses = LossTracker()
+        self.last_loss_by_image: dict[int, WorkerLost] = {}  # by image
+        self.shapes_too_large: dict[str, set[ImageShape]] = {}  # what a worker cannot hold, however it saves
+        self.trial_image: ImageRequest | None = None  # one that was made in this run, the quickest
+        self.withheld_failures: list[tuple[ImageRequest, ImageResult]] = []  # failures before anything was made
+        self.is_withholding_failures = (
+            True  # nothing has been made yet: failures may be of the model or the installation
+        )
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         while self.summary.left and not should_stop():
-            self.hand_out()
+            self.assign_chunks()
             self.flush_if_due()  # while the workers are at work
-            self.handle(self.pool.events(POLL_S))
-            self.end_hung_workers()
+            self.handle_events(self.pool.wait_for_events(POLL_TIMEOUT_S))
+            self.kill_hung_workers()
         if self.summary.left:
             self.drain()
 
@@ -80,9 +84,9 @@ class Dispatch:
         """Have each busy worker finish and deliver the micro-batch it is at, and leave the rest."""
         with self.writer.guard(), storage_errors(self.job.stop_file):
             self.job.stop_file.touch()
-        deadline = self.clock() + GRACE_S
-        while self.flights and self.clock() < deadline:
-            self.handle(self.pool.events(POLL_S))
+        deadline = self.clock() + STOP_GRACE_S
+        while self.running_chunks and self.clock() < deadline:
+            self.handle_events(self.pool.wait_for_events(POLL_TIMEOUT_S))
             self.flush_if_due()
 
     def flush_if_due(self) -> None:
@@ -91,265 +95,273 @@ class Dispatch:
 
     # Handing out
 
-    def hand_out(self) -> None:
-        idle = self.pool.idle()
+    def assign_chunks(self) -> None:
+        idle = self.pool.idle_workers()
         for worker in idle:
             self.submit(worker, self.next_chunk(worker))
         for worker in idle:
-            if not self.flights:  # those left out as too slow are better than none
+            if not self.running_chunks:  # those left out as too slow are better than none
                 self.submit(worker, self.next_chunk(worker, anything=True))
-        if self.flights or not self.summary.left or not idle:
+        if self.running_chunks or not self.summary.left or not idle:
             return
-        if self.held and not self.backlog.waiting:
-            self.believe()
+        if self.withheld_failures and not self.queue.waiting:
+            self.release_withheld_failures()
         elif len(idle) == len(self.pool.workers()):  # nobody is still to come
-            raise StorageError(f"{self.job.folder}: {ROWS_ENDED}")
+            raise StorageError(f"{self.job.folder}: {ROWS_EXHAUSTED}")
 
     def submit(self, worker: str, chunk: list[MicroBatch]) -> None:
         if chunk:
-            self.flights[worker] = Flight(deque(chunk), self.clock())
+            self.running_chunks[worker] = RunningChunk(deque(chunk), self.clock())
             self.pool.submit(worker, chunk)
 
     def next_chunk(self, worker: str, anything: bool = False) -> list[MicroBatch]:
         """Micro-batches for some seconds of this worker's time; a suspect or a trial travels alone."""
-        if self.blame.needs_trial(worker, next_is_suspect=False):
-            return [self.trial()]
-        if len(self.held) >= ALIKE:
-            return [self.trial(neutral=True)] if not self.flights else []
-        first = self.backlog.take(lambda batch: self.fits(worker, batch))
+        if self.losses.needs_trial(worker, next_is_suspect=False):
+            return [self.make_trial_batch()]
+        if len(self.withheld_failures) >= EQUAL_FAILURES_BEFORE_TRIAL:
+            return [self.make_trial_batch(neutral=True)] if not self.running_chunks else []
+        first = self.queue.pop_fitting(lambda batch: self.can_fit(worker, batch))
         if first is not None:
-            return self.fill(worker, first, anything)
+            return self.build_chunk(worker, first, anything)
         suspect = self.next_suspect()
-        if suspect is not None and self.blame.needs_trial(worker, next_is_suspect=True):
-            self.backlog.suspects.appendleft(suspect)
-            return [self.trial()]
+        if suspect is not None and self.losses.needs_trial(worker, next_is_suspect=True):
+            self.queue.suspects.appendleft(suspect)
+            return [self.make_trial_batch()]
         return [] if suspect is None else [suspect]
 
     def next_suspect(self) -> MicroBatch | None:
         """One that is still to be tried; those that are guilty by now are written down."""
-        while self.backlog.suspects:
-            suspect = self.backlog.suspects.popleft()
+        while self.queue.suspects:
+            suspect = self.queue.suspects.popleft()
             if not self.is_condemned(suspect.images[0]):
                 return suspect
         return None
 
-    def fill(self, worker: str, first: MicroBatch, anything: bool) -> list[MicroBatch]:
+    def build_chunk(self, worker: str, first: MicroBatch, anything: bool) -> list[MicroBatch]:
         """A chunk that begins with this batch; empty, and the batch given back, where the worker is left out."""
-        unit = work_of(first)
-        flying = sum(flight.images for flight in self.flights.values())
-        left = unit / len(first.wanted) * (self.summary.left - flying - len(self.held))
-        others = [self.standing(other) for other in self.flights]
-        others += [self.standing(other) for other in self.pool.idle() if other not in self.flights and other != worker]
-        work = work_for(replace(self.standing(worker), busy_s=0.0), others, left, unit)
+        unit = estimate_batch_cost(first)
+        flying = sum(flight.images for flight in self.running_chunks.values())
+        left = unit / len(first.wanted) * (self.summary.left - flying - len(self.withheld_failures))
+        others = [self.get_worker_load(other) for other in self.running_chunks]
+        others += [
+            self.get_worker_load(other)
+            for other in self.pool.idle_workers()
+            if other not in self.running_chunks and other != worker
+        ]
+        work = choose_chunk_cost(replace(self.get_worker_load(worker), busy_s=0.0), others, left, unit)
         if not work and not anything:
-            self.backlog.give_back([first])
+            self.queue.put_back([first])
             return []
         chunk, taken = [first], unit
-        while taken < 0.999 * work and (batch := self.backlog.take(lambda batch: self.fits(worker, batch))):
+        while taken < 0.999 * work and (batch := self.queue.pop_fitting(lambda batch: self.can_fit(worker, batch))):
             chunk.append(batch)
-            taken += work_of(batch)
+            taken += estimate_batch_cost(batch)
         return chunk
 
-    def standing(self, worker: str) -> Standing:
+    def get_worker_load(self, worker: str) -> WorkerLoad:
         """Its speed, and how long it is busy yet; one that is late is taken to need as long again."""
-        speed = self.speeds[worker].value if worker in self.speeds else None
-        flight = self.flights.get(worker)
+        speed = self.speeds[worker].cost_per_s if worker in self.speeds else None
+        flight = self.running_chunks.get(worker)
         if flight is None:
-            return Standing(speed)
-        elapsed = self.clock() - flight.since
-        expected = sum(map(work_of, flight.batches)) / speed if speed else 2 * elapsed
-        return Standing(speed, abs(expected - elapsed))
+            return WorkerLoad(speed)
+        elapsed = self.clock() - flight.batch_started_at
+        expected = sum(map(estimate_batch_cost, flight.batches)) / speed if speed else 2 * elapsed
+        return WorkerLoad(speed, abs(expected - elapsed))
 
-    def fits(self, worker: str, batch: MicroBatch) -> bool:
+    def can_fit(self, worker: str, batch: MicroBatch) -> bool:
         """Whether the worker can hold it, for all we know, or nobody can."""
-        shape = shape_of(batch.images[0])
-        return shape not in self.too_large.get(worker, ()) or not self.others_for(shape)
+        shape = get_image_shape(batch.images[0])
+        return shape not in self.shapes_too_large.get(worker, ()) or not self.workers_that_may_fit(shape)
 
-    def others_for(self, shape: Shape) -> list[str]:
-        return [worker for worker in self.pool.workers() if shape not in self.too_large.get(worker, ())]
+    def workers_that_may_fit(self, shape: ImageShape) -> list[str]:
+        return [worker for worker in self.pool.workers() if shape not in self.shapes_too_large.get(worker, ())]
 
-    def trial(self, neutral: bool = False) -> MicroBatch:
+    def make_trial_batch(self, neutral: bool = False) -> MicroBatch:
         """An image to draw and throw away: one that was made before, or one that nobody could object to."""
-        image = neutral_image(self.job.settings) if neutral or self.good is None else self.good
+        image = make_probe_request(self.job.settings) if neutral or self.trial_image is None else self.trial_image
         return MicroBatch((image,), frozenset())
 
     # Hearing back
 
-    def handle(self, events: list[Event]) -> None:
-        self.announce([event for event in events if isinstance(event, WorkerLost) and event.cause])
+    def handle_events(self, events: list[WorkerEvent]) -> None:
+        self.note_shared_losses([event for event in events if isinstance(event, WorkerLost) and event.shared_cause])
         for event in events:
             match event:
                 case BatchDone(worker, results, seconds):
-                    self.finish_batch(worker, results, seconds)
+                    self.handle_batch_done(worker, results, seconds)
                 case ChunkDone(worker):
-                    if flight := self.flights.pop(worker, None):
-                        self.backlog.give_back(flight.batches)  # none, unless it was told to stop
+                    if flight := self.running_chunks.pop(worker, None):
+                        self.queue.put_back(flight.batches)  # none, unless it was told to stop
                 case WorkerReady():
-                    self.welcome(event)
+                    self.handle_worker_ready(event)
                 case WorkerLost():
                     self.progress.worker(event)
-                    self.recover(event)
+                    self.handle_worker_lost(event)
 
-    def welcome(self, event: WorkerReady) -> None:
+    def handle_worker_ready(self, event: WorkerReady) -> None:
         """Keep a new worker's precision, or have the worker start again with that of the others of its machine."""
         self.progress.worker(event)
         if self.job.settings.precision != "auto" or "precision_key" not in event.description:
             return
         with self.writer.guard():
-            conflict = update_record(self.job.precision_file, event.description)
+            conflict = update_precision_record(self.job.precision_file, event.description)
         if conflict is not None:
-            self.handle([self.pool.kill(event.worker, conflict, Fault.WORKER_DIED)])
+            self.handle_events([self.pool.kill(event.worker, conflict, FaultType.WORKER_DIED)])
 
-    def announce(self, lost: list[WorkerLost]) -> None:
+    def note_shared_losses(self, lost: list[WorkerLost]) -> None:
         """One line for each cause that ended several workers."""
-        for cause in dict.fromkeys(event.cause for event in lost):
-            workers = [event.worker for event in lost if event.cause == cause]
-            images = sum(self.flights[worker].images for worker in workers if worker in self.flights)
+        for cause in dict.fromkeys(event.shared_cause for event in lost):
+            workers = [event.worker for event in lost if event.shared_cause == cause]
+            images = sum(self.running_chunks[worker].images for worker in workers if worker in self.running_chunks)
             plural = "s go" if images > 1 else " goes"
             self.progress.note(f"{cause}; its {images:,} image{plural} to others" if images else str(cause))
 
-    def finish_batch(self, worker: str, results: list[ImageResult], seconds: float | None) -> None:
-        flight, now = self.flights.get(worker), self.clock()
-        if flight is None or not flight.batches or not answers(flight.batches[0], results):
+    def handle_batch_done(self, worker: str, results: list[ImageResult], seconds: float | None) -> None:
+        flight, now = self.running_chunks.get(worker), self.clock()
+        if flight is None or not flight.batches or not are_results_of(flight.batches[0], results):
             return  # delivered twice, or by a worker that was given up: its pictures are adopted
         batch = flight.batches.popleft()
-        took = now - flight.since if seconds is None else seconds
-        self.speeds.setdefault(worker, Speed()).measure(work_of(batch), took)
-        flight.since = now
-        self.blame.worker_drew(worker)
+        took = now - flight.batch_started_at if seconds is None else seconds
+        self.speeds.setdefault(worker, WorkerSpeed()).add_measurement(estimate_batch_cost(batch), took)
+        flight.batch_started_at = now
+        self.losses.record_batch_done(worker)
         if not batch.wanted:
-            self.judge_trial(results)
+            self.evaluate_trial(results)
             return
-        self.receive_all(worker, batch, results)
+        self.handle_results(worker, batch, results)
 
-    def receive_all(self, worker: str, batch: MicroBatch, results: list[ImageResult]) -> None:
+    def handle_results(self, worker: str, batch: MicroBatch, results: list[ImageResult]) -> None:
         requests = {image.index: image for image in batch.images}
         for result in results:
-            result.attempts += self.blame.tries[result.index]
-            self.receive(worker, requests[result.index], result)
+            result.attempts += self.losses.lost_attempts[result.index]
+            self.handle_result(worker, requests[result.index], result)
 
-    def receive(self, worker: str, request: ImageRequest, result: ImageResult) -> None:
+    def handle_result(self, worker: str, request: ImageRequest, result: ImageResult) -> None:
         """Write down what became of an image, unless another worker or more knowledge may change it."""
-        shape = shape_of(request)
+        shape = get_image_shape(request)
         if result.status is Status.OK:
-            self.believe()
-            if self.good is None or request.params.steps < self.good.params.steps:
-                self.good = request
-        elif result.error_class == Fault.OUT_OF_MEMORY:
-            self.too_large.setdefault(worker, set()).add(shape)
-            if self.others_for(shape):
-                self.backlog.give_back([MicroBatch((request,), frozenset({request.index}))])
+            self.release_withheld_failures()
+            if self.trial_image is None or request.params.steps < self.trial_image.params.steps:
+                self.trial_image = request
+        elif result.error_class == FaultType.OUT_OF_MEMORY:
+            self.shapes_too_large.setdefault(worker, set()).add(shape)
+            if self.workers_that_may_fit(shape):
+                self.queue.put_back([MicroBatch((request,), frozenset({request.index}))])
                 return
-        if result.status is Status.FAILED and self.doubt:
-            self.hold(request, result)
+        if result.status is Status.FAILED and self.is_withholding_failures:
+            self.withhold_failure(request, result)
         else:
-            self.record(request, result)
+            self.write_result(request, result)
 
-    def hold(self, request: ImageRequest, result: ImageResult) -> None:
+    def withhold_failure(self, request: ImageRequest, result: ImageResult) -> None:
         """Before anything was made a failure is not believed, unless others differ from it."""
-        self.held.append((request, result))
-        if result.error_class != self.held[0][1].error_class:
-            self.believe()
+        self.withheld_failures.append((request, result))
+        if result.error_class != self.withheld_failures[0][1].error_class:
+            self.release_withheld_failures()
 
-    def judge_trial(self, results: list[ImageResult]) -> None:
+    def evaluate_trial(self, results: list[ImageResult]) -> None:
         """After many failures alike: if a plain picture fails alike too, no image is at fault. Raises NoWorkerError."""
         (trial,) = results
-        if len(self.held) < ALIKE:
+        if len(self.withheld_failures) < EQUAL_FAILURES_BEFORE_TRIAL:
             return
-        first = self.held[0][1]
+        first = self.withheld_failures[0][1]
         if trial.status is Status.FAILED and trial.error_class == first.error_class:
             raise NoWorkerError(
-                f"the first {len(self.held)} images all failed alike, and so did a plain one: {first.error_class}: "
+                f"the first {len(self.withheld_failures)} images all failed alike, and so did a plain one: {first.error_class}: "
                 f"{first.error_message}; nothing was written of them, and once this is mended the same command goes on"
             )
-        self.believe()
+        self.release_withheld_failures()
 
-    def believe(self) -> None:
+    def release_withheld_failures(self) -> None:
         """Failures are those of their images from now on, and so are the ones held back."""
-        self.doubt = False
-        for request, result in self.held:
-            self.record(request, result)
-        self.held.clear()
+        self.is_withholding_failures = False
+        for request, result in self.withheld_failures:
+            self.write_result(request, result)
+        self.withheld_failures.clear()
 
-    def record(self, request: ImageRequest, result: ImageResult) -> None:
-        self.writer.append(image_row(request, result, self.job.run_columns()))
+    def write_result(self, request: ImageRequest, result: ImageResult) -> None:
+        self.writer.append(make_image_row(request, result, self.job.run_columns()))
         self.summary.counts[result.status] += 1
         self.progress.image(request, result)
 
     # Losses
 
-    def end_hung_workers(self) -> None:
+    def kill_hung_workers(self) -> None:
         now = self.clock()
-        paused, self.looked_at = now - self.looked_at, now
-        for worker, flight in list(self.flights.items()):
-            if paused > PAUSE_S:
-                flight.since = min(now, flight.since + paused)
-            speed = self.speeds[worker].value if worker in self.speeds else None
-            work = work_of(flight.batches[0]) if flight.batches else 0.0
-            allowed = self.patience.allows(work, speed)
-            if now - flight.since > allowed:
-                self.handle([self.pool.kill(worker, f"no answer for {allowed:,.0f} s", Fault.HUNG)])
+        paused, self.last_checked_at = now - self.last_checked_at, now
+        for worker, flight in list(self.running_chunks.items()):
+            if paused > DRIVER_PAUSE_S:
+                flight.batch_started_at = min(now, flight.batch_started_at + paused)
+            speed = self.speeds[worker].cost_per_s if worker in self.speeds else None
+            work = estimate_batch_cost(flight.batches[0]) if flight.batches else 0.0
+            allowed = self.hang_timeout.compute_s(work, speed)
+            if now - flight.batch_started_at > allowed:
+                self.handle_events([self.pool.kill(worker, f"no answer for {allowed:,.0f} s", FaultType.HUNG)])
 
-    def recover(self, event: WorkerLost) -> None:
+    def handle_worker_lost(self, event: WorkerLost) -> None:
         """Bring a lost worker's micro-batches back. The one it was at is tried again, as its loss demands."""
-        flight = self.flights.pop(event.worker, None)
+        flight = self.running_chunks.pop(event.worker, None)
         if flight is None:
             return
-        self.adopt_untold(event.worker, flight)
+        self.adopt_unreported_images(event.worker, flight)
         if not flight.batches:
             return
         batch = flight.batches.popleft()
-        self.backlog.give_back(flight.batches)
+        self.queue.put_back(flight.batches)
         if not batch.wanted:
-            self.lose_trial(event)
-        elif POLICY[event.fault].action is Action.SUSPECT or not self.blame.nobody_is_charged(batch.wanted):
-            self.suspect(batch, event)
+            self.handle_lost_trial(event)
+        elif FAULT_POLICIES[event.fault].action is FaultAction.SUSPECT or not self.losses.nobody_is_charged(
+            batch.wanted
+        ):
+            self.requeue_as_suspects(batch, event)
         else:
-            self.backlog.give_back([batch])
+            self.queue.put_back([batch])
 
-    def adopt_untold(self, worker: str, flight: Flight) -> None:
+    def adopt_unreported_images(self, worker: str, flight: RunningChunk) -> None:
         """Take over what a lost worker had finished and not told of, so that the batch it was at is the first."""
         while flight.batches and flight.batches[0].wanted:
             batch = flight.batches[0]
-            found = [adopt(self.job.folder, image) for image in batch.images if image.index in batch.wanted]
+            found = [adopt_image(self.job.folder, image) for image in batch.images if image.index in batch.wanted]
             results = [result for result in found if result is not None]
             if len(results) < len(found):
                 return
             flight.batches.popleft()
-            self.blame.worker_drew(worker)
-            self.receive_all(worker, batch, results)
+            self.losses.record_batch_done(worker)
+            self.handle_results(worker, batch, results)
 
-    def lose_trial(self, event: WorkerLost) -> None:
-        if event.for_good or POLICY[event.fault].action is not Action.SUSPECT:
+    def handle_lost_trial(self, event: WorkerLost) -> None:
+        if event.is_permanent or FAULT_POLICIES[event.fault].action is not FaultAction.SUSPECT:
             return
-        if self.blame.trial_lost(event.worker):
+        if self.losses.trial_lost(event.worker):
             reason = f"lost on good images too, the last time: {event.reason}"
             self.pool.retire(event.worker, reason)
-            self.progress.worker(replace(event, reason=reason, for_good=True))
+            self.progress.worker(replace(event, reason=reason, is_permanent=True))
 
-    def suspect(self, batch: MicroBatch, event: WorkerLost) -> None:
+    def requeue_as_suspects(self, batch: MicroBatch, event: WorkerLost) -> None:
         """Count a lost worker against the images it was at, and try them one by one."""
-        self.blame.worker_lost(event.worker, batch.wanted)
-        for single in split_to_singles([batch]):
-            self.last_losses[single.images[0].index] = event
+        self.losses.record_worker_loss(event.worker, batch.wanted)
+        for single in split_into_single_images([batch]):
+            self.last_loss_by_image[single.images[0].index] = event
             if not self.is_condemned(single.images[0]):
-                self.backlog.suspects.append(single)
+                self.queue.suspects.append(single)
 
     def is_condemned(self, request: ImageRequest) -> bool:
         """Whether the image killed often enough; then it is written down, as quarantined or as drawn before a death."""
-        if not self.blame.is_guilty(request.index):
+        if not self.losses.should_quarantine(request.index):
             return False
-        tries, event = self.blame.tries[request.index], self.last_losses[request.index]
-        self.record(request, adopt(self.job.folder, request) or quarantined(request, tries, event))
+        tries, event = self.losses.lost_attempts[request.index], self.last_loss_by_image[request.index]
+        self.write_result(
+            request, adopt_image(self.job.folder, request) or make_quarantine_result(request, tries, event)
+        )
         return True
 
 
-def answers(batch: MicroBatch, results: list[ImageResult]) -> bool:
+def are_results_of(batch: MicroBatch, results: list[ImageResult]) -> bool:
     """Whether these are the results of the batch: of all images wanted, or of a trial."""
     return {result.index for result in results} == (batch.wanted or {batch.images[0].index})
 
 
-def quarantined(request: ImageRequest, tries: int, event: WorkerLost) -> ImageResult:
+def make_quarantine_result(request: ImageRequest, tries: int, event: WorkerLost) -> ImageResult:
     now = time.time()
     return ImageResult(
         request.index, Status.QUARANTINED, error_class=str(event.fault), attempts=tries,

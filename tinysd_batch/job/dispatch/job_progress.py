@@ -6,7 +6,7 @@ from typing import Protocol
 from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 
-MAX_INVALID_IN_MEMORY = 1000
+MAX_INVALID_ROWS_IN_MEMORY = 1000
 
 
 @dataclass(slots=True)
@@ -18,15 +18,15 @@ class InvalidRows:
 
     def add(self, row: InvalidRow) -> None:
         self.count += 1
-        if len(self.first) < MAX_INVALID_IN_MEMORY:
+        if len(self.first) < MAX_INVALID_ROWS_IN_MEMORY:
             self.first.append(row)
 
     @property
-    def are_all_shown(self) -> bool:
+    def are_all_in_memory(self) -> bool:
         return self.count == len(self.first)
 
 
-class Progress(Protocol):
+class JobProgress(Protocol):
     """Who is told how the run goes."""
 
     def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
@@ -42,7 +42,7 @@ class Progress(Protocol):
 
 
 @dataclass(slots=True)
-class Summary:
+class RunSummary:
     """How a run ended."""
 
     total: int  # images in the job, or up to --limit

@@ -17,20 +17,24 @@ from tinysd_batch.config import (
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.text.prompt_syntax import SYNTAXES, parse_prompt
 from tinysd_batch.text import has_surrogates, normalize_text
-from tinysd_batch.values import MISSING_WORDS, is_missing, is_missing_number, read_whole_number
+from tinysd_batch.values import MISSING_WORDS, is_missing, is_missing_number, parse_integer
 
 NO_SEED = -1
 
-LONGEST_MISSING_WORD = 10  # with blanks around it
+MAX_MISSING_WORD_CHARACTERS = 10  # with blanks around it
 
-MARKS = {"seed": frozenset(":"), "a1111": frozenset("()[]"), "none": frozenset[str]()}  # faults need one of them
+SYNTAX_CHARACTERS = {
+    "seed": frozenset(":"),
+    "a1111": frozenset("()[]"),
+    "none": frozenset[str](),
+}  # faults need one of them
 
 
 def is_missing_word(prompt: str | None) -> bool:
-    return prompt is not None and len(prompt) < LONGEST_MISSING_WORD and prompt.strip().lower() in MISSING_WORDS
+    return prompt is not None and len(prompt) < MAX_MISSING_WORD_CHARACTERS and prompt.strip().lower() in MISSING_WORDS
 
 
-def clean_text(text: object, length: int = MAX_PROMPT_CHARACTERS) -> str:
+def sanitize_text(text: object, length: int = MAX_PROMPT_CHARACTERS) -> str:
     """Text of a faulty row, fit to be stored: cut, and what is no UTF-8 or a NUL replaced."""
     cut = str(text)[:length]
     if has_surrogates(cut):
@@ -38,32 +42,32 @@ def clean_text(text: object, length: int = MAX_PROMPT_CHARACTERS) -> str:
     return cut.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-Rule = Callable[[Any], Any]
+CellValidator = Callable[[Any], Any]
 
 
 @lru_cache
-def rules_for(step_px: int) -> dict[str, Rule]:
+def build_validators(step_px: int) -> dict[str, CellValidator]:
     """What reads a cell of each known column: None for one that is empty, ValueError for what must not stand there."""
-    side = remember(partial(check_integer, least=8, most=MAX_SIDE_PX, multiple_of=step_px))
-    number = partial(check_number, least=0)
+    side = cache_validator(partial(validate_integer, least=8, most=MAX_SIDE_PX, multiple_of=step_px))
+    number = partial(validate_number, least=0)
     return {
-        "prompt": check_prompt,
-        "id": check_id,
-        "negative_prompt": remember(check_prompt),
-        "prompt_syntax": remember(check_syntax),
-        "seed": check_seed,
+        "prompt": validate_prompt,
+        "id": validate_id,
+        "negative_prompt": cache_validator(validate_prompt),
+        "prompt_syntax": cache_validator(validate_syntax),
+        "seed": validate_seed,
         "height": side,
         "width": side,
-        "steps": remember(partial(check_integer, least=1, most=MAX_STEPS)),
-        "scale": remember(partial(number, most=100)),
-        "sampler": remember(check_sampler),
-        "eta": remember(partial(number, most=1)),
-        "n_iter": remember(partial(check_integer, least=1, most=MAX_IMAGES_PER_ROW)),
-        "n_samples": remember(partial(check_integer, least=1, most=1024)),
+        "steps": cache_validator(partial(validate_integer, least=1, most=MAX_STEPS)),
+        "scale": cache_validator(partial(number, most=100)),
+        "sampler": cache_validator(validate_sampler),
+        "eta": cache_validator(partial(number, most=1)),
+        "n_iter": cache_validator(partial(validate_integer, least=1, most=MAX_IMAGES_PER_ROW)),
+        "n_samples": cache_validator(partial(validate_integer, least=1, most=1024)),
     }
 
 
-def remember(rule: Rule) -> Rule:
+def cache_validator(rule: CellValidator) -> CellValidator:
     """The same rule, quicker for values that come again, as those of most columns do."""
     known = lru_cache(1024, typed=True)(rule)  # typed: True is 1 for a dictionary, and no number here
 
@@ -74,7 +78,7 @@ def remember(rule: Rule) -> Rule:
     return check
 
 
-def check_prompt(value: Any) -> str | None:
+def validate_prompt(value: Any) -> str | None:
     if not isinstance(value, str):
         if is_missing(value):
             return None
@@ -91,7 +95,7 @@ def check_prompt(value: Any) -> str | None:
     return text
 
 
-def check_syntax(value: Any) -> str | None:
+def validate_syntax(value: Any) -> str | None:
     text = normalize_text(str(value)).strip()
     if text in SYNTAXES:
         return text
@@ -100,8 +104,8 @@ def check_syntax(value: Any) -> str | None:
     raise ValueError(f"one of {', '.join(SYNTAXES)} was expected")
 
 
-def fault_of_marks(prompt: str, syntax: str) -> str | None:
-    if MARKS[syntax].isdisjoint(prompt):
+def find_syntax_error(prompt: str, syntax: str) -> str | None:
+    if SYNTAX_CHARACTERS[syntax].isdisjoint(prompt):
         return None
     try:
         parse_prompt(prompt, syntax)
@@ -110,32 +114,32 @@ def fault_of_marks(prompt: str, syntax: str) -> str | None:
     return None
 
 
-fault_of_marks_again = lru_cache(1024)(fault_of_marks)  # negative prompts are mostly the same
+find_syntax_error_cached = lru_cache(1024)(find_syntax_error)  # negative prompts are mostly the same
 
 
-def check_seed(value: Any) -> int | None:
+def validate_seed(value: Any) -> int | None:
     """-1, which means a random seed to other programs, is no seed."""
-    if is_missing_number(value) or (number := read_whole_number(value)) == NO_SEED:
+    if is_missing_number(value) or (number := parse_integer(value)) == NO_SEED:
         return None
-    return check_bounds(number, 0, MAX_SEED)
+    return validate_bounds(number, 0, MAX_SEED)
 
 
-def check_integer(value: Any, least: int, most: int, multiple_of: int = 1) -> int | None:
+def validate_integer(value: Any, least: int, most: int, multiple_of: int = 1) -> int | None:
     if is_missing_number(value):
         return None
-    number = check_bounds(read_whole_number(value), least, most)
+    number = validate_bounds(parse_integer(value), least, most)
     if number % multiple_of:
         raise ValueError(f"must be a multiple of {multiple_of} with this model")
     return number
 
 
-def check_bounds(number: int, least: int, most: int) -> int:
+def validate_bounds(number: int, least: int, most: int) -> int:
     if not least <= number <= most:
         raise ValueError(f"must be between {least} and {most}")
     return number
 
 
-def check_number(value: Any, least: float, most: float) -> float | None:
+def validate_number(value: Any, least: float, most: float) -> float | None:
     if is_missing_number(value):
         return None
     try:
@@ -151,11 +155,11 @@ def check_number(value: Any, least: float, most: float) -> float | None:
     return number
 
 
-def check_sampler(value: Any) -> str | None:
+def validate_sampler(value: Any) -> str | None:
     return None if is_missing_number(value) else find_sampler(str(value))
 
 
-def check_id(value: Any) -> str | None:
+def validate_id(value: Any) -> str | None:
     if is_missing(value):
         return None
     text = normalize_text(str(value))
@@ -164,12 +168,12 @@ def check_id(value: Any) -> str | None:
     return text
 
 
-def plain(value: Any) -> Any:
+def convert_extra_value(value: Any) -> Any:
     """A value of an unknown column as the results can hold it: text, number, a list or structure of these."""
     if isinstance(value, str):
-        return clean_text(value, sys.maxsize)
+        return sanitize_text(value, sys.maxsize)
     if isinstance(value, list):
-        return [None if each is None else plain(each) for each in value]
+        return [None if each is None else convert_extra_value(each) for each in value]
     if isinstance(value, dict):
-        return {name: None if each is None else plain(each) for name, each in value.items()}
+        return {name: None if each is None else convert_extra_value(each) for name, each in value.items()}
     return value if isinstance(value, bool | int | float) else str(value)

@@ -7,80 +7,89 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
-from tinysd_batch.job.manifest.snapshot import NEWER, Kept, KeptRow, Snapshot, as_line, parse_line
+from tinysd_batch.job.manifest.snapshot import (
+    FIELDS_SINCE_0_2_0,
+    Snapshot,
+    SnapshotRow,
+    StoredRow,
+    parse_snapshot_line,
+    row_to_line,
+)
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.text import excerpt, normalize_text
 
-SHOWN = 3  # changed rows
-Pair = tuple[int, str | None, str | None]  # row number, line as kept, line now
+MAX_CHANGES_SHOWN = 3  # changed rows
+LinePair = tuple[int, str | None, str | None]  # row number, line as kept, line now
 
 
 # What has changed
 
 
 @dataclass(slots=True)
-class Change:
+class ManifestDiff:
     """How a manifest's rows differ from the ones a job kept."""
 
-    kept: int = 0  # rows of the job
-    now: int = 0
-    changed: int = 0  # rows that differ from the one of the same number, as far as both go
-    first: list[tuple[int, str, str]] = field(default_factory=list)  # number, kept line, line now
-    gone: list[int] = field(default_factory=list)  # the first numbers of rows that are not there any more, or blank
-    same_at_start: int = 0
-    same_at_end: int = 0
+    old_count: int = 0  # rows of the job
+    new_count: int = 0
+    changed_count: int = 0  # rows that differ from the one of the same number, as far as both go
+    first_changes: list[tuple[int, str, str]] = field(default_factory=list)  # number, kept line, line now
+    first_missing: list[int] = field(
+        default_factory=list
+    )  # the first numbers of rows that are not there any more, or blank
+    common_at_start: int = 0
+    common_at_end: int = 0
 
     @property
-    def is_growth(self) -> bool:
+    def is_append_only(self) -> bool:
         """Whether rows came behind the kept ones at most, and all of these are what they were."""
-        return not self.changed and not self.gone
+        return not self.changed_count and not self.first_missing
 
     @classmethod
-    def between(cls, pairs: Iterable[Pair]) -> Self:
+    def from_pairs(cls, pairs: Iterable[LinePair]) -> Self:
         change = cls()
         tails = array("Q"), array("Q")  # of the rows from the first difference on
         for number, old, new in pairs:
-            change.kept += old is not None
-            change.now += new is not None
-            if new is None and len(change.gone) < SHOWN:
-                change.gone.append(number)
-            same = old == new or (old is not None and new is not None and reads_alike(old, new))
+            change.old_count += old is not None
+            change.new_count += new is not None
+            if new is None and len(change.first_missing) < MAX_CHANGES_SHOWN:
+                change.first_missing.append(number)
+            same = old == new or (old is not None and new is not None and are_equivalent(old, new))
             if old is not None and new is not None and not same:
-                change.changed += 1
-                if len(change.first) < SHOWN:
-                    change.first.append((number, old, new))
+                change.changed_count += 1
+                if len(change.first_changes) < MAX_CHANGES_SHOWN:
+                    change.first_changes.append((number, old, new))
             if same and not tails[0] and not tails[1]:
-                change.same_at_start += 1
+                change.common_at_start += 1
                 continue
             for tail, line in zip(tails, (old, new), strict=True):
                 if line is not None:
-                    tail.append(short_hash(line))
-        change.same_at_end = common_end(*tails)
+                    tail.append(hash_line(line))
+        change.common_at_end = count_common_at_end(*tails)
         return change
 
     def __str__(self) -> str:
         """`row 57: prompt 'tabby cta' is now 'tabby cat'; row 60: seed 7 is now nothing; and 12 rows more`"""
-        same = self.same_at_start + self.same_at_end
-        before, after = self.kept - same, self.now - same
+        same = self.common_at_start + self.common_at_end
+        before, after = self.old_count - same, self.new_count - same
         if not before:
-            return f"{rows(self.same_at_start + 1, after)} new, before {self.same_at_end} of the old ones"
+            return f"{describe_row_range(self.common_at_start + 1, after)} new, before {self.common_at_end} of the old ones"
         if not after:
-            return f"{rows(self.same_at_start + 1, before)} gone"
-        told = [f"row {number}: {difference(old, new)}" for number, old, new in self.first]
-        told = told or [f"row {number} is gone" for number in self.gone]
-        if before == after or 2 * self.changed <= min(before, after):
-            return "; ".join([*told, *self.more()])
-        words = f"from row {self.same_at_start + 1} on {before} row{'s' * (before != 1)} became {after}"
+            return f"{describe_row_range(self.common_at_start + 1, before)} gone"
+        told = [f"row {number}: {describe_difference(old, new)}" for number, old, new in self.first_changes]
+        told = told or [f"row {number} is gone" for number in self.first_missing]
+        if before == after or 2 * self.changed_count <= min(before, after):
+            return "; ".join([*told, *self.describe_rest()])
+        words = f"from row {self.common_at_start + 1} on {before} row{'s' * (before != 1)} became {after}"
         return f"{words}; {told[0]}"
 
-    def more(self) -> Iterator[str]:
-        if self.changed > len(self.first):
-            yield f"{self.changed - len(self.first):,} rows more differ"
-        if self.now != self.kept:
-            yield f"and there are {self.now:,} rows instead of {self.kept:,}"
+    def describe_rest(self) -> Iterator[str]:
+        if self.changed_count > len(self.first_changes):
+            yield f"{self.changed_count - len(self.first_changes):,} rows more differ"
+        if self.new_count != self.old_count:
+            yield f"and there are {self.new_count:,} rows instead of {self.old_count:,}"
 
 
-def pair_rows(snapshot: Snapshot, now: Iterable[Row | InvalidRow]) -> Iterator[Pair]:
+def pair_rows(snapshot: Snapshot, now: Iterable[Row | InvalidRow]) -> Iterator[LinePair]:
     """Each row number with its line in the job and in the manifest.
 
     A row of the job that had a fault has no images, so whatever has become of it counts as no change, and so does a
@@ -88,23 +97,23 @@ def pair_rows(snapshot: Snapshot, now: Iterable[Row | InvalidRow]) -> Iterator[P
     """
     new_rows = iter(now)
     new = next(new_rows, None)
-    for old in sorted_by_number(snapshot):
+    for old in sort_by_row_number(snapshot):
         while new is not None and new.number < old.number:
-            line = as_line(new)
+            line = row_to_line(new)
             yield new.number, line, line
             new = next(new_rows, None)
         line_now = None
         if new is not None and new.number == old.number:
-            line_now = as_line(new)
+            line_now = row_to_line(new)
             new = next(new_rows, None)
         yield old.number, old.line, old.line if old.is_invalid else line_now
     while new is not None:
-        yield new.number, None, as_line(new)
+        yield new.number, None, row_to_line(new)
         new = next(new_rows, None)
 
 
-def sorted_by_number(snapshot: Snapshot) -> Iterator[KeptRow]:
-    places = snapshot.find_late_lines().places
+def sort_by_row_number(snapshot: Snapshot) -> Iterator[SnapshotRow]:
+    places = snapshot.find_out_of_order_lines().positions
     late = sorted((row for row in snapshot.rows() if row.number in places), reverse=True) if places else []
     for row in snapshot.rows():
         if row.number in places:
@@ -115,35 +124,35 @@ def sorted_by_number(snapshot: Snapshot) -> Iterator[KeptRow]:
     yield from reversed(late)
 
 
-def reads_alike(old: str, new: str) -> bool:
+def are_equivalent(old: str, new: str) -> bool:
     """Whether two lines are one row, read by the rules of different versions."""
-    return common_form(old) == common_form(new)
+    return normalize_line(old) == normalize_line(new)
 
 
-def common_form(line: str) -> Kept:
-    kept = parse_line(line)
-    for name in NEWER:
+def normalize_line(line: str) -> StoredRow:
+    kept = parse_snapshot_line(line)
+    for name in FIELDS_SINCE_0_2_0:
         kept.pop(name, None)
-    extra = {normalize_text(name): as_text(value) for name, value in kept.pop("extra").items()}
+    extra = {normalize_text(name): extra_value_to_text(value) for name, value in kept.pop("extra").items()}
     own = {name: normalize_text(value) if isinstance(value, str) else value for name, value in kept.items()}
     return {**own, "extra": {name: text for name, text in extra.items() if text}}
 
 
-def as_text(value: object) -> str:
+def extra_value_to_text(value: object) -> str:
     if value is None:
         return ""
     return normalize_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def rows(first: int, count: int) -> str:
+def describe_row_range(first: int, count: int) -> str:
     return f"row {first} is" if count == 1 else f"rows {first} to {first + count - 1} are"
 
 
-def short_hash(line: str) -> int:
+def hash_line(line: str) -> int:
     return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())
 
 
-def common_end(one: "array[int]", other: "array[int]") -> int:
+def count_common_at_end(one: "array[int]", other: "array[int]") -> int:
     count = 0
     for a, b in zip(reversed(one), reversed(other), strict=False):
         if a != b:
@@ -152,21 +161,24 @@ def common_end(one: "array[int]", other: "array[int]") -> int:
     return count
 
 
-def difference(old: str, new: str) -> str:
+def describe_difference(old: str, new: str) -> str:
     """`prompt 'cta' is now 'cat', seed 7 is now nothing`"""
-    before, after = flat(parse_line(old)), flat(parse_line(new))
+    before, after = flatten_extra(parse_snapshot_line(old)), flatten_extra(parse_snapshot_line(new))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if after.get("invalid"):
-        return f"is faulty now: prompt {shown(after.get('prompt'))}"
-    return ", ".join(f"{name} {shown(before.get(name))} is now {shown(after.get(name))}" for name in names[:SHOWN])
+        return f"is faulty now: prompt {format_value(after.get('prompt'))}"
+    return ", ".join(
+        f"{name} {format_value(before.get(name))} is now {format_value(after.get(name))}"
+        for name in names[:MAX_CHANGES_SHOWN]
+    )
 
 
-def flat(kept: Kept) -> Kept:
+def flatten_extra(kept: StoredRow) -> StoredRow:
     """With the carried columns beside ours."""
     return {**kept.pop("extra"), **kept}
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     return "nothing" if value in (None, "") else excerpt(value, 40) if isinstance(value, str) else f"{value}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.text import excerpt, has_surrogates, normalize_text
 
-COLUMNS = (
+KNOWN_COLUMNS = (
     "prompt",
     "id",
     "negative_prompt",
@@ -36,12 +36,12 @@ ALIASES = {
     "eta": ("ddim_eta",),
     "n_samples": ("num_images", "num_images_per_prompt", "batch_size"),
 }
-SPELLINGS = {name: column for column in COLUMNS for name in (column, *ALIASES.get(column, ()))}
+COLUMN_BY_NAME = {name: column for column in KNOWN_COLUMNS for name in (column, *ALIASES.get(column, ()))}
 MAX_NAME_CHARACTERS = 1000
 MAX_COLUMNS = 1000
-WHOLE_NUMBERS = ("seed", "height", "width", "steps", "n_iter", "n_samples")
-NUMBERS = ("scale", "eta")
-LIKENESS = 0.8  # of 1, as difflib measures; below it a name is another word rather than a slip
+INTEGER_COLUMNS = ("seed", "height", "width", "steps", "n_iter", "n_samples")
+FLOAT_COLUMNS = ("scale", "eta")
+MIN_SIMILARITY = 0.8  # of 1, as difflib measures; below it a name is another word rather than a slip
 
 
 class ColumnError(ValueError):
@@ -49,34 +49,34 @@ class ColumnError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class ColumnMapping:
     """The columns of a table, or the keys of an object."""
 
     names: tuple[str, ...]  # in the manifest's order: our name for what we know, the manifest's own for the rest
-    shown: dict[str, str]  # our name -> the manifest's, for messages
+    source_names: dict[str, str]  # our name -> the manifest's, for messages
     unknown: tuple[str, ...]
 
 
 @lru_cache(maxsize=64)  # the objects of a JSONL file mostly have the same keys
-def match_columns(names: tuple[str, ...]) -> Columns:
+def match_columns(names: tuple[str, ...]) -> ColumnMapping:
     """Which column is which. Raises ColumnError."""
-    check_names(names)
+    check_column_names(names)
     found: dict[str, list[str]] = {}
     for name in names:
-        if column := is_column(name):
+        if column := find_column(name):
             found.setdefault(column, []).append(name)
-    taken = {choose(column, spellings): column for column, spellings in found.items()}
+    taken = {choose_column_name(column, spellings): column for column, spellings in found.items()}
     carried = {name: normalize_text(name) for name in names if name not in taken}
-    refuse_doubled([name for name in carried.values() if name])
-    return Columns(
+    reject_duplicate_columns([name for name in carried.values() if name])
+    return ColumnMapping(
         names=tuple(taken.get(name) or carried[name] for name in names),
-        shown={column: normalize_text(name).strip() for name, column in taken.items()},
+        source_names={column: normalize_text(name).strip() for name, column in taken.items()},
         unknown=tuple(name for name in carried.values() if name),
     )
 
 
-def check_names(names: tuple[str, ...]) -> None:
-    """Columns without a name are looked at where they hold something."""
+def check_column_names(names: tuple[str, ...]) -> None:
+    """ColumnMapping without a name are looked at where they hold something."""
     named = [name for name in names if name]
     if len(named) > MAX_COLUMNS:
         raise ColumnError(f"{len(named)} columns, at most {MAX_COLUMNS}; leave out what is not needed")
@@ -86,35 +86,35 @@ def check_names(names: tuple[str, ...]) -> None:
         if "\0" in name or len(name) > MAX_NAME_CHARACTERS:
             rule = f"at most {MAX_NAME_CHARACTERS} characters, without NUL"
             raise ColumnError(f"column {excerpt(name)}: a name has {rule}")
-    refuse_doubled(named)
+    reject_duplicate_columns(named)
 
 
-def refuse_doubled(names: list[str]) -> None:
+def reject_duplicate_columns(names: list[str]) -> None:
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise ColumnError(f"column {excerpt(min(doubled))} stands there twice; rename one")
 
 
-def normal(name: str) -> str:
+def normalize_column_name(name: str) -> str:
     return normalize_text(name).strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def is_column(name: str) -> str | None:
+def find_column(name: str) -> str | None:
     """Our column of that name, if there is one."""
-    return SPELLINGS.get(normal(name))
+    return COLUMN_BY_NAME.get(normalize_column_name(name))
 
 
-def choose(column: str, spellings: list[str]) -> str:
+def choose_column_name(column: str, spellings: list[str]) -> str:
     """The one that counts. Captions often stand beside prompts, so there the better name wins."""
     if column == "prompt":
         order = ("prompt", *ALIASES["prompt"])
-        best = min(order.index(normal(name)) for name in spellings)
-        spellings = [name for name in spellings if normal(name) == order[best]]
+        best = min(order.index(normalize_column_name(name)) for name in spellings)
+        spellings = [name for name in spellings if normalize_column_name(name) == order[best]]
     if len(spellings) > 1:
         raise ColumnError(f"columns {excerpt(spellings[0])} and {excerpt(spellings[1])} both mean {column}; keep one")
     return spellings[0]
 
 
-def refuse_unknown(columns: Columns) -> None:
+def reject_unknown_columns(columns: ColumnMapping) -> None:
     """Raise ColumnError when there are columns that nothing is made of."""
     if columns.unknown:
         first, more = columns.unknown[:8], len(columns.unknown) - 8
@@ -128,31 +128,33 @@ def near_misses(names: Iterable[str]) -> dict[str, str]:
     """Unknown names that look like slips -> what was probably meant."""
     found = {}
     for name in names:
-        alike = difflib.get_close_matches(normal(name[:MAX_NAME_CHARACTERS]), SPELLINGS, n=1, cutoff=LIKENESS)
-        if alike and normal(name) not in SPELLINGS:
+        alike = difflib.get_close_matches(
+            normalize_column_name(name[:MAX_NAME_CHARACTERS]), COLUMN_BY_NAME, n=1, cutoff=MIN_SIMILARITY
+        )
+        if alike and normalize_column_name(name) not in COLUMN_BY_NAME:
             found[name] = alike[0]
     return found
 
 
-def table_columns(path: Path, names: Iterable[str], strict: bool) -> Columns:
+def match_table_columns(path: Path, names: Iterable[str], strict: bool) -> ColumnMapping:
     """The columns of a file that names them once. Raises ManifestError."""
     header = tuple(names)
     try:
         columns = match_columns(header)
-        if "prompt" not in columns.shown:
-            raise ColumnError(f"no column named prompt; found {listed(header)}{separator_hint(header)}")
+        if "prompt" not in columns.source_names:
+            raise ColumnError(f"no column named prompt; found {format_names(header)}{suggest_unquoting(header)}")
         if strict:
-            refuse_unknown(columns)
+            reject_unknown_columns(columns)
     except ColumnError as error:
         raise ManifestError(f"{path}: header: {error}") from None
     return columns
 
 
-def listed(names: Iterable[str]) -> str:
+def format_names(names: Iterable[str]) -> str:
     return ", ".join(excerpt(name, 20) for name in [name for name in names if name][:8]) or "nothing"
 
 
-def separator_hint(header: tuple[str, ...]) -> str:
+def suggest_unquoting(header: tuple[str, ...]) -> str:
     if len(header) == 1 and any(separator in header[0] for separator in ",;\t"):
         return "; the whole line is one cell: save the file again, without quotes around its lines"
     return ""

@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.storage.atomic import check_regular
+from tinysd_batch.storage.atomic import check_regular_file
 
-MAX_UNPACKED_BYTES = 4 << 30  # of a .parquet.gz, which must be unpacked whole
-PART_SUFFIXES = (".parquet", ".pq")  # of the files in a folder that is one table
+MAX_DECOMPRESSED_BYTES = 4 << 30  # of a .parquet.gz, which must be unpacked whole
+PARQUET_SUFFIXES = (".parquet", ".pq")  # of the files in a folder that is one table
 
 
-def is_packed(path: Path) -> bool:
+def is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def unpacked_name(path: Path) -> str:
-    return path.stem if is_packed(path) else path.name
+def remove_gz_suffix(path: Path) -> str:
+    return path.stem if is_gzipped(path) else path.name
 
 
-def bare_name(path: Path) -> str:
+def get_manifest_stem(path: Path) -> str:
     """The file's name without the suffixes that say how to read it."""
-    return Path(unpacked_name(path)).stem
+    return Path(remove_gz_suffix(path)).stem
 
 
-def manifest_files(path: Path) -> list[Path]:
+def list_manifest_files(path: Path) -> list[Path]:
     """The files that hold the manifest: itself, or the Parquet parts of a folder in their order.
 
     Spark, Dask and pandas write a table as a folder of parts; names that begin with `_` or `.` are their own notes.
@@ -39,11 +39,11 @@ def manifest_files(path: Path) -> list[Path]:
     try:
         if not path.is_dir():
             return [path]
-        inside = sorted((each for each in path.iterdir() if each.name[0] not in "._"), key=natural_order)
+        inside = sorted((each for each in path.iterdir() if each.name[0] not in "._"), key=natural_sort_key)
         folders = [each for each in inside if each.is_dir()]
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    parts = [each for each in inside if each.suffix.lower() in PART_SUFFIXES and each not in folders]
+    parts = [each for each in inside if each.suffix.lower() in PARQUET_SUFFIXES and each not in folders]
     if folders and not parts:
         raise ManifestError(f"{path}: its tables are in folders below it ({folders[0].name}); name one of those")
     if not parts:
@@ -51,17 +51,17 @@ def manifest_files(path: Path) -> list[Path]:
     return parts
 
 
-def is_folder_of_parts(path: Path) -> bool:
+def is_parquet_folder(path: Path) -> bool:
     """Whether the folder is one table; the folder of a job, with its results, is not."""
     try:
         if not path.is_dir() or (path / "job.json").exists():
             return False
-        return any(each.suffix.lower() in PART_SUFFIXES for each in path.iterdir())
+        return any(each.suffix.lower() in PARQUET_SUFFIXES for each in path.iterdir())
     except OSError:
         return False
 
 
-def natural_order(path: Path) -> list[tuple[bool, int, str]]:
+def natural_sort_key(path: Path) -> list[tuple[bool, int, str]]:
     """`part.2` before `part.10`."""
     words = re.split(r"([0-9]+)", path.name)
     return [(word.isdecimal(), int(word) if word.isdecimal() else 0, word) for word in words]
@@ -69,7 +69,7 @@ def natural_order(path: Path) -> list[tuple[bool, int, str]]:
 
 def open_manifest(path: Path) -> Any:
     try:
-        check_regular(path)
+        check_regular_file(path)
         return path.open("rb")
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such file") from None
@@ -78,41 +78,41 @@ def open_manifest(path: Path) -> Any:
 
 
 @contextmanager
-def open_unpacked(path: Path) -> Iterator[Any]:
+def open_decompressed(path: Path) -> Iterator[Any]:
     """The file's bytes, unpacked as they are read. A fault met while reading is a ManifestError."""
     with open_manifest(path) as raw:
         try:
-            yield gzip.GzipFile(fileobj=raw) if is_packed(path) else raw
+            yield gzip.GzipFile(fileobj=raw) if is_gzipped(path) else raw
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ManifestError(f"{path}: damaged or cut off gzip: {first_line(error)}; pack it again") from None
+            raise ManifestError(f"{path}: damaged or cut off gzip: {summarize_error(error)}; pack it again") from None
         except OSError as error:
-            raise ManifestError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from None
+            raise ManifestError(f"{path}: cannot be read: {error.strerror or summarize_error(error)}") from None
 
 
 @contextmanager
-def open_whole(path: Path) -> Iterator[Any]:
+def open_seekable(path: Path) -> Iterator[Any]:
     """A file that can be read in any order, which Parquet needs."""
-    with open_unpacked(path) as file:
-        if not is_packed(path):
+    with open_decompressed(path) as file:
+        if not is_gzipped(path):
             yield file
             return
         with tempfile.TemporaryFile() as whole:
             while block := file.read(1 << 20):
                 whole.write(block)
-                if whole.tell() > MAX_UNPACKED_BYTES:
-                    raise ManifestError(f"{path}: over {MAX_UNPACKED_BYTES:,} bytes unpacked; unpack it yourself")
+                if whole.tell() > MAX_DECOMPRESSED_BYTES:
+                    raise ManifestError(f"{path}: over {MAX_DECOMPRESSED_BYTES:,} bytes unpacked; unpack it yourself")
             whole.seek(0)
             yield whole
 
 
-def first_line(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def fingerprint(path: Path) -> str:
     """BLAKE2b of the manifest's bytes, 32 hex digits; for a folder of its parts' names and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in manifest_files(path):
+    for part in list_manifest_files(path):
         if part != path:
             digest.update(f"{part.name}/{part.stat().st_size}/".encode("utf-8", "surrogateescape"))
         with open_manifest(part) as file:
@@ -124,7 +124,7 @@ def fingerprint(path: Path) -> str:
 LINE_ENDS = b"\r\n"
 
 
-def begins_with(manifest: Path, fingerprint: str, size: int | None) -> bool:
+def starts_with_fingerprint(manifest: Path, fingerprint: str, size: int | None) -> bool:
     """Whether the manifest's bytes begin with those of that fingerprint, and go on with a new line.
 
     Then its first rows are what they were, however they are read. `size` is how many bytes these were, where that is
@@ -147,10 +147,10 @@ def begins_with(manifest: Path, fingerprint: str, size: int | None) -> bool:
     return False
 
 
-def stamp(manifest: Path) -> tuple[int, int]:
+def read_manifest_stamp(manifest: Path) -> tuple[int, int]:
     """Size and time of the last change: what tells quickly that a file, or one of a folder's parts, was touched."""
     try:
-        parts = [file.stat() for file in manifest_files(manifest)]
+        parts = [file.stat() for file in list_manifest_files(manifest)]
     except FileNotFoundError:
         raise ManifestError(f"{manifest}: no such file") from None
     except OSError as error:

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tinysd_batch.job.manifest.snapshot import KeptRow, LateLines, RowKeeper, Snapshot
+from tinysd_batch.job.manifest.snapshot import OutOfOrderLines, Snapshot, SnapshotRow, SnapshotWriter
 from tinysd_batch.records import InvalidRow, Row
 
 
 @dataclass(slots=True)
-class Merger:
+class RowMerger:
     """Puts the manifest's new rows behind a job's own, and counts them as they come."""
 
     snapshot: Snapshot
@@ -16,7 +16,7 @@ class Merger:
     appended: int = 0
     corrected: int = 0  # had a fault or were blank, and can be generated now
 
-    def merge(self, now: Iterable[Row | InvalidRow], kept: RowKeeper | None = None) -> Iterator[Row | InvalidRow]:
+    def merge(self, now: Iterable[Row | InvalidRow], kept: SnapshotWriter | None = None) -> Iterator[Row | InvalidRow]:
         """The job's rows in their order, then those that can be generated now, then appended ones.
 
         Rows that the job could generate keep the reading they began with, whatever the manifest says of them. One that
@@ -31,20 +31,20 @@ class Merger:
 
     def merge_lines(self, now: Iterable[Row | InvalidRow]) -> Iterator[tuple[Row | InvalidRow, bool]]:
         """The lines of the next snapshot, and whether a line counts: it does not where the row has a later one."""
-        added, new_rows = RowKeeper(), iter(now)
-        late = self.snapshot.find_late_lines()
+        added, new_rows = SnapshotWriter(), iter(now)
+        late = self.snapshot.find_out_of_order_lines()
         new = next(new_rows, None)
         for place, old in enumerate(self.snapshot.lines(), start=1):
-            is_late = old.number in late.places
+            is_late = old.number in late.positions
             while new is not None and (new.number < old.number or (is_late and new.number == old.number)):
                 self.add_if_new(new, late, added)
                 new = next(new_rows, None)
             if is_late:
-                yield old.read(), late.places[old.number] == place
+                yield old.read(), late.positions[old.number] == place
             elif new is None or new.number > old.number:
                 yield old.read(), True
             else:
-                yield self.choose(old, new, added)
+                yield self.choose_line(old, new, added)
                 new = next(new_rows, None)
         while new is not None and new.number <= self.last:
             self.add_if_new(new, late, added)
@@ -55,7 +55,9 @@ class Merger:
             yield new, True
             new = next(new_rows, None)
 
-    def choose(self, old: KeptRow, new: Row | InvalidRow, added: RowKeeper) -> tuple[Row | InvalidRow, bool]:
+    def choose_line(
+        self, old: SnapshotRow, new: Row | InvalidRow, added: SnapshotWriter
+    ) -> tuple[Row | InvalidRow, bool]:
         """What stands in the old line's place, and whether it counts."""
         if not old.is_invalid:
             return old.read(), True
@@ -64,14 +66,14 @@ class Merger:
         self.add(new, added)
         return old.read(), False
 
-    def add_if_new(self, new: Row | InvalidRow, late: LateLines, added: RowKeeper) -> None:
+    def add_if_new(self, new: Row | InvalidRow, late: OutOfOrderLines, added: SnapshotWriter) -> None:
         """Add a row without a line in its place: it was blank, or was added late and may have a fault."""
-        if new.number in late.faulty and isinstance(new, Row):
-            late.places[new.number] = 0  # none of the lines that are there counts
+        if new.number in late.invalid_rows and isinstance(new, Row):
+            late.positions[new.number] = 0  # none of the lines that are there counts
             self.add(new, added)
-        elif new.number not in late.places:
+        elif new.number not in late.positions:
             self.add(new, added)
 
-    def add(self, row: Row | InvalidRow, added: RowKeeper) -> None:
+    def add(self, row: Row | InvalidRow, added: SnapshotWriter) -> None:
         self.corrected += isinstance(row, Row)
         added.add(row)

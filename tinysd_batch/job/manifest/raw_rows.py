@@ -8,15 +8,15 @@ from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 MAX_CELL_CHARACTERS = 131_072
 
 
-class Line(NamedTuple):
+class RawRow(NamedTuple):
     """A row as the file gives it, without the cells that are empty; a blank row has none."""
 
     values: dict[str, Any]  # known columns under our names
-    shown: Mapping[str, str]  # our name -> the file's
+    source_names: Mapping[str, str]  # our name -> the file's
     line: int | None = None  # of the file, from 1, where the row starts; None where a file has no lines
 
 
-class Fault(NamedTuple):
+class UnreadableRow(NamedTuple):
     """A row that cannot be read."""
 
     reason: str
@@ -40,15 +40,15 @@ class ReadingOptions(NamedTuple):
     as_0_1_0: bool = False  # jobs that 0.1.0 began count rows as it did, and carry its text
 
 
-def leave_out_long(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:
+def drop_long_values(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:
     """Remove values of unknown columns that are too long for the results: they are no reason to lose the row."""
     for name in [name for name, value in values.items() if name not in shown and isinstance(value, str)]:
         if len(values[name]) > MAX_CELL_CHARACTERS:
-            notes.leave_out(name, too_long(f"{len(values.pop(name)):,} characters"))
+            notes.record_dropped_column(name, describe_long_value(f"{len(values.pop(name)):,} characters"))
 
 
-def too_long(size: str) -> str:
+def describe_long_value(size: str) -> str:
     return f"some values are not carried into the results: {size}, at most {MAX_CELL_CHARACTERS:,}"
 
 
-RowRead = Line | Fault | SkippedRows
+ReaderItem = RawRow | UnreadableRow | SkippedRows

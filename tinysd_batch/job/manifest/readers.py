@@ -12,48 +12,50 @@ import pyarrow as pa
 
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.files import (
-    is_folder_of_parts,
-    is_packed,
-    unpacked_name,
+    is_gzipped,
+    is_parquet_folder,
+    remove_gz_suffix,
 )
-from tinysd_batch.job.manifest.formats.csv_table import read_csv, read_unknown_names
-from tinysd_batch.job.manifest.formats.json_rows import begins_with_bracket, read_json, read_jsonl
-from tinysd_batch.job.manifest.formats.parquet import read_parquet, read_unknown_fields
-from tinysd_batch.job.manifest.formats.prompt_lines import read_txt
-from tinysd_batch.job.manifest.raw_rows import ReadingOptions, RowRead
+from tinysd_batch.job.manifest.formats.csv_table import read_csv_extra_names, read_csv_rows
+from tinysd_batch.job.manifest.formats.json_rows import read_json_rows, read_jsonl_rows, starts_with_bracket
+from tinysd_batch.job.manifest.formats.parquet import read_parquet_extra_fields, read_parquet_rows
+from tinysd_batch.job.manifest.formats.prompt_lines import read_txt_rows
+from tinysd_batch.job.manifest.raw_rows import ReaderItem, ReadingOptions
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 
-Reader = Callable[[Path, ReadingOptions], Iterator[RowRead]]
+ManifestReader = Callable[[Path, ReadingOptions], Iterator[ReaderItem]]
 
 
-def read_lines(
+def read_raw_rows(
     path: Path,
     strict: bool = False,
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
     as_0_1_0: bool = False,
-) -> Iterator[RowRead]:
+) -> Iterator[ReaderItem]:
     """Every row in order; a blank one has no values. The arguments are those of `ReadingOptions`."""
     options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines, as_0_1_0)
-    return READERS[format_of(path)](path, options)
+    return READERS_BY_SUFFIX[detect_format(path)](path, options)
 
 
-def format_of(path: Path) -> str:
+def detect_format(path: Path) -> str:
     """The suffix that says how to read the file, without .gz; that of its parts for a folder."""
-    suffix = Path(unpacked_name(path)).suffix.lower()
-    if suffix in READERS:
+    suffix = Path(remove_gz_suffix(path)).suffix.lower()
+    if suffix in READERS_BY_SUFFIX:
         return suffix
-    if is_folder_of_parts(path):
+    if is_parquet_folder(path):
         return ".parquet"
     is_folder = os.path.isdir(path)  # noqa: PTH112 - what is no path is no folder, and no error
     folder = "; this is a folder, neither a job (no job.json) nor a table in Parquet files" if is_folder else ""
-    raise ManifestError(f"{path}: manifests are {', '.join(READERS)} files, or one of these with .gz behind it{folder}")
+    raise ManifestError(
+        f"{path}: manifests are {', '.join(READERS_BY_SUFFIX)} files, or one of these with .gz behind it{folder}"
+    )
 
 
-def is_jsonl(path: Path) -> bool:
+def is_json_manifest(path: Path) -> bool:
     """Whether each row names its own columns."""
-    return READERS.get(Path(unpacked_name(path)).suffix.lower()) in (read_jsonl, read_json)
+    return READERS_BY_SUFFIX.get(Path(remove_gz_suffix(path)).suffix.lower()) in (read_jsonl_rows, read_json_rows)
 
 
 def read_extra_fields(path: Path, seen: Iterable[str], *, as_text: bool = False) -> list[pa.Field]:
@@ -63,33 +65,33 @@ def read_extra_fields(path: Path, seen: Iterable[str], *, as_text: bool = False)
     rows were read before other types were kept.
     """
     names = list(seen)
-    match format_of(path):
+    match detect_format(path):
         case ".csv" | ".tsv":
-            fields = [pa.field(name, pa.string()) for name in read_unknown_names(path, set(names), as_0_1_0=as_text)]
+            fields = [pa.field(name, pa.string()) for name in read_csv_extra_names(path, set(names), as_0_1_0=as_text)]
         case ".parquet" | ".pq":
-            fields = read_unknown_fields(path, as_text=as_text)
+            fields = read_parquet_extra_fields(path, as_text=as_text)
         case _:
             fields = []
     there = {field.name for field in fields}
     return fields + [pa.field(name, pa.string()) for name in names if name not in there]
 
 
-READERS: dict[str, Reader] = {
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-    ".pq": read_parquet,
-    ".txt": read_txt,
+READERS_BY_SUFFIX: dict[str, ManifestReader] = {
+    ".csv": read_csv_rows,
+    ".tsv": read_csv_rows,
+    ".jsonl": read_jsonl_rows,
+    ".ndjson": read_jsonl_rows,
+    ".json": read_json_rows,
+    ".parquet": read_parquet_rows,
+    ".pq": read_parquet_rows,
+    ".txt": read_txt_rows,
 }
 
 
-GROWING = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")  # files to which lines are appended
+APPENDABLE_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")  # files to which lines are appended
 
 
-def can_grow(manifest: Path) -> bool:
+def can_append_rows(manifest: Path) -> bool:
     """Whether lines behind such a file are new rows; with one behind it, a JSON array is read otherwise."""
-    is_growing = format_of(manifest) in GROWING and not is_packed(manifest)
-    return is_growing and not (is_jsonl(manifest) and begins_with_bracket(manifest))
+    is_growing = detect_format(manifest) in APPENDABLE_FORMATS and not is_gzipped(manifest)
+    return is_growing and not (is_json_manifest(manifest) and starts_with_bracket(manifest))

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from tinysd_batch.text import excerpt
 
-MAX_NAMED = 8  # columns in one line
+MAX_COLUMNS_LISTED = 8  # columns in one line
 
 
 @dataclass(slots=True)
-class Sightings:
+class Occurrences:
     """How often something was seen, and in which row first."""
 
     count: int = 0
@@ -34,17 +34,17 @@ class ReadingNotes:
     separator: str = ""  # what stands between cells where it is not what the file's suffix says
     encoding: str = ""  # where it is not UTF-8
     blank_rows: int = 0
-    rows: dict[str, Sightings] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    occurrences: dict[str, Occurrences] = field(default_factory=dict)
+    dropped_columns: dict[str, str] = field(default_factory=dict)
     advice: dict[str, None] = field(default_factory=dict)  # sentences about the whole file
 
-    def see(self, what: str, row: int) -> None:
-        self.rows.setdefault(what, Sightings()).add(row)
+    def count_occurrence(self, what: str, row: int) -> None:
+        self.occurrences.setdefault(what, Occurrences()).add(row)
 
-    def leave_out(self, column: str, what: str) -> None:
-        self.left_out.setdefault(column, what)
+    def record_dropped_column(self, column: str, what: str) -> None:
+        self.dropped_columns.setdefault(column, what)
 
-    def advise(self, sentence: str) -> None:
+    def add_advice(self, sentence: str) -> None:
         self.advice.setdefault(sentence)
 
     def lines(self) -> Iterator[str]:
@@ -56,10 +56,10 @@ class ReadingNotes:
         if self.blank_rows:
             yield f"{self.blank_rows:,} blank row{'s' * (self.blank_rows != 1)} skipped"
         yield from self.advice
-        for what, sightings in self.rows.items():
+        for what, sightings in self.occurrences.items():
             yield what.format(sightings)
-        named = list(self.left_out.items())
-        for column, what in named[:MAX_NAMED]:
+        named = list(self.dropped_columns.items())
+        for column, what in named[:MAX_COLUMNS_LISTED]:
             yield f"column {excerpt(column)}: {what}"
-        if len(named) > MAX_NAMED:
-            yield f"{len(named) - MAX_NAMED:,} more columns are not carried into the results"
+        if len(named) > MAX_COLUMNS_LISTED:
+            yield f"{len(named) - MAX_COLUMNS_LISTED:,} more columns are not carried into the results"

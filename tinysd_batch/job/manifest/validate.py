@@ -10,29 +10,29 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_SEED, TAKE_ETA
+from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_SEED, SAMPLERS_WITH_ETA
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.cells import (
-    clean_text,
-    fault_of_marks,
-    fault_of_marks_again,
+    build_validators,
+    convert_extra_value,
+    find_syntax_error,
+    find_syntax_error_cached,
     is_missing_word,
-    plain,
-    rules_for,
+    sanitize_text,
 )
-from tinysd_batch.job.manifest.raw_rows import Fault, Line, SkippedRows
-from tinysd_batch.job.manifest.readers import read_lines
+from tinysd_batch.job.manifest.raw_rows import RawRow, SkippedRows, UnreadableRow
+from tinysd_batch.job.manifest.readers import read_raw_rows
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.records import InvalidRow, Row, SamplingParams
 from tinysd_batch.text import excerpt
 from tinysd_batch.values import is_missing
 
-MAX_ROWS_WITHOUT_ONE = 1_000_000  # that can be generated; a small file can hold billions of faults
-NO_NAMES: Mapping[str, str] = {}
+MAX_ROWS_BEFORE_FIRST_VALID = 1_000_000  # that can be generated; a small file can hold billions of faults
+NO_SOURCE_NAMES: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Defaults:
+class RowDefaults:
     """What a row that says nothing gets: the job's settings over the model's defaults."""
 
     negative_prompt: str
@@ -45,12 +45,12 @@ class Defaults:
     eta: float
     n_iter: int
     n_samples: int
-    step_px: int  # height and width must be multiples of this, the model's step
+    size_multiple_px: int  # height and width must be multiples of this, the model's step
 
 
 def read_rows(
     path: Path,
-    defaults: Defaults,
+    defaults: RowDefaults,
     strict: bool = False,
     *,
     notes: ReadingNotes | None = None,
@@ -69,40 +69,46 @@ def read_rows(
     """
     notes = notes if notes is not None else ReadingNotes()
     number, first, any_good = 0, None, False
-    for line in read_lines(path, strict, notes=notes, interpret_lines=interpret_lines, as_0_1_0=as_0_1_0):
+    for line in read_raw_rows(path, strict, notes=notes, interpret_lines=interpret_lines, as_0_1_0=as_0_1_0):
         row = None
         if isinstance(line, SkippedRows):
             number += line.number
             notes.blank_rows += line.number if line.is_blank else 0
         else:
             number += 1
-            row = read_row(number, line, defaults, notes)
+            row = validate_raw_row(number, line, defaults, notes)
         if row is not None:
             first = first or row
             any_good = any_good or isinstance(row, Row)
             yield row
-        if number >= MAX_ROWS_WITHOUT_ONE and not any_good:
-            raise ManifestError(f"{path}: none of the first {number:,} rows can be generated: {fault_of(first)}")
+        if number >= MAX_ROWS_BEFORE_FIRST_VALID and not any_good:
+            raise ManifestError(
+                f"{path}: none of the first {number:,} rows can be generated: {describe_first_error(first)}"
+            )
     if first is None:
         blank = f" besides {notes.blank_rows:,} blank ones" if notes.blank_rows else ""
         raise ManifestError(f"{path}: no rows{blank}; add one for each prompt")
 
 
-def read_row(number: int, line: Line | Fault, defaults: Defaults, notes: ReadingNotes) -> Row | InvalidRow | None:
+def validate_raw_row(
+    number: int, line: RawRow | UnreadableRow, defaults: RowDefaults, notes: ReadingNotes
+) -> Row | InvalidRow | None:
     """The row, or what is wrong with it; None for a blank one."""
-    if isinstance(line, Fault):
-        prompt = clean_text(line.prompt) if line.prompt is not None else None
+    if isinstance(line, UnreadableRow):
+        prompt = sanitize_text(line.prompt) if line.prompt is not None else None
         return InvalidRow(number, line.reason, prompt=prompt, line=line.line)
     if not line.values:
         notes.blank_rows += 1
         return None
-    row = check_row(number, line.values, defaults, line.shown, line.line)
+    row = build_row(number, line.values, defaults, line.source_names, line.line)
     if is_missing_word(row.prompt) or (isinstance(row, Row) and is_missing_word(row.negative_prompt)):
-        notes.see("prompts that are a word for a missing value (nan, None, NULL), taken as text: {}", number)
+        notes.count_occurrence(
+            "prompts that are a word for a missing value (nan, None, NULL), taken as text: {}", number
+        )
     return row
 
 
-def fault_of(first: Row | InvalidRow | None) -> str:
+def describe_first_error(first: Row | InvalidRow | None) -> str:
     if isinstance(first, InvalidRow):
         return f"row {first.number}: {first.reason}"
     return "all are blank; check which column holds the prompts"
@@ -111,40 +117,40 @@ def fault_of(first: Row | InvalidRow | None) -> str:
 # Checking
 
 
-def check_row(
+def build_row(
     number: int,
     values: dict[str, Any],
-    defaults: Defaults,
-    shown: Mapping[str, str] = NO_NAMES,
+    defaults: RowDefaults,
+    shown: Mapping[str, str] = NO_SOURCE_NAMES,
     line: int | None = None,
 ) -> Row | InvalidRow:
     """The row with defaults filled in, or all that is wrong with it, with columns named as in `shown`."""
-    rules, faults = rules_for(defaults.step_px), []
+    rules, faults = build_validators(defaults.size_multiple_px), []
     given: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for column, value in values.items():
         if column not in rules:
-            extra[column] = plain(value)
+            extra[column] = convert_extra_value(value)
             continue
         try:
             checked = rules[column](value)
         except ValueError as error:
-            faults.append(f"column {shown.get(column, column)} = {excerpt(clean_text(value))}: {error}")
+            faults.append(f"column {shown.get(column, column)} = {excerpt(sanitize_text(value))}: {error}")
         else:
             if checked is not None:
                 given[column] = checked
-    row = fill_in(number, given, defaults, extra)
+    row = apply_defaults(number, given, defaults, extra)
     if not row.prompt and is_missing(values.get("prompt")):
         faults.append(f"column {shown.get('prompt', 'prompt')} is empty; write a prompt or remove the row")
-    faults += faults_of_prompts(row, shown)
-    faults += faults_between_columns(row.seed, row.n_iter * row.n_samples, shown)
+    faults += find_prompt_syntax_errors(row, shown)
+    faults += find_cross_column_errors(row.seed, row.n_iter * row.n_samples, shown)
     if faults:
-        prompt = clean_text(values["prompt"]) if values.get("prompt") is not None else None
+        prompt = sanitize_text(values["prompt"]) if values.get("prompt") is not None else None
         return InvalidRow(number, "; ".join(faults), prompt=prompt, id=row.id, extra=extra, line=line)
     return row
 
 
-def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[str, Any]) -> Row:
+def apply_defaults(number: int, given: dict[str, Any], defaults: RowDefaults, extra: dict[str, Any]) -> Row:
     """A row of what the manifest gives, and of the job's settings; without a prompt it is no row yet."""
     value = given.get
     return Row(
@@ -155,7 +161,7 @@ def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[
         value("scale", defaults.scale),
         value("n_iter", defaults.n_iter),
         value("n_samples", defaults.n_samples),
-        sampling_params(
+        intern_sampling_params(
             value("width", defaults.width), value("height", defaults.height), value("steps", defaults.steps),
             value("sampler", defaults.sampler), value("eta", defaults.eta),
         ),
@@ -166,21 +172,21 @@ def fill_in(number: int, given: dict[str, Any], defaults: Defaults, extra: dict[
 
 
 @lru_cache(1024, typed=True)  # most rows say nothing of them: they share one
-def sampling_params(width: int, height: int, steps: int, sampler: str, eta: float) -> SamplingParams:
-    return SamplingParams(width, height, steps, sampler, eta if sampler in TAKE_ETA else 0.0)
+def intern_sampling_params(width: int, height: int, steps: int, sampler: str, eta: float) -> SamplingParams:
+    return SamplingParams(width, height, steps, sampler, eta if sampler in SAMPLERS_WITH_ETA else 0.0)
 
 
-def faults_of_prompts(row: Row, shown: Mapping[str, str]) -> Iterator[str]:
+def find_prompt_syntax_errors(row: Row, shown: Mapping[str, str]) -> Iterator[str]:
     syntax = row.prompt_syntax
     for column, fault in (
-        ("prompt", fault_of_marks(row.prompt, syntax)),
-        ("negative_prompt", fault_of_marks_again(row.negative_prompt, syntax)),
+        ("prompt", find_syntax_error(row.prompt, syntax)),
+        ("negative_prompt", find_syntax_error_cached(row.negative_prompt, syntax)),
     ):
         if fault:
             yield f"column {shown.get(column, column)} = {excerpt(getattr(row, column))}: {fault}"
 
 
-def faults_between_columns(seed: int | None, images: int, shown: Mapping[str, str]) -> Iterator[str]:
+def find_cross_column_errors(seed: int | None, images: int, shown: Mapping[str, str]) -> Iterator[str]:
     if images > MAX_IMAGES_PER_ROW:
         yield f"n_iter x n_samples = {images}: at most {MAX_IMAGES_PER_ROW} images a row"
     if seed is not None and seed + images - 1 > MAX_SEED:

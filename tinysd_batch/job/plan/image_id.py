@@ -7,11 +7,11 @@ import unicodedata
 from tinysd_batch.records import SamplingParams
 from tinysd_batch.text import fold_widths
 
-IDENTITY_VERSION = 1
-ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+IMAGE_ID_VERSION = 1
+CANONICAL_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def image_id(
+def compute_image_id(
     *,
     model_digest: str,
     prompt: str,
@@ -30,7 +30,7 @@ def image_id(
     Not in it: device, batch size, worker, file format, index, since none of them may change the picture.
     """
     decides = {
-        "version": IDENTITY_VERSION,
+        "version": IMAGE_ID_VERSION,
         "model": model_digest,
         "prompt": unicodedata.normalize("NFC", prompt),
         "negative_prompt": unicodedata.normalize("NFC", negative_prompt),
@@ -52,5 +52,5 @@ def image_id(
         decides["noise_seed"] = noise_seed
     if any(fold_widths(each) != each for each in (prompt, negative_prompt)):
         decides["widths"] = "folded"
-    text = ENCODER.encode(decides)
+    text = CANONICAL_JSON.encode(decides)
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()

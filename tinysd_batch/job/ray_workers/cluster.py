@@ -13,33 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import NoWorkerError
-from tinysd_batch.job.ray_workers.bounded_calls import Caller, RayLostError
+from tinysd_batch.job.ray_workers.bounded_calls import BoundedCaller, RayLostError
 from tinysd_batch.job.ray_workers.local_ray import (
-    INLINE,
-    OwnRay,
+    INLINE_HINT,
+    LocalRay,
     check_loopback,
-    closed_job_config,
-    ended_process,
-    forget_token,
+    clear_token_cache,
+    describe_ended_process,
+    make_isolated_job_config,
 )
-from tinysd_batch.job.ray_workers.ray_log import LOGGING_OPTIONS, RayOutput
+from tinysd_batch.job.ray_workers.ray_log import LOGGING_OPTIONS, RayLog
 
-LOCAL, AUTO = "local", "auto"
-CONNECT_S = 10.0
-JOIN_S = 60.0  # a cluster whose head hangs takes the connection and never answers
-STOP_S = 40.0
-CHECK_S = 60.0  # for the first task on a cluster, which may start a process for it
-HOW_TO_JOIN = "the driver needs the cluster's token (~/.ray/auth_token), and a `ray start` on its own machine"
-HOW_TO_START = "`ray start` starts one, see configs/clusters/ssh.sh"
-OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-EXIT_DETAIL = re.compile(r"Worker exit detail: (.+?)(?:\. Some common causes|$)", re.MULTILINE)
-NOT_TELLING = ("File ", "ray::", "^", "The actor", "class_name", "actor_id", "pid:", "namespace:", "ip:", "name:")
-DRIVER_SETTINGS = {
+LOCAL_ADDRESS, AUTO_ADDRESS = "local", "auto"
+CONNECT_TIMEOUT_S = 10.0
+JOIN_TIMEOUT_S = 60.0  # a cluster whose head hangs takes the connection and never answers
+STOP_TIMEOUT_S = 40.0
+FIRST_TASK_TIMEOUT_S = 60.0  # for the first task on a cluster, which may start a process for it
+JOIN_HINT = "the driver needs the cluster's token (~/.ray/auth_token), and a `ray start` on its own machine"
+START_HINT = "`ray start` starts one, see configs/clusters/ssh.sh"
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_DETAIL_PATTERN = re.compile(r"Worker exit detail: (.+?)(?:\. Some common causes|$)", re.MULTILINE)
+NOISE_PREFIXES = ("File ", "ray::", "^", "The actor", "class_name", "actor_id", "pid:", "namespace:", "ip:", "name:")
+RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AUTH_MODE": "token",
 }
-OWN_SETTINGS = {
+LOCAL_RAY_ENVIRONMENT = {
     # Ray would end this process a minute after its gcs_server, also where another one has long been started.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
     # Each failed check of a raylet takes 13 s: with Ray's 5, one that hangs is noticed after more than a minute.
@@ -52,67 +52,67 @@ class RaySession:
 
     def __init__(self, options: dict[str, Any], log: Path | None = None) -> None:
         self.options = options
-        self.address: str = options.get("address", LOCAL)
-        self.output = RayOutput(log)
-        self.call = Caller()
-        self.own: OwnRay | None = None
+        self.address: str = options.get("address", LOCAL_ADDRESS)
+        self.log = RayLog(log)
+        self.call = BoundedCaller()
+        self.local_ray: LocalRay | None = None
         self.node_id = ""  # of this process
 
     @property
-    def is_own(self) -> bool:
-        return self.address == LOCAL
+    def is_local(self) -> bool:
+        return self.address == LOCAL_ADDRESS
 
     def start(self) -> None:
         """Raises NoWorkerError where that is not possible."""
-        if self.is_own:
+        if self.is_local:
             check_loopback()
         else:
-            check_answers(self.address)
+            check_reachable(self.address)
         wanted_open = os.environ.get("RAY_AUTH_MODE", "token") != "token"  # by the user's own word
-        ray = import_ray(DRIVER_SETTINGS | OWN_SETTINGS if self.is_own else DRIVER_SETTINGS)
-        self.output.open()
+        ray = import_ray(RAY_ENVIRONMENT | LOCAL_RAY_ENVIRONMENT if self.is_local else RAY_ENVIRONMENT)
+        self.log.open()
         try:
-            with our_signals():
-                self.connect(ray)
-            if not self.is_own and not wanted_open:
-                self.check_closed(ray)
+            with keep_signal_handlers():
+                self.connect_to_ray(ray)
+            if not self.is_local and not wanted_open:
+                self.check_requires_token(ray)
         except BaseException:
             self.stop()
             raise
 
-    def connect(self, ray: Any) -> None:
-        quiet = {**LOGGING_OPTIONS, "job_config": closed_job_config()}
+    def connect_to_ray(self, ray: Any) -> None:
+        quiet = {**LOGGING_OPTIONS, "job_config": make_isolated_job_config()}
         own: dict[str, Any] = {}
         surroundings: contextlib.AbstractContextManager[None] = contextlib.chdir("/")  # not what is in the current one
-        if self.is_own:
-            self.own = OwnRay()
-            own, surroundings = self.own.options(), self.own.environment()
+        if self.is_local:
+            self.local_ray = LocalRay()
+            own, surroundings = self.local_ray.init_options(), self.local_ray.ray_environment()
         else:
-            protect_token()
-        forget_token()
+            restrict_token_file()
+        clear_token_cache()
         try:
             with surroundings:
                 self.init(ray, own | quiet | self.options)
         except Exception as error:
-            raise NoWorkerError(why_not(self.address, error)) from error
-        if self.own is not None:
-            self.own.started()
+            raise NoWorkerError(describe_connect_error(self.address, error)) from error
+        if self.local_ray is not None:
+            self.local_ray.notify_started()
         self.node_id = ray.get_runtime_context().get_node_id()
 
     def init(self, ray: Any, options: dict[str, Any]) -> None:
         """Call `ray.init`, which ends in any case: for a Ray of our own the guardian sees to that."""
-        if self.is_own:
+        if self.is_local:
             ray.init(**options)
         else:
-            self.call(lambda: ray.init(**options), JOIN_S)
+            self.call(lambda: ray.init(**options), JOIN_TIMEOUT_S)
 
-    def check_closed(self, ray: Any) -> None:
+    def check_requires_token(self, ray: Any) -> None:
         """Raise NoWorkerError where the cluster runs code for anybody who reaches its ports."""
         answer = ray.remote(num_cpus=0)(lambda: os.environ.get("RAY_AUTH_MODE")).remote()
         try:
-            mode = self.call(lambda: ray.get(answer, timeout=CHECK_S), 2 * CHECK_S)
+            mode = self.call(lambda: ray.get(answer, timeout=FIRST_TASK_TIMEOUT_S), 2 * FIRST_TASK_TIMEOUT_S)
         except Exception as error:
-            reason = f"no worker process starts on it: {fault_line(error)}"
+            reason = f"no worker process starts on it: {summarize_ray_error(error)}"
             raise NoWorkerError(f"--address {self.address}: {reason}") from error
         if mode != "token":
             raise NoWorkerError(
@@ -122,9 +122,9 @@ class RaySession:
 
     def check_alive(self) -> None:
         """Raise RayLostError where a process has ended that Ray itself would wait for."""
-        if self.is_own and (ended := ended_process()):
+        if self.is_local and (ended := describe_ended_process()):
             raise RayLostError(f"Ray on this machine has stopped: {ended}")
-        self.output.rotate_if_large()
+        self.log.rotate_if_large()
 
     def nodes(self) -> list[dict[str, Any]]:
         """The cluster's machines. Raises RayLostError."""
@@ -135,7 +135,7 @@ class RaySession:
         if not any(node["Alive"] for node in nodes if node["NodeID"] == self.node_id):
             raise RayLostError(
                 "Ray on this machine has stopped: its raylet does not answer"
-                if self.is_own
+                if self.is_local
                 else "this machine has left the cluster, and so ended its workers; `ray start` joins it"
             )
         return nodes
@@ -145,17 +145,17 @@ class RaySession:
         import ray
 
         try:
-            if is_lost and self.own is not None:
-                self.own.end()
-            self.call(ray.shutdown, STOP_S)
+            if is_lost and self.local_ray is not None:
+                self.local_ray.stop_processes()
+            self.call(ray.shutdown, STOP_TIMEOUT_S)
         except RayLostError:
             atexit.unregister(ray.shutdown)  # it would wait for the one that hangs
         finally:
-            if self.own is not None:
-                self.own.close()
-                self.own = None
-            self.call.leave()
-            self.output.close()
+            if self.local_ray is not None:
+                self.local_ray.close()
+                self.local_ray = None
+            self.call.abandon_thread()
+            self.log.close()
 
 
 def start_ray(options: dict[str, Any], log: Path | None = None) -> RaySession:
@@ -179,25 +179,25 @@ def import_ray(settings: dict[str, str]) -> Any:
     return ray
 
 
-def check_answers(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Raise NoWorkerError at once where nothing listens: Ray would try for two minutes."""
-    if address == AUTO:
+    if address == AUTO_ADDRESS:
         return
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise NoWorkerError(f"--address {address}: no cluster answers there: {reason}; {HOW_TO_START}") from None
+        raise NoWorkerError(f"--address {address}: no cluster answers there: {reason}; {START_HINT}") from None
 
 
 @contextlib.contextmanager
-def our_signals() -> Iterator[None]:
+def keep_signal_handlers() -> Iterator[None]:
     """Keep our handlers: Ray puts in its own, which on SIGTERM aborts the process.
 
     What Ray starts meanwhile ignores SIGHUP for ever: a closed terminal sends it to all, and ours is a clean stop.
     """
-    handlers = {number: signal.getsignal(number) for number in OUR_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     terminals = [stream for stream in (0, 1, 2) if os.isatty(stream)]
     try:
@@ -209,29 +209,29 @@ def our_signals() -> Iterator[None]:
             signal.raise_signal(signal.SIGHUP)
 
 
-def why_not(address: str, error: Exception) -> str:
+def describe_connect_error(address: str, error: Exception) -> str:
     """What to do where Ray cannot start or be joined."""
-    line = fault_line(error)
-    if address == LOCAL:
-        return f"Ray could not start: {line}; {INLINE}"
+    line = summarize_ray_error(error)
+    if address == LOCAL_ADDRESS:
+        return f"Ray could not start: {line}; {INLINE_HINT}"
     if "Could not find any running Ray" in line:
-        return f"--address {address}: no Ray runs on this machine; {HOW_TO_START}"
+        return f"--address {address}: no Ray runs on this machine; {START_HINT}"
     if "token" in line.lower() or "Failed to connect" in line:
-        line = f"{line.split('. ')[0]}; {HOW_TO_JOIN}"
+        line = f"{line.split('. ')[0]}; {JOIN_HINT}"
     return f"--address {address}: the cluster could not be joined: {line}"
 
 
-def fault_line(error: Exception) -> str:
+def summarize_ray_error(error: Exception) -> str:
     """The most telling line of a Ray error, which carries whole tracebacks, or Ray's explanation of a death."""
     text = str(error)
-    if detail := EXIT_DETAIL.search(text):
+    if detail := EXIT_DETAIL_PATTERN.search(text):
         return f"its process died: {detail[1].strip()}"[:300]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(NOT_TELLING)]
+    telling = [line for line in lines if not line.startswith(NOISE_PREFIXES)]
     return (telling[-1] if telling else type(error).__name__)[:300]
 
 
-def protect_token() -> None:
+def restrict_token_file() -> None:
     """Ray writes its token file readable by everybody; keep it to its owner."""
     with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
         token = Path.home() / ".ray" / "auth_token"

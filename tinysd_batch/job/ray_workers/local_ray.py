@@ -12,56 +12,64 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinysd_batch.errors import NoWorkerError
-from tinysd_batch.import_path import absolute_entries
+from tinysd_batch.import_path import select_absolute_entries
 from tinysd_batch.job.ray_workers import reaper
-from tinysd_batch.job.ray_workers.temp_folder import RayFolder, make_folder
+from tinysd_batch.job.ray_workers.temp_folder import RayTempFolder, create_temp_folder
 
 OBJECT_STORE_BYTES = 80 * 2**20  # only small records travel; Ray's default would take a third of memory
-START_S = 60.0  # then what has started is killed, after which Ray itself gives up within half a minute
-END_S = 30.0
+RAY_START_TIMEOUT_S = 60.0  # then what has started is killed, after which Ray itself gives up within half a minute
+REAPER_TIMEOUT_S = 30.0
 LOOPBACK = "127.0.0.1"
-LOOPBACK_S = 5.0
-INLINE = "`--inline` runs the job in this process, without Ray"
-ESSENTIAL = ("raylet", "gcs_server")  # without which nothing works, while Ray goes on waiting
+LOOPBACK_TIMEOUT_S = 5.0
+INLINE_HINT = "`--inline` runs the job in this process, without Ray"
+ESSENTIAL_PROCESSES = ("raylet", "gcs_server")  # without which nothing works, while Ray goes on waiting
 # Each names another Ray, or has it take code and settings from elsewhere.
-FOREIGN = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
+FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
 
 
-class OwnRay:
+class LocalRay:
     """The folder and the guardian of one Ray, from before it starts until nothing is left of it."""
 
     def __init__(self) -> None:
         """Raises NoWorkerError where there is no place for Ray's files."""
-        self.folder: RayFolder = make_folder()
-        self.mark = uuid.uuid4().hex
-        owner = self.folder.owner.fileno()  # a folder is ours for as long as its guardian lives
-        command = [sys.executable, "-I", "-S", reaper.__file__, self.mark, str(self.folder.path), str(START_S)]
-        self.guard = subprocess.Popen(  # noqa: S603
+        self.folder: RayTempFolder = create_temp_folder()
+        self.driver_mark = uuid.uuid4().hex
+        owner = self.folder.lock_file.fileno()  # a folder is ours for as long as its guardian lives
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            reaper.__file__,
+            self.driver_mark,
+            str(self.folder.path),
+            str(RAY_START_TIMEOUT_S),
+        ]
+        self.reaper_process = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, start_new_session=True, cwd="/", pass_fds=(owner,)
         )
 
-    def options(self) -> dict[str, Any]:
+    def init_options(self) -> dict[str, Any]:
         """For `ray.init`. Without an explicit address Ray joins whatever cluster it finds on the machine."""
         return {
             "address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(self.folder.for_ray),
+            "_temp_dir": str(self.folder.ray_temp_dir),
         }  # fmt: skip
 
     @contextlib.contextmanager
-    def environment(self) -> Iterator[None]:
+    def ray_environment(self) -> Iterator[None]:
         """What Ray's processes inherit: their mark, a current folder of ours, and an import path without it."""
-        packages = [*absolute_entries(os.environ.get("PYTHONPATH", "")), str(self.folder.packages)]
+        packages = [*select_absolute_entries(os.environ.get("PYTHONPATH", "")), str(self.folder.packages_folder)]
         ours = {
-            reaper.MARK: self.mark, "PYTHONPATH": os.pathsep.join(packages),
-            "RAY_AUTH_TOKEN_PATH": str(self.folder.token),
+            reaper.MARK_VARIABLE: self.driver_mark, "PYTHONPATH": os.pathsep.join(packages),
+            "RAY_AUTH_TOKEN_PATH": str(self.folder.token_file),
         }  # fmt: skip
-        before = {name: os.environ.get(name) for name in (*ours, *FOREIGN)}
+        before = {name: os.environ.get(name) for name in (*ours, *FOREIGN_VARIABLES)}
         here = os.open(".", os.O_PATH)
         try:
-            for name in FOREIGN:
+            for name in FOREIGN_VARIABLES:
                 os.environ.pop(name, None)
             os.environ.update(ours)
-            os.chdir(self.folder.packages)
+            os.chdir(self.folder.packages_folder)
             yield
         finally:
             os.fchdir(here)
@@ -71,23 +79,23 @@ class OwnRay:
                 if value is not None:
                     os.environ[name] = value
 
-    def started(self) -> None:
+    def notify_started(self) -> None:
         """Tell the guardian that there is no need to end a start that hangs."""
         with contextlib.suppress(BrokenPipeError):
-            self.guard.stdin.write(b"started\n")  # type: ignore[union-attr]
-            self.guard.stdin.flush()  # type: ignore[union-attr]
+            self.reaper_process.stdin.write(b"started\n")  # type: ignore[union-attr]
+            self.reaper_process.stdin.flush()  # type: ignore[union-attr]
 
-    def end(self) -> None:
+    def stop_processes(self) -> None:
         """Have what Ray left ended and removed, and wait for that."""
-        if self.guard.poll() is not None:
+        if self.reaper_process.poll() is not None:
             return
         try:
-            self.guard.communicate(timeout=END_S)
+            self.reaper_process.communicate(timeout=REAPER_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self.guard.kill()
+            self.reaper_process.kill()
 
     def close(self) -> None:
-        self.end()
+        self.stop_processes()
         self.folder.close()  # where Ray in this process has written since
 
 
@@ -95,15 +103,15 @@ def check_loopback() -> None:
     """Raise NoWorkerError where Ray's processes could not reach each other; they would try for a quarter of an hour."""
     try:
         with socket.create_server((LOOPBACK, 0)) as server:
-            socket.create_connection(server.getsockname(), timeout=LOOPBACK_S).close()
+            socket.create_connection(server.getsockname(), timeout=LOOPBACK_TIMEOUT_S).close()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise NoWorkerError(
-            f"Ray could not start: {LOOPBACK} cannot be reached on this machine: {reason}; {INLINE}"
+            f"Ray could not start: {LOOPBACK} cannot be reached on this machine: {reason}; {INLINE_HINT}"
         ) from None
 
 
-def closed_job_config() -> Any:
+def make_isolated_job_config() -> Any:
     """Of a job whose workers get no folder of the driver's on their import path.
 
     Ray would add the current folder, unless the job brings a working folder along.
@@ -117,24 +125,24 @@ def closed_job_config() -> Any:
     return ClosedJobConfig()
 
 
-def forget_token() -> None:
+def clear_token_cache() -> None:
     """Ray's native half reads a token once per process; each Ray of our own has another."""
     native: Any = importlib.import_module("ray._raylet")
     native.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def ended_process() -> str | None:
+def describe_ended_process() -> str | None:
     """Which of Ray's essential processes on this machine has ended, and how; None while all run."""
     import ray._private.worker as worker
 
     node = worker._global_node
     for name, process in node.dead_processes() if node is not None else ():
-        if name in ESSENTIAL:
-            return f"its {name} {how_ended(process.returncode)}"
+        if name in ESSENTIAL_PROCESSES:
+            return f"its {name} {describe_exit_code(process.returncode)}"
     return None
 
 
-def how_ended(code: int) -> str:
+def describe_exit_code(code: int) -> str:
     if code >= 0:
         return f"ended with code {code}"
     with contextlib.suppress(ValueError):

@@ -11,90 +11,92 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LOG_NAME = "job.log"
+LOG_FILE_NAME = "job.log"
 MAX_LOG_BYTES = 2**20
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-STDERR = 2
-RAYS_LOGGER = "ray"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+STDERR_FD = 2
+RAY_LOGGER = "ray"
 # For `ray.init`. With `configure_logging=False` it would remove our handler, and warnings would reach the terminal.
-LOGGING_OPTIONS = {"log_to_driver": False, "logging_level": logging.WARNING, "logging_format": FORMAT}
-LOGGERS = (RAYS_LOGGER, "tinysd_batch")
+LOGGING_OPTIONS = {"log_to_driver": False, "logging_level": logging.WARNING, "logging_format": LOG_FORMAT}
+REDIRECTED_LOGGERS = (RAY_LOGGER, "tinysd_batch")
 
 
-class RayOutput:
+class RayLog:
     """Sends what Ray says to the log at `path` while it is open, or to nowhere."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.terminal = -1  # what descriptor 2 was
+        self.original_stderr_fd = -1  # what descriptor 2 was
         self.stderr = sys.stderr
         self.handler: logging.Handler | None = None
-        self.rays_handlers: list[logging.Handler] = []  # which write to the terminal
-        self.printed_by: Any = None  # Ray's own function
+        self.ray_handlers: list[logging.Handler] = []  # which write to the terminal
+        self.original_print: Any = None  # Ray's own function
 
     def open(self) -> None:
         self.stderr = sys.stderr
         if self.stderr is not None:
             self.stderr.flush()
-        self.terminal = os.dup(STDERR)
-        self.point_to_log()
-        if descriptor_of(self.stderr) == STDERR:
-            plain = os.fdopen(self.terminal, "wb", buffering=0, closefd=False)
+        self.original_stderr_fd = os.dup(STDERR_FD)
+        self.redirect_stderr_fd()
+        if get_file_descriptor(self.stderr) == STDERR_FD:
+            plain = os.fdopen(self.original_stderr_fd, "wb", buffering=0, closefd=False)
             sys.stderr = io.TextIOWrapper(
                 plain, encoding=self.stderr.encoding, errors="backslashreplace", write_through=True
             )
-        self.divert_python()
+        self.redirect_python_output()
 
-    def point_to_log(self) -> None:
+    def redirect_stderr_fd(self) -> None:
         log = open_log(self.path)
-        os.dup2(log, STDERR)
+        os.dup2(log, STDERR_FD)
         os.close(log)
 
-    def divert_python(self) -> None:
+    def redirect_python_output(self) -> None:
         """Loggers, and the errors of a cluster, which Ray prints whatever its options."""
         import ray._private.worker as worker
 
-        self.handler = logging.StreamHandler(io.TextIOWrapper(io.FileIO(STDERR, "w", closefd=False), errors="replace"))
-        self.handler.setFormatter(logging.Formatter(FORMAT))
-        rays = logging.getLogger(RAYS_LOGGER)
-        self.rays_handlers, rays.handlers = rays.handlers, []
-        for name in LOGGERS:
+        self.handler = logging.StreamHandler(
+            io.TextIOWrapper(io.FileIO(STDERR_FD, "w", closefd=False), errors="replace")
+        )
+        self.handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        rays = logging.getLogger(RAY_LOGGER)
+        self.ray_handlers, rays.handlers = rays.handlers, []
+        for name in REDIRECTED_LOGGERS:
             logging.getLogger(name).addHandler(self.handler)
-        self.printed_by = getattr(worker, "print_to_stdstream", None)
-        if self.printed_by is not None:
-            worker.print_to_stdstream = self.print
+        self.original_print = getattr(worker, "print_to_stdstream", None)
+        if self.original_print is not None:
+            worker.print_to_stdstream = self.write_cluster_lines
 
     def rotate_if_large(self) -> None:
         """Keep the log and one older part of it."""
-        if self.terminal >= 0 and self.path is not None and os.fstat(STDERR).st_size > MAX_LOG_BYTES:
-            self.point_to_log()
+        if self.original_stderr_fd >= 0 and self.path is not None and os.fstat(STDERR_FD).st_size > MAX_LOG_BYTES:
+            self.redirect_stderr_fd()
 
     def close(self) -> None:
-        if self.terminal < 0:
+        if self.original_stderr_fd < 0:
             return
-        self.restore_python()
+        self.restore_python_output()
         sys.stderr = self.stderr
-        os.dup2(self.terminal, STDERR)
-        os.close(self.terminal)
-        self.terminal = -1
+        os.dup2(self.original_stderr_fd, STDERR_FD)
+        os.close(self.original_stderr_fd)
+        self.original_stderr_fd = -1
         if self.path is not None:
-            remove_empty(self.path)
+            remove_if_empty(self.path)
 
-    def restore_python(self) -> None:
+    def restore_python_output(self) -> None:
         import ray._private.worker as worker
 
-        if self.printed_by is not None:
-            worker.print_to_stdstream = self.printed_by
+        if self.original_print is not None:
+            worker.print_to_stdstream = self.original_print
         if self.handler is not None:
-            for name in LOGGERS:
+            for name in REDIRECTED_LOGGERS:
                 logging.getLogger(name).removeHandler(self.handler)
-            logging.getLogger(RAYS_LOGGER).handlers += self.rays_handlers
+            logging.getLogger(RAY_LOGGER).handlers += self.ray_handlers
             self.handler.close()
 
-    def print(self, data: dict[str, Any], **_: object) -> None:
+    def write_cluster_lines(self, data: dict[str, Any], **_: object) -> None:
         """In the place of Ray's own function, which prints errors of the cluster on our standard output."""
         for line in data["lines"]:
-            os.write(STDERR, f"{line}\n".encode(errors="backslashreplace"))
+            os.write(STDERR_FD, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def open_log(path: Path | None) -> int:
@@ -108,13 +110,13 @@ def open_log(path: Path | None) -> int:
     return os.open(os.devnull, os.O_WRONLY)
 
 
-def remove_empty(path: Path) -> None:
+def remove_if_empty(path: Path) -> None:
     with contextlib.suppress(OSError):
         if path.stat().st_size == 0:
             path.unlink()
 
 
-def descriptor_of(stream: Any) -> int | None:
+def get_file_descriptor(stream: Any) -> int | None:
     """None for a stream that is no file, as in tests and notebooks."""
     try:
         return int(stream.fileno())

@@ -21,37 +21,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-MARK = "TINYSD_BATCH_DRIVER"  # the variable; its value is one driver's own
-PATIENCE_S = 10.0
-PAUSE_S = 0.05
+MARK_VARIABLE = "TINYSD_BATCH_DRIVER"  # the variable; its value is one driver's own
+KILL_TIMEOUT_S = 10.0
+KILL_INTERVAL_S = 0.05
 
 
-def ours(mark: str, folders: list[str]) -> Iterator[int]:
+def find_marked_processes(mark: str, folders: list[str]) -> Iterator[int]:
     """Ids of our user's processes whose environment holds the mark, or that have a file of these folders open."""
-    needle = f"{MARK}={mark}".encode()
+    needle = f"{MARK_VARIABLE}={mark}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # somebody else's, or gone
-            if needle in (process / "environ").read_bytes().split(b"\0") or opens(process, folders):
+            if needle in (process / "environ").read_bytes().split(b"\0") or has_open_file(process, folders):
                 yield int(process.name)
 
 
-def opens(process: Path, folders: list[str]) -> bool:
+def has_open_file(process: Path, folders: list[str]) -> bool:
     """Whether it is Ray's, by the title that Ray gave it (somebody may read a log), and has such a file open."""
     is_rays = (process / "comm").read_text().startswith("ray::")
     return is_rays and any(str(file.readlink()).startswith(tuple(folders)) for file in (process / "fd").iterdir())
 
 
-def end(mark: str, folders: list[str]) -> None:
+def kill_processes(mark: str, folders: list[str]) -> None:
     """Kill them, and those that they start meanwhile."""
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + KILL_TIMEOUT_S
     quiet = 0
     while quiet < 2 and time.monotonic() < until:
-        found = list(ours(mark, folders))
+        found = list(find_marked_processes(mark, folders))
         for process in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         quiet = 0 if found else quiet + 1
-        time.sleep(PAUSE_S)
+        time.sleep(KILL_INTERVAL_S)
 
 
 def wait_for_start(limit_s: float) -> bool:
@@ -67,9 +67,9 @@ def main() -> None:
     mark, *more = sys.argv[1:]
     folders = [f"{folder}/" for folder in more[:1]]
     if len(more) > 1 and not wait_for_start(float(more[1])):
-        end(mark, folders)
+        kill_processes(mark, folders)
     sys.stdin.buffer.read()  # until the driver is no more
-    end(mark, folders)
+    kill_processes(mark, folders)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 

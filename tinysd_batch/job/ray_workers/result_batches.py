@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tinysd_batch.job.plan.cost import work_of
-from tinysd_batch.job.workers.oom_fallback import Limit, Shape
+from tinysd_batch.job.plan.cost import estimate_batch_cost
+from tinysd_batch.job.workers.oom_fallback import ImageShape, MemoryLimits
 from tinysd_batch.records import ImageResult, MicroBatch, Status
 
-LATE_S = 0.5  # for which a result may wait
+MAX_DELAY_S = 0.5  # for which a result may wait
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class MicroBatchResults:
     """What became of a micro-batch's wanted images, and how long that took."""
 
     results: list[ImageResult]
@@ -24,31 +24,33 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class ResultBatch:
     """What travels from a worker to the driver."""
 
-    made: list[Made]
-    limits: dict[Shape, Limit]  # what its card cannot hold, as learnt so far: for the process that may follow it
+    micro_batches: list[MicroBatchResults]
+    memory_limits: dict[
+        ImageShape, MemoryLimits
+    ]  # what its card cannot hold, as learnt so far: for the process that may follow it
 
 
-def pack(
-    batches: Sequence[MicroBatch], made: Iterable[list[ImageResult]], late_s: float = LATE_S,
+def group_results(
+    batches: Sequence[MicroBatch], made: Iterable[list[ImageResult]], late_s: float = MAX_DELAY_S,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[list[Made]]:  # fmt: skip
+) -> Iterator[list[MicroBatchResults]]:  # fmt: skip
     """Each batch's results once they are there, with those that came less than `late_s` before.
 
     Whether the next batch is done in time is judged by how long this one took. An error comes after what was made
     before it.
     """
-    parcel: list[Made] = []
+    parcel: list[MicroBatchResults] = []
     began = leave_by = clock()
     try:
         for number, results in enumerate(made):
             now = clock()
             leave_by = leave_by if parcel else now + late_s
-            parcel.append(Made(results, now - began))
+            parcel.append(MicroBatchResults(results, now - began))
             following = batches[number + 1 : number + 2]
-            expected = (now - began) * sum(map(work_of, following)) / work_of(batches[number])
+            expected = (now - began) * sum(map(estimate_batch_cost, following)) / estimate_batch_cost(batches[number])
             began = now
             if not following or now + expected > leave_by or not all(map(can_be_adopted, results)):
                 yield parcel

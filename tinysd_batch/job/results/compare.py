@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.records import Status
 from tinysd_batch.storage.atomic import storage_errors
 
@@ -26,7 +26,7 @@ IMAGES_FOLDER = "images"
 FOLDER_NAME = re.compile(rf"{IMAGES_FOLDER}/\d{{5,12}}", re.ASCII)
 COMPARED_COLUMNS = ["row", "index", "status", "file_name", "bytes", "run_id"]
 BATCH_ROWS = 10_000
-NAMED_FILES = 3  # in a message
+MAX_NAMED_FILES = 3  # in a message
 SavedImage = tuple[int, str, int | None]  # index, file name, bytes as the table has them
 
 
@@ -44,7 +44,7 @@ class FileState(StrEnum):
 class ComparedFile(NamedTuple):
     """An image that the table says was saved. A million of them are made at a time."""
 
-    image: int  # its index
+    image_index: int  # its index
     file_name: str  # relative to the job folder
     state: FileState
 
@@ -59,12 +59,12 @@ class ComparedFolder:
 
 def read_saved_images(job_folder: Path) -> pa.Table:
     """The newest rows of the images that were saved. Raises StorageError."""
-    table = ResultsPaths(job_folder).read_newest(COMPARED_COLUMNS)
+    table = ResultsTable(job_folder).read_newest(COMPARED_COLUMNS)
     is_saved = pc.and_(pc.equal(table["status"], str(Status.OK)), pc.is_valid(table["file_name"]))
     return table.filter(pc.and_(is_saved, pc.is_valid(table["index"])))
 
 
-def as_images(table: pa.Table) -> Iterator[SavedImage]:
+def iterate_saved_images(table: pa.Table) -> Iterator[SavedImage]:
     """Index, file name and bytes, folder by folder; few of them are Python objects at a time."""
     columns = table.select(["index", "file_name", "bytes"]).sort_by("file_name")
     for batch in columns.to_batches(BATCH_ROWS):
@@ -81,7 +81,7 @@ def compare_folders(job_folder: Path, images: Iterable[SavedImage]) -> Iterator[
         if FOLDER_NAME.fullmatch(folder) is None:
             yield ComparedFolder([ComparedFile(index, name, FileState.OUTSIDE) for index, name, _ in images_here], [])
             continue
-        sizes = list_sizes(job_folder / folder)
+        sizes = list_file_sizes(job_folder / folder)
         start = len(folder) + 1
         files = [
             ComparedFile(index, name, compare_size(sizes.get(name[start:]), expected or 0))
@@ -103,7 +103,7 @@ def compare_size(size: int | None, expected: int) -> FileState:
     return FileState.LARGER
 
 
-def list_sizes(folder: Path) -> dict[str, int]:
+def list_file_sizes(folder: Path) -> dict[str, int]:
     """Size of each file in a folder by name, -1 for what is no file; nothing where there is no such folder.
 
     Raises StorageError where the folder cannot be read: what cannot be seen is not missing.
@@ -126,7 +126,7 @@ def list_sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-WORDS = {
+STATE_TEXTS = {
     FileState.MISSING: "missing",
     FileState.SHORTER: "shorter than the table says",
     FileState.NO_FILE: "no regular file",
@@ -135,7 +135,7 @@ WORDS = {
 
 
 @dataclass(slots=True)
-class Differences:
+class FileDifferences:
     """Images to generate again, because their files are not what the table says."""
 
     images: int = 0  # that were saved
@@ -145,10 +145,10 @@ class Differences:
 
     def add(self, file: ComparedFile) -> None:
         self.images += 1
-        if file.state in WORDS:
-            self.indexes.add(file.image)
+        if file.state in STATE_TEXTS:
+            self.indexes.add(file.image_index)
             self.counts[file.state] += 1
-            if len(self.names) < NAMED_FILES:
+            if len(self.names) < MAX_NAMED_FILES:
                 self.names.append(file.file_name)
 
     @property
@@ -163,7 +163,7 @@ class Differences:
 
     def __str__(self) -> str:
         """`of 80 image files 2 are missing, 1 is shorter than the table says (images/00000/seed_5_00001.png, ...)`"""
-        parts = [f"{self.counts[state]:,} {be(self.counts[state])} {words}" for state, words in WORDS.items()
+        parts = [f"{self.counts[state]:,} {is_or_are(self.counts[state])} {words}" for state, words in STATE_TEXTS.items()
                  if self.counts[state]]  # fmt: skip
         more = ", ..." if len(self.indexes) > len(self.names) else ""
         files = "file" if self.images == 1 else "files"
@@ -174,32 +174,32 @@ def is_majority(missing: int, images: int) -> bool:
     return 2 * missing > images
 
 
-def be(number: int) -> str:
+def is_or_are(number: int) -> str:
     return "is" if number == 1 else "are"
 
 
-def find_differences(job_folder: Path, run_id: str | None = None) -> Differences:
+def find_differences(job_folder: Path, run_id: str | None = None) -> FileDifferences:
     """Compare a job's table with the disk. With `run_id`, only the folders that this run wrote to.
 
     Raises StorageError.
     """
     images = read_saved_images(job_folder)
     if run_id is not None:
-        images = of_same_folders(images, pc.equal(images["run_id"], run_id))
-    differences = Differences()
-    for folder in compare_folders(job_folder, as_images(images)):
+        images = select_same_folders(images, pc.equal(images["run_id"], run_id))
+    differences = FileDifferences()
+    for folder in compare_folders(job_folder, iterate_saved_images(images)):
         for file in folder.files:
             differences.add(file)
     return differences
 
 
-def of_same_folders(images: pa.Table, chosen: pa.ChunkedArray) -> pa.Table:
+def select_same_folders(images: pa.Table, chosen: pa.ChunkedArray) -> pa.Table:
     """The images that lie in a folder of a chosen one."""
     folders = pc.replace_substring_regex(images["file_name"], "/[^/]*$", "")
     return images.filter(pc.is_in(folders, pc.unique(folders.filter(chosen))))
 
 
-def find_images_to_redo(job_folder: Path, redo_missing: bool) -> Differences:
+def find_images_to_redo(job_folder: Path, redo_missing: bool) -> FileDifferences:
     """Images of earlier runs whose files are missing or damaged.
 
     Raises:

@@ -7,11 +7,11 @@ import pyarrow as pa
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.text import excerpt
 
-COVERS = b"tinysd_covers"
+COVERED_PARTS_KEY = b"tinysd_covers"
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 
-FIELDS = [
+RESULT_FIELDS = [
     pa.field("index", pa.int64()),
     pa.field("row", pa.int64()),
     pa.field("sample", pa.int32()),
@@ -56,9 +56,9 @@ FIELDS = [
 ]
 
 
-def check_columns(schema: pa.Schema) -> None:
+def check_result_columns(schema: pa.Schema) -> None:
     """Raises ValueError where one of our columns is missing or holds something else."""
-    for field in FIELDS:
+    for field in RESULT_FIELDS:
         position = schema.get_field_index(field.name)
         if position < 0 or schema.field(position).type != field.type:
             raise ValueError(f"column {field.name} is not the {field.type} that was written")
@@ -67,14 +67,14 @@ def check_columns(schema: pa.Schema) -> None:
 SCHEMA_VERSION = "1"
 
 
-OUR_NAMES = {field.name for field in FIELDS}
+RESERVED_COLUMNS = {field.name for field in RESULT_FIELDS}
 
 
-def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
+def build_results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
     """Our columns, then the manifest's own; one of those that bears a name of ours becomes `manifest_<name>`."""
-    fields = list(FIELDS)
+    fields = list(RESULT_FIELDS)
     for field in extra:
-        fields.append(field.with_name(extra_name(field.name)))
+        fields.append(field.with_name(extra_column_name(field.name)))
         if [one.name for one in fields].count(fields[-1].name) > 1:
             name = excerpt(field.name)
             raise ManifestError(
@@ -83,16 +83,16 @@ def results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def keep_columns(schema: pa.Schema, older: Iterable[pa.Schema]) -> pa.Schema:
+def keep_earlier_columns(schema: pa.Schema, older: Iterable[pa.Schema]) -> pa.Schema:
     """The schema with the manifest's columns of older tables: none changes its type, and none is dropped."""
     kept: dict[str, pa.Field] = {}
     for table in older:
         for field in table:
-            if field.name not in OUR_NAMES:
+            if field.name not in RESERVED_COLUMNS:
                 kept.setdefault(field.name, field)
     fields = [kept.pop(field.name, field) for field in schema]
     return pa.schema([*fields, *kept.values()])
 
 
-def extra_name(name: str) -> str:
-    return f"manifest_{name}" if name in OUR_NAMES else name
+def extra_column_name(name: str) -> str:
+    return f"manifest_{name}" if name in RESERVED_COLUMNS else name

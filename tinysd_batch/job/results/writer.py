@@ -17,13 +17,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.manifest.formats.parquet_types import plain_schema
-from tinysd_batch.job.results.schema import COVERS, FIELDS, SCHEMA_VERSION
-from tinysd_batch.job.results.table import ResultsPaths, damaged_table, fit, keys_of, newest, read_footer, read_table
+from tinysd_batch.job.manifest.formats.parquet_types import apply_transport_types
+from tinysd_batch.job.results.schema import COVERED_PARTS_KEY, RESULT_FIELDS, SCHEMA_VERSION
+from tinysd_batch.job.results.table import (
+    ResultsTable,
+    conform_to_schema,
+    get_row_keys,
+    keep_newest_rows,
+    read_footer,
+    read_table,
+    table_errors,
+)
 from tinysd_batch.storage.atomic import write_atomically
-from tinysd_batch.text import storable_value
+from tinysd_batch.text import make_value_storable
 
-ONE_FILE_ROWS = 100_000  # jobs up to this many rows end as one results.parquet
+MAX_SINGLE_FILE_ROWS = 100_000  # jobs up to this many rows end as one results.parquet
 SEAL_ROWS = 131_072
 FLUSH_EVERY_S = 1.0
 FLUSH_ROWS = 4096
@@ -31,7 +39,7 @@ FLUSH_ROWS = 4096
 SYSTEM_COLUMNS = (
     "error_class", "error_message", "degraded", "model", "precision", "device_name", "worker", "node", "reused",
 )  # fmt: skip
-NAMED_FILES = 3  # in a message
+MAX_NAMED_FILES = 3  # in a message
 
 
 class ResultsWriter:
@@ -43,30 +51,32 @@ class ResultsWriter:
     ) -> None:  # fmt: skip
         """`guard` surrounds every write, and raises where another driver has taken the job over."""
         self.guard = guard
-        self.paths = ResultsPaths(job_folder)
+        self.table = ResultsTable(job_folder)
         self.schema = schema
-        carried = list(schema)[len(FIELDS) :]
-        self.plain_schema = plain_schema(schema, [field.name for field in carried])
+        carried = list(schema)[len(RESULT_FIELDS) :]
+        self.plain_schema = apply_transport_types(schema, [field.name for field in carried])
         self.text_columns = [field.name for field in carried if pa.types.is_string(field.type)]
-        self.big = total_rows > ONE_FILE_ROWS
+        self.is_multi_part = total_rows > MAX_SINGLE_FILE_ROWS
         self.buffer: list[dict[str, Any]] = []
         self.last_flush = time.monotonic()
         with self.guard():
-            self.paths.drop_covered_journal()
-            if self.big:
-                self.paths.make_one_file_a_part()
+            self.table.delete_covered_parts()
+            if self.is_multi_part:
+                self.table.convert_single_file_to_part()
         # Names that a sealed file covers must not come again: they would be taken for leftovers and deleted.
-        used = {part.stem for part in self.paths.journal_parts()} | self.paths.covered()
-        self.sequence = 1 + max((int(name) for name in used), default=0)
-        self.rows_in = {file: read_footer(file).num_rows for file in self.paths.files()}  # of each file of the table
-        self.journal_rows = sum(self.rows_in[part] for part in self.paths.journal_parts())
+        used = {part.stem for part in self.table.journal_parts()} | self.table.read_covered_parts()
+        self.next_part_number = 1 + max((int(name) for name in used), default=0)
+        self.row_counts = {
+            file: read_footer(file).num_rows for file in self.table.table_files()
+        }  # of each file of the table
+        self.journal_rows = sum(self.row_counts[part] for part in self.table.journal_parts())
 
     def append(self, row: dict[str, Any]) -> None:
         for name in self.text_columns:  # a job that began with text goes on with text
             value = row.get(name)
             if value is not None and not isinstance(value, str):
                 row[name] = json.dumps(value, ensure_ascii=False)
-        self.buffer.append(row | {name: storable_value(row[name]) for name in SYSTEM_COLUMNS if row.get(name)})
+        self.buffer.append(row | {name: make_value_storable(row[name]) for name in SYSTEM_COLUMNS if row.get(name)})
 
     def flush_if_due(self) -> bool:
         """Flush when a second has passed or many rows wait; True when rows became durable."""
@@ -78,15 +88,15 @@ class ResultsWriter:
         self.last_flush = time.monotonic()
         if not self.buffer:
             return False
-        table = fit(pa.Table.from_pylist(self.buffer, self.plain_schema), self.schema)
+        table = conform_to_schema(pa.Table.from_pylist(self.buffer, self.plain_schema), self.schema)
         with self.guard():
-            part = self.paths.journal / f"{self.sequence:08d}.parquet"
+            part = self.table.journal / f"{self.next_part_number:08d}.parquet"
             write_atomically(to_parquet(table, compression="none"), part)
-        self.rows_in[part] = len(self.buffer)
+        self.row_counts[part] = len(self.buffer)
         self.journal_rows += len(self.buffer)
-        self.sequence += 1
+        self.next_part_number += 1
         self.buffer.clear()
-        if self.big and self.journal_rows >= SEAL_ROWS:
+        if self.is_multi_part and self.journal_rows >= SEAL_ROWS:
             self.seal()
         return True
 
@@ -98,12 +108,12 @@ class ResultsWriter:
         self.flush()
         with self.guard():
             gone = self.find_lost_files()
-        if parts := self.paths.journal_parts():
-            self.seal_parts(parts)
-        self.rows_in = {file: read_footer(file).num_rows for file in self.paths.files()}
+        if parts := self.table.journal_parts():
+            self.seal_journal(parts)
+        self.row_counts = {file: read_footer(file).num_rows for file in self.table.table_files()}
         if gone:
-            rows, names = sum(gone.values()), ", ".join(str(file) for file in sorted(gone)[:NAMED_FILES])
-            more = f" and {len(gone) - NAMED_FILES:,} more" if len(gone) > NAMED_FILES else ""
+            rows, names = sum(gone.values()), ", ".join(str(file) for file in sorted(gone)[:MAX_NAMED_FILES])
+            more = f" and {len(gone) - MAX_NAMED_FILES:,} more" if len(gone) > MAX_NAMED_FILES else ""
             raise StorageError(
                 f"{names}{more}: deleted or cut short while the job ran, with {rows:,} rows of the table; submit "
                 f"again: images that are there are taken over"
@@ -111,26 +121,26 @@ class ResultsWriter:
 
     def find_lost_files(self) -> dict[Path, int]:
         """Files of the table that hold fewer rows than were written to them, and how many are lost."""
-        there = {*self.paths.sealed_files(), *self.paths.journal_parts()}
-        left = {file: read_footer(file).num_rows if file in there else 0 for file in self.rows_in}
-        return {file: rows - left[file] for file, rows in self.rows_in.items() if left[file] < rows}
+        there = {*self.table.sealed_files(), *self.table.journal_parts()}
+        left = {file: read_footer(file).num_rows if file in there else 0 for file in self.row_counts}
+        return {file: rows - left[file] for file, rows in self.row_counts.items() if left[file] < rows}
 
-    def seal_parts(self, parts: list[Path]) -> None:
-        older = [self.paths.one_file] if not self.big and self.paths.one_file.exists() else []
+    def seal_journal(self, parts: list[Path]) -> None:
+        older = [self.table.single_file] if not self.is_multi_part and self.table.single_file.exists() else []
         tables = [read_table(file) for file in [*older, *parts]]
-        with damaged_table(self.paths.one_file):
-            table = newest(pa.concat_tables([fit(each, self.schema) for each in tables]))
+        with table_errors(self.table.single_file):
+            table = keep_newest_rows(pa.concat_tables([conform_to_schema(each, self.schema) for each in tables]))
         covers = json.dumps([part.stem for part in parts]).encode()
-        table = table.replace_schema_metadata({COVERS: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
+        table = table.replace_schema_metadata({COVERED_PARTS_KEY: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
         with self.guard():
-            write_atomically(to_parquet(table), self.next_part() if self.big else self.paths.one_file)
-            self.paths.drop_covered_journal()
+            write_atomically(to_parquet(table), self.next_part_path() if self.is_multi_part else self.table.single_file)
+            self.table.delete_covered_parts()
         self.journal_rows = 0
 
-    def next_part(self) -> Path:
-        return self.paths.part(1 + max(map(part_number, self.paths.sealed_files()), default=-1))
+    def next_part_path(self) -> Path:
+        return self.table.part_path(1 + max(map(parse_part_number, self.table.sealed_files()), default=-1))
 
-    def drop_superseded(self, corrected: Iterable[int] = ()) -> None:
+    def delete_superseded_rows(self, corrected: Iterable[int] = ()) -> None:
         """Leave the newest row of each image only: in a big job, one tried again has its older row in a sealed part.
 
         `corrected` are manifest rows that have no fault any more, whether their images are there or not.
@@ -138,31 +148,31 @@ class ResultsWriter:
         Newer parts count, and each is rewritten whole, so a crash in between leaves rows to drop, and none missing.
         """
         newer = {(row, 0) for row in corrected}
-        for part in reversed(self.paths.sealed_files()):
-            keys = keys_in(read_table(part, ["row", "index"]))
+        for part in reversed(self.table.sealed_files()):
+            keys = list_row_keys(read_table(part, ["row", "index"]))
             if not newer.isdisjoint(keys):
-                self.rewrite(part, newer)
+                self.rewrite_part(part, newer)
             newer.update(keys)
             newer.update((row, 0) for row, index in keys if index)  # a fault is superseded by an image of its row
 
-    def rewrite(self, part: Path, without: set[tuple[int, int]]) -> None:
-        with damaged_table(part):
-            table = fit(read_table(part), self.schema)
-        table = table.filter(pa.array([key not in without for key in keys_in(table)], pa.bool_()))
+    def rewrite_part(self, part: Path, without: set[tuple[int, int]]) -> None:
+        with table_errors(part):
+            table = conform_to_schema(read_table(part), self.schema)
+        table = table.filter(pa.array([key not in without for key in list_row_keys(table)], pa.bool_()))
         table = table.replace_schema_metadata(read_footer(part).metadata)
         with self.guard():
             write_atomically(to_parquet(table), part)
-        self.rows_in[part] = len(table)
+        self.row_counts[part] = len(table)
 
 
-def part_number(part: Path) -> int:
+def parse_part_number(part: Path) -> int:
     """The number in `part-00007.parquet`; -1 for another name."""
     number = part.stem.removeprefix("part-")
     return int(number) if number.isascii() and number.isdecimal() else -1
 
 
-def keys_in(table: pa.Table) -> list[tuple[int, int]]:
-    rows, indexes = keys_of(table)
+def list_row_keys(table: pa.Table) -> list[tuple[int, int]]:
+    rows, indexes = get_row_keys(table)
     return list(zip(rows.tolist(), indexes.tolist(), strict=True))
 
 

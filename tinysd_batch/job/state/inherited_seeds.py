@@ -12,19 +12,19 @@ from typing import Any
 
 from tinysd_batch.config import MAX_SEED
 from tinysd_batch.errors import StorageError
-from tinysd_batch.job.manifest.snapshot import kept_form, parse_line
-from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.manifest.snapshot import parse_snapshot_line, row_to_dict
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job import ManifestRecord
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.storage.atomic import read_file, write_atomically
 from tinysd_batch.text import normalize_text
 
 SEEDS_FILE = "seeds.json.gz"
-NOT_CONTENT = ("id", "seed", "extra")
-TABLE_CONTENT = (
+NON_CONTENT_FIELDS = ("id", "seed", "extra")
+CONTENT_COLUMNS = (
     "prompt", "negative_prompt", "prompt_syntax", "width", "height", "steps", "sampler", "scale", "eta",
 )  # fmt: skip
-MAX_BYTES = 1 << 30
+MAX_SEEDS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,58 +37,62 @@ class SeededRow:
     seed: int | None  # of its first image
 
 
-def find_seeds(old_state: Path, saved: dict[str, Any], rows: Iterable[Row | InvalidRow]) -> dict[int, int]:
+def find_inherited_seeds(old_state: Path, saved: dict[str, Any], rows: Iterable[Row | InvalidRow]) -> dict[int, int]:
     """Number of a row -> the seed its first image had in the job with that `_tinysd` and `job.json`.
 
     Raises StorageError.
     """
-    wanted = [seeded(row.number, kept_form(row)) for row in rows if isinstance(row, Row)]
-    return match_seeds(list(read_old_rows(old_state, saved)), [row for row in wanted if row.seed is None])
+    wanted = [make_seeded_row(row.number, row_to_dict(row)) for row in rows if isinstance(row, Row)]
+    return match_seeds(list(read_seeded_rows(old_state, saved)), [row for row in wanted if row.seed is None])
 
 
-def find_seeds_in_table(old: Path, rows: Iterable[Row | InvalidRow]) -> dict[int, int]:
+def find_inherited_seeds_in_results(old: Path, rows: Iterable[Row | InvalidRow]) -> dict[int, int]:
     """The same from a job's results alone, for one that has lost its `job.json`.
 
     The table knows neither which seeds the manifest gave nor rows without any image. Raises StorageError.
     """
-    new = [table_row(row.number, table_form(row)) for row in rows if isinstance(row, Row) and row.seed is None]
-    names = ["row", "index", "sample", "id", "seed", *TABLE_CONTENT]
+    new = [
+        make_seeded_row_from_table(row.number, select_table_fields(row))
+        for row in rows
+        if isinstance(row, Row) and row.seed is None
+    ]
+    names = ["row", "index", "sample", "id", "seed", *CONTENT_COLUMNS]
     first: dict[int, SeededRow] = {}
-    for values in ResultsPaths(old).read_newest(names).to_pylist() if new else ():
+    for values in ResultsTable(old).read_newest(names).to_pylist() if new else ():
         number, seed, sample = values["row"], values["seed"], values["sample"]
         if values["index"] is not None and seed is not None and sample is not None:
             values["seed"] = (seed - sample + 1) % (MAX_SEED + 1)
-            first.setdefault(number, table_row(number, values))
+            first.setdefault(number, make_seeded_row_from_table(number, values))
     return match_seeds(first.values(), new)
 
 
-def table_form(row: Row) -> dict[str, Any]:
-    kept = kept_form(row)
-    return {name: kept[name] for name in ("id", "seed", *TABLE_CONTENT)}
+def select_table_fields(row: Row) -> dict[str, Any]:
+    kept = row_to_dict(row)
+    return {name: kept[name] for name in ("id", "seed", *CONTENT_COLUMNS)}
 
 
-def table_row(number: int, values: dict[str, Any]) -> SeededRow:
-    texts = [str(float(value) if isinstance(value := values[name], int | float) else value) for name in TABLE_CONTENT]
+def make_seeded_row_from_table(number: int, values: dict[str, Any]) -> SeededRow:
+    texts = [str(float(value) if isinstance(value := values[name], int | float) else value) for name in CONTENT_COLUMNS]
     digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
     return SeededRow(number, values["id"], digest, values["seed"])
 
 
-def read_old_rows(state: Path, saved: dict[str, Any]) -> Iterator[SeededRow]:
+def read_seeded_rows(state: Path, saved: dict[str, Any]) -> Iterator[SeededRow]:
     """The valid rows of a job with the seeds they were given. Raises StorageError."""
-    given = read_seeds(state) if saved.get("reuse") else {}
+    given = read_inherited_seeds(state) if saved.get("reuse") else {}
     index = 1
-    for number, line in ManifestRecord.of(saved).snapshot(state).rows():
-        kept = parse_line(line)
+    for number, line in ManifestRecord.from_job_json(saved).snapshot(state).rows():
+        kept = parse_snapshot_line(line)
         if kept.get("invalid"):
             continue
         own = kept["seed"] is not None
         kept["seed"] = kept["seed"] if own else given.get(number, (saved["seed"] + index - 1) % (MAX_SEED + 1))
         index += kept["n_iter"] * kept["n_samples"]
-        yield seeded(number, kept, own)
+        yield make_seeded_row(number, kept, own)
 
 
-def seeded(number: int, kept: dict[str, Any], own_seed: bool = False) -> SeededRow:
-    content = {name: in_normal_form(value) for name, value in kept.items() if name not in NOT_CONTENT}
+def make_seeded_row(number: int, kept: dict[str, Any], own_seed: bool = False) -> SeededRow:
+    content = {name: in_normal_form(value) for name, value in kept.items() if name not in NON_CONTENT_FIELDS}
     content["own_seed"] = own_seed
     text = json.dumps(content, sort_keys=True)
     return SeededRow(number, kept["id"], hashlib.blake2b(text.encode(), digest_size=16).digest(), kept["seed"])
@@ -105,14 +109,14 @@ def match_seeds(old: Iterable[SeededRow], new: Iterable[SeededRow]) -> dict[int,
     The n-th of several alike is the n-th of those there. No old row is matched twice: that would draw a picture twice.
     """
     old, new = list(old), list(new)
-    matched = pair([row for row in old if row.id is not None], [row for row in new if row.id is not None], "id")
+    matched = pair_by_key([row for row in old if row.id is not None], [row for row in new if row.id is not None], "id")
     used = {row.number for row in matched.values()}
     rest = [row for row in old if row.number not in used], [row for row in new if row.number not in matched]
-    matched |= pair(*rest, "content")
+    matched |= pair_by_key(*rest, "content")
     return {number: row.seed for number, row in matched.items() if row.seed is not None}
 
 
-def pair(old: Iterable[SeededRow], new: Iterable[SeededRow], key: str) -> dict[int, SeededRow]:
+def pair_by_key(old: Iterable[SeededRow], new: Iterable[SeededRow], key: str) -> dict[int, SeededRow]:
     """Number of a new row -> the old row with the same key, in order."""
     waiting: dict[Any, list[SeededRow]] = defaultdict(list)
     for row in reversed(list(old)):
@@ -120,16 +124,16 @@ def pair(old: Iterable[SeededRow], new: Iterable[SeededRow], key: str) -> dict[i
     return {row.number: found.pop() for row in new if (found := waiting.get(getattr(row, key)))}
 
 
-def save_seeds(seeds: dict[int, int], state: Path) -> None:
+def save_inherited_seeds(seeds: dict[int, int], state: Path) -> None:
     """Raises StorageError."""
     write_atomically(gzip.compress(json.dumps(list(seeds.items())).encode(), 1, mtime=0), state / SEEDS_FILE)
 
 
-def read_seeds(state: Path) -> dict[int, int]:
+def read_inherited_seeds(state: Path) -> dict[int, int]:
     """Raises StorageError."""
     path = state / SEEDS_FILE
     try:
-        seeds = dict(json.loads(unpack(read_file(path, MAX_BYTES))))
+        seeds = dict(json.loads(decompress_seeds(read_file(path, MAX_SEEDS_BYTES))))
         if not all(type(value) is int and 0 <= value <= MAX_SEED for item in seeds.items() for value in item):
             raise ValueError("a seed is none")
     except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
@@ -140,10 +144,10 @@ def read_seeds(state: Path) -> dict[int, int]:
     return seeds
 
 
-def unpack(data: bytes) -> bytes:
+def decompress_seeds(data: bytes) -> bytes:
     """Raises EOFError, zlib.error, or ValueError for far more than seeds can be."""
     packer = zlib.decompressobj(wbits=31)
-    text = packer.decompress(data, MAX_BYTES)
+    text = packer.decompress(data, MAX_SEEDS_BYTES)
     if not packer.eof:
         raise ValueError("cut off, or too large")
     return text

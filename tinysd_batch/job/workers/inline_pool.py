@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Self
 
 from tinysd_batch.errors import NoWorkerError
-from tinysd_batch.job.workers.faults import Fault
-from tinysd_batch.job.workers.pool import BatchDone, Chunk, ChunkDone, Event, WorkerLost, WorkerReady
+from tinysd_batch.job.workers.faults import FaultType
+from tinysd_batch.job.workers.pool import BatchDone, Chunk, ChunkDone, WorkerEvent, WorkerLost, WorkerReady
 from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageResult
 
@@ -20,38 +20,38 @@ class InlinePool:
     def __init__(self, setup: WorkerSetup) -> None:
         self.setup = setup
         self.worker: Worker | None = None
-        self.work: Iterator[list[ImageResult]] | None = None
+        self.results: Iterator[list[ImageResult]] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.worker = self.work = None
+        self.worker = self.results = None
 
     def workers(self) -> list[str]:
         return ["inline"]
 
-    def idle(self) -> list[str]:
-        return ["inline"] if self.worker is not None and self.work is None else []
+    def idle_workers(self) -> list[str]:
+        return ["inline"] if self.worker is not None and self.results is None else []
 
     def submit(self, worker: str, chunk: Chunk) -> None:  # noqa: ARG002 - there is only one
         assert self.worker is not None
-        self.work = self.worker.generate(chunk)
+        self.results = self.worker.generate(chunk)
 
-    def kill(self, worker: str, reason: str, fault: Fault) -> WorkerLost:  # noqa: ARG002 - there is only one
+    def kill(self, worker: str, reason: str, fault: FaultType) -> WorkerLost:  # noqa: ARG002 - there is only one
         raise NoWorkerError(f"the worker in this process failed: {reason}")
 
     def retire(self, worker: str, reason: str) -> None:
         raise NoWorkerError(f"the worker {worker} failed for good: {reason}")
 
-    def events(self, timeout_s: float) -> list[Event]:  # noqa: ARG002 - work here is done by waiting for it
+    def wait_for_events(self, timeout_s: float) -> list[WorkerEvent]:  # noqa: ARG002 - work here is done by waiting for it
         if self.worker is None:
             self.worker = Worker(self.setup, "inline")
             return [WorkerReady("inline", self.worker.describe())]
-        if self.work is None:
+        if self.results is None:
             return []
-        results = next(self.work, None)
+        results = next(self.results, None)
         if results is None:
-            self.work = None
+            self.results = None
             return [ChunkDone("inline")]
         return [BatchDone("inline", results)]

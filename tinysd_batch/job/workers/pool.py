@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from tinysd_batch.job.workers.faults import Fault
+from tinysd_batch.job.workers.faults import FaultType
 from tinysd_batch.records import ImageResult, MicroBatch
-from tinysd_batch.threads import usable_cores
+from tinysd_batch.threads import count_usable_cores
 
 Chunk = list[MicroBatch]
 
@@ -42,15 +42,15 @@ class WorkerLost:
 
     worker: str
     reason: str
-    fault: Fault = Fault.WORKER_DIED
-    for_good: bool = False  # no other process takes its place
-    cause: str | None = None  # what ended several workers together, as a clause for people
+    fault: FaultType = FaultType.WORKER_DIED
+    is_permanent: bool = False  # no other process takes its place
+    shared_cause: str | None = None  # what ended several workers together, as a clause for people
 
 
-Event = WorkerReady | BatchDone | ChunkDone | WorkerLost
+WorkerEvent = WorkerReady | BatchDone | ChunkDone | WorkerLost
 
 
-class Pool(Protocol):
+class WorkerPool(Protocol):
     """What the driver needs of its workers."""
 
     def __enter__(self) -> Self: ...
@@ -60,13 +60,13 @@ class Pool(Protocol):
         """Workers that are there or will be."""
         ...
 
-    def idle(self) -> list[str]:
+    def idle_workers(self) -> list[str]:
         """Workers that are ready and have nothing to do."""
         ...
 
     def submit(self, worker: str, chunk: Chunk) -> None: ...
 
-    def kill(self, worker: str, reason: str, fault: Fault) -> WorkerLost:
+    def kill(self, worker: str, reason: str, fault: FaultType) -> WorkerLost:
         """End a worker's process; another will take its place."""
         ...
 
@@ -74,20 +74,20 @@ class Pool(Protocol):
         """Give up a worker for good."""
         ...
 
-    def events(self, timeout_s: float) -> list[Event]:
+    def wait_for_events(self, timeout_s: float) -> list[WorkerEvent]:
         """What has happened, after waiting at most so long. Raises NoWorkerError when no worker is left."""
         ...
 
 
-def cpu_workers(images: int, wanted: int | None, small_model: bool) -> tuple[int, int]:
+def choose_cpu_workers(images: int, wanted: int | None, small_model: bool) -> tuple[int, int]:
     """How many workers where there is no GPU, and torch threads for each.
 
     A small model's tensors are too small to share: it gets a single-threaded worker per core, up to four. A big one
     gets all cores in one worker, since each holds a copy of torch and the model.
     """
-    cores = usable_cores()
+    cores = count_usable_cores()
     count = wanted or max(1, min(cores, images, 4 if small_model else 1))
     return count, 1 if small_model else max(1, cores // count)
 
 
-PoolFactory = Callable[[int], AbstractContextManager[Pool]]
+PoolFactory = Callable[[int], AbstractContextManager[WorkerPool]]

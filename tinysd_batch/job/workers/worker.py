@@ -16,10 +16,23 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
-from tinysd_batch.job.state.precision_record import choose_as_recorded, describe_precision
-from tinysd_batch.job.workers.adopt import EMBEDDED_COLUMNS, METADATA_SCHEMA, adopt, file_columns, record_in
-from tinysd_batch.job.workers.faults import POLICY, Action, Fault, error_class, fault_of
-from tinysd_batch.job.workers.oom_fallback import BATCH_HALVED, BATCH_SPLIT, Limit, Shape, pieces, shape_of
+from tinysd_batch.job.state.precision_record import choose_recorded_precision, describe_precision
+from tinysd_batch.job.workers.adopt import (
+    EMBEDDED_COLUMNS,
+    METADATA_SCHEMA_VERSION,
+    add_file_columns,
+    adopt_image,
+    read_embedded_record,
+)
+from tinysd_batch.job.workers.faults import FAULT_POLICIES, FaultAction, FaultType, classify_error, get_error_class
+from tinysd_batch.job.workers.oom_fallback import (
+    BATCH_HALVED,
+    BATCH_SPLIT,
+    ImageShape,
+    MemoryLimits,
+    get_image_shape,
+    split_evenly,
+)
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.storage.atomic import publish, storage_errors
@@ -28,7 +41,7 @@ from tinysd_batch.version import __version__
 if TYPE_CHECKING:
     from tinysd_batch.model.device.precision import Precision
     from tinysd_batch.model.pipeline import TinySD
-    from tinysd_batch.model.sampling.batch import Generated
+    from tinysd_batch.model.sampling.batch import GenerationOutput
 
 MAX_MESSAGE_CHARACTERS = 2000
 
@@ -58,7 +71,7 @@ class WorkerSetup:
     precision_file: Path | None = None  # the job's record of what `auto` chose, see `job.precision_record`
 
     @classmethod
-    def of(cls, settings: Settings, model: ModelInfo, **more: Any) -> Self:
+    def from_settings(cls, settings: Settings, model: ModelInfo, **more: Any) -> Self:
         """A worker for these settings and this model; `more` gives the folders and threads."""
         shared = {field.name for field in fields(cls)} & set(Settings.model_fields)
         return cls(
@@ -74,7 +87,7 @@ class Worker:
         """Loads the model `setup` names, unless one is given."""
         self.setup = setup
         self.name = name
-        self.limits: defaultdict[Shape, Limit] = defaultdict(Limit)
+        self.memory_limits: defaultdict[ImageShape, MemoryLimits] = defaultdict(MemoryLimits)
         self.model = model or load_model(setup)
 
     def describe(self) -> dict[str, Any]:
@@ -102,59 +115,66 @@ class Worker:
     def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
         """Results of the wanted images. A batch of which none is wanted is a trial: drawn, and thrown away."""
         if not batch.wanted:
-            return self.make(batch.images, batch.wanted) or [ImageResult(batch.images[0].index, Status.OK)]
+            return self.generate_images(batch.images, batch.wanted) or [ImageResult(batch.images[0].index, Status.OK)]
         wanted = [image for image in batch.images if image.index in batch.wanted]
-        adopted = [result for image in wanted if (result := adopt(self.setup.job_folder, image))]
+        adopted = [result for image in wanted if (result := adopt_image(self.setup.job_folder, image))]
         missing = batch.wanted - {result.index for result in adopted}
-        return adopted + (self.make(batch.images, missing) if missing else [])
+        return adopted + (self.generate_images(batch.images, missing) if missing else [])
 
-    def make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+    def generate_images(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
         """Generate and publish; where that fails, do what `failures.POLICY` says, so that one image costs only itself.
 
         Raises StorageError, and BrokenWorkerError when this process can draw no more.
         """
-        limit = self.limits[shape_of(images[0])]
-        parts = pieces(images, limit.batch)
+        limit = self.memory_limits[get_image_shape(images[0])]
+        parts = split_evenly(images, limit.max_batch)
         if len(parts) > 1:
-            return self.make_apart(parts, wanted, BATCH_HALVED)
+            return self.generate_separately(parts, wanted, BATCH_HALVED)
         try:
-            with limit.applied(self.model):
-                return self.try_to_make(images, wanted)
+            with limit.apply(self.model):
+                return self.generate_and_publish(images, wanted)
         except Exception as error:
-            fault = fault_of(error)
-            action = POLICY[fault].action
-            if action in (Action.STOP, Action.WAIT):  # the storage has waited already
+            fault = classify_error(error)
+            action = FAULT_POLICIES[fault].action
+            if action in (FaultAction.STOP_JOB, FaultAction.RETRY_WITH_BACKOFF):  # the storage has waited already
                 raise
-            if action is Action.SUSPECT:
-                raise BrokenWorkerError(f"{self.name}: the device is in a broken state: {first_line(error)}") from None
-            told = error_class(error), first_line(error)
+            if action is FaultAction.SUSPECT:
+                raise BrokenWorkerError(
+                    f"{self.name}: the device is in a broken state: {first_message_line(error)}"
+                ) from None
+            told = get_error_class(error), first_message_line(error)
         # The error is gone here, and with it its hold on the tensors of the attempt.
-        return self.make_otherwise(images, wanted, fault, limit, told)
+        return self.retry_with_less_memory_or_alone(images, wanted, fault, limit, told)
 
-    def make_otherwise(
-        self, images: Sequence[ImageRequest], wanted: frozenset[int], fault: Fault, limit: Limit, told: tuple[str, str]
+    def retry_with_less_memory_or_alone(
+        self,
+        images: Sequence[ImageRequest],
+        wanted: frozenset[int],
+        fault: FaultType,
+        limit: MemoryLimits,
+        told: tuple[str, str],
     ) -> list[ImageResult]:
         """Try again with less memory, or image by image; or give one up."""
-        if fault is Fault.OUT_OF_MEMORY:
-            free_memory()
-            if limit.lower(len(images), self.model):
-                return self.make(images, wanted)
+        if fault is FaultType.OUT_OF_MEMORY:
+            release_memory()
+            if limit.next_fallback(len(images), self.model):
+                return self.generate_images(images, wanted)
         if len(images) == 1:
-            return [self.failed(images[0], *told)]
-        return self.make_apart([[image] for image in images], wanted, BATCH_SPLIT)
+            return [self.make_failed_result(images[0], *told)]
+        return self.generate_separately([[image] for image in images], wanted, BATCH_SPLIT)
 
-    def make_apart(
+    def generate_separately(
         self, parts: Sequence[Sequence[ImageRequest]], wanted: frozenset[int], why: str
     ) -> list[ImageResult]:
         results: list[ImageResult] = []
         for part in parts:
             if some := wanted & {image.index for image in part}:
-                results += self.make(part, some)
+                results += self.generate_images(part, some)
         for result in results:
             result.degraded += [why] if why not in result.degraded else []
         return results
 
-    def failed(self, request: ImageRequest, kind: str, message: str) -> ImageResult:
+    def make_failed_result(self, request: ImageRequest, kind: str, message: str) -> ImageResult:
         now = time.time()
         return ImageResult(
             request.index,
@@ -168,7 +188,7 @@ class Worker:
             finished_at=now,
         )
 
-    def try_to_make(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+    def generate_and_publish(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
         started = time.time()
         params = images[0].params
         generated = self.model.generate(
@@ -194,16 +214,18 @@ class Worker:
         ]
 
     def publish_or_fail(
-        self, request: ImageRequest, generated: "Generated", position: int, started: float
+        self, request: ImageRequest, generated: "GenerationOutput", position: int, started: float
     ) -> ImageResult:
         """Publish one image of a batch; where something else has its place, only that image fails."""
         try:
             return self.publish(request, generated, position, started)
         except OccupiedPathError as error:
-            return self.failed(request, error_class(error), first_line(error))
+            return self.make_failed_result(request, get_error_class(error), first_message_line(error))
 
-    def publish(self, request: ImageRequest, generated: "Generated", position: int, started: float) -> ImageResult:
-        from tinysd_batch.images import FileFormat, encode_image, parameters_text
+    def publish(
+        self, request: ImageRequest, generated: "GenerationOutput", position: int, started: float
+    ) -> ImageResult:
+        from tinysd_batch.images import FileFormat, encode_image, format_webui_parameters
 
         made: dict[str, Any] = {
             "n_tokens": generated.n_tokens[position],
@@ -219,25 +241,27 @@ class Worker:
             "peak_memory_bytes": generated.peak_memory_bytes,
             "started_at": started,
             "finished_at": time.time(),
-            "degraded": generated.degraded[position] + self.limits[shape_of(request)].names(),
+            "degraded": generated.degraded[position] + self.memory_limits[get_image_shape(request)].fallback_names(),
         }
         result = ImageResult(request.index, Status.OK, **made)
         if self.setup.skip_save:
             return result
         setup = self.setup
-        parameters = parameters_text(request, setup.model_name, setup.model_digest, __version__)
+        parameters = format_webui_parameters(request, setup.model_name, setup.model_digest, __version__)
         kind = FileFormat(setup.format, setup.quality, not setup.no_metadata)
-        data = encode_image(generated.images[position], kind, parameters, self.our_metadata(request, made))
+        data = encode_image(generated.images[position], kind, parameters, self.build_metadata(request, made))
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
-            there = publish(data, path, self.setup.scratch, lambda found: record_in(found, request) is not None)
-        return file_columns(result, request, there)
+            there = publish(
+                data, path, self.setup.scratch, lambda found: read_embedded_record(found, request) is not None
+            )
+        return add_file_columns(result, request, there)
 
-    def our_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
+    def build_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
         """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
         params = request.params
         return {
-            "schema": METADATA_SCHEMA,
+            "schema": METADATA_SCHEMA_VERSION,
             "image_id": request.image_id,
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -272,7 +296,7 @@ def load_model(setup: WorkerSetup) -> "TinySD":
     precision: Precision = setup.precision
     if precision == "auto":
         is_small = read_model_info(str(setup.model_path)).is_small
-        precision = choose_as_recorded(setup.precision_file, device, is_small=is_small)
+        precision = choose_recorded_precision(setup.precision_file, device, is_small=is_small)
     return TinySD.from_pretrained(
         setup.model_path,
         device=device,
@@ -283,12 +307,12 @@ def load_model(setup: WorkerSetup) -> "TinySD":
     )
 
 
-def first_line(error: BaseException) -> str:
+def first_message_line(error: BaseException) -> str:
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__)[:MAX_MESSAGE_CHARACTERS]
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Let go of what a failed attempt left, on the device too."""
     import torch
 

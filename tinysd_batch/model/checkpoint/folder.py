@@ -20,52 +20,52 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.config_checks import (
-    BETAS,
-    check_scheduler,
-    check_text_encoder,
-    check_unet,
-    check_vae,
+    BETA_KEYS,
+    check_scheduler_config,
+    check_text_encoder_config,
+    check_unet_config,
+    check_vae_config,
 )
-from tinysd_batch.model.checkpoint.config_rules import is_count, shown
-from tinysd_batch.model.checkpoint.info import WEIGHTS
-from tinysd_batch.model.checkpoint.json_file import read_json
-from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors, write_tensors
+from tinysd_batch.model.checkpoint.config_rules import format_config_value, is_positive_int
+from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
+from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors, write_safetensors
 from tinysd_batch.model.nn.vae_decoder import use_strip_layers
-from tinysd_batch.model.packed.format import Layout, Weight
+from tinysd_batch.model.packed.format import Layout, PackedWeight
 from tinysd_batch.model.packed.layers import swap_packed_layers
 from tinysd_batch.storage.atomic import write_atomically
 from tinysd_batch.text import excerpt
 
 PIPELINE_INDEX = "model_index.json"
-TEXT_WEIGHTS = "model.safetensors"
+TEXT_ENCODER_WEIGHTS_FILE = "model.safetensors"
 QUANT_METHOD = "tinysd"
 FORMAT_VERSION = "1.0"
-MAX_REASON = 200  # characters of a library's message
-KEEP_ON_META = torch.device("meta")
+MAX_REASON_CHARACTERS = 200  # characters of a library's message
+META_DEVICE = torch.device("meta")
 # All that decides what a text encoder computes. Others could name code to be fetched from elsewhere.
-TEXT_SETTINGS = (
+TEXT_ENCODER_CONFIG_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
 
 @contextmanager
-def building_from(config: Path, fault: str = "no model can be built from it") -> Iterator[None]:
+def wrap_as_model_error(config: Path, fault: str = "no model can be built from it") -> Iterator[None]:
     """Whatever a stranger's configuration makes a constructor do becomes a ModelError."""
     try:
         yield
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001 - the libraries do not say what they raise
-        reason = " ".join(str(error).split())[:MAX_REASON]
+        reason = " ".join(str(error).split())[:MAX_REASON_CHARACTERS]
         raise ModelError(f"{config}: {fault}: {type(error).__name__}: {reason}") from None
 
 
-def read_config(path: Path, model: type[nn.Module]) -> dict[str, Any]:
+def read_module_config(path: Path, model: type[nn.Module]) -> dict[str, Any]:
     """What a class of diffusers takes out of a `config.json`, and no more. Raises ModelError as `supported` does."""
     known = inspect.signature(model.__init__).parameters
-    config = read_json(path)
-    check = check_unet if model is UNet2DConditionModel else check_vae
+    config = read_json_object(path)
+    check = check_unet_config if model is UNet2DConditionModel else check_vae_config
     check(config, path)
     return {name: value for name, value in config.items() if name in known and name != "self"}
 
@@ -79,11 +79,11 @@ def read_layouts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
     if quantization is None:
         return {}
     described = where.with_name("config.json")
-    check_format(quantization, described)
-    layouts = layouts_of(quantization, described)
+    check_quantization_format(quantization, described)
+    layouts = parse_layouts(quantization, described)
     for name, layout in layouts.items():
         rows, *inner = quantization["layers"][name]["shape"]
-        with naming_layer(name, described):
+        with name_layer_in_error(name, described):
             expected = layout.tensors(rows, math.prod(inner))
         for part, (dtype, shape) in expected.items():
             if f"{name}.{part}" not in tensors:
@@ -92,24 +92,26 @@ def read_layouts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
     return layouts
 
 
-def layouts_of(quantization: Mapping[str, Any], where: Path) -> dict[str, Layout]:
+def parse_layouts(quantization: Mapping[str, Any], where: Path) -> dict[str, Layout]:
     """How each packed layer is stored. Raises ModelError for ways that there are not."""
     layers = quantization.get("layers")
     if not isinstance(layers, dict):
-        raise ModelError(f"{where}: quantization_config: layers = {shown(layers)}: an object was expected")
+        raise ModelError(
+            f"{where}: quantization_config: layers = {format_config_value(layers)}: an object was expected"
+        )
     layouts = {}
     for name, entry in layers.items():
-        with naming_layer(name, where):
+        with name_layer_in_error(name, where):
             if not isinstance(entry, dict):
-                raise ModelError(f"{shown(entry)}: an object was expected")
+                raise ModelError(f"{format_config_value(entry)}: an object was expected")
             shape = entry.get("shape")
-            if not isinstance(shape, list) or len(shape) not in (2, 4) or not all(map(is_count, shape)):
-                raise ModelError(f"shape = {shown(shape)}: a list of 2 or 4 whole numbers was expected")
-            layouts[name] = Layout.of_entry(entry)
+            if not isinstance(shape, list) or len(shape) not in (2, 4) or not all(map(is_positive_int, shape)):
+                raise ModelError(f"shape = {format_config_value(shape)}: a list of 2 or 4 whole numbers was expected")
+            layouts[name] = Layout.from_config_entry(entry)
     return layouts
 
 
-def check_layers(unet: nn.Module, names: Collection[str], where: Path) -> None:
+def check_packed_layer_names(unet: nn.Module, names: Collection[str], where: Path) -> None:
     """Raise ModelError where a name is not that of a layer of the UNet that can be packed."""
     layers = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     if unknown := sorted(set(names) - layers):
@@ -120,7 +122,7 @@ def check_layers(unet: nn.Module, names: Collection[str], where: Path) -> None:
 
 
 @contextmanager
-def naming_layer(name: str, where: Path) -> Iterator[None]:
+def name_layer_in_error(name: str, where: Path) -> Iterator[None]:
     """Say of a ModelError which layer of which file it is about."""
     try:
         yield
@@ -128,10 +130,10 @@ def naming_layer(name: str, where: Path) -> Iterator[None]:
         raise ModelError(f"{where}: layer {excerpt(name)}: {error}") from None
 
 
-def check_format(quantization: Any, where: Path) -> None:
+def check_quantization_format(quantization: Any, where: Path) -> None:
     """Raise ModelError unless this is our format, in a version that this program reads."""
     if not isinstance(quantization, dict):
-        raise ModelError(f"{where}: quantization_config = {shown(quantization)}: an object was expected")
+        raise ModelError(f"{where}: quantization_config = {format_config_value(quantization)}: an object was expected")
     if quantization.get("quant_method") != QUANT_METHOD:
         raise ModelError(
             f"{where}: quantized by {quantization.get('quant_method')!r}, which this program does not read"
@@ -155,19 +157,19 @@ def read_unet(folder: Path) -> tuple[UNet2DConditionModel, MappedTensors]:
 
     Raises ModelError for any tensor that is missing, unexpected or of the wrong shape.
     """
-    where = folder / WEIGHTS
+    where = folder / WEIGHTS_FILE
     tensors = MappedTensors.read(where)
-    with building_from(folder / "config.json"), KEEP_ON_META:
-        unet = UNet2DConditionModel.from_config(read_config(folder / "config.json", UNet2DConditionModel))
-    layouts = read_layouts(read_json(folder / "config.json"), tensors, where)
-    check_layers(unet, layouts, folder / "config.json")
-    with building_from(folder / "config.json"):
+    with wrap_as_model_error(folder / "config.json"), META_DEVICE:
+        unet = UNet2DConditionModel.from_config(read_module_config(folder / "config.json", UNet2DConditionModel))
+    layouts = read_layouts(read_json_object(folder / "config.json"), tensors, where)
+    check_packed_layer_names(unet, layouts, folder / "config.json")
+    with wrap_as_model_error(folder / "config.json"):
         swap_packed_layers(unet, layouts)
-    check_names(unet, tensors, where)
+    check_tensor_names(unet, tensors, where)
     return unet.eval(), tensors
 
 
-def check_names(module: nn.Module, tensors: Collection[str], where: Path) -> None:
+def check_tensor_names(module: nn.Module, tensors: Collection[str], where: Path) -> None:
     """Raise ModelError unless these are the names of the module's tensors."""
     expected = set(module.state_dict())
     if missing := sorted(expected - set(tensors)):
@@ -177,11 +179,11 @@ def check_names(module: nn.Module, tensors: Collection[str], where: Path) -> Non
 
 
 def write_packed_unet(
-    folder: Path, config: Mapping[str, Any], packed: Mapping[str, tuple[Weight, tuple[int, ...]]],
+    folder: Path, config: Mapping[str, Any], packed: Mapping[str, tuple[PackedWeight, tuple[int, ...]]],
     others: Mapping[str, Tensor], notes: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Write `config.json` and weights of a packed UNet. `packed` gives each layer's weight and original shape."""
-    layers = {name: weight.layout.entry(shape) for name, (weight, shape) in sorted(packed.items())}
+    layers = {name: weight.layout.to_config_entry(shape) for name, (weight, shape) in sorted(packed.items())}
     quantization = {
         "quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "min_reader": FORMAT_VERSION,
         "layout": "tap-major", **notes, "layers": layers,
@@ -190,14 +192,16 @@ def write_packed_unet(
     for name, (weight, _) in packed.items():
         tensors |= {f"{name}.{part}": value for part, value in weight.tensors().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors, {name: one.dtype for name, one in tensors.items()}, tensors.__getitem__)
+    write_safetensors(
+        folder / WEIGHTS_FILE, tensors, {name: one.dtype for name, one in tensors.items()}, tensors.__getitem__
+    )
     content = json.dumps({**config, "quantization_config": quantization}, indent=2)
     write_atomically((content + "\n").encode(), folder / "config.json")
 
 
 def write_pipeline_index(folder: Path, **parts: list[str]) -> None:
     """Write `model_index.json`, by which diffusers loads the folder as a pipeline. `parts` are unlike SD v1's own."""
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "PNDMScheduler")
+    scheduler = read_json_object(folder / "scheduler" / "scheduler_config.json").get("_class_name", "PNDMScheduler")
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers_version,
         "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
@@ -213,42 +217,46 @@ def write_pipeline_index(folder: Path, **parts: list[str]) -> None:
 
 def read_text_encoder(folder: Path) -> tuple[CLIPTextModel, MappedTensors]:
     """The text encoder on the meta device and the file's tensors."""
-    where = folder / TEXT_WEIGHTS
-    config = read_json(folder / "config.json")
-    check_text_encoder(config, folder / "config.json")
-    with building_from(folder / "config.json"), KEEP_ON_META:
-        encoder = CLIPTextModel(CLIPTextConfig(**{name: config[name] for name in TEXT_SETTINGS if name in config}))
+    where = folder / TEXT_ENCODER_WEIGHTS_FILE
+    config = read_json_object(folder / "config.json")
+    check_text_encoder_config(config, folder / "config.json")
+    with wrap_as_model_error(folder / "config.json"), META_DEVICE:
+        encoder = CLIPTextModel(
+            CLIPTextConfig(**{name: config[name] for name in TEXT_ENCODER_CONFIG_KEYS if name in config})
+        )
     # Files of transformers before 5 keep the tower one name further down.
     tensors = MappedTensors.read(where)
     tensors.rename(lambda name: name.removeprefix("text_model."))
     tensors.pop("embeddings.position_ids", None)
-    check_names(encoder, tensors, where)
-    tensors.update({name: positions(value) for name, value in encoder.named_buffers() if name.endswith("position_ids")})
+    check_tensor_names(encoder, tensors, where)
+    tensors.update(
+        {name: make_position_ids(value) for name, value in encoder.named_buffers() if name.endswith("position_ids")}
+    )
     return encoder.eval(), tensors
 
 
-def positions(like: Tensor) -> Tensor:
+def make_position_ids(like: Tensor) -> Tensor:
     """0, 1, 2, ... in the shape of CLIP's position_ids, which no file stores."""
     return torch.arange(like.shape[-1]).expand(like.shape).clone()
 
 
-def read_decoder(folder: Path) -> tuple[AutoencoderKL, MappedTensors]:
+def read_vae_decoder(folder: Path) -> tuple[AutoencoderKL, MappedTensors]:
     """The autoencoder without its encoder, on the meta device, and the file's tensors."""
-    where = folder / WEIGHTS
-    with building_from(folder / "config.json"), KEEP_ON_META:
-        vae = AutoencoderKL.from_config(read_config(folder / "config.json", AutoencoderKL))
+    where = folder / WEIGHTS_FILE
+    with wrap_as_model_error(folder / "config.json"), META_DEVICE:
+        vae = AutoencoderKL.from_config(read_module_config(folder / "config.json", AutoencoderKL))
     tensors = MappedTensors.read(where)
     if any(name.startswith("encoder.") for name in tensors):
-        check_names(vae, tensors, where)
+        check_tensor_names(vae, tensors, where)
     vae.encoder = vae.quant_conv = None
     use_strip_layers(vae)
     tensors.rename(lambda name: None if name.startswith(("encoder.", "quant_conv.")) else name)
-    check_names(vae, tensors, where)
+    check_tensor_names(vae, tensors, where)
     return vae.eval(), tensors
 
 
-def read_schedule(path: Path) -> dict[str, Any]:
+def read_noise_schedule(path: Path) -> dict[str, Any]:
     """The noise schedule of `scheduler_config.json`: beta_start, beta_end and beta_schedule."""
-    config = read_json(path)
-    check_scheduler(config, path)
-    return {name: config[name] for name in BETAS}
+    config = read_json_object(path)
+    check_scheduler_config(config, path)
+    return {name: config[name] for name in BETA_KEYS}

@@ -9,17 +9,17 @@ from typing import Any
 
 from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.config_checks import CONFIGS, MAX_LEVELS, check_configs
-from tinysd_batch.model.checkpoint.json_file import read_json
-from tinysd_batch.text import excerpt, printable
+from tinysd_batch.model.checkpoint.config_checks import CONFIG_FILES, MAX_LEVELS, check_configs
+from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.text import excerpt, make_printable
 
 SD_V1_STEPS = 50
 SD_V1_SCALE = 7.5
 SMALL_UNET_BYTES = 50_000_000
-OUR_FILE = "tinysd.json"  # name and defaults; absent from folders that other tools made
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+MODEL_DEFAULTS_FILE = "tinysd.json"  # name and defaults; absent from folders that other tools made
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MAX_NAME_CHARACTERS = 100
-PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
+COMPONENT_FOLDERS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 CONVERT_HINT = "make a model folder of it with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
 
 
@@ -31,9 +31,9 @@ class ModelInfo:
     name: str
     digest: str  # 32 hex digits over weights, configuration and tokenizer
     native_px: int
-    channels: int  # of the latents
-    factor: int  # pixels per latent, a side
-    step_px: int  # height and width must be multiples of this
+    latent_channels: int  # of the latents
+    vae_scale_factor: int  # pixels per latent, a side
+    size_multiple_px: int  # height and width must be multiples of this
     steps: int
     scale: float
     max_tokens: int
@@ -45,14 +45,14 @@ class ModelInfo:
         return self.unet_bytes < SMALL_UNET_BYTES
 
 
-def embedded_path() -> Path:
+def embedded_model_path() -> Path:
     """The model that ships inside the package."""
     return Path(str(files("tinysd_batch.embedded"))) / "model"
 
 
-def resolve_path(model: str) -> Path:
+def resolve_model_path(model: str) -> Path:
     """The folder a `--model` value names; raise ModelError where there is no usable model."""
-    path = embedded_path() if model == "embedded" else Path(model)
+    path = embedded_model_path() if model == "embedded" else Path(model)
     try:
         is_there = path.exists()
     except OSError as error:
@@ -64,16 +64,16 @@ def resolve_path(model: str) -> Path:
         )
     if path.is_file():
         raise ModelError(f"{model}: this is a single checkpoint file; {CONVERT_HINT.format(model)}")
-    missing = [part for part in PARTS if not (path / part).is_dir()]
+    missing = [part for part in COMPONENT_FOLDERS if not (path / part).is_dir()]
     if missing:
         raise ModelError(f"{model}: not a model folder, it has no {', '.join(missing)}")
     return path
 
 
-def model_digest(path: Path) -> str:
+def compute_model_digest(path: Path) -> str:
     """BLAKE2b over the files that decide pixels, each by its relative name and content."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in PARTS:
+    for part in COMPONENT_FOLDERS:
         for file in sorted((path / part).iterdir()):
             if file.suffix in (".safetensors", ".json", ".txt") and file.is_file():
                 digest.update(f"{part}/{file.name}\0{file.stat().st_size}\0".encode())
@@ -86,56 +86,56 @@ def model_digest(path: Path) -> str:
 def read_model_info(model: str) -> ModelInfo:
     """Look at the model that `--model` names. Raises ModelError."""
     try:
-        return look_at(resolve_path(model))
+        return read_folder_info(resolve_model_path(model))
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None
 
 
-def read_configs(path: Path) -> dict[str, dict[str, Any]]:
+def read_component_configs(path: Path) -> dict[str, dict[str, Any]]:
     """The configurations of a model folder's parts. Raises ModelError for one that is missing or no JSON object."""
-    return {part: read_json(path / part / name) for part, name in CONFIGS.items()}
+    return {part: read_json_object(path / part / name) for part, name in CONFIG_FILES.items()}
 
 
-def look_at(path: Path, digest: str | None = None) -> ModelInfo:
+def read_folder_info(path: Path, digest: str | None = None) -> ModelInfo:
     """Check a model folder's configurations and say what a job must know. Without a `digest` it is computed."""
-    check_configs(path, read_configs(path))
-    defaults, sizes = read_defaults(path), read_sizes(path)
+    check_configs(path, read_component_configs(path))
+    defaults, sizes = read_model_defaults(path), read_model_sizes(path)
     return ModelInfo(
         path=path,
         name=defaults.name,
-        digest=model_digest(path) if digest is None else digest,
+        digest=compute_model_digest(path) if digest is None else digest,
         native_px=sizes.native_px,
-        channels=sizes.channels,
-        factor=sizes.factor,
-        step_px=sizes.step_px,
+        latent_channels=sizes.latent_channels,
+        vae_scale_factor=sizes.vae_scale_factor,
+        size_multiple_px=sizes.size_multiple_px,
         steps=defaults.steps,
         scale=defaults.scale,
         max_tokens=sizes.max_tokens,
-        unet_bytes=(path / "unet" / WEIGHTS).stat().st_size if (path / "unet" / WEIGHTS).exists() else 0,
+        unet_bytes=(path / "unet" / WEIGHTS_FILE).stat().st_size if (path / "unet" / WEIGHTS_FILE).exists() else 0,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ModelSizes:
     """What a model's configurations say of its images and prompts; see `ModelInfo`."""
 
     native_px: int
-    channels: int
-    factor: int
-    step_px: int
+    latent_channels: int
+    vae_scale_factor: int
+    size_multiple_px: int
     max_tokens: int
 
 
-def read_sizes(path: Path, *, own_vae: bool = True) -> Sizes:
+def read_model_sizes(path: Path, *, own_vae: bool = True) -> ModelSizes:
     """Raises ModelError for values that are out of bounds. Without the folder's own VAE pixels are latents."""
     unet, text = path / "unet" / "config.json", path / "text_encoder" / "config.json"
-    factor = 2 ** (levels(path / "vae" / "config.json") - 1) if own_vae else 1
-    return Sizes(
-        native_px=number(unet, "sample_size", 1, MAX_SIDE_PX // factor) * factor,
-        channels=number(unet, "in_channels", 1, 1024),
-        factor=factor,
-        step_px=factor * 2 ** (levels(unet) - 1),
-        max_tokens=number(text, "max_position_embeddings", 3, 10_000),
+    factor = 2 ** (count_resolution_levels(path / "vae" / "config.json") - 1) if own_vae else 1
+    return ModelSizes(
+        native_px=read_config_number(unet, "sample_size", 1, MAX_SIDE_PX // factor) * factor,
+        latent_channels=read_config_number(unet, "in_channels", 1, 1024),
+        vae_scale_factor=factor,
+        size_multiple_px=factor * 2 ** (count_resolution_levels(unet) - 1),
+        max_tokens=read_config_number(text, "max_position_embeddings", 3, 10_000),
     )
 
 
@@ -148,28 +148,28 @@ class ModelDefaults:
     scale: float
 
 
-def read_defaults(path: Path) -> ModelDefaults:
+def read_model_defaults(path: Path) -> ModelDefaults:
     """Raises ModelError for values that are out of bounds."""
-    file = path / OUR_FILE
-    ours = read_json(file) if file.exists() else {}
+    file = path / MODEL_DEFAULTS_FILE
+    ours = read_json_object(file) if file.exists() else {}
     return ModelDefaults(
-        name=printable(str(ours.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
-        steps=number(file, "steps", 1, MAX_STEPS) if "steps" in ours else SD_V1_STEPS,
-        scale=float(number(file, "scale", 0, 100, float)) if "scale" in ours else SD_V1_SCALE,
+        name=make_printable(str(ours.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
+        steps=read_config_number(file, "steps", 1, MAX_STEPS) if "steps" in ours else SD_V1_STEPS,
+        scale=float(read_config_number(file, "scale", 0, 100, float)) if "scale" in ours else SD_V1_SCALE,
     )
 
 
-def levels(config: Path) -> int:
+def count_resolution_levels(config: Path) -> int:
     """How many sizes an image passes through, each half the one before."""
-    found = read_json(config).get("block_out_channels")
+    found = read_json_object(config).get("block_out_channels")
     if not isinstance(found, list) or not 1 <= len(found) <= MAX_LEVELS:
         raise ModelError(f"{config}: block_out_channels = {excerpt(found)}: a list of 1 to {MAX_LEVELS} was expected")
     return len(found)
 
 
-def number(config: Path, name: str, least: int, most: int, kind: type[int] | type[float] = int) -> Any:
+def read_config_number(config: Path, name: str, least: int, most: int, kind: type[int] | type[float] = int) -> Any:
     """A number that the rest of the program relies upon. Raises ModelError."""
-    value = read_json(config).get(name)
+    value = read_json_object(config).get(name)
     if isinstance(value, bool) or not isinstance(value, int | kind) or not math.isfinite(value):
         raise ModelError(f"{config}: {name} = {excerpt(value)}: a number was expected")
     if not least <= value <= most:

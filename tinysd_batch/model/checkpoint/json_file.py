@@ -10,7 +10,7 @@ from tinysd_batch.storage.atomic import read_file
 MAX_JSON_BYTES = 50_000_000
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(read_file(path, MAX_JSON_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:

@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.storage.atomic import check_regular
+from tinysd_batch.storage.atomic import check_regular_file
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
     "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LENGTH = 8  # bytes that say how long the header is
+SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+LENGTH_FIELD_BYTES = 8  # bytes that say how long the header is
 # A full SD v1 checkpoint with EMA copies and optimizer states has some 4,000. Each tensor takes time and memory.
 MAX_TENSORS = 50_000
 
@@ -38,14 +38,14 @@ class MappedTensors(dict[str, Tensor]):
     """
 
     mapping: mmap.mmap
-    spans: dict[int, tuple[int, int]]  # address of a tensor -> its first byte in the file, and how many
+    byte_ranges: dict[int, tuple[int, int]]  # address of a tensor -> its first byte in the file, and how many
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises ModelError for a file that is missing or damaged."""
         try:
-            check_regular(path)
-            check_count(path)
+            check_regular_file(path)
+            check_max_tensors(path)
             with safe_open(path, framework="pt"):  # checks the header: sizes, offsets, nothing left over
                 pass
             return cls.map(path)
@@ -59,19 +59,21 @@ class MappedTensors(dict[str, Tensor]):
         tensors = cls()
         with path.open("rb") as file:
             tensors.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        length = int.from_bytes(tensors.mapping[:HEADER_LENGTH], "little")
-        entries = json.loads(tensors.mapping[HEADER_LENGTH : HEADER_LENGTH + length])
+        length = int.from_bytes(tensors.mapping[:LENGTH_FIELD_BYTES], "little")
+        entries = json.loads(tensors.mapping[LENGTH_FIELD_BYTES : LENGTH_FIELD_BYTES + length])
         if len(entries) > MAX_TENSORS:
-            raise too_many(path, len(entries))
-        tensors.spans = {}
+            raise too_many_tensors_error(path, len(entries))
+        tensors.byte_ranges = {}
         for name, entry in entries.items():
             if name == "__metadata__":
                 continue
-            if entry["dtype"] not in DTYPES:
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise ModelError(f"{path}: tensor {name} is of type {entry['dtype']}, which this program does not read")
-            start, end = (HEADER_LENGTH + length + offset for offset in entry["data_offsets"])
-            tensors[name] = value = view(tensors.mapping, start, DTYPES[entry["dtype"]], entry["shape"])
-            tensors.spans[value.data_ptr()] = start, end - start
+            start, end = (LENGTH_FIELD_BYTES + length + offset for offset in entry["data_offsets"])
+            tensors[name] = value = view_tensor(
+                tensors.mapping, start, SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+            )
+            tensors.byte_ranges[value.data_ptr()] = start, end - start
         return tensors
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
@@ -88,29 +90,29 @@ class MappedTensors(dict[str, Tensor]):
             self.mapping.madvise(mmap.MADV_DONTNEED)
             return
         for tensor in tensors:
-            start, length = self.spans.get(tensor.data_ptr(), (0, 0))
+            start, length = self.byte_ranges.get(tensor.data_ptr(), (0, 0))
             first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the rest belongs to neighbours too
             whole = (start + length - first) // mmap.PAGESIZE * mmap.PAGESIZE
             if whole > 0:
                 self.mapping.madvise(mmap.MADV_DONTNEED, first, whole)
 
 
-def check_count(path: Path) -> None:
+def check_max_tensors(path: Path) -> None:
     """Raise ModelError for far too many tensors, before the header is parsed."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(HEADER_LENGTH), "little")
+        length = int.from_bytes(file.read(LENGTH_FIELD_BYTES), "little")
         if length > path.stat().st_size:
             return  # damaged, as its reader will say
         count = file.read(length).count(b'"data_offsets"')
     if count > MAX_TENSORS:
-        raise too_many(path, count)
+        raise too_many_tensors_error(path, count)
 
 
-def too_many(path: Path, count: int) -> ModelError:
+def too_many_tensors_error(path: Path, count: int) -> ModelError:
     return ModelError(f"{path}: {count:,} tensors; at most {MAX_TENSORS:,} are read")
 
 
-def view(mapping: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+def view_tensor(mapping: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)
@@ -123,41 +125,41 @@ def view(mapping: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int]) -
 # Writing
 
 
-def write_tensors(
+def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], as_stored: Callable[[str], Tensor]
 ) -> None:
     """Write a safetensors file with one tensor in memory at a time, where the library would want all of them.
 
     `as_stored` gives a tensor by name, of its shape in `tensors` and its type in `dtypes`.
     """
-    order = order_of(dtypes)
+    order = sort_names_for_file(dtypes)
     with path.open("wb") as file:
-        file.write(header_of(tensors, dtypes, order))
+        file.write(encode_header(tensors, dtypes, order))
         for name in order:
             file.write(as_stored(name).contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def size_of_file(tensors: Mapping[str, Tensor]) -> int:
+def compute_file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """What a file of these tensors takes, empty ones too."""
     dtypes = {name: one.dtype for name, one in tensors.items()}
-    header = header_of(tensors, dtypes, order_of(dtypes))
+    header = encode_header(tensors, dtypes, sort_names_for_file(dtypes))
     return len(header) + sum(one.numel() * one.element_size() for one in tensors.values())
 
 
-def order_of(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+def sort_names_for_file(dtypes: Mapping[str, torch.dtype]) -> list[str]:
     """As the library has it: widest first."""
     return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 
-def header_of(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], order: list[str]) -> bytes:
+def encode_header(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], order: list[str]) -> bytes:
     """The length of the header, and the header: JSON, filled up to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in order:
         end = start + tensors[name].numel() * dtypes[name].itemsize
         shape = list(tensors[name].shape)
-        entries[name] = {"dtype": NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": SAFETENSORS_DTYPE_NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_LENGTH)
+    text += b" " * (-len(text) % LENGTH_FIELD_BYTES)
     return struct.pack("<Q", len(text)) + text

@@ -6,24 +6,24 @@ from pathlib import Path
 import torch
 
 MEMINFO = Path("/proc/meminfo")
-OWN_GROUPS = Path("/proc/self/cgroup")
-GROUPS = Path("/sys/fs/cgroup")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 # Limit, use, and what of that use is files' pages that the kernel gives up first, in versions 2 and 1.
-VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUP_V2_FILES = ("memory.max", "memory.current", "inactive_file")
+CGROUP_V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def available_memory(device: torch.device) -> int | None:
+def get_available_memory_bytes(device: torch.device) -> int | None:
     """Bytes; None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = list(control_groups())
+    found = list(iter_cgroup_headroom_bytes())
     if MEMINFO.exists():
         found += [1024 * int(line.split()[1]) for line in MEMINFO.read_text().splitlines() if "MemAvailable" in line]
     return min(found, default=None)
 
 
-def control_groups(own: Path = OWN_GROUPS, mounted: Path = GROUPS) -> Iterator[int]:
+def iter_cgroup_headroom_bytes(own: Path = PROCESS_CGROUPS, mounted: Path = CGROUP_ROOT) -> Iterator[int]:
     """What each of the process's control groups that has a limit leaves it, in bytes.
 
     A container often sees its own group as the root, under whatever path the host has it; so groups that are not
@@ -34,18 +34,18 @@ def control_groups(own: Path = OWN_GROUPS, mounted: Path = GROUPS) -> Iterator[i
     for line in own.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            root, names = mounted, VERSION_2
+            root, names = mounted, CGROUP_V2_FILES
         elif "memory" in controllers.split(","):
-            root, names = mounted / "memory", VERSION_1
+            root, names = mounted / "memory", CGROUP_V1_FILES
         else:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
-            if (left := left_in(folder, *names)) is not None:
+            if (left := read_cgroup_headroom_bytes(folder, *names)) is not None:
                 yield left
 
 
-def left_in(folder: Path, limit: str, used: str, reclaimable: str) -> int | None:
+def read_cgroup_headroom_bytes(folder: Path, limit: str, used: str, reclaimable: str) -> int | None:
     try:
         most = (folder / limit).read_text().strip()
         if not most.isdigit():  # "max"

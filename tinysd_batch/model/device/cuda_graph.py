@@ -13,16 +13,16 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor], Tensor]  # latents [R, 4, h, w] to the noise predicted in them
-CAPTURED = 2  # after so many steps
-WORTH_IT = 6  # steps, at least: to capture one takes as long as to issue one
+UNetStep = Callable[[Tensor], Tensor]  # latents [R, 4, h, w] to the noise predicted in them
+EAGER_STEPS = 2  # after so many steps
+MIN_STEPS_TO_CAPTURE = 6  # steps, at least: to capture one takes as long as to issue one
 
 
 class CapturedStep:
     """What a step says, by a graph from the third call on. All that it reads must stay where it is in memory."""
 
     def __init__(
-        self, step: Step, capturing: Callable[[int], AbstractContextManager[None]], most_bytes: int | None = None
+        self, step: UNetStep, capturing: Callable[[int], AbstractContextManager[None]], most_bytes: int | None = None
     ) -> None:
         """`capturing` is entered while operations are captured, after so many steps.
 
@@ -30,77 +30,77 @@ class CapturedStep:
         """
         self.step = step
         self.capturing = capturing
-        self.most_bytes = most_bytes
+        self.budget_bytes = most_bytes
         self.calls = 0
-        self.failed = False  # to capture, which would fail again
+        self.capture_failed = False  # to capture, which would fail again
         self.graph_bytes = 0  # that the driver keeps of the graph
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.given: Tensor | None = None
-        self.said: Tensor | None = None
+        self.static_input: Tensor | None = None
+        self.static_output: Tensor | None = None
 
     def __call__(self, latents: Tensor) -> Tensor:
         self.calls += 1
         if self.graph is not None:
             return self.replay(latents)
         said = self.step(latents)
-        if self.calls == CAPTURED:
+        if self.calls == EAGER_STEPS:
             self.capture(latents, said)
         return said
 
     def replay(self, latents: Tensor) -> Tensor:
         assert self.graph is not None
-        assert self.given is not None
-        assert self.said is not None
-        self.given.copy_(latents)
+        assert self.static_input is not None
+        assert self.static_output is not None
+        self.static_input.copy_(latents)
         self.graph.replay()
-        return self.said.clone()
+        return self.static_output.clone()
 
     def capture(self, latents: Tensor, expected: Tensor) -> None:
         """Leaves no graph where something does not allow it, or where it does not say what is expected, to the bit."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has memory of its own, in which it needs what a step took again
-        before = beyond_torch()
-        self.graph, self.given = torch.cuda.CUDAGraph(), latents.clone()
+        before = measure_non_torch_bytes()
+        self.graph, self.static_input = torch.cuda.CUDAGraph(), latents.clone()
         pool = torch.cuda.graph_pool_handle()
         try:
-            with no_collection():
+            with garbage_collection_paused():
                 self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     with self.capturing(self.calls):
-                        self.said = self.step(self.given)
+                        self.static_output = self.step(self.static_input)
                 finally:
                     self.graph.capture_end()
             right = torch.equal(self.replay(latents), expected)
-            self.graph_bytes = beyond_torch() - before
-            right = right and self.fits()
+            self.graph_bytes = measure_non_torch_bytes() - before
+            right = right and self.fits_budget()
         except RuntimeError:  # whatever torch, a library or the driver will not have captured, or no memory for it
-            let_go(pool, latents.device)
+            release_capture_pool(pool, latents.device)
             torch.cuda.synchronize()
             right = False
         if not right:
-            self.failed = True
+            self.capture_failed = True
             self.close()
 
-    def fits(self) -> bool:
+    def fits_budget(self) -> bool:
         """Whether there is room for what the driver keeps of the graph, some kilobytes for each operation."""
-        return self.most_bytes is None or torch.cuda.memory_reserved() + self.graph_bytes <= self.most_bytes
+        return self.budget_bytes is None or torch.cuda.memory_reserved() + self.graph_bytes <= self.budget_bytes
 
     def close(self) -> None:
         """Let go of the graph and its memory."""
         if self.graph is None:
             return
         self.graph.reset()
-        self.graph = self.given = self.said = None
+        self.graph = self.static_input = self.static_output = None
         torch.cuda.empty_cache()
 
 
-def beyond_torch() -> int:
+def measure_non_torch_bytes() -> int:
     """Bytes of the card that are in use and not torch's, of whatever process."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
-def let_go(pool: tuple[int, int], device: torch.device) -> None:
+def release_capture_pool(pool: tuple[int, int], device: torch.device) -> None:
     """Of the memory of a capture that broke off before its end: torch would keep it, and free nothing else any more.
 
     The first call raises where the capture came to its end, and then the graph itself lets go of the memory.
@@ -111,7 +111,7 @@ def let_go(pool: tuple[int, int], device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def no_collection() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """No garbage is collected: among it may be what calls CUDA when it goes, which is not allowed in a capture."""
     gc.collect()
     was_enabled = gc.isenabled()

@@ -11,48 +11,52 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from tinysd_batch.model.device.select import total_bytes
-from tinysd_batch.model.device.streams import on_working_stream
+from tinysd_batch.model.device.select import total_memory_bytes
+from tinysd_batch.model.device.streams import on_compute_stream
 
-CUDA_CONTEXT_BYTES = 350 * 10**6  # 150 to 350 MB are reported, by card and driver; where it can be, it is measured
+ASSUMED_CUDA_CONTEXT_BYTES = (
+    350 * 10**6
+)  # 150 to 350 MB are reported, by card and driver; where it can be, it is measured
 
-WORKSPACE_BYTES = 8519680  # of cuBLAS, as torch has it up to Ampere; on Hopper it would be four times as much
+CUBLAS_WORKSPACE_BYTES = 8519680  # of cuBLAS, as torch has it up to Ampere; on Hopper it would be four times as much
 
-LATER_BYTES = 16 * 2**20  # kernels that are loaded when they are first needed
+LAZY_KERNEL_BYTES = 16 * 2**20  # kernels that are loaded when they are first needed
 
-MOST_CONTEXT_BYTES = 750 * 10**6  # that any card was seen to need for CUDA and libraries
+MAX_CUDA_CONTEXT_BYTES = 750 * 10**6  # that any card was seen to need for CUDA and libraries
 
-WORKSPACES: dict[torch.device, int] = {}  # of cards at work: what the first work of all made libraries take
+MEASURED_WORKSPACES: dict[torch.device, int] = {}  # of cards at work: what the first work of all made libraries take
 
 
 @dataclass(frozen=True, slots=True)
-class Overhead:
+class CudaOverhead:
     """What a process takes of a card besides the tensors that it makes, in bytes."""
 
-    context: int  # CUDA's own, and the libraries' kernels
-    workspace: int  # of the libraries, from torch's memory
+    context_bytes: int  # CUDA's own, and the libraries' kernels
+    workspace_bytes: int  # of the libraries, from torch's memory
 
 
 @cache
-def overhead(device: torch.device, dtype: torch.dtype) -> Overhead:
+def measure_cuda_overhead(device: torch.device, dtype: torch.dtype) -> CudaOverhead:
     """Measured, after work of every sort that the model does; a guess where the card is not at hand.
 
     `device` names a card by its number, as `choose_device` does.
     """
     if device.type != "cuda":
-        return Overhead(0, 0)
+        return CudaOverhead(0, 0)
     if not torch.cuda.is_available():
-        return Overhead(CUDA_CONTEXT_BYTES, WORKSPACE_BYTES)
+        return CudaOverhead(ASSUMED_CUDA_CONTEXT_BYTES, CUBLAS_WORKSPACE_BYTES)
     assert device.index is not None, "two names of a card would be two streams, each with a workspace"
     before = torch.cuda.memory_allocated(device)
-    with on_working_stream(device):
-        try_everything(device, dtype)
+    with on_compute_stream(device):
+        warm_up_libraries(device, dtype)
     torch.cuda.synchronize(device)
-    workspace = WORKSPACES.setdefault(device, torch.cuda.memory_allocated(device) - before)
-    return Overhead(bytes_in_use(device) - torch.cuda.memory_reserved(device) + LATER_BYTES, workspace)
+    workspace = MEASURED_WORKSPACES.setdefault(device, torch.cuda.memory_allocated(device) - before)
+    return CudaOverhead(
+        measure_process_gpu_bytes(device) - torch.cuda.memory_reserved(device) + LAZY_KERNEL_BYTES, workspace
+    )
 
 
-def try_everything(device: torch.device, dtype: torch.dtype) -> None:
+def warm_up_libraries(device: torch.device, dtype: torch.dtype) -> None:
     """A convolution, norms, a product and attention, so that libraries load what they need for them."""
     x = torch.zeros(1, 64, 32, 32, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x = F.conv2d(F.silu(F.group_norm(x, 32)), torch.zeros(64, 64, 3, 3, device=device, dtype=dtype), padding=1)
@@ -62,7 +66,7 @@ def try_everything(device: torch.device, dtype: torch.dtype) -> None:
     F.scaled_dot_product_attention(heads, heads, heads)
 
 
-def bytes_in_use(device: torch.device) -> int:
+def measure_process_gpu_bytes(device: torch.device) -> int:
     """Of a card's memory by this process, by the driver's word.
 
     Where that names no processes, as in containers, all that is in use, but no more than this process may well take.
@@ -74,13 +78,13 @@ def bytes_in_use(device: torch.device) -> int:
         if own := re.search(rf"^{os.getpid()}, (\d+)$", said, re.MULTILINE):
             return int(own[1]) * 2**20
     free, total = torch.cuda.mem_get_info(device)
-    return min(total - free, torch.cuda.memory_reserved(device) + MOST_CONTEXT_BYTES)
+    return min(total - free, torch.cuda.memory_reserved(device) + MAX_CUDA_CONTEXT_BYTES)
 
 
 @contextlib.contextmanager
-def allocating_at_most(nbytes: int, device: torch.device) -> Iterator[None]:
+def limit_torch_memory(nbytes: int, device: torch.device) -> Iterator[None]:
     """Torch takes no more of a card than that; libraries that find no workspace choose other ways of work."""
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total_bytes(device)), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total_memory_bytes(device)), device)
     try:
         yield
     finally:

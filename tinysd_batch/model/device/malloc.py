@@ -6,21 +6,21 @@ import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
-MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # and what it is called in the environment
+MMAP_THRESHOLD_VARIABLE = "MALLOC_MMAP_THRESHOLD_"  # and what it is called in the environment
 
 
-def return_freed_memory() -> None:
+def trim_heap() -> None:
     """Hand the system what this phase has freed, which glibc would keep for itself."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def hand_back_blocks_of(nbytes: int) -> None:
+def set_mmap_threshold(nbytes: int) -> None:
     """Have glibc give blocks of the system's own for tensors of so many bytes, which go back as soon as they are free.
 
     Otherwise its heap keeps what it once had; but fetching pages anew costs time. Holds for the whole process.
     """
-    if MMAP_THRESHOLD not in os.environ:  # the user's word
+    if MMAP_THRESHOLD_VARIABLE not in os.environ:  # the user's word
         with contextlib.suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_THRESHOLD, nbytes)

@@ -11,9 +11,9 @@ import torch
 
 from tinysd_batch.errors import UsageError
 
-NVIDIA_CARDS = Path("/proc/driver/nvidia/gpus")  # a folder per card, wherever NVIDIA's driver is loaded on Linux
+NVIDIA_PROC_FOLDER = Path("/proc/driver/nvidia/gpus")  # a folder per card, wherever NVIDIA's driver is loaded on Linux
 DEVICE_NODES = Path("/dev")
-OLD_CARDS_BUILD = "https://download.pytorch.org/whl/cu126"  # the last builds with code for Pascal and Volta
+OLD_GPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cu126"  # the last builds with code for Pascal and Volta
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -23,37 +23,39 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     asked for and there are cards that this torch cannot use: drawing on the CPU then would be a sad surprise.
     """
     if device is None and not torch.cuda.is_available():
-        if cards := nvidia_cards():
+        if cards := list_nvidia_gpus():
             raise UsageError(
-                f"this machine has {', '.join(cards)}, which torch {torch.__version__} cannot use; {advice()}, "
+                f"this machine has {', '.join(cards)}, which torch {torch.__version__} cannot use; {suggest_cuda_build()}, "
                 f"or draw on the processor with device cpu"
             )
         return torch.device("cpu")
     chosen = torch.device("cuda" if device is None else device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(f"device {chosen}: torch sees no GPU here; use device cpu, or {advice()}")
-        check_card(chosen)
+            raise UsageError(f"device {chosen}: torch sees no GPU here; use device cpu, or {suggest_cuda_build()}")
+        check_gpu_supported(chosen)
         if chosen.index is None:
             return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
-def advice() -> str:
-    return f"install a CUDA build of torch (for cards older than RTX: pip install torch --index-url {OLD_CARDS_BUILD})"
+def suggest_cuda_build() -> str:
+    return (
+        f"install a CUDA build of torch (for cards older than RTX: pip install torch --index-url {OLD_GPU_WHEEL_INDEX})"
+    )
 
 
-def check_card(device: torch.device) -> None:
+def check_gpu_supported(device: torch.device) -> None:
     """Raises UsageError where this build of torch has no code for the card."""
     capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-    if not has_code_for(capability, built_for):
+    if not is_capability_supported(capability, built_for):
         raise UsageError(
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and torch "
-            f"{torch.__version__} is built for {', '.join(built_for)} only; {advice()}"
+            f"{torch.__version__} is built for {', '.join(built_for)} only; {suggest_cuda_build()}"
         )
 
 
-def has_code_for(capability: tuple[int, int], built_for: Iterable[str]) -> bool:
+def is_capability_supported(capability: tuple[int, int], built_for: Iterable[str]) -> bool:
     """Whether one of the architectures (`sm_86`, `compute_90`) runs on a card of this compute capability.
 
     Code for a card (sm) runs on later ones of the same generation, code to be compiled (compute) on all later ones.
@@ -68,7 +70,7 @@ def has_code_for(capability: tuple[int, int], built_for: Iterable[str]) -> bool:
     return False
 
 
-def nvidia_cards(folder: Path = NVIDIA_CARDS, nodes: Path = DEVICE_NODES) -> list[str]:
+def list_nvidia_gpus(folder: Path = NVIDIA_PROC_FOLDER, nodes: Path = DEVICE_NODES) -> list[str]:
     """The cards that this process may use by the driver's word, whether torch can or not.
 
     None where the user hid them, or where a container sees the driver but has no card.
@@ -88,7 +90,7 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def total_bytes(device: torch.device) -> int:
+def total_memory_bytes(device: torch.device) -> int:
     """The device's memory; on a CPU the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

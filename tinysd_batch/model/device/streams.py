@@ -8,12 +8,12 @@ import torch
 
 
 @contextlib.contextmanager
-def on_working_stream(device: torch.device) -> Iterator[None]:
+def on_compute_stream(device: torch.device) -> Iterator[None]:
     """Work on a stream that is the program's own: on the one that CUDA begins with nothing can be captured."""
     if device.type != "cuda":
         yield
         return
-    usual, own = torch.cuda.current_stream(device), working_stream(device)
+    usual, own = torch.cuda.current_stream(device), get_compute_stream(device)
     own.wait_stream(usual)
     try:
         with torch.cuda.stream(own):
@@ -23,13 +23,13 @@ def on_working_stream(device: torch.device) -> Iterator[None]:
 
 
 @functools.cache
-def working_stream(device: torch.device) -> torch.cuda.Stream:
+def get_compute_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each card: torch keeps memory, and libraries their workspaces, for each stream apart."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
-def copying_stream(device: torch.device) -> torch.cuda.Stream:
+def get_copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each card: torch hands out 32 in turn, and a new one would some day be that on which work is done."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 

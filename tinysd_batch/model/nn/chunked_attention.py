@@ -7,12 +7,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from tinysd_batch.model.chunking import at_once
+from tinysd_batch.model.chunking import items_per_chunk
 
 HEAD_WIDTHS = (40, 80, 160, 512)  # SD v1's: the UNet's three, and the autoencoder's one
 
 
-class FeedForward(nn.Module):
+class ChunkedFeedForward(nn.Module):
     """diffusers' feed-forward layers over some tokens at a time; the widest map in between is 8 times the input."""
 
     def __init__(self, net: nn.ModuleList, features: int) -> None:
@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to the same."""
         tokens = x.flatten(0, 1)  # parts of it lie in one piece: a matrix product is dearer where they do not
-        parts = torch.split(tokens, at_once(len(tokens), self.features * x.element_size()))
+        parts = torch.split(tokens, items_per_chunk(len(tokens), self.features * x.element_size()))
         return torch.cat([self.part(part) for part in parts]).view_as(x) if len(parts) > 1 else self.part(x)
 
     def part(self, x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
         return x
 
 
-class PartedAttention:
+class ChunkedAttnProcessor:
     """What diffusers' layers call. Never holds all scores: takes torch's fused kernels, or parts of the queries."""
 
     def __init__(self, *, fused: bool) -> None:
@@ -64,14 +64,14 @@ class PartedAttention:
         """[B, heads, T, C / heads] each."""
         if not self.fused:
             batch, heads, tokens = query.shape[:3]
-            rows = at_once(tokens, batch * heads * key.shape[2] * 4)
-            return torch.cat([attend_plainly(part, key, value) for part in torch.split(query, rows, dim=2)], dim=2)
+            rows = items_per_chunk(tokens, batch * heads * key.shape[2] * 4)
+            return torch.cat([compute_attention(part, key, value) for part in torch.split(query, rows, dim=2)], dim=2)
         if query.is_meta:  # there torch has no fused kernel, and would count all scores
             return torch.empty_like(query)
         return F.scaled_dot_product_attention(query, key, value)
 
 
-def attend_plainly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def compute_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V, the softmax in float32 (Vaswani et al. 2017, equation 1)."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
     return torch.matmul(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), value)
@@ -91,13 +91,13 @@ def has_fused_attention(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def work_in_parts(unet: UNet2DConditionModel, vae: AutoencoderKL, *, fused: bool) -> PartedAttention:
+def use_chunked_layers(unet: UNet2DConditionModel, vae: AutoencoderKL, *, fused: bool) -> ChunkedAttnProcessor:
     """Have attention and feed-forward layers work in parts. Returns the processor."""
-    processor = PartedAttention(fused=fused)
+    processor = ChunkedAttnProcessor(fused=fused)
     for model in (unet, vae):
         model.set_attn_processor(processor)
     for module in unet.modules():
         if isinstance(module, BasicTransformerBlock):
             inner = module.ff.net[0].proj
-            module.ff = FeedForward(module.ff.net, inner.out_features)
+            module.ff = ChunkedFeedForward(module.ff.net, inner.out_features)
     return processor

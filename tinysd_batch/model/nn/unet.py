@@ -22,12 +22,12 @@ class Halfway:
     embedding: Tensor
 
 
-def half_modules(unet: UNet2DConditionModel, names: tuple[str, ...]) -> dict[str, nn.Module]:
+def select_modules(unet: UNet2DConditionModel, names: tuple[str, ...]) -> dict[str, nn.Module]:
     """Those that the UNet has: some were distilled down to no middle block."""
     return {name: module for name in names if (module := getattr(unet, name)) is not None}
 
 
-def predict(
+def run_unet(
     unet: UNet2DConditionModel, latents: Tensor, prompts: Tensor, rows: int | None, dtype: torch.dtype
 ) -> Tensor:
     """What a UNet says whose `hoist.Hoisted` layers know timestep and prompts: [R, 4, h, w] float32.

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tinysd_batch.model.chunking import part_bytes
+from tinysd_batch.model.chunking import get_chunk_bytes
 
 HALO = 1  # rows that a 3x3 convolution sees beyond its own
 
@@ -54,7 +54,7 @@ def use_strip_layers(vae: AutoencoderKL) -> None:
         conv.padding = (0, HALO)
 
 
-def made_together(vae: AutoencoderKL) -> list[list[nn.Module]]:
+def get_interleaved_layers(vae: AutoencoderKL) -> list[list[nn.Module]]:
     """Layers that work by turns, strip for strip, where maps are made anew: each resnet of the last block, the first
     with the upsampler before it."""
     groups = [list(resnet.modules()) for resnet in vae.decoder.up_blocks[-1].resnets]
@@ -63,33 +63,33 @@ def made_together(vae: AutoencoderKL) -> list[list[nn.Module]]:
 
 
 def decode_latents(
-    vae: AutoencoderKL, latents: Tensor, kept: torch.dtype | None = None, *, makes_anew: bool = False
+    vae: AutoencoderKL, latents: Tensor, storage_dtype: torch.dtype | None = None, *, recompute: bool = False
 ) -> Tensor:
     """Latents [B, 4, h, w], scaled, to pixels in -1..1, [B, 3, H, W] float32 on the host; an image at a time.
 
-    Large maps are kept in the type `kept`, if it is not that of the latents, in which all is computed. With
-    `makes_anew` the last block keeps half of what it else would, at 30 % more work.
+    Large maps are kept as `storage_dtype`, if it is not that of the latents, in which all is computed. With
+    `recompute` the last block keeps half of what it else would, at 30 % more work.
     """
     images = torch.split(latents, 1)
-    return torch.cat([decode_one(vae, one, kept, makes_anew=makes_anew).float().cpu() for one in images])
+    return torch.cat([decode_single(vae, one, storage_dtype, recompute=recompute).float().cpu() for one in images])
 
 
-def decode_one(
-    vae: AutoencoderKL, latents: Tensor, kept: torch.dtype | None = None, *, makes_anew: bool = False
+def decode_single(
+    vae: AutoencoderKL, latents: Tensor, storage_dtype: torch.dtype | None = None, *, recompute: bool = False
 ) -> Tensor:
-    decoder, maps = vae.decoder, Maps(latents.dtype, kept or latents.dtype)
+    decoder, maps = vae.decoder, Maps(latents.dtype, storage_dtype or latents.dtype)
     if vae.post_quant_conv is not None:
         latents = vae.post_quant_conv(latents)
-    x = decoder.conv_in(latents).to(maps.kept, memory_format=torch.channels_last)
+    x = decoder.conv_in(latents).to(maps.storage_dtype, memory_format=torch.channels_last)
     first, *others = decoder.mid_block.resnets
     x = maps.residual(first, x)
     for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
         if attention is not None:
-            x = attention(x.to(maps.computed)).to(maps.kept, memory_format=torch.channels_last)
+            x = attention(x.to(maps.computed)).to(maps.storage_dtype, memory_format=torch.channels_last)
         x = maps.residual(resnet, x)
     for block in decoder.up_blocks:
         if block is decoder.up_blocks[-1]:
-            maps = replace(maps, makes_anew=makes_anew)
+            maps = replace(maps, recompute=recompute)
         x = maps.begun(x)
         for resnet in block.resnets:
             x = maps.residual(resnet, x)
@@ -99,7 +99,7 @@ def decode_one(
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class LazyFeatureMap:
     """A map [1, C, height, width] that is made when it is looked at, some rows at a time."""
 
     channels: int
@@ -112,7 +112,7 @@ class Rows:
     @property
     def strip_rows(self) -> int:
         """How many rows make a strip."""
-        return max(1, part_bytes() // (4 * max(self.channels, self.widest) * self.width))
+        return max(1, get_chunk_bytes() // (4 * max(self.channels, self.widest) * self.width))
 
     def cuts(self) -> Iterator[tuple[int, int]]:
         """Each strip's first row and the row after its last, from top to bottom."""
@@ -125,11 +125,11 @@ class Rows:
             part = place[:, :, top:bottom]
             (part.add_ if add else part.copy_)(self.take(top, bottom))
 
-    def mixed(self, conv: nn.Conv2d) -> "Rows":
+    def mixed(self, conv: nn.Conv2d) -> "LazyFeatureMap":
         """A 1x1 convolution."""
         return self.through(conv, lambda first, last: torch.as_tensor(conv(self.take(first, last))))
 
-    def convolved(self, conv: nn.Conv2d) -> "Rows":
+    def convolved(self, conv: nn.Conv2d) -> "LazyFeatureMap":
         """A 3x3 convolution: made from a row above and one below, which beyond the map's edges are zeros."""
 
         def take(first: int, last: int) -> Tensor:
@@ -140,10 +140,10 @@ class Rows:
 
         return self.through(conv, take)
 
-    def through(self, conv: nn.Conv2d, take: Callable[[int, int], Tensor]) -> "Rows":
+    def through(self, conv: nn.Conv2d, take: Callable[[int, int], Tensor]) -> "LazyFeatureMap":
         return replace(self, channels=conv.out_channels, take=take, widest=max(self.channels, self.widest))
 
-    def overlapping(self) -> "Rows":
+    def overlapping(self) -> "LazyFeatureMap":
         """The same for strips that go from top to bottom and share rows: those are made once, and remembered.
 
         What it is made from may be overwritten as far as strips have come.
@@ -157,25 +157,25 @@ class Overlap:
     def __init__(self, make: Callable[[int, int], Tensor]) -> None:
         self.make = make
         self.end = 0
-        self.kept: Tensor | None = None
+        self.storage_dtype: Tensor | None = None
 
     def __call__(self, first: int, last: int) -> Tensor:
         parts = []
-        if self.kept is not None and self.end - self.kept.shape[2] <= first < self.end:
-            parts.append(self.kept[:, :, first - self.end :])
+        if self.storage_dtype is not None and self.end - self.storage_dtype.shape[2] <= first < self.end:
+            parts.append(self.storage_dtype[:, :, first - self.end :])
             first = self.end
         if first < last:
             parts.append(self.make(first, last))
         strip = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        self.end, self.kept = last, strip[:, :, -2 * HALO :].clone()
+        self.end, self.storage_dtype = last, strip[:, :, -2 * HALO :].clone()
         return strip
 
 
-def rows_of(x: Tensor | Rows) -> Rows:
+def as_lazy_map(x: Tensor | LazyFeatureMap) -> LazyFeatureMap:
     """Rows of a map [1, C, H, W] that is there."""
-    if isinstance(x, Rows):
+    if isinstance(x, LazyFeatureMap):
         return x
-    return Rows(x.shape[1], x.shape[2], x.shape[3], x.device, lambda first, last: x[:, :, first:last])
+    return LazyFeatureMap(x.shape[1], x.shape[2], x.shape[3], x.device, lambda first, last: x[:, :, first:last])
 
 
 def fitted(x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def fitted(x: Tensor) -> Tensor:
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
-def channel_statistics(x: Rows) -> Factors:
+def channel_statistics(x: LazyFeatureMap) -> Factors:
     """Mean and variance of each channel of a map, float64 [C], taken strip by strip."""
     cuts = list(x.cuts())
     parts = [torch.var_mean(x.take(*cut).float(), dim=(0, 2, 3), correction=0) for cut in cuts]
@@ -199,38 +199,38 @@ class Maps:
     """Feature maps kept in one type and computed with, strip by strip, in another."""
 
     computed: torch.dtype
-    kept: torch.dtype
-    makes_anew: bool = False
+    storage_dtype: torch.dtype
+    recompute: bool = False
 
-    def begun(self, x: Tensor | Rows) -> Tensor | Rows:
+    def begun(self, x: Tensor | LazyFeatureMap) -> Tensor | LazyFeatureMap:
         """A block's input, kept unless it is to be made anew."""
         if isinstance(x, Tensor):
             return x
-        return x.overlapping() if self.makes_anew else self.collect(x)
+        return x.overlapping() if self.recompute else self.collect(x)
 
-    def residual(self, block: ResnetBlock2D, x: Tensor | Rows) -> Tensor:
+    def residual(self, block: ResnetBlock2D, x: Tensor | LazyFeatureMap) -> Tensor:
         """conv2(act(norm2(conv1(act(norm1(x)))))) plus x or its shortcut, in the memory of x if that is there."""
         first = self.normed(block.norm1, block.nonlinearity, x).convolved(block.conv1)
-        if isinstance(x, Rows):
+        if isinstance(x, LazyFeatureMap):
             made = self.in_memory_of(self.collect(first), block, x)
         else:
-            anew = self.makes_anew and block.conv_shortcut is None  # a shortcut overwrites x too early
+            anew = self.recompute and block.conv_shortcut is None  # a shortcut overwrites x too early
             inner = first.overlapping() if anew else self.collect(first)
             second = self.normed(block.norm2, block.nonlinearity, inner).convolved(block.conv2)
             made = x if block.conv_shortcut is None else self.shortened(block.conv_shortcut, x)
             second.write(made, add=True)
         return made if block.output_scale_factor == 1 else made.div_(block.output_scale_factor)
 
-    def in_memory_of(self, inner: Tensor, block: ResnetBlock2D, x: Rows) -> Tensor:
+    def in_memory_of(self, inner: Tensor, block: ResnetBlock2D, x: LazyFeatureMap) -> Tensor:
         """conv2(act(norm2(inner))) plus x or its shortcut, where strip after strip of x is made."""
         second = self.normed(block.norm2, block.nonlinearity, inner).overlapping().convolved(block.conv2)
         second.write(inner)
         (x if block.conv_shortcut is None else x.mixed(block.conv_shortcut)).write(inner, add=True)
         return inner
 
-    def normed(self, norm: nn.Module, act: nn.Module, x: Tensor | Rows) -> Rows:
+    def normed(self, norm: nn.Module, act: nn.Module, x: Tensor | LazyFeatureMap) -> LazyFeatureMap:
         """act(norm(x)), computed in float32."""
-        x = rows_of(x)
+        x = as_lazy_map(x)
         scale, shift = norm(*channel_statistics(x))
 
         def take(first: int, last: int) -> Tensor:
@@ -239,7 +239,7 @@ class Maps:
 
         return replace(x, take=take)
 
-    def doubled(self, x: Tensor) -> Rows:
+    def doubled(self, x: Tensor) -> LazyFeatureMap:
         """x twice as high and wide, each value four times."""
 
         def take(first: int, last: int) -> Tensor:
@@ -247,12 +247,12 @@ class Maps:
             taller = F.interpolate(x[:, :, above : -(-last // 2)], scale_factor=2.0, mode="nearest")
             return taller[:, :, first - 2 * above : last - 2 * above].to(self.computed)
 
-        return Rows(x.shape[1], 2 * x.shape[2], 2 * x.shape[3], x.device, take)
+        return LazyFeatureMap(x.shape[1], 2 * x.shape[2], 2 * x.shape[3], x.device, take)
 
-    def collect(self, rows: Rows) -> Tensor:
+    def collect(self, rows: LazyFeatureMap) -> Tensor:
         """Strips put together, [1, C, height, width]."""
         shape = (1, rows.channels, rows.height, rows.width)
-        whole = torch.empty(shape, dtype=self.kept, device=rows.device, memory_format=torch.channels_last)
+        whole = torch.empty(shape, dtype=self.storage_dtype, device=rows.device, memory_format=torch.channels_last)
         rows.write(whole)
         return whole
 
@@ -260,10 +260,10 @@ class Maps:
         """A 1x1 convolution of x [1, C, H, W], written into the memory of x where that has room."""
         channels, height, width = x.shape[1:]
         if conv.out_channels > channels:
-            return torch.as_tensor(conv(x.to(self.computed))).to(self.kept, memory_format=torch.channels_last)
+            return torch.as_tensor(conv(x.to(self.computed))).to(self.storage_dtype, memory_format=torch.channels_last)
         room = x.permute(0, 2, 3, 1).view(-1)
         end = 0
-        for strip in torch.split(x, rows_of(x).strip_rows, dim=2):  # each is read before its place is written
+        for strip in torch.split(x, as_lazy_map(x).strip_rows, dim=2):  # each is read before its place is written
             made = conv(strip.to(self.computed)).permute(0, 2, 3, 1).reshape(-1)
             start, end = end, end + len(made)
             room[start:end] = made

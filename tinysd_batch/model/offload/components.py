@@ -16,7 +16,7 @@ from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 from tinysd_batch.model.packed.layers import PackedLayer
 
-ALIGNMENT = 256  # bytes, of tensors that share a buffer
+ALIGNMENT_BYTES = 256  # bytes, of tensors that share a buffer
 
 
 @dataclass(slots=True)
@@ -34,19 +34,19 @@ class HostTensor:
         return self.value.numel() * self.dtype.itemsize
 
     @property
-    def lies_ready(self) -> bool:
+    def has_device_dtype(self) -> bool:
         """Whether the file holds it in the type in which it is needed."""
         return self.dtype is self.value.dtype
 
     @property
-    def place(self) -> Tensor:
+    def module_tensor(self) -> Tensor:
         """What the module has of it: itself, or an empty tensor."""
         here: Tensor = getattr(self.module, self.name)
         return here
 
     @property
     def is_onloaded(self) -> bool:
-        return self.place.numel() > 0
+        return self.module_tensor.numel() > 0
 
     def put(self, tensor: Tensor) -> None:
         if self.name in self.module._buffers:
@@ -61,7 +61,7 @@ class HostTensor:
 
 
 @dataclass(slots=True)
-class Piece:
+class WeightGroup:
     """Tensors that come to the device together."""
 
     tensors: list[HostTensor] = field(default_factory=list)
@@ -69,21 +69,21 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """In a buffer, with the gaps between tensors."""
-        return sum(aligned(tensor.nbytes) for tensor in self.tensors)
+        return sum(align(tensor.nbytes) for tensor in self.tensors)
 
     def views(self, buffer: Tensor) -> Iterator[tuple[HostTensor, Tensor]]:
         """Each tensor and its place in a buffer of bytes."""
         start = 0
         for tensor in self.tensors:
             place = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.value.shape)
-            start += aligned(tensor.nbytes)
+            start += align(tensor.nbytes)
             yield tensor, place
 
-    def fill(self, buffer: Tensor) -> None:
+    def copy_into(self, buffer: Tensor) -> None:
         """Bring the tensors to a buffer of bytes."""
         for tensor, place in self.views(buffer):
             # Without waiting torch changes the type on the card, in memory that nobody has planned.
-            place.copy_(tensor.value, non_blocking=tensor.lies_ready)
+            place.copy_(tensor.value, non_blocking=tensor.has_device_dtype)
             tensor.put(place)
 
     def onload(self, device: torch.device) -> None:
@@ -97,14 +97,14 @@ class Piece:
             tensor.clear()
 
 
-Passing = tuple[Piece, list[nn.Module]]  # what comes together, and who needs it
+StreamedGroup = tuple[WeightGroup, list[nn.Module]]  # what comes together, and who needs it
 
 
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def align(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-class Fragment:
+class Component:
     """Modules that work together, and their weights on the host."""
 
     def __init__(
@@ -120,68 +120,68 @@ class Fragment:
         """
         self.name = name
         self.file = tensors if isinstance(tensors, MappedTensors) else None
-        self.standing = Piece()
-        self.passing = divide(order, together)
-        by_module = {module: piece for piece, modules in self.passing for module in modules}
+        self.resident = WeightGroup()
+        self.streamed = group_streamed_modules(order, together)
+        by_module = {module: piece for piece, modules in self.streamed for module in modules}
         for prefix, module in modules.items():
-            for path, owner, leaf, place in named_places(module):
-                value = take(tensors, f"{prefix}.{path}" if prefix else path, place)
+            for path, owner, leaf, place in named_tensors(module):
+                value = get_checked_tensor(tensors, f"{prefix}.{path}" if prefix else path, place)
                 kind = dtype if value.is_floating_point() else value.dtype
-                by_module.get(owner, self.standing).tensors.append(HostTensor(owner, leaf, value, kind))
-        self.passing = [(piece, modules) for piece, modules in self.passing if piece.tensors]
-        for piece in self.pieces:
+                by_module.get(owner, self.resident).tensors.append(HostTensor(owner, leaf, value, kind))
+        self.streamed = [(piece, modules) for piece, modules in self.streamed if piece.tensors]
+        for piece in self.groups:
             piece.offload()
 
     @property
-    def pieces(self) -> list[Piece]:
-        return [self.standing, *(piece for piece, _ in self.passing)]
+    def groups(self) -> list[WeightGroup]:
+        return [self.resident, *(piece for piece, _ in self.streamed)]
 
     @property
-    def host(self) -> Iterator[HostTensor]:
-        return (tensor for piece in self.pieces for tensor in piece.tensors)
+    def host_tensors(self) -> Iterator[HostTensor]:
+        return (tensor for piece in self.groups for tensor in piece.tensors)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.host)
+        return sum(tensor.nbytes for tensor in self.host_tensors)
 
     @property
     def is_onloaded(self) -> bool:
         """Whether any of it is on the device."""
-        return any(tensor.is_onloaded for tensor in self.host)
+        return any(tensor.is_onloaded for tensor in self.host_tensors)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """What floats become when they next come to the device."""
-        for tensor in self.host:
+        for tensor in self.host_tensors:
             tensor.dtype = dtype if tensor.value.is_floating_point() else tensor.dtype
 
     def onload(self, device: torch.device) -> None:
-        for piece in self.pieces:
+        for piece in self.groups:
             piece.onload(device)
 
-    def pretend(self) -> None:
+    def use_meta_tensors(self) -> None:
         """Tensors of the right sizes and types without numbers, for a walk on the meta device."""
-        for tensor in self.host:
+        for tensor in self.host_tensors:
             tensor.put(torch.empty(tensor.value.shape, dtype=tensor.dtype, device="meta"))
 
     def offload(self) -> None:
         """Forget the device's copy, and let go of the file's pages."""
-        for piece in self.pieces:
+        for piece in self.groups:
             piece.offload()
         if self.file is not None:
-            self.file.release(tensor.value for tensor in self.host)
+            self.file.release(tensor.value for tensor in self.host_tensors)
 
 
-def divide(order: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]]) -> list[Passing]:
+def group_streamed_modules(order: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]]) -> list[StreamedGroup]:
     """An empty piece for each module that passes, or for each group of them, where the first of it works."""
     group_of = {module: number for number, group in enumerate(together) for module in group}
-    pieces: dict[nn.Module | int, Passing] = {}
+    pieces: dict[nn.Module | int, StreamedGroup] = {}
     for module in order:
-        if passes(module):
-            pieces.setdefault(group_of.get(module, module), (Piece(), []))[1].append(module)
+        if can_be_streamed(module):
+            pieces.setdefault(group_of.get(module, module), (WeightGroup(), []))[1].append(module)
     return list(pieces.values())
 
 
-def passes(module: nn.Module) -> bool:
+def can_be_streamed(module: nn.Module) -> bool:
     """Whether a module's tensors may come as late as when it is called.
 
     Not where there are none, where others are called within, and not those of embeddings, at whose shapes transformers
@@ -191,7 +191,7 @@ def passes(module: nn.Module) -> bool:
     return has_own and not any(module.children()) and not isinstance(module, nn.Embedding)
 
 
-def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Every parameter and buffer: its dotted path, the module that owns it, its name there, the tensor."""
     for prefix, owner in module.named_modules():
         for leaf, value in [*owner._parameters.items(), *owner._buffers.items()]:
@@ -199,16 +199,16 @@ def named_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
                 yield f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, value
 
 
-def check_places(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+def check_tensor_shapes(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Raise ModelError, naming `where`, for a tensor of a module that is missing or of the wrong shape."""
-    for path, _, _, place in named_places(module):
+    for path, _, _, place in named_tensors(module):
         try:
-            take(tensors, path, place)
+            get_checked_tensor(tensors, path, place)
         except ModelError as error:
             raise ModelError(f"{where}: {error}") from None
 
 
-def take(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> Tensor:
+def get_checked_tensor(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> Tensor:
     if name not in tensors:
         raise ModelError(f"tensor {name} is missing from the model; it needs shape {list(place.shape)}")
     if tensors[name].shape != place.shape:
@@ -216,7 +216,7 @@ def take(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> Tensor:
     return tensors[name]
 
 
-def order_of_use(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
+def trace_call_order(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
     """The modules within `modules` in the order in which `run` first calls them; cheap on the meta device."""
     order: dict[nn.Module, None] = {}
     handles = [

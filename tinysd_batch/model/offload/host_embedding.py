@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from tinysd_batch.model.offload.components import take
+from tinysd_batch.model.offload.components import get_checked_tensor
 
 
 class HostEmbedding(nn.Module):
@@ -26,6 +26,6 @@ class HostEmbedding(nn.Module):
 def keep_vocabulary_on_host(encoder: CLIPTextModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put the vocabulary's table, taken out of `tensors`, into an empty encoder for good. Raises ModelError."""
     name = "embeddings.token_embedding.weight"
-    table = take(tensors, name, encoder.get_parameter(name))
+    table = get_checked_tensor(tensors, name, encoder.get_parameter(name))
     del tensors[name]
     encoder.embeddings.token_embedding = HostEmbedding(table, dtype)

@@ -5,19 +5,23 @@ from collections.abc import Sequence
 import torch
 
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
-from tinysd_batch.model.device.streams import copying_stream, new_event
-from tinysd_batch.model.offload.components import Piece
-from tinysd_batch.model.offload.pinned import Arena
+from tinysd_batch.model.device.streams import get_copy_stream, new_event
+from tinysd_batch.model.offload.components import WeightGroup
+from tinysd_batch.model.offload.pinned import PinnedWeights
 
 
-class Stream:
+class LayerStream:
     """Two buffers on the device through which pieces pass in a circle."""
 
     def __init__(
-        self, pieces: Sequence[Piece], device: torch.device, arena: Arena | None, files: Sequence[MappedTensors] = ()
+        self,
+        pieces: Sequence[WeightGroup],
+        device: torch.device,
+        arena: PinnedWeights | None,
+        files: Sequence[MappedTensors] = (),
     ) -> None:
         """Without an arena tensors come from their files, whose pages are let go of as soon as they are copied."""
-        self.pieces = pieces
+        self.groups = pieces
         self.arena = arena
         self.files = files
         size = max((piece.nbytes for piece in pieces), default=0)
@@ -27,7 +31,7 @@ class Stream:
         self.switches = 0  # from a piece to another, so far
         self.last: int | None = None  # the switch after which nothing is sent for
         self.begins = True  # with the next piece
-        self.copying = copying_stream(device) if device.type == "cuda" else None
+        self.copying = get_copy_stream(device) if device.type == "cuda" else None
         self.copied: list[torch.cuda.Event] = []
         self.used: list[torch.cuda.Event] = []
 
@@ -57,15 +61,15 @@ class Stream:
             self.fetch(number, self.at_work)
         if self.copying is not None:
             torch.cuda.current_stream().wait_event(self.copied[self.at_work])
-        for tensor, place in self.pieces[number].views(self.buffers[self.at_work]):
+        for tensor, place in self.groups[number].views(self.buffers[self.at_work]):
             tensor.put(place)
         self.switches += 1
         if self.switches != self.last:
-            self.fetch((number + 1) % len(self.pieces), 1 - self.at_work)
+            self.fetch((number + 1) % len(self.groups), 1 - self.at_work)
 
     def fetch(self, number: int, slot: int) -> None:
         """Copy a piece into a buffer, after the work that still reads it."""
-        piece, buffer = self.pieces[number], self.buffers[slot]
+        piece, buffer = self.groups[number], self.buffers[slot]
         self.holds[slot] = number
         if self.arena is None or self.copying is None:
             for tensor, place in piece.views(buffer):
@@ -75,7 +79,7 @@ class Stream:
             return
         with torch.cuda.stream(self.copying):
             self.copying.wait_event(self.used[slot])
-            buffer[: piece.nbytes].copy_(self.arena.piece(number, piece.nbytes), non_blocking=True)
+            buffer[: piece.nbytes].copy_(self.arena.group_bytes(number, piece.nbytes), non_blocking=True)
             self.copied[slot].record(self.copying)
 
     def leave(self) -> None:
@@ -87,7 +91,7 @@ class Stream:
     def clear(self) -> None:
         number = self.holds[self.at_work]
         if number is not None:
-            for tensor in self.pieces[number].tensors:
+            for tensor in self.groups[number].tensors:
                 tensor.clear()
 
     def close(self) -> None:

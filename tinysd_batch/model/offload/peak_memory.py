@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 Operation = Callable[..., Any]
 
 
-class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakMemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that are made within a `with` and still alive, and keeps the most there were."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}  # of each storage, by its identity
-        self.live = self.peak = 0
+        self.live = self.peak_bytes = 0
 
     def __torch_dispatch__(
         self, operation: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -33,10 +33,10 @@ class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(storage) not in self.sizes:
             self.sizes[id(storage)] = storage.nbytes()
             self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
+            self.peak_bytes = max(self.peak_bytes, self.live)
             weakref.finalize(storage, self.forget, id(storage))
 
-    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
         """Do not count these: operations that return a view of a tensor seem to make it."""
         for tensor in tensors:
             self.sizes.setdefault(id(tensor.untyped_storage()), 0)

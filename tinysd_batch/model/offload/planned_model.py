@@ -7,10 +7,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from tinysd_batch.model.checkpoint.info import ModelInfo
-from tinysd_batch.model.nn.chunked_attention import PartedAttention
-from tinysd_batch.model.offload.components import Fragment
-from tinysd_batch.model.offload.offloader import Residency
-from tinysd_batch.model.offload.precompute import Hoisted
+from tinysd_batch.model.nn.chunked_attention import ChunkedAttnProcessor
+from tinysd_batch.model.offload.components import Component
+from tinysd_batch.model.offload.offloader import Offloader
+from tinysd_batch.model.offload.precompute import PrecomputedLayers
 
 
 class PlannedModel(Protocol):
@@ -23,10 +23,10 @@ class PlannedModel(Protocol):
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_fragment: Fragment
-    encode_fragment: Fragment
-    decode_fragment: Fragment
-    vae_fragment: Fragment
-    attention: PartedAttention
-    residency: Residency
-    hoisted: Hoisted
+    text_fragment: Component
+    encode_fragment: Component
+    decode_fragment: Component
+    vae_fragment: Component
+    attention: ChunkedAttnProcessor
+    offloader: Offloader
+    precomputed: PrecomputedLayers

@@ -14,14 +14,14 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tinysd_batch.model.offload.components import Fragment
+from tinysd_batch.model.offload.components import Component
 from tinysd_batch.model.packed.dequantize import SCRATCH
 from tinysd_batch.model.packed.layers import PackedLayer
 
 HOST = torch.device("cpu")
 
 
-class Known(nn.Module):
+class PrecomputedOutput(nn.Module):
     """In place of a layer: what that would say. Its input names rows of it; None stands for all."""
 
     def __init__(self, features: int) -> None:
@@ -35,7 +35,7 @@ class Known(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Attended:
+class CrossAttentionKV:
     """Keys and values of every cross-attention for a batch's prompts."""
 
     rows: Tensor  # [R], of each row of the batch: which of the prompts is its own
@@ -47,11 +47,11 @@ class Attended:
         return len(self.values[0]) if self.values else 0
 
 
-class Hoisted:
+class PrecomputedLayers:
     """Takes the layers out of a UNet, and works them on the host in float32, each prompt by itself."""
 
     def __init__(self, unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ModelError as `Fragment` does."""
+        """Raises ModelError as `Component` does."""
         self.time_proj, self.time_embedding = unet.time_proj, unet.time_embedding
         unet.time_embedding = None
         self.resnets = [one for one in unet.modules() if isinstance(one, ResnetBlock2D)]
@@ -62,21 +62,21 @@ class Hoisted:
         paths = {module: path for path, module in unet.named_modules()}
         taken = {"time_embedding": self.time_embedding}
 
-        def take(owner: nn.Module, name: str) -> tuple[nn.Module, Known]:
+        def take(owner: nn.Module, name: str) -> tuple[nn.Module, PrecomputedOutput]:
             layer = taken[f"{paths[owner]}.{name}"] = getattr(owner, name)
-            known = Known(getattr(layer, "out_features"))  # noqa: B009 - linear layers, packed or not
+            known = PrecomputedOutput(getattr(layer, "out_features"))  # noqa: B009 - linear layers, packed or not
             setattr(owner, name, known)
             return layer, known
 
         crosses = [one.attn2 for one in unet.modules() if isinstance(one, BasicTransformerBlock)]
-        self.of_time = [take(resnet, "time_emb_proj") for resnet in self.resnets]
-        self.of_text = [take(cross, name) for cross in crosses for name in ("to_k", "to_v")]
-        self.fragment = Fragment("projections", taken, tensors, torch.float32)
+        self.time_layers = [take(resnet, "time_emb_proj") for resnet in self.resnets]
+        self.context_layers = [take(cross, name) for cross in crosses for name in ("to_k", "to_v")]
+        self.fragment = Component("projections", taken, tensors, torch.float32)
         self.times: dict[float, list[Tensor]] = {}  # timestep -> of each resnet [1, C], float32
         self.at_hand: Tensor | None = None  # what the resnets have of it, [1, all C], on the device
         self.prompts: dict[bytes, list[Tensor]] = {}  # prompt -> of each layer [T, C], float32
 
-    def expect(self, times: Sequence[float]) -> None:
+    def prepare_timesteps(self, times: Sequence[float]) -> None:
         """Learn these timesteps and forget others. All anew, so that no number depends on what was drawn before."""
         different = tuple(dict.fromkeys(times))
         if different == tuple(self.times):
@@ -85,24 +85,24 @@ class Hoisted:
             embedding = self.time_embedding(self.time_proj(torch.tensor(different)))
             layers = [
                 torch.as_tensor(layer(activate(embedding))).unsqueeze(1).unbind()
-                for activate, (layer, _) in zip(self.activations, self.of_time, strict=True)
+                for activate, (layer, _) in zip(self.activations, self.time_layers, strict=True)
             ]
         self.times = {time: [layer[number] for layer in layers] for number, time in enumerate(different)}
 
-    def at(self, time: float, device: torch.device, dtype: torch.dtype) -> None:
+    def set_timestep(self, time: float, device: torch.device, dtype: torch.dtype) -> None:
         """Have every resnet use this timestep."""
         if time not in self.times:
-            self.expect([time])
+            self.prepare_timesteps([time])
         together = torch.cat(self.times[time], dim=1)  # one copy to the device, not one for each resnet
         if self.at_hand is None or (self.at_hand.dtype, self.at_hand.device.type) != (dtype, device.type):
             with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
                 self.at_hand = torch.empty(together.shape, dtype=dtype, device=device)
             views = torch.split(self.at_hand, [value.shape[1] for value in self.times[time]], dim=1)
-            for (_, known), view in zip(self.of_time, views, strict=True):
+            for (_, known), view in zip(self.time_layers, views, strict=True):
                 known.value = view
         self.at_hand.copy_(together)  # always there: graphs read it there
 
-    def read(self, context: Tensor, device: torch.device, dtype: torch.dtype) -> Attended:
+    def compute_context_kv(self, context: Tensor, device: torch.device, dtype: torch.dtype) -> CrossAttentionKV:
         """What cross-attention makes of prompts [R, T, D]; those of the call before are remembered."""
         context = context.to(HOST, torch.float32)
         names = [row.numpy().tobytes() for row in context]
@@ -111,12 +111,12 @@ class Hoisted:
         self.prompts = {name: self.prompts[name] for name in different if name in self.prompts}
         if missing:
             with self.at_work():
-                made = [each_alone(layer, list(missing.values())) for layer, _ in self.of_text]
+                made = [each_alone(layer, list(missing.values())) for layer, _ in self.context_layers]
             self.prompts |= dict(zip(missing, map(list, zip(*made, strict=True)), strict=True))
         places = {name: number for number, name in enumerate(different)}
         layers = zip(*(self.prompts[name] for name in different), strict=True)
         values = [torch.stack(layer).to(device, dtype) for layer in layers]
-        return Attended(torch.tensor([places[name] for name in names], device=device), values)
+        return CrossAttentionKV(torch.tensor([places[name] for name in names], device=device), values)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -127,17 +127,17 @@ class Hoisted:
             self.fragment.offload()
             SCRATCH.release(HOST)
 
-    def attend(self, attended: Attended) -> None:
+    def use_context_kv(self, attended: CrossAttentionKV) -> None:
         """Have every cross-attention use these."""
-        for (_, known), value in zip(self.of_text, attended.values, strict=True):
+        for (_, known), value in zip(self.context_layers, attended.values, strict=True):
             known.value = value
 
-    def pretend(self, prompts: int, tokens: int, dtype: torch.dtype) -> None:
+    def use_meta_tensors(self, prompts: int, tokens: int, dtype: torch.dtype) -> None:
         """Shapes without numbers, for a walk on the meta device."""
         self.at_hand = None
-        for _, known in self.of_time:
+        for _, known in self.time_layers:
             known.value = torch.empty(1, known.features, dtype=dtype, device="meta")
-        for _, known in self.of_text:
+        for _, known in self.context_layers:
             known.value = torch.empty(prompts, tokens, known.features, dtype=dtype, device="meta")
 
     def forget(self, *, all_of_it: bool = False) -> None:
@@ -145,7 +145,7 @@ class Hoisted:
         if all_of_it:
             self.times, self.prompts = {}, {}
         self.at_hand = None
-        for _, known in [*self.of_time, *self.of_text]:
+        for _, known in [*self.time_layers, *self.context_layers]:
             known.value = None
 
 
@@ -153,7 +153,7 @@ def each_alone(layer: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """What a layer makes of each input; its weights are unpacked once."""
     if not isinstance(layer, PackedLayer):
         return [layer(one) for one in inputs]
-    layer.keeps_unpacked = True
+    layer.keeps_dequantized = True
     try:
         return [layer(one) for one in inputs]
     finally:

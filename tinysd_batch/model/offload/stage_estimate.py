@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tinysd_batch.model.chunking import USUAL_BYTES
-from tinysd_batch.model.offload.components import Fragment
+from tinysd_batch.model.chunking import DEFAULT_CHUNK_BYTES
+from tinysd_batch.model.offload.components import Component
 
-UNET = "UNet"
+UNET_STAGE = "UNet"
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class MicroBatchShape:
     """A batch as the UNet sees it."""
 
     rows: int  # two an image with guidance
@@ -23,49 +23,49 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ExecutionStrategy:
     """How a phase does its work, from the fastest way to the one that takes least memory."""
 
-    part_bytes: int = USUAL_BYTES
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
     rows: int | None = None  # through the UNet at once; None: all
-    half_maps: bool = False  # the autoencoder keeps its feature maps as float16
-    makes_anew: bool = False  # the autoencoder makes its largest maps each time it looks at them
+    float16_maps: bool = False  # the autoencoder keeps its feature maps as float16
+    recompute_maps: bool = False  # the autoencoder makes its largest maps each time it looks at them
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class StagePlan:
     """What a phase takes of the device, in bytes."""
 
     name: str
-    fragments: tuple[Fragment, ...]
-    way: Way
-    room: int | None  # for weights; None: no limit
-    weights: int
-    staying: int  # of the weights, for the whole phase
-    buffers: int  # through which the others pass
+    components: tuple[Component, ...]
+    strategy: ExecutionStrategy
+    weight_budget_bytes: int | None  # for weights; None: no limit
+    weight_bytes: int
+    resident_bytes: int  # of the weights, for the whole phase
+    buffer_bytes: int  # through which the others pass
     work: int  # all other tensors at their peak
-    context: int
+    context_bytes: int
     gaps: int = 0  # that torch's allocator leaves between the tensors of work
 
     @property
-    def is_in_small_parts(self) -> bool:
-        return self.way.part_bytes < USUAL_BYTES
+    def uses_small_chunks(self) -> bool:
+        return self.strategy.chunk_bytes < DEFAULT_CHUNK_BYTES
 
     @property
-    def peak(self) -> int:
-        return self.context + self.staying + self.buffers + self.work + self.gaps
+    def peak_bytes(self) -> int:
+        return self.context_bytes + self.resident_bytes + self.buffer_bytes + self.work + self.gaps
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Stage:
     """A phase before it is decided how it does its work."""
 
     name: str
-    fragments: tuple[Fragment, ...]
-    shape: Shape | None
-    ways: Sequence[Way]
-    run: Callable[[Way], object]  # does it on the meta device
+    components: tuple[Component, ...]
+    shape: MicroBatchShape | None
+    ways: Sequence[ExecutionStrategy]
+    run: Callable[[ExecutionStrategy], object]  # does it on the meta device
 
 
-def kept_type(way: Way) -> torch.dtype | None:
-    return torch.float16 if way.half_maps else None
+def feature_map_dtype(way: ExecutionStrategy) -> torch.dtype | None:
+    return torch.float16 if way.float16_maps else None

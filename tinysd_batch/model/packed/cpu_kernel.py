@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.model.packed import cpu_build
-from tinysd_batch.model.packed.format import PackedWeight, Weight, WholeRowWeight
+from tinysd_batch.model.packed.format import AffineRowWeight, GroupWeight, PackedWeight
 
-AT_ONCE = 2**15  # weights, more or less, that a thread takes
-ALONE = 2**16  # weights; for fewer no second thread is woken
-TYPES = (torch.float32, torch.float16, torch.bfloat16)  # numbered as in the source
-GROUPS, WHOLE_ROWS, ORIGINS_ROWS = range(3)
+WEIGHTS_PER_TASK = 2**15  # weights, more or less, that a thread takes
+MIN_PARALLEL_WEIGHTS = 2**16  # weights; for fewer no second thread is woken
+OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # numbered as in the source
+KIND_GROUPS, KIND_AFFINE_ROWS, KIND_ZERO_POINT_ROWS = range(3)
 
 
-class Work(ctypes.Structure):
+class KernelArguments(ctypes.Structure):
     """What the source calls `struct work`."""
 
     _fields_ = (
@@ -32,7 +32,7 @@ class Work(ctypes.Structure):
     )
 
 
-def launch(weight: Weight, out: Tensor, function: ctypes.c_void_p | None = None) -> None:
+def run_cpu_kernel(weight: PackedWeight, out: Tensor, function: ctypes.c_void_p | None = None) -> None:
     """Unpack into `out` [O, K], contiguous, by this processor's library or by another's `function`.
 
     Raises OSError where there is no library.
@@ -40,29 +40,31 @@ def launch(weight: Weight, out: Tensor, function: ctypes.c_void_p | None = None)
     assert out.is_contiguous(), out.stride()
     codes, *parameters = (tensor.contiguous() for tensor in weight.tensors().values())
     rows, columns = out.shape
-    lines, kind = 1, ORIGINS_ROWS
-    if isinstance(weight, PackedWeight):
-        lines, kind = columns // weight.group_size, GROUPS
-    elif isinstance(weight, WholeRowWeight):
-        kind = WHOLE_ROWS
+    lines, kind = 1, KIND_ZERO_POINT_ROWS
+    if isinstance(weight, GroupWeight):
+        lines, kind = columns // weight.group_size, KIND_GROUPS
+    elif isinstance(weight, AffineRowWeight):
+        kind = KIND_AFFINE_ROWS
     pointers = [one.data_ptr() for one in parameters] + [None] * (3 - len(parameters))
-    work = Work(
+    work = KernelArguments(
         codes.data_ptr(), (ctypes.c_void_p * 3)(*pointers), out.data_ptr(), rows, lines, columns // lines,
-        0, max(1, AT_ONCE // columns), weight.bits, kind, TYPES.index(out.dtype),
+        0, max(1, WEIGHTS_PER_TASK // columns), weight.bits, kind, OUTPUT_DTYPES.index(out.dtype),
     )  # fmt: skip
-    by_all_threads(function or kernel(), work, 1 if out.numel() < ALONE else torch.get_num_threads())
+    run_on_threads(
+        function or get_cpu_kernel(), work, 1 if out.numel() < MIN_PARALLEL_WEIGHTS else torch.get_num_threads()
+    )
 
 
 @cache
-def kernel() -> ctypes.c_void_p:
+def get_cpu_kernel() -> ctypes.c_void_p:
     """The address of the source's `unpack`."""
-    path = cpu_build.path_of(cpu_build.target_of(torch.backends.cpu.get_cpu_capability()))
+    path = cpu_build.library_path(cpu_build.choose_target(torch.backends.cpu.get_cpu_capability()))
     return ctypes.cast(ctypes.CDLL(str(path)).unpack, ctypes.c_void_p)
 
 
-def by_all_threads(function: ctypes.c_void_p, work: Work, threads: int) -> None:
+def run_on_threads(function: ctypes.c_void_p, work: KernelArguments, threads: int) -> None:
     """Have so many threads call a function with the same work, this one among them."""
-    openmp = team() if threads > 1 else None
+    openmp = find_openmp_library() if threads > 1 else None
     if openmp is None:
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.value or 0)(ctypes.addressof(work))
     else:
@@ -70,7 +72,7 @@ def by_all_threads(function: ctypes.c_void_p, work: Work, threads: int) -> None:
 
 
 @cache
-def team() -> ctypes.CDLL | None:
+def find_openmp_library() -> ctypes.CDLL | None:
     """The OpenMP library whose threads torch works with: a second set of threads would fight them for the cores.
 
     `GOMP_parallel` is what compilers call at a parallel region; GNU's library, Intel's and LLVM's have it. None where

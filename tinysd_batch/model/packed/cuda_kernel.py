@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-THREADS = 256  # in a block
-WRITTEN_BYTES = 16  # by a thread at once, the most that the hardware can
+THREADS_PER_BLOCK = 256  # in a block
+BYTES_PER_STORE = 16  # by a thread at once, the most that the hardware can
 
 # The types of the hardware, without CUDA's headers, which are not on every machine.
-CONVERSIONS = """
+CUDA_CONVERSIONS = """
 __device__ float of_half(unsigned short bits) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits)); return f; }
 __device__ unsigned short to_half(float f) {
     unsigned short bits;
@@ -29,7 +29,7 @@ __device__ unsigned short to_half(float f) {
 __device__ unsigned int bits_of(float f) { return __float_as_uint(f); }
 """
 
-KERNELS = """
+KERNEL_SOURCE = """
 __device__ unsigned short to_bfloat(float f) {
     unsigned int bits = bits_of(f);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
@@ -104,21 +104,21 @@ extern "C" __global__ void unpack_rows(
     unpack(codes, out, unit, bits, wide, [=](int code) { return __fmul_rn(code - zero, delta); });
 }
 """
-OUTS = {
+OUTPUT_TYPES = {
     torch.float32: ("float", "(f)"),
     torch.float16: ("unsigned short", "to_half(f)"),
     torch.bfloat16: ("unsigned short", "to_bfloat(f)"),
 }
 
 
-def source(dtype: torch.dtype, conversions: str = CONVERSIONS) -> str:
+def build_source(dtype: torch.dtype, conversions: str = CUDA_CONVERSIONS) -> str:
     """The kernels that write `dtype`."""
-    out, rounded = OUTS[dtype]
-    return f"#define OUT {out}\n#define ROUND(f) {rounded}\n{conversions}{KERNELS}"
+    out, rounded = OUTPUT_TYPES[dtype]
+    return f"#define OUT {out}\n#define ROUND(f) {rounded}\n{conversions}{KERNEL_SOURCE}"
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class CudaKernel:
     """A compiled kernel, called by the driver's own door: torch's takes longer than small layers take to unpack."""
 
     compiled: Any  # torch's, which holds the module that the function lies in
@@ -130,16 +130,16 @@ class Kernel:
         arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         function = self.compiled.func
-        error = self.driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None)
+        error = self.driver.cuLaunchKernel(function, blocks, 1, 1, THREADS_PER_BLOCK, 1, 1, 0, stream, arguments, None)
         if error:
             torch.cuda._utils._check_cuda(error)  # raises, with the driver's words
 
 
 @cache
-def kernel(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
+def get_cuda_kernel(name: str, dtype: torch.dtype, device: torch.device) -> CudaKernel:
     """Compiled for the card; raises whatever torch, NVRTC or the driver raise."""
     with torch.cuda.device(device), without_toolkit():
-        return Kernel(torch.cuda._compile_kernel(source(dtype), name), ctypes.CDLL("libcuda.so.1"))
+        return CudaKernel(torch.cuda._compile_kernel(build_source(dtype), name), ctypes.CDLL("libcuda.so.1"))
 
 
 @contextlib.contextmanager
@@ -156,17 +156,17 @@ def without_toolkit() -> Iterator[None]:
 def launch(name: str, tensors: dict[str, Tensor], out: Tensor, bits: int, group: int | None = None) -> None:
     """Unpack the codes of `tensors`, its first, into `out` [O, K], all contiguous; `group` weights share a scale."""
     columns = out.shape[1]
-    count, wide = codes_at_once(columns, bits, out.dtype)
+    count, wide = codes_per_thread(columns, bits, out.dtype)
     numbers = [out.numel() // count, columns // count, bits, int(wide)]
     if group is not None:
         numbers.append(group // count)
     pointers = [tensor.data_ptr() for tensor in (*tensors.values(), out)]
-    blocks = -(-out.numel() // count // THREADS)
+    blocks = -(-out.numel() // count // THREADS_PER_BLOCK)
     with torch.cuda.device(out.device):
-        kernel(name, out.dtype, out.device).launch(blocks, pointers, numbers)
+        get_cuda_kernel(name, out.dtype, out.device).launch(blocks, pointers, numbers)
 
 
-def codes_at_once(columns: int, bits: int, dtype: torch.dtype) -> tuple[int, bool]:
+def codes_per_thread(columns: int, bits: int, dtype: torch.dtype) -> tuple[int, bool]:
     """How many codes of a row a thread takes, and whether they fill what it can write at once."""
-    most = WRITTEN_BYTES // dtype.itemsize
+    most = BYTES_PER_STORE // dtype.itemsize
     return (most, True) if columns % most == 0 else (8 // bits, False)

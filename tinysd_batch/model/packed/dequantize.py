@@ -13,44 +13,51 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.chunking import at_once, part_bytes
+from tinysd_batch.model.chunking import get_chunk_bytes, items_per_chunk
 from tinysd_batch.model.packed import cpu_kernel, cuda_kernel
-from tinysd_batch.model.packed.fbgemm import Decode, unpack_by_rows, unpack_rows_torch
-from tinysd_batch.model.packed.format import BITS, ROW_BITS, PackedWeight, RowWeight, Weight, WholeRowWeight
+from tinysd_batch.model.packed.fbgemm import RowDecoder, dequantize_by_rows, dequantize_rows_torch
+from tinysd_batch.model.packed.format import (
+    SUPPORTED_BITS,
+    ZERO_POINT_BITS,
+    AffineRowWeight,
+    GroupWeight,
+    PackedWeight,
+    ZeroPointRowWeight,
+)
 
-FORETOLD: ContextVar[torch.device | None] = ContextVar("foretold", default=None)
+ESTIMATED_DEVICE: ContextVar[torch.device | None] = ContextVar("foretold", default=None)
 CPU = torch.device("cpu")
-BLOCK_ROWS = 64  # parts are multiples of it: oneDNN fills up blocks of output channels
+ONEDNN_BLOCK_ROWS = 64  # parts are multiples of it: oneDNN fills up blocks of output channels
 
 
-def unpack(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
+def dequantize(weight: PackedWeight, out: Tensor, decode: RowDecoder | None = None) -> Tensor:
     """A weight as [O, K], written to `out`, by the fastest way there is on its device, or by `decode`.
 
     Computed in float32 and rounded once, to the type of `out`.
     """
-    if decode is None and has_kernels((FORETOLD.get() or CPU) if out.is_meta else out.device):
-        return out if out.is_meta else unpack_by_kernel(weight, out)
-    return unpack_by_rows(weight, out, decode)
+    if decode is None and has_working_kernels((ESTIMATED_DEVICE.get() or CPU) if out.is_meta else out.device):
+        return out if out.is_meta else dequantize_with_kernel(weight, out)
+    return dequantize_by_rows(weight, out, decode)
 
 
 @contextlib.contextmanager
-def foretold_for(device: torch.device) -> Iterator[None]:
+def estimate_for_device(device: torch.device) -> Iterator[None]:
     """Work on the meta device stands for work on this one."""
-    has_kernels(device)  # asked before anything is counted
-    before = FORETOLD.set(device)
+    has_working_kernels(device)  # asked before anything is counted
+    before = ESTIMATED_DEVICE.set(device)
     try:
         yield
     finally:
-        FORETOLD.reset(before)
+        ESTIMATED_DEVICE.reset(before)
 
 
-def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
+def dequantize_with_kernel(weight: PackedWeight, out: Tensor) -> Tensor:
     """A weight as [O, K] in `out`, on CUDA or the CPU; equal to the bit to what plain torch makes of it."""
     if out.device.type == "cpu":
-        cpu_kernel.launch(weight, out)
-    elif isinstance(weight, PackedWeight):
+        cpu_kernel.run_cpu_kernel(weight, out)
+    elif isinstance(weight, GroupWeight):
         cuda_kernel.launch("unpack_groups", weight.tensors(), out, weight.bits, weight.group_size)
-    elif isinstance(weight, WholeRowWeight):
+    elif isinstance(weight, AffineRowWeight):
         cuda_kernel.launch("unpack_whole_rows", weight.tensors(), out, weight.bits)
     else:
         cuda_kernel.launch("unpack_rows", weight.tensors(), out, weight.bits)
@@ -58,7 +65,7 @@ def unpack_by_kernel(weight: Weight, out: Tensor) -> Tensor:
 
 
 @cache
-def has_kernels(device: torch.device) -> bool:
+def has_working_kernels(device: torch.device) -> bool:
     """Whether there are kernels for this device that unpack known weights as plain torch does.
 
     Warns of a card for which there are none: steps take several times as long then.
@@ -68,11 +75,13 @@ def has_kernels(device: torch.device) -> bool:
     try:
         return all(
             torch.equal(
-                unpack_by_kernel(weight, torch.empty(weight.shape, dtype=dtype, device=device)),
-                unpack_by_rows(weight, torch.empty(weight.shape, dtype=dtype, device=device), unpack_rows_torch),
+                dequantize_with_kernel(weight, torch.empty(weight.shape, dtype=dtype, device=device)),
+                dequantize_by_rows(
+                    weight, torch.empty(weight.shape, dtype=dtype, device=device), dequantize_rows_torch
+                ),
             )
-            for weight in known_weights(device)
-            for dtype in cuda_kernel.OUTS
+            for weight in make_test_weights(device)
+            for dtype in cuda_kernel.OUTPUT_TYPES
         )
     except Exception as error:  # noqa: BLE001 - neither torch's door to NVRTC nor what a compiler made is beyond doubt
         if device.type == "cuda":
@@ -81,32 +90,34 @@ def has_kernels(device: torch.device) -> bool:
         return False
 
 
-def known_weights(device: torch.device) -> list[Weight]:
+def make_test_weights(device: torch.device) -> list[PackedWeight]:
     """One of every way of storing, in rows of 256 weights and of very few."""
     generator = torch.Generator().manual_seed(0)
     floats = torch.rand(2, 4, generator=generator, device="cpu").to(
         device
     )  # whatever the default device: see memory.py
     meta, delta = floats.half().view(torch.int16), floats[:, 0].contiguous().view(torch.int32)
-    known: list[Weight] = []
+    known: list[PackedWeight] = []
     for width, groups in ((64, 4), (9, 1)):  # bytes of codes in a row; of 9 no thread can take many at once
         codes, bytes_ = (
             torch.randint(0, 256, (2, n), dtype=torch.uint8, generator=generator, device="cpu").to(device)
             for n in (width, groups)
         )
-        known += [PackedWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in BITS]
-        known += [WholeRowWeight(codes, meta[:, :2].contiguous(), bits=bits) for bits in BITS]
-        known += [RowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits=bits) for bits in ROW_BITS]
+        known += [GroupWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in SUPPORTED_BITS]
+        known += [AffineRowWeight(codes, meta[:, :2].contiguous(), bits=bits) for bits in SUPPORTED_BITS]
+        known += [
+            ZeroPointRowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits=bits) for bits in ZERO_POINT_BITS
+        ]
     return known
 
 
-class Scratch(threading.local):
+class ScratchBuffers(threading.local):
     """A buffer per thread and device in which layers unpack in turn: fresh memory for each would be dear."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.device, Tensor] = {}
 
-    def output(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def get_matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for a matrix [rows, columns]; the next call may hand out the same memory."""
         needed = rows * columns * dtype.itemsize
         if device not in self.buffers or self.buffers[device].numel() < needed:
@@ -120,10 +131,10 @@ class Scratch(threading.local):
         self.buffers = {place: buffer for place, buffer in self.buffers.items() if place.type != device.type}
 
 
-SCRATCH = Scratch()
+SCRATCH = ScratchBuffers()
 
 
-def rows_at_once(rows: int, columns: int, dtype: torch.dtype, most_bytes: int | None = None) -> int:
+def rows_per_chunk(rows: int, columns: int, dtype: torch.dtype, most_bytes: int | None = None) -> int:
     """How many rows of a matrix are unpacked at once, in parts of at most so many bytes, too."""
-    found = at_once(rows, columns * dtype.itemsize, min(most_bytes or part_bytes(), part_bytes()))
-    return found if found in (rows, found % BLOCK_ROWS) else found // BLOCK_ROWS * BLOCK_ROWS
+    found = items_per_chunk(rows, columns * dtype.itemsize, min(most_bytes or get_chunk_bytes(), get_chunk_bytes()))
+    return found if found in (rows, found % ONEDNN_BLOCK_ROWS) else found // ONEDNN_BLOCK_ROWS * ONEDNN_BLOCK_ROWS

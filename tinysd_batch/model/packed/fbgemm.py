@@ -11,33 +11,33 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.packed.format import BITS, RowWeight, Weight, unpack_codes
+from tinysd_batch.model.packed.format import SUPPORTED_BITS, PackedWeight, ZeroPointRowWeight, unpack_codes
 
-UNPACK_WEIGHTS = 2**19  # at a time: floats that stay in the processor's cache
+WEIGHTS_PER_STEP = 2**19  # at a time: floats that stay in the processor's cache
 
-Decode = Callable[[Tensor, int], Tensor]  # FBGEMM rows uint8 [N, g b/8 + 4] and b to float32 [N, g]
+RowDecoder = Callable[[Tensor, int], Tensor]  # FBGEMM rows uint8 [N, g b/8 + 4] and b to float32 [N, g]
 
 
-def unpack_by_rows(weight: Weight, out: Tensor, decode: Decode | None = None) -> Tensor:
+def dequantize_by_rows(weight: PackedWeight, out: Tensor, decode: RowDecoder | None = None) -> Tensor:
     """A weight as [O, K], written to `out`, its rows by `decode` or by the fastest way there is here."""
     codes = weight.codes()
     lines = out.view(len(codes), -1)
-    step = max(1, UNPACK_WEIGHTS // lines.shape[1])
-    words = in_words(codes, weight.parameters().to(parameter_type(weight.bits)))
+    step = max(1, WEIGHTS_PER_STEP // lines.shape[1])
+    words = view_as_words(codes, weight.parameters().to(scale_dtype(weight.bits)))
     pieces = (torch.split(one, step) for one in (lines, *words))
-    for line, *parts, delta in zip(*pieces, deltas(weight, step), strict=False):
-        line.copy_(floats(parts, delta, weight.bits, decode or unpack_rows))
+    for line, *parts, delta in zip(*pieces, split_row_deltas(weight, step), strict=False):
+        line.copy_(decode_words(parts, delta, weight.bits, decode or dequantize_rows))
         if out.is_meta:
             break  # without values: what takes memory is seen at the first lines
     return out
 
 
-def fbgemm_rows(codes: Tensor, parameters: Tensor, bits: int) -> Tensor:
+def to_fbgemm_rows(codes: Tensor, parameters: Tensor, bits: int) -> Tensor:
     """uint8 [N, g b/8] with N scales and offsets, float16 [N, 2], as uint8 [N, g b/8 + 4], at 8 bits [N, g + 8]."""
-    return joined(in_words(codes, parameters.to(parameter_type(bits))))
+    return join_words(view_as_words(codes, parameters.to(scale_dtype(bits))))
 
 
-def in_words(codes: Tensor, parameters: Tensor) -> list[Tensor]:
+def view_as_words(codes: Tensor, parameters: Tensor) -> list[Tensor]:
     """Both as words of four bytes where lines have whole ones and the codes lie at the address of one, else as bytes.
 
     Words are joined four times as fast.
@@ -46,48 +46,48 @@ def in_words(codes: Tensor, parameters: Tensor) -> list[Tensor]:
     return [codes.view(word), parameters.view(word)]
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def join_words(parts: Sequence[Tensor]) -> Tensor:
     """Words of codes and of parameters, line by line, as bytes."""
     return torch.cat(list(parts), dim=1).view(torch.uint8)
 
 
-def parameter_type(bits: int) -> torch.dtype:
+def scale_dtype(bits: int) -> torch.dtype:
     """In which FBGEMM's rows hold scale and offset."""
     return torch.float32 if bits == 8 else torch.float16
 
 
-def floats(parts: Sequence[Tensor], delta: Tensor | None, bits: int, decode: Decode) -> Tensor:
+def decode_words(parts: Sequence[Tensor], delta: Tensor | None, bits: int, decode: RowDecoder) -> Tensor:
     """Words of codes and of parameters as float32 [n, g]."""
-    values = decode(joined(parts), bits)
+    values = decode(join_words(parts), bits)
     return values if delta is None else values.mul_(delta)
 
 
-def deltas(weight: Weight, step: int) -> Iterable[Tensor | None]:
+def split_row_deltas(weight: PackedWeight, step: int) -> Iterable[Tensor | None]:
     """What the origin's rows are multiplied by, float32 [n, 1], `step` rows at a time; nothing for other weights."""
-    if not isinstance(weight, RowWeight):
+    if not isinstance(weight, ZeroPointRowWeight):
         return repeat(None)
     return torch.split(weight.qdelta.view(torch.float32)[:, None], step)
 
 
-def unpack_rows(rows: Tensor, bits: int) -> Tensor:
+def dequantize_rows(rows: Tensor, bits: int) -> Tensor:
     """FBGEMM rows uint8 [N, g b/8 + 4] (at 8 bits + 8) to float32 [N, g]."""
     if rows.is_meta:
-        width = rows.shape[1] - 2 * parameter_type(bits).itemsize
+        width = rows.shape[1] - 2 * scale_dtype(bits).itemsize
         return torch.empty(len(rows), width * 8 // bits, device=rows.device)
     if rows.device.type == "cpu" and has_fbgemm():
-        return unpack_rows_fbgemm(rows, bits)
-    return unpack_rows_torch(rows, bits)
+        return dequantize_rows_fbgemm(rows, bits)
+    return dequantize_rows_torch(rows, bits)
 
 
-def unpack_rows_torch(rows: Tensor, bits: int) -> Tensor:
+def dequantize_rows_torch(rows: Tensor, bits: int) -> Tensor:
     """The same in plain torch, on any device."""
-    dtype = parameter_type(bits)
+    dtype = scale_dtype(bits)
     width = rows.shape[1] - 2 * dtype.itemsize
     parameters = rows[:, width:].clone(memory_format=torch.contiguous_format).view(dtype).float()  # [N, 2]
     return unpack_codes(rows[:, :width], bits).float().mul_(parameters[:, 0:1]).add_(parameters[:, 1:2])
 
 
-def unpack_rows_fbgemm(rows: Tensor, bits: int) -> Tensor:
+def dequantize_rows_fbgemm(rows: Tensor, bits: int) -> Tensor:
     """The same by the FBGEMM operator that comes with torch; CPU only, and equal to the bit.
 
     Both compute code * scale + offset in float32. The product of at most 8 bits and the scale's 11 (it is a number of
@@ -103,8 +103,8 @@ def has_fbgemm() -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (3, 16), dtype=torch.uint8, generator=generator)
     parameters = torch.tensor([[0.25, -0.5], [-1.5, 2.0], [6e-5, 0.0]], dtype=torch.float16)
-    golden = [(fbgemm_rows(codes, parameters, bits), bits) for bits in BITS]
+    golden = [(to_fbgemm_rows(codes, parameters, bits), bits) for bits in SUPPORTED_BITS]
     try:
-        return all(torch.equal(unpack_rows_fbgemm(*one), unpack_rows_torch(*one)) for one in golden)
+        return all(torch.equal(dequantize_rows_fbgemm(*one), dequantize_rows_torch(*one)) for one in golden)
     except (AttributeError, RuntimeError):
         return False

@@ -36,12 +36,12 @@ from torch import Tensor
 from tinysd_batch.errors import ModelError
 from tinysd_batch.text import excerpt
 
-BITS = (2, 4, 8)
-ROW_BITS = (2, 8)  # of the origin
-ORIGINS_KIND, ROW_KIND = "row", "affine_row"  # in `config.json`
-GROUPS = (256, 128, 64, 32, 16)
-USUAL_GROUP = 64  # at most, unless a file is to be as small as it can
-ROW = 0  # as a group's size: the whole row
+SUPPORTED_BITS = (2, 4, 8)
+ZERO_POINT_BITS = (2, 8)  # of the origin
+ZERO_POINT_ROW_KIND, AFFINE_ROW_KIND = "row", "affine_row"  # in `config.json`
+GROUP_SIZES = (256, 128, 64, 32, 16)
+MAX_DEFAULT_GROUP_SIZE = 64  # at most, unless a file is to be as small as it can
+WHOLE_ROW = 0  # as a group's size: the whole row
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,48 +58,51 @@ class Layout:
         codes = (torch.uint8, (rows, columns * self.bits // 8))
         if self.group_size is None:
             return {"qweight": codes, "qzero": (torch.uint8, (rows,)), "qdelta": (torch.int32, (rows,))}
-        if self.group_size == ROW:
+        if self.group_size == WHOLE_ROW:
             return {"qweight": codes, "qaffine": (torch.int16, (rows, 2))}
         groups = (torch.uint8, (rows, columns // self.group_size))
         return {"qweight": codes, "qscale": groups, "qoff": groups, "qmeta": (torch.int16, (rows, 4))}
 
-    def weight(self, tensors: Mapping[str, Tensor]) -> "Weight":
+    def weight(self, tensors: Mapping[str, Tensor]) -> "PackedWeight":
         """The weight that tensors of these names store."""
         if self.group_size is None:
-            return RowWeight(**tensors, bits=self.bits)
-        if self.group_size == ROW:
-            return WholeRowWeight(**tensors, bits=self.bits)
-        return PackedWeight(**tensors, bits=self.bits)
+            return ZeroPointRowWeight(**tensors, bits=self.bits)
+        if self.group_size == WHOLE_ROW:
+            return AffineRowWeight(**tensors, bits=self.bits)
+        return GroupWeight(**tensors, bits=self.bits)
 
-    def group_in(self, columns: int) -> int:
+    def group_size_in(self, columns: int) -> int:
         """How many weights of a row of so many share a scale; not for the origin's layouts."""
         assert self.group_size is not None, self
-        return columns if self.group_size == ROW else self.group_size
+        return columns if self.group_size == WHOLE_ROW else self.group_size
 
     def nbytes(self, rows: int, columns: int) -> int:
         """What a matrix takes."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors(rows, columns).values())
 
     def __str__(self) -> str:
-        how = {None: "rows of the origin", ROW: "whole rows"}.get(self.group_size, f"groups of {self.group_size}")
+        how = {None: "rows of the origin", WHOLE_ROW: "whole rows"}.get(self.group_size, f"groups of {self.group_size}")
         return f"{self.bits} bits in {how}"
 
-    def entry(self, shape: tuple[int, ...]) -> dict[str, Any]:
+    def to_config_entry(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """What `config.json` says of a layer."""
-        kinds: dict[int | None, dict[str, Any]] = {None: {"kind": ORIGINS_KIND}, ROW: {"kind": ROW_KIND}}
+        kinds: dict[int | None, dict[str, Any]] = {
+            None: {"kind": ZERO_POINT_ROW_KIND},
+            WHOLE_ROW: {"kind": AFFINE_ROW_KIND},
+        }
         how = kinds.get(self.group_size, {"group_size": self.group_size})
         return {"bits": self.bits, **how, "shape": list(shape)}
 
     @classmethod
-    def of_entry(cls, entry: Mapping[str, Any]) -> Self:
+    def from_config_entry(cls, entry: Mapping[str, Any]) -> Self:
         """Raises ModelError for an entry that is none."""
         bits, kind, size = entry.get("bits"), entry.get("kind"), entry.get("group_size")
-        if kind == ORIGINS_KIND and isinstance(bits, int) and bits in ROW_BITS:
+        if kind == ZERO_POINT_ROW_KIND and isinstance(bits, int) and bits in ZERO_POINT_BITS:
             return cls(bits, None)
-        if isinstance(bits, int) and bits in BITS:
-            if kind == ROW_KIND:
-                return cls(bits, ROW)
-            if isinstance(size, int) and size in GROUPS:
+        if isinstance(bits, int) and bits in SUPPORTED_BITS:
+            if kind == AFFINE_ROW_KIND:
+                return cls(bits, WHOLE_ROW)
+            if isinstance(size, int) and size in GROUP_SIZES:
                 return cls(bits, size)
         raise ModelError(
             f"{excerpt(dict(entry))}: a layer at 2, 4 or 8 bits in groups of 16, 32, 64, 128 or 256 was expected"
@@ -107,7 +110,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored(ABC):
+class PackedWeightBase(ABC):
     """What all ways of storing a matrix share; fields but `bits` are tensors, with a line for each row."""
 
     qweight: Tensor  # uint8 [O, K b/8]
@@ -122,7 +125,7 @@ class Stored(ABC):
         """By their names in the file, after the layer's."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "bits"}
 
-    def with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed."""
         return type(self)(**{name: change(one) for name, one in self.tensors().items()}, bits=self.bits)
 
@@ -136,15 +139,15 @@ class Stored(ABC):
 
     def cut(self, rows: slice) -> Self:
         """Some rows."""
-        return self.with_each(lambda one: one[rows])
+        return self.map_tensors(lambda one: one[rows])
 
-    def on(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return self.with_each(lambda one: one.to(device))
+        return self.map_tensors(lambda one: one.to(device))
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight(Stored):
+class GroupWeight(PackedWeightBase):
     """A matrix in groups."""
 
     qscale: Tensor  # uint8 [O, G]
@@ -159,13 +162,13 @@ class PackedWeight(Stored):
     def layout(self) -> Layout:
         return Layout(self.bits, self.group_size)
 
-    def stored_as(self, layout: Layout) -> "PackedWeight | WholeRowWeight":
+    def convert_to(self, layout: Layout) -> "GroupWeight | AffineRowWeight":
         """The same as a layout of these groups stores it: for ROW without the bytes that one group does not need."""
         assert layout.bits == self.bits, (layout, self.layout)
-        assert layout.group_in(self.shape[1]) == self.group_size, (layout, self.layout)
-        if layout.group_size != ROW:
+        assert layout.group_size_in(self.shape[1]) == self.group_size, (layout, self.layout)
+        if layout.group_size != WHOLE_ROW:
             return self
-        return WholeRowWeight(self.qweight, self.parameters().view(torch.int16), bits=self.bits)
+        return AffineRowWeight(self.qweight, self.parameters().view(torch.int16), bits=self.bits)
 
     def codes(self) -> Tensor:
         """uint8 [O * G, g b/8]"""
@@ -182,21 +185,21 @@ class PackedWeight(Stored):
 
 
 @dataclass(frozen=True, slots=True)
-class WholeRowWeight(Stored):
+class AffineRowWeight(PackedWeightBase):
     """A matrix with one group a row."""
 
     qaffine: Tensor  # int16 [O, 2], float16 bits of scale and offset
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.bits, ROW)
+        return Layout(self.bits, WHOLE_ROW)
 
     def parameters(self) -> Tensor:
         return self.qaffine.view(torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
-class RowWeight(Stored):
+class ZeroPointRowWeight(PackedWeightBase):
     """A matrix as the origin stores it, at 2 or 8 bits with one delta and zero a row."""
 
     qzero: Tensor  # uint8 [O]
@@ -212,12 +215,15 @@ class RowWeight(Stored):
         return torch.stack([torch.ones_like(zero), -zero], dim=1)
 
 
-Weight = PackedWeight | WholeRowWeight | RowWeight
+PackedWeight = GroupWeight | AffineRowWeight | ZeroPointRowWeight
 
 
-def group_size_for(columns: int) -> int | None:
+def choose_group_size(columns: int) -> int | None:
     """The largest usual group that divides a row of so many weights; None where the matrix is too narrow to pack."""
-    return next((size for size in GROUPS if size <= USUAL_GROUP and columns % size == 0 and columns >= size), None)
+    return next(
+        (size for size in GROUP_SIZES if size <= MAX_DEFAULT_GROUP_SIZE and columns % size == 0 and columns >= size),
+        None,
+    )
 
 
 def to_matrix(weight: Tensor) -> Tensor:
@@ -242,7 +248,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
-def affine_parameters(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+def get_scales_and_offsets(weight: GroupWeight) -> tuple[Tensor, Tensor]:
     """Scale and offset of every group, float16 [O, G] each."""
     scale, offset = weight.parameters().view(*weight.qscale.shape, 2).unbind(dim=2)
     return scale, offset

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from tinysd_batch.errors import UsageError
 
-ONE_WAVE = 43_008  # threads of an RTX 3060 (28 multiprocessors of 1536); a GTX 1060 has 20,480, an RTX 4090 196,608
+MAX_NOISE_ELEMENTS = (
+    43_008  # threads of an RTX 3060 (28 multiprocessors of 1536); a GTX 1060 has 20,480, an RTX 4090 196,608
+)
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-KEY_STEPS = 0x9E3779B9, 0xBB67AE85
-MASK = 0xFFFFFFFF
-HALF, LOW_HALF = np.uint64(32), np.uint64(MASK)
+KEY_INCREMENTS = 0x9E3779B9, 0xBB67AE85
+MASK_32 = 0xFFFFFFFF
+SHIFT_32, LOW_32_BITS = np.uint64(32), np.uint64(MASK_32)
 
 Words = npt.NDArray[np.uint64]  # 32 bits each
 
@@ -32,26 +34,26 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
     for _ in range(ROUNDS):
         one, other = first * np.uint64(MULTIPLIERS[0]), third * np.uint64(MULTIPLIERS[1])
         first, second, third, fourth = (
-            (other >> HALF) ^ second ^ np.uint64(low), other & LOW_HALF,
-            (one >> HALF) ^ fourth ^ np.uint64(high), one & LOW_HALF,
+            (other >> SHIFT_32) ^ second ^ np.uint64(low), other & LOW_32_BITS,
+            (one >> SHIFT_32) ^ fourth ^ np.uint64(high), one & LOW_32_BITS,
         )  # fmt: skip
-        low, high = (low + KEY_STEPS[0]) & MASK, (high + KEY_STEPS[1]) & MASK
+        low, high = (low + KEY_INCREMENTS[0]) & MASK_32, (high + KEY_INCREMENTS[1]) & MASK_32
     return first, second, third, fourth
 
 
-class CudaNoise:
+class CudaNoiseGenerator:
     """In place of a torch.Generator: a CUDA one, fresh from `manual_seed(seed)`, that draws one image's noise."""
 
     def __init__(self, seed: int) -> None:
-        self.key = seed & MASK, seed >> 32 & MASK
+        self.key = seed & MASK_32, seed >> 32 & MASK_32
         self.calls = 0
 
     def randn(self, shape: Sequence[int]) -> Tensor:
         """Standard normal float32. Raises UsageError for more elements than cards have threads."""
         count = math.prod(shape)
-        if count > ONE_WAVE:
+        if count > MAX_NOISE_ELEMENTS:
             raise UsageError(
-                f"rng cuda: latents of {count:,} numbers; beyond {ONE_WAVE:,} each card draws noise of its own, so "
+                f"rng cuda: latents of {count:,} numbers; beyond {MAX_NOISE_ELEMENTS:,} each card draws noise of its own, so "
                 f"take rng cpu or a smaller picture"
             )
         zero = np.zeros(count, np.uint64)

@@ -22,33 +22,33 @@ from torch import Generator, Tensor
 
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.sampling.ddim_plms import ddim, plms
-from tinysd_batch.model.sampling.schedule import TRAIN_STEPS, Run
-from tinysd_batch.model.sampling.sigma_samplers import dpm2, dpm2_a, euler_a, lms
+from tinysd_batch.model.sampling.ddim_plms import sample_ddim, sample_plms
+from tinysd_batch.model.sampling.schedule import TRAIN_TIMESTEPS, SamplingRun
+from tinysd_batch.model.sampling.sigma_samplers import sample_dpm2, sample_dpm2_a, sample_euler_a, sample_lms
 
 
-def sample(sampler: str, run: Run, noise: Tensor) -> Tensor:
+def sample(sampler: str, run: SamplingRun, noise: Tensor) -> Tensor:
     """Unit noise [B, 4, h, w] to latents of an image. Raises UsageError for a sampler that is none."""
     if sampler not in SAMPLERS:
         raise UsageError(f"sampler {sampler!r}: no such sampler; one of {', '.join(SAMPLERS)}")
-    return FUNCTIONS[sampler](run, noise)
+    return SAMPLER_FUNCTIONS[sampler](run, noise)
 
 
 @lru_cache(maxsize=32)
-def learn_times(sampler: str, steps: int, schedule: tuple[tuple[str, Any], ...]) -> tuple[float, ...]:
+def trace_timesteps(sampler: str, steps: int, schedule: tuple[tuple[str, Any], ...]) -> tuple[float, ...]:
     seen: list[float] = []
 
     def predict(latents: Tensor, time: Tensor) -> Tensor:
         seen.append(float(time))
         return torch.zeros_like(latents)
 
-    sample(sampler, Run(predict, steps, dict(schedule), [Generator().manual_seed(0)]), torch.zeros(1, 1, 1, 1))
+    sample(sampler, SamplingRun(predict, steps, dict(schedule), [Generator().manual_seed(0)]), torch.zeros(1, 1, 1, 1))
     return tuple(seen)
 
 
-def times_of(sampler: str, steps: int, schedule: dict[str, Any]) -> tuple[float, ...]:
+def get_timesteps(sampler: str, steps: int, schedule: dict[str, Any]) -> tuple[float, ...]:
     """All timesteps for which a sampler will ask, in order: it is run on a single number."""
-    return learn_times(sampler, steps, tuple(schedule.items()))
+    return trace_timesteps(sampler, steps, tuple(schedule.items()))
 
 
 # ddim and plms
@@ -60,23 +60,23 @@ def times_of(sampler: str, steps: int, schedule: dict[str, Any]) -> tuple[float,
 # diffusers' schedulers
 
 
-def new_scheduler(name: str, fails_at: int, steps: int, schedule: dict[str, Any]) -> Any:
+def build_scheduler(name: str, fails_at: int, steps: int, schedule: dict[str, Any]) -> Any:
     """diffusers' scheduler of this name, set to so many steps.
 
     Times are spread evenly ("linspace"), but at `fails_at` steps: there one step would start at the clean end, or 1000
     steps would take a time twice and divide by zero. "trailing" gives what is meant for just these numbers.
     """
     spacing = "trailing" if steps == fails_at else "linspace"
-    scheduler = getattr(diffusers, name)(num_train_timesteps=TRAIN_STEPS, timestep_spacing=spacing, **schedule)
+    scheduler = getattr(diffusers, name)(num_train_timesteps=TRAIN_TIMESTEPS, timestep_spacing=spacing, **schedule)
     scheduler.set_timesteps(steps)
     return scheduler
 
 
-def scheduled(name: str, *, fails_at: int) -> Callable[[Run, Tensor], Tensor]:
+def make_scheduler_sampler(name: str, *, fails_at: int) -> Callable[[SamplingRun, Tensor], Tensor]:
     """A sampler that diffusers' scheduler of this name drives."""
 
-    def run_scheduler(run: Run, noise: Tensor) -> Tensor:
-        scheduler = new_scheduler(name, fails_at, run.steps, run.schedule)
+    def run_scheduler(run: SamplingRun, noise: Tensor) -> Tensor:
+        scheduler = build_scheduler(name, fails_at, run.steps, run.schedule)
         latents: Tensor = noise * scheduler.init_noise_sigma
         for step, time in enumerate(scheduler.timesteps):
             predicted = run.predict(scheduler.scale_model_input(latents, time), time)
@@ -87,15 +87,15 @@ def scheduled(name: str, *, fails_at: int) -> Callable[[Run, Tensor], Tensor]:
     return run_scheduler
 
 
-FUNCTIONS: dict[str, Callable[[Run, Tensor], Tensor]] = {
-    "plms": plms,
-    "ddim": ddim,
-    "euler": scheduled("EulerDiscreteScheduler", fails_at=1),
-    "euler_a": euler_a,
-    "heun": scheduled("HeunDiscreteScheduler", fails_at=1),
-    "dpm2": dpm2,
-    "dpm2_a": dpm2_a,
-    "lms": lms,
-    "dpmpp_2m": scheduled("DPMSolverMultistepScheduler", fails_at=TRAIN_STEPS),
-    "unipc": scheduled("UniPCMultistepScheduler", fails_at=TRAIN_STEPS),
+SAMPLER_FUNCTIONS: dict[str, Callable[[SamplingRun, Tensor], Tensor]] = {
+    "plms": sample_plms,
+    "ddim": sample_ddim,
+    "euler": make_scheduler_sampler("EulerDiscreteScheduler", fails_at=1),
+    "euler_a": sample_euler_a,
+    "heun": make_scheduler_sampler("HeunDiscreteScheduler", fails_at=1),
+    "dpm2": sample_dpm2,
+    "dpm2_a": sample_dpm2_a,
+    "lms": sample_lms,
+    "dpmpp_2m": make_scheduler_sampler("DPMSolverMultistepScheduler", fails_at=TRAIN_TIMESTEPS),
+    "unipc": make_scheduler_sampler("UniPCMultistepScheduler", fails_at=TRAIN_TIMESTEPS),
 }

@@ -10,41 +10,43 @@ import torch
 from torch import Generator, Tensor
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.sampling.cuda_noise import CudaNoise
+from tinysd_batch.model.sampling.cuda_noise import CudaNoiseGenerator
 
-TRAIN_STEPS = 1000
+TRAIN_TIMESTEPS = 1000
 
-Noise = Generator | CudaNoise  # where an image's noise comes from
+NoiseGenerator = Generator | CudaNoiseGenerator  # where an image's noise comes from
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # latents [B, 4, h, w] and a timestep, fractional allowed, to their noise
+PredictNoise = Callable[
+    [Tensor, Tensor], Tensor
+]  # latents [B, 4, h, w] and a timestep, fractional allowed, to their noise
 
-Callback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
+StepCallback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
 
-Deviation = Callable[[float], float]  # timestep -> standard deviation of a prediction's error there
+ErrorDeviation = Callable[[float], float]  # timestep -> standard deviation of a prediction's error there
 
 
-def exact(_: float) -> float:
+def zero_deviation(_: float) -> float:
     """The deviation of predictions that are taken as they come."""
     return 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SamplingRun:
     """What a sampler is given besides its starting noise."""
 
-    predict: Predict
+    predict: PredictNoise
     steps: int  # 1 to 1000
     schedule: dict[str, Any]  # beta_start, beta_end, beta_schedule
-    generators: Sequence[Noise]  # one per image
+    generators: Sequence[NoiseGenerator]  # one per image
     eta: float = 0.0
-    callback: Callback = lambda *_: None
-    deviation: Deviation = exact
+    callback: StepCallback = lambda *_: None
+    deviation: ErrorDeviation = zero_deviation
 
-    def draw(self, like: Tensor) -> Tensor:
+    def sample_noise_like(self, like: Tensor) -> Tensor:
         """Fresh noise in the shape of the latents, each image's from its own generator."""
-        return draw_noise(self.generators, like.shape[1:]).to(like.device)
+        return sample_noise(self.generators, like.shape[1:]).to(like.device)
 
-    def absorb(self, sigma: float, gain: float, time: float) -> float:
+    def subtract_prediction_error(self, sigma: float, gain: float, time: float) -> float:
         """How much fresh noise to add where sigma is wanted: less by the error of the prediction of this time.
 
         That counts `gain` times, and does for noise; variances add up (PTQD, He et al. 2023). Never below zero.
@@ -53,24 +55,24 @@ class Run:
         return max(0.0, sigma**2 - error**2) ** 0.5 if error else sigma
 
 
-def draw_noise(generators: Sequence[Noise], shape: Sequence[int]) -> Tensor:
+def sample_noise(generators: Sequence[NoiseGenerator], shape: Sequence[int]) -> Tensor:
     """Standard normal noise [B, *shape], float32, row i from generator i. Drawn on the CPU: the same on every card."""
     return torch.stack(
         [
-            one.randn(shape) if isinstance(one, CudaNoise) else torch.randn(tuple(shape), generator=one)
+            one.randn(shape) if isinstance(one, CudaNoiseGenerator) else torch.randn(tuple(shape), generator=one)
             for one in generators
         ]
     )
 
 
-def alphas_cumprod(schedule: dict[str, Any]) -> npt.NDArray[np.float64]:
+def compute_alphas_cumprod(schedule: dict[str, Any]) -> npt.NDArray[np.float64]:
     """What is left of an image's variance at each of the 1000 noise levels, from the least noise to the most."""
     start, end = schedule["beta_start"], schedule["beta_end"]
     match schedule.get("beta_schedule"):
         case "scaled_linear":  # SD v1
-            betas = np.linspace(start**0.5, end**0.5, TRAIN_STEPS) ** 2
+            betas = np.linspace(start**0.5, end**0.5, TRAIN_TIMESTEPS) ** 2
         case "linear":
-            betas = np.linspace(start, end, TRAIN_STEPS)
+            betas = np.linspace(start, end, TRAIN_TIMESTEPS)
         case other:
             raise ModelError(f"beta_schedule {other!r}: scaled_linear or linear was expected")
     return np.cumprod(1 - betas)

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from tinysd_batch.model.sampling.schedule import Callback
+from tinysd_batch.model.sampling.schedule import StepCallback
 
 
 @contextlib.contextmanager
-def step_bar(steps: int, callback: Callback | None, *, shown: bool) -> Iterator[Callback | None]:
+def step_bar(steps: int, callback: StepCallback | None, *, shown: bool) -> Iterator[StepCallback | None]:
     """A callback that moves a bar on stderr and calls `callback`; `callback` itself where no bar is shown."""
     if not shown:
         yield callback

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from tinysd_batch.errors import UsageError
 
 SYNTAXES = ("seed", "a1111", "none")
-SMALLEST_SUM = 1e-9
-EMPHASIS = 1.1  # of a bracket without a number
-CLOSING = {")": ("(", EMPHASIS), "]": ("[", 1 / EMPHASIS)}
+MIN_WEIGHT_SUM = 1e-9
+BRACKET_EMPHASIS = 1.1  # of a bracket without a number
+CLOSING_BRACKETS = {")": ("(", BRACKET_EMPHASIS), "]": ("[", 1 / BRACKET_EMPHASIS)}
 
 # A colon, a number, then a space, perhaps after a comma, or the end.
-NUMBER = r"[-+]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
-WEIGHT = re.compile(rf"(?<!\\):({NUMBER})(?=[,;]?(?:\s|$))[,;]?\s?", re.IGNORECASE)
-BRACKETS = re.compile(r"\\[\\()\[\]]|:\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
+NUMBER_PATTERN = r"[-+]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
+WEIGHT_PATTERN = re.compile(rf"(?<!\\):({NUMBER_PATTERN})(?=[,;]?(?:\s|$))[,;]?\s?", re.IGNORECASE)
+BRACKET_PATTERN = re.compile(
+    r"\\[\\()\[\]]|:\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class EmphasisSpan:
     """Text whose tokens are emphasized alike."""
 
     text: str
@@ -34,11 +36,11 @@ class SubPrompt:
     """What is encoded in one go, and how much it counts; a prompt's weights sum to 1."""
 
     weight: float
-    runs: tuple[Run, ...]
+    spans: tuple[EmphasisSpan, ...]
 
     @property
     def text(self) -> str:
-        return "".join(run.text for run in self.runs)
+        return "".join(run.text for run in self.spans)
 
 
 def parse_prompt(prompt: str, syntax: str = "seed") -> list[SubPrompt]:
@@ -51,7 +53,7 @@ def parse_prompt(prompt: str, syntax: str = "seed") -> list[SubPrompt]:
     if syntax == "a1111":
         return [SubPrompt(1.0, tuple(parse_brackets(prompt)))]
     if syntax == "none":
-        return [SubPrompt(1.0, (Run(prompt),))]
+        return [SubPrompt(1.0, (EmphasisSpan(prompt),))]
     raise UsageError(f"prompt_syntax = {syntax!r}: one of {', '.join(SYNTAXES)} was expected")
 
 
@@ -61,21 +63,21 @@ def parse_weights(prompt: str) -> list[SubPrompt]:
     A colon is text where no number follows, after a backslash, in a URL, and in times and ratios (`12:30`, `16:9`).
     """
     pieces, end = [], 0
-    for match in WEIGHT.finditer(prompt):
+    for match in WEIGHT_PATTERN.finditer(prompt):
         if not is_time_or_url(prompt[end : match.start()], match[1]):
             pieces.append((prompt[end : match.start()], float(match[1])))
             end = match.end()
     if not pieces:
-        return [SubPrompt(1.0, (Run(unescape(prompt)),))]
+        return [SubPrompt(1.0, (EmphasisSpan(unescape_colons(prompt)),))]
     if rest := prompt[end:]:
         pieces.append((rest, 1.0))
     total = sum(weight for _, weight in pieces)
-    if not math.isfinite(total) or total < SMALLEST_SUM:
+    if not math.isfinite(total) or total < MIN_WEIGHT_SUM:
         raise UsageError(
             f"the prompt's weights sum to {total:g}; give weights with a sum above zero, "
             f"or write \\: for a colon that is text"
         )
-    return [SubPrompt(weight / total, (Run(unescape(text)),)) for text, weight in pieces]
+    return [SubPrompt(weight / total, (EmphasisSpan(unescape_colons(text)),)) for text, weight in pieces]
 
 
 def is_time_or_url(before: str, number: str) -> bool:
@@ -84,56 +86,56 @@ def is_time_or_url(before: str, number: str) -> bool:
     return "://" in word or (number.isdigit() and re.fullmatch(r"[\d.:]+", word.lstrip("([{'\"")) is not None)
 
 
-def unescape(text: str) -> str:
+def unescape_colons(text: str) -> str:
     return text.replace("\\:", ":")
 
 
-def parse_brackets(prompt: str) -> list[Run]:
+def parse_brackets(prompt: str) -> list[EmphasisSpan]:
     r"""Runs in the web UI's syntax: (word) counts 1.1, [word] 1/1.1, (word:1.3) 1.3, nested ones multiply.
 
     `\(` is a bracket that is text. Brackets left open close at the end; closing ones without a partner are text.
     """
-    reader = BracketReader()
-    for match in BRACKETS.finditer(prompt):
+    reader = BracketParser()
+    for match in BRACKET_PATTERN.finditer(prompt):
         reader.read(match[0], match[1])
-    for bracket, factor in CLOSING.values():
-        while reader.opened[bracket]:
+    for bracket, factor in CLOSING_BRACKETS.values():
+        while reader.open_brackets[bracket]:
             reader.close(bracket, factor)
     if not all(math.isfinite(factor) for factor in reader.factors):
         raise UsageError("an emphasis in the prompt is not finite; give a smaller number")
-    return merge_runs(reader.texts, reader.factors) or [Run("")]
+    return merge_spans(reader.texts, reader.factors) or [EmphasisSpan("")]
 
 
-class BracketReader:
+class BracketParser:
     """Collects bits of text and their emphasis."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.factors: list[float] = []
-        self.opened: dict[str, list[int]] = {"(": [], "[": []}  # where brackets that are still open began
+        self.open_brackets: dict[str, list[int]] = {"(": [], "[": []}  # where brackets that are still open began
 
     def read(self, mark: str, weight: str | None) -> None:
-        if mark in self.opened:
-            self.opened[mark].append(len(self.texts))
-        elif weight is not None and self.opened["("]:
+        if mark in self.open_brackets:
+            self.open_brackets[mark].append(len(self.texts))
+        elif weight is not None and self.open_brackets["("]:
             self.close("(", float(weight))
-        elif mark in CLOSING and self.opened[CLOSING[mark][0]]:
-            self.close(*CLOSING[mark])
+        elif mark in CLOSING_BRACKETS and self.open_brackets[CLOSING_BRACKETS[mark][0]]:
+            self.close(*CLOSING_BRACKETS[mark])
         else:
             self.texts.append(mark[1:] if mark[0] == "\\" and len(mark) == 2 else mark)
             self.factors.append(1.0)
 
     def close(self, bracket: str, factor: float) -> None:
-        for i in range(self.opened[bracket].pop(), len(self.factors)):
+        for i in range(self.open_brackets[bracket].pop(), len(self.factors)):
             self.factors[i] *= factor
 
 
-def merge_runs(texts: list[str], factors: list[float]) -> list[Run]:
+def merge_spans(texts: list[str], factors: list[float]) -> list[EmphasisSpan]:
     """Neighbours of equal emphasis as one: a word must not be cut in two."""
-    runs: list[Run] = []
+    runs: list[EmphasisSpan] = []
     for text, factor in zip(texts, factors, strict=True):
         if runs and runs[-1].emphasis == factor:
-            runs[-1] = Run(runs[-1].text + text, factor)
+            runs[-1] = EmphasisSpan(runs[-1].text + text, factor)
         else:
-            runs.append(Run(text, factor))
+            runs.append(EmphasisSpan(text, factor))
     return runs

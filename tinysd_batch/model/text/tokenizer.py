@@ -14,15 +14,15 @@ from tempfile import TemporaryDirectory
 from transformers import CLIPTokenizer
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.model.checkpoint.json_file import read_json
-from tinysd_batch.model.text.prompt_syntax import Run, SubPrompt
+from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.model.text.prompt_syntax import EmphasisSpan, SubPrompt
 from tinysd_batch.text import excerpt, fold_widths
 
-CHARACTERS_AT_ONCE = 100_000
+MAX_BATCH_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenWindow:
     """As many tokens as the text encoder takes at once; emphasis 1 for all that are no words."""
 
     ids: tuple[int, ...]
@@ -30,11 +30,11 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TokenizedSubPrompt:
     """A sub-prompt in pieces."""
 
     weight: float
-    pieces: tuple[Piece, ...]
+    windows: tuple[TokenWindow, ...]
     n_tokens: int  # of the text, kept or not
     truncated: str | None  # what did not fit
 
@@ -43,22 +43,22 @@ class Part:
 class TokenizedPrompt:
     """A prompt as the text encoder takes it: parts that are encoded apart and averaged by weight."""
 
-    parts: tuple[Part, ...]
+    sub_prompts: tuple[TokenizedSubPrompt, ...]
 
     @property
-    def n_pieces(self) -> int:
+    def n_windows(self) -> int:
         """Of the longest part; the others are filled up."""
-        return max(len(part.pieces) for part in self.parts)
+        return max(len(part.windows) for part in self.sub_prompts)
 
     @property
     def n_tokens(self) -> int:
         """Over all parts, without begin and end tokens, kept or not."""
-        return sum(part.n_tokens for part in self.parts)
+        return sum(part.n_tokens for part in self.sub_prompts)
 
     @property
     def truncated(self) -> str | None:
         """The tails that the text encoder does not see."""
-        return " … ".join(part.truncated for part in self.parts if part.truncated) or None
+        return " … ".join(part.truncated for part in self.sub_prompts if part.truncated) or None
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -69,7 +69,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         with without_byte_order_marks(folder) as readable:
             tokenizer = CLIPTokenizer.from_pretrained(readable, local_files_only=True)
-        tokenize_part(tokenizer, SubPrompt(1.0, (Run("a"),)), 3, long_prompts=True)  # does it work?
+        tokenize_sub_prompt(tokenizer, SubPrompt(1.0, (EmphasisSpan("a"),)), 3, long_prompts=True)  # does it work?
     except Exception as error:  # noqa: BLE001 - from Rust they come as no class but this
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {reason}") from None
@@ -81,7 +81,7 @@ def check_added_tokens(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Raise ModelError where an added token was read as another number than its file states: that of another word."""
     known = tokenizer.get_vocab()
     try:
-        stated = list(stated_tokens(folder))
+        stated = list(read_added_tokens(folder))
     except (AttributeError, LookupError, TypeError) as error:
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: its added tokens: {error}") from None
     for file, token, number in stated:
@@ -92,13 +92,13 @@ def check_added_tokens(tokenizer: CLIPTokenizer, folder: Path) -> None:
             )
 
 
-def stated_tokens(folder: Path) -> Iterator[tuple[str, str, object]]:
+def read_added_tokens(folder: Path) -> Iterator[tuple[str, str, object]]:
     """Added tokens with their numbers, as the files have them: by token, and in newer ones by number."""
     name = "added_tokens.json"
-    added = read_json(folder / name) if (folder / name).is_file() else {}
+    added = read_json_object(folder / name) if (folder / name).is_file() else {}
     yield from ((name, token, number) for token, number in added.items())
     name = "tokenizer_config.json"
-    config = read_json(folder / name) if (folder / name).is_file() else {}
+    config = read_json_object(folder / name) if (folder / name).is_file() else {}
     for text, entry in (config.get("added_tokens_decoder") or {}).items():
         number = int(text) if text.isdecimal() else text
         yield name, entry["content"] if isinstance(entry, dict) else str(entry), number
@@ -108,7 +108,7 @@ def stated_tokens(folder: Path) -> Iterator[tuple[str, str, object]]:
 def without_byte_order_marks(folder: Path) -> Iterator[Path]:
     """The folder, or for the time of a `with` a copy of its files where one begins with a byte-order mark."""
     files = [file for file in folder.iterdir() if file.suffix in (".json", ".txt") and file.is_file()]
-    if not any(begins_with_mark(file) for file in files):
+    if not any(has_byte_order_mark(file) for file in files):
         yield folder
         return
     with TemporaryDirectory() as copy:
@@ -117,7 +117,7 @@ def without_byte_order_marks(folder: Path) -> Iterator[Path]:
         yield Path(copy)
 
 
-def begins_with_mark(file: Path) -> bool:
+def has_byte_order_mark(file: Path) -> bool:
     with file.open("rb") as stream:
         return stream.read(len(BOM_UTF8)) == BOM_UTF8
 
@@ -134,41 +134,43 @@ def tokenize_prompt(
 ) -> TokenizedPrompt:
     """Each part cut to the encoder's limit, or with `long_prompts` into as many pieces as it needs."""
     return TokenizedPrompt(
-        tuple(tokenize_part(tokenizer, sub, max_tokens, long_prompts=long_prompts) for sub in prompt)
+        tuple(tokenize_sub_prompt(tokenizer, sub, max_tokens, long_prompts=long_prompts) for sub in prompt)
     )
 
 
-def tokenize_part(tokenizer: CLIPTokenizer, sub: SubPrompt, max_tokens: int, *, long_prompts: bool) -> Part:
+def tokenize_sub_prompt(
+    tokenizer: CLIPTokenizer, sub: SubPrompt, max_tokens: int, *, long_prompts: bool
+) -> TokenizedSubPrompt:
     ids: list[int] = []
     emphasis: list[float] = []
-    for run in sub.runs:
+    for run in sub.spans:
         found = tokenizer(
-            fold_text(tokenizer, run.text), add_special_tokens=False, truncation=False, verbose=False
+            fold_prompt_widths(tokenizer, run.text), add_special_tokens=False, truncation=False, verbose=False
         ).input_ids
         ids += found
         emphasis += [run.emphasis] * len(found)
     room = max_tokens - 2
     end = max(len(ids), 1) if long_prompts else 1
     pieces = tuple(
-        new_piece(tokenizer, ids[start : start + room], emphasis[start : start + room], max_tokens)
+        build_window(tokenizer, ids[start : start + room], emphasis[start : start + room], max_tokens)
         for start in range(0, end, room)
     )
     rest = [] if long_prompts else ids[room:]
-    return Part(sub.weight, pieces, len(ids), (tokenizer.decode(rest).strip() or None) if rest else None)
+    return TokenizedSubPrompt(sub.weight, pieces, len(ids), (tokenizer.decode(rest).strip() or None) if rest else None)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[int]:
     """How many tokens each text has, without begin and end tokens: many at once, on all cores."""
     # Tokenizers keep each token's text and place beside its number: what is encoded together has a bound.
     counts: list[int] = []
-    texts = [fold_text(tokenizer, text) for text in texts]
-    for start, end in spans_of_characters([len(text) for text in texts], CHARACTERS_AT_ONCE):
+    texts = [fold_prompt_widths(tokenizer, text) for text in texts]
+    for start, end in split_by_characters([len(text) for text in texts], MAX_BATCH_CHARACTERS):
         found = tokenizer.backend_tokenizer.encode_batch_fast(texts[start:end], add_special_tokens=False)
         counts += [len(encoding) for encoding in found]
     return counts
 
 
-def spans_of_characters(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+def split_by_characters(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     """Neighbours that together have up to `most` characters, as (start, end); a longer text goes alone."""
     start = total = 0
     for at, length in enumerate(lengths):
@@ -180,7 +182,7 @@ def spans_of_characters(lengths: Sequence[int], most: int) -> Iterator[tuple[int
         yield start, len(lengths)
 
 
-def fold_text(tokenizer: CLIPTokenizer, text: str) -> str:
+def fold_prompt_widths(tokenizer: CLIPTokenizer, text: str) -> str:
     """Text as tiny-stable-diffusion's tokenizer reads it: in usual width, all but the tokens that a model added."""
     if fold_widths(text) == text:
         return text
@@ -191,14 +193,14 @@ def fold_text(tokenizer: CLIPTokenizer, text: str) -> str:
     return "".join(part if number % 2 else fold_widths(part) for number, part in enumerate(parts))
 
 
-def new_piece(tokenizer: CLIPTokenizer, ids: list[int], emphasis: list[float], max_tokens: int) -> Piece:
+def build_window(tokenizer: CLIPTokenizer, ids: list[int], emphasis: list[float], max_tokens: int) -> TokenWindow:
     padding = max_tokens - 2 - len(ids)
-    return Piece(
+    return TokenWindow(
         (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding),
         (1.0, *emphasis, 1.0, *[1.0] * padding),
     )
 
 
-def empty_piece(tokenizer: CLIPTokenizer, max_tokens: int) -> Piece:
+def build_empty_window(tokenizer: CLIPTokenizer, max_tokens: int) -> TokenWindow:
     """What stands for no text, and fills up shorter prompts beside longer ones."""
-    return new_piece(tokenizer, [], [], max_tokens)
+    return build_window(tokenizer, [], [], max_tokens)

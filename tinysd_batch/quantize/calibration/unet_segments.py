@@ -13,173 +13,194 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from tinysd_batch.model.checkpoint.folder import KEEP_ON_META
-from tinysd_batch.model.offload.components import named_places
+from tinysd_batch.model.checkpoint.folder import META_DEVICE
+from tinysd_batch.model.offload.components import named_tensors
 
-Kind = Literal["start", "resnet", "proj_in", "inner", "proj_out", "resampler", "end"]
-INNER = (("norm1", "attn1"), ("norm2", "attn2"), ("norm3", "ff"))  # of a transformer block: each adds to its input
+SegmentType = Literal["start", "resnet", "proj_in", "inner", "proj_out", "resampler", "end"]
+TRANSFORMER_RESIDUALS = (
+    ("norm1", "attn1"),
+    ("norm2", "attn2"),
+    ("norm3", "ff"),
+)  # of a transformer block: each adds to its input
 
 
 @dataclass(slots=True)
-class State:
+class ForwardState:
     """Some rows on their way through the UNet."""
 
-    hidden: Tensor  # [R, C, h, w]; at first the latents, at last the predicted noise
-    times: Tensor  # [R]
+    hidden_states: Tensor  # [R, C, h, w]; at first the latents, at last the predicted noise
+    timesteps: Tensor  # [R]
     context: Tensor  # [R, T, D]
     skips: list[Tensor]
-    embedding: Tensor | None = None  # [R, 4 C0], of the times
-    outer: Tensor | None = None  # within an attention block: its input [R, C, h, w], to be added in the end
+    time_embedding: Tensor | None = None  # [R, 4 C0], of the times
+    attention_residual: Tensor | None = (
+        None  # within an attention block: its input [R, C, h, w], to be added in the end
+    )
 
     @classmethod
     def of(cls, latents: Tensor, times: Tensor, context: Tensor) -> Self:
         return cls(latents, times, context, [])
 
-    def copy(self) -> "State":
+    def copy(self) -> "ForwardState":
         """The same, ready to work: hidden as float32, in a list of skips of its own."""
-        return State(self.hidden.float(), self.times, self.context, list(self.skips), self.embedding, self.outer)
+        return ForwardState(
+            self.hidden_states.float(),
+            self.timesteps,
+            self.context,
+            list(self.skips),
+            self.time_embedding,
+            self.attention_residual,
+        )
 
-    def wait_as(self, dtype: torch.dtype) -> None:
+    def store_as(self, dtype: torch.dtype) -> None:
         """Keep the maps in another type until they are worked on."""
-        shared = bool(self.skips) and self.skips[-1] is self.hidden
-        self.hidden = self.hidden.to(dtype)
+        shared = bool(self.skips) and self.skips[-1] is self.hidden_states
+        self.hidden_states = self.hidden_states.to(dtype)
         if shared:
-            self.skips[-1] = self.hidden
-        if self.outer is not None:
-            self.outer = self.outer.to(dtype)
+            self.skips[-1] = self.hidden_states
+        if self.attention_residual is not None:
+            self.attention_residual = self.attention_residual.to(dtype)
 
     def nbytes(self) -> int:
-        maps = (self.hidden, *self.skips, *(() if self.outer is None else (self.outer,)))
+        maps = (
+            self.hidden_states,
+            *self.skips,
+            *(() if self.attention_residual is None else (self.attention_residual,)),
+        )
         return sum(one.numel() * one.element_size() for one in maps)
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Segment:
     """A step of the walk. Its modules are those of `paths`, and those within."""
 
-    kind: Kind
+    type: SegmentType
     paths: tuple[str, ...]
-    takes_skip: bool = False
-    leaves_skip: bool = False
+    pops_skip: bool = False
+    pushes_skip: bool = False
 
     @property
     def name(self) -> str:
         return self.paths[0]
 
-    def holds(self, name: str) -> bool:
+    def contains(self, name: str) -> bool:
         """Whether a module is one of the unit's."""
         return any(name == path or name.startswith(f"{path}.") for path in self.paths)
 
-    def join(self, state: State) -> None:
+    def concat_skip(self, state: ForwardState) -> None:
         """Take a skip along, where the unit does."""
-        if self.takes_skip:
-            state.hidden = torch.cat([state.hidden, state.skips.pop().to(state.hidden.dtype)], dim=1)
+        if self.pops_skip:
+            state.hidden_states = torch.cat(
+                [state.hidden_states, state.skips.pop().to(state.hidden_states.dtype)], dim=1
+            )
 
-    def run(self, unet: UNet2DConditionModel, state: State) -> None:
+    def run(self, unet: UNet2DConditionModel, state: ForwardState) -> None:
         """Bring a state one unit further."""
-        self.join(state)
-        RUN[self.kind](unet, [unet.get_submodule(path) for path in self.paths], state)
-        if self.leaves_skip:
-            state.skips.append(state.hidden)
+        self.concat_skip(state)
+        RUNNERS[self.type](unet, [unet.get_submodule(path) for path in self.paths], state)
+        if self.pushes_skip:
+            state.skips.append(state.hidden_states)
 
-    def run_for(self, unet: UNet2DConditionModel, state: State, name: str) -> None:
+    def run_for_module(self, unet: UNet2DConditionModel, state: ForwardState, name: str) -> None:
         """The same, for the sake of one module: a resnet's shortcut needs nothing else of it."""
         if name.endswith(".conv_shortcut"):
-            self.join(state)
-            unet.get_submodule(name)(state.hidden)
+            self.concat_skip(state)
+            unet.get_submodule(name)(state.hidden_states)
         else:
             self.run(unet, state)
 
 
-def run_start(unet: UNet2DConditionModel, _: Sequence[nn.Module], state: State) -> None:
-    state.embedding = unet.time_embedding(unet.time_proj(state.times).to(state.hidden.dtype))
-    state.hidden = unet.conv_in(state.hidden)
+def run_start(unet: UNet2DConditionModel, _: Sequence[nn.Module], state: ForwardState) -> None:
+    state.time_embedding = unet.time_embedding(unet.time_proj(state.timesteps).to(state.hidden_states.dtype))
+    state.hidden_states = unet.conv_in(state.hidden_states)
 
 
-def run_resnet(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
-    state.hidden = modules[0](state.hidden, state.embedding)
+def run_resnet(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
+    state.hidden_states = modules[0](state.hidden_states, state.time_embedding)
 
 
-def run_proj_in(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
+def run_proj_in(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
     norm, layer = modules
-    state.outer = state.hidden
-    state.hidden = project(layer, norm(state.hidden))
+    state.attention_residual = state.hidden_states
+    state.hidden_states = apply_projection(layer, norm(state.hidden_states))
 
 
-def run_inner(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
+def run_transformer_residual(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
     norm, module = modules
-    tokens = state.hidden.flatten(2).transpose(1, 2)
+    tokens = state.hidden_states.flatten(2).transpose(1, 2)
     context = {"encoder_hidden_states": state.context} if getattr(module, "is_cross_attention", False) else {}
     added = module(norm(tokens), **context)
-    state.hidden = (added + tokens).transpose(1, 2).reshape(state.hidden.shape)
+    state.hidden_states = (added + tokens).transpose(1, 2).reshape(state.hidden_states.shape)
 
 
-def run_proj_out(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
-    assert state.outer is not None
-    state.hidden = project(modules[0], state.hidden) + state.outer
-    state.outer = None
+def run_proj_out(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
+    assert state.attention_residual is not None
+    state.hidden_states = apply_projection(modules[0], state.hidden_states) + state.attention_residual
+    state.attention_residual = None
 
 
-def project(layer: nn.Module, x: Tensor) -> Tensor:
+def apply_projection(layer: nn.Module, x: Tensor) -> Tensor:
     """A map [R, C, h, w] by a 1x1 convolution, or by a linear layer as some models have it."""
     of_map = isinstance(layer, nn.Conv2d)
     return torch.as_tensor(layer(x) if of_map else layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
-def run_resampler(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: State) -> None:
-    state.hidden = modules[0](state.hidden)
+def run_resampler(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
+    state.hidden_states = modules[0](state.hidden_states)
 
 
-def run_end(unet: UNet2DConditionModel, _: Sequence[nn.Module], state: State) -> None:
-    state.hidden = unet.conv_out(unet.conv_act(unet.conv_norm_out(state.hidden)))
+def run_end(unet: UNet2DConditionModel, _: Sequence[nn.Module], state: ForwardState) -> None:
+    state.hidden_states = unet.conv_out(unet.conv_act(unet.conv_norm_out(state.hidden_states)))
 
 
-RUN: dict[Kind, Callable[[UNet2DConditionModel, Sequence[nn.Module], State], None]] = {
-    "start": run_start, "resnet": run_resnet, "proj_in": run_proj_in, "inner": run_inner, "proj_out": run_proj_out,
+RUNNERS: dict[SegmentType, Callable[[UNet2DConditionModel, Sequence[nn.Module], ForwardState], None]] = {
+    "start": run_start, "resnet": run_resnet, "proj_in": run_proj_in, "inner": run_transformer_residual, "proj_out": run_proj_out,
     "resampler": run_resampler, "end": run_end,
 }  # fmt: skip
 
 
-def units_of(unet: UNet2DConditionModel) -> list[Unit]:
+def split_into_segments(unet: UNet2DConditionModel) -> list[Segment]:
     """All units, in forward order."""
-    found = [Unit("start", ("conv_in", "time_embedding"), leaves_skip=True)]
+    found = [Segment("start", ("conv_in", "time_embedding"), pushes_skip=True)]
     for number, block in enumerate(unet.down_blocks):
-        found += block_units(f"down_blocks.{number}", block)
+        found += iter_block_segments(f"down_blocks.{number}", block)
     if unet.mid_block is not None:
-        found += middle_units(unet.mid_block)
+        found += iter_mid_block_segments(unet.mid_block)
     for number, block in enumerate(unet.up_blocks):
-        found += block_units(f"up_blocks.{number}", block)
-    return [*found, Unit("end", ("conv_norm_out", "conv_out"))]
+        found += iter_block_segments(f"up_blocks.{number}", block)
+    return [*found, Segment("end", ("conv_norm_out", "conv_out"))]
 
 
-def block_units(path: str, block: Any) -> Iterator[Unit]:
+def iter_block_segments(path: str, block: Any) -> Iterator[Segment]:
     goes_up = path.startswith("up")
     attentions = getattr(block, "attentions", None)
     for number, _ in enumerate(block.resnets):
-        yield Unit("resnet", (f"{path}.resnets.{number}",), goes_up, not goes_up and not attentions)
+        yield Segment("resnet", (f"{path}.resnets.{number}",), goes_up, not goes_up and not attentions)
         if attentions:
-            yield from attention_units(f"{path}.attentions.{number}", attentions[number], leaves_skip=not goes_up)
+            yield from iter_attention_segments(
+                f"{path}.attentions.{number}", attentions[number], pushes_skip=not goes_up
+            )
     kind = "upsamplers" if goes_up else "downsamplers"
     for number in range(len(getattr(block, kind, None) or ())):
-        yield Unit("resampler", (f"{path}.{kind}.{number}",), leaves_skip=not goes_up)
+        yield Segment("resampler", (f"{path}.{kind}.{number}",), pushes_skip=not goes_up)
 
 
-def middle_units(block: Any) -> Iterator[Unit]:
-    yield Unit("resnet", ("mid_block.resnets.0",))
+def iter_mid_block_segments(block: Any) -> Iterator[Segment]:
+    yield Segment("resnet", ("mid_block.resnets.0",))
     for number, attention in enumerate(block.attentions):
-        yield from attention_units(f"mid_block.attentions.{number}", attention, leaves_skip=False)
-        yield Unit("resnet", (f"mid_block.resnets.{number + 1}",))
+        yield from iter_attention_segments(f"mid_block.attentions.{number}", attention, pushes_skip=False)
+        yield Segment("resnet", (f"mid_block.resnets.{number + 1}",))
 
 
-def attention_units(path: str, attention: Any, *, leaves_skip: bool) -> Iterator[Unit]:
-    yield Unit("proj_in", (f"{path}.norm", f"{path}.proj_in"))
+def iter_attention_segments(path: str, attention: Any, *, pushes_skip: bool) -> Iterator[Segment]:
+    yield Segment("proj_in", (f"{path}.norm", f"{path}.proj_in"))
     for number, _ in enumerate(attention.transformer_blocks):
         block = f"{path}.transformer_blocks.{number}"
-        yield from (Unit("inner", (f"{block}.{norm}", f"{block}.{inner}")) for norm, inner in INNER)
-    yield Unit("proj_out", (f"{path}.proj_out",), leaves_skip=leaves_skip)
+        yield from (Segment("inner", (f"{block}.{norm}", f"{block}.{inner}")) for norm, inner in TRANSFORMER_RESIDUALS)
+    yield Segment("proj_out", (f"{path}.proj_out",), pushes_skip=pushes_skip)
 
 
-class Walker:
+class SegmentedUNet:
     """A UNet with the weights of one unit at a time, as float32 on a device, from mapped tensors.
 
     `release` takes what was read of them out of memory again; it is called when a unit leaves.
@@ -189,45 +210,45 @@ class Walker:
         self, config: Mapping[str, object], tensors: Mapping[str, Tensor], device: torch.device,
         release: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        with KEEP_ON_META:
+        with META_DEVICE:
             self.unet = UNet2DConditionModel.from_config(dict(config)).eval().requires_grad_(False)
         self.tensors = tensors
         self.device = device
         self.release = release
-        self.units = units_of(self.unet)
+        self.segments = split_into_segments(self.unet)
 
-    def load(self, unit: Unit) -> None:
-        for name, module, leaf, _ in self.places(unit):
+    def load(self, unit: Segment) -> None:
+        for name, module, leaf, _ in self.list_parameters(unit):
             value = self.tensors[name].to(self.device, torch.float32)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    def unload(self, unit: Unit) -> None:
-        for _, module, leaf, value in self.places(unit):
+    def unload(self, unit: Segment) -> None:
+        for _, module, leaf, value in self.list_parameters(unit):
             module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
         self.release()
 
-    def places(self, unit: Unit) -> list[tuple[str, nn.Module, str, Tensor]]:
+    def list_parameters(self, unit: Segment) -> list[tuple[str, nn.Module, str, Tensor]]:
         return [
             (f"{path}.{name}", module, leaf, value)
             for path in unit.paths
-            for name, module, leaf, value in named_places(self.unet.get_submodule(path))
+            for name, module, leaf, value in named_tensors(self.unet.get_submodule(path))
         ]
 
     @torch.no_grad()
     def predict(self, latents: Tensor, times: Tensor, context: Tensor, rows: int) -> Tensor:
         """The noise in latents [R, 4, h, w] at times [R], on the host; `rows` go through a unit at once."""
         states = [
-            State.of(*(part.to(self.device) for part in parts))
+            ForwardState.of(*(part.to(self.device) for part in parts))
             for parts in zip(*(torch.split(one, rows) for one in (latents, times, context)), strict=True)
         ]
-        for unit in self.units:
+        for unit in self.segments:
             self.load(unit)
             for state in states:
                 unit.run(self.unet, state)
             self.unload(unit)
-        return torch.cat([state.hidden.cpu() for state in states])
+        return torch.cat([state.hidden_states.cpu() for state in states])
 
 
-def rows_at_once(latents: Tensor) -> int:
+def segment_batch_size(latents: Tensor) -> int:
     """How many rows [R, 4, h, w] go through a unit together: few of large pictures."""
     return max(2, 2**14 // (latents.shape[-1] * latents.shape[-2]))

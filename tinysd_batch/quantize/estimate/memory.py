@@ -11,161 +11,180 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from tinysd_batch.errors import StorageError, UsageError
-from tinysd_batch.model.checkpoint.folder import KEEP_ON_META
+from tinysd_batch.model.checkpoint.folder import META_DEVICE
 from tinysd_batch.model.checkpoint.info import SMALL_UNET_BYTES
-from tinysd_batch.model.device.available_memory import available_memory
-from tinysd_batch.model.device.malloc import hand_back_blocks_of
-from tinysd_batch.model.nn.chunked_attention import PartedAttention
-from tinysd_batch.model.offload.peak_memory import LivePeak
-from tinysd_batch.model.offload.planner import STEP_BLOCK_BYTES
-from tinysd_batch.quantize.calibration.layerwise import OTHER_TOKENS
-from tinysd_batch.quantize.calibration.unet_segments import State, Walker, rows_at_once
-from tinysd_batch.quantize.layers import Layer, layer_of
-from tinysd_batch.quantize.presets import SMALLEST, Size, layers_to_pack, unet_bytes
+from tinysd_batch.model.device.available_memory import get_available_memory_bytes
+from tinysd_batch.model.device.malloc import set_mmap_threshold
+from tinysd_batch.model.nn.chunked_attention import ChunkedAttnProcessor
+from tinysd_batch.model.offload.peak_memory import PeakMemoryTracker
+from tinysd_batch.model.offload.planner import UNET_MMAP_THRESHOLD_BYTES
+from tinysd_batch.quantize.calibration.layerwise import EVALUATION_TOKENS
+from tinysd_batch.quantize.calibration.unet_segments import ForwardState, SegmentedUNet, segment_batch_size
+from tinysd_batch.quantize.layers import LinearOrConv, get_layer
+from tinysd_batch.quantize.presets import SMALLEST_PRESET, SizeTarget, compute_unet_bytes, get_preset_layouts
 from tinysd_batch.quantize.recipe import Recipe
-from tinysd_batch.quantize.sources.checkpoint_source import Part, Source
+from tinysd_batch.quantize.sources.checkpoint_source import CheckpointSource, SourceComponent
 
-FLOAT, HALF = 4, 2  # bytes
-HALF_ABOVE = 1e9  # bytes of states: more are kept as float16 between two units
-FACTORS = 3  # of a part's Hessian beside it: a factor, its inverse and one that is being made
-WATCHED = 3  # times a unit's maps: two UNets', and some in the order of tokens
-MATRICES = 2  # of a layer while it is solved: its weights in order and its codes
-ROW_FLOATS = 4  # float copies of a layer that is packed without data
-MAX_HELD_POINTS = 1  # of each held-out trajectory, to measure layers with
+FLOAT32_BYTES, FLOAT16_BYTES = 4, 2  # bytes
+FLOAT16_STATES_ABOVE_BYTES = 1e9  # bytes of states: more are kept as float16 between two units
+HESSIAN_COPIES = 3  # of a part's Hessian beside it: a factor, its inverse and one that is being made
+RECORDED_MAP_COPIES = 3  # times a unit's maps: two UNets', and some in the order of tokens
+SOLVER_MATRIX_COPIES = 2  # of a layer while it is solved: its weights in order and its codes
+DATA_FREE_FLOAT_COPIES = 4  # float copies of a layer that is packed without data
+HELD_OUT_POINTS = 1  # of each held-out trajectory, to measure layers with
 CONTEXT_TOKENS = 77
-LESS = "; a recipe with fewer prompts or points, or a smaller block or batch, needs less"
+SMALLER_RECIPE_ADVICE = "; a recipe with fewer prompts or points, or a smaller block or batch, needs less"
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class ResourceEstimate:
     """Bytes, beside the program itself."""
 
-    memory: int
-    disk: int
+    memory_bytes: int
+    disk_bytes: int
     advice: str = ""  # for machines with less memory
 
     def __str__(self) -> str:
-        return f"some {megabytes(self.memory)} of memory beside the program itself and {megabytes(self.disk)} of disk"
+        return f"some {format_megabytes(self.memory_bytes)} of memory beside the program itself and {format_megabytes(self.disk_bytes)} of disk"
 
 
-def megabytes(count: int) -> str:
+def format_megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def check_room(needs: Needs, out: Path, device: torch.device) -> None:
+def check_available_resources(needs: ResourceEstimate, out: Path, device: torch.device) -> None:
     """Raise UsageError where the device has too little memory, StorageError where OUT's disk is too small."""
-    there = available_memory(device)
-    if there is not None and there < needs.memory:
+    there = get_available_memory_bytes(device)
+    if there is not None and there < needs.memory_bytes:
         raise UsageError(
-            f"quantizing needs some {megabytes(needs.memory)} of memory, {megabytes(there)} are available{needs.advice}"
+            f"quantizing needs some {format_megabytes(needs.memory_bytes)} of memory, {format_megabytes(there)} are available{needs.advice}"
         )
     holder = next(parent for parent in out.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(holder).free) < needs.disk:
-        raise StorageError(f"{out}: needs some {megabytes(needs.disk)} of disk, {megabytes(free)} are free")
+    if (free := shutil.disk_usage(holder).free) < needs.disk_bytes:
+        raise StorageError(
+            f"{out}: needs some {format_megabytes(needs.disk_bytes)} of disk, {format_megabytes(free)} are free"
+        )
 
 
-def file_bytes(unet: nn.Module, size: Size) -> int:
+def estimate_unet_file_bytes(unet: nn.Module, size: SizeTarget) -> int:
     """Of the UNet's file."""
-    return unet_bytes(unet, layers_to_pack(unet, size.preset)) if size.most is None else size.most
+    return compute_unet_bytes(unet, get_preset_layouts(unet, size.preset)) if size.max_bytes is None else size.max_bytes
 
 
-def other_bytes(source: Source) -> int:
+def estimate_other_files_bytes(source: CheckpointSource) -> int:
     """Of the other parts' files."""
     parts = (source.vae(), source.text_encoder())
-    return sum(HALF * one.numel() for part in parts for one in part.tensors.values())
+    return sum(FLOAT16_BYTES * one.numel() for part in parts for one in part.tensors.values())
 
 
-def hand_back_memory(unet: nn.Module, size: Size, device: torch.device) -> None:
+def return_freed_memory_to_os(unet: nn.Module, size: SizeTarget, device: torch.device) -> None:
     """On the CPU have maps and weights of models that are not small leave memory as soon as they are free.
 
     Otherwise glibc's heap keeps gigabytes of them while units of SD v1's size take turns. Holds for the whole process.
     """
-    if device.type == "cpu" and file_bytes(unet, size) >= SMALL_UNET_BYTES:
-        hand_back_blocks_of(STEP_BLOCK_BYTES)
+    if device.type == "cpu" and estimate_unet_file_bytes(unet, size) >= SMALL_UNET_BYTES:
+        set_mmap_threshold(UNET_MMAP_THRESHOLD_BYTES)
 
 
-def needs_of_fast(unet: nn.Module, source: Source, size: Size) -> Needs:
+def estimate_data_free_resources(unet: nn.Module, source: CheckpointSource, size: SizeTarget) -> ResourceEstimate:
     """All packed layers are in memory at last, and the floats of one."""
-    largest = max(layer_of(unet, name).weight.numel() for name in layers_to_pack(unet, SMALLEST))
-    packed = file_bytes(unet, size)
-    return Needs(packed + ROW_FLOATS * FLOAT * largest, packed + other_bytes(source))
+    largest = max(get_layer(unet, name).weight.numel() for name in get_preset_layouts(unet, SMALLEST_PRESET))
+    packed = estimate_unet_file_bytes(unet, size)
+    return ResourceEstimate(
+        packed + DATA_FREE_FLOAT_COPIES * FLOAT32_BYTES * largest, packed + estimate_other_files_bytes(source)
+    )
 
 
 # Calibration
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SegmentMemory:
     """What a row takes at a unit of the UNet, told from a walk without numbers, in floats."""
 
-    state: int  # while it waits before the unit or after it, the larger
-    maps: int  # besides, while it passes
-    weights: int  # of the unit
-    layers: list[Layer]  # that may be packed
+    state_floats: int  # while it waits before the unit or after it, the larger
+    activation_floats: int  # besides, while it passes
+    weight_floats: int  # of the unit
+    layers: list[LinearOrConv]  # that may be packed
 
 
-def places_of(part: Part) -> list[Place]:
-    walker = Walker(part.config, {}, KEEP_ON_META)
-    walker.unet.set_attn_processor(PartedAttention(fused=True))  # counts no scores, as torch's kernels hold none
+def trace_segment_memory(part: SourceComponent) -> list[SegmentMemory]:
+    walker = SegmentedUNet(part.config, {}, META_DEVICE)
+    walker.unet.set_attn_processor(ChunkedAttnProcessor(fused=True))  # counts no scores, as torch's kernels hold none
     config, unet = walker.unet.config, walker.unet
     latents = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
     context = torch.empty(1, 8, config.cross_attention_dim, device="meta")
-    state = State.of(latents, torch.empty(1, device="meta"), context)
-    places, names = [], list(layers_to_pack(unet, SMALLEST))
-    for unit in walker.units:
+    state = ForwardState.of(latents, torch.empty(1, device="meta"), context)
+    places, names = [], list(get_preset_layouts(unet, SMALLEST_PRESET))
+    for unit in walker.segments:
         before = state.nbytes()
-        with KEEP_ON_META, torch.no_grad(), LivePeak() as live:
-            live.leave_out([*unet.parameters(), state.hidden, *state.skips])
+        with META_DEVICE, torch.no_grad(), PeakMemoryTracker() as live:
+            live.exclude([*unet.parameters(), state.hidden_states, *state.skips])
             unit.run(unet, state)
-        layers = [layer_of(unet, name) for name in names if unit.holds(name)]
+        layers = [get_layer(unet, name) for name in names if unit.contains(name)]
         weights = sum(layer.weight.numel() for layer in layers)
-        places.append(Place(max(before, state.nbytes()) // FLOAT, live.peak // FLOAT, weights, layers))
+        places.append(
+            SegmentMemory(
+                max(before, state.nbytes()) // FLOAT32_BYTES, live.peak_bytes // FLOAT32_BYTES, weights, layers
+            )
+        )
     return places
 
 
-def widest_state(places: Sequence[Place]) -> int:
-    return max(place.state for place in places)
+def largest_state_floats(places: Sequence[SegmentMemory]) -> int:
+    return max(place.state_floats for place in places)
 
 
-def rows_of(recipe: Recipe) -> int:
+def count_unet_inputs(recipe: Recipe) -> int:
     """Calls of the UNet, with text and without."""
-    return 2 * recipe.points * len(recipe.prompts) + 2 * MAX_HELD_POINTS * len(recipe.held_out)
+    return 2 * recipe.points * len(recipe.prompts) + 2 * HELD_OUT_POINTS * len(recipe.held_out)
 
 
-def state_dtype(part: Part, recipe: Recipe) -> torch.dtype:
+def choose_state_dtype(part: SourceComponent, recipe: Recipe) -> torch.dtype:
     """In which the rows wait between two units of the UNet."""
-    return torch.float16 if 2 * rows_of(recipe) * FLOAT * widest_state(places_of(part)) > HALF_ABOVE else torch.float32
+    return (
+        torch.float16
+        if 2 * count_unet_inputs(recipe) * FLOAT32_BYTES * largest_state_floats(trace_segment_memory(part))
+        > FLOAT16_STATES_ABOVE_BYTES
+        else torch.float32
+    )
 
 
-def drawn_bytes(part: Part, recipe: Recipe, prompts: int) -> int:
+def estimate_trajectory_bytes(part: SourceComponent, recipe: Recipe, prompts: int) -> int:
     """Of trajectories: what the UNet was given, and what it said with the text and without."""
-    return 3 * FLOAT * recipe.steps * prompts * latents_of(part).numel()
+    return 3 * FLOAT32_BYTES * recipe.steps * prompts * make_meta_latents(part).numel()
 
 
-def latents_of(part: Part) -> Tensor:
+def make_meta_latents(part: SourceComponent) -> Tensor:
     """A row's, [1, 4, h, w], without numbers."""
     channels, side = part.config["in_channels"], part.config["sample_size"]
     return torch.empty(1, channels, side, side, device="meta")
 
 
-def needs_of_drawing(part: Part, recipe: Recipe) -> Needs:
+def estimate_generation_resources(part: SourceComponent, recipe: Recipe) -> ResourceEstimate:
     """The held-out prompts' states between two units of the UNet, and a unit's floats."""
-    places, count = places_of(part), len(recipe.held_out)
-    return Needs(bytes_to_draw(part, places, count) + drawn_bytes(part, recipe, count), 0, LESS)
+    places, count = trace_segment_memory(part), len(recipe.held_out)
+    return ResourceEstimate(
+        estimate_generation_bytes(part, places, count) + estimate_trajectory_bytes(part, recipe, count),
+        0,
+        SMALLER_RECIPE_ADVICE,
+    )
 
 
-def bytes_to_draw(part: Part, places: Sequence[Place], prompts: int) -> int:
+def estimate_generation_bytes(part: SourceComponent, places: Sequence[SegmentMemory], prompts: int) -> int:
     """The prompts' states, with text and without, and at a unit its floats, as they are made, and some rows' maps."""
-    together = rows_at_once(latents_of(part))
-    return FLOAT * max(2 * prompts * one.state + 2 * one.weights + together * one.maps for one in places)
+    together = segment_batch_size(make_meta_latents(part))
+    return FLOAT32_BYTES * max(
+        2 * prompts * one.state_floats + 2 * one.weight_floats + together * one.activation_floats for one in places
+    )
 
 
-def tuning_bytes(part: Part, recipe: Recipe) -> int:
+def estimate_distillation_bytes(part: SourceComponent, recipe: Recipe) -> int:
     """What a step of tuning takes: a batch's activations and gradients, told from one without numbers; and weights.
 
     Those are there as codes, as floats, and as floats in the order of convolutions.
     """
-    with KEEP_ON_META, LivePeak() as live:
+    with META_DEVICE, PeakMemoryTracker() as live:
         unet = UNet2DConditionModel.from_config(dict(part.config)).eval()
         unet.set_attn_processor(AttnProcessor())
         config, rows = unet.config, recipe.batch
@@ -173,41 +192,59 @@ def tuning_bytes(part: Part, recipe: Recipe) -> int:
         context = torch.empty(rows, CONTEXT_TOKENS, config.cross_attention_dim)
         unet(latents, torch.empty(rows), context).sample.square().mean().backward()
     weights = sum(one.numel() for one in unet.parameters())
-    return int(live.peak + (1 + 2 * FLOAT) * weights)
+    return int(live.peak_bytes + (1 + 2 * FLOAT32_BYTES) * weights)
 
 
-def needs_of_calib(
-    part: Part, unet: nn.Module, source: Source, size: Size, recipe: Recipe, *, tune: bool = False
-) -> Needs:
+def estimate_calibration_resources(
+    part: SourceComponent,
+    unet: nn.Module,
+    source: CheckpointSource,
+    size: SizeTarget,
+    recipe: Recipe,
+    *,
+    tune: bool = False,
+) -> ResourceEstimate:
     """The most of these: all prompts while they are drawn; the rows in two UNets, a unit's floats, a layer's moments;
     with `tune` a step of that.
     """
-    places = places_of(part)
-    drawn = drawn_bytes(part, recipe, len(recipe.prompts) + len(recipe.held_out))
-    packed = file_bytes(unet, size)
+    places = trace_segment_memory(part)
+    drawn = estimate_trajectory_bytes(part, recipe, len(recipe.prompts) + len(recipe.held_out))
+    packed = estimate_unet_file_bytes(unet, size)
     most = max(
-        bytes_to_draw(part, places, max(len(recipe.prompts), len(recipe.held_out))),
-        bytes_to_calibrate(part, places, recipe),
-        tuning_bytes(part, recipe) if tune else 0,
+        estimate_generation_bytes(part, places, max(len(recipe.prompts), len(recipe.held_out))),
+        estimate_calibration_bytes(part, places, recipe),
+        estimate_distillation_bytes(part, recipe) if tune else 0,
     )
-    return Needs(most + packed + drawn, 2 * packed + drawn + other_bytes(source), LESS)
+    return ResourceEstimate(
+        most + packed + drawn, 2 * packed + drawn + estimate_other_files_bytes(source), SMALLER_RECIPE_ADVICE
+    )
 
 
-def bytes_to_calibrate(part: Part, places: Sequence[Place], recipe: Recipe) -> int:
+def estimate_calibration_bytes(part: SourceComponent, places: Sequence[SegmentMemory], recipe: Recipe) -> int:
     """All rows in two UNets, and at a unit both UNets' floats, and maps of some rows or a layer that is solved."""
-    row, together = 2 * rows_of(recipe) * state_dtype(part, recipe).itemsize, rows_at_once(latents_of(part))
+    row, together = (
+        2 * count_unet_inputs(recipe) * choose_state_dtype(part, recipe).itemsize,
+        segment_batch_size(make_meta_latents(part)),
+    )
     return max(
-        row * place.state
-        + FLOAT * 2 * place.weights
-        + FLOAT * max(WATCHED * together * place.maps, *(floats_to_solve(layer, recipe) for layer in place.layers), 0)
+        row * place.state_floats
+        + FLOAT32_BYTES * 2 * place.weight_floats
+        + FLOAT32_BYTES
+        * max(
+            RECORDED_MAP_COPIES * together * place.activation_floats,
+            *(estimate_solver_floats(layer, recipe) for layer in place.layers),
+            0,
+        )
         for place in places
     )
 
 
-def floats_to_solve(layer: Layer, recipe: Recipe) -> int:
+def estimate_solver_floats(layer: LinearOrConv, recipe: Recipe) -> int:
     """Moments of all parts of its columns, factors of one, tokens that are kept, and copies of the matrix."""
     rows, columns = len(layer.weight), layer.weight[0].numel()
     parts = -(-columns // recipe.block)
     width = -(-columns // parts)
-    kept = (2 if parts == 1 else 1) * OTHER_TOKENS
-    return (parts + FACTORS) * width**2 + columns * rows * (1 + MATRICES) + 2 * kept * (columns + rows)
+    kept = (2 if parts == 1 else 1) * EVALUATION_TOKENS
+    return (
+        (parts + HESSIAN_COPIES) * width**2 + columns * rows * (1 + SOLVER_MATRIX_COPIES) + 2 * kept * (columns + rows)
+    )

@@ -13,43 +13,43 @@ from torch import Tensor
 
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import (
-    LEAST_SLOPE,
-    MOST_SLOPE,
+    MAX_SLOPE,
+    MIN_SLOPE,
     Knot,
     NoiseCorrection,
     write_correction,
 )
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
-from tinysd_batch.quantize.evaluate.compare import draw_again, guided_noise, sqnr_db
+from tinysd_batch.quantize.evaluate.compare import compute_sqnr_db, generate_latents, predict_guided_noise
 
-DIGITS = 6
-MOST_BIAS = 10.0
-LEAST_GAIN_DB = 0.1  # less may be luck with the prompts, and lost again at other scales
-Draw = Callable[[NoiseCorrection | None], Tensor]  # with this correction: final latents of held-out prompts
+ROUND_DIGITS = 6
+MAX_BIAS = 10.0
+MIN_GAIN_DB = 0.1  # less may be luck with the prompts, and lost again at other scales
+GenerateLatents = Callable[[NoiseCorrection | None], Tensor]  # with this correction: final latents of held-out prompts
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class CorrectionEvaluation:
     """A correction that was measured: final latents of held-out prompts against the float model's, in dB."""
 
     correction: NoiseCorrection
-    with_bias: bool
-    without_db: float
-    with_db: float
+    has_bias: bool
+    sqnr_db_without: float
+    sqnr_db_with: float
 
     @property
-    def helps(self) -> bool:
-        return self.with_db >= self.without_db + LEAST_GAIN_DB
+    def is_improvement(self) -> bool:
+        return self.sqnr_db_with >= self.sqnr_db_without + MIN_GAIN_DB
 
     def __str__(self) -> str:
-        kind = "slopes and biases" if self.with_bias else "slopes"
-        verdict = "kept" if self.helps else f"not kept, as it gains less than {LEAST_GAIN_DB} dB"
-        return f"{verdict} ({kind}): final latents {self.with_db:.2f} dB with it, {self.without_db:.2f} dB without"
+        kind = "slopes and biases" if self.has_bias else "slopes"
+        verdict = "kept" if self.is_improvement else f"not kept, as it gains less than {MIN_GAIN_DB} dB"
+        return f"{verdict} ({kind}): final latents {self.sqnr_db_with:.2f} dB with it, {self.sqnr_db_without:.2f} dB without"
 
 
-def correct(
+def add_noise_correction(
     folder: Path, drawn: Trajectories, held: Trajectories, first_seed: int, scale: float, device: torch.device
-) -> Judged:
+) -> CorrectionEvaluation:
     """Fit a correction of a packed model folder on `drawn`, and write it there if it helps on `held`.
 
     `first_seed` is that of the first held-out prompt.
@@ -58,30 +58,30 @@ def correct(
 
     def draw(correction: NoiseCorrection | None) -> Tensor:
         model.correction = correction
-        return draw_again(model, held, first_seed, scale)[-1]
+        return generate_latents(model, held, first_seed, scale)[-1]
 
-    judged = judge(fit(model, drawn, scale), draw, held.final)
-    if judged.helps:
+    judged = evaluate_correction(fit_correction(model, drawn, scale), draw, held.final)
+    if judged.is_improvement:
         write_correction(folder / "unet", judged.correction)
     return judged
 
 
-def judge(correction: NoiseCorrection, draw: Draw, wanted: Tensor) -> Judged:
+def evaluate_correction(correction: NoiseCorrection, draw: GenerateLatents, wanted: Tensor) -> CorrectionEvaluation:
     """Draw without it, with its slopes only, and with all of it: that one counts which comes closest."""
-    without_db = sqnr_db(wanted, draw(None))
+    without_db = compute_sqnr_db(wanted, draw(None))
     slopes = correction.without_bias()
     by_slopes, by_all = draw(slopes), draw(correction)
-    with_bias = sqnr_db(wanted, by_all) > sqnr_db(wanted, by_slopes)
+    with_bias = compute_sqnr_db(wanted, by_all) > compute_sqnr_db(wanted, by_slopes)
     chosen, found = (correction, by_all) if with_bias else (slopes, by_slopes)
     # Errors do for fresh noise only where they make drawings vary more; at 2 bits these may well vary less.
     absorbs = bool(found.std() > wanted.std())
-    return Judged(chosen.absorbing(absorbs), with_bias, without_db, sqnr_db(wanted, found))
+    return CorrectionEvaluation(chosen.with_absorbs(absorbs), with_bias, without_db, compute_sqnr_db(wanted, found))
 
 
 @torch.no_grad()
-def fit(model: TinySD, drawn: Trajectories, scale: float) -> NoiseCorrection:
+def fit_correction(model: TinySD, drawn: Trajectories, scale: float) -> NoiseCorrection:
     """By least squares over all prompts, at each time of the float model's trajectories."""
-    pairs = zip(drawn.times.tolist(), drawn.guided(scale), guided_noise(model, drawn, scale), strict=True)
+    pairs = zip(drawn.times.tolist(), drawn.guided_noise(scale), predict_guided_noise(model, drawn, scale), strict=True)
     knots = [fit_knot(time, wanted, found) for time, wanted, found in pairs]
     return NoiseCorrection(scale=scale, knots=sorted(knots, key=lambda knot: knot.time))
 
@@ -91,12 +91,12 @@ def fit_knot(time: float, wanted: Tensor, found: Tensor) -> Knot:
     mean, mean_found = (one.mean(dim=(0, 2, 3), keepdim=True) for one in (wanted, found))
     around = wanted - mean
     slope = (around * (found - mean_found)).sum() / around.square().sum().clamp(min=1e-12) - 1
-    slope = slope.clamp(LEAST_SLOPE, MOST_SLOPE)
-    bias = (mean_found - (1 + slope) * mean).clamp(-MOST_BIAS, MOST_BIAS)
+    slope = slope.clamp(MIN_SLOPE, MAX_SLOPE)
+    bias = (mean_found - (1 + slope) * mean).clamp(-MAX_BIAS, MAX_BIAS)
     rest = (found - bias) / (1 + slope) - wanted
     return Knot(
         time=time,
-        slope=round(float(slope), DIGITS),
-        bias=[round(one, DIGITS) for one in bias.flatten().tolist()],
-        deviation=round(float(rest.square().mean().sqrt()), DIGITS),
+        slope=round(float(slope), ROUND_DIGITS),
+        bias=[round(one, ROUND_DIGITS) for one in bias.flatten().tolist()],
+        deviation=round(float(rest.square().mean().sqrt()), ROUND_DIGITS),
     )

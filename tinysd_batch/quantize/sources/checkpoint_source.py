@@ -13,31 +13,31 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint import config_checks
-from tinysd_batch.model.checkpoint.folder import KEEP_ON_META, building_from, check_names
+from tinysd_batch.model.checkpoint.folder import META_DEVICE, check_tensor_names, wrap_as_model_error
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 
-SMALL_FLOATS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
-Say = Callable[[str], None]
+StatusCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourceComponent:
     """UNet, autoencoder or text encoder. Tensors are memory-mapped; names are diffusers' (text: transformers')."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    where: Path
-    file: Mapping[str, Tensor] | None = None  # as it was opened
+    path: Path
+    mapped_file: Mapping[str, Tensor] | None = None  # as it was opened
 
     def release(self) -> None:
         """Take what has been read of a safetensors file out of this process's memory. It can be read again."""
-        if isinstance(self.file, MappedTensors):
-            self.file.release()
+        if isinstance(self.mapped_file, MappedTensors):
+            self.mapped_file.release()
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SourceOptions:
     """How a source is to be read."""
 
     allow_pickle: bool = False
@@ -46,29 +46,29 @@ class Options:
 
 
 @dataclass(slots=True)
-class Found:
+class SourceReport:
     """What was left out of a source, and how much of it; and what else is worth knowing of it."""
 
-    left_out: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.left_out.items()))
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.ignored.items()))
 
 
-class Source(Protocol):
+class CheckpointSource(Protocol):
     """A model to be converted or quantized. Each part is opened when it is asked for, and raises ModelError."""
 
     name: str
-    found: Found
+    report: SourceReport
 
-    def unet(self) -> Part: ...
+    def unet(self) -> SourceComponent: ...
 
-    def vae(self) -> Part: ...
+    def vae(self) -> SourceComponent: ...
 
-    def text_encoder(self) -> Part: ...
+    def text_encoder(self) -> SourceComponent: ...
 
-    def write_rest(self, folder: Path) -> None:
+    def write_scheduler_and_tokenizer(self, folder: Path) -> None:
         """Write scheduler, tokenizer and `tinysd.json`."""
 
 
@@ -80,63 +80,63 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 # What the tensors must be
 
 
-def check_unet(part: Part) -> UNet2DConditionModel:
+def check_unet_tensors(part: SourceComponent) -> UNet2DConditionModel:
     """The empty UNet that the tensors fit; raise ModelError naming one that does not."""
-    config_checks.check_unet(part.config, part.where)
-    unet = build(part, lambda: UNet2DConditionModel.from_config(part.config))
-    check_tensors(part, unet)
+    config_checks.check_unet_config(part.config, part.path)
+    unet = build_empty_module(part, lambda: UNet2DConditionModel.from_config(part.config))
+    check_tensors_fit(part, unet)
     return unet
 
 
-def check_vae(part: Part) -> None:
-    config_checks.check_vae(part.config, part.where)
-    vae = build(part, lambda: AutoencoderKL.from_config(part.config))
+def check_vae_tensors(part: SourceComponent) -> None:
+    config_checks.check_vae_config(part.config, part.path)
+    vae = build_empty_module(part, lambda: AutoencoderKL.from_config(part.config))
     if not has_encoder(part):
         vae.encoder = vae.quant_conv = None
-    check_tensors(part, vae)
+    check_tensors_fit(part, vae)
 
 
-def check_text_encoder(part: Part) -> None:
-    config_checks.check_text_encoder(part.config, part.where)
-    check_tensors(part, build(part, lambda: CLIPTextModel(CLIPTextConfig(**part.config))))
+def check_text_encoder_tensors(part: SourceComponent) -> None:
+    config_checks.check_text_encoder_config(part.config, part.path)
+    check_tensors_fit(part, build_empty_module(part, lambda: CLIPTextModel(CLIPTextConfig(**part.config))))
 
 
-def has_encoder(part: Part) -> bool:
+def has_encoder(part: SourceComponent) -> bool:
     """Whether an autoencoder can also encode, which drawing from text never needs."""
     return any(name.startswith("encoder.") for name in part.tensors)
 
 
-def build(part: Part, make: Callable[[], nn.Module]) -> Any:
+def build_empty_module(part: SourceComponent, make: Callable[[], nn.Module]) -> Any:
     """An empty module by the part's configuration. Raises ModelError."""
-    with building_from(part.where, "its config.json does not fit"), KEEP_ON_META:
+    with wrap_as_model_error(part.path, "its config.json does not fit"), META_DEVICE:
         return make()
 
 
-def check_tensors(part: Part, module: nn.Module) -> None:
+def check_tensors_fit(part: SourceComponent, module: nn.Module) -> None:
     """Raise ModelError unless these are the module's tensors, by name, shape and being floats."""
-    check_names(module, part.tensors, part.where)
+    check_tensor_names(module, part.tensors, part.path)
     for name, expected in module.state_dict().items():
         tensor = part.tensors[name]
         if tensor.shape != expected.shape:
             raise ModelError(
-                f"{part.where}: tensor {name} has shape {list(tensor.shape)}, {list(expected.shape)} was expected"
+                f"{part.path}: tensor {name} has shape {list(tensor.shape)}, {list(expected.shape)} was expected"
             )
         if not tensor.is_floating_point():
-            raise ModelError(f"{part.where}: tensor {name} is {tensor.dtype}; floats were expected")
+            raise ModelError(f"{part.path}: tensor {name} is {tensor.dtype}; floats were expected")
 
 
-def stored_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def choose_storage_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """In which type to write what is stored in another: float16 and float32 stay, smaller types become float16."""
     if wanted is not None:
         return wanted
-    if stored in SMALL_FLOATS:
+    if stored in LOW_PRECISION_DTYPES:
         return torch.float16
     return stored if stored == torch.float16 else torch.float32
 
 
-def as_stored(name: str, tensor: Tensor, wanted: torch.dtype | None, where: Path) -> Tensor:
+def convert_for_storage(name: str, tensor: Tensor, wanted: torch.dtype | None, where: Path) -> Tensor:
     """A tensor in the type it is written in, contiguous; raise ModelError where it is not finite, then or now."""
-    value = tensor.to(stored_dtype(tensor.dtype, wanted)).contiguous()
+    value = tensor.to(choose_storage_dtype(tensor.dtype, wanted)).contiguous()
     if not value.isfinite().all():
         if tensor.float().isfinite().all():
             raise ModelError(f"{where}: tensor {name} has numbers too large for float16; say --dtype fp32")

@@ -9,10 +9,10 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-VOCABULARY = 49_408
-BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+VOCAB_SIZE = 49_408
+BOS_TOKEN, EOS_TOKEN = "<|startoftext|>", "<|endoftext|>"
 MERGES_HEADER = "#version: 0.2"
-WORD_END = "</w>"
+END_OF_WORD = "</w>"
 # A character for each byte: printable ones stand for themselves, the others are moved behind Latin-1.
 BYTE_CHARACTERS = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]
 
@@ -23,28 +23,28 @@ def read_merges() -> list[str]:
     return gzip.decompress(packed).decode("utf-8").splitlines()
 
 
-def vocabulary_of(merges: list[str]) -> dict[str, int]:
+def build_vocabulary(merges: list[str]) -> dict[str, int]:
     """Each token's id."""
     tokens = [
         *BYTE_CHARACTERS,
-        *(character + WORD_END for character in BYTE_CHARACTERS),
+        *(character + END_OF_WORD for character in BYTE_CHARACTERS),
         *(merge.replace(" ", "") for merge in merges),
-        BEGIN,
-        END,
+        BOS_TOKEN,
+        EOS_TOKEN,
     ]
     return {token: number for number, token in enumerate(tokens)}
 
 
-def write_tokenizer(folder: Path, max_tokens: int) -> None:
+def write_clip_tokenizer(folder: Path, max_tokens: int) -> None:
     """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, as transformers' CLIPTokenizer reads them."""
     merges = read_merges()
     config = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "bos_token": BEGIN, "eos_token": END,
-        "pad_token": END, "unk_token": END,
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN,
+        "pad_token": EOS_TOKEN, "unk_token": EOS_TOKEN,
     }  # fmt: skip
     folder.mkdir(parents=True)
     content = {
-        "vocab.json": json.dumps(vocabulary_of(merges), ensure_ascii=False),
+        "vocab.json": json.dumps(build_vocabulary(merges), ensure_ascii=False),
         "merges.txt": "\n".join([MERGES_HEADER, *merges]),
         "tokenizer_config.json": json.dumps(config, indent=2),
     }

@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
-from tinysd_batch.quantize.sources.clip_tokenizer import VOCABULARY
+from tinysd_batch.quantize.sources.clip_tokenizer import VOCAB_SIZE
 
-STAGES = 4
-HEADS = 8
+N_BLOCK_LEVELS = 4
+ATTENTION_HEADS = 8
 TEXT_HEAD_WIDTH = 64
 NORM_GROUPS = 32
 SAMPLE_SIZE = 64  # latents a side, of which SD v1 saw most
-PIXELS = 512
-VAE_SCALE = 0.18215
-BETAS = (0.00085, 0.012)
-SCHEDULER = {
-    "_class_name": "PNDMScheduler", "beta_start": BETAS[0], "beta_end": BETAS[1], "beta_schedule": "scaled_linear",
+IMAGE_PX = 512
+VAE_SCALING_FACTOR = 0.18215
+BETA_RANGE = (0.00085, 0.012)
+SCHEDULER_CONFIG = {
+    "_class_name": "PNDMScheduler", "beta_start": BETA_RANGE[0], "beta_end": BETA_RANGE[1], "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000, "prediction_type": "epsilon", "skip_prk_steps": True, "set_alpha_to_one": False,
     "steps_offset": 1,
 }  # fmt: skip
 # What diffusers' converters ask of a configuration.
-UNET_LAYERS = {"layers_per_block": 2}
-VAE_LAYERS = {"down_block_types": [""] * STAGES, "up_block_types": [""] * STAGES}
+UNET_CONVERTER_CONFIG = {"layers_per_block": 2}
+VAE_CONVERTER_CONFIG = {"down_block_types": [""] * N_BLOCK_LEVELS, "up_block_types": [""] * N_BLOCK_LEVELS}
 
 
-def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: Path) -> tuple[int, ...]:
+def get_tensor_shape(tensors: Mapping[str, Tensor], name: str, dims: int, where: Path) -> tuple[int, ...]:
     """Raises ModelError where the tensor is missing or has another number of dimensions."""
     if name not in tensors:
         raise ModelError(f"{where}: tensor {name} is missing")
@@ -38,26 +38,26 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, where: Path) -
     return shape
 
 
-def widths_of(tensors: Mapping[str, Tensor], pattern: str, where: Path) -> list[int]:
+def get_level_widths(tensors: Mapping[str, Tensor], pattern: str, where: Path) -> list[int]:
     """Channels of each stage, from its first convolution."""
-    widths = [shape_of(tensors, pattern.format(stage), 4, where)[0] for stage in range(STAGES)]
+    widths = [get_tensor_shape(tensors, pattern.format(stage), 4, where)[0] for stage in range(N_BLOCK_LEVELS)]
     for width in widths:
         if width % NORM_GROUPS:
             raise ModelError(f"{where}: {width} channels; SD v1's norms work on multiples of {NORM_GROUPS}")
     return widths
 
 
-def unet_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+def infer_unet_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
     """Of UNet2DConditionModel, from tensors in diffusers' names. Raises ModelError."""
     attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": SAMPLE_SIZE,
-        "in_channels": shape_of(tensors, "conv_in.weight", 4, where)[1],
-        "out_channels": shape_of(tensors, "conv_out.weight", 4, where)[0],
-        "block_out_channels": widths_of(tensors, "down_blocks.{}.resnets.0.conv1.weight", where),
-        "cross_attention_dim": shape_of(tensors, attention, 2, where)[1],
-        "attention_head_dim": HEADS,  # diffusers' old name for the number of heads
+        "in_channels": get_tensor_shape(tensors, "conv_in.weight", 4, where)[1],
+        "out_channels": get_tensor_shape(tensors, "conv_out.weight", 4, where)[0],
+        "block_out_channels": get_level_widths(tensors, "down_blocks.{}.resnets.0.conv1.weight", where),
+        "cross_attention_dim": get_tensor_shape(tensors, attention, 2, where)[1],
+        "attention_head_dim": ATTENTION_HEADS,  # diffusers' old name for the number of heads
         "layers_per_block": 2,
         "norm_num_groups": NORM_GROUPS,
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
@@ -65,28 +65,28 @@ def unet_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
     }
 
 
-def vae_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+def infer_vae_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
     """Of AutoencoderKL, from tensors in diffusers' names. Raises ModelError."""
     return {
         "_class_name": "AutoencoderKL",
-        "sample_size": PIXELS,
+        "sample_size": IMAGE_PX,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": shape_of(tensors, "post_quant_conv.weight", 4, where)[0],
-        "block_out_channels": widths_of(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight", where),
+        "latent_channels": get_tensor_shape(tensors, "post_quant_conv.weight", 4, where)[0],
+        "block_out_channels": get_level_widths(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight", where),
         "layers_per_block": 2,
         "norm_num_groups": NORM_GROUPS,
-        "scaling_factor": VAE_SCALE,
-        "down_block_types": ["DownEncoderBlock2D"] * STAGES,
-        "up_block_types": ["UpDecoderBlock2D"] * STAGES,
+        "scaling_factor": VAE_SCALING_FACTOR,
+        "down_block_types": ["DownEncoderBlock2D"] * N_BLOCK_LEVELS,
+        "up_block_types": ["UpDecoderBlock2D"] * N_BLOCK_LEVELS,
     }
 
 
-def text_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+def infer_text_encoder_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
     """Of CLIPTextModel, from tensors in transformers' names without `text_model.`. Raises ModelError."""
-    words, width = shape_of(tensors, "embeddings.token_embedding.weight", 2, where)
-    if words != VOCABULARY:
-        raise ModelError(f"{where}: the text encoder knows {words:,} tokens; CLIP's tokenizer has {VOCABULARY:,}")
+    words, width = get_tensor_shape(tensors, "embeddings.token_embedding.weight", 2, where)
+    if words != VOCAB_SIZE:
+        raise ModelError(f"{where}: the text encoder knows {words:,} tokens; CLIP's tokenizer has {VOCAB_SIZE:,}")
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
     return {
         "architectures": ["CLIPTextModel"],
@@ -94,21 +94,21 @@ def text_config(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
         "vocab_size": words,
         "hidden_size": width,
         "projection_dim": width,
-        "intermediate_size": shape_of(tensors, "encoder.layers.0.mlp.fc1.weight", 2, where)[0],
+        "intermediate_size": get_tensor_shape(tensors, "encoder.layers.0.mlp.fc1.weight", 2, where)[0],
         "num_hidden_layers": len(layers),
         "num_attention_heads": max(width // TEXT_HEAD_WIDTH, 1),
-        "max_position_embeddings": shape_of(tensors, "embeddings.position_embedding.weight", 2, where)[0],
+        "max_position_embeddings": get_tensor_shape(tensors, "embeddings.position_embedding.weight", 2, where)[0],
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
-        "bos_token_id": VOCABULARY - 2,
-        "eos_token_id": VOCABULARY - 1,
-        "pad_token_id": VOCABULARY - 1,
+        "bos_token_id": VOCAB_SIZE - 2,
+        "eos_token_id": VOCAB_SIZE - 1,
+        "pad_token_id": VOCAB_SIZE - 1,
     }
 
 
-def check_schedule(tensors: Mapping[str, Tensor], where: Path) -> None:
+def check_noise_schedule(tensors: Mapping[str, Tensor], where: Path) -> None:
     """Raise ModelError where the file was trained on another noise schedule than SD v1's."""
-    start, end = (beta**0.5 for beta in BETAS)
+    start, end = (beta**0.5 for beta in BETA_RANGE)
     betas = torch.linspace(start, end, 1000) ** 2
     for name, expected in (("betas", betas), ("alphas_cumprod", (1 - betas).cumprod(0))):
         found = tensors.get(name)

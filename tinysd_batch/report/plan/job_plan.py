@@ -9,28 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.driver import MAX_KEYS, read_finished
+from tinysd_batch.job.driver import MAX_EXTRA_COLUMNS, read_finished_images
 from tinysd_batch.job.manifest.columns import near_misses
-from tinysd_batch.job.manifest.readers import is_jsonl
+from tinysd_batch.job.manifest.readers import is_json_manifest
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
-from tinysd_batch.job.plan.batches import RowImages, batch_runs, plan_images
+from tinysd_batch.job.plan.batches import RowImages, plan_batch_ranges, plan_images
 from tinysd_batch.job.results.compare import find_differences
-from tinysd_batch.job.results.rows import fault_message
-from tinysd_batch.job.results.table import ResultsPaths
+from tinysd_batch.job.results.rows import format_invalid_reason
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job import Job
 from tinysd_batch.job.state.open_job import JOB_FILE
-from tinysd_batch.job.state.reuse import count_reusable
+from tinysd_batch.job.state.reuse import count_reusable_images
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.report.formatting import count
-from tinysd_batch.report.plan.memory_process import plan_memory_apart
-from tinysd_batch.report.plan.memory_table import Batch, MemoryPlan
-from tinysd_batch.report.plan.plan_summary import Answers, Work, find_answers
-from tinysd_batch.report.plan.token_counts import PlannedRow, PromptReader
+from tinysd_batch.report.plan.memory_process import estimate_memory_in_subprocess
+from tinysd_batch.report.plan.memory_table import MemoryEstimate, PlannedBatch
+from tinysd_batch.report.plan.plan_summary import PlannedWork, PlanSummary, summarize_plan
+from tinysd_batch.report.plan.token_counts import CountedRow, PromptTokenCounter
 from tinysd_batch.report.reading_progress import ReadingProgress
 
-OnRow = Callable[[PlannedRow | InvalidRow], None]
+OnRow = Callable[[CountedRow | InvalidRow], None]
 
-MAX_FAULTS = 1000  # kept for --json
+MAX_FAULTS_IN_JSON = 1000  # kept for --json
 
 # As the embedded model's drawings come out, lossy ones at quality 90: a guess for other models, and said with "some".
 BYTES_PER_PIXEL = {"png": 1.8, "jpg": 0.6, "webp": 0.4}
@@ -39,7 +39,7 @@ BYTES_PER_ROW = 2500  # what is written into a picture, and its row of the table
 
 
 @dataclass(slots=True)
-class Plan:
+class JobPlan:
     """What `plan` says."""
 
     rows: int = 0
@@ -50,10 +50,10 @@ class Plan:
     redo: int = 0  # others that an earlier run made, whose files are missing or damaged
     redo_reason: str = ""
     reusable: int = 0  # others that the job named by --reuse has
-    largest: Batch | None = None  # the most that is drawn at once
-    memory: MemoryPlan | None = None
-    answers: Answers | None = None
-    work: Work = field(default_factory=Work.none)  # what is left to be generated
+    largest: PlannedBatch | None = None  # the most that is drawn at once
+    memory: MemoryEstimate | None = None
+    answers: PlanSummary | None = None
+    work: PlannedWork = field(default_factory=PlannedWork.empty)  # what is left to be generated
     sizes: Counter[str] = field(default_factory=Counter)
     samplings: Counter[str] = field(default_factory=Counter)
     longest_prompt_tokens: int = 0
@@ -74,32 +74,34 @@ class Plan:
 
 def make_plan(
     job: Job, on_row: OnRow, limit: int | None = None, *, retry_failed: bool = False, progress: ReadingProgress
-) -> Plan:
+) -> JobPlan:
     """Read the whole manifest, and report each row. Raises ManifestError for faults of the whole file.
 
     `limit` and `retry_failed` as in `run_job`. No image is looked at: rows may have millions of them.
     """
-    plan = Plan(token_limit=job.model.max_tokens - 2, free_bytes=free_bytes(job.folder))
-    survey = PlanSurvey(plan, job, finished_images(plan, job, limit, retry_failed=retry_failed), limit)
-    planned = plan_images(survey.rows(on_row, progress), job.common())
+    plan = JobPlan(token_limit=job.model.max_tokens - 2, free_bytes=free_bytes(job.folder))
+    survey = PlanBuilder(plan, job, find_finished_images(plan, job, limit, retry_failed=retry_failed), limit)
+    planned = plan_images(survey.rows(on_row, progress), job.shared_settings())
     wanted = Counter[str]()
-    for run in batch_runs(survey.images(planned, wanted), job.settings.max_batch):
-        plan.batches += (run if limit is None else run.upto(limit)).batches
+    for run in plan_batch_ranges(survey.images(planned, wanted), job.settings.max_batch):
+        plan.batches += (run if limit is None else run.up_to(limit)).batches
     plan.finished = len(survey.finished)
-    plan.reusable = count_reusable(job, wanted)
+    plan.reusable = count_reusable_images(job, wanted)
     plan.disk_bytes = round(plan.disk_bytes * (1 - (plan.finished + plan.reusable) / max(plan.images, 1)))
     progress.stop()
-    plan.memory = plan_memory_apart(job.settings, plan.largest, job.precision_file) if plan.largest else None
+    plan.memory = (
+        estimate_memory_in_subprocess(job.settings, plan.largest, job.precision_file) if plan.largest else None
+    )
     plan.near_misses = near_misses(plan.carried_columns)
-    plan.answers = find_answers(job, plan.memory, plan.work, plan.reusable)
+    plan.answers = summarize_plan(job, plan.memory, plan.work, plan.reusable)
     return plan
 
 
-def finished_images(plan: Plan, job: Job, limit: int | None, *, retry_failed: bool) -> set[int]:
+def find_finished_images(plan: JobPlan, job: Job, limit: int | None, *, retry_failed: bool) -> set[int]:
     """Indexes of the images that an earlier run made, and that this one would not make again."""
-    if job.begins_anew or not (job.folder / JOB_FILE).exists():
+    if job.replaces_unstarted_job or not (job.folder / JOB_FILE).exists():
         return set()
-    found = read_finished(job)
+    found = read_finished_images(job)
     kept = found.images - found.failed if retry_failed else found.images
     finished = kept if limit is None else {index for index in kept if index <= limit}
     differences = find_differences(job.folder)
@@ -108,55 +110,55 @@ def finished_images(plan: Plan, job: Job, limit: int | None, *, retry_failed: bo
 
 
 @dataclass(slots=True)
-class PlanSurvey:
+class PlanBuilder:
     """Adds up a plan while rows pass."""
 
-    plan: Plan
+    plan: JobPlan
     job: Job
     finished: set[int]
     limit: int | None
-    carried: dict[str, None] = field(default_factory=dict)
-    in_order: list[int] = field(init=False)
-    ids_there: set[str] = field(init=False)  # of the job that --reuse names: only these are looked for
+    extra_columns: dict[str, None] = field(default_factory=dict)
+    sorted_finished: list[int] = field(init=False)
+    reusable_ids: set[str] = field(init=False)  # of the job that --reuse names: only these are looked for
 
     def __post_init__(self) -> None:
-        self.in_order = sorted(self.finished)
-        tables = ResultsPaths(self.job.reuse).read(["image_id"]) if self.job.reuse is not None else ()
-        self.ids_there = {image_id for table in tables for image_id in table["image_id"].to_pylist()}
+        self.sorted_finished = sorted(self.finished)
+        tables = ResultsTable(self.job.reuse).read(["image_id"]) if self.job.reuse is not None else ()
+        self.reusable_ids = {image_id for table in tables for image_id in table["image_id"].to_pylist()}
 
     def rows(self, on_row: OnRow, progress: ReadingProgress) -> Iterator[Row]:
         """The rows that can be made, after they were counted and reported."""
         plan = self.plan
         notes = ReadingNotes()
-        for planned in PromptReader(self.job).read(self.job.read_rows(notes)):
+        for planned in PromptTokenCounter(self.job).read(self.job.read_rows(notes)):
             plan.rows += 1
             progress.rows = plan.rows
             if isinstance(planned, InvalidRow):
                 self.add_columns(planned.extra)
                 plan.invalid_rows += 1
-                if len(plan.faults) < MAX_FAULTS:
-                    plan.faults[planned.number] = fault_message(planned)
+                if len(plan.faults) < MAX_FAULTS_IN_JSON:
+                    plan.faults[planned.number] = format_invalid_reason(planned)
                 on_row(planned)
             else:
                 self.add_columns(planned.row.extra)
                 self.add_prompts(planned)
                 on_row(planned)
                 yield planned.row
-        plan.notes, plan.carried_columns = list(notes.lines()), list(self.carried)
+        plan.notes, plan.carried_columns = list(notes.lines()), list(self.extra_columns)
 
     def add_columns(self, extra: dict[str, Any]) -> None:
         """Raises ManifestError for more different keys than a job takes."""
-        if extra.keys() <= self.carried.keys():
+        if extra.keys() <= self.extra_columns.keys():
             return
-        self.carried.update(dict.fromkeys(extra))
-        if len(self.carried) > MAX_KEYS and is_jsonl(self.job.manifest):
-            raise ManifestError(f"{self.job.manifest}: over {MAX_KEYS} different keys besides the known ones")
+        self.extra_columns.update(dict.fromkeys(extra))
+        if len(self.extra_columns) > MAX_EXTRA_COLUMNS and is_json_manifest(self.job.manifest):
+            raise ManifestError(f"{self.job.manifest}: over {MAX_EXTRA_COLUMNS} different keys besides the known ones")
 
-    def add_prompts(self, planned: PlannedRow) -> None:
+    def add_prompts(self, planned: CountedRow) -> None:
         plan = self.plan
         plan.longest_prompt_tokens = max(plan.longest_prompt_tokens, planned.prompt.n_tokens)
-        plan.cut_rows += planned.is_cut
-        plan.weighted_rows += planned.prompt.is_marked
+        plan.cut_rows += planned.is_truncated
+        plan.weighted_rows += planned.prompt.has_weights
 
     def images(self, planned: Iterable[tuple[Row, RowImages]], wanted: Counter[str]) -> Iterator[tuple[Row, RowImages]]:
         """Each row with its images, after these were counted; `wanted` gets the ids that `--reuse` looks for."""
@@ -165,11 +167,11 @@ class PlanSurvey:
             if number:
                 self.add_images(row, number)
                 last = images.first + number
-                if self.ids_there:
+                if self.reusable_ids:
                     indexes = (index for index in range(images.first, last) if index not in self.finished)
                     ids = (images.image(index).image_id for index in indexes)
-                    wanted.update(image_id for image_id in ids if image_id in self.ids_there)
-                done = bisect_left(self.in_order, last) - bisect_left(self.in_order, images.first)
+                    wanted.update(image_id for image_id in ids if image_id in self.reusable_ids)
+                done = bisect_left(self.sorted_finished, last) - bisect_left(self.sorted_finished, images.first)
                 self.plan.work.add(row, number - done)
             yield row, images
 
@@ -177,8 +179,8 @@ class PlanSurvey:
         plan, params, settings = self.plan, row.params, self.job.settings
         plan.images += images
         together = max(row.n_samples, settings.max_batch or 1)
-        batch = Batch(together, params.width, params.height, row.scale != 1)
-        if plan.largest is None or batch.pixels > plan.largest.pixels:
+        batch = PlannedBatch(together, params.width, params.height, row.scale != 1)
+        if plan.largest is None or batch.unet_pixels > plan.largest.unet_pixels:
             plan.largest = batch
         plan.sizes[f"{params.width}x{params.height}"] += images
         plan.samplings[f"{params.sampler}, {count(params.steps, 'step')}"] += images
@@ -192,11 +194,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-OBJECTS = ("largest", "memory", "work", "answers")  # of a Plan, which JSON has in other words or not
+NOT_IN_JSON = ("largest", "memory", "work", "answers")  # of a Plan, which JSON has in other words or not
 
 
-def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    told = {each.name: getattr(plan, each.name) for each in fields(plan) if each.name not in OBJECTS}
+def plan_as_dict(plan: JobPlan) -> dict[str, Any]:
+    told = {each.name: getattr(plan, each.name) for each in fields(plan) if each.name not in NOT_IN_JSON}
     return {
         **told, **(plan.answers.as_dict() if plan.answers else {}), "fits_disk": plan.fits_disk,
         "memory": plan.memory.as_dict() if plan.memory else None,

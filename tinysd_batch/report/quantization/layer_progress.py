@@ -7,23 +7,23 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from tinysd_batch.quantize.layer_progress import LayersDone
-from tinysd_batch.report.console import BAR_FROM_COLUMNS, has_live_display
-from tinysd_batch.report.formatting import clock, count, say
+from tinysd_batch.quantize.layer_progress import LayerProgressUpdate
+from tinysd_batch.report.console import MIN_COLUMNS_FOR_BAR, has_live_display
+from tinysd_batch.report.formatting import count, format_clock, print_line
 
 PLAIN_LINE_EVERY_S = 10.0
-TIME_LEFT_AFTER_S, TIME_LEFT_AFTER_SHARE = 2.0, 0.02  # of this work, before its speed says anything
+MIN_ELAPSED_S, MIN_DONE_FRACTION = 2.0, 0.02  # of this work, before its speed says anything
 
 
-class LayerProgress:
-    """Shows `LayersDone` on a console; `say` prints lines above the bar."""
+class LayerProgressBar:
+    """Shows `LayerProgressUpdate` on a console; `say` prints lines above the bar."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.task = ""
-        self.began = self.last_line = time.monotonic()
+        self.started_at = self.last_line_at = time.monotonic()
         self.bar = Progress(
-            TextColumn("{task.description}"), *([BarColumn()] if console.width >= BAR_FROM_COLUMNS else []),
+            TextColumn("{task.description}"), *([BarColumn()] if console.width >= MIN_COLUMNS_FOR_BAR else []),
             TextColumn("{task.fields[words]}"), console=console,
             transient=True, disable=not has_live_display(console), redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
@@ -37,31 +37,31 @@ class LayerProgress:
     ) -> None:
         self.bar.stop()
 
-    def say(self, line: str) -> None:
-        say(self.bar.console, line)
+    def print_line(self, line: str) -> None:
+        print_line(self.bar.console, line)
 
-    def show(self, done: LayersDone) -> None:
+    def show(self, done: LayerProgressUpdate) -> None:
         now = time.monotonic()
         if done.task != self.task:
-            self.task, self.began, self.last_line = done.task, now, now
+            self.task, self.started_at, self.last_line_at = done.task, now, now
             for each in self.bar.task_ids:
                 self.bar.remove_task(each)
             self.bar.add_task(done.task, total=1.0, words="")
         words = self.words(done, now)
-        if done.layers == done.of_layers:
+        if done.done_layers == done.total_layers:
             self.bar.remove_task(self.bar.task_ids[-1])
-            self.say(f"{done.task}: {count(done.layers, 'layer')} in {clock(now - self.began)}")
+            self.print_line(f"{done.task}: {count(done.done_layers, 'layer')} in {format_clock(now - self.started_at)}")
             self.task = ""
             return
-        self.bar.update(self.bar.task_ids[-1], completed=done.share, words=words)
-        if not has_live_display(self.console) and now - self.last_line >= PLAIN_LINE_EVERY_S:
-            self.last_line = now
-            self.say(f"{done.task}: {words}")
+        self.bar.update(self.bar.task_ids[-1], completed=done.weights_fraction, words=words)
+        if not has_live_display(self.console) and now - self.last_line_at >= PLAIN_LINE_EVERY_S:
+            self.last_line_at = now
+            self.print_line(f"{done.task}: {words}")
 
-    def words(self, done: LayersDone, now: float) -> str:
+    def words(self, done: LayerProgressUpdate, now: float) -> str:
         """`41 of 255 layers, elapsed 0:12, about 0:34 left`"""
-        seconds = now - self.began
-        told = f"{done.layers:,} of {count(done.of_layers, 'layer')}, elapsed {clock(seconds)}"
-        if seconds < TIME_LEFT_AFTER_S or done.share < TIME_LEFT_AFTER_SHARE:
+        seconds = now - self.started_at
+        told = f"{done.done_layers:,} of {count(done.total_layers, 'layer')}, elapsed {format_clock(seconds)}"
+        if seconds < MIN_ELAPSED_S or done.weights_fraction < MIN_DONE_FRACTION:
             return told
-        return f"{told}, about {clock(seconds * (1 - done.share) / done.share)} left"
+        return f"{told}, about {format_clock(seconds * (1 - done.weights_fraction) / done.weights_fraction)} left"

@@ -4,28 +4,28 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinysd_batch.report.quality_text import judge
-from tinysd_batch.report.quantization.similarity import HOW_TO_GET
+from tinysd_batch.report.quality_text import describe_quality
+from tinysd_batch.report.quantization.similarity import INSTALL_HINT
 
-MOST_SHOWN = 16
+MAX_SHOWN_PAIRS = 16
 
 
 DIFFERENCE_GAIN = 3  # differences are shown so many times as large
 
 
-def judgement(content: Mapping[str, Any]) -> str:
+def describe_psnr(content: Mapping[str, Any]) -> str:
     """`PSNR 30.9 dB: close to the float model's images, small details differ`"""
     psnr = content["median_picture_psnr_db"]
-    return f"PSNR {psnr:.1f} dB: {judge(psnr)}"
+    return f"PSNR {psnr:.1f} dB: {describe_quality(psnr)}"
 
 
-BAR_REM = 16  # the longest
+MAX_BAR_REM = 16  # the longest
 
-NOT_GENERATED = "No image was generated to compare with the float model."
+NO_IMAGES_NOTE = "No image was generated to compare with the float model."
 
-ONLY_SAMPLES = "Compared with the float model on {} images; <code>--recipe</code> measures more."
+SAMPLES_NOTE = "Compared with the float model on {} images; <code>--recipe</code> measures more."
 
-LAYERS_OF = {
+LAYER_SQNR_NOTES = {
     "outputs": "Of each layer's output on held-out prompts, in the packed model, against the float model's.",
     "weights": "Of each layer's weights: packed without data, nothing is known of its outputs.",
 }
@@ -50,27 +50,27 @@ def page(content: Mapping[str, Any]) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-<p>{how_measured(content)}
+<p>{describe_measurement(content)}
 Decibels are signal to noise: power of what is wanted over power of the difference; larger is better, 10 more is a tenth
 of the error.</p>
-{table((), facts(content))}
-{pictures(content) if compared else ""}<h2>Bytes by sort of layer</h2>
-{table(("layers", "weights", "bits each", "bytes"), classes)}
-{sensitivity(content["sensitivity"]) if content["sensitivity"] else ""}\
-{along_the_trajectory(content) if measured else ""}<h2>Layers, worst first</h2>
-<p>{LAYERS_OF[content["layers_sqnr_db_of"]]}</p>
-{table(("layer", "sort", "bits", "dB"), layers)}
+{render_table((), list_facts(content))}
+{render_images_section(content) if compared else ""}<h2>Bytes by sort of layer</h2>
+{render_table(("layers", "weights", "bits each", "bytes"), classes)}
+{render_sensitivity_section(content["sensitivity"]) if content["sensitivity"] else ""}\
+{render_trajectory_section(content) if measured else ""}<h2>Layers, worst first</h2>
+<p>{LAYER_SQNR_NOTES[content["layers_sqnr_db_of"]]}</p>
+{render_table(("layer", "sort", "bits", "dB"), layers)}
 </body></html>
 """
 
 
-def how_measured(content: Mapping[str, Any]) -> str:
+def describe_measurement(content: Mapping[str, Any]) -> str:
     if "noise_sqnr_db" in content:
         return f"Measured on {len(content['prompts'])} prompts and seeds that calibration never saw."
-    return ONLY_SAMPLES.format(len(content["prompts"])) if "median_picture_psnr_db" in content else NOT_GENERATED
+    return SAMPLES_NOTE.format(len(content["prompts"])) if "median_picture_psnr_db" in content else NO_IMAGES_NOTE
 
 
-def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+def list_facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     minutes, seconds = divmod(round(content["seconds"]), 60)
     found = [("UNet on disk", f"{content['unet_bytes'] / 1e6:,.1f} MB")]
     if "noise_sqnr_db" in content:
@@ -83,7 +83,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("the median picture (PSNR)", f"{content['median_picture_psnr_db']:.2f} dB"),
             (
                 "pictures (SSIM, 1 is equal)",
-                HOW_TO_GET if ssim is None else f"{ssim:.4f}",
+                INSTALL_HINT if ssim is None else f"{ssim:.4f}",
             ),
         ]
     elif "median_picture_psnr_db" in content:
@@ -95,66 +95,68 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def pictures(content: Mapping[str, Any]) -> str:
+def render_images_section(content: Mapping[str, Any]) -> str:
     return f"""<h2>Pictures</h2>
-<p><strong>{html.escape(judgement(content))}.</strong></p>
+<p><strong>{html.escape(describe_psnr(content))}.</strong></p>
 <p>Float, packed, and {DIFFERENCE_GAIN} times the difference (grey: none).</p>
 <p><img src="pictures.png" alt="Held-out prompts drawn by the float and by the packed model"></p>
-<p>{html.escape("; ".join(content["prompts"][:MOST_SHOWN]))}</p>
+<p>{html.escape("; ".join(content["prompts"][:MAX_SHOWN_PAIRS]))}</p>
 """
 
 
-def sensitivity(harms: Sequence[Mapping[str, Any]]) -> str:
-    most = max(power_of_error(one) for one in harms)
+def render_sensitivity_section(harms: Sequence[Mapping[str, Any]]) -> str:
+    most = max(compute_error_power(one) for one in harms)
     rows = [
         (one["class"], f"{one['noise_sqnr_db']:.1f}", f"{100 * one['share_of_bytes']:.1f} %",
-         bar(power_of_error(one) / most))
+         render_bar(compute_error_power(one) / most))
         for one in harms
     ]  # fmt: skip
     return f"""<h2>What each sort of layer harms alone</h2>
 <p>The guided noise prediction at some points of held-out drawings, with the layers of one sort packed and all others as
 floats, worst first. A calibrated layer makes up for errors of those before it: alone it may look worse than it is.</p>
-{table(("packed layers", "noise dB", "of the bytes", Markup("error")), rows)}
+{render_table(("packed layers", "noise dB", "of the bytes", HtmlMarkup("error")), rows)}
 """
 
 
-def power_of_error(harm: Mapping[str, Any]) -> float:
+def compute_error_power(harm: Mapping[str, Any]) -> float:
     return float(10 ** (-harm["noise_sqnr_db"] / 10))
 
 
-class Markup(str):
+class HtmlMarkup(str):
     """Words that are HTML already."""
 
     __slots__ = ()
 
 
-def bar(share: float) -> Markup:
-    return Markup(f'<span class="bar" style="width: {BAR_REM * share:.2f}rem"></span>')
+def render_bar(share: float) -> HtmlMarkup:
+    return HtmlMarkup(f'<span class="bar" style="width: {MAX_BAR_REM * share:.2f}rem"></span>')
 
 
-def along_the_trajectory(content: Mapping[str, Any]) -> str:
+def render_trajectory_section(content: Mapping[str, Any]) -> str:
     rows = [
         (f"{one['time']:.0f}", f"{one['noise_sqnr_db']:.1f}", f"{one['latents_sqnr_db']:.1f}")
         for one in content["along_the_trajectory"]
     ]
     return f"""<h2>Along the trajectory</h2>
 <p>Noise: predicted where the float model went, not corrected. Latents: after the step, each model on its own way.</p>
-{table(("time", "noise dB", "latents dB"), rows)}
+{render_table(("time", "noise dB", "latents dB"), rows)}
 """
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column is words, the others are numbers, or markup."""
-    top = "".join(cell_of("th", at, name) for at, name in enumerate(head))
-    body = "".join("<tr>" + "".join(cell_of("td", at, text) for at, text in enumerate(row)) + "</tr>\n" for row in rows)
+    top = "".join(render_table_cell("th", at, name) for at, name in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(render_table_cell("td", at, text) for at, text in enumerate(row)) + "</tr>\n" for row in rows
+    )
     return f"<table><tr>{top}</tr>\n{body}</table>"
 
 
-def cell_of(tag: str, column: int, text: str) -> str:
-    if isinstance(text, Markup):
+def render_table_cell(tag: str, column: int, text: str) -> str:
+    if isinstance(text, HtmlMarkup):
         return f"<{tag}>{text}</{tag}>"
-    return f"<{tag}{number_class(column)}>{html.escape(text)}</{tag}>"
+    return f"<{tag}{number_class_attribute(column)}>{html.escape(text)}</{tag}>"
 
 
-def number_class(column: int) -> str:
+def number_class_attribute(column: int) -> str:
     return ' class="number"' if column else ""

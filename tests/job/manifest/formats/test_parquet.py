@@ -16,11 +16,11 @@ from tests.support.program import Capture, call
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.export.table import export_table
 from tinysd_batch.job.manifest.files import fingerprint
-from tinysd_batch.job.manifest.formats.parquet_footer import column_sizes
+from tinysd_batch.job.manifest.formats.parquet_footer import read_column_sizes
 from tinysd_batch.job.manifest.readers import read_extra_fields
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.manifest.validate import read_rows
-from tinysd_batch.job.state.open_job import default_folder
+from tinysd_batch.job.state.open_job import default_job_folder
 from tinysd_batch.records import InvalidRow, Row
 
 
@@ -108,7 +108,7 @@ def test_sizes_are_those_that_pyarrow_knows(tmp_path: Path) -> None:
     path = write(tmp_path / "m.parquet", columns, row_group_size=30)
     metadata = pq.read_metadata(path)
     with path.open("rb") as file:
-        found = column_sizes(file)
+        found = read_column_sizes(file)
     for number, sizes in enumerate(found):
         group = metadata.row_group(number)
         chunks = [group.column(i) for i in range(group.num_columns)]
@@ -215,7 +215,7 @@ def test_a_folder_of_parts_is_one_table(tmp_path: Path, name: str) -> None:
     ]  # fmt: skip
     assert notes == ["3 blank rows skipped"]
     assert read_extra_fields(folder, []) == [pa.field("n", pa.int64())]
-    assert default_folder(folder) == Path("outputs/m")
+    assert default_job_folder(folder) == Path("outputs/m")
 
 
 def test_the_fingerprint_of_a_folder_is_that_of_its_parts(tmp_path: Path) -> None:

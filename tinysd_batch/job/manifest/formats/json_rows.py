@@ -9,36 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest.columns import MAX_COLUMNS, Columns, listed, match_columns, refuse_unknown
+from tinysd_batch.job.manifest.columns import (
+    MAX_COLUMNS,
+    ColumnMapping,
+    format_names,
+    match_columns,
+    reject_unknown_columns,
+)
 from tinysd_batch.job.manifest.formats.text_lines import (
     MAX_LINE_CHARACTERS,
-    BoundedLines,
-    find_encoding,
+    BoundedLineReader,
+    detect_encoding,
     open_text,
+    read_first_bytes,
     read_records,
-    read_start,
 )
-from tinysd_batch.job.manifest.raw_rows import MAX_CELL_CHARACTERS, Fault, Line, ReadingOptions, leave_out_long
+from tinysd_batch.job.manifest.raw_rows import (
+    MAX_CELL_CHARACTERS,
+    RawRow,
+    ReadingOptions,
+    UnreadableRow,
+    drop_long_values,
+)
 from tinysd_batch.text import excerpt, has_surrogates
 from tinysd_batch.values import is_missing
 
 BLOCK_CHARACTERS = 65_536
-BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
+BLANK_RUN = re.compile(r"[ \t\r\n\ufeff]*")
 
 
-def read_jsonl(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
-    if is_array(path) and not options.as_0_1_0:
-        return check_for_prompts(path, read_array(path, options))
-    return check_for_prompts(path, read_object_lines(path, options))
+def read_jsonl_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
+    if is_json_array(path) and not options.as_0_1_0:
+        return require_prompt_key(path, read_array(path, options))
+    return require_prompt_key(path, read_object_lines(path, options))
 
 
-def read_json(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
-    return check_for_prompts(path, read_array(path, options))
+def read_json_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
+    return require_prompt_key(path, read_array(path, options))
 
 
-def is_array(path: Path) -> bool:
+def is_json_array(path: Path) -> bool:
     """Whether the file begins as an array does that is more than a line among others."""
-    start = read_visible_start(path)
+    start = read_leading_text(path)
     line, _, rest = start.partition("\n")
     try:
         json.loads(line)
@@ -47,57 +59,61 @@ def is_array(path: Path) -> bool:
     return start.startswith("[") and not rest.strip()
 
 
-def begins_with_bracket(path: Path) -> bool:
+def starts_with_bracket(path: Path) -> bool:
     """Whether the file is an array, or was one before lines were put behind it."""
-    return read_visible_start(path).startswith("[")
+    return read_leading_text(path).startswith("[")
 
 
-def read_visible_start(path: Path) -> str:
-    return read_start(path).decode(find_encoding(path), "replace").lstrip("\ufeff \t\r\n")
+def read_leading_text(path: Path) -> str:
+    return read_first_bytes(path).decode(detect_encoding(path), "replace").lstrip("\ufeff \t\r\n")
 
 
-def check_for_prompts(path: Path, rows: Iterator[Line | Fault]) -> Iterator[Line | Fault]:
+def require_prompt_key(path: Path, rows: Iterator[RawRow | UnreadableRow]) -> Iterator[RawRow | UnreadableRow]:
     """The same rows. Raises ManifestError at their end where every row could be read, and none has a prompt's key."""
     names: dict[str, None] = {}  # met so far
     all_read, empty, prompts = True, True, False
     for row in rows:
-        if isinstance(row, Fault):
+        if isinstance(row, UnreadableRow):
             all_read = False
         elif not prompts:
-            prompts = "prompt" in row.shown
+            prompts = "prompt" in row.source_names
             empty = empty and not row.values
             names |= dict.fromkeys(list(row.values)[:8]) if len(names) < 8 else {}
         yield row
     if all_read and not (empty or prompts):
-        raise ManifestError(f"{path}: no object with a key named prompt; found {listed(names)}")
+        raise ManifestError(f"{path}: no object with a key named prompt; found {format_names(names)}")
 
 
-def read_object_lines(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
+def read_object_lines(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
     decoder = ObjectDecoder()
     with open_text(path, options.notes) as file:
-        lines = BoundedLines(file, as_0_1_0=options.as_0_1_0)
+        lines = BoundedLineReader(file, as_0_1_0=options.as_0_1_0)
         for number, text in read_records(lines, lines):
-            if isinstance(text, Fault):
+            if isinstance(text, UnreadableRow):
                 yield text
             elif text.strip():
-                yield read_object(text, number, decoder, options)
+                yield parse_object_line(text, number, decoder, options)
 
 
-def read_object(text: str, number: int, decoder: "ObjectDecoder", options: ReadingOptions) -> Line | Fault:
+def parse_object_line(
+    text: str, number: int, decoder: "ObjectDecoder", options: ReadingOptions
+) -> RawRow | UnreadableRow:
     """The object of one line, or what is wrong with it."""
     text = text.rstrip("\ufeff \t\r\n")
     try:
         if has_surrogates(text):
             raise ValueError("not UTF-8; save the file as UTF-8")
-        value, end = decoder.decode_at(text, BLANKS.match(text).end())  # type: ignore[union-attr] # it matches anything
+        value, end = decoder.decode_at(text, BLANK_RUN.match(text).end())  # type: ignore[union-attr] # it matches anything
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
-        return Fault(describe(error), line=number)
-    return as_line(value, decoder.fault, text, number, options)
+        return UnreadableRow(describe_json_error(error), line=number)
+    return convert_object(value, decoder.fault, text, number, options)
 
 
-def as_line(value: Any, fault: str | None, text: str, number: int, options: ReadingOptions) -> Line | Fault:
+def convert_object(
+    value: Any, fault: str | None, text: str, number: int, options: ReadingOptions
+) -> RawRow | UnreadableRow:
     """A decoded object as a row, or what is wrong with it."""
     prompt = None
     try:
@@ -113,16 +129,16 @@ def as_line(value: Any, fault: str | None, text: str, number: int, options: Read
         if fault:
             raise ValueError(fault)
         if options.strict:
-            refuse_unknown(columns)
-        values = {name: json_cell(name, cell, columns) for name, cell in named.items() if not is_missing(cell)}
+            reject_unknown_columns(columns)
+        values = {name: convert_cell(name, cell, columns) for name, cell in named.items() if not is_missing(cell)}
     except (ValueError, RecursionError) as error:
-        return Fault(describe(error), prompt if isinstance(prompt, str) else None, number)
+        return UnreadableRow(describe_json_error(error), prompt if isinstance(prompt, str) else None, number)
     if len(text) > MAX_CELL_CHARACTERS:
-        leave_out_long(values, columns.shown, options.notes)
-    return Line(values, columns.shown, number)
+        drop_long_values(values, columns.source_names, options.notes)
+    return RawRow(values, columns.source_names, number)
 
 
-def describe(error: Exception) -> str:
+def describe_json_error(error: Exception) -> str:
     match error:
         case json.JSONDecodeError():
             return f"not a JSON object: {error.msg} at character {error.pos + 1}"
@@ -131,12 +147,12 @@ def describe(error: Exception) -> str:
     return str(error)
 
 
-def json_cell(name: str, value: Any, columns: Columns) -> Any:
+def convert_cell(name: str, value: Any, columns: ColumnMapping) -> Any:
     """Known keys hold single values; what unknown ones hold is kept as text, as JSON where it is none."""
-    if name not in columns.shown:
+    if name not in columns.source_names:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | dict):
-        raise ValueError(f"column {columns.shown[name]}: a single value was expected")
+        raise ValueError(f"column {columns.source_names[name]}: a single value was expected")
     return value
 
 
@@ -169,19 +185,19 @@ class ObjectDecoder:
 # Arrays
 
 
-def read_array(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
+def read_array(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
     """The objects of an array, or of a file that holds several one after the other.
 
     Raises ManifestError where the text is not JSON: nobody can say where the next object would begin.
     """
     with open_text(path, options.notes) as file:
-        stream = ValueStream(path, file)
+        stream = JsonValueStream(path, file)
         in_array = stream.skip_mark("[")
         decoder = ObjectDecoder()
         while not stream.at_end() and not (in_array and stream.skip_mark("]")):
             value, text, number = stream.next_value(decoder)
             fault = "not UTF-8; save the file as UTF-8" if has_surrogates(text) else decoder.fault
-            yield as_line(value, fault, text, number, options)
+            yield convert_object(value, fault, text, number, options)
             if in_array and not (stream.skip_mark(",") or stream.peek("]") or stream.at_end()):
                 raise stream.fault("',' or ']' was expected behind an object")
         if in_array and not stream.ended_array:
@@ -190,7 +206,7 @@ def read_array(path: Path, options: ReadingOptions) -> Iterator[Line | Fault]:
             raise stream.fault("text behind the end of the array")
 
 
-class ValueStream:
+class JsonValueStream:
     """Takes values off a file's text, of which only a bounded piece is in memory."""
 
     def __init__(self, path: Path, file: io.TextIOWrapper) -> None:
@@ -215,7 +231,7 @@ class ValueStream:
     def at_end(self) -> bool:
         """Whether nothing but blanks is left; skips these."""
         while True:
-            match = BLANKS.match(self.text, self.start)
+            match = BLANK_RUN.match(self.text, self.start)
             assert match is not None
             self.move_to(match.end())
             if self.start < len(self.text):
@@ -251,7 +267,7 @@ class ValueStream:
             if error is not None:
                 if isinstance(error, json.JSONDecodeError):
                     self.move_to(error.pos)
-                raise self.fault(describe(error))
+                raise self.fault(describe_json_error(error))
             text = self.text[self.start : end]
             self.move_to(end)
             return value, text, number

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 MAX_DEPTH = 16
-MARK = b"PAR1"
+MAGIC = b"PAR1"
 # Field numbers of parquet.thrift
 ROW_GROUPS = 4  # of FileMetaData
 COLUMNS = 1  # of RowGroup
@@ -18,7 +18,7 @@ META_DATA = 3  # of ColumnChunk
 PATH, UNCOMPRESSED_SIZE = 3, 6  # of ColumnMetaData
 
 
-def column_sizes(file: Any) -> list[Counter[str]]:
+def read_column_sizes(file: Any) -> list[Counter[str]]:
     """Bytes of each column of the table, nested ones with all their parts, for each row group.
 
     Raises ValueError for a footer that is damaged.
@@ -26,17 +26,17 @@ def column_sizes(file: Any) -> list[Counter[str]]:
     file.seek(-8, 2)
     length, mark = int.from_bytes(file.read(4), "little"), file.read(4)
     end = file.seek(0, 2)
-    if mark != MARK or length + 8 > end:
+    if mark != MAGIC or length + 8 > end:
         raise ValueError("the footer is damaged")
     file.seek(end - 8 - length)
     try:
-        groups = CompactReader(file.read(length)).read_struct(0).get(ROW_GROUPS, [])
-        return [group_sizes(group) for group in groups]
+        groups = ThriftCompactReader(file.read(length)).read_struct(0).get(ROW_GROUPS, [])
+        return [sum_column_sizes(group) for group in groups]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError("the footer is damaged") from error
 
 
-def group_sizes(group: dict[int, Any]) -> Counter[str]:
+def sum_column_sizes(group: dict[int, Any]) -> Counter[str]:
     sizes: Counter[str] = Counter()
     for chunk in group.get(COLUMNS, []):
         found = chunk[META_DATA]
@@ -44,7 +44,7 @@ def group_sizes(group: dict[int, Any]) -> Counter[str]:
     return sizes
 
 
-class CompactReader:
+class ThriftCompactReader:
     """Structures as dictionaries from field numbers to values."""
 
     def __init__(self, data: bytes) -> None:
@@ -57,7 +57,7 @@ class CompactReader:
         fields: dict[int, Any] = {}
         number = 0
         while head := self.read_byte():
-            number = number + (head >> 4) if head >> 4 else self.read_signed()
+            number = number + (head >> 4) if head >> 4 else self.read_zigzag()
             fields[number] = self.read_value(head & 15, depth, is_field=True)
         return fields
 
@@ -68,11 +68,11 @@ class CompactReader:
             case 3:
                 return self.read_byte()
             case 4 | 5 | 6:
-                return self.read_signed()
+                return self.read_zigzag()
             case 7:
                 return self.read_bytes(8)
             case 8:
-                return self.read_bytes(self.read_number())
+                return self.read_bytes(self.read_varint())
             case 9 | 10:
                 return self.read_list(depth)
             case 12:
@@ -81,7 +81,7 @@ class CompactReader:
 
     def read_list(self, depth: int) -> list[Any]:
         head = self.read_byte()
-        count = head >> 4 if head >> 4 != 15 else self.read_number()
+        count = head >> 4 if head >> 4 != 15 else self.read_varint()
         if count > len(self.data) - self.position:
             raise ValueError("the footer is cut off")
         return [self.read_value(head & 15, depth + 1) for _ in range(count)]
@@ -96,7 +96,7 @@ class CompactReader:
             raise ValueError("the footer is cut off")
         return self.data[self.position - count : self.position]
 
-    def read_number(self) -> int:
+    def read_varint(self) -> int:
         number = shift = 0
         while (byte := self.read_byte()) & 128:
             number |= (byte & 127) << shift
@@ -105,6 +105,6 @@ class CompactReader:
                 raise ValueError("the footer is damaged")
         return number | byte << shift
 
-    def read_signed(self) -> int:
-        number = self.read_number()
+    def read_zigzag(self) -> int:
+        number = self.read_varint()
         return (number >> 1) ^ -(number & 1)

@@ -11,52 +11,56 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from tinysd_batch.config import MAX_PROMPT_CHARACTERS
-from tinysd_batch.job.manifest.columns import SPELLINGS, is_column, normal
-from tinysd_batch.job.manifest.formats.csv_table import read_csv
+from tinysd_batch.job.manifest.columns import COLUMN_BY_NAME, find_column, normalize_column_name
+from tinysd_batch.job.manifest.formats.csv_table import read_csv_rows
 from tinysd_batch.job.manifest.formats.text_lines import (
-    BoundedLines,
-    find_encoding,
+    BoundedLineReader,
+    detect_encoding,
     open_text,
+    read_first_bytes,
     read_records,
-    read_start,
 )
-from tinysd_batch.job.manifest.raw_rows import Fault, Line, ReadingOptions, RowRead, SkippedRows
+from tinysd_batch.job.manifest.raw_rows import RawRow, ReaderItem, ReadingOptions, SkippedRows, UnreadableRow
 from tinysd_batch.text import excerpt, normalize_text
 from tinysd_batch.values import is_missing
 
-MAX_LINE_CHARACTERS = 4 * MAX_PROMPT_CHARACTERS  # of a line with options
+MAX_OPTION_LINE_CHARACTERS = 4 * MAX_PROMPT_CHARACTERS  # of a line with options
 TEXT_OPTIONS = ("prompt", "negative_prompt")  # their words need no quotes
-IGNORED = ("do_not_save_samples", "do_not_save_grid", "prompt_for_display")  # of the web UI; no images depend on them
+IGNORED_OPTIONS = (
+    "do_not_save_samples",
+    "do_not_save_grid",
+    "prompt_for_display",
+)  # of the web UI; no images depend on them
 # InvokeAI's and dream.py's; its -n makes images one after the other.
-SHORT = {"n": "n_iter", "H": "height", "W": "width", "S": "seed", "s": "steps", "C": "scale", "A": "sampler"}
-WEB_UI = re.compile(r"\s*--[A-Za-z]")
+SHORT_OPTIONS = {"n": "n_iter", "H": "height", "W": "width", "S": "seed", "s": "steps", "C": "scale", "A": "sampler"}
+WEB_UI_LINE = re.compile(r"\s*--[A-Za-z]")
 PROMPT_OPTION = re.compile(r"(?:^|\s)--prompt(?=[\s=])")
-OPTION_BEHIND = re.compile(r"\s(?:-[A-Za-z] ?\d+(?:\.\d+)?(?=\s|$)|--[A-Za-z][\w-]*(?=[\s=]|$))")
+TRAILING_OPTION = re.compile(r"\s(?:-[A-Za-z] ?\d+(?:\.\d+)?(?=\s|$)|--[A-Za-z][\w-]*(?=[\s=]|$))")
 SHORT_OPTION = re.compile(r"-[A-Za-z](?:\d+(?:\.\d+)?)?")
 COMMENT = re.compile(r"\s*(?:#|//)")
-OPTION = "--interpret-lines"
+INTERPRET_LINES_FLAG = "--interpret-lines"
 
 
-def read_txt(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
-    if is_table(path) and not options.as_0_1_0:
-        options.notes.advise("read as a table, since the first line is a header")
-        return read_csv(path, options)
+def read_txt_rows(path: Path, options: ReadingOptions) -> Iterator[ReaderItem]:
+    if is_tab_separated_table(path) and not options.as_0_1_0:
+        options.notes.add_advice("read as a table, since the first line is a header")
+        return read_csv_rows(path, options)
     return read_prompt_lines(path, options)
 
 
-def is_table(path: Path) -> bool:
+def is_tab_separated_table(path: Path) -> bool:
     """Whether the first line names columns, with tabs between them: Excel's "Unicode text" has this suffix."""
-    start = read_start(path).decode(find_encoding(path), "replace")
+    start = read_first_bytes(path).decode(detect_encoding(path), "replace")
     cells = start.partition("\n")[0].split("\t")
-    return len(cells) > 1 and "prompt" in map(is_column, cells)
+    return len(cells) > 1 and "prompt" in map(find_column, cells)
 
 
-def read_prompt_lines(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
+def read_prompt_lines(path: Path, options: ReadingOptions) -> Iterator[ReaderItem]:
     row = 0
     with open_text(path, options.notes) as file:
-        lines = BoundedLines(file, as_0_1_0=options.as_0_1_0)
+        lines = BoundedLineReader(file, as_0_1_0=options.as_0_1_0)
         for number, text in read_records(lines, lines):
-            if isinstance(text, Fault):
+            if isinstance(text, UnreadableRow):
                 row += 1
                 yield text
             elif text.strip():
@@ -64,34 +68,39 @@ def read_prompt_lines(path: Path, options: ReadingOptions) -> Iterator[RowRead]:
                 yield read_prompt_line(text.rstrip("\r\n"), number, row, options)
 
 
-def read_prompt_line(text: str, number: int, row: int, options: ReadingOptions) -> RowRead:
+def read_prompt_line(text: str, number: int, row: int, options: ReadingOptions) -> ReaderItem:
     notes = options.notes
     plain = normalize_text(text)
     if is_missing(plain):
-        return Line({}, {}, number)
-    if WEB_UI.match(plain) and PROMPT_OPTION.search(plain):
-        notes.see("lines with the web UI's options, read as it reads them: {}", row)
-        return read_options(plain, number, ())
+        return RawRow({}, {}, number)
+    if WEB_UI_LINE.match(plain) and PROMPT_OPTION.search(plain):
+        notes.count_occurrence("lines with the web UI's options, read as it reads them: {}", row)
+        return parse_option_line(plain, number, ())
     if COMMENT.match(plain):
         if options.interpret_lines:
-            notes.see("comments skipped: {}", row)
+            notes.count_occurrence("comments skipped: {}", row)
             return SkippedRows(1, is_blank=False)
-        notes.see(f"lines that look like comments, read as prompts: {{}}; {OPTION} skips them", row)
-    elif OPTION_BEHIND.search(plain):
+        notes.count_occurrence(
+            f"lines that look like comments, read as prompts: {{}}; {INTERPRET_LINES_FLAG} skips them", row
+        )
+    elif TRAILING_OPTION.search(plain):
         if options.interpret_lines:
-            return read_options(plain, number, SHORT)
-        notes.see(f"lines that look like another program's, options read as text: {{}}; {OPTION} reads them", row)
-    return Line({"prompt": text}, {}, number)
+            return parse_option_line(plain, number, SHORT_OPTIONS)
+        notes.count_occurrence(
+            f"lines that look like another program's, options read as text: {{}}; {INTERPRET_LINES_FLAG} reads them",
+            row,
+        )
+    return RawRow({"prompt": text}, {}, number)
 
 
-def read_options(text: str, number: int, short: Collection[str]) -> Line | Fault:
+def parse_option_line(text: str, number: int, short: Collection[str]) -> RawRow | UnreadableRow:
     """A prompt with options before or behind it; of one letter only those in `short`."""
     try:
-        if len(text) > MAX_LINE_CHARACTERS:
-            raise ValueError(f"{len(text)} characters, at most {MAX_LINE_CHARACTERS}")
+        if len(text) > MAX_OPTION_LINE_CHARACTERS:
+            raise ValueError(f"{len(text)} characters, at most {MAX_OPTION_LINE_CHARACTERS}")
         words = shlex.split(text)
         values: dict[str, str] = {}
-        if loose := take_words(words, short):
+        if loose := take_unquoted_words(words, short):
             values["prompt"] = loose
         while words:
             name, value = take_option(words, short)
@@ -100,15 +109,15 @@ def read_options(text: str, number: int, short: Collection[str]) -> Line | Fault
             if name and not is_missing(value):
                 values[name] = value
     except ValueError as error:
-        return Fault(f"cannot be read as a prompt with options: {error}", line=number)
-    return Line(values, {}, number)
+        return UnreadableRow(f"cannot be read as a prompt with options: {error}", line=number)
+    return RawRow(values, {}, number)
 
 
 def is_option(word: str, short: Collection[str]) -> bool:
     return word.startswith("--") or (SHORT_OPTION.fullmatch(word) is not None and word[1] in short)
 
 
-def take_words(words: list[str], short: Collection[str]) -> str:
+def take_unquoted_words(words: list[str], short: Collection[str]) -> str:
     """Words up to the next option, without which a prompt needs no quotes."""
     count = next((i for i, word in enumerate(words) if is_option(word, short)), len(words))
     taken = " ".join(words[:count])
@@ -121,14 +130,18 @@ def take_option(words: list[str], short: Collection[str]) -> tuple[str, str]:
     word = words.pop(0)
     if word.startswith("--"):
         spelled, equals, value = word[2:].partition("=")
-        column = "" if normal(spelled) in IGNORED else SPELLINGS.get(normal(spelled))
+        column = (
+            ""
+            if normalize_column_name(spelled) in IGNORED_OPTIONS
+            else COLUMN_BY_NAME.get(normalize_column_name(spelled))
+        )
     else:
         spelled, equals, value = word[1], word[2:], word[2:]
-        column = SHORT[spelled]
+        column = SHORT_OPTIONS[spelled]
     if column is None:
         raise ValueError(f"{excerpt(word)} is not known; remove it, or use a table with a column for each setting")
     if not equals and column in TEXT_OPTIONS:
-        value = take_words(words, short)
+        value = take_unquoted_words(words, short)
     elif not equals:
         if not words:
             raise ValueError(f"{excerpt(word)} has no value")

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch.errors import ManifestError
-from tinysd_batch.job.manifest.files import open_unpacked
-from tinysd_batch.job.manifest.raw_rows import Fault
+from tinysd_batch.job.manifest.files import open_decompressed
+from tinysd_batch.job.manifest.raw_rows import UnreadableRow
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 
 MAX_LINE_CHARACTERS = 8 << 20  # images as text are in some; they are left out, and the row stays
 MAX_RECORD_CHARACTERS = 262_144  # of a CSV row over several lines, which mostly is a quote that is not closed
-START_BYTES = 4096
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+DETECTION_BYTES = 4096
+UTF_16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF_32_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 @contextmanager
 def open_text(path: Path, notes: ReadingNotes) -> Iterator[io.TextIOWrapper]:
     """The file's text. Bytes that are no UTF-8 arrive as lone surrogates, so that only their row is lost."""
-    encoding = find_encoding(path)
+    encoding = detect_encoding(path)
     notes.encoding = "" if encoding == "utf-8" else encoding.upper()
-    with open_unpacked(path) as file:
+    with open_decompressed(path) as file:
         errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
         try:
             yield io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="")
@@ -33,26 +33,26 @@ def open_text(path: Path, notes: ReadingNotes) -> Iterator[io.TextIOWrapper]:
             raise ManifestError(f"{path}: not {encoding.upper()}: {error.reason}; save the file as UTF-8") from None
 
 
-def find_encoding(path: Path) -> str:
+def detect_encoding(path: Path) -> str:
     """Raises ManifestError for a file that is empty, or in an encoding that is not read."""
-    start = read_start(path)
-    if not start.strip() and len(start) < START_BYTES:
+    start = read_first_bytes(path)
+    if not start.strip() and len(start) < DETECTION_BYTES:
         raise ManifestError(f"{path}: the file is empty; it needs a prompt for each row")
-    if start[:2] in UTF_16 and start[:4] not in UTF_32:
+    if start[:2] in UTF_16_BOMS and start[:4] not in UTF_32_BOMS:
         return "utf-16"
-    if start[:4] in UTF_32 or b"\0" in start.split(b"\n", 1)[0]:
-        kind = "UTF-32" if start[:4] in UTF_32 else "UTF-16 without a byte-order mark"
+    if start[:4] in UTF_32_BOMS or b"\0" in start.split(b"\n", 1)[0]:
+        kind = "UTF-32" if start[:4] in UTF_32_BOMS else "UTF-16 without a byte-order mark"
         raise ManifestError(f"{path}: not UTF-8 (it looks like {kind}); save the file as UTF-8")
     return "utf-8"
 
 
-def read_start(path: Path) -> bytes:
-    with open_unpacked(path) as file:
-        start: bytes = file.read(START_BYTES)
+def read_first_bytes(path: Path) -> bytes:
+    with open_decompressed(path) as file:
+        start: bytes = file.read(DETECTION_BYTES)
         return start
 
 
-class BoundedLines:
+class BoundedLineReader:
     """Lines with their ends. One that is too long raises csv.Error; the next call goes on behind it."""
 
     def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
@@ -66,7 +66,7 @@ class BoundedLines:
         self.starts_record = True
         self.length = 0
 
-    def __iter__(self) -> "BoundedLines":
+    def __iter__(self) -> "BoundedLineReader":
         return self
 
     def __next__(self) -> str:
@@ -87,11 +87,11 @@ class BoundedLines:
                 return line.lstrip("\ufeff")
         return line
 
-    def describe_fault(self, error: csv.Error) -> str:
+    def describe_error(self, error: csv.Error) -> str:
         return str(error)
 
 
-def read_records(reader: Iterator[Any], lines: BoundedLines) -> Iterator[tuple[int, Any]]:
+def read_records(reader: Iterator[Any], lines: BoundedLineReader) -> Iterator[tuple[int, Any]]:
     """What `reader` makes of each row's lines, or what is wrong with them, after the number of the first line."""
     while True:
         lines.start_record()
@@ -101,4 +101,4 @@ def read_records(reader: Iterator[Any], lines: BoundedLines) -> Iterator[tuple[i
         except StopIteration:
             return
         except csv.Error as error:
-            yield first, Fault(lines.describe_fault(error), line=first)
+            yield first, UnreadableRow(lines.describe_error(error), line=first)
