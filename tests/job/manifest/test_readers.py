@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 from tests.support.program import environment
 from tests.support.session import examples
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.manifest.columns import near_misses
+from tinysd_batch.job.manifest.columns import find_near_misses
 from tinysd_batch.job.manifest.formats.text_lines import MAX_LINE_CHARACTERS
 from tinysd_batch.job.manifest.readers import READERS_BY_SUFFIX
 from tinysd_batch.job.manifest.validate import read_rows
@@ -211,7 +211,7 @@ def test_strict_costs_the_objects_that_have_unknown_keys(tmp_path: Path) -> None
 
 def test_near_misses() -> None:
     names = ["negatve_prompt", "Samplr", "text", "artist", "x" * 5000]
-    assert near_misses(names) == {"negatve_prompt": "negative_prompt", "Samplr": "sampler"}
+    assert find_near_misses(names) == {"negatve_prompt": "negative_prompt", "Samplr": "sampler"}
 
 
 # Broken and hostile files

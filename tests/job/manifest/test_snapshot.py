@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.changes import LinePair, ManifestDiff
-from tinysd_batch.job.manifest.files import fingerprint, starts_with_fingerprint
+from tinysd_batch.job.manifest.files import compute_fingerprint, starts_with_fingerprint
 from tinysd_batch.job.manifest.snapshot import (
     ROWS_FILE,
     Snapshot,
@@ -90,7 +90,7 @@ def test_rows_are_read_as_they_were_kept_and_no_further_than_asked(tmp_path: Pat
     keeper.save(tmp_path)
     assert list(read_snapshot_lines(tmp_path, 2)) == [row_to_line(one) for one in kept]
     assert list(read_snapshot_lines(tmp_path, 1)) == [row_to_line(kept[0])]
-    assert [one.read() for one in Snapshot(tmp_path, 2).rows()] == kept
+    assert [one.to_row() for one in Snapshot(tmp_path, 2).rows()] == kept
 
 
 NUMBERS = st.integers(1, 10**9)
@@ -130,7 +130,7 @@ def test_a_file_that_only_grew_is_known_by_its_bytes(
 ) -> None:
     file = tmp_path / "m.csv"
     file.write_bytes(old.encode())
-    digest = fingerprint(file)
+    digest = compute_fingerprint(file)
     file.write_bytes(new.encode())
     assert starts_with_fingerprint(file, digest, len(old) if size else None) == grows
 
@@ -151,7 +151,7 @@ def test_a_row_that_no_manifest_gives_is_refused(name: str, value: object) -> No
     import json
 
     with pytest.raises(StorageError, match="not a row of a job"):
-        SnapshotRow(1, json.dumps({**VALID, name: value})).read()
+        SnapshotRow(1, json.dumps({**VALID, name: value})).to_row()
 
 
 @pytest.mark.parametrize(

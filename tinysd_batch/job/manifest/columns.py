@@ -118,13 +118,13 @@ def reject_unknown_columns(columns: ColumnMapping) -> None:
     """Raise ColumnError when there are columns that nothing is made of."""
     if columns.unknown:
         first, more = columns.unknown[:8], len(columns.unknown) - 8
-        meant = near_misses(first)
+        meant = find_near_misses(first)
         named = ", ".join(excerpt(one) + (f" (did you mean {meant[one]}?)" if one in meant else "") for one in first)
         counted = f"{named} and {more} more" if more > 0 else named
         raise ColumnError(f"unknown column {counted}; rename or remove it, or leave out --strict")
 
 
-def near_misses(names: Iterable[str]) -> dict[str, str]:
+def find_near_misses(names: Iterable[str]) -> dict[str, str]:
     """Unknown names that look like slips -> what was probably meant."""
     found = {}
     for name in names:

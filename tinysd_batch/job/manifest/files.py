@@ -109,7 +109,7 @@ def summarize_error(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def fingerprint(path: Path) -> str:
+def compute_fingerprint(path: Path) -> str:
     """BLAKE2b of the manifest's bytes, 32 hex digits; for a folder of its parts' names and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for part in list_manifest_files(path):

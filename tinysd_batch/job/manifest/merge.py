@@ -40,9 +40,9 @@ class RowMerger:
                 self.add_if_new(new, late, added)
                 new = next(new_rows, None)
             if is_late:
-                yield old.read(), late.positions[old.number] == place
+                yield old.to_row(), late.positions[old.number] == place
             elif new is None or new.number > old.number:
-                yield old.read(), True
+                yield old.to_row(), True
             else:
                 yield self.choose_line(old, new, added)
                 new = next(new_rows, None)
@@ -60,11 +60,11 @@ class RowMerger:
     ) -> tuple[Row | InvalidRow, bool]:
         """What stands in the old line's place, and whether it counts."""
         if not old.is_invalid:
-            return old.read(), True
+            return old.to_row(), True
         if isinstance(new, InvalidRow):
             return new, True
         self.add(new, added)
-        return old.read(), False
+        return old.to_row(), False
 
     def add_if_new(self, new: Row | InvalidRow, late: OutOfOrderLines, added: SnapshotWriter) -> None:
         """Add a row without a line in its place: it was blank, or was added late and may have a fault."""

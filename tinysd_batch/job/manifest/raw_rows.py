@@ -27,7 +27,7 @@ class UnreadableRow(NamedTuple):
 class SkippedRows(NamedTuple):
     """Rows that are none and keep their numbers."""
 
-    number: int
+    row_count: int
     is_blank: bool = True
 
 
@@ -37,7 +37,7 @@ class ReadingOptions(NamedTuple):
     notes: ReadingNotes
     strict: bool = False  # unknown columns are a fault
     interpret_lines: bool = False  # in a .txt: skip comments, read the options of other programs
-    as_0_1_0: bool = False  # jobs that 0.1.0 began count rows as it did, and carry its text
+    compat_0_1_0: bool = False  # jobs that 0.1.0 began count rows as it did, and carry its text
 
 
 def drop_long_values(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:

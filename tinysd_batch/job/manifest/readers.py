@@ -32,10 +32,10 @@ def read_raw_rows(
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
-    as_0_1_0: bool = False,
+    compat_0_1_0: bool = False,
 ) -> Iterator[ReaderItem]:
     """Every row in order; a blank one has no values. The arguments are those of `ReadingOptions`."""
-    options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines, as_0_1_0)
+    options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines, compat_0_1_0)
     return READERS_BY_SUFFIX[detect_format(path)](path, options)
 
 
@@ -67,7 +67,9 @@ def read_extra_fields(path: Path, seen: Iterable[str], *, as_text: bool = False)
     names = list(seen)
     match detect_format(path):
         case ".csv" | ".tsv":
-            fields = [pa.field(name, pa.string()) for name in read_csv_extra_names(path, set(names), as_0_1_0=as_text)]
+            fields = [
+                pa.field(name, pa.string()) for name in read_csv_extra_names(path, set(names), compat_0_1_0=as_text)
+            ]
         case ".parquet" | ".pq":
             fields = read_parquet_extra_fields(path, as_text=as_text)
         case _:

@@ -55,7 +55,7 @@ class SnapshotRow(NamedTuple):
     def is_invalid(self) -> bool:
         return '"invalid":true' in self.line and bool(parse_snapshot_line(self.line).get("invalid"))
 
-    def read(self) -> Row | InvalidRow:
+    def to_row(self) -> Row | InvalidRow:
         """The row again. Raises StorageError for what no reading of a manifest gives."""
         kept = parse_snapshot_line(self.line)
         if kept.get("invalid"):
@@ -126,7 +126,7 @@ class SnapshotWriter:
         """Close, and read the rows back in the order in which they were added."""
         self.close()
         with gzip.open(self.file) as lines:
-            yield from (row.read() for row in parse_snapshot_rows(line.decode().rstrip("\n") for line in lines))
+            yield from (row.to_row() for row in parse_snapshot_rows(line.decode().rstrip("\n") for line in lines))
 
 
 @dataclass(slots=True)

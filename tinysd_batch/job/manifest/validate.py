@@ -55,7 +55,7 @@ def read_rows(
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
-    as_0_1_0: bool = False,
+    compat_0_1_0: bool = False,
 ) -> Iterator[Row | InvalidRow]:
     """Every row of the manifest in order, checked. Raises ManifestError for faults of the whole file.
 
@@ -65,15 +65,15 @@ def read_rows(
         strict: Columns that we do not know are a fault of the file, or in JSONL one of their row.
         notes: Is filled with what was noticed besides the rows; complete when all rows are read.
         interpret_lines: In a .txt, skip comments and read options behind a prompt.
-        as_0_1_0: Decide as 0.1.0 where rows begin and end, and carry what is no number as text.
+        compat_0_1_0: Decide as 0.1.0 where rows begin and end, and carry what is no number as text.
     """
     notes = notes if notes is not None else ReadingNotes()
     number, first, any_good = 0, None, False
-    for line in read_raw_rows(path, strict, notes=notes, interpret_lines=interpret_lines, as_0_1_0=as_0_1_0):
+    for line in read_raw_rows(path, strict, notes=notes, interpret_lines=interpret_lines, compat_0_1_0=compat_0_1_0):
         row = None
         if isinstance(line, SkippedRows):
-            number += line.number
-            notes.blank_rows += line.number if line.is_blank else 0
+            number += line.row_count
+            notes.blank_rows += line.row_count if line.is_blank else 0
         else:
             number += 1
             row = validate_raw_row(number, line, defaults, notes)

@@ -15,7 +15,7 @@ from tests.support.manifests import DEFAULTS, reason, rows_of
 from tests.support.program import Capture, call
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.export.table import export_table
-from tinysd_batch.job.manifest.files import fingerprint
+from tinysd_batch.job.manifest.files import compute_fingerprint
 from tinysd_batch.job.manifest.formats.parquet_footer import read_column_sizes
 from tinysd_batch.job.manifest.readers import read_extra_fields
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
@@ -220,15 +220,15 @@ def test_a_folder_of_parts_is_one_table(tmp_path: Path, name: str) -> None:
 
 def test_the_fingerprint_of_a_folder_is_that_of_its_parts(tmp_path: Path) -> None:
     folder = write_parts(tmp_path / "m.parquet", 0, 1)
-    seen = {fingerprint(folder)}
+    seen = {compute_fingerprint(folder)}
     (folder / "_SUCCESS").unlink()
-    assert fingerprint(folder) in seen
+    assert compute_fingerprint(folder) in seen
     write(folder / "part.1.parquet", {"prompt": ["owl"]})
-    seen.add(fingerprint(folder))
+    seen.add(compute_fingerprint(folder))
     (folder / "part.1.parquet").rename(folder / "part.2.parquet")
-    seen.add(fingerprint(folder))
+    seen.add(compute_fingerprint(folder))
     (folder / "part.2.parquet").unlink()
-    assert len(seen | {fingerprint(folder)}) == 4
+    assert len(seen | {compute_fingerprint(folder)}) == 4
 
 
 def test_parts_whose_columns_differ(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ QUOTED = r'"[^"]*(?:""[^"]*)*(?:"|\Z)'
 class CsvLineReader(BoundedLineReader):
     """Lines for `csv.reader`: remembers where a quote opened, and drops blanks around quoted cells."""
 
-    def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
-        super().__init__(file, as_0_1_0=as_0_1_0)
+    def __init__(self, file: io.TextIOWrapper, *, compat_0_1_0: bool = False) -> None:
+        super().__init__(file, compat_0_1_0=compat_0_1_0)
         self.open_quote_line = 0  # the line of the last quote that was not closed on its line
         self.previous_line = ""
         self.separator = ""  # not known yet
@@ -68,7 +68,7 @@ class CsvLineReader(BoundedLineReader):
 
     def strip_blanks_around_quotes(self, line: str, goes_on: bool) -> str:
         """The line without blanks between separators and quotes, where they are no part of a cell."""
-        if self.as_0_1_0:  # to which such a quote opened nothing
+        if self.compat_0_1_0:  # to which such a quote opened nothing
             return line
         start = 0
         if goes_on:
@@ -98,7 +98,7 @@ def drop_blanks(match: re.Match[str]) -> str:
 
 def read_csv_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
     with open_text(path, options.notes) as file:
-        lines = CsvLineReader(file, as_0_1_0=options.as_0_1_0)
+        lines = CsvLineReader(file, compat_0_1_0=options.compat_0_1_0)
         separator, header = read_header(path, lines)
         if separator != get_default_separator(path):
             options.notes.separator = SEPARATORS.get(separator, f"{separator!r}")
@@ -130,7 +130,7 @@ class CsvRowConverter:
         names = self.columns.names
         if len(cells) > self.width and not all(map(is_missing, cells[self.width :])):
             return self.report_cell_count(cells, line)
-        if self.options.as_0_1_0 and len(cells) < self.width and any('"' in cell for cell in cells):
+        if self.options.compat_0_1_0 and len(cells) < self.width and any('"' in cell for cell in cells):
             return self.report_cell_count(cells, line)  # part of a row that 0.1.0 cut into several
         values = {
             name: cell
@@ -182,7 +182,7 @@ def get_default_separator(path: Path) -> str:
 def read_header(path: Path, lines: CsvLineReader) -> tuple[str, tuple[str, ...]]:
     """What separates the cells, and the names of the columns. Raises ManifestError."""
     # An open quote takes in lines up to the limit.
-    csv.field_size_limit(MAX_CELL_CHARACTERS if lines.as_0_1_0 else MAX_LINE_CHARACTERS)
+    csv.field_size_limit(MAX_CELL_CHARACTERS if lines.compat_0_1_0 else MAX_LINE_CHARACTERS)
     try:
         record = read_first_record(lines)
         if match := SEPARATOR_LINE.fullmatch("".join(record)):
@@ -243,9 +243,9 @@ def parse_header(record: list[str], separator: str, lines: CsvLineReader) -> tup
     return tuple(normalize_text(name).strip() for name in names)
 
 
-def read_csv_extra_names(path: Path, seen: set[str], *, as_0_1_0: bool = False) -> tuple[str, ...]:
+def read_csv_extra_names(path: Path, seen: set[str], *, compat_0_1_0: bool = False) -> tuple[str, ...]:
     """The header's names that are not ours; one without any only where `seen` says that its column is not empty."""
     with open_text(path, ReadingNotes()) as file:
-        _, header = read_header(path, CsvLineReader(file, as_0_1_0=as_0_1_0))
+        _, header = read_header(path, CsvLineReader(file, compat_0_1_0=compat_0_1_0))
     unknown = match_table_columns(path, header, strict=False).unknown
     return (*unknown, *([""] if "" in seen else []))

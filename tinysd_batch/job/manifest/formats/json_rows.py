@@ -39,7 +39,7 @@ BLANK_RUN = re.compile(r"[ \t\r\n\ufeff]*")
 
 
 def read_jsonl_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
-    if is_json_array(path) and not options.as_0_1_0:
+    if is_json_array(path) and not options.compat_0_1_0:
         return require_prompt_key(path, read_array(path, options))
     return require_prompt_key(path, read_object_lines(path, options))
 
@@ -87,7 +87,7 @@ def require_prompt_key(path: Path, rows: Iterator[RawRow | UnreadableRow]) -> It
 def read_object_lines(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
     decoder = ObjectDecoder()
     with open_text(path, options.notes) as file:
-        lines = BoundedLineReader(file, as_0_1_0=options.as_0_1_0)
+        lines = BoundedLineReader(file, compat_0_1_0=options.compat_0_1_0)
         for number, text in read_records(lines, lines):
             if isinstance(text, UnreadableRow):
                 yield text

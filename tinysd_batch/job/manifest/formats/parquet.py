@@ -138,7 +138,7 @@ def convert_batch(
     batch: Any, our_names: dict[str, str], columns: ColumnMapping, options: ReadingOptions
 ) -> Iterator[RawRow | UnreadableRow]:
     names = [our_names[name] for name in batch.schema.names]
-    read_unknown = read_column_as_text if options.as_0_1_0 else read_extra_column
+    read_unknown = read_column_as_text if options.compat_0_1_0 else read_extra_column
     cells = [
         (read_known_column if name in columns.source_names else read_unknown)(array)
         for name, array in zip(names, batch.columns, strict=True)

@@ -42,7 +42,7 @@ INTERPRET_LINES_FLAG = "--interpret-lines"
 
 
 def read_txt_rows(path: Path, options: ReadingOptions) -> Iterator[ReaderItem]:
-    if is_tab_separated_table(path) and not options.as_0_1_0:
+    if is_tab_separated_table(path) and not options.compat_0_1_0:
         options.notes.add_advice("read as a table, since the first line is a header")
         return read_csv_rows(path, options)
     return read_prompt_lines(path, options)
@@ -58,7 +58,7 @@ def is_tab_separated_table(path: Path) -> bool:
 def read_prompt_lines(path: Path, options: ReadingOptions) -> Iterator[ReaderItem]:
     row = 0
     with open_text(path, options.notes) as file:
-        lines = BoundedLineReader(file, as_0_1_0=options.as_0_1_0)
+        lines = BoundedLineReader(file, compat_0_1_0=options.compat_0_1_0)
         for number, text in read_records(lines, lines):
             if isinstance(text, UnreadableRow):
                 row += 1

@@ -55,9 +55,9 @@ def read_first_bytes(path: Path) -> bytes:
 class BoundedLineReader:
     """Lines with their ends. One that is too long raises csv.Error; the next call goes on behind it."""
 
-    def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
+    def __init__(self, file: io.TextIOWrapper, *, compat_0_1_0: bool = False) -> None:
         self.readline = file.readline
-        self.as_0_1_0 = as_0_1_0
+        self.compat_0_1_0 = compat_0_1_0
         self.number = 0  # of the last line read
         self.starts_record = True  # the next line does
         self.length = 0  # of the record so far
@@ -83,7 +83,7 @@ class BoundedLineReader:
         if self.starts_record:
             self.starts_record = False
             # At the start of any line: somebody put files together. A line of it alone was a row of 0.1.0.
-            if line[0] == "\ufeff" and (self.number == 1 or not self.as_0_1_0):
+            if line[0] == "\ufeff" and (self.number == 1 or not self.compat_0_1_0):
                 return line.lstrip("\ufeff")
         return line
 
