@@ -90,8 +90,8 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
     [
         ('{"prompt": "cat"', "not a JSON object: Expecting ',' delimiter at character 17"),
         ("[1]", "not a JSON object"),
-        ('{"prompt": "cat", "prompt": "dog"}', "key 'prompt' stands there twice"),
-        ('{"prompt": "cat", "x": {"a": 1, "a": 2}}', "key 'a' stands there twice"),
+        ('{"prompt": "cat", "prompt": "dog"}', "key 'prompt' appears twice"),
+        ('{"prompt": "cat", "x": {"a": 1, "a": 2}}', "key 'a' appears twice"),
         ('{"prompt": "cat", "scale": -Infinity}', "-Infinity is no JSON number"),
         ('{"prompt": "cat", "scale": 1e999}', "must be finite"),
         ('{"prompt": "cat", "scale": 1' + "0" * 400 + "}", "column scale"),
@@ -226,7 +226,7 @@ def test_a_cut_or_damaged_gzip_is_told(tmp_path: Path, suffix: str) -> None:
     damaged = (data[:middle], data[:-4], data[:middle] + b"\0\xff" * 20 + data[middle + 40 :], b"no gzip")
     for bad in damaged:
         (tmp_path / f"m{suffix}").write_bytes(bad)
-        with pytest.raises(ManifestError, match=f"m{suffix}: damaged or cut off gzip"):
+        with pytest.raises(ManifestError, match=f"m{suffix}: damaged or truncated gzip"):
             rows_of(tmp_path / f"m{suffix}")
 
 

@@ -72,7 +72,7 @@ def test_words_for_nothing_are_text_in_a_prompt_and_are_noted(tmp_path: Path) ->
     rows, notes = read(tmp_path / "m.csv", "prompt,negative_prompt\ncat,\nnan,\nNone,\ndog,NULL\nnan apple,\n")
     assert [row.prompt for row in rows] == ["cat", "nan", "None", "dog", "nan apple"]
     assert notes == [
-        "prompts that are a word for a missing value (nan, None, NULL), taken as text: 3 (first: row 2)"
+        "prompts that look like a missing value (nan, None, NULL), read as text: 3 (first: row 2)"
     ]  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_a_column_without_a_name_is_carried_where_it_holds_something(tmp_path: P
 def test_several_columns_without_a_name_cost_no_row(tmp_path: Path) -> None:
     rows, notes = read(tmp_path / "m.csv", "prompt,,\ncat,a,b\n")
     assert prompts_and_seeds(rows) == [(1, "cat", None)]
-    assert notes == ["column '': not carried into the results, several columns have no name"]
+    assert notes == ["column '': not copied to the results, several columns have no name"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_long_value_that_nobody_reads_is_left_out(tmp_path: Path, name: str) -
     content = json.dumps(objects, indent=1) if name == "m.json" else "\n".join(lines)
     rows, notes = read(tmp_path / name, content)
     assert [(row.prompt, row.extra) for row in rows] == [("cat", {"n": "1"}), ("dog", {"image": "y", "n": "2"})]
-    limit = "some values are not carried into the results: 300,000 characters, at most 131,072"
+    limit = "some values are not copied to the results: 300,000 characters, at most 131,072"
     assert notes == [f"column 'image': {limit}"]
 
 
@@ -142,12 +142,12 @@ def test_a_long_value_that_nobody_reads_is_left_out(tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
-        ("m.csv", 'prompt;seed;scale\n"red; apple";7;7,5\n', "semicolons between cells"),
-        ("m.csv", '"prompt";"seed";"scale"\n"red; apple";"7";"7,5"\n', "semicolons between cells"),
-        ("m.csv", '\ufeffsep=;\r\nprompt;seed;scale\r\n"red; apple";7;7.5\r\n', "semicolons between cells"),
-        ("m.csv", "prompt\tseed\tscale\nred; apple\t7\t7,5\n", "tabs between cells"),
-        ("m.tsv", '"prompt";"seed";"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
-        ("m.csv", '\n\n"pro\u200bmpt" ;seed;"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
+        ("m.csv", 'prompt;seed;scale\n"red; apple";7;7,5\n', "cells are separated by semicolons"),
+        ("m.csv", '"prompt";"seed";"scale"\n"red; apple";"7";"7,5"\n', "cells are separated by semicolons"),
+        ("m.csv", '\ufeffsep=;\r\nprompt;seed;scale\r\n"red; apple";7;7.5\r\n', "cells are separated by semicolons"),
+        ("m.csv", "prompt\tseed\tscale\nred; apple\t7\t7,5\n", "cells are separated by tabs"),
+        ("m.tsv", '"prompt";"seed";"scale"\n"red; apple";7;7,5\n', "cells are separated by semicolons"),
+        ("m.csv", '\n\n"pro\u200bmpt" ;seed;"scale"\n"red; apple";7;7,5\n', "cells are separated by semicolons"),
         ("m.csv", 'prompt, seed, "scale"\n"red; apple" , 7, "7.5"\n', None),
         ("m.csv", ',,\n"",,\nprompt,seed,scale\nred; apple,7,7.5\n', None),
     ],
@@ -292,7 +292,7 @@ def test_joiners_stay(tmp_path: Path) -> None:
 
 
 def test_names_that_become_the_same_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="column 'note' stands there twice"):
+    with pytest.raises(ManifestError, match="column 'note' appears twice"):
         read(tmp_path / "m.csv", "prompt,note,no\u200bte\ncat,a,b\n")
 
 

@@ -49,7 +49,7 @@ def test_doubled_keys_take_time_by_their_number(tmp_path: Path) -> None:
     assert time.process_time() - started < 1  # comparing all with all takes five seconds
     assert reason(row) == "20,001 keys, at most 1,000; leave out what is not needed"
     (row,), _ = read(tmp_path / "m.jsonl", '{"prompt": "cat", "k7": 1, "k7": 2}\n')
-    assert reason(row) == "key 'k7' stands there twice"
+    assert reason(row) == "key 'k7' appears twice"
 
 
 # Arrays (case 10)
@@ -82,7 +82,7 @@ def test_what_is_no_good_in_an_array_costs_its_row(tmp_path: Path) -> None:
     content = '[3, {"prompt": "cat", "x": {"a": 1, "a": 2}}, "text", {"prompt": "\\ud800"}, [1], {"prompt": "dog"}]'
     rows, _ = read(tmp_path / "m.json", content)
     assert [getattr(row, "reason", "") for row in rows] == [
-        "not a JSON object", "key 'a' stands there twice", "not a JSON object",
+        "not a JSON object", "key 'a' appears twice", "not a JSON object",
         "half a character: a \\u escape of a surrogate pair without its other half", "not a JSON object", "",
     ]  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_what_is_no_good_in_an_array_costs_its_row(tmp_path: Path) -> None:
         ('[{"prompt": "cat", "x": "' + "x" * 9_000_000 + '"}]', "over 8,388,608 characters in one object"),
         ('[{"prompt": "cat", "x": ' + "[" * 100_000, "nested too deep"),
         ("[]", "no rows"),
-        ("[{}, {}]", "no rows besides 2 blank ones"),
+        ("[{}, {}]", "no rows except 2 blank ones"),
     ],
 )
 def test_text_that_is_no_json(tmp_path: Path, content: str, message: str) -> None:

@@ -42,8 +42,8 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 @pytest.mark.parametrize(
     ("kind", "note"),
     [
-        (IMAGE, "bytes within structures are not carried into the results"),
-        (pa.list_(IMAGE), "bytes within structures are not carried into the results"),
+        (IMAGE, "bytes within structures are not copied to the results"),
+        (pa.list_(IMAGE), "bytes within structures are not copied to the results"),
         (pa.binary(), "its values are too long for the results"),
         (pa.string(), "its values are too long for the results"),
         (pa.list_(pa.string()), "its values are too long for the results"),
@@ -86,7 +86,7 @@ def test_a_long_value_is_left_out_of_its_row(tmp_path: Path) -> None:
     assert (cat.prompt, cat.extra) == ("cat", {"few": ["a"]})
     assert dog.extra == {"note": "y", "tags": ["y"]}
     assert (
-        notes[0] == "column 'note': some values are not carried into the results: some 131,073 bytes, at most 131,072"
+        notes[0] == "column 'note': some values are not copied to the results: some 131,073 bytes, at most 131,072"
     )
 
 
@@ -240,14 +240,14 @@ def test_parts_whose_columns_differ(tmp_path: Path) -> None:
     assert [(row.prompt, row.extra) for row in rows] == [
         ("cat", {"n": 1}), ("dog", {"n": 1.5, "e": ["y"], "more": "z"}),
     ]  # fmt: skip
-    assert notes == ["column 't': not carried into the results, its type differs between the parts"]
+    assert notes == ["column 't': not copied to the results, its type differs between the parts"]
     kinds = {field.name: str(field.type) for field in read_extra_fields(folder, [])}
     assert kinds == {"n": "double", "e": "list<item: string>", "more": "string"}
 
 
 def test_folders_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "m.parquet" / "year=2024").mkdir(parents=True)
-    with pytest.raises(ManifestError, match=r"its tables are in folders below it \(year=2024\)"):
+    with pytest.raises(ManifestError, match=r"its tables are in subfolders \(year=2024\)"):
         rows_of(tmp_path / "m.parquet")
     (tmp_path / "m.parquet" / "year=2024").rmdir()
     with pytest.raises(ManifestError, match="is a directory without Parquet files"):

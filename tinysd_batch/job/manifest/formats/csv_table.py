@@ -156,7 +156,7 @@ class CsvRowConverter:
             )
         if self.unnamed > 1:
             del values[""]
-            self.options.notes.record_dropped_column("", "not carried into the results, several columns have no name")
+            self.options.notes.record_dropped_column("", "not copied to the results, several columns have no name")
 
     def report_cell_count(self, cells: list[str], line: int) -> UnreadableRow:
         reason = f"{len(cells)} cells where the header has {self.width} columns"

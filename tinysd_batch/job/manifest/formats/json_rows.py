@@ -172,7 +172,7 @@ class ObjectDecoder:
         values = dict(pairs)
         if len(values) < len(pairs):
             doubled = min(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            self.fault = self.fault or f"key {excerpt(doubled)} stands there twice"
+            self.fault = self.fault or f"key {excerpt(doubled)} appears twice"
         return values
 
     def read_constant(self, name: str) -> float:

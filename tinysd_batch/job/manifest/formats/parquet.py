@@ -57,7 +57,7 @@ def read_parquet_rows(path: Path, options: ReadingOptions) -> Iterator[ReaderIte
         {name for name, kind in find_extra_column_types(parts).items() if kind is None} if len(parts) > 1 else set()
     )
     for name in clashing:
-        options.notes.record_dropped_column(name, "not carried into the results, its type differs between the parts")
+        options.notes.record_dropped_column(name, "not copied to the results, its type differs between the parts")
     for part in parts:
         for row in read_parquet_file(part, options):
             if clashing and isinstance(row, RawRow):
@@ -112,7 +112,7 @@ def find_skipped_columns(path: Path, whole: Any, file: Any, columns: ColumnMappi
     our_names = dict(zip(file.schema_arrow.names, columns.names, strict=True))
     unknown = {name for name, our_name in our_names.items() if our_name not in columns.source_names}
     nested_bytes = [field.name for field in file.schema_arrow if field.name in unknown and has_binary_leaf(field.type)]
-    left_out = dict.fromkeys(nested_bytes, "not read, bytes within structures are not carried into the results")
+    left_out = dict.fromkeys(nested_bytes, "not read, bytes within structures are not copied to the results")
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     if not any(group.total_byte_size > get_safe_group_bytes(group.num_rows) for group in groups):
         return left_out
@@ -148,7 +148,7 @@ def convert_batch(
         bad = {name: cell.reason for name, cell in values.items() if type(cell) is InvalidCell}
         for name in [name for name in bad if name not in columns.source_names]:
             del values[name]
-            options.notes.record_dropped_column(name, f"some values are not carried into the results: {bad.pop(name)}")
+            options.notes.record_dropped_column(name, f"some values are not copied to the results: {bad.pop(name)}")
         if bad:
             prompt = values.get("prompt")
             reasons = (f"column {columns.source_names[name]}: {reason}" for name, reason in bad.items())
