@@ -88,7 +88,7 @@ def test_a_good_row_may_not_change_beside_a_corrected_one(job: Path, tmp_path: P
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
     write(tmp_path, "cat,", "bee,oops")
     (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace("owl,", "owl,x"))
-    with pytest.raises(JobMismatchError, match="row 3: is faulty now"):
+    with pytest.raises(JobMismatchError, match="row 3: is invalid now"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 
@@ -127,7 +127,7 @@ def test_a_blank_row_may_be_spoilt_and_corrected(tmp_path: Path) -> None:
 def test_a_row_made_blank_is_told_though_another_was_appended(job: Path, tmp_path: Path) -> None:
     write(tmp_path, "cat,-7", "bee,oops", "emu,")
     (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace("owl,", ","))
-    with pytest.raises(JobMismatchError, match="row 3 is gone"):
+    with pytest.raises(JobMismatchError, match="row 3 is missing"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 

@@ -46,13 +46,13 @@ def pairs(old: list[str], new: list[str]) -> list[LinePair]:
         (
             "1 2 3 4 5",
             "row 1: prompt 'a' is now '1'; row 2: prompt 'b' is now '2'; row 3: prompt 'c' is now '3'; "
-            "2 rows more differ",
+            "2 more rows differ",
         ),
         ("a b n c d e", "row 3 is new, before 3 of the old ones"),
         ("m n a b c d e", "rows 1 to 2 are new, before 5 of the old ones"),
-        ("a b c", "rows 4 to 5 are gone"),
-        ("a c d e", "row 2 is gone"),
-        ("a x y z c d e", "from row 2 on 1 row became 3; row 2: prompt 'b' is now 'x'"),
+        ("a b c", "rows 4 to 5 are missing"),
+        ("a c d e", "row 2 is missing"),
+        ("a x y z c d e", "from row 2 on, 1 row became 3; row 2: prompt 'b' is now 'x'"),
     ],
 )  # fmt: skip
 def test_what_is_told_of_a_change(now: str, told: str) -> None:
@@ -75,9 +75,9 @@ def test_only_rows_behind_the_old_ones_are_appended(old: list[str], new: list[st
 def test_a_difference_names_columns_with_both_values() -> None:
     faulty = InvalidRow(1, "column seed = 'x': a whole number was expected", prompt="a")
     for new, told in (
-        (row(1, "a", 7), "row 1: seed nothing is now 7"),
-        (row(1, "a", artist="\x1b[2J"), "row 1: artist nothing is now '\\x1b[2J'"),
-        (faulty, "row 1: is faulty now: prompt 'a'"),
+        (row(1, "a", 7), "row 1: seed (empty) is now 7"),
+        (row(1, "a", artist="\x1b[2J"), "row 1: artist (empty) is now '\\x1b[2J'"),
+        (faulty, "row 1: is invalid now: prompt 'a'"),
     ):
         assert str(ManifestDiff.from_pairs(pairs(lines("a"), [row_to_line(new)]))) == told
 
