@@ -42,8 +42,8 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 @pytest.mark.parametrize(
     ("kind", "note"),
     [
-        (IMAGE, "bytes within structures are not copied to the results"),
-        (pa.list_(IMAGE), "bytes within structures are not copied to the results"),
+        (IMAGE, "bytes within structs or lists are not copied to the results"),
+        (pa.list_(IMAGE), "bytes within structs or lists are not copied to the results"),
         (pa.binary(), "its values are too long for the results"),
         (pa.string(), "its values are too long for the results"),
         (pa.list_(pa.string()), "its values are too long for the results"),
@@ -240,7 +240,7 @@ def test_parts_whose_columns_differ(tmp_path: Path) -> None:
     assert [(row.prompt, row.extra) for row in rows] == [
         ("cat", {"n": 1}), ("dog", {"n": 1.5, "e": ["y"], "more": "z"}),
     ]  # fmt: skip
-    assert notes == ["column 't': not copied to the results, its type differs between the parts"]
+    assert notes == ["column 't': not copied to the results, its type differs between the files"]
     kinds = {field.name: str(field.type) for field in read_extra_fields(folder, [])}
     assert kinds == {"n": "double", "e": "list<item: string>", "more": "string"}
 
