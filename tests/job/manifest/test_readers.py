@@ -92,7 +92,7 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
         ("[1]", "not a JSON object"),
         ('{"prompt": "cat", "prompt": "dog"}', "key 'prompt' appears twice"),
         ('{"prompt": "cat", "x": {"a": 1, "a": 2}}', "key 'a' appears twice"),
-        ('{"prompt": "cat", "scale": -Infinity}', "-Infinity is no JSON number"),
+        ('{"prompt": "cat", "scale": -Infinity}', "-Infinity is not a JSON number"),
         ('{"prompt": "cat", "scale": 1e999}', "must be finite"),
         ('{"prompt": "cat", "scale": 1' + "0" * 400 + "}", "column scale"),
         ('{"prompt": "cat", "seed": 1' + "0" * 5000 + "}", "Exceeds the limit"),

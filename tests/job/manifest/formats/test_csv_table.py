@@ -92,7 +92,7 @@ def test_a_column_without_a_name_is_carried_where_it_holds_something(tmp_path: P
     rows, _ = read(tmp_path / "m.csv", ",prompt\n5,cat\n")
     assert rows[0].extra == {"": "5"}
     assert [field.name for field in read_extra_fields(tmp_path / "m.csv", [""])] == [""]
-    with pytest.raises(ManifestError, match="line 2: '5' stands in a column without a name"):
+    with pytest.raises(ManifestError, match="line 2: '5' is in a column without a name"):
         read(tmp_path / "m.csv", ",prompt\n5,cat\n", strict=True)
 
 
@@ -177,7 +177,7 @@ def test_no_separator_is_seen_where_there_is_none(tmp_path: Path, content: str, 
 @pytest.mark.parametrize("cell", ["1.000", "1,000", "12.000"])
 def test_a_separator_of_thousands_is_no_decimal_point(tmp_path: Path, cell: str) -> None:
     (row,), _ = read(tmp_path / "m.csv", f"prompt;seed\ncat;{cell}\n")
-    assert f"column seed = '{cell}': a separator of thousands?" in reason(row)
+    assert f"column seed = '{cell}': ambiguous thousands separator" in reason(row)
     assert row.prompt == "cat"
 
 
@@ -235,9 +235,9 @@ def test_a_fault_knows_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "where"),
     [
-        ('cat,1\n"red apple,2\nblue heart,3\nowl,4\n', "opens in line 3 is not closed and takes in the 2 lines after"),
-        ('"a\nb","red apple\nblue heart,3\n', "opens in line 3 is not closed and takes in the line after it"),
-        ('"red apple\nblue "heart,3\n', "opens in line 2 is not closed and takes in the line after it"),
+        ('cat,1\n"red apple,2\nblue heart,3\nowl,4\n', "opens in line 3 is not closed and includes the 2 lines after"),
+        ('"a\nb","red apple\nblue heart,3\n', "opens in line 3 is not closed and includes the line after it"),
+        ('"red apple\nblue "heart,3\n', "opens in line 2 is not closed and includes the line after it"),
         ('cat,1\n"red apple', "opens in line 3 is not closed; check the quotes there"),
         ('"' + f"{'x' * 1000}\n" * 300, "over 262,144 characters: the quote that opens in line 2 is not closed"),
     ],
