@@ -1,8 +1,8 @@
 """Normalize text, and make text storable and printable.
 
-Every prompt, cell, column name and setting passes through `normalize_text` before it is looked up or stored. Text from
-elsewhere (paths, host names, messages of libraries) passes through `make_text_storable` before a table, JSON or an image
-holds it.
+Every prompt, cell, column name and setting passes through `normalize_text` before it is looked up or stored. Text
+from elsewhere (paths, host names, messages of libraries) passes through `make_text_storable` before a table, JSON or an
+image holds it.
 """
 
 import codecs
