@@ -114,7 +114,7 @@ def test_a_lock_that_was_given_up_meanwhile_is_not_held(tmp_path: Path, monkeypa
         return handle
 
     monkeypatch.setattr(os, "open", open_late)
-    with pytest.raises(JobLockedError, match="just given this job up"), hold_lock(path):
+    with pytest.raises(JobLockedError, match="just released this job"), hold_lock(path):
         pytest.fail("locked what is gone")
 
 
