@@ -35,6 +35,11 @@ def normalize_text(text: str) -> str:
     return NON_NORMAL_CHARACTERS.sub(lambda match: " " if match[0][0] not in INVISIBLE_CHARACTERS else "", text)
 
 
+def normalize_if_text(value: Any) -> Any:
+    """Return `normalize_text(value)` for a string, and any other value unchanged."""
+    return normalize_text(value) if isinstance(value, str) else value
+
+
 def decode_text(data: bytes) -> str:
     """Return a text file's text: UTF-8, or UTF-16 where a byte-order mark says so, without such marks at line starts.
 

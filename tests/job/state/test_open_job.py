@@ -155,7 +155,7 @@ def test_another_model_and_another_manifest_are_refused(manifest: Path, tmp_path
 def test_a_job_that_another_run_started_meanwhile_is_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     late = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
     draw(manifest, tmp_path / "job", tiny_model, seed=2, limit=1)
-    with pytest.raises(JobMismatchError, match="another run started this job meanwhile"):
+    with pytest.raises(JobMismatchError, match="another run started this job in the meantime"):
         run_job(late, lambda _: InlinePool(setup_for(late)), Quiet(), lambda: False)
 
 

@@ -85,7 +85,7 @@ def test_another_machine_of_the_same_name_decides_anew(
     with caplog.at_level(logging.WARNING, "tinysd_batch"):
         submit(tmp_path, tiny_model, 2)
     assert precisions(tmp_path / "job") == ["bfloat16", "float32"]
-    assert "begun in bfloat16, which cannot be computed well here; going on in float32" in caplog.text
+    assert "the job started with bfloat16, which this device does not support well; continuing with float32" in caplog.text
     assert (
         read_precision_record(tmp_path / "job" / "_tinysd" / "precision.json")[machine_device_key(CPU)]["dtype"]
         == "float32"
@@ -137,4 +137,4 @@ def test_workers_of_one_machine_compute_alike(tmp_path: Path) -> None:
     for worker, chosen in (("gpu-0", "float16"), ("gpu-1", "float32"), ("gpu-2", "float16")):
         description = {"precision": chosen, "precision_reason": "measured", "precision_replaces": None}
         dispatch.handle_events([WorkerReady(worker, {**description, "precision_key": "box/GPU"})])
-    assert pool.killed == ["gpu-1: chose float32, where the job computes in float16 on box/GPU"]
+    assert pool.killed == ["gpu-1: chose float32, but the job uses float16 on box/GPU"]
