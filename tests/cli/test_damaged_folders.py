@@ -199,7 +199,7 @@ JOBS: list[tuple[str, Change, int, str]] = [
         SUBMIT,
         set_json("job.json", manifest={"path": "m.csv", "fingerprint": "x", "rows": 2, "columns": [3]}),
         2,
-        "job/job.json: damaged: TypeError: columns are no names",
+        'job/job.json: damaged: TypeError: "columns" must be a list of strings',
     ),
     (SUBMIT, set_json("job.json", reuse="gone"), 5, "_tinysd/seeds.json.gz: cannot be read"),
     (SUBMIT, pipe("job.json"), 2, "job/job.json: damaged: OSError"),
