@@ -32,11 +32,11 @@ PRELUDE = """
     from tinysd_batch.job.workers.worker import WorkerSetup
 
     class Told(Silent):
-        def worker(self, event):
+        def report_worker(self, event):
             told.append((time.monotonic(), event))
             print(event, flush=True)
 
-        def image(self, request, result):
+        def report_image(self, request, result):
             made.append(request.index)
             meddle(len(made))
 

@@ -209,7 +209,7 @@ def test_a_manifest_that_changes_while_the_job_runs_changes_nothing_in_the_run(
     content = manifest.read_bytes()
 
     class Meddler(Quiet):
-        def image(self, request: ImageRequest, result: ImageResult) -> None:
+        def report_image(self, request: ImageRequest, result: ImageResult) -> None:
             manifest.write_bytes(content + b"fox,1\n")
 
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), sampler="ddim"))

@@ -165,7 +165,7 @@ class JobRun:
         corrected = write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
         try:
             self.reuse(summary, finished, writer)
-            self.progress.started(total, len(finished), surveyed.invalid)
+            self.progress.report_start(total, len(finished), surveyed.invalid)
             if summary.left and not self.should_stop():
                 self.generate_images(open_pool, summary, finished, writer)
         finally:
@@ -242,7 +242,7 @@ class JobRun:
 
     def flush(self, writer: ResultsWriter) -> None:
         if writer.flush():
-            self.progress.durable()
+            self.progress.report_flush()
 
 
 def clean_up_job_folder(job: Job) -> None:

@@ -22,7 +22,7 @@ class Told(SilentProgress):
     def __init__(self) -> None:
         self.lost: list[WorkerLost] = []
 
-    def worker(self, event: Any) -> None:
+    def report_worker(self, event: Any) -> None:
         if isinstance(event, WorkerLost):
             self.lost.append(event)
 

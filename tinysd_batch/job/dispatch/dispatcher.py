@@ -91,7 +91,7 @@ class Dispatcher:
 
     def flush_if_due(self) -> None:
         if self.writer.flush_if_due():
-            self.progress.durable()
+            self.progress.report_flush()
 
     # Handing out
 
@@ -195,12 +195,12 @@ class Dispatcher:
                 case WorkerReady():
                     self.handle_worker_ready(event)
                 case WorkerLost():
-                    self.progress.worker(event)
+                    self.progress.report_worker(event)
                     self.handle_worker_lost(event)
 
     def handle_worker_ready(self, event: WorkerReady) -> None:
         """Keep a new worker's precision, or have the worker start again with that of the others of its machine."""
-        self.progress.worker(event)
+        self.progress.report_worker(event)
         if self.job.settings.precision != "auto" or "precision_key" not in event.description:
             return
         with self.writer.guard():
@@ -282,7 +282,7 @@ class Dispatcher:
     def write_result(self, request: ImageRequest, result: ImageResult) -> None:
         self.writer.append(make_image_row(request, result, self.job.run_columns()))
         self.summary.counts[result.status] += 1
-        self.progress.image(request, result)
+        self.progress.report_image(request, result)
 
     # Losses
 
@@ -335,7 +335,7 @@ class Dispatcher:
         if self.losses.trial_lost(event.worker):
             reason = f"lost on good images too, the last time: {event.reason}"
             self.pool.retire(event.worker, reason)
-            self.progress.worker(replace(event, reason=reason, is_permanent=True))
+            self.progress.report_worker(replace(event, reason=reason, is_permanent=True))
 
     def requeue_as_suspects(self, batch: MicroBatch, event: WorkerLost) -> None:
         """Count a lost worker against the images it was at, and try them one by one."""
