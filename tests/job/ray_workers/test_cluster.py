@@ -172,7 +172,7 @@ def test_a_lost_machine_is_one_line(cluster: Cluster, tmp_path: Path, tiny_model
     name = re.escape(platform.node())
     lost = [line for line in out.splitlines() if "lost" in line]
     assert len(lost) == 1, out
-    assert re.fullmatch(rf"machine {name} is lost(; its \d+ images? goe?s? to others)?", lost[0])
+    assert re.fullmatch(rf"machine {name} is lost(; its \d+ images? goe?s? to other workers)?", lost[0])
     assert all(len(line) < 200 for line in out.splitlines()), out
     rows = check_whole(tmp_path / "job", 40)
     assert {row["status"] for row in rows} == {"ok"}
