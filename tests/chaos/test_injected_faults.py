@@ -185,7 +185,7 @@ def test_a_ray_that_dies_again_and_again_ends_the_run_and_the_job_goes_on_later(
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 6, out
     assert time.monotonic() - killed_at < 60
-    assert "for the third time; the same command goes on" in out.splitlines()[-1]
+    assert "for the third time; run the same command again to resume" in out.splitlines()[-1]
     assert not psutil.wait_procs(children, timeout=30)[1]
     done = farm(tmp_path, "--seconds", 0)
     assert done.returncode == 0, done.stdout + done.stderr

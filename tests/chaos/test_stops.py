@@ -21,7 +21,14 @@ import pytest
 from tests.chaos.test_kills import manifest
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole, read_results
-from tests.support.processes import IMAGES, family, pause_within_an_image, pictures, start, wait_for_pictures
+from tests.support.processes import (
+    IMAGES,
+    count_images,
+    list_descendants,
+    sleep_part_of_an_image,
+    start_submit,
+    wait_for_images,
+)
 from tests.support.program import command, environment, run, run_here, stop_between_writes
 from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.records import ImageResult
@@ -48,9 +55,9 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_nothing_outlives_a_killed_driver(manifest: Path, place: Path, tmp_path: Path, tiny_model: Path) -> None:
     """Ray's workers would go on for seconds, its agents for a minute."""
-    process = start(tmp_path, tiny_model, "--workers=2")
-    wait_for_pictures(tmp_path / "job", 3, process)
-    children = family(process)
+    process = start_submit(tmp_path, tiny_model, "--workers=2")
+    wait_for_images(tmp_path / "job", 3, process)
+    children = list_descendants(process)
     assert {"raylet", "gcs_server"} < {child.name() for child in children}
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in place.iterdir()] == [0o700]
     process.kill()
@@ -63,10 +70,10 @@ def test_nothing_outlives_a_killed_driver(manifest: Path, place: Path, tmp_path:
 def test_nothing_outlives_a_driver_killed_while_ray_starts(
     manifest: Path, place: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
-    process = start(tmp_path, tiny_model, "--workers=2")
+    process = start_submit(tmp_path, tiny_model, "--workers=2")
     children: list[psutil.Process] = []
     while "raylet" not in {child.name() for child in children}:
-        children = family(process)
+        children = list_descendants(process)
         time.sleep(0.02)
     process.kill()
     process.communicate()
@@ -95,13 +102,13 @@ def start_in_terminal(folder: Path, model: Path, mode: str) -> tuple[subprocess.
 def test_a_closed_terminal_is_a_clean_stop(manifest: Path, tmp_path: Path, tiny_model: Path, mode: str) -> None:
     process, terminal = start_in_terminal(tmp_path, tiny_model, mode)
     job = tmp_path / "job"
-    while pictures(job) < 3:
+    while count_images(job) < 3:
         assert process.poll() is None
         os.read(terminal, 65536)
-    children = family(process)  # type: ignore[arg-type]
+    children = list_descendants(process)  # type: ignore[arg-type]
     os.close(terminal)
     assert process.wait(timeout=120) == 129
-    assert len(read_results(job)) == pictures(job) >= 3
+    assert len(read_results(job)) == count_images(job) >= 3
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     assert all(row["status"] == "ok" for row in finish(tmp_path, tiny_model))
@@ -112,7 +119,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(manifest: Path, tmp_path: P
         ["nohup", *command("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline")], cwd=tmp_path,
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    wait_for_pictures(tmp_path / "job", 1, process)
+    wait_for_images(tmp_path / "job", 1, process)
     os.killpg(process.pid, signal.SIGHUP)
     out, _ = process.communicate()
     assert process.returncode == 0, out
@@ -127,9 +134,9 @@ def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_mod
     columns = ("steps", "width", "height")
     sizes = [(steps, side, side) for steps, side in [quick] * 4 + [endless] * 4]
     write_csv(tmp_path / "m.csv", [{"prompt": "p", **dict(zip(columns, size, strict=True))} for size in sizes])
-    process = start(tmp_path, tiny_model, mode)
-    wait_for_pictures(job, 4, process)
-    children = family(process)
+    process = start_submit(tmp_path, tiny_model, mode)
+    wait_for_images(job, 4, process)
+    children = list_descendants(process)
     time.sleep(3)  # the workers are at the endless images now
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
@@ -146,8 +153,8 @@ def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_mod
 
 
 def test_a_second_driver_is_told_who_has_the_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    first = start(tmp_path, tiny_model, "--inline")
-    wait_for_pictures(tmp_path / "job", 1, first)
+    first = start_submit(tmp_path, tiny_model, "--inline")
+    wait_for_images(tmp_path / "job", 1, first)
     second = run("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline", cwd=tmp_path)
     assert second.returncode == 4
     assert f"process {first.pid} on {platform.node()} since 20" in second.stderr
@@ -162,8 +169,8 @@ def test_a_driver_that_lost_its_lock_while_it_stood_still_writes_nothing(
     manifest: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     job = tmp_path / "job"
-    first = start(tmp_path, tiny_model, "--inline")
-    wait_for_pictures(job, 2, first)
+    first = start_submit(tmp_path, tiny_model, "--inline")
+    wait_for_images(job, 2, first)
     stop_between_writes(first, job)
     (job / "_tinysd" / "lock").unlink()
     finish(tmp_path, tiny_model)
@@ -193,15 +200,15 @@ def test_failed_images_are_tried_again_through_kills(
         done = run_here("submit", "m.csv", "--model", tiny_model, "-o", "job", "--seed", 1, "--inline", cwd=tmp_path)
     assert done.returncode == 3
     job = tmp_path / "job"
-    there = pictures(job)
+    there = count_images(job)
     assert there == IMAGES // 4
     seed = random.randrange(10**6)
     print(f"kill seed {seed}")
     draw, kills = random.Random(seed), 0
     for more in (2, 4, 4):
-        process = start(tmp_path, tiny_model, "--inline", "--retry-failed")
-        wait_for_pictures(job, pictures(job) + more, process)
-        pause_within_an_image(job, draw)
+        process = start_submit(tmp_path, tiny_model, "--inline", "--retry-failed")
+        wait_for_images(job, count_images(job) + more, process)
+        sleep_part_of_an_image(job, draw)
         kills += process.poll() is None
         process.kill()
         process.communicate()
