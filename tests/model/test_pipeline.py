@@ -33,8 +33,8 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def embedding(model: TinySD, prompt: str, syntax: str = "seed", *, long_prompts: bool = False) -> torch.Tensor:
-    (condition,) = model.prompts.encode([prompt], [""], [1.0], [syntax], long_prompts=long_prompts)
-    return condition.text
+    (condition,) = model.prompt_encoder.encode([prompt], [""], [1.0], [syntax], long_prompts=long_prompts)
+    return condition.embedding
 
 
 def latents(model: TinySD, prompt: object, seed: object, **options: object) -> torch.Tensor:
@@ -132,10 +132,14 @@ def test_pictures_arrays_and_latents(model: TinySD) -> None:
 
 
 def test_embeddings_in_place_of_a_prompt(model: TinySD) -> None:
-    (condition,) = model.prompts.encode(["cat"], ["dog"], [2.0], ["seed"])
+    (condition,) = model.prompt_encoder.encode(["cat"], ["dog"], [2.0], ["seed"])
     assert condition.negative_embedding is not None
     given = latents(
-        model, None, 1, prompt_embeds=condition.text[None], negative_prompt_embeds=condition.negative_embedding[None]
+        model,
+        None,
+        1,
+        prompt_embeds=condition.embedding[None],
+        negative_prompt_embeds=condition.negative_embedding[None],
     )
     assert torch.equal(given, latents(model, "cat", 1, negative_prompt="dog"))
 
@@ -183,7 +187,7 @@ def test_a_long_neighbour_changes_nothing(model: TinySD) -> None:
 
 def test_each_prompt_is_encoded_once(model: TinySD) -> None:
     seen: list[int] = []
-    model.prompts.cache.clear()
+    model.prompt_encoder.cache.clear()
     hook = model.text_encoder.register_forward_pre_hook(lambda *_: seen.append(1))
     model.generate(["cat", "cat", "dog", "cat"], [1, 2, 3, 4], negative_prompt=["", "owl", "dog", ""])
     model.generate("dog", 5)
@@ -216,7 +220,7 @@ def test_turbo_unpacks_once_and_changes_no_bit(tiny_model: Path, monkeypatch: py
     from tinysd_batch.model.packed import dequantize
     from tinysd_batch.model.packed import layers as packed
 
-    monkeypatch.setattr(pipeline, "KEEP_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(pipeline, "KEEP_DEQUANTIZED_BYTES", 0)
     counts: list[int] = []
     unpack = dequantize.dequantize
     pictures = []

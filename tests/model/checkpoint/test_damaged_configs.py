@@ -174,7 +174,7 @@ def test_token_numbers_that_are_none(here: Path, tiny_model: Path) -> None:
     write_json(config, {**json.loads(config.read_text()), "eos_token_id": [1, 2]})
     code, message = load_verdict("model")
     assert code == 2
-    assert "text_encoder/config.json: eos_token_id = [1, 2]: not supported; the number of a token" in message
+    assert "text_encoder/config.json: eos_token_id = [1, 2]: not supported; a token id was expected" in message
 
 
 def test_byte_order_marks_are_no_fault(here: Path, tiny_model: Path, float_model: Path) -> None:
