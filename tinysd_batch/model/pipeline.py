@@ -254,7 +254,7 @@ class TinySD:
         )
 
     def denoise_batch(self, batch: EncodedBatch) -> tuple[Tensor, Fallbacks]:
-        """Return the batch's final latents; rows that overflow float16 are repeated in float32. Raises NotFiniteError."""
+        """Return the final latents; rows that overflow float16 are repeated in float32. Raises NotFiniteError."""
         rows = range(len(batch.conditionings))
         final = retry_if_out_of_memory(self.planner, lambda: self.denoise_rows(batch, rows))
         overflowed = rows_where(~final.isfinite().flatten(1).all(dim=1))

@@ -85,7 +85,7 @@ def test_rng_is_a_job_setting(tmp_path: Path, tiny_model: Path) -> None:
     for rng in ("cpu", "cuda"):
         done = run_here(*submit, "--rng", rng, "-o", rng, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    one, other = (read_results(tmp_path / rng)[0] for rng in ("cpu", "cuda"))
-    assert one["image_id"] != other["image_id"]
-    assert one["sha256"] != other["sha256"]
+    cpu, cuda = (read_results(tmp_path / rng)[0] for rng in ("cpu", "cuda"))
+    assert cpu["image_id"] != cuda["image_id"]
+    assert cpu["sha256"] != cuda["sha256"]
     assert "rng: cpu in the job, cuda now" in run_here(*submit, "--rng", "cuda", "-o", "cpu", cwd=tmp_path).stderr

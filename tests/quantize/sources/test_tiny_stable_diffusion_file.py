@@ -95,7 +95,8 @@ def test_the_autoencoder_is_kept_to_the_bit(folder: Path) -> None:
 def test_its_text_states_and_decoded_latents_are_the_models_own(folder: Path) -> None:
     model = TinySD.from_pretrained(folder, device="cpu")
     (condition,) = model.prompt_encoder.encode(["a lake at dawn"], [""], [1.0], ["none"])
-    ids = model.prompt_encoder.tokenizer("a lake at dawn", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    prompt = "a lake at dawn"
+    ids = model.prompt_encoder.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
     latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         text = parts().text_encoder.eval()(ids).last_hidden_state[0]

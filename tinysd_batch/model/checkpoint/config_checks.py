@@ -223,8 +223,11 @@ WIDTHS_TO_MATCH = (("vae", "latent_channels", "in_channels"), ("text_encoder", "
 # The libraries' defaults for missing entries.
 LIBRARY_DEFAULTS = {"latent_channels": 4, "in_channels": 4, "hidden_size": 512, "cross_attention_dim": 1280}
 CONFIG_FILES = {
-    "unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",
-}  # fmt: skip
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+}
 CONFIG_CHECKS: dict[str, Callable[[ComponentConfig, Path], None]] = {
     "unet": check_unet_config,
     "vae": check_vae_config,

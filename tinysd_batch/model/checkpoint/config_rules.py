@@ -122,7 +122,7 @@ UNET_RULES = {
     "conv_out_kernel": ConfigRule(3, is_kernel_size, "1, 3, 5 or 7 was expected"),
     "cross_attention_dim": ConfigRule(1280, are_equal_positive_ints, "one width for all blocks was expected"),
     "down_block_types": ConfigRule(
-        [DOWN_BLOCKS[1]] * 3 + [DOWN_BLOCKS[0]], list_of(*DOWN_BLOCKS), f"{' and '.join(DOWN_BLOCKS)} are"
+        [DOWN_BLOCKS[1]] * 3 + [DOWN_BLOCKS[0]], list_of(*DOWN_BLOCKS), f"{' and '.join(DOWN_BLOCKS)} were expected"
     ),
     "downsample_padding": ConfigRule(1, lambda value: value in (0, 1) and not is_bool(value), "0 or 1 was expected"),
     "dropout": ConfigRule(
@@ -150,7 +150,7 @@ UNET_RULES = {
     ),
     "transformer_layers_per_block": ConfigRule(1, are_positive_ints, COUNTS_EXPECTED),
     "up_block_types": ConfigRule(
-        [UP_BLOCKS[0]] + [UP_BLOCKS[1]] * 3, list_of(*UP_BLOCKS), f"{' and '.join(UP_BLOCKS)} are"
+        [UP_BLOCKS[0]] + [UP_BLOCKS[1]] * 3, list_of(*UP_BLOCKS), f"{' and '.join(UP_BLOCKS)} were expected"
     ),
     "upcast_attention": ConfigRule(False, is_bool, "true or false was expected"),
     "use_linear_projection": ConfigRule(False, is_bool, "true or false was expected"),

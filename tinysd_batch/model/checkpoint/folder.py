@@ -190,9 +190,12 @@ def check_tensor_names(module: nn.Module, tensors: Collection[str], path: Path) 
 
 
 def write_packed_unet(
-    folder: Path, config: Mapping[str, Any], packed: Mapping[str, tuple[PackedWeight, tuple[int, ...]]],
-    others: Mapping[str, Tensor], notes: Mapping[str, Any],
-) -> None:  # fmt: skip
+    folder: Path,
+    config: Mapping[str, Any],
+    packed: Mapping[str, tuple[PackedWeight, tuple[int, ...]]],
+    others: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+) -> None:
     """Write `config.json` and weights of a packed UNet.
 
     Args:

@@ -102,7 +102,7 @@ class EncodedBatch:
         return [make_generator(self.request.rng, self.request.seeds[row]) for row in rows]
 
     def prepare_latents(
-        self, channels: int, factor: int, rows: Sequence[int], generators: Sequence[NoiseGenerator]
+        self, channels: int, vae_scale_factor: int, rows: Sequence[int], generators: Sequence[NoiseGenerator]
     ) -> Tensor:
         """Return the starting noise [B, C, h, w] of these rows, unit variance.
 
@@ -111,7 +111,7 @@ class EncodedBatch:
         request = self.request
         if request.latents is not None:
             return request.latents[list(rows)].float()
-        shape = (channels, request.height // factor, request.width // factor)
+        shape = (channels, request.height // vae_scale_factor, request.width // vae_scale_factor)
         noise = sample_noise(generators, shape)
         if request.noise_seeds == request.seeds:
             return noise

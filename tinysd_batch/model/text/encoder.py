@@ -65,10 +65,16 @@ class PromptEncoder:
         self.cache: OrderedDict[TokenIds, Tensor] = OrderedDict()  # a window's ids -> embedding [T, D], float32, host
 
     def encode(
-        self, prompts: Sequence[str | None], negatives: Sequence[str], scales: Sequence[float],
-        syntaxes: Sequence[str], *, long_prompts: bool = False, prompt_embeds: Tensor | None = None,
+        self,
+        prompts: Sequence[str | None],
+        negatives: Sequence[str],
+        scales: Sequence[float],
+        syntaxes: Sequence[str],
+        *,
+        long_prompts: bool = False,
+        prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-    ) -> list[Conditioning]:  # fmt: skip
+    ) -> list[Conditioning]:
         """Encode prompts, one per image. Embeddings [B or 1, T, D] replace the texts if given."""
 
         def tokenize(texts: Iterable[str | None], embeds: Tensor | None) -> list[TokenizedPrompt | None]:

@@ -113,10 +113,8 @@ class BracketParser:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.factors: list[float] = []
-        self.open_brackets: dict[str, list[int]] = {
-            "(": [],
-            "[": [],
-        }  # index of the first text within each bracket that is still open
+        # Of each bracket that is still open: the index of the first text in it.
+        self.open_brackets: dict[str, list[int]] = {"(": [], "[": []}
 
     def feed(self, mark: str, weight: str | None) -> None:
         """Process the next match of `BRACKET_PATTERN`: a bracket, an escape or text, and the weight if it has one."""

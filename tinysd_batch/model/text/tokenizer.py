@@ -75,9 +75,8 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         with without_byte_order_marks(folder) as readable:
             tokenizer = CLIPTokenizer.from_pretrained(readable, local_files_only=True)
-        tokenize_sub_prompt(
-            tokenizer, SubPrompt(1.0, (EmphasisSpan("a"),)), 3, long_prompts=True
-        )  # check that it works
+        # Check that it works.
+        tokenize_sub_prompt(tokenizer, SubPrompt(1.0, (EmphasisSpan("a"),)), 3, long_prompts=True)
     except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {reason}") from None
