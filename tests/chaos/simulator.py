@@ -29,7 +29,7 @@ from tinysd_batch.job import driver
 from tinysd_batch.job.dispatch import dispatcher
 from tinysd_batch.job.dispatch.chunk_size import HangTimeout
 from tinysd_batch.job.dispatch.job_progress import RunSummary
-from tinysd_batch.job.manifest.files import fingerprint, read_manifest_stamp
+from tinysd_batch.job.manifest.files import compute_fingerprint, read_manifest_stamp
 from tinysd_batch.job.plan.cost import estimate_batch_cost
 from tinysd_batch.job.results import table, writer
 from tinysd_batch.job.state.job import Job
@@ -106,7 +106,7 @@ class World:
         settings = Settings(model="none", height=64, width=64, steps=2, scale=2.0)
         return Job(
             self.folder, self.manifest, settings, MODEL, 1, uuid.UUID(int=self.chance.getrandbits(128)).hex[:12],
-            fingerprint(self.manifest), read_manifest_stamp(self.manifest),
+            compute_fingerprint(self.manifest), read_manifest_stamp(self.manifest),
         )  # fmt: skip
 
     def run(self) -> None:

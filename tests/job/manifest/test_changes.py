@@ -155,7 +155,7 @@ def test_a_line_behind_an_array_is_not_lost(tmp_path: Path, submit: Program) -> 
     with file.open("a") as lines:
         lines.write('{"prompt": "c"}\n')
     refused = submit(file, "-o", "job")
-    assert (refused.returncode, "row 1: is faulty now" in refused.stderr) == (2, True)
+    assert (refused.returncode, "row 1: is invalid now" in refused.stderr) == (2, True)
 
 
 def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Program) -> None:

@@ -158,7 +158,7 @@ class Job:
             and not self.manifest_record.out_of_order
         ):
             return self.read_manifest(notes)  # somebody removed it, and the manifest says the same
-        return (row.read() for row in self.snapshot.rows())
+        return (row.to_row() for row in self.snapshot.rows())
 
     def create_merger(self) -> RowMerger:
         """What puts the manifest's new rows behind those of the job."""
@@ -170,7 +170,7 @@ class Job:
         settings = self.settings
         return read_rows(
             self.manifest, self.row_defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines,
-            as_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
+            compat_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
         )  # fmt: skip
 
     def run_columns(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.driver import MAX_EXTRA_COLUMNS, read_finished_images
-from tinysd_batch.job.manifest.columns import near_misses
+from tinysd_batch.job.manifest.columns import find_near_misses
 from tinysd_batch.job.manifest.readers import is_json_manifest
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.plan.batches import RowImages, plan_batch_ranges, plan_images
@@ -92,7 +92,7 @@ def make_plan(
     plan.memory = (
         estimate_memory_in_subprocess(job.settings, plan.largest, job.precision_file) if plan.largest else None
     )
-    plan.near_misses = near_misses(plan.carried_columns)
+    plan.near_misses = find_near_misses(plan.carried_columns)
     plan.answers = summarize_plan(job, plan.memory, plan.work, plan.reusable)
     return plan
 
