@@ -1,4 +1,4 @@
-"""The components that are moved to the device in turn: text encoder, UNet encode half, UNet decode half, VAE decoder.
+"""The components that are moved to the device one by one: text encoder, UNet halves (encode, decode), VAE decoder.
 
 A component consists of groups of weights whose modules run one after the other, so that it can be on the device as a
 whole, or be streamed group by group. Weights never change, so they are copied in one direction only: to offload them is

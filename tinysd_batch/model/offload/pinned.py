@@ -38,7 +38,7 @@ class PinnedWeights:
         return cls(memory, tuple(starts), get_tensor_keys(groups))
 
     def is_copy_of(self, groups: Sequence[WeightGroup]) -> bool:
-        """Whether it holds exactly these tensors. The size does not tell: other groups may be equally large."""
+        """Whether it holds exactly these tensors. Sizes do not suffice: other groups may be equally large."""
         return self.keys == get_tensor_keys(groups)
 
     def group_bytes(self, number: int, nbytes: int) -> Tensor:
