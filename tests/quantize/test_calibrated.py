@@ -279,7 +279,7 @@ def test_what_was_begun_with_another_recipe_is_not_gone_on_with(
     ("text", "message"),
     [
         ("prompts = ['a', 'b']", "held_out"),
-        ("prompts = ['a', 'b']\nheld_out = ['b', 'c']", "'b' is both among prompts and held_out"),
+        ("prompts = ['a', 'b']\nheld_out = ['b', 'c']", "'b' is in both prompts and held_out"),
         ("prompts = ['a', 'b']\nheld_out = ['c', 'd']\nstep = 3", "step = '3'"),
         ("prompts = ['a', 'b']\nheld_out = ['c', 'd']\ndamping = 0.0", "damping = '0.0'"),
         ("prompts = [", "not valid TOML"),
