@@ -41,7 +41,7 @@ from tinysd_batch.quantize.calibrated import quantize_with_calibration
 from tinysd_batch.quantize.calibration.trajectories import (
     HELD_OUT_SEED_OFFSET,
     Trajectories,
-    draw,
+    generate_trajectories,
     select_spaced_inputs,
 )
 from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
@@ -156,7 +156,7 @@ def tiny_stable_diffusion(bench: QuantizerBenchmark, folder: Path) -> int:
     part = open_source(bench.floats, SourceOptions()).unet()
     walker = SegmentedUNet(part.config, part.tensors, CPU)
     few = bench.recipe.model_copy(update={"prompts": bench.recipe.prompts[:ADAROUND_PROMPTS]})
-    drawn = draw(walker, bench.floats, few, few.prompts, few.seed)
+    drawn = generate_trajectories(walker, bench.floats, few, few.prompts, few.seed)
     found, total = adaround.quantize_layers(walker, select_spaced_inputs(drawn, 2), bench.names)
     write_float_model(bench, folder, found)
     return total
@@ -297,7 +297,7 @@ def held_out(floats: Path, recipe: Recipe, out: Path) -> Trajectories:
     file = out / f"held-out-{len(recipe.held_out)}.safetensors"
     if not file.exists():
         part = open_source(floats, SourceOptions()).unet()
-        drawn = draw(
+        drawn = generate_trajectories(
             SegmentedUNet(part.config, part.tensors, CPU),
             floats,
             recipe,

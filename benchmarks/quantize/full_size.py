@@ -76,9 +76,9 @@ def estimate_parts_s(source: Path, recipe: Recipe) -> tuple[float, float, float]
     )
     speed = measure_device_speed(torch.device("cpu"))
     return (
-        work.generation.seconds(speed),
-        sum_costs(work.layers.values()).seconds(speed),
-        work.evaluation.seconds(speed),
+        work.generation.duration_s(speed),
+        sum_costs(work.layers.values()).duration_s(speed),
+        work.evaluation.duration_s(speed),
     )
 
 

@@ -110,15 +110,15 @@ def sd_v1() -> Callable[[Recipe], CalibrationCost]:
 
 def test_what_is_foretold_is_what_it_took_within_a_factor_of_two(sd_v1: Callable[[Recipe], CalibrationCost]) -> None:
     found = sd_v1(read_recipe(ROOT / "benchmarks" / "quantize" / "small_calib.toml"))
-    layers = sum(one.seconds(XEON) for one in found.layers.values())
+    layers = sum(one.duration_s(XEON) for one in found.layers.values())
     foretold = {
-        "drawing": found.generation.seconds(XEON),
+        "drawing": found.generation.duration_s(XEON),
         "layers": layers,
-        "measuring": found.evaluation.seconds(XEON),
+        "measuring": found.evaluation.duration_s(XEON),
     }
     for name, seconds in foretold.items():
         assert 0.5 < seconds / MEASURED_S[name] < 2, (name, seconds)
-    assert 2 < sd_v1(read_recipe(None)).total.seconds(XEON) / 3600 < 8  # some four, extrapolated
+    assert 2 < sd_v1(read_recipe(None)).total.duration_s(XEON) / 3600 < 8  # some four, extrapolated
 
 
 def test_a_row_through_the_units_is_one_through_the_unet() -> None:
@@ -139,7 +139,7 @@ def test_more_tokens_and_sweeps_take_longer_in_every_layer() -> None:
     little, much = (estimate_layer_costs(part, layouts, recipe) for recipe in (few, many))
     assert little.keys() == layouts.keys()
     for name in layouts:
-        assert little[name].seconds(XEON) < much[name].seconds(XEON), name
+        assert little[name].duration_s(XEON) < much[name].duration_s(XEON), name
 
 
 def test_durations_in_words() -> None:

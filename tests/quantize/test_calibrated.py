@@ -27,7 +27,7 @@ from tinysd_batch.model.packed.format import Layout, to_matrix
 from tinysd_batch.quantize.bit_allocation import select_smallest_layouts
 from tinysd_batch.quantize.calibrated import quantize_with_calibration
 from tinysd_batch.quantize.calibration.resume import WorkFolder, open_work_folder
-from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEED_OFFSET, Trajectories, draw
+from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEED_OFFSET, Trajectories, generate_trajectories
 from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet, split_into_segments
 from tinysd_batch.quantize.evaluate.compare import compare_models
 from tinysd_batch.quantize.evaluate.sensitivity import ALL_LAYERS
@@ -216,7 +216,9 @@ def test_calibrating_beats_quantizing_without_data(source: Path, recipe_file: Pa
     files = [tmp_path / name / "unet" / WEIGHTS_FILE for name in ("out", "fast")]
     assert files[0].stat().st_size <= files[1].stat().st_size + 2000  # the same but for headers
     part = open_source(source, SourceOptions()).unet()
-    held = draw(SegmentedUNet(part.config, part.tensors, CPU), source, recipe, recipe.held_out, HELD_OUT_SEED_OFFSET)
+    held = generate_trajectories(
+        SegmentedUNet(part.config, part.tensors, CPU), source, recipe, recipe.held_out, HELD_OUT_SEED_OFFSET
+    )
     fast = compare_models(tmp_path / "fast", held, HELD_OUT_SEED_OFFSET, recipe.scale, CPU)
     # How much closer hangs on the processor's rounding, which a search among codes follows: in noise 1.35 dB with
     # AVX-512, 1.66 with AVX2 on the same machine.
@@ -310,7 +312,7 @@ def test_what_was_drawn_is_kept_whatever_its_order_in_memory(tmp_path: Path) -> 
     maps = torch.randn(2, 3, 8, 8, 4).permute(0, 1, 4, 2, 3)  # as convolutions of large maps leave them
     context = torch.randn(3, 7, 5)
     drawn = Trajectories(maps, torch.rand(2), maps * 2, maps * 3, maps[1], context, context + 1)
-    WorkFolder(tmp_path).trajectories("held_out", lambda: drawn)
-    kept = WorkFolder(tmp_path).trajectories("held_out", lambda: pytest.fail("drawn again"))
+    WorkFolder(tmp_path).load_or_generate_trajectories("held_out", lambda: drawn)
+    kept = WorkFolder(tmp_path).load_or_generate_trajectories("held_out", lambda: pytest.fail("drawn again"))
     for one in fields(Trajectories):
         assert torch.equal(getattr(kept, one.name), getattr(drawn, one.name)), one.name

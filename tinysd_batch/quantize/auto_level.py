@@ -68,7 +68,7 @@ def estimate_calibration_s(
     # Which bits a layer gets makes no difference.
     layouts = get_preset_layouts(unet, size.preset if size.max_bytes is None else SMALLEST_PRESET)
     work = estimate_calibration_cost(part, model.vae(), layouts, recipe, noise_correction=noise_correction)
-    return work.total.seconds(measure_device_speed(device))
+    return work.total.duration_s(measure_device_speed(device))
 
 
 def format_duration(seconds: float) -> str:

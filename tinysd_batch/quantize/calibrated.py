@@ -28,8 +28,8 @@ from tinysd_batch.quantize.calibration.trajectories import (
     TUNING_PROMPT_INTERVAL,
     Trajectories,
     UNetInputs,
-    draw,
     generate_held_out_trajectories,
+    generate_trajectories,
     select_spaced_inputs,
     tuning_prompt_mask,
 )
@@ -96,7 +96,7 @@ def quantize_with_calibration(
     started = time.monotonic()
     return_freed_memory_to_os(unet, size, device)
     with storage_errors(out), open_work_folder(out, identity) as work:
-        before = work.seconds()
+        before = work.load_elapsed_s()
         work.save_level("distill" if tune else "calib")
         with create_folder_atomically(out) as folder:
             write_json(folder / "unet" / "config.json", part.config)
@@ -132,10 +132,12 @@ def load_or_generate_trajectories(
 
     def drawn(name: str, prompts: list[str], make: Callable[[], Trajectories]) -> Trajectories:
         say(f"drawing {len(prompts):,} {name} prompts in {recipe.steps} steps by the float model")
-        return work.trajectories(name, make)
+        return work.load_or_generate_trajectories(name, make)
 
     calibrating = drawn(
-        "calibration", recipe.prompts, lambda: draw(walker, folder, recipe, recipe.prompts, recipe.seed)
+        "calibration",
+        recipe.prompts,
+        lambda: generate_trajectories(walker, folder, recipe, recipe.prompts, recipe.seed),
     )
     return calibrating, drawn(
         "held-out", recipe.held_out, lambda: generate_held_out_trajectories(walker, folder, recipe)
@@ -167,14 +169,14 @@ def calibrate_layers(
 ) -> dict[str, CalibratedLayer]:  # fmt: skip
     """All layers; what an earlier run finished is taken over."""
     source, target = (SegmentedUNet(part.config, part.tensors, device, part.release) for _ in range(2))
-    known = work.layers(layouts)
+    known = work.load_layers(layouts)
     if known:
         say(f"going on: {len(known):,} of {len(layouts):,} layers are there")
     else:
         say(f"calibrating the {len(layouts):,} layers")
     speed = measure_device_speed(device)
-    seconds = {name: effort.seconds(speed) for name, effort in estimate_layer_costs(part, layouts, recipe).items()}
-    progress = CalibrationProgress(seconds, work, say, set(known), work.seconds())
+    seconds = {name: effort.duration_s(speed) for name, effort in estimate_layer_costs(part, layouts, recipe).items()}
+    progress = CalibrationProgress(seconds, work, say, set(known), work.load_elapsed_s())
     tuning, calibrating_rows = split_off_tuning_inputs(
         select_spaced_inputs(calibrating, recipe.points), 2 * recipe.points
     )
@@ -201,7 +203,7 @@ def make_state_pairs(rows: UNetInputs, device: torch.device, use: DataSplit, dty
     step = segment_batch_size(rows.latents)
     for parts in zip(*(torch.split(one, step) for one in (rows.latents, rows.times, rows.context)), strict=True):
         if len(parts[0]):
-            state = ForwardState.of(*(part.to(device) for part in parts))
+            state = ForwardState.from_inputs(*(part.to(device) for part in parts))
             yield StatePair(state, state.copy(), use, dtype)
 
 
@@ -214,7 +216,7 @@ def run_distillation(
     sigmas = torch.tensor(((1 - alphas) / alphas) ** 0.5, dtype=torch.float32)
     prompts = torch.arange(len(drawn.context))
     chosen = tuning_prompt_mask(prompts)
-    examples, tuning = (DistillationExamples.of(drawn, prompts[at], sigmas) for at in (~chosen, chosen))
+    examples, tuning = (DistillationExamples.from_trajectories(drawn, prompts[at], sigmas) for at in (~chosen, chosen))
     if not len(tuning.times):
         raise UsageError(
             f"distill needs {TUNING_PROMPT_INTERVAL // 2 + 1} prompts in the recipe or more; it has {len(prompts)}"

@@ -127,7 +127,7 @@ def test_waiting_as_float16_changes_little() -> None:
     walker = SegmentedUNet(unet.config, unet.state_dict(), CPU)
     said = []
     for dtype in (torch.float32, torch.float16):
-        state = ForwardState.of(latents, torch.tensor([1.0, 900.0]), context)
+        state = ForwardState.from_inputs(latents, torch.tensor([1.0, 900.0]), context)
         with torch.no_grad():
             for unit in walker.segments:
                 walker.load(unit)

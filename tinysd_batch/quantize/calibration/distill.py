@@ -48,7 +48,7 @@ class DistillationExamples:
     loss_weights: Tensor  # [N]
 
     @classmethod
-    def of(cls, drawn: Trajectories, prompts: Tensor, sigmas: Tensor) -> "DistillationExamples":
+    def from_trajectories(cls, drawn: Trajectories, prompts: Tensor, sigmas: Tensor) -> "DistillationExamples":
         """All calls of these prompts, both with text and without."""
         calls = len(drawn.times)
         count = len(prompts)
@@ -146,7 +146,7 @@ class StudentUNet:
         layers = {}
         for name, one in self.calibrated_layers.items():
             scale, offset = self.current_affine(name)
-            grid = AffineGrid.of(scale, offset)
+            grid = AffineGrid.from_affine(scale, offset)
             scale, offset = grid.snap_values(scale), grid.snap_values(offset, 2)
             self.initial_affine[name] = scale, offset
             for each in self.affine_deltas[name]:

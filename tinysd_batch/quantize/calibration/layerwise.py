@@ -113,7 +113,7 @@ class LayerwiseCalibration:
     ) -> dict[str, "LayerStatistics"]:
         """InputMoments and held-out tokens of layers with the same input."""
         found = {
-            name: LayerStatistics.of(get_layer(self.source.unet, name), self.layouts[name], self.recipe)
+            name: LayerStatistics.for_layer(get_layer(self.source.unet, name), self.layouts[name], self.recipe)
             for name in names
         }
         shares = Counter(pair.split for pair in pairs)
@@ -188,7 +188,7 @@ class LayerStatistics:
     token_batches: dict[DataSplit, list[TokensAndGaps]]
 
     @classmethod
-    def of(cls, layer: LinearOrConv, layout: Layout, recipe: Recipe) -> Self:
+    def for_layer(cls, layer: LinearOrConv, layout: Layout, recipe: Recipe) -> Self:
         rows, device = len(layer.weight), layer.weight.device
         group_size, parts = layout.group_size_in(layer.weight[0].numel()), []
         for groups in split_columns(layer, group_size, recipe.block):
@@ -280,7 +280,7 @@ def iter_layer_inputs(
 ) -> Iterator[tuple[str, Tensor]]:
     """Some tokens [N, K] that each layer is given in the float model, a unit at a time."""
     splits = (torch.split(one, segment_batch_size(rows.latents)) for one in (rows.latents, rows.times, rows.context))
-    states = [ForwardState.of(*(one.to(walker.device) for one in part)) for part in zip(*splits, strict=True)]
+    states = [ForwardState.from_inputs(*(one.to(walker.device) for one in part)) for part in zip(*splits, strict=True)]
     draw = torch.Generator().manual_seed(0)
     for unit in walker.segments:
         walker.load(unit)

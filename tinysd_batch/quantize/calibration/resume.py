@@ -32,7 +32,7 @@ class WorkFolder:
 
     path: Path
 
-    def trajectories(self, name: str, make: Callable[[], Trajectories]) -> Trajectories:
+    def load_or_generate_trajectories(self, name: str, make: Callable[[], Trajectories]) -> Trajectories:
         """Read what was drawn before, or draw it now and keep it."""
         path = self.path / f"{name}.safetensors"
         if not path.exists():
@@ -56,7 +56,7 @@ class WorkFolder:
             tensors["bias"] = solved.bias
         write_atomically(to_safetensors(tensors), self.path / "layers" / f"{name}.safetensors")
 
-    def layers(self, layouts: Mapping[str, Layout]) -> dict[str, CalibratedLayer]:
+    def load_layers(self, layouts: Mapping[str, Layout]) -> dict[str, CalibratedLayer]:
         """The layers that are finished, as `layouts` has them."""
         found = {}
         for path in sorted((self.path / "layers").glob("*.safetensors")):
@@ -65,7 +65,7 @@ class WorkFolder:
             found[path.stem] = CalibratedLayer(GroupWeight(**tensors, bits=layouts[path.stem].bits), bias, sqnr_db)
         return found
 
-    def seconds(self) -> float:
+    def load_elapsed_s(self) -> float:
         """What earlier runs took."""
         path = self.path / "seconds.json"
         return float(json.loads(path.read_text())) if path.exists() else 0.0

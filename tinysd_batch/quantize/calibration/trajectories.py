@@ -71,7 +71,9 @@ def encode_prompts(folder: Path, prompts: Sequence[str], negative: str, device: 
 
 
 @torch.no_grad()
-def draw(walker: SegmentedUNet, folder: Path, recipe: Recipe, prompts: Sequence[str], first_seed: int) -> Trajectories:
+def generate_trajectories(
+    walker: SegmentedUNet, folder: Path, recipe: Recipe, prompts: Sequence[str], first_seed: int
+) -> Trajectories:
     """Draw the prompts, one seed each from `first_seed`, and keep all that passes the UNet."""
     conditions = encode_prompts(folder, prompts, recipe.negative_prompt, walker.device)
     context = torch.stack([one.text for one in conditions])
@@ -99,7 +101,7 @@ def draw(walker: SegmentedUNet, folder: Path, recipe: Recipe, prompts: Sequence[
 
 def generate_held_out_trajectories(walker: SegmentedUNet, folder: Path, recipe: Recipe) -> Trajectories:
     """Draw the recipe's held-out prompts with their own seeds."""
-    return draw(walker, folder, recipe, recipe.held_out, recipe.seed + HELD_OUT_SEED_OFFSET)
+    return generate_trajectories(walker, folder, recipe, recipe.held_out, recipe.seed + HELD_OUT_SEED_OFFSET)
 
 
 def select_spaced_inputs(trajectories: Trajectories, points: int) -> UNetInputs:

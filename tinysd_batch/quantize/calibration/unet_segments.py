@@ -38,7 +38,7 @@ class ForwardState:
     )
 
     @classmethod
-    def of(cls, latents: Tensor, times: Tensor, context: Tensor) -> Self:
+    def from_inputs(cls, latents: Tensor, times: Tensor, context: Tensor) -> Self:
         return cls(latents, times, context, [])
 
     def copy(self) -> "ForwardState":
@@ -238,7 +238,7 @@ class SegmentedUNet:
     def predict(self, latents: Tensor, times: Tensor, context: Tensor, rows: int) -> Tensor:
         """The noise in latents [R, 4, h, w] at times [R], on the host; `rows` go through a unit at once."""
         states = [
-            ForwardState.of(*(part.to(self.device) for part in parts))
+            ForwardState.from_inputs(*(part.to(self.device) for part in parts))
             for parts in zip(*(torch.split(one, rows) for one in (latents, times, context)), strict=True)
         ]
         for unit in self.segments:

@@ -70,7 +70,7 @@ class ComputeCost:
     def scaled(self, count: float) -> "ComputeCost":
         return ComputeCost(count * self.macs, count * self.elementwise_ops, count * self.op_calls)
 
-    def seconds(self, speed: DeviceSpeed) -> float:
+    def duration_s(self, speed: DeviceSpeed) -> float:
         return (
             MATMUL_SLOWDOWN * self.macs / speed.macs
             + self.elementwise_ops / speed.elementwise_ops
@@ -222,7 +222,7 @@ def count_segment_costs(part: SourceComponent, layouts: Mapping[str, Layout]) ->
     walker, found = SegmentedUNet(part.config, {}, META_DEVICE), {}
     latents = make_meta_latents(part)
     context = torch.empty(1, CONTEXT_TOKENS, walker.unet.config.cross_attention_dim, device="meta")
-    state = ForwardState.of(latents, torch.empty(1, device="meta"), context)
+    state = ForwardState.from_inputs(latents, torch.empty(1, device="meta"), context)
     with META_DEVICE, torch.no_grad():
         for unit in walker.segments:
             groups, tokens = count_layer_macs(walker, unit, state, layouts)

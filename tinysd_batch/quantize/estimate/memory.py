@@ -114,7 +114,7 @@ def trace_segment_memory(part: SourceComponent) -> list[SegmentMemory]:
     config, unet = walker.unet.config, walker.unet
     latents = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
     context = torch.empty(1, 8, config.cross_attention_dim, device="meta")
-    state = ForwardState.of(latents, torch.empty(1, device="meta"), context)
+    state = ForwardState.from_inputs(latents, torch.empty(1, device="meta"), context)
     places, names = [], list(get_preset_layouts(unet, SMALLEST_PRESET))
     for unit in walker.segments:
         before = state.nbytes()

@@ -46,7 +46,7 @@ def estimate_generation_s(part: SourceComponent, vae: SourceComponent, device: t
     """For both models: text guidance calls the UNet twice a step."""
     row = sum(unit.total for unit in count_segment_costs(part, {}).values())
     images = ComputeCost(2 * N_PAIRS * (2 * STEPS * row + count_decoder_macs(vae, make_meta_latents(part))))
-    return images.seconds(measure_device_speed(device))
+    return images.duration_s(measure_device_speed(device))
 
 
 def estimate_samples_s(source: Path, options: SourceOptions, device: torch.device) -> float:

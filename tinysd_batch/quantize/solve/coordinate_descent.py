@@ -22,7 +22,7 @@ def refine_and_pack(parts: Sequence[ColumnBlock], sweeps: int) -> GroupWeight:
     for part in parts:
         refine_all_groups(part, lambda scale, offset: (scale.half().float(), offset.half().float()))
     order = torch.cat([part.groups for part in parts]).argsort()
-    grid = AffineGrid.of(
+    grid = AffineGrid.from_affine(
         torch.cat([part.fit.scale for part in parts], dim=1), torch.cat([part.fit.offset for part in parts], dim=1)
     )
     for part in parts:
@@ -44,7 +44,7 @@ class AffineGrid:
     meta: Tensor  # float32 [O, 4], numbers of float16: scale_min, scale_step, offset_min, offset_step
 
     @classmethod
-    def of(cls, scale: Tensor, offset: Tensor) -> "AffineGrid":
+    def from_affine(cls, scale: Tensor, offset: Tensor) -> "AffineGrid":
         """From the least to the largest of each row's [O, G]."""
         return cls(torch.cat([quantize_to_bytes(scale)[1], quantize_to_bytes(offset)[1]], dim=1).float())
 
