@@ -92,16 +92,16 @@ def data_free(size: SizeTarget) -> Method:
     return run_method
 
 
-def calibrated(size: SizeTarget, *, tune: bool = False) -> Method:
+def calibrated(size: SizeTarget, *, distill: bool = False) -> Method:
     def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
-        quantize_with_calibration(bench.floats, folder, SourceOptions(), bench.recipe, CPU, log, size=size, tune=tune)
+        quantize_with_calibration(bench.floats, folder, SourceOptions(), bench.recipe, CPU, log, size=size, distill=distill)
         return count_packed_bytes(folder, bench.names)
 
     return run_method
 
 
 def distilled(size: SizeTarget) -> Method:
-    return calibrated(size, tune=True)
+    return calibrated(size, distill=True)
 
 
 def at_preset_size(level: Callable[[SizeTarget], Method], preset: str) -> Method:

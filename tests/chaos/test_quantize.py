@@ -63,7 +63,7 @@ def test_a_killed_calibration_goes_on(source: Path, tmp_path: Path, signal_numbe
     assert 20 <= len(there) < LAYERS
     said = run(*arguments(source, out), OMP_NUM_THREADS="1")
     assert said.returncode == 0, said.stderr
-    assert f"going on: {len(there)} of {LAYERS} layers are there" in said.stderr
+    assert f"resuming: {len(there)} of {LAYERS} layers are finished" in said.stderr
     whole = tmp_path / "whole"
     assert run(*arguments(source, whole), OMP_NUM_THREADS="1").returncode == 0
     assert (out / "unet" / WEIGHTS_FILE).read_bytes() == (whole / "unet" / WEIGHTS_FILE).read_bytes()

@@ -30,7 +30,7 @@ from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, SourceOptions
 
 XEON = DeviceSpeed(
-    macs=1.85e11, elementwise_ops=5.7e9, op_calls=5.5e5
+    macs_per_s=1.85e11, elementwise_ops_per_s=5.7e9, op_calls_per_s=5.5e5
 )  # two cores with AVX-512, as `speed_of` found it
 # There by `python -m benchmarks.quantize.full_size`; sorts of layers alone, told since, on one core in 245 s.
 MEASURED_S = {"drawing": 103.0, "layers": 731.0, "measuring": 186 + 245 / 2}
@@ -79,7 +79,7 @@ def test_where_memory_does_not_suffice_for_calib(
     monkeypatch.setattr(memory, "get_available_memory_bytes", lambda _: 10_000_000)
     said = run_here("quantize", float_model, "out", cwd=folder)
     assert said.returncode == 0, said.stderr
-    assert said.stderr.startswith("level fast, as there is no room for calib: quantizing needs some ")
+    assert said.stderr.startswith("level fast, as there is no room for calib: quantizing needs about ")
     assert level_of(folder / "out") == "fast"
 
 
@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_with_its_level_whatever_is_foretold(
         work.save_level(level)
     said = run_here("quantize", float_model, "out", "--recipe", "recipe.toml", cwd=folder)
     assert said.stderr.startswith(f"level {level}: {folder / 'out.work'} was begun with it")
-    assert "was begun with another source" in said.stderr  # so it is that level that goes on
+    assert "was started with another source" in said.stderr  # so it is that level that goes on
 
 
 @pytest.fixture(scope="module")

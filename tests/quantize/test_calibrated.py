@@ -259,7 +259,7 @@ def test_the_smallest_file_calibrates_goes_on_and_draws(source: Path, recipe_fil
         quantize_with_calibration(source, tmp_path / "out", SourceOptions(), recipe, CPU, stop, size=size)
     said: list[str] = []
     quantize_with_calibration(source, tmp_path / "out", SourceOptions(), recipe, CPU, said.append, size=size)
-    assert any(line.startswith("going on: ") for line in said)
+    assert any(line.startswith("resuming: ") for line in said)
     assert (tmp_path / "out" / "unet" / WEIGHTS_FILE).stat().st_size == size.max_bytes
     assert "affine_row" in (tmp_path / "out" / "unet" / "config.json").read_text()
     drawn = TinySD.from_pretrained(tmp_path / "out", device="cpu").generate("red apple", seed=1, num_inference_steps=1)
@@ -272,7 +272,7 @@ def test_what_was_begun_with_another_recipe_is_not_gone_on_with(
     recipe = read_recipe(recipe_file)
     with open_work_folder(tmp_path / "out", {"source": "other", "recipe": recipe.model_dump()}):
         pass
-    with pytest.raises(ModelError, match=r"out\.work: was begun with another source; delete it to begin anew"):
+    with pytest.raises(ModelError, match=r"out\.work: was started with another source; delete it to start over"):
         quantize_with_calibration(source, tmp_path / "out", SourceOptions(), recipe, CPU, lambda _: None)
     assert not (tmp_path / "out").exists()
 

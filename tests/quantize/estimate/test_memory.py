@@ -48,7 +48,7 @@ def test_too_little_memory_is_said_with_need_and_have(
     ):
         done = run_here("quantize", float_model, "out", *options, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
-        assert re.search(rf"quantizing needs some \d+ MB of memory, 0 MB are available.*{advice}", done.stderr)
+        assert re.search(rf"quantizing needs about \d+ MB of memory, 0 MB are available.*{advice}", done.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
@@ -58,7 +58,7 @@ def test_too_small_a_disk_is_said_with_need_and_have(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     done = run_here("quantize", float_model, "out", "--level", "fast", cwd=tmp_path)
     assert done.returncode == 5
-    assert re.search(r"out: needs some 1 MB of disk, 0 MB are free", done.stderr)
+    assert re.search(r"out: needs about 1 MB of disk space, 0 MB are free", done.stderr)
     assert not list(tmp_path.iterdir())
 
 
