@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from tinysd_batch.errors import BrokenWorkerError, NoWorkerError, TinySDError, UsageError
+from tinysd_batch.job.job_log import LOG_FILE_NAME
 from tinysd_batch.job.ray_workers import handshake
 from tinysd_batch.job.ray_workers.bounded_calls import CALL_TIMEOUT_S, RayLostError
 from tinysd_batch.job.ray_workers.cluster import RaySession, summarize_ray_error
 from tinysd_batch.job.ray_workers.local_ray import INLINE_HINT
-from tinysd_batch.job.ray_workers.ray_log import LOG_FILE_NAME
 from tinysd_batch.job.ray_workers.result_batches import ResultBatch
 from tinysd_batch.job.ray_workers.slots import (
     Placement,

@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LOG_FILE_NAME = "job.log"
-MAX_LOG_BYTES = 2**20
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+from tinysd_batch.job.job_log import LOG_FORMAT, MAX_LOG_BYTES, open_log
+
 STDERR_FD = 2
 RAY_LOGGER = "ray"
 # For `ray.init`. With `configure_logging=False` it would remove our handler, and warnings would reach the terminal.
 LOGGING_OPTIONS = {"log_to_driver": False, "logging_level": logging.WARNING, "logging_format": LOG_FORMAT}
-REDIRECTED_LOGGERS = (RAY_LOGGER, "tinysd_batch")
 
 
 class RayLog:
@@ -60,8 +58,7 @@ class RayLog:
         self.handler.setFormatter(logging.Formatter(LOG_FORMAT))
         rays = logging.getLogger(RAY_LOGGER)
         self.ray_handlers, rays.handlers = rays.handlers, []
-        for name in REDIRECTED_LOGGERS:
-            logging.getLogger(name).addHandler(self.handler)
+        rays.addHandler(self.handler)
         self.original_print = getattr(worker, "print_to_stdstream", None)
         if self.original_print is not None:
             worker.print_to_stdstream = self.write_cluster_lines
@@ -88,26 +85,15 @@ class RayLog:
         if self.original_print is not None:
             worker.print_to_stdstream = self.original_print
         if self.handler is not None:
-            for name in REDIRECTED_LOGGERS:
-                logging.getLogger(name).removeHandler(self.handler)
-            logging.getLogger(RAY_LOGGER).handlers += self.ray_handlers
+            rays = logging.getLogger(RAY_LOGGER)
+            rays.removeHandler(self.handler)
+            rays.handlers += self.ray_handlers
             self.handler.close()
 
     def write_cluster_lines(self, data: dict[str, Any], **_: object) -> None:
         """In the place of Ray's own function, which prints errors of the cluster on our standard output."""
         for line in data["lines"]:
             os.write(STDERR_FD, f"{line}\n".encode(errors="backslashreplace"))
-
-
-def open_log(path: Path | None) -> int:
-    """A descriptor of the log, to append to it; of nothing where it cannot be written."""
-    if path is not None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        with contextlib.suppress(OSError):
-            if path.exists() and path.stat().st_size > MAX_LOG_BYTES:  # a link is not followed below
-                path.replace(path.with_suffix(".log.1"))
-            return os.open(path, flags, 0o644)
-    return os.open(os.devnull, os.O_WRONLY)
 
 
 def remove_if_empty(path: Path) -> None:
