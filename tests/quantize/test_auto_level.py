@@ -30,7 +30,7 @@ from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, SourceOptions
 
 # Two cores with AVX-512, as `measure_device_speed` measured them.
-XEON = DeviceSpeed(macs=1.85e11, elementwise_ops=5.7e9, op_calls=5.5e5)
+XEON = DeviceSpeed(macs_per_s=1.85e11, elementwise_ops_per_s=5.7e9, op_calls_per_s=5.5e5)
 # Measured there with `python -m benchmarks.quantize.full_size`; sensitivity was measured later, on one core in 245 s.
 MEASURED_S = {"generation": 103.0, "layers": 731.0, "evaluation": 186 + 245 / 2}
 
@@ -115,13 +115,13 @@ def sd_v1() -> Callable[[Recipe], CalibrationCost]:
 def test_estimated_durations_are_within_a_factor_of_two(sd_v1: Callable[[Recipe], CalibrationCost]) -> None:
     cost = sd_v1(read_recipe(ROOT / "benchmarks" / "quantize" / "small_calib.toml"))
     estimated_s = {
-        "generation": cost.generation.seconds(XEON),
-        "layers": sum(layer.seconds(XEON) for layer in cost.layers.values()),
-        "evaluation": cost.evaluation.seconds(XEON),
+        "generation": cost.generation.duration_s(XEON),
+        "layers": sum(layer.duration_s(XEON) for layer in cost.layers.values()),
+        "evaluation": cost.evaluation.duration_s(XEON),
     }
     for name, seconds in estimated_s.items():
         assert 0.5 < seconds / MEASURED_S[name] < 2, (name, seconds)
-    assert 2 < sd_v1(read_recipe(None)).total.seconds(XEON) / 3600 < 8  # about four hours, extrapolated
+    assert 2 < sd_v1(read_recipe(None)).total.duration_s(XEON) / 3600 < 8  # about four hours, extrapolated
 
 
 def test_the_segments_cost_as_much_as_the_whole_unet() -> None:
@@ -143,7 +143,7 @@ def test_more_tokens_and_sweeps_take_longer_in_every_layer() -> None:
     low_costs, high_costs = (estimate_layer_costs(component, layouts, recipe) for recipe in (few, many))
     assert low_costs.keys() == layouts.keys()
     for name in layouts:
-        assert low_costs[name].seconds(XEON) < high_costs[name].seconds(XEON), name
+        assert low_costs[name].duration_s(XEON) < high_costs[name].duration_s(XEON), name
 
 
 def test_durations_have_the_largest_unit_of_which_there_are_two() -> None:

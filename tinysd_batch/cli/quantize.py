@@ -127,7 +127,7 @@ def quantize_and_report(
     else:
         made = quantize_with_calibration(
             source, out, how, recipe, chosen, print_to_stderr,
-            size=size, tune=level == "distill", noise_correction=noise_correction,
+            size=size, distill=level == "distill", noise_correction=noise_correction,
         )  # fmt: skip
     errors, harms, started = None, None, time.monotonic()
     if recipe is not None and made.held_out is not None:

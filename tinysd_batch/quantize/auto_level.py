@@ -82,7 +82,7 @@ def estimate_calibration_s(
     # The bits of a layer do not change the duration.
     layouts = get_preset_layouts(unet, size.preset if size.max_bytes is None else SMALLEST_PRESET)
     cost = estimate_calibration_cost(component, model.vae(), layouts, recipe, noise_correction=noise_correction)
-    return cost.total.seconds(measure_device_speed(device))
+    return cost.total.duration_s(measure_device_speed(device))
 
 
 def format_duration(duration_s: float) -> str:

@@ -16,7 +16,7 @@ from tests.support.small_unet import CPU, RECIPE
 from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.json_file import read_json_object
 from tinysd_batch.model.sampling.noise_correction import CONFIG_KEY, Knot, NoiseCorrection, read_correction
-from tinysd_batch.quantize.calibration.trajectories import Trajectories, draw
+from tinysd_batch.quantize.calibration.trajectories import Trajectories, generate_trajectories
 from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
 from tinysd_batch.quantize.evaluate.compare import generate_latents, predict_guided_noise
 from tinysd_batch.quantize.evaluate.fit_noise_correction import add_noise_correction, evaluate_correction, fit_knot
@@ -75,8 +75,10 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def trajectories(float_model: Path) -> Trajectories:
     recipe = Recipe(prompts=["cat", "dog"], held_out=["lion", "bell"], steps=3, scale=SCALE)
-    unet = open_source(float_model, SourceOptions()).unet()
-    return draw(SegmentedUNet(unet.config, unet.tensors, CPU), float_model, recipe, recipe.prompts, SEED)
+    part = open_source(float_model, SourceOptions()).unet()
+    return generate_trajectories(
+        SegmentedUNet(part.config, part.tensors, CPU), float_model, recipe, recipe.prompts, SEED
+    )
 
 
 def replace_noise(trajectories: Trajectories, model: TinySD) -> Trajectories:

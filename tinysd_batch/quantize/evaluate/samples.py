@@ -47,7 +47,7 @@ def estimate_generation_s(unet: SourceComponent, vae: SourceComponent, device: t
     macs_per_call = sum(segment.total for segment in count_segment_costs(unet, {}).values())
     decoder_macs = count_decoder_macs(vae, make_meta_latents(unet))
     cost = ComputeCost(2 * N_PAIRS * (2 * STEPS * macs_per_call + decoder_macs))
-    return cost.seconds(measure_device_speed(device))
+    return cost.duration_s(measure_device_speed(device))
 
 
 def estimate_samples_s(source: Path, options: SourceOptions, device: torch.device) -> float:
