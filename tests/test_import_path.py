@@ -103,4 +103,4 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, arguments: li
         check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "tinysd-batch: the current folder is gone; change to one that exists, and try again\n"
+    assert done.stderr == "tinysd-batch: the current folder was deleted; change to another one and try again\n"
