@@ -51,7 +51,7 @@ class ReadingProgress:
             self.thread.start()
 
     def stop(self) -> None:
-        """Remove the line for good."""
+        """Remove the line and stop updating it."""
         self.done.set()
         if self.thread.is_alive():
             self.thread.join()

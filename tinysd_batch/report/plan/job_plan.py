@@ -83,7 +83,7 @@ def make_plan(
         on_row: Called for each row.
         limit: As in `run_job`.
         retry_failed: As in `run_job`.
-        progress: Is told the number of rows, and stopped after the last.
+        progress: Receives the number of rows read, and is stopped after the last.
 
     Raises:
         ManifestError: The manifest as a whole cannot be used.
