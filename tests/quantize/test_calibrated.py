@@ -95,9 +95,9 @@ def test_samples_that_take_long_or_fail_are_reported(
         "tinysd_batch.quantize.evaluate.samples.generate_image_pairs", Mock(side_effect=MemoryError("out of memory"))
     )
     done = run_here("quantize", float_model, "one", "--level", "fast", cwd=tmp_path)
-    assert "no images were compared, as that takes some 60 minutes here; --samples" in done.stderr
+    assert "no sample images: they would take about 60 minutes here; add --samples" in done.stderr
     asked = run_here("quantize", float_model, "two", "--level", "fast", "--samples", cwd=tmp_path)
-    assert "no images were compared: out of memory" in asked.stderr
+    assert "no sample images: out of memory" in asked.stderr
     assert (done.returncode, asked.returncode) == (0, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
@@ -141,7 +141,7 @@ def test_calibration_is_closer_to_the_float_model(source: Path, recipe_file: Pat
     assert set(bits.values()) == {2, 4, 8}
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "lion; bell" in page
-    assert "What each sort of layer harms alone" in page
+    assert "Sensitivity by layer type" in page
     assert read_model_info(str(tmp_path / "out")).unet_bytes == report["unet_bytes"]
 
 
