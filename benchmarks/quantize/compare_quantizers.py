@@ -94,7 +94,9 @@ def data_free(size: SizeTarget) -> Method:
 
 def calibrated(size: SizeTarget, *, distill: bool = False) -> Method:
     def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
-        quantize_with_calibration(bench.floats, folder, SourceOptions(), bench.recipe, CPU, log, size=size, distill=distill)
+        quantize_with_calibration(
+            bench.floats, folder, SourceOptions(), bench.recipe, CPU, log, size=size, distill=distill
+        )
         return count_packed_bytes(folder, bench.names)
 
     return run_method

@@ -98,7 +98,9 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
         progress.report_start(3, 1, InvalidRows([InvalidRow(9, "column seed = \x1b[31m: bad")], 1))
         for index, status in ((2, Status.OK), (3, Status.FAILED)):
             request = ImageRequest(index, 1, 1, "cat\x1b]0;evil\x07[red]", "", 5, 1.0, params, "", "f")
-            progress.report_image(request, ImageResult(index, status, file_name="images/x.png", error_message="it broke"))
+            progress.report_image(
+                request, ImageResult(index, status, file_name="images/x.png", error_message="it broke")
+            )
     text = text_of(console)
     assert "Resuming: 1 of 3 images are already generated" in text
     assert "row 9: column seed" in text

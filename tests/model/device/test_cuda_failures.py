@@ -188,7 +188,9 @@ def test_a_card_on_which_no_kernel_compiles_draws_the_same(
 
     monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
     pretended_card.counts.clear()
-    with pytest.warns(UserWarning, match=r"cuda:0: weights are dequantized without a kernel, which is slow: nvrtc.*ture$"):
+    with pytest.warns(
+        UserWarning, match=r"cuda:0: weights are dequantized without a kernel, which is slow: nvrtc.*ture$"
+    ):
         found = pictures(new_model(tiny_model))
     assert (found == expected).all()
     assert pretended_card.counts["launched"] == 0
@@ -301,7 +303,9 @@ def check_plan(model: TinySD, shape: MicroBatchShape, measured: dict[str, tuple[
     assert measured.keys() == planned.keys()
     for name, (allocated, reserved) in measured.items():
         phase = planned[name]
-        alive = phase.resident_bytes + phase.buffer_bytes + phase.activation_bytes + model.planner.overhead.workspace_bytes
+        alive = (
+            phase.resident_bytes + phase.buffer_bytes + phase.activation_bytes + model.planner.overhead.workspace_bytes
+        )
         assert allocated == pytest.approx(alive, rel=0.1, abs=slack), name
         assert reserved <= (model.planner.torch_budget_bytes or 0), name
 
@@ -379,7 +383,9 @@ def test_a_budget_is_kept_at_sd_v1s_size(
         model.generate([f"cat {n}" for n in range(images)], 1, num_inference_steps=6, height=size, width=size)
     assert idle_card.allocator.max_in_use <= budget
     assert idle_card.counts["replayed"] > 0
-    if model.planner.fragmentation_share == FRAGMENTATION_SHARE:  # else what was done in the end is not what was planned at first
+    if (
+        model.planner.fragmentation_share == FRAGMENTATION_SHARE
+    ):  # else what was done in the end is not what was planned at first
         check_plan(model, shape, measured)
 
 

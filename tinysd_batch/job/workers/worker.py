@@ -5,6 +5,7 @@ and published here, and only their records are sent back.
 """
 
 import gc
+import logging
 import os
 import platform
 import time
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import TinySD
     from tinysd_batch.model.sampling.batch import GenerationOutput
 
+logger = logging.getLogger(__name__)
 MAX_MESSAGE_CHARACTERS = 2000
 
 
@@ -171,6 +173,8 @@ class Worker:
         if fault is FaultType.OUT_OF_MEMORY:
             release_memory()
             if limits.next_fallback(len(images), self.model):
+                width, height, _ = get_image_shape(images[0])
+                logger.info("out of memory at %dx%d; from now on %s", width, height, limits)
                 return self.generate_images(images, wanted)
         if len(images) == 1:
             return [self.make_failed_result(images[0], *failure)]

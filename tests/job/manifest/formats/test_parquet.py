@@ -85,9 +85,7 @@ def test_a_long_value_is_left_out_of_its_row(tmp_path: Path) -> None:
     (cat, dog), notes = read(write(tmp_path / "m.parquet", columns))
     assert (cat.prompt, cat.extra) == ("cat", {"few": ["a"]})
     assert dog.extra == {"note": "y", "tags": ["y"]}
-    assert (
-        notes[0] == "column 'note': some values are not copied to the results: some 131,073 bytes, at most 131,072"
-    )
+    assert notes[0] == "column 'note': some values are not copied to the results: some 131,073 bytes, at most 131,072"
 
 
 def test_a_long_value_of_ours_costs_its_row(tmp_path: Path) -> None:

@@ -98,7 +98,11 @@ def test_other_lines_are_interpreted_where_that_is_asked_for(tmp_path: Path) -> 
 def test_a_table_that_a_spreadsheet_saved_as_text(tmp_path: Path) -> None:
     (row,), notes = read(tmp_path / "m.txt", "Prompt\tSeed\tNote\r\ncat\t7\tx\r\n".encode("utf-16"))
     assert (settings_of(row), row.extra) == ({"prompt": "cat", "seed": 7}, {"Note": "x"})
-    assert notes == ["read as UTF-16", "cells are separated by tabs", "read as a table, since the first line is a header"]
+    assert notes == [
+        "read as UTF-16",
+        "cells are separated by tabs",
+        "read as a table, since the first line is a header",
+    ]
     rows, _ = read(tmp_path / "m.txt", "a prompt\twith tabs\nprompt\n")
     assert [row.prompt for row in rows] == ["a prompt\twith tabs", "prompt"]
 
