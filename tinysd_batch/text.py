@@ -35,6 +35,11 @@ def normalize_text(text: str) -> str:
     return NON_NORMAL_CHARACTERS.sub(lambda match: " " if match[0][0] not in INVISIBLE_CHARACTERS else "", text)
 
 
+def normalize_if_text(value: Any) -> Any:
+    """Return `normalize_text(value)` for a string, and any other value unchanged."""
+    return normalize_text(value) if isinstance(value, str) else value
+
+
 def decode_text(data: bytes) -> str:
     """Decode a text file: UTF-16 if it starts with its byte-order mark, else UTF-8. Marks at line starts are removed.
 

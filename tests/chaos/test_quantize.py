@@ -1,4 +1,4 @@
-"""A calibration that is killed goes on where it was, and ends in the same bytes."""
+"""A calibration that is killed can be resumed, and produces the same bytes."""
 
 import json
 import os
@@ -47,14 +47,14 @@ def arguments(source: Path, out: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_calibration_goes_on(source: Path, tmp_path: Path, signal_number: int) -> None:
+def test_a_killed_calibration_is_resumed(source: Path, tmp_path: Path, signal_number: int) -> None:
     out = tmp_path / "killed"
     process = subprocess.Popen(
         command(*arguments(source, out)), env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.DEVNULL
     )
     layers = tmp_path / "killed.work" / "layers"
     while len(list(layers.glob("*.safetensors"))) < 20:
-        assert process.poll() is None, "it ended by itself"
+        assert process.poll() is None, "the calibration ended before it was killed"
         time.sleep(0.01)
     os.kill(process.pid, signal_number)
     process.wait()

@@ -34,7 +34,7 @@ SETTINGS = [
     ("--seed 9223372036854775808", "settings: seed = '9223372036854775808'"),
     ("--n_samples 0", "settings: n_samples = '0'"),
     ("--n_iter 0", "settings: n_iter = '0'"),
-    ("--n_iter 100000 --n_samples 2", "n_iter x n_samples: at most 100000 images a row"),
+    ("--n_iter 100000 --n_samples 2", "n_iter x n_samples = 200000: at most 100000 images a row"),
     ("--n_rows -1", "settings: n_rows = '-1'"),
     ("--quality 0", "settings: quality = '0'"),
     ("--quality 101", "settings: quality = '101'"),

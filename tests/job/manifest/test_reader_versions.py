@@ -268,7 +268,7 @@ def test_a_job_of_0_1_0_carries_times_and_lists_as_text(tmp_path: Path) -> None:
 def test_a_job_of_a_newer_version_is_refused(job: Path, tmp_path: Path) -> None:
     saved = json.loads((job / "job.json").read_text())
     (job / "job.json").write_text(json.dumps({**saved, "reader": READER_VERSION + 1, "version": "9.9"}))
-    with pytest.raises(UsageError, match=r"made by tinysd-batch 9\.9"):
+    with pytest.raises(UsageError, match=r"written by tinysd-batch 9\.9"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 

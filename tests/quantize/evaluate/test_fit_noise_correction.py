@@ -58,7 +58,7 @@ def test_noise_is_spared_only_where_drawings_vary_too_much(spread: float, absorb
     )
     assert judged.is_improvement
     assert judged.correction.absorbs == absorbs
-    assert (judged.correction.deviation(1) > 0) == absorbs
+    assert (judged.correction.absorbed_deviation(1) > 0) == absorbs
 
 
 # A model that is told what the float one says

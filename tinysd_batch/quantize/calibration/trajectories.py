@@ -74,7 +74,7 @@ def encode_prompts(folder: Path, prompts: Sequence[str], negative: str, device: 
 def draw(walker: SegmentedUNet, folder: Path, recipe: Recipe, prompts: Sequence[str], first_seed: int) -> Trajectories:
     """Draw the prompts, one seed each from `first_seed`, and keep all that passes the UNet."""
     conditions = encode_prompts(folder, prompts, recipe.negative_prompt, walker.device)
-    context = torch.stack([one.text for one in conditions])
+    context = torch.stack([one.embedding for one in conditions])
     without = torch.stack([one.negative_embedding for one in conditions if one.negative_embedding is not None])
     both = torch.cat([without, context])
     seen: list[tuple[Tensor, float, Tensor, Tensor]] = []

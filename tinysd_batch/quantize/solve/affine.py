@@ -84,7 +84,7 @@ def measure_weight_sqnr_db(matrix: Tensor, packed: GroupWeight) -> float:
     """Power of a float matrix [O, K] over power of what packing changed; some rows at a time."""
 
     def measure(rows: slice) -> tuple[float, float]:
-        floats, part = matrix[rows].float(), packed.cut(rows)
+        floats, part = matrix[rows].float(), packed.select_rows(rows)
         wrong = dequantize(part, torch.empty(part.shape)) - floats
         return float(floats.square().sum()), float(wrong.square().sum())
 

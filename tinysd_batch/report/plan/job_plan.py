@@ -17,8 +17,7 @@ from tinysd_batch.job.plan.batches import RowImages, plan_batch_ranges, plan_ima
 from tinysd_batch.job.results.compare import find_differences
 from tinysd_batch.job.results.rows import format_invalid_reason
 from tinysd_batch.job.results.table import ResultsTable
-from tinysd_batch.job.state.job import Job
-from tinysd_batch.job.state.open_job import JOB_FILE
+from tinysd_batch.job.state.job import JOB_FILE, Job
 from tinysd_batch.job.state.reuse import count_reusable_images
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.report.formatting import count

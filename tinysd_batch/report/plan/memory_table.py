@@ -53,9 +53,9 @@ class StageMemory:
     def from_stage(cls, phase: "StagePlan") -> Self:
         strategy = phase.strategy
         return cls(
-            phase.name, phase.peak_bytes, phase.weight_bytes, phase.resident_bytes, phase.buffer_bytes, phase.work,
-            phase.context_bytes, phase.gaps, strategy.rows, strategy.chunk_bytes, strategy.float16_maps,
-            strategy.recompute_maps, phase.uses_small_chunks,
+            phase.name, phase.peak_bytes, phase.weight_bytes, phase.resident_bytes, phase.buffer_bytes,
+            phase.activation_bytes, phase.context_bytes, phase.fragmentation_bytes, strategy.rows,
+            strategy.chunk_bytes, strategy.float16_maps, strategy.recompute_maps, phase.uses_small_chunks,
         )  # fmt: skip
 
 
