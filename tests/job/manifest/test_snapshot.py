@@ -109,7 +109,7 @@ def test_every_row_is_restored_with_its_number(rows: list[Row | InvalidRow]) -> 
     for each in rows:
         writer.add(each)
     assert writer.highest_row_number == max((each.number for each in rows), default=0)
-    assert list(writer.rows()) == rows
+    assert list(writer.read_back()) == rows
 
 
 @pytest.mark.parametrize("size", [True, False])
