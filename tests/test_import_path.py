@@ -103,4 +103,4 @@ def test_a_deleted_current_folder_is_reported_in_one_line(tmp_path: Path, argume
         check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "tinysd-batch: the current folder is gone; change to one that exists, and try again\n"
+    assert done.stderr == "tinysd-batch: the current folder was deleted; change to another one and try again\n"

@@ -119,7 +119,7 @@ def test_a_machine_short_of_memory_loses_a_worker_and_no_image(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not get_failures(check_whole(tmp_path / "job", 221))
-    assert "it is given up" in done.stdout
+    assert "it is not restarted" in done.stdout
 
 
 def test_a_machine_too_small_for_its_only_worker_ends_the_run(tmp_path: Path) -> None:

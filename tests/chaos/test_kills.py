@@ -81,7 +81,7 @@ def test_a_signal_stops_cleanly_and_the_job_can_be_resumed(
     os.killpg(process.pid, sent)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
-    assert "To go on:\n  tinysd-batch submit " in out
+    assert "To resume:\n  tinysd-batch submit " in out
     assert_gone(children)
     done = len(read_results(job))
     assert done >= 3

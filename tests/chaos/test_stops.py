@@ -145,7 +145,7 @@ def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_mod
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "a second time leaves at once" in out
-    assert "Stopped at once. To go on:\n  tinysd-batch submit " in out
+    assert "Stopped immediately. To resume:\n  tinysd-batch submit " in out
     assert "Traceback" not in out
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive

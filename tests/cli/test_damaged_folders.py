@@ -236,8 +236,8 @@ JOBS: list[tuple[str, Change, int, str]] = [
     ("export job x.csv", put("job.json", b"{"), 2, "job/job.json: damaged"),
     ("export job x.csv", put("results.parquet", b"PAR1"), 5, "job/results.parquet: cannot be read"),
     ("export job x.csv", put("results.parquet", table_of(status="ok")), 5, "job/results.parquet: cannot be read"),
-    ("export job x.xlsx", lambda _: None, 2, "x.xlsx: the table is written as .csv, .tsv or .jsonl"),
-    ("export job x.parquet", lambda _: None, 2, "x.parquet: the table is written as .csv, .tsv or .jsonl"),
+    ("export job x.xlsx", lambda _: None, 2, "x.xlsx: unknown suffix; use .csv, .tsv or .jsonl"),
+    ("export job x.parquet", lambda _: None, 2, "x.parquet: unknown suffix; use .csv, .tsv or .jsonl"),
     ("export job folder.csv", instead("../folder.csv", Path.mkdir), 5, "folder.csv: Is a directory"),
     ("export job m.csv/x.csv", lambda _: None, 5, "m.csv/x.csv: File exists"),
     (f"export job {'x' * 300}.csv", lambda _: None, 5, "File name too long"),
@@ -259,13 +259,13 @@ def test_job_folders(job: Path, capfd: Capture, command: str, change: Change, co
     [
         ("none.png", None, "none.png: no such file"),
         ("x" * 300, None, "file name too long"),
-        ("m.csv", None, "m.csv: no settings are written in it"),
+        ("m.csv", None, "m.csv: has no stored settings"),
         ("folder.png", Path.mkdir, "folder.png: is a directory"),
         ("pipe.png", os.mkfifo, "pipe.png: not a regular file"),
         ("/dev/zero", None, "/dev/zero: not a regular file"),
-        ("empty.png", b"", "empty.png: no settings are written in it"),
-        ("plain.png", lambda path: Image.new("RGB", (8, 8)).save(path), "plain.png: no settings are written in it"),
-        ("plain.gif", lambda path: Image.new("RGB", (8, 8)).save(path), "plain.gif: no settings are written in it"),
+        ("empty.png", b"", "empty.png: has no stored settings"),
+        ("plain.png", lambda path: Image.new("RGB", (8, 8)).save(path), "plain.png: has no stored settings"),
+        ("plain.gif", lambda path: Image.new("RGB", (8, 8)).save(path), "plain.gif: has no stored settings"),
         ("large.png", lambda path: path.open("wb").truncate(2**30), "large.png: over 100,000,000 bytes"),
     ],
 )
@@ -285,4 +285,4 @@ def test_a_truncated_image(job: Path, capfd: Capture) -> None:
     (image,) = job.rglob("seed_*.png")
     assert call(capfd, "status", "--image", image)[0] == 0
     os.truncate(image, image.stat().st_size * 2 // 3)
-    check_refused(capfd, job, ["status", "--image", image], 2, "no settings are written in it")
+    check_refused(capfd, job, ["status", "--image", image], 2, "has no stored settings")

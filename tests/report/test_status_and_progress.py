@@ -14,7 +14,7 @@ from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.workers.pool import WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, choose_columns, write_contact_sheet
-from tinysd_batch.report.formatting import count, format_seconds, to_one_line
+from tinysd_batch.report.formatting import format_count, format_seconds, to_one_line
 from tinysd_batch.report.progress_bar import RunProgressBar
 from tinysd_batch.report.status import print_status, read_status
 
@@ -100,7 +100,7 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
             request = ImageRequest(index, 1, 1, "cat\x1b]0;evil\x07[red]", "", 5, 1.0, params, "", "f")
             progress.report_image(request, ImageResult(index, status, file_name="images/x.png", error_message="it broke"))
     text = text_of(console)
-    assert "Resuming: 1 of 3 images are there already" in text
+    assert "Resuming: 1 of 3 images are already generated" in text
     assert "row 9: column seed" in text
     assert "images/x.png  seed 5  cat ]0;evil [red]" in text
     assert "Image 3 (row 1): failed: it broke" in text
@@ -155,6 +155,6 @@ def test_the_bar_is_one_line_on_any_terminal(width: int) -> None:
 
 
 def test_words() -> None:
-    assert [count(number, "image") for number in (0, 1, 12345)] == ["0 images", "1 image", "12,345 images"]
+    assert [format_count(number, "image") for number in (0, 1, 12345)] == ["0 images", "1 image", "12,345 images"]
     assert [format_seconds(seconds) for seconds in (7.6, 185, 7800)] == ["8 s", "3 min 5 s", "2 h 10 min"]
     assert to_one_line("a\nb\x1b[0m" + "x" * 99, 10) == "a b [0mxx…"

@@ -163,7 +163,7 @@ def test_fixed_typo_regenerates_one_row(manifest: Path, tmp_path: Path, submit: 
     fixed = write(tmp_path / "fixed.csv", "new", "apple", "cat", "owl", "apple")
     planned = submit(fixed, "-o", "new", "--reuse", "job", command="plan")
     assert "3 can be reused" in planned.stdout
-    assert "2 are to be drawn" in planned.stdout
+    assert "2 are to be generated" in planned.stdout
     assert not (tmp_path / "new").exists()
     done = submit(fixed, "-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
