@@ -57,7 +57,8 @@ RESULT_COLUMNS = {
     "sampler": "as generated",
     "scale": "as generated",
     "eta": "as generated",
-    "status": "`ok`, `failed`, `invalid` (the row is wrong; no `index`) or `quarantined` (three workers died or hung on it)",
+    "status": "`ok`, `failed`, `invalid` (the row is wrong; no `index`) or `quarantined` (three workers died or hung on"
+    " it)",
     "file_name": "the image file, relative to the job folder",
     "sha256": "of the image file",
     "bytes": "size of the image file",
@@ -75,12 +76,12 @@ RESULT_COLUMNS = {
     "device_name": "the device that generated it",
     "worker": "the worker that generated it",
     "node": "the machine that generated it",
-    "text_s": "seconds of text encoding, the image's share of its micro-batch; null for an image that was found on disk"
-    " without its row, since files hold no measurements",
+    "text_s": "seconds of text encoding, the image's share of its micro-batch; null for an image that was found on"
+    " disk without its row, since files hold no measurements",
     "denoise_s": "seconds of denoising, likewise",
     "decode_s": "seconds of decoding, likewise",
-    "peak_memory_bytes": "torch's peak on a GPU (within a budget at least what was planned for a step); the process's peak"
-    " resident size on a CPU; null as `text_s`",
+    "peak_memory_bytes": "torch's peak on a GPU (within a budget at least what was planned for a step); the process's"
+    " peak resident size on a CPU; null as `text_s`",
     "started_at": "when the micro-batch was started",
     "finished_at": "when it was finished",
     "run_id": "the run that generated it",
@@ -197,7 +198,7 @@ def options() -> str:
         also = " The [settings](#settings) apply, too." if set(shared) <= set(get_options(command)) else ""
         parts.append(f"## {name}\n\n{' '.join(paragraphs)}{also}\n\n{format_table(['option', 'meaning'], rows)}")
     settings = [option_row(get_options(get_commands()["submit"])[name]) for name in shared]
-    intro = "Options of `submit`, `plan` and `txt2img`; the same settings, with underscores, are keys of job files and presets."
+    intro = "Options of `submit`, `plan` and `txt2img`; with underscores they are keys of job files and presets, too."
     parts.append(f"## Settings\n\n{intro}\n\n{format_table(['option', 'meaning'], settings)}")
     return "\n".join(parts)
 
@@ -219,7 +220,7 @@ def fill_tables(text: str) -> str:
 
 def find_differences() -> str:
     """Return a diff of the pages against what the program says now; empty if they agree."""
-    diff = []
+    diff: list[str] = []
     for page in sorted(FOLDER.glob("*.md")):
         before, after = page.read_text(encoding="utf-8"), fill_tables(page.read_text(encoding="utf-8"))
         diff += difflib.unified_diff(

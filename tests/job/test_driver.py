@@ -193,7 +193,7 @@ def test_a_gpu_that_kills_every_worker_is_retired_and_no_image_quarantined(
 ) -> None:
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
     pool = DyingPool(setup_for(job), deadly_seeds=range(2**63))
-    with pytest.raises(NoWorkerError, match="lost on good images too, the last time: killed"):
+    with pytest.raises(NoWorkerError, match="images known to be good; last time: killed"):
         run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
     assert pool.losses == 4
     assert [row["status"] for row in read_results(tmp_path / "job")] == ["invalid"]
@@ -207,7 +207,7 @@ def test_changing_the_manifest_does_not_affect_a_run(tmp_path: Path, tiny_model:
     content = manifest.read_bytes()
 
     class ManifestChanger(Quiet):
-        def image(self, request: ImageRequest, result: ImageResult) -> None:
+        def report_image(self, request: ImageRequest, result: ImageResult) -> None:
             manifest.write_bytes(content + b"fox,1\n")
 
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), sampler="ddim"))
@@ -246,7 +246,7 @@ def test_chunks_grow_with_measured_speed_and_shrink_at_the_end(
     path = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}"} for number in range(40)])
     job = open_job(path, tmp_path / "many", Settings(model=str(tiny_model)))
     sizes: list[int] = []
-    original = Dispatcher.submit
+    original = Dispatcher.submit_chunk
 
     def record_chunk_size(self: Dispatcher, worker: str, chunk: Any) -> None:
         sizes.append(len(chunk))

@@ -182,7 +182,7 @@ class JobRun:
         corrected = write_invalid_rows(job, scan.invalid, earlier.invalid_rows, writer)
         try:
             self.take_over_images(summary, finished, writer)
-            self.progress.started(total, len(finished), scan.invalid)
+            self.progress.report_start(total, len(finished), scan.invalid)
             if summary.left and not self.should_stop():
                 self.generate_images(open_pool, summary, finished, writer)
         finally:
@@ -267,7 +267,7 @@ class JobRun:
     def flush(self, writer: ResultsWriter) -> None:
         """Write all buffered rows, and report that they are durable."""
         if writer.flush():
-            self.progress.durable()
+            self.progress.report_flush()
 
 
 def clean_up_job_folder(job: Job) -> None:

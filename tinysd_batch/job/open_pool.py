@@ -1,4 +1,4 @@
-"""Open the workers of a job: one in this process, or Ray workers."""
+"""Choose the pool of a job: one worker in this process, or Ray workers."""
 
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,24 @@ if TYPE_CHECKING:
 
 
 def make_pool_factory(job: "Job") -> "PoolFactory":
-    """Return the function that opens the workers of a job according to its settings."""
+    """Return a function that opens the pool that the job's settings ask for."""
     settings = job.settings
 
     def open_pool(images: int) -> InlinePool | RayPool:
         requested = 1 if settings.inline else settings.workers
-        cpu_workers, threads = choose_cpu_workers(images, requested, job.model.is_small)
+        count, threads = choose_cpu_workers(images, requested, job.model.is_small)
         setup = WorkerSetup.from_settings(
-            settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
-            stop_file=job.stop_file.resolve(), precision_file=job.precision_file.resolve(),
-        )  # fmt: skip
+            settings,
+            job.model,
+            threads=threads,
+            job_folder=job.folder.resolve(),
+            scratch=job.scratch.resolve(),
+            stop_file=job.stop_file.resolve(),
+            precision_file=job.precision_file.resolve(),
+        )
         if settings.inline:
             return InlinePool(setup)
         ray_init = {"address": settings.address} if settings.address else {}
-        return RayPool(setup, settings.workers, cpu_workers, ray_init, settings.worker_wait)
+        return RayPool(setup, settings.workers, count, ray_init, settings.worker_wait)
 
     return open_pool

@@ -155,7 +155,7 @@ def test_a_line_behind_an_array_is_not_lost(tmp_path: Path, submit: Program) -> 
     with file.open("a") as lines:
         lines.write('{"prompt": "c"}\n')
     refused = submit(file, "-o", "job")
-    assert (refused.returncode, "row 1: is faulty now" in refused.stderr) == (2, True)
+    assert (refused.returncode, "row 1: is invalid now" in refused.stderr) == (2, True)
 
 
 def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Program) -> None:
@@ -163,7 +163,7 @@ def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Pro
     fixed = write(tmp_path / "fixed.csv", "new", "apple", "cat", "owl", "apple")
     planned = submit(fixed, "-o", "new", "--reuse", "job", command="plan")
     assert "3 can be reused" in planned.stdout
-    assert "2 are to be drawn" in planned.stdout
+    assert "2 are to be generated" in planned.stdout
     assert not (tmp_path / "new").exists()
     done = submit(fixed, "-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr

@@ -114,7 +114,7 @@ def test_missing_and_truncated_files_are_generated_again(submit: Command, tmp_pa
         "of 10 image files 1 is missing, 4 are shorter than the table says, 2 are not a regular file (images/00000/"
     )
     assert differences in run_command("status", job).stdout
-    assert "3 are there already; 7 to be generated again" in submit(*options, command="plan").stdout
+    assert "3 are already generated; 7 to be generated again" in submit(*options, command="plan").stdout
     done = submit(*options)
     assert done.returncode == 0, done.stderr
     assert f"Generating images again: {differences}" in done.stdout
@@ -162,7 +162,7 @@ def test_jobs_with_various_options_are_compared(submit: Command, tmp_path: Path,
 def test_images_that_were_not_saved_do_not_count_as_missing(submit: Command, tmp_path: Path) -> None:
     submit("-o", "job", "--skip_save")
     done = submit("-o", "job", "--skip_save")
-    assert "5 of 5 images are there already" in done.stdout
+    assert "5 of 5 images are already generated" in done.stdout
     assert "missing" not in done.stdout + run_command("status", tmp_path / "job").stdout
     done = run_command("verify", tmp_path / "job")
     assert (done.returncode, "5 not saved" in done.stdout) == (0, True)
@@ -196,7 +196,7 @@ def test_changed_files_that_are_not_smaller_are_kept_and_reported_by_verify(subm
     done = run_command("verify", job)
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.splitlines()[1:4] == [
-        "2 changed: not the bytes that the table has the SHA-256 of:",
+        "2 changed: the SHA-256 differs from the table's:",
         "  images/00000/seed_5_00001.png",
         "  images/00000/seed_6_00002.png",
     ]
@@ -330,7 +330,7 @@ def test_verify_names_the_files_of_each_problem(job: Path) -> None:
 
 def test_verify_advises_what_to_do_if_most_images_are_missing(job: Path) -> None:
     shutil.rmtree(job / "images")
-    assert "submit asks for --redo-missing" in run_command("verify", job).stdout
+    assert "submit requires --redo-missing" in run_command("verify", job).stdout
 
 
 @pytest.mark.parametrize(

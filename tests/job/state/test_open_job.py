@@ -88,7 +88,7 @@ def test_a_foreign_or_truncated_file_is_replaced(manifest: Path, tmp_path: Path,
 
 
 class InvalidRowsRecorder(Quiet):
-    def started(self, total: int, finished: int, invalid: InvalidRows) -> None:
+    def report_start(self, total: int, finished: int, invalid: InvalidRows) -> None:
         self.invalid = [(row.number, row.reason) for row in invalid.first]
 
 
@@ -177,7 +177,7 @@ def test_a_run_whose_journal_is_deleted_can_be_resumed(
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
 
     class JournalDeleter(Quiet):
-        def durable(self) -> None:
+        def report_flush(self) -> None:
             for part in (tmp_path / "job" / "_tinysd" / "journal").iterdir():
                 part.unlink()
 

@@ -24,7 +24,7 @@ def job(here: Path, tiny_model: Path) -> Path:
     started = submit(here, "m.csv", "-o", "a b", "--model", model, "--sampler", "ddim", "--steps", 3, "--scale", 1.5,
                    "--seed", 100, "--inline", "--format", "jpg", "--limit", 2, "--vram-budget", "500MB")  # fmt: skip
     assert started.returncode == 0, started.stderr
-    assert "2 images left beyond --limit. To go on:\n  tinysd-batch submit 'a b'\n" in started.stdout
+    assert "2 images left beyond --limit. To resume:\n  tinysd-batch submit 'a b'\n" in started.stdout
     return here / "a b"
 
 
@@ -46,7 +46,7 @@ def test_the_printed_command_works_from_any_folder(
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     done = submit(elsewhere, job, "--limit", 3)
-    line = done.stdout.partition("To go on:\n")[2].splitlines()[0]
+    line = done.stdout.partition("To resume:\n")[2].splitlines()[0]
     program, *words = shlex.split(line)
     assert program == "tinysd-batch"
     assert run_here(*words, cwd=elsewhere).returncode == 0

@@ -153,7 +153,7 @@ class Job:
             return self.create_merger().merge(self.read_manifest(notes))
         if not self.snapshot.exists and not record.is_from_0_1_0 and not record.out_of_order:
             return self.read_manifest(notes)  # the snapshot was deleted, and the manifest has the same rows
-        return (row.read() for row in self.snapshot.rows())
+        return (row.to_row() for row in self.snapshot.rows())
 
     def create_merger(self) -> RowMerger:
         """Create the merger that appends new rows of the manifest to those of the job."""
@@ -165,7 +165,7 @@ class Job:
         settings = self.settings
         return read_rows(
             self.manifest, self.row_defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines,
-            as_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
+            compat_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
         )  # fmt: skip
 
     def run_columns(self) -> dict[str, Any]:

@@ -11,7 +11,12 @@ from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError, UsageError
 from tinysd_batch.job.manifest.cells import validate_prompt
 from tinysd_batch.job.manifest.changes import ManifestDiff, pair_rows
-from tinysd_batch.job.manifest.files import fingerprint, get_manifest_stem, read_manifest_stamp, starts_with_fingerprint
+from tinysd_batch.job.manifest.files import (
+    compute_fingerprint,
+    get_manifest_stem,
+    read_manifest_stamp,
+    starts_with_fingerprint,
+)
 from tinysd_batch.job.manifest.readers import can_append_rows, detect_format
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.inherited_seeds import (
@@ -85,7 +90,7 @@ def open_job(manifest: Path, folder: Path, settings: Settings, reuse: Path | Non
     detect_format(manifest)
     stamp = read_manifest_stamp(manifest)
     check_job_folder(folder)
-    digest = fingerprint(manifest)
+    digest = compute_fingerprint(manifest)
     model = read_model_info(settings.model)
     job = Job(
         folder, manifest, fill_in_model_defaults(settings, model), model, run_id=uuid.uuid4().hex[:12],
