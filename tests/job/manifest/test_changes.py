@@ -167,7 +167,7 @@ def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Pro
     assert not (tmp_path / "new").exists()
     done = submit(fixed, "-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
-    assert "2 images made" in done.stdout
+    assert "2 images generated" in done.stdout
     assert "3 reused" in done.stdout
     assert drawn(tmp_path / "new") == [1, 3]
     rows, old = check_whole(tmp_path / "new", 5), read_results(tmp_path / "job")
