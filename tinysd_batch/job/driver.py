@@ -108,9 +108,16 @@ def read_recorded_invalid_rows(job: Job) -> Iterator[InvalidRow]:
 
 
 def run_job(
-    job: Job, open_pool: PoolFactory, progress: JobProgress, should_stop: Callable[[], bool], limit: int | None = None,
-    *, retry_failed: bool = False, take_over: bool = False, redo_missing: bool = False,
-) -> RunSummary:  # fmt: skip
+    job: Job,
+    open_pool: PoolFactory,
+    progress: JobProgress,
+    should_stop: Callable[[], bool],
+    limit: int | None = None,
+    *,
+    retry_failed: bool = False,
+    take_over: bool = False,
+    redo_missing: bool = False,
+) -> RunSummary:
     """Generate every image of the job that is not finished.
 
     Args:
