@@ -207,6 +207,7 @@ class Worker:
         )
 
     def generate_and_publish(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+        """Call the model once for all images, and publish the wanted ones."""
         started = time.time()
         params = images[0].params
         generated = self.model.generate(
@@ -243,6 +244,7 @@ class Worker:
     def publish(
         self, request: ImageRequest, generated: "GenerationOutput", position: int, started: float
     ) -> ImageResult:
+        """Encode one image of a batch with its metadata, publish the file, and return the result."""
         from tinysd_batch.images import FileFormat, encode_image, format_webui_parameters
 
         columns: dict[str, Any] = {
@@ -326,6 +328,7 @@ def load_model(setup: WorkerSetup) -> "TinySD":
 
 
 def first_message_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__)[:MAX_MESSAGE_CHARACTERS]
 
