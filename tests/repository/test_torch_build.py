@@ -52,7 +52,7 @@ def run(folder: Path, nvidia_smi: str | None, *command: str) -> tuple[str, str]:
         (list_gpus("Tesla K40, 3.5, 470.2"), "", "too old for any build of torch"),
         (list_gpus("[Unknown Error], [N/A], [N/A]"), "", "reports no GPU"),
         ("true\n", "", "reports no GPU"),
-        (OLD_QUERY + list_gpus(f"{GTX}, 418.1"), "", "driver is too old for torch (NVIDIA GeForce GTX 1060 6GB, 418"),
+        (OLD_QUERY + list_gpus(f"{GTX}, 418.1"), "", f"driver is too old for torch ({GTX}, 418.1)"),
         (NO_DRIVER, "", "nvidia-smi finds no GPU or no driver. The CPU build"),
         (None, "", "No NVIDIA GPU found (no nvidia-smi). The CPU build"),
     ],
