@@ -1,6 +1,6 @@
-"""A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed.
+"""Fixtures: a model that loads and generates in milliseconds (SD's classes, random weights, packed), a folder, a GPU.
 
-And a folder to work in, and a card to work on: one that is pretended always, a real one with `pytest -m gpu`.
+The GPU is a fake CUDA device; with `pytest -m gpu` a real one, too.
 """
 
 import gc
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.support.fake_cuda.device import FakeCudaDevice
     from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
-AnyCard = TypeVar("AnyCard", bound="FakeCudaDevice")
+AnyFakeGpu = TypeVar("AnyFakeGpu", bound="FakeCudaDevice")
 
 # A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
 # tries the same examples, ten times as many with HYPOTHESIS_PROFILE=thorough.
@@ -71,25 +71,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pretended_card() -> "Iterator[FakeCudaDevice]":
-    """A card of 4 GiB; all work on it was in good order."""
+def fake_gpu() -> "Iterator[FakeCudaDevice]":
+    """A fake CUDA device with 4 GiB; fails the test if its rules were violated."""
     from tests.support.fake_cuda.device import FakeCudaDevice
 
-    with in_good_order(FakeCudaDevice()) as card:
-        yield card
+    with checked_fake_gpu(FakeCudaDevice()) as gpu:
+        yield gpu
 
 
 @pytest.fixture
-def idle_card() -> "Iterator[ShapeOnlyCudaDevice]":
-    """The same, which computes nothing."""
+def shape_only_gpu() -> "Iterator[ShapeOnlyCudaDevice]":
+    """The same, but it computes shapes only."""
     from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
-    with in_good_order(ShapeOnlyCudaDevice()) as card:
-        yield card
+    with checked_fake_gpu(ShapeOnlyCudaDevice()) as gpu:
+        yield gpu
 
 
 @contextmanager
-def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
+def checked_fake_gpu(gpu: AnyFakeGpu) -> Iterator[AnyFakeGpu]:
     import torch
 
     from tests.support.fake_cuda.driver import COMPILER
@@ -99,23 +99,23 @@ def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
     if COMPILER is None:
         pytest.skip("no g++ here to compile the kernels with")
     if torch.cuda.is_available():
-        pytest.skip("there is a real card")
-    with use_fake_cuda(card):
-        yield card
+        pytest.skip("there is a real GPU")
+    with use_fake_cuda(gpu):
+        yield gpu
     assert not DataRaceError.raised
-    assert not card.allocator.capturing_pools, "a capture that was begun and not ended"
+    assert not gpu.allocator.capturing_pools, "a capture was begun and not ended"
 
 
 @pytest.fixture
-def real_card() -> None:
+def real_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
 
-@pytest.fixture(params=["pretended_card", pytest.param("real_card", marks=pytest.mark.gpu)])
-def card(request: pytest.FixtureRequest) -> "FakeCudaDevice | None":
-    """The pretended card, or None for a real one: what can be told of both is tested on both."""
-    found: FakeCudaDevice | None = request.getfixturevalue(request.param)
-    return found
+@pytest.fixture(params=["fake_gpu", pytest.param("real_gpu", marks=pytest.mark.gpu)])
+def cuda_device(request: pytest.FixtureRequest) -> "FakeCudaDevice | None":
+    """The fake CUDA device, or None for a real GPU: what holds for both is tested on both."""
+    device: FakeCudaDevice | None = request.getfixturevalue(request.param)
+    return device
