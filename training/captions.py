@@ -38,13 +38,13 @@ def make_caption(emoji: Emoji, rng: random.Random) -> str:
     return f"{words}, {emoji.style} style" if rng.random() < WITH_STYLE else words
 
 
-def train_tokenizer(emoji: list[Emoji], folder: Path) -> None:
+def train_tokenizer(emojis: list[Emoji], folder: Path) -> None:
     """Write `vocab.json` and `merges.txt`: CLIP's byte-level BPE (Radford et al. 2021), trained on our captions only.
 
     The vocabulary holds every byte, alone and as the end of a word, so that every prompt can be encoded.
     """
     rng = random.Random(0)
-    texts = [make_caption(each, rng) for each in emoji for _ in range(40)]
+    texts = [make_caption(emoji, rng) for emoji in emojis for _ in range(40)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     pattern = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")

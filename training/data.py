@@ -87,7 +87,7 @@ def build_dataset(out: Path, cache: Path) -> None:
     if unknown:
         raise ValueError(f"concepts.txt: no such CLDR name: {', '.join(unknown)}")
 
-    images, emoji = [], []
+    images, emojis = [], []
     styles = list(sources["styles"])
     for style, source in sources["styles"].items():
         icons = read_json(packages[source["package"]], "icons.json")
@@ -100,11 +100,12 @@ def build_dataset(out: Path, cache: Path) -> None:
             # Hold out one style of every tenth concept, to score pairs of concept and style that were never seen.
             held_out = number % 10 == 0 and styles[(number // 10) % len(styles)] == style
             images.append(render_icon(icons, name))
-            emoji.append(Emoji(concept, style, tuple(entries[concept].get("tags", ())), held_out))
+            emojis.append(Emoji(concept, style, tuple(entries[concept].get("tags", ())), held_out))
     out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out / "pictures.npz", images=np.stack(images))
     rows = [
-        {"concept": each.concept, "style": each.style, "tags": each.tags, "held_out": each.held_out} for each in emoji
+        {"concept": emoji.concept, "style": emoji.style, "tags": emoji.tags, "held_out": emoji.held_out}
+        for emoji in emojis
     ]
     (out / "pictures.json").write_text(json.dumps(rows, indent=0))
 
@@ -112,5 +113,5 @@ def build_dataset(out: Path, cache: Path) -> None:
 def read_dataset(folder: Path) -> tuple[npt.NDArray[np.uint8], list[Emoji]]:
     """Read the images [N, 64, 64, 3] and their words, in the same order."""
     rows = json.loads((folder / "pictures.json").read_text())
-    emoji = [Emoji(row["concept"], row["style"], tuple(row["tags"]), row["held_out"]) for row in rows]
-    return np.load(folder / "pictures.npz")["images"], emoji
+    emojis = [Emoji(row["concept"], row["style"], tuple(row["tags"]), row["held_out"]) for row in rows]
+    return np.load(folder / "pictures.npz")["images"], emojis

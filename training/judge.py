@@ -94,9 +94,9 @@ def random_offsets(count: int, channels: int | None = None) -> Tensor:
 
 def read_training_set(build: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Read all real images [N, 3, H, W], their labels [N], and the name of each label."""
-    images, emoji = data.read_dataset(build)
-    names = sorted({each.concept for each in emoji})
-    labels = torch.tensor([names.index(each.concept) for each in emoji])
+    images, emojis = data.read_dataset(build)
+    names = sorted({emoji.concept for emoji in emojis})
+    labels = torch.tensor([names.index(emoji.concept) for emoji in emojis])
     return to_tensor(images.astype(np.float32) / 255), labels, names
 
 

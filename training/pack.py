@@ -63,14 +63,27 @@ def write_shared_components(build: Path, out: Path) -> None:
         (tokenizer / name).write_bytes((build / "tokenizer" / name).read_bytes())
     write_json(
         tokenizer / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": captions.MAX_TOKENS, "bos_token": captions.BOS,
-         "eos_token": captions.EOS, "pad_token": captions.EOS, "unk_token": captions.EOS},
-    )  # fmt: skip
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": captions.MAX_TOKENS,
+            "bos_token": captions.BOS,
+            "eos_token": captions.EOS,
+            "pad_token": captions.EOS,
+            "unk_token": captions.EOS,
+        },
+    )
     write_json(
         out / "scheduler" / "scheduler_config.json",
-        {"_class_name": "PNDMScheduler", **unet.BETAS, "num_train_timesteps": 1000, "prediction_type": "epsilon",
-         "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
-    )  # fmt: skip
+        {
+            "_class_name": "PNDMScheduler",
+            **unet.BETAS,
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+            "skip_prk_steps": True,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+    )
     write_pipeline_index(out, vae=["tinysd_batch.diffusers", "AutoencoderKLDecoder"])
     write_json(out / "tinysd.json", {"name": NAME, "steps": STEPS, "scale": SCALE})
 

@@ -26,36 +26,36 @@ Images = npt.NDArray[np.float32]  # [N, 64, 64, 3] in 0..1
 Recognize = Callable[[Images], list[str]]
 
 
-def generate_images(model: TinySD, emoji: list[data.Emoji], seed: int, steps: int) -> Images:
+def generate_images(model: TinySD, emojis: list[data.Emoji], seed: int, steps: int) -> Images:
     """Generate an image of each emoji; the first has this seed, the others those that follow."""
     batches = []
-    for start in range(0, len(emoji), BATCH):
-        batch = emoji[start : start + BATCH]
-        prompts = [f"{each.concept}, {each.style} style" for each in batch]
+    for start in range(0, len(emojis), BATCH):
+        batch = emojis[start : start + BATCH]
+        prompts = [f"{emoji.concept}, {emoji.style} style" for emoji in batch]
         seeds = list(range(seed + start, seed + start + len(batch)))
         output = model.generate(prompts, seeds, sampler="ddim", num_inference_steps=steps, output_type="np")
         batches.append(output.images)
     return np.concatenate(batches)
 
 
-def generate_or_load(folder: Path, emoji: list[data.Emoji], seed: int, steps: int, out: Path) -> Images:
+def generate_or_load(folder: Path, emojis: list[data.Emoji], seed: int, steps: int, out: Path) -> Images:
     """Generate the images, or load what an earlier call generated with the same model."""
     model = TinySD.from_pretrained(folder, device="cpu")
-    file = out / f"{model.info.digest}-{seed}-{steps}-{len(emoji)}.npz"
+    file = out / f"{model.info.digest}-{seed}-{steps}-{len(emojis)}.npz"
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
-        images = (generate_images(model, emoji, seed, steps) * 255).round().astype(np.uint8)
+        images = (generate_images(model, emojis, seed, steps) * 255).round().astype(np.uint8)
         np.savez_compressed(file, pictures=images)
     return np.load(file)["pictures"].astype(np.float32) / 255
 
 
-def make_nearest_classifier(real_images: npt.NDArray[np.uint8], emoji: list[data.Emoji]) -> Recognize:
+def make_nearest_classifier(real_images: npt.NDArray[np.uint8], emojis: list[data.Emoji]) -> Recognize:
     """Make a classifier that returns the name of the nearest real image."""
     real_features = compute_features(real_images.astype(np.float32) / 255)
 
     def recognize(images: Images) -> list[str]:
         distances = ((features - real_features) ** 2 for features in compute_features(images))
-        return [emoji[int(distance.sum(axis=1).argmin())].concept for distance in distances]
+        return [emojis[int(distance.sum(axis=1).argmin())].concept for distance in distances]
 
     return recognize
 
@@ -80,16 +80,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    real_images, emoji = data.read_dataset(arguments.build)
+    real_images, emojis = data.read_dataset(arguments.build)
     classifiers: dict[str, Recognize] = {
         "classifier": judge.read_classifier(arguments.build).recognize,
-        "nearest image": make_nearest_classifier(real_images, emoji),
+        "nearest image": make_nearest_classifier(real_images, emojis),
     }
-    concepts = np.array([each.concept for each in emoji])
+    concepts = np.array([emoji.concept for emoji in emojis])
     seeds = [SEED + 10_000 * number for number in range(arguments.seeds)]
     hits: dict[Path, dict[str, npt.NDArray[np.bool_]]] = {}
     for folder in (arguments.floats, *arguments.packed):
-        image_sets = [generate_or_load(folder, emoji, seed, arguments.steps, arguments.out) for seed in seeds]
+        image_sets = [generate_or_load(folder, emojis, seed, arguments.steps, arguments.out) for seed in seeds]
         hits[folder] = {
             name: np.concatenate([np.array(recognize(images)) == concepts for images in image_sets])
             for name, recognize in classifiers.items()

@@ -26,28 +26,28 @@ def compute_features(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     return blocks.reshape(len(images), -1)
 
 
-def generate_images(model: TinySD, emoji: list[data.Emoji]) -> npt.NDArray[np.float32]:
+def generate_images(model: TinySD, emojis: list[data.Emoji]) -> npt.NDArray[np.float32]:
     batches = []
-    for start in range(0, len(emoji), BATCH):
-        batch = emoji[start : start + BATCH]
-        prompts = [f"{each.concept}, {each.style} style" for each in batch]
+    for start in range(0, len(emojis), BATCH):
+        batch = emojis[start : start + BATCH]
+        prompts = [f"{emoji.concept}, {emoji.style} style" for emoji in batch]
         seeds = list(range(SEED + start, SEED + start + len(batch)))
         batches.append(model.generate(prompts, seeds, output_type="np").images)
     return np.concatenate(batches)
 
 
 def print_score(
-    name: str, model: TinySD, emoji: list[data.Emoji], real_features: npt.NDArray[np.float32], concepts: list[str]
+    name: str, model: TinySD, emojis: list[data.Emoji], real_features: npt.NDArray[np.float32], concepts: list[str]
 ) -> None:
-    features = compute_features(generate_images(model, emoji))
+    features = compute_features(generate_images(model, emojis))
     distances = ((features[:, None] - real_features[None]) ** 2).sum(axis=2)
     nearest = np.argsort(distances, axis=1)[:, :5]
-    right = [concepts[indexes[0]] == each.concept for indexes, each in zip(nearest, emoji, strict=True)]
+    right = [concepts[indexes[0]] == emoji.concept for indexes, emoji in zip(nearest, emojis, strict=True)]
     near = [
-        each.concept in {concepts[index] for index in indexes} for indexes, each in zip(nearest, emoji, strict=True)
+        emoji.concept in {concepts[index] for index in indexes} for indexes, emoji in zip(nearest, emojis, strict=True)
     ]
     print(
-        f"{name:<24} {len(emoji):4} images   right {np.mean(right):4.0%}   among five {np.mean(near):4.0%}",
+        f"{name:<24} {len(emojis):4} images   right {np.mean(right):4.0%}   among five {np.mean(near):4.0%}",
         flush=True,
     )
 
@@ -59,13 +59,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="generate only every Nth of the pairs used in training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    real_images, emoji = data.read_dataset(arguments.build)
+    real_images, emojis = data.read_dataset(arguments.build)
     real_features = compute_features(real_images.astype(np.float32) / 255)
-    concepts = [each.concept for each in emoji]
+    concepts = [emoji.concept for emoji in emojis]
     model = TinySD.from_pretrained(arguments.model, device="cpu")
-    trained = [each for each in emoji if not each.held_out][:: arguments.every]
+    trained = [emoji for emoji in emojis if not emoji.held_out][:: arguments.every]
     print_score("pairs used in training", model, trained, real_features, concepts)
-    print_score("held-out pairs", model, [each for each in emoji if each.held_out], real_features, concepts)
+    print_score("held-out pairs", model, [emoji for emoji in emojis if emoji.held_out], real_features, concepts)
 
 
 if __name__ == "__main__":

@@ -31,22 +31,34 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 def build_unet() -> UNet2DConditionModel:
     """Build a UNet of 14.9 M weights, with attention on the two inner levels only, where it is cheap on a CPU."""
     return UNet2DConditionModel(
-        sample_size=data.IMAGE_PX // 4, in_channels=4, out_channels=4,
-        block_out_channels=(32, 96, 256), layers_per_block=1, norm_num_groups=16,
+        sample_size=data.IMAGE_PX // 4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 96, 256),
+        layers_per_block=1,
+        norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, cross_attention_dim=TEXT_WIDTH,
-    )  # fmt: skip
+        attention_head_dim=4,
+        cross_attention_dim=TEXT_WIDTH,
+    )
 
 
 def build_text_encoder(vocab_size: int) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=vocab_size, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=captions.MAX_TOKENS,
-            bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            vocab_size=vocab_size,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=captions.MAX_TOKENS,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
         )
-    )  # fmt: skip
+    )
 
 
 def compute_loss_weights() -> Tensor:
@@ -83,17 +95,17 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
 
 def read_training_set(folder: Path, frozen_vae: vae.AutoencoderKL) -> tuple[Tensor, list[data.Emoji]]:
     """Read the latents [N, 4, 16, 16] and the words of all emoji that are not held out."""
-    images, emoji = data.read_dataset(folder)
+    images, emojis = data.read_dataset(folder)
     latents = vae.encode(frozen_vae, vae.to_tensor(images))
-    trained = [index for index, each in enumerate(emoji) if not each.held_out]
-    return latents[trained], [emoji[index] for index in trained]
+    trained = [index for index, emoji in enumerate(emojis) if not emoji.held_out]
+    return latents[trained], [emojis[index] for index in trained]
 
 
 def sample_batch(
-    latents: Tensor, emoji: list[data.Emoji], rows: list[int], tokenizer: CLIPTokenizer, rng: random.Random
+    latents: Tensor, emojis: list[data.Emoji], rows: list[int], tokenizer: CLIPTokenizer, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """Return the latents [B, 4, 16, 16] of the rows, and the tokens [B, T] of a random caption for each."""
-    texts = [captions.make_caption(emoji[row], rng) for row in rows]
+    texts = [captions.make_caption(emojis[row], rng) for row in rows]
     return latents[rows], tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
@@ -101,7 +113,7 @@ def train_process(rank: int, processes: int, folder: Path, samples: int, rendezv
     torch.set_num_threads(1)
     if processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
-    latents, emoji = read_training_set(folder, vae.read_frozen(folder))
+    latents, emojis = read_training_set(folder, vae.read_frozen(folder))
     tokenizer = captions.read_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
     unet, text = build_unet(), build_text_encoder(len(tokenizer))
@@ -121,9 +133,9 @@ def train_process(rank: int, processes: int, folder: Path, samples: int, rendezv
     order: list[int] = []
     while seen < samples:
         if len(order) < BATCH:
-            order += torch.randperm(len(emoji)).tolist()
+            order += torch.randperm(len(emojis)).tolist()
         rows, order = order[:BATCH], order[BATCH:]
-        clean, tokens = sample_batch(latents, emoji, rows, tokenizer, rng)
+        clean, tokens = sample_batch(latents, emojis, rows, tokenizer, rng)
         noise = torch.randn(BATCH, *latents.shape[1:])
         timesteps = torch.randint(1000, (BATCH,))
         noisy = noise_schedule.add_noise(clean, noise, timesteps)
@@ -160,7 +172,7 @@ def train_process(rank: int, processes: int, folder: Path, samples: int, rendezv
             checkpoints.save(state, folder / "unet.pt")
     if rank == 0:
         checkpoints.save({"ema": ema, "seen": seen}, folder / "unet_done.pt")
-        (folder / "unet.json").write_text(json.dumps({"seen": seen, "pictures": len(emoji)}))
+        (folder / "unet.json").write_text(json.dumps({"seen": seen, "pictures": len(emojis)}))
 
 
 def train(folder: Path, samples: int, processes: int = 1) -> None:

@@ -23,11 +23,18 @@ LATENT_NOISE = 0.05  # makes the decoder robust to small errors of the UNet
 
 def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, sample_size=data.IMAGE_PX,
-        block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        mid_block_add_attention=False, scaling_factor=1.0,
-    )  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=data.IMAGE_PX,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

@@ -57,9 +57,13 @@ def test_diffusers_generates_the_same(floats: Path, no_network: None) -> None:
     model = TinySD.from_pretrained(floats, device="cpu")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     settings: dict[str, Any] = {
-        "height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent",
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 5,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
         "latents": noise,
-    }  # fmt: skip
+    }
     expected = pipeline("a red apple, 4k", **settings).images
     output = model.generate("a red apple, 4k", 1, **settings).images
     assert torch.allclose(torch.as_tensor(output), expected, atol=1e-4)
@@ -78,10 +82,12 @@ def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm_ch
 @pytest.mark.parametrize(
     "dtype",
     [
-        torch.float16, torch.float8_e4m3fn, pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        torch.float16,
+        torch.float8_e4m3fn,
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(torch.float64, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_stored_dtypes(
     tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path, dtype: torch.dtype
 ) -> None:
@@ -131,16 +137,16 @@ def test_pickles(
         convert(path, tmp_path / "model")
     lines = convert(path, tmp_path / "model", allow_pickle=True)
     check_same(tmp_path / "model", models)
-    assert lines[3:] == ([] if beside is None else ["left out: 3 of training"])
+    assert lines[3:] == ([] if beside is None else ["left out: 3 training entries"])
 
 
 def test_ema_copies(tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path) -> None:
     copies = ldm_checkpoint.ema_copies(tensors, change=1.0)
     path = save(tensors | copies | ldm_checkpoint.schedule_buffers())
     lines = convert(path, tmp_path / "plain")
-    assert lines[-1] == "left out: 688 EMA copies, 5 of the noise schedule"
+    assert lines[-1] == "left out: 688 EMA copies, 5 noise schedule tensors"
     check_same(tmp_path / "plain", models)
-    assert convert(path, tmp_path / "ema", ema=True)[-1] == "left out: 5 of the noise schedule"
+    assert convert(path, tmp_path / "ema", ema=True)[-1] == "left out: 5 noise schedule tensors"
     converted = load_file(tmp_path / "ema" / "unet" / WEIGHTS_FILE)
     for name, value in models.unet.state_dict().items():
         assert torch.equal(converted[name], value + 1.0), name
@@ -170,8 +176,9 @@ def test_names_of_clip_tensors(
 def test_old_vaes_with_matrices_in_attention(
     tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path
 ) -> None:
-    flat = {name: value[:, :, 0, 0] if "attn_1" in name and value.dim() == 4 else value
-            for name, value in tensors.items()}  # fmt: skip
+    flat = {
+        name: value[:, :, 0, 0] if "attn_1" in name and value.dim() == 4 else value for name, value in tensors.items()
+    }
     convert(save({name: value.contiguous() for name, value in flat.items()}), tmp_path / "model")
     check_same(tmp_path / "model", models)
 

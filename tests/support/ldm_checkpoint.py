@@ -35,25 +35,34 @@ SMALL = Sizes(unet=32, vae=32, text=TEXT_WIDTH, text_layers=2)
 
 def new_unet(sizes: Sizes) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=64, block_out_channels=tuple(sizes.unet * factor for factor in (1, 2, 4, 4)), attention_head_dim=8,
+        sample_size=64,
+        block_out_channels=tuple(sizes.unet * factor for factor in (1, 2, 4, 4)),
+        attention_head_dim=8,
         cross_attention_dim=sizes.text,
-    )  # fmt: skip
+    )
 
 
 def new_vae(sizes: Sizes) -> AutoencoderKL:
     return AutoencoderKL(
-        latent_channels=4, block_out_channels=tuple(sizes.vae * factor for factor in (1, 2, 4, 4)), layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
-    )  # fmt: skip
+        latent_channels=4,
+        block_out_channels=tuple(sizes.vae * factor for factor in (1, 2, 4, 4)),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=512,
+    )
 
 
 def new_text_encoder(sizes: Sizes) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=sizes.vocabulary, hidden_size=sizes.text, intermediate_size=4 * sizes.text,
-            num_hidden_layers=sizes.text_layers, num_attention_heads=max(sizes.text // 64, 1),
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.text,
+            intermediate_size=4 * sizes.text,
+            num_hidden_layers=sizes.text_layers,
+            num_attention_heads=max(sizes.text // 64, 1),
         )
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,20 @@ def replace_all(name: str, rules: Mapping[str, str]) -> str:
 
 
 RESIDUAL = {
-    r"\.norm1\.": ".in_layers.0.", r"\.conv1\.": ".in_layers.2.", r"\.time_emb_proj\.": ".emb_layers.1.",
-    r"\.norm2\.": ".out_layers.0.", r"\.conv2\.": ".out_layers.3.", r"\.conv_shortcut\.": ".skip_connection.",
-}  # fmt: skip
+    r"\.norm1\.": ".in_layers.0.",
+    r"\.conv1\.": ".in_layers.2.",
+    r"\.time_emb_proj\.": ".emb_layers.1.",
+    r"\.norm2\.": ".out_layers.0.",
+    r"\.conv2\.": ".out_layers.3.",
+    r"\.conv_shortcut\.": ".skip_connection.",
+}
 ENDS = {
-    r"^conv_in\.": "input_blocks.0.0.", r"^time_embedding\.linear_1\.": "time_embed.0.",
-    r"^time_embedding\.linear_2\.": "time_embed.2.", r"^conv_norm_out\.": "out.0.", r"^conv_out\.": "out.2.",
-}  # fmt: skip
+    r"^conv_in\.": "input_blocks.0.0.",
+    r"^time_embedding\.linear_1\.": "time_embed.0.",
+    r"^time_embedding\.linear_2\.": "time_embed.2.",
+    r"^conv_norm_out\.": "out.0.",
+    r"^conv_out\.": "out.2.",
+}
 
 
 def unet_name(name: str) -> str:
@@ -121,9 +137,7 @@ def unet_name(name: str) -> str:
     return replace_all(name, ENDS)
 
 
-ATTENTION = {
-    r"group_norm\.": "norm.", r"to_q\.": "q.", r"to_k\.": "k.", r"to_v\.": "v.", r"to_out\.0\.": "proj_out."
-}  # fmt: skip
+ATTENTION = {r"group_norm\.": "norm.", r"to_q\.": "q.", r"to_k\.": "k.", r"to_v\.": "v.", r"to_out\.0\.": "proj_out."}
 
 
 def vae_name(name: str) -> str:
@@ -154,9 +168,12 @@ def schedule_buffers() -> dict[str, Tensor]:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = (1 - betas).cumprod(0)
     return {
-        "betas": betas, "alphas_cumprod": alphas, "sqrt_alphas_cumprod": alphas.sqrt(), "logvar": torch.zeros(1000),
+        "betas": betas,
+        "alphas_cumprod": alphas,
+        "sqrt_alphas_cumprod": alphas.sqrt(),
+        "logvar": torch.zeros(1000),
         "posterior_mean_coef1": torch.zeros(1000),
-    }  # fmt: skip
+    }
 
 
 def ema_copies(tensors: Mapping[str, Tensor], change: float = 0.0) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ NORMAL_WIDTH = {
     "\uffa1 \uffe9": "\u1100 \u2190",
     "é e\u0301": "é é",
     "\uff1ccat\uff1e": "<cat>",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", NORMAL_WIDTH)

@@ -266,8 +266,10 @@ def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
 def test_code_in_a_pickle_is_named_and_does_not_run(save: Save, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     for name, function, argument in (
-        ("PosixPath", Path.touch, trace), ("system", __import__("os").system, f"touch {trace}"), ("eval", eval, "1")
-    ):  # fmt: skip
+        ("PosixPath", Path.touch, trace),
+        ("system", __import__("os").system, f"touch {trace}"),
+        ("eval", eval, "1"),
+    ):
         path = tmp_path / "evil.ckpt"
         path.write_bytes(make_pytorch_file(pickle.dumps({"state_dict": {FIRST: Code(function, argument)}}, protocol=2)))
         check_refused(path, f"its pickle asks for .*({name}|getattr).*, which is code and not weights; refused")
@@ -324,8 +326,8 @@ def test_zip_bombs(tmp_path: Path) -> None:
     path.write_bytes(make_pytorch_file(b"\0" * 300_000_000, compression=zipfile.ZIP_DEFLATED))
     check_refused(path, "compressed, which PyTorch never does")
     data = make_pytorch_file(b"\x80\x02}.")
-    at = data.rindex(b"PK\x01\x02", 0, data.index(b"archive/byteorder", data.index(b"PK\x01\x02")))
-    path.write_bytes(data[: at + 20] + struct.pack("<II", 2**31, 2**31) + data[at + 28 :])
+    entry_start = data.rindex(b"PK\x01\x02", 0, data.index(b"archive/byteorder", data.index(b"PK\x01\x02")))
+    path.write_bytes(data[: entry_start + 20] + struct.pack("<II", 2**31, 2**31) + data[entry_start + 28 :])
     check_refused(path, "records claim more bytes|not a readable PyTorch checkpoint")
     path.write_bytes(make_pytorch_file(b"\x80\x02}.")[:-30])
     check_refused(path, "not a readable PyTorch checkpoint")
@@ -334,8 +336,8 @@ def test_zip_bombs(tmp_path: Path) -> None:
 def test_tensors_larger_than_their_file(save: Save) -> None:
     stretched = torch.zeros(1).expand(2**33, 2**20)
     check_refused(save({FIRST: stretched}, "stretched.ckpt"), "tensors claim more bytes than the file has")
-    one = torch.zeros(1000)
-    repeated = {f"{ldm_checkpoint.UNET}{number}": one for number in range(1000)}
+    tensor = torch.zeros(1000)
+    repeated = {f"{ldm_checkpoint.UNET}{number}": tensor for number in range(1000)}
     check_refused(save(repeated, "repeated.ckpt"), "tensors claim more bytes than the file has")
     check_refused(save({FIRST: torch.zeros(4).to_sparse()}, "sparse.ckpt"), "which is code|sparse")
 

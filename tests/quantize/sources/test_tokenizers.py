@@ -27,8 +27,14 @@ def ids_of(folder: Path) -> tuple[int, ...]:
 
 def add_to_config(folder: Path, number: int, **entry: Any) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    token = {"content": "<my-cat>", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False,
-             "special": False}  # fmt: skip
+    token = {
+        "content": "<my-cat>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": True,
+        "single_word": False,
+        "special": False,
+    }
     write_json(folder / "tokenizer_config.json", {**config, "added_tokens_decoder": {str(number): token}, **entry})
 
 
