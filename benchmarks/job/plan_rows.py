@@ -26,7 +26,8 @@ def write_manifest(path: Path, rows: int, prompts: int) -> None:
         writer.writerow(["id", "prompt", "negative_prompt", "seed"])
         for row in range(rows):
             number = row % prompts
-            prompt = f"a {SUBJECTS[number % len(SUBJECTS)]}, {STYLES[number % len(STYLES)]}, highly detailed, number {number}"
+            subject, style = SUBJECTS[number % len(SUBJECTS)], STYLES[number % len(STYLES)]
+            prompt = f"a {subject}, {style}, highly detailed, number {number}"
             writer.writerow([f"r{row}", prompt, "blurry, low quality", row if row % 2 else ""])
 
 

@@ -66,9 +66,8 @@ def print_extrapolation(lines: list[tuple[float, str]], ended: float, arguments:
     for name, measured_s, estimated_s, shipped_s in zip(PARTS, durations, estimated, estimated_shipped, strict=True):
         hours = measured_s * shipped_s / estimated_s / 3600
         total_hours += hours
-        print(
-            f"{name:<24}{measured_s:>6.0f} s, estimated {estimated_s:.0f} s; with the shipped recipe about {hours:.1f} h"
-        )
+        measured = f"{measured_s:>6.0f} s, estimated {estimated_s:.0f} s"
+        print(f"{name:<24}{measured}; with the shipped recipe about {hours:.1f} h")
     print(f"with the shipped recipe about {total_hours:.0f} hours in total, extrapolated")
 
 
