@@ -5,7 +5,7 @@
     model = TinySD.from_pretrained("embedded")
     model.generate("red apple", seed=7).save("apple.png")
 
-Importing the package loads nothing heavy: torch comes with `TinySD`.
+Importing the package is fast: torch is imported when `TinySD` is first used.
 """
 
 from tinysd_batch.threads import set_wait_policy
@@ -13,7 +13,7 @@ from tinysd_batch.version import __version__
 
 __all__ = ["JobResult", "TinySD", "__version__", "read_results", "submit"]
 
-TYPE_CHECKING = False  # that of `typing`, which may lie in the current folder when `python -m` loads this
+TYPE_CHECKING = False  # not from `typing`: `python -m` could import a typing.py from the current folder here
 if TYPE_CHECKING:
     from typing import Any
 

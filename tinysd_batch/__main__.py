@@ -1,4 +1,4 @@
-"""Entry point of the command `tinysd-batch` and of `python -m tinysd_batch`."""
+"""Entry point of the commands `tinysd-batch` and `python -m tinysd_batch`."""
 
 import os
 import sys
@@ -9,20 +9,20 @@ USAGE_ERROR = 2
 
 
 def main() -> None:
-    """Make the process safe to work in, then run the command line."""
+    """Prepare the process, then run the command line."""
     restrict_import_path()  # before anything else is imported
     open_closed_streams()
     check_current_folder()
-    from tinysd_batch.cli import main as run
+    from tinysd_batch.cli import main as run_command_line
 
-    run()
+    run_command_line()
 
 
 def open_closed_streams() -> None:
-    """A stream that was closed (`2>&-`) must not become the descriptor of a file that is opened later."""
-    for stream in (0, 1, 2):
+    """Open closed standard streams (`2>&-`), so that no other file gets their descriptors."""
+    for descriptor in (0, 1, 2):
         try:
-            os.fstat(stream)
+            os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
@@ -31,11 +31,11 @@ def open_closed_streams() -> None:
 
 
 def check_current_folder() -> None:
-    """Libraries end the process with messages of their own where the current folder was removed."""
+    """Exit if the current folder was deleted; libraries would fail with unclear messages."""
     try:
         os.getcwd()  # noqa: PTH109
     except FileNotFoundError:
-        sys.stderr.write("tinysd-batch: the current folder is gone; change to one that exists, and try again\n")
+        sys.stderr.write("tinysd-batch: the current folder was deleted; change to another one and try again\n")
         sys.exit(USAGE_ERROR)
 
 

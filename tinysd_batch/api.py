@@ -1,4 +1,4 @@
-"""Jobs from Python: what `tinysd-batch submit` does, and the results as a table."""
+"""Run jobs from Python, as `tinysd-batch submit` does, and read their results as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ INTEGER_ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """How a job ended."""
+    """The outcome of a job."""
 
     folder: Path
     images: int  # in the job
     generated: int  # in this run
-    reused: int  # taken over from another job in this run
+    reused: int  # from another job, in this run
     failed: int
     invalid_rows: int
     left: int  # not generated yet
@@ -62,24 +62,24 @@ def submit(
     progress: bool = False,
     **settings: Any,
 ) -> JobResult:
-    """Generate an image for every row of a manifest, or go on with a job, as `tinysd-batch submit` does.
+    """Generate an image for every row of a manifest, or resume a job, as `tinysd-batch submit` does.
 
     Args:
-        manifest: a table with a prompt column, a text file with a prompt per line, a job.toml that names one, or the
-            folder of a job to go on with.
-        output: the job folder; outputs/<manifest name> if None.
-        reuse: an earlier job's folder, whose images are taken over where they would come out the same.
-        limit: only the first so many images; the same call without it goes on.
-        retry_failed: try images again that failed.
-        redo_missing: generate images again whose files are gone, even if that is more than half of them.
-        take_over: take the job from a process that has it and does not answer.
-        progress: show what the command shows.
-        settings: what the command's options and job.toml set, such as model="folder", steps=20, inline=True (in this
-            process, without Ray) or workers=2.
+        manifest: A table with a prompt column, a text file with one prompt per line, a job.toml that names one, or the
+            folder of a job to resume.
+        output: The job folder; outputs/<manifest name> if None.
+        reuse: The folder of an earlier job, whose images are reused where they would be identical.
+        limit: Generate only the first images, up to this number. The same call without it resumes the job.
+        retry_failed: Retry images that failed.
+        redo_missing: Regenerate images whose files are missing, even if that is more than half of them.
+        take_over: Take over the job from a process that does not respond.
+        progress: Show the progress that the command shows.
+        settings: The settings of the command line and of job.toml, such as model="folder", steps=20, inline=True (in
+            this process, without Ray) or workers=2.
 
     Raises:
-        TypeError: a setting that is not known.
-        TinySDError: what the command prints in one line before it exits; the job goes on with the same call.
+        TypeError: A setting is unknown.
+        TinySDError: Any error that ends the command. The same call resumes the job.
     """
     from contextlib import ExitStack
 
@@ -91,42 +91,65 @@ def submit(
     from tinysd_batch.report.progress_bar import RunProgressBar
 
     job, _ = prepare_job(
-        Path(manifest), Path(output) if output is not None else None, (), resolve_aliases(settings),
+        Path(manifest),
+        Path(output) if output is not None else None,
+        (),
+        resolve_aliases(settings),
         Path(reuse) if reuse is not None else None,
-    )  # fmt: skip
+    )
     with ExitStack() as stack:
-        shown = RunProgressBar(Console(stderr=True, highlight=False, quiet=not progress), verbose=False)
+        bar = RunProgressBar(Console(stderr=True, highlight=False, quiet=not progress), verbose=False)
         summary = run_job(
-            job, make_pool_factory(job), stack.enter_context(shown), lambda: False, limit, retry_failed=retry_failed,
-            redo_missing=redo_missing, take_over=take_over,
-        )  # fmt: skip
+            job,
+            make_pool_factory(job),
+            stack.enter_context(bar),
+            lambda: False,
+            limit,
+            retry_failed=retry_failed,
+            redo_missing=redo_missing,
+            take_over=take_over,
+        )
     return JobResult(
-        job.folder, summary.total, summary.counts[Status.OK], summary.reused, summary.failed, summary.invalid_rows,
-        summary.left, summary.seconds,
-    )  # fmt: skip
+        folder=job.folder,
+        images=summary.total,
+        generated=summary.counts[Status.OK],
+        reused=summary.reused,
+        failed=summary.failed,
+        invalid_rows=summary.invalid_rows,
+        left=summary.left,
+        seconds=summary.seconds,
+    )
 
 
 def resolve_aliases(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their own names. Raises TypeError for an unknown one, UsageError for one that is given twice."""
-    named: dict[str, Any] = {}
-    for given, written in settings.items():
-        name = SETTING_ALIASES.get(given, given)
+    """Replace the names that other libraries use by our own, and values by plain ones.
+
+    Raises:
+        TypeError: A setting is unknown.
+        UsageError: A setting is given twice, under different names and with different values.
+    """
+    resolved: dict[str, Any] = {}
+    for alias, original_value in settings.items():
+        name = SETTING_ALIASES.get(alias, alias)
         if name not in Settings.model_fields:
-            raise TypeError(f"submit() got an unexpected keyword argument {given!r}{suggest_setting(given)}")
-        value = to_plain_value(name, written)
-        if name in named and named[name] != value:
+            raise TypeError(f"submit() got an unexpected keyword argument {alias!r}{suggest_setting(alias)}")
+        value = to_plain_value(name, original_value)
+        if name in resolved and resolved[name] != value:
             raise UsageError(
-                f"{name} = {named[name]} and {given} = {value}: two names of one setting; give one of them"
+                f"{name} = {resolved[name]} and {alias} = {value}: two names of one setting; give one of them"
             )
-        named[name] = value
-    return named
+        resolved[name] = value
+    return resolved
 
 
 def to_plain_value(name: str, value: Any) -> Any:
-    """A setting's value as job.toml would have it: paths as text, whole numbers of any type as int, no seed as None."""
+    """Convert a setting to the value that job.toml would have.
+
+    Paths become text, integers of any type become int, and a seed of -1 becomes None.
+    """
     if isinstance(value, Path):
         return str(value)
-    if callable(item := getattr(value, "item", None)):  # of numpy or torch
+    if callable(item := getattr(value, "item", None)):  # a number of numpy or torch
         value = item()
     if name == "vram_budget" and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -137,27 +160,31 @@ def to_plain_value(name: str, value: Any) -> Any:
     try:
         return parse_integer(value)
     except ValueError:
-        return value  # which `config.resolve` refuses by name
+        return value  # `Settings` rejects it by name
 
 
 def suggest_setting(name: str) -> str:
     import difflib
 
-    alike = difflib.get_close_matches(name, [*Settings.model_fields, *SETTING_ALIASES], n=1)
-    return f"; did you mean {alike[0]}?" if alike else ""
+    matches = difflib.get_close_matches(name, [*Settings.model_fields, *SETTING_ALIASES], n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def read_results(folder: str | Path, columns: Sequence[str] | None = None) -> "pa.Table":
-    """A job's results: one row per image and per row that cannot be generated, in the manifest's order.
+    """Read a job's results: one row per image and per invalid row, in the manifest's order.
 
-    Also while the job runs. `columns` names those to read, all if None, with the manifest's own columns among them.
+    It also works while the job runs.
+
+    Args:
+        folder: The job folder.
+        columns: The columns to read, including the manifest's own; all if None.
 
     Raises:
-        UsageError: the folder is not a job, or has no such column.
-        StorageError: a file of the table is damaged.
+        UsageError: The folder is not a job, or has no such column.
+        StorageError: A file of the table is damaged.
     """
     from tinysd_batch.job.results.table import ResultsTable
-    from tinysd_batch.job.state.open_job import read_job_json
+    from tinysd_batch.job.state.job_json import read_job_json
 
     read_job_json(Path(folder))
     columns = [columns] if isinstance(columns, str) else columns
@@ -165,5 +192,5 @@ def read_results(folder: str | Path, columns: Sequence[str] | None = None) -> "p
     if columns is None:
         return table
     if unknown := [name for name in columns if name not in table.column_names]:
-        raise UsageError(f"{folder}: has no column {', '.join(unknown)}; there are {', '.join(table.column_names)}")
+        raise UsageError(f"{folder}: no column {', '.join(unknown)}; the columns are {', '.join(table.column_names)}")
     return table.select(list(columns))

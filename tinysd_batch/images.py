@@ -1,7 +1,8 @@
-"""Pictures as files: PNG, JPEG or WebP bytes with what made them written inside.
+"""Encode images as PNG, JPEG or WebP files with their settings stored inside, and read them back.
 
-Two entries: `parameters`, as AUTOMATIC1111's web UI writes it and most viewers read it, and `tinysd`, our JSON. A PNG
-holds both as text; JPEG and WebP hold them as EXIF UserComment, where others look for the first, and MakerNote.
+Each file has two metadata entries: `parameters`, in the format of AUTOMATIC1111's web UI, which most viewers read, and
+`tinysd`, our JSON. A PNG stores both as text chunks. JPEG and WebP store `parameters` as EXIF UserComment, where other
+programs look for it, and our JSON as EXIF MakerNote.
 """
 
 import io
@@ -21,10 +22,10 @@ METADATA_KEY = "tinysd"
 PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 END_MARKERS = {"png": b"IEND\xaeB`\x82", "jpg": b"\xff\xd9"}
 PNG_COMPRESSION = 6
-MAX_READABLE_PX = 8192  # a side; nobody's pictures of ours are larger
-MAX_EXIF_BYTES = 65_000  # a JPEG's segment holds no more
+MAX_READABLE_PX = 8192  # per side; our images are never larger
+MAX_EXIF_BYTES = 65_000  # limit of a JPEG segment
 COMMENT_ENCODINGS = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
-SAMPLER_LABELS = {  # as the web UI spells them
+SAMPLER_LABELS = {  # as in the web UI
     "plms": "PLMS", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
     "dpm2_a": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
 }  # fmt: skip
@@ -32,15 +33,15 @@ SAMPLER_LABELS = {  # as the web UI spells them
 
 @dataclass(frozen=True, slots=True)
 class FileFormat:
-    """How pictures are written."""
+    """How images are written."""
 
     name: str = "png"  # png, jpg or webp
-    quality: int = 90  # of jpg and webp, 1 to 100
+    quality: int = 90  # for jpg and webp, 1 to 100
     with_metadata: bool = True
 
 
 def format_webui_parameters(request: ImageRequest, model_name: str, model_digest: str, version: str) -> str:
-    """The `parameters` entry: prompt, negative prompt, then one line of settings."""
+    """Return the `parameters` entry: prompt, negative prompt, then one line of settings."""
     params = request.params
     settings = {
         "Steps": params.steps,
@@ -49,7 +50,7 @@ def format_webui_parameters(request: ImageRequest, model_name: str, model_digest
         "Seed": request.seed,
         "Size": f"{params.width}x{params.height}",
         "Model hash": model_digest[:10],
-        "Model": json.dumps(model_name) if any(mark in model_name for mark in ",:\n") else model_name,
+        "Model": json.dumps(model_name) if any(character in model_name for character in ",:\n") else model_name,
         "RNG": "CPU",
         "Version": f"tinysd-batch {version}",
     }
@@ -62,29 +63,30 @@ def format_webui_parameters(request: ImageRequest, model_name: str, model_digest
     return "\n".join(lines)
 
 
-def encode_image(image: Image.Image, kind: FileFormat, parameters: str, ours: dict[str, Any]) -> bytes:
-    """The picture as a file's bytes."""
-    parameters, ours = make_value_storable(parameters), make_value_storable(ours)
-    options: dict[str, Any] = {"quality": kind.quality}
-    if kind.name == "png":
+def encode_image(image: Image.Image, file_format: FileFormat, parameters: str, metadata: dict[str, Any]) -> bytes:
+    """Encode an image as the bytes of a file."""
+    parameters, metadata = make_value_storable(parameters), make_value_storable(metadata)
+    options: dict[str, Any] = {"quality": file_format.quality}
+    if file_format.name == "png":
         options = {"compress_level": PNG_COMPRESSION}
-    if kind.with_metadata:
-        options |= make_png_metadata(parameters, ours) if kind.name == "png" else make_exif_metadata(parameters, ours)
+    if file_format.with_metadata:
+        make_metadata = make_png_metadata if file_format.name == "png" else make_exif_metadata
+        options |= make_metadata(parameters, metadata)
     buffer = io.BytesIO()
-    image.save(buffer, PILLOW_FORMATS[kind.name], **options)
+    image.save(buffer, PILLOW_FORMATS[file_format.name], **options)
     return buffer.getvalue()
 
 
-def make_png_metadata(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
+def make_png_metadata(parameters: str, metadata: dict[str, Any]) -> dict[str, Any]:
     text = PngImagePlugin.PngInfo()
     text.add_itxt("parameters", parameters)
-    text.add_itxt(METADATA_KEY, json.dumps(ours, sort_keys=True, ensure_ascii=False))
+    text.add_itxt(METADATA_KEY, json.dumps(metadata, sort_keys=True, ensure_ascii=False))
     return {"pnginfo": text}
 
 
-def make_exif_metadata(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
-    """Both entries as EXIF. Where prompts are too long for it, first `parameters` and then our prompts are left out."""
-    for comment, entry in iterate_shortened_metadata(parameters, ours):
+def make_exif_metadata(parameters: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return both entries as EXIF. If prompts are too long for it, omit first `parameters`, then our prompts."""
+    for comment, entry in iterate_shortened_metadata(parameters, metadata):
         exif = Image.Exif()
         exif.get_ifd(ExifTags.IFD.Exif).update(
             {
@@ -98,53 +100,54 @@ def make_exif_metadata(parameters: str, ours: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def iterate_shortened_metadata(parameters: str, ours: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield parameters, ours
-    yield "", ours
-    yield "", {name: value for name, value in ours.items() if name not in ("prompt", "negative_prompt")}
+def iterate_shortened_metadata(parameters: str, metadata: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield parameters, metadata
+    yield "", metadata
+    yield "", {name: value for name, value in metadata.items() if name not in ("prompt", "negative_prompt")}
 
 
-def is_complete_file(data: bytes, kind: str) -> bool:
-    """Whether a file's last bytes are there, which Pillow does not ask for: a PNG's IEND, a JPEG's end mark."""
-    if kind == "webp":
+def is_complete_file(data: bytes, format_name: str) -> bool:
+    """Whether a file has its last bytes, which Pillow does not check: a PNG's IEND chunk, a JPEG's end marker."""
+    if format_name == "webp":
         return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return data.endswith(END_MARKERS[kind])
+    return data.endswith(END_MARKERS[format_name])
 
 
 @contextmanager
-def open_image(file: Any, kinds: Collection[str] = tuple(PILLOW_FORMATS)) -> Iterator[Image.Image]:
-    """A picture of these formats (png, jpg, webp) that anybody may have made. Raises OSError for whatever is wrong.
+def open_image(file: Any, formats: Collection[str] = tuple(PILLOW_FORMATS)) -> Iterator[Image.Image]:
+    """Open an untrusted image of these formats (png, jpg, webp). Raises OSError for every error.
 
-    Before its pixels are unpacked, `size` must be looked at.
+    The caller must check `size` before it decodes the pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=[PILLOW_FORMATS[kind] for kind in kinds]) as image:
+            with Image.open(file, formats=[PILLOW_FORMATS[name] for name in formats]) as image:
                 yield image
     except OSError:
         raise
-    except Exception as error:  # noqa: BLE001 - on malformed files Pillow raises whatever its parsers meet
-        raise OSError(f"no whole picture: {error}") from None
+    except Exception as error:  # noqa: BLE001 - Pillow's parsers raise many types of errors
+        raise OSError(f"not a complete image: {error}") from None
 
 
 def read_metadata(
-    data: bytes, size: tuple[int, int] | None = None, kinds: Collection[str] = tuple(PILLOW_FORMATS)
+    data: bytes, size: tuple[int, int] | None = None, formats: Collection[str] = tuple(PILLOW_FORMATS)
 ) -> tuple[str, dict[str, Any]]:
-    """`parameters` and our JSON; both empty where the file is not a whole picture, or not of `size` (width, height)."""
+    """Return `parameters` and our JSON; both empty if the file is damaged or not of `size` (width, height)."""
     try:
-        with open_image(io.BytesIO(data), kinds) as image:
+        with open_image(io.BytesIO(data), formats) as image:
             if image.size != (size or image.size) or max(image.size) > MAX_READABLE_PX:
                 return "", {}
             image.load()
-            parameters, ours = extract_metadata(image)
-            found = json.loads(ours)
+            parameters, metadata_json = extract_metadata(image)
+            metadata = json.loads(metadata_json)
     except OSError:
         return "", {}
-    return parameters, found if isinstance(found, dict) else {}
+    return parameters, metadata if isinstance(metadata, dict) else {}
 
 
 def extract_metadata(image: Image.Image) -> tuple[str, str]:
+    """Return `parameters` and our JSON as text."""
     if image.format == "PNG":
         text = getattr(image, "text", {})
         return str(text.get("parameters", "")), str(text.get(METADATA_KEY, "{}"))
@@ -154,5 +157,5 @@ def extract_metadata(image: Image.Image) -> tuple[str, str]:
         return "", "{}"
     encoding = COMMENT_ENCODINGS.get(comment[:8])
     parameters = comment[8:].decode(encoding, "replace") if encoding else ""
-    found = json.loads(note.decode("ascii", "replace") or "{}")
-    return parameters, json.dumps(found.get(METADATA_KEY, {}) if isinstance(found, dict) else {})
+    entries = json.loads(note.decode("ascii", "replace") or "{}")
+    return parameters, json.dumps(entries.get(METADATA_KEY, {}) if isinstance(entries, dict) else {})

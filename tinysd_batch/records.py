@@ -1,4 +1,4 @@
-"""The records that travel between manifest, plan, worker and results. Plain data: no library, no behaviour."""
+"""Records passed between manifest, plan, workers and results. Plain data without behaviour or dependencies."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Status(StrEnum):
-    """What became of an image, or of a manifest row that is none."""
+    """The outcome of an image, or of an invalid manifest row."""
 
     OK = "ok"
     FAILED = "failed"
@@ -16,7 +16,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What all images of one micro-batch share, besides guidance being on or off."""
+    """Parameters shared by all images of a micro-batch. They also share whether guidance is used."""
 
     width: int  # pixels
     height: int  # pixels
@@ -27,7 +27,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A valid line of the manifest with every setting filled in; `seed` is None where the manifest gives none."""
+    """A valid row of the manifest with all settings filled in; `seed` is None if the manifest has none."""
 
     number: int  # from 1, not counting the header
     prompt: str
@@ -39,19 +39,19 @@ class Row:
     params: SamplingParams
     prompt_syntax: str = "seed"
     id: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # columns we do not know, kept for the results
+    extra: dict[str, Any] = field(default_factory=dict)  # unknown columns, copied to the results
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidRow:
-    """A line of the manifest that cannot be made, and every reason why."""
+    """A row of the manifest that cannot be generated, and all reasons."""
 
     number: int
     reason: str
     prompt: str | None = None
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    line: int | None = None  # of the file, from 1, where the row starts; None where a file has no lines
+    line: int | None = None  # of the file where the row starts, from 1; None if the format has no lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +69,17 @@ class ImageRequest:
     image_id: str  # 32 hex digits
     file_name: str  # relative to the job folder, POSIX
     prompt_syntax: str = "seed"
-    noise_seed: int | None = None  # of the starting noise, where it is not `seed`
+    noise_seed: int | None = None  # of the initial noise, if it is not `seed`
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Images that go through the model together.
+    """Images generated in one model call.
 
-    `wanted` names the indexes still to be made. The others ride along, so that a resumed run puts an image through the
-    model in the same company as an uninterrupted one, and both give the same pixels.
+    `wanted` has the indexes that are still to be generated. The others are generated again and discarded, so that a
+    resumed run has the same micro-batches as an uninterrupted one, and both produce the same pixels.
     """
 
     images: tuple[ImageRequest, ...]
@@ -88,7 +88,7 @@ class MicroBatch:
 
 @dataclass(slots=True)
 class ImageResult:
-    """What became of one image. Times in seconds, memory in bytes."""
+    """The result of one image."""
 
     index: int
     status: Status
@@ -100,7 +100,7 @@ class ImageResult:
     attempts: int = 1
     degraded: list[str] = field(default_factory=list)
     n_tokens: int | None = None
-    truncated: str | None = None  # the part of the prompt that the text encoder never saw
+    truncated: str | None = None  # the part of the prompt beyond the model's token limit
     negative_truncated: str | None = None
     precision: str | None = None
     device_name: str | None = None

@@ -76,7 +76,7 @@ class DurableClock(SilentProgress):
 
     last_durable = 0.0
 
-    def durable(self) -> None:
+    def report_flush(self) -> None:
         self.last_durable = time.perf_counter()
 
 
@@ -264,7 +264,7 @@ def measure_first_image_s(job: Job) -> float:
     durations: list[float] = []
 
     class FirstImageClock(SilentProgress):
-        def image(self, request: ImageRequest, result: ImageResult) -> None:  # noqa: ARG002 - any image counts
+        def report_image(self, request: ImageRequest, result: ImageResult) -> None:  # noqa: ARG002 - any image counts
             durations.append(time.perf_counter() - started)
 
     reopened = reopen_job(job.manifest, job.folder)

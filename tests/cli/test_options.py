@@ -182,7 +182,7 @@ def test_a_bad_line_of_the_file_costs_that_line(draw: Any, tmp_path: Path) -> No
     (tmp_path / "prompts.txt").write_text("cat\na:0 b:0\ndog\n")
     pictures, told = draw("--from-file", tmp_path / "prompts.txt", "--seed", 1, expect=3)
     assert [made["prompt"] for made in pictures.values()] == ["cat", "dog"]
-    assert "row 2 (line 2) cannot be drawn: column prompt = 'a:0 b:0': the prompt's weights sum to 0" in told
+    assert "row 2 (line 2) cannot be generated: column prompt = 'a:0 b:0': the prompt's weights sum to 0" in told
 
 
 def test_how_the_work_is_done_changes_no_picture(draw: Any, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_skip_save_in_a_job(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 2}])
     done = run_here("submit", "m.csv", "--model", tiny_model, "--inline", "--skip_save", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "No picture was written" in done.stdout
+    assert "No image was written" in done.stdout
     rows = read_results(tmp_path / "outputs" / "m")
     assert [(row["status"], row["file_name"]) for row in rows] == [("ok", None)] * 2
     assert not (tmp_path / "outputs" / "m" / "images").exists()
@@ -307,9 +307,9 @@ def test_plan_says_what_submit_would_do(manifest: Path, tmp_path: Path, tiny_mod
     done = run_here("plan", "m.csv", "--model", tiny_model, cwd=tmp_path)
     assert done.returncode == 3
     assert "tabby cat (0.125) + white duck (0.375) + hybrid (0.5)" in done.stdout
-    assert "row 3 (line 4) cannot be made: column seed = 'x': a whole number was expected" in done.stdout
-    assert "30 in the longest prompt, the model takes 22; 1 row will be cut" in done.stdout
-    assert "cut off: " + " ".join(["apple"] * 8) in done.stdout
+    assert "row 3 (line 4) cannot be generated: column seed = 'x': a whole number was expected" in done.stdout
+    assert "30 in the longest prompt, the model's limit is 22; 1 row will be truncated" in done.stdout
+    assert "truncated: " + " ".join(["apple"] * 8) in done.stdout
     assert "4 in 3 batches" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv"]
 
@@ -332,7 +332,7 @@ def test_plan_for_machines(manifest: Path, tmp_path: Path, tiny_model: Path) -> 
 def test_plan_counts_what_is_there_already(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     run_here("submit", "m.csv", "--model", tiny_model, "--inline", "--limit", 1, cwd=tmp_path)
     done = run_here("plan", "m.csv", "--model", tiny_model, cwd=tmp_path)
-    assert "4 in 3 batches; 1 are there already" in done.stdout
+    assert "4 in 3 batches; 1 are already generated" in done.stdout
 
 
 def test_plan_and_a_dry_run_tell_the_memory_of_each_phase(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -340,13 +340,13 @@ def test_plan_and_a_dry_run_tell_the_memory_of_each_phase(manifest: Path, tmp_pa
     assert "for 2 images of 16x16 at a time (float32 on cpu)" in " ".join(planned.split())
     rehearsal = "txt2img", "cat", "--dry-run", "--model", tiny_model, "--device"
     tight = run_here(*rehearsal, "cpu", "--vram-budget", "1MB", cwd=tmp_path).stdout
-    assert re.search(r"UNet +\d+ kB: .+ of weights stay, the rest passes through \d+ kB", tight)
+    assert re.search(r"UNet +\d+ kB: .+ of weights resident, the rest streamed through \d+ kB", tight)
     card = run_here(*rehearsal, "cuda", "--vram-budget", "900MB", cwd=tmp_path).stdout
     assert "float16 on cuda" in card
     assert "359 MB assumed for CUDA and its libraries" in card
     none = run_here(*rehearsal, "cpu", "--vram-budget", "300kB", cwd=tmp_path)
     assert none.returncode == 2
-    assert "vram_budget = 0.3 MB: drawing 16x16 takes at least" in none.stderr
+    assert "vram_budget = 0.3 MB: generating 16x16 takes at least" in none.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv"]
 
 

@@ -1,4 +1,4 @@
-"""A manifest to make jobs of."""
+"""A manifest for jobs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.support.files import write_csv
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Six images of three rows, and a row that is bad."""
+    """Six images of three rows, and an invalid row."""
     return write_csv(tmp_path / "m.csv", [
         {"prompt": "red apple", "seed": 7, "n_samples": 3, "note": "a"},
         {"prompt": "cat", "seed": "", "n_samples": "", "note": "b"},

@@ -62,7 +62,7 @@ def test_data_free_report_has_weight_sqnr_and_four_images(source: Path, tmp_path
     assert len(report["prompts"]) == 4
     (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("images: "))
     assert f"PSNR {report['median_picture_psnr_db']:.1f} dB: " in sentence
-    assert "comparing 4 images with the float model's, some " in done.stderr
+    assert "comparing 4 images with the float model's, which takes about " in done.stderr
     assert re.search(r"packing: \d+ layers in 0:\d\d", done.stderr)
     name, weight = "mid_block.resnets.0.conv1", to_matrix(small_unet().mid_block.resnets[0].conv1.weight.detach())
     stored = load_file(tmp_path / "fast" / "unet" / WEIGHTS_FILE)
@@ -95,9 +95,9 @@ def test_samples_that_take_long_or_fail_are_reported(
         "tinysd_batch.quantize.evaluate.samples.generate_image_pairs", Mock(side_effect=MemoryError("out of memory"))
     )
     done = run_here("quantize", float_model, "one", "--level", "fast", cwd=tmp_path)
-    assert "no images were compared, as that takes some 60 minutes here; --samples" in done.stderr
+    assert "no sample images: they would take about 60 minutes here; add --samples" in done.stderr
     asked = run_here("quantize", float_model, "two", "--level", "fast", "--samples", cwd=tmp_path)
-    assert "no images were compared: out of memory" in asked.stderr
+    assert "no sample images: out of memory" in asked.stderr
     assert (done.returncode, asked.returncode) == (0, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
@@ -141,7 +141,7 @@ def test_calibration_is_closer_to_the_float_model(source: Path, recipe_file: Pat
     assert set(bits.values()) == {2, 4, 8}
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "lion; bell" in page
-    assert "What each sort of layer harms alone" in page
+    assert "Sensitivity by layer type" in page
     assert read_model_info(str(tmp_path / "out")).unet_bytes == report["unet_bytes"]
 
 

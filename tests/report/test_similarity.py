@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinysd_batch.quantize.evaluate.compare import ModelComparison
 from tinysd_batch.quantize.evaluate.summary import QuantizationSummary
-from tinysd_batch.report.quantization.page import page
+from tinysd_batch.report.quantization.page import render_page
 from tinysd_batch.report.quantization.report import report_as_dict
 from tinysd_batch.report.quantization.similarity import ImageArray, mean_ssim, to_8_bit
 
@@ -64,11 +64,11 @@ def test_without_the_library_the_report_says_how_to_get_it(
     errors = ModelComparison([1.0], [20.0], [20.0], 20.0, 30.0, pictures(), pictures(0.1))
     content = report_as_dict(summary, errors, ["a", "b", "c"])
     assert 0 < content["pictures_ssim"] < 1
-    assert f"{content['pictures_ssim']:.4f}" in page(content)
+    assert f"{content['pictures_ssim']:.4f}" in render_page(content)
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     content = report_as_dict(summary, errors, ["a", "b", "c"])
     assert content["pictures_ssim"] is None
-    assert "pip install &#x27;tinysd-batch[report]&#x27;" in page(content)
+    assert "pip install &#x27;tinysd-batch[report]&#x27;" in render_page(content)
     assert np.isfinite(content["pictures_psnr_db"])
 
 
@@ -79,7 +79,7 @@ def test_one_picture_that_became_another_does_not_hide_what_the_others_are(summa
         summary, ModelComparison([1.0], [20.0], [20.0], 20.0, 9.0, floats, packed), ["a", "b", "c"]
     )
     assert content["median_picture_psnr_db"] == pytest.approx(40, abs=1)
-    assert f"{content['median_picture_psnr_db']:.2f} dB" in page(content)
+    assert f"{content['median_picture_psnr_db']:.2f} dB" in render_page(content)
 
 
 def test_pictures_smaller_than_the_window_have_none() -> None:

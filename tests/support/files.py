@@ -18,7 +18,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """A CSV manifest; the first row's keys are the columns."""
+    """Write a CSV manifest with the first row's keys as columns."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -31,7 +31,7 @@ def names_below(folder: Path) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """Every file below with its bytes. The lock holds the number of the last process and may change."""
+    """Return every path below a folder, files with their bytes. The lock may change: it has the last process id."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() and path.name != "lock" else None
         for path in folder.rglob("*")
@@ -39,7 +39,7 @@ def snapshot(folder: Path) -> dict[str, object]:
 
 
 def set_json(file: str, **values: object) -> Change:
-    """Change entries of one of the model's files; None removes."""
+    """Return a function that changes entries of a JSON file of a model; None removes an entry."""
 
     def change(model: Path) -> None:
         content = json.loads((model / file).read_text()) | values
@@ -49,6 +49,7 @@ def set_json(file: str, **values: object) -> Change:
 
 
 def put(file: str, data: bytes) -> Change:
+    """Return a function that writes a file of a model."""
     return lambda model: (model / file).write_bytes(data)
 
 
@@ -60,7 +61,7 @@ def remove(path: Path) -> None:
 
 
 def instead(file: str, make: Change) -> Change:
-    """Put something else in a file's place."""
+    """Return a function that replaces a file of a model by what `make` creates."""
 
     def change(model: Path) -> None:
         remove(model / file)

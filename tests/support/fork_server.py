@@ -1,13 +1,13 @@
-"""Start the command line quickly: fork it from a process that has imported torch, diffusers and the package already.
+"""Start the command line quickly by forking a process that has already imported torch, diffusers and the package.
 
-A fresh `python -m tinysd_batch submit` spends three seconds of processor time on imports, most tests of it a tenth of
-that on work. `ForkedProcess` is a `subprocess.Popen` whose process comes from a fork server instead, one for each
-pytest worker. It is a child of the test's own process, with its own standard streams, folder and environment, so that
-exit codes, signals, stops and kills are what they would be. What is decided when an interpreter or a library loads
-(`OMP_NUM_THREADS`, `PYTHONPATH`, a locale) is not: such tests need a fresh process, see `tools.start`.
+A fresh `python -m tinysd_batch submit` spends three seconds of CPU time on imports; most tests need a tenth of that for
+their work. `ForkedProcess` is a `subprocess.Popen` whose process comes from a fork server instead, one for each pytest
+worker. It is a child of the test process, with its own standard streams, folder and environment, so that exit codes,
+signals, stops and kills work as usual. Variables that are read when an interpreter or a library loads
+(`OMP_NUM_THREADS`, `PYTHONPATH`, a locale) have no effect: tests of these need a fresh process, see `program.start`.
 
-The server is this file, run as a module. It has one thread and has run nothing on several: a fork would lose the
-others, and OpenMP's pool would wait for them forever.
+The server is this file, run as a module. It must never have more than one thread: a fork would lose the other threads,
+and OpenMP's pool would wait for them forever.
 """
 
 import atexit
@@ -32,37 +32,38 @@ from typing import Any
 
 from tests.support.paths import ROOT
 
-MODULE = [sys.executable, "-m", "tinysd_batch"]  # the one command that is forked
-LARGEST_REQUEST = 1 << 20
+MODULE = [sys.executable, "-m", "tinysd_batch"]  # the only command that can be forked
+MAX_REQUEST_BYTES = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36
-AT_START = dict(os.environ)  # before any test changes it
+START_ENVIRONMENT = dict(os.environ)  # before any test changes it
 
 
-# In the test's process
+# Client: the test process
 
 
 class ForkServer:
-    """The client's side: start a server, ask it for processes. The server ends when this process does."""
+    """Starts a server and requests processes from it. The server ends when this process does."""
 
     def __init__(self) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REQUEST)
+        self.socket, server_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_REQUEST_BYTES)
         self.lock = threading.Lock()
-        with theirs:
+        with server_socket:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", __name__, str(server_socket.fileno())],
                 cwd=ROOT,
-                env={**AT_START, "OMP_NUM_THREADS": "1"},
-                pass_fds=[theirs.fileno()],
+                env={**START_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+                pass_fds=[server_socket.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        self.receive()  # that all is imported
+        self.receive()  # the server has imported everything
 
     def receive(self) -> int:
-        answer = self.socket.recv(64)
-        if not answer:
+        """Return the server's response: a process id, or 0 when it is ready."""
+        response = self.socket.recv(64)
+        if not response:
             raise ChildProcessError("the fork server ended; its messages are on stderr")
-        return int(answer)
+        return int(response)
 
     def fork(self, request: dict[str, Any], streams: list[int]) -> int:
         """Start a process and return its id."""
@@ -78,7 +79,7 @@ def fork_server() -> ForkServer:
 
 @contextlib.contextmanager
 def adopting_orphans() -> Iterator[None]:
-    """While this holds, a process below us whose parent ends becomes our child."""
+    """Within this context, descendants whose parent ends become our children."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -89,45 +90,47 @@ def adopting_orphans() -> Iterator[None]:
 
 
 class ForkedProcess(subprocess.Popen[Any]):
-    """`subprocess.Popen` for `python -m tinysd_batch ...`, forked. Takes no `preexec_fn`, `pass_fds` or `user`."""
+    """`subprocess.Popen` for `python -m tinysd_batch ...`, forked. Supports no `preexec_fn`, `pass_fds` or `user`."""
 
     def _execute_child(self, *values: Any) -> None:
-        given = inspect.signature(subprocess.Popen._execute_child).bind(self, *values).arguments  # type: ignore[attr-defined]
-        arguments = [os.fspath(word) for word in given["args"]]
+        popen_arguments = inspect.signature(subprocess.Popen._execute_child).bind(self, *values).arguments  # type: ignore[attr-defined]
+        arguments = [os.fspath(argument) for argument in popen_arguments["args"]]
         if arguments[: len(MODULE)] != MODULE:
             raise ValueError(f"only {' '.join(MODULE)} can be forked")
-        if given["preexec_fn"] or given["pass_fds"]:
+        if popen_arguments["preexec_fn"] or popen_arguments["pass_fds"]:
             raise ValueError("a process with preexec_fn or pass_fds cannot be forked")
-        streams = [given[name] if given[name] != -1 else number for number, name in enumerate(STREAMS)]
+        streams = [
+            popen_arguments[name] if popen_arguments[name] != -1 else number for number, name in enumerate(STREAMS)
+        ]
         request = {
             "arguments": arguments,
-            "folder": os.fspath(given["cwd"] or Path.cwd()),
-            "environment": dict(os.environ if given["env"] is None else given["env"]),
-            "session": given["start_new_session"],
-            "group": given["process_group"],
+            "folder": os.fspath(popen_arguments["cwd"] or Path.cwd()),
+            "environment": dict(os.environ if popen_arguments["env"] is None else popen_arguments["env"]),
+            "session": popen_arguments["start_new_session"],
+            "group": popen_arguments["process_group"],
             "umask": current_umask(),
         }
         try:
             self.pid = fork_server().fork(request, streams)
             self._child_created = True
         finally:
-            self._close_pipe_fds(*(given[name] for name in PIPES))  # type: ignore[attr-defined]
+            self._close_pipe_fds(*(popen_arguments[name] for name in PIPES))  # type: ignore[attr-defined]
 
 
 STREAMS = ("p2cread", "c2pwrite", "errwrite")
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-# Variables that are read when they are needed, not when something is loaded.
-READ_LATE = {"COLUMNS", "LINES", "TERM", "NO_COLOR", "CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST"}
-SET_BY_LIBRARIES = {"TORCHINDUCTOR_CACHE_DIR", "RAY_CLIENT_MODE"}  # while they load, in the server as well
+# Variables that are read on use, not when an interpreter or library loads.
+READ_ON_USE = {"COLUMNS", "LINES", "TERM", "NO_COLOR", "CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST"}
+SET_BY_LIBRARIES = {"TORCHINDUCTOR_CACHE_DIR", "RAY_CLIENT_MODE"}  # at import, also in the server
 
 
-def comparable(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in READ_LATE | SET_BY_LIBRARIES}
+def drop_ignored_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in READ_ON_USE | SET_BY_LIBRARIES}
 
 
 def is_forkable(environment: Mapping[str, str]) -> bool:
-    """Return whether the server's libraries would have loaded alike in this environment."""
-    return comparable(environment) == comparable(AT_START)
+    """Whether the server's libraries would have been loaded in the same way with this environment."""
+    return drop_ignored_variables(environment) == drop_ignored_variables(START_ENVIRONMENT)
 
 
 def current_umask() -> int:
@@ -136,11 +139,11 @@ def current_umask() -> int:
     return mask
 
 
-# In the server
+# Server
 
 
 def preload() -> None:
-    """Import all of the package, and what it imports inside its functions."""
+    """Import all modules of the package, and the modules that their functions import."""
     for file in (ROOT / "tinysd_batch").rglob("*.py"):
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         if not name.endswith("__main__"):
@@ -149,11 +152,11 @@ def preload() -> None:
     gc.freeze()
 
 
-def next_request(door: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Fork a process for each request. Return in the forked ones, with the request; or with None at the end."""
-    door.send(b"0")
+def wait_for_request(server_socket: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Fork a process for each request. Return the request in the forked processes, and None when the client ends."""
+    server_socket.send(b"0")
     while True:
-        data, streams, _, _ = socket.recv_fds(door, LARGEST_REQUEST, len(STREAMS))
+        data, streams, _, _ = socket.recv_fds(server_socket, MAX_REQUEST_BYTES, len(STREAMS))
         if not data:
             return None
         if threading.active_count() > 1:
@@ -163,14 +166,14 @@ def next_request(door: socket.socket) -> tuple[dict[str, Any], list[int]] | None
             return json.loads(data), list(streams)
         for stream in streams:
             os.close(stream)
-        door.send(str(pid).encode())
+        server_socket.send(str(pid).encode())
 
 
 def fork_orphan() -> int:
-    """Fork a process whose parent has ended, so that the client adopts it. Return 0 in it, its id in the server."""
+    """Fork a process whose parent ends at once, so that the client adopts it. Return 0 in it, its id in the server."""
     reading, writing = os.pipe()
-    between = os.fork()
-    if not between:
+    parent = os.fork()
+    if not parent:
         pid = os.fork()
         if not pid:
             os.close(reading)
@@ -179,13 +182,13 @@ def fork_orphan() -> int:
         os.write(writing, str(pid).encode())
         os._exit(0)
     os.close(writing)
-    os.waitpid(between, 0)
+    os.waitpid(parent, 0)
     with os.fdopen(reading) as file:
         return int(file.read())
 
 
-def become(request: dict[str, Any], streams: list[int]) -> None:
-    """Turn this process into what `subprocess` would have started."""
+def become_program(request: dict[str, Any], streams: list[int]) -> None:
+    """Turn this process into the one that `subprocess` would have started."""
     if request["session"]:
         os.setsid()
     elif request["group"] is not None and request["group"] >= 0:
@@ -206,48 +209,52 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
 
 
 def open_streams() -> None:
-    """The interpreter's own, as it would open them on these files."""
+    """Open the standard streams as the interpreter would."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        before = getattr(sys, name)
+        old_stream = getattr(sys, name)
         file = open(  # noqa: SIM115
-            number, "wb" if number else "rb", buffering=0 if before.write_through else -1, closefd=False
+            number, "wb" if number else "rb", buffering=0 if old_stream.write_through else -1, closefd=False
         )
-        by_line = name == "stderr" or os.isatty(number)
+        is_line_buffered = name == "stderr" or os.isatty(number)
         stream = io.TextIOWrapper(
-            file, before.encoding, before.errors, line_buffering=by_line, write_through=before.write_through
+            file,
+            old_stream.encoding,
+            old_stream.errors,
+            line_buffering=is_line_buffered,
+            write_through=old_stream.write_through,
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
 
 def reseed() -> None:
-    """Python's generator is seeded anew by the fork, torch's is the same in every process; numpy's is not."""
+    """Seed numpy's generator. Python seeds its own after a fork, and torch's is the same in every fresh process."""
     import numpy as np
 
     np.random.seed()  # noqa: NPY002
 
 
-def serve(door: socket.socket) -> bool:
-    """Return True in a process that is to run the command line, False in the server when it is over."""
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the tests, and with them the server
-    found = next_request(door)
-    if found is None:
+def serve(server_socket: socket.socket) -> bool:
+    """Return True in a process that shall run the command line, and False in the server at its end."""
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the tests, which ends the server
+    request = wait_for_request(server_socket)
+    if request is None:
         return False
-    door.close()
+    server_socket.close()
     signal.signal(signal.SIGINT, interrupt)
-    become(*found)
+    become_program(*request)
     return True
 
 
 def run_program() -> None:
-    """Run the command line as `python -m` does; end as the interpreter does, but for one thing.
+    """Run the command line as `python -m` does, and end without tearing down modules.
 
-    Tearing down modules would copy every page that holds one of their objects, at ten times the cost of the fork.
+    The teardown would copy every memory page with an object of theirs, which costs ten times as much as the fork.
     """
     try:
         runpy.run_module("tinysd_batch", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        code = 0 if end.code is None else end.code
+    except SystemExit as error:
+        code = 0 if error.code is None else error.code
         if not isinstance(code, int):
             raise
         threading._shutdown()  # type: ignore[attr-defined]
@@ -255,8 +262,8 @@ def run_program() -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except (OSError, ValueError):  # a pipe that nobody reads, or a stream that is closed
-            raise end from None
+        except (OSError, ValueError):  # a broken pipe or a closed stream
+            raise error from None
         os._exit(code & 0xFF)
 
 

@@ -1,4 +1,4 @@
-"""Run jobs in this process, and check what they left."""
+"""Run jobs in this process, and check their results."""
 
 import hashlib
 from collections.abc import Callable
@@ -28,36 +28,36 @@ def read_results(job: Path) -> list[dict[str, Any]]:
 def check_whole(
     job: Path, images: int, read: Callable[[Path], list[dict[str, Any]]] = read_results
 ) -> list[dict[str, Any]]:
-    """Assert what a finished job promises: every index once, every hash right, nothing left over. Returns the rows."""
+    """Assert that a finished job is complete: every index once, all hashes correct, no other files. Return its rows."""
     rows = read(job)
-    made = [row for row in rows if row["index"] is not None]
-    assert sorted(row["index"] for row in made) == list(range(1, images + 1))
-    for row in made:
-        if row["status"] == "ok":
-            data = (job / row["file_name"]).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == row["sha256"], row["file_name"]
-    there = {path.relative_to(job).as_posix() for path in (job / "images").rglob("*") if path.is_file()}
-    assert there == {row["file_name"] for row in made if row["status"] == "ok"}
+    image_rows = [row for row in rows if row["index"] is not None]
+    assert sorted(row["index"] for row in image_rows) == list(range(1, images + 1))
+    saved = [row for row in image_rows if row["status"] == "ok"]
+    for row in saved:
+        data = (job / row["file_name"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == row["sha256"], row["file_name"]
+    files = {path.relative_to(job).as_posix() for path in (job / "images").rglob("*") if path.is_file()}
+    assert files == {row["file_name"] for row in saved}
     assert not list(job.rglob(f"{TEMPORARY_PREFIX}*"))
     assert not list((job / "_tinysd" / "journal").iterdir())
     return rows
 
 
 class Quiet:
-    """A progress that remembers."""
+    """A run progress that records generated images and notes."""
 
     def __init__(self) -> None:
         self.made: list[int] = []
         self.notes: list[str] = []
 
-    def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
-    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
-    def durable(self) -> None: ...
+    def report_start(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
+    def report_worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def report_flush(self) -> None: ...
 
     def note(self, line: str) -> None:
         self.notes.append(line)
 
-    def image(self, request: ImageRequest, result: ImageResult) -> None:
+    def report_image(self, request: ImageRequest, result: ImageResult) -> None:
         self.made.append(request.index)
 
 

@@ -1,7 +1,7 @@
-"""SD v1 checkpoints in the names of their first authors (LDM), made from random diffusers models.
+"""Create SD v1 checkpoints with their original (LDM) tensor names from random diffusers models.
 
-The names are worked out here the other way round than diffusers' converters do, which the program uses, and those of
-the UNet are held against the layer list in `origin.py`.
+The program uses diffusers' converters from LDM names. This is an independent implementation of the other direction, and
+tests compare its UNet names with the layer list in `tiny_stable_diffusion.py`.
 """
 
 import re
@@ -21,7 +21,7 @@ TEXT_WIDTH = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of the parts; the default is SD v1 itself."""
+    """Widths of the components; the defaults are those of SD v1."""
 
     unet: int = 320
     vae: int = 128
@@ -58,26 +58,26 @@ def new_text_encoder(sizes: Sizes) -> CLIPTextModel:
 
 @dataclass(frozen=True)
 class Models:
-    """The three parts of a model, as diffusers and transformers have them."""
+    """The components of a model, as modules of diffusers and transformers."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
 
     def ldm_tensors(self) -> dict[str, Tensor]:
-        """All tensors, in the names and shapes of a single file."""
+        """Return all tensors with the names and shapes of a single file."""
         tensors = {UNET + unet_name(name): value for name, value in self.unet.state_dict().items()}
         for name, value in self.vae.state_dict().items():
-            old = vae_name(name)
-            is_kernel = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", old)
-            tensors[VAE + old] = value[:, :, None, None] if is_kernel else value
+            ldm_name = vae_name(name)
+            is_kernel = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", ldm_name)
+            tensors[VAE + ldm_name] = value[:, :, None, None] if is_kernel else value
         return tensors | {CLIP + name: value for name, value in self.text_encoder.state_dict().items()}
 
 
 def random_models(sizes: Sizes = SMALL, seed: int = 0) -> Models:
     torch.manual_seed(seed)
     models = Models(new_unet(sizes), new_vae(sizes), new_text_encoder(sizes))
-    with torch.no_grad():  # norms and biases would all be alike: a mix-up of two would not be seen
+    with torch.no_grad():  # otherwise all norms and biases would be equal, and tests could not detect a mix-up
         for module in (models.unet, models.vae, models.text_encoder):
             for parameter in module.parameters():
                 if parameter.dim() == 1:
@@ -102,19 +102,19 @@ ENDS = {
 
 
 def unet_name(name: str) -> str:
-    """LDM's name of a UNet tensor."""
-    if found := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name):
-        side, stage, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
-        if kind == "downsamplers":
+    """Return the LDM name of a UNet tensor."""
+    if match := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name):
+        side, stage, module, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        if module == "downsamplers":
             return f"input_blocks.{3 * stage + 3}.0.op.{rest.removeprefix('conv.')}"
-        if kind == "upsamplers":
+        if module == "upsamplers":
             return f"output_blocks.{3 * stage + 2}.{2 if stage else 1}.{rest}"
-        at = f"input_blocks.{3 * stage + layer + 1}" if side == "down" else f"output_blocks.{3 * stage + layer}"
-        return f"{at}.0{replace_all('.' + rest, RESIDUAL)}" if kind == "resnets" else f"{at}.1.{rest}"
-    if found := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
-        if found[1] == "attentions":
-            return f"middle_block.1.{found[3]}"
-        return f"middle_block.{2 * int(found[2])}{replace_all('.' + found[3], RESIDUAL)}"
+        block = f"input_blocks.{3 * stage + layer + 1}" if side == "down" else f"output_blocks.{3 * stage + layer}"
+        return f"{block}.0{replace_all('.' + rest, RESIDUAL)}" if module == "resnets" else f"{block}.1.{rest}"
+    if match := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
+        if match[1] == "attentions":
+            return f"middle_block.1.{match[3]}"
+        return f"middle_block.{2 * int(match[2])}{replace_all('.' + match[3], RESIDUAL)}"
     return replace_all(name, ENDS)
 
 
@@ -124,22 +124,22 @@ ATTENTION = {
 
 
 def vae_name(name: str) -> str:
-    """LDM's name of an autoencoder tensor."""
+    """Return the LDM name of a VAE tensor."""
     name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-    if found := re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
-        if found[2] == "attentions":
-            return f"{found[1]}.mid.attn_1.{replace_all(found[4], ATTENTION)}"
-        return f"{found[1]}.mid.block_{int(found[3]) + 1}.{found[4]}"
-    if found := re.match(r"(encoder\.down|decoder\.up)_blocks\.(\d)\.(resnets|down|up)(?:samplers)?\.(\d)\.(.*)", name):
-        stage = int(found[2]) if found[1] == "encoder.down" else 3 - int(found[2])
-        if found[3] == "resnets":
-            return f"{found[1]}.{stage}.block.{found[4]}.{found[5]}"
-        return f"{found[1]}.{stage}.{found[3]}sample.{found[5]}"
+    if match := re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
+        if match[2] == "attentions":
+            return f"{match[1]}.mid.attn_1.{replace_all(match[4], ATTENTION)}"
+        return f"{match[1]}.mid.block_{int(match[3]) + 1}.{match[4]}"
+    if match := re.match(r"(encoder\.down|decoder\.up)_blocks\.(\d)\.(resnets|down|up)(?:samplers)?\.(\d)\.(.*)", name):
+        stage = int(match[2]) if match[1] == "encoder.down" else 3 - int(match[2])
+        if match[3] == "resnets":
+            return f"{match[1]}.{stage}.block.{match[4]}.{match[5]}"
+        return f"{match[1]}.{stage}.{match[3]}sample.{match[5]}"
     return name
 
 
 def full_size_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor, without memory for any."""
+    """Yield name and shape of every tensor, without allocating any."""
     with torch.device("meta"):
         models = Models(new_unet(sizes), new_vae(sizes), new_text_encoder(sizes))
     for name, value in models.ldm_tensors().items():
@@ -147,7 +147,7 @@ def full_size_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def schedule_buffers() -> dict[str, Tensor]:
-    """Some of what SD v1's training left in its files."""
+    """Return some of the training buffers in SD v1's files."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = (1 - betas).cumprod(0)
     return {
@@ -157,7 +157,7 @@ def schedule_buffers() -> dict[str, Tensor]:
 
 
 def ema_copies(tensors: Mapping[str, Tensor], change: float = 0.0) -> dict[str, Tensor]:
-    """What `model_ema` holds: the UNet's tensors, their names without dots, and two counters."""
+    """Return the entries of `model_ema`: the UNet's tensors, with names without dots, and two counters."""
     copies = {
         "model_ema." + name.removeprefix("model.").replace(".", ""): value + change
         for name, value in tensors.items()
@@ -167,8 +167,8 @@ def ema_copies(tensors: Mapping[str, Tensor], change: float = 0.0) -> dict[str, 
 
 
 def same_tensors(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bool:
-    """Whether these are the module's tensors, to the bit."""
-    mine = module.state_dict()
-    return mine.keys() == tensors.keys() and all(
-        value.dtype == dtype and torch.equal(value, mine[name].to(dtype)) for name, value in tensors.items()
+    """Whether these are bit-identical to the module's tensors."""
+    expected = module.state_dict()
+    return expected.keys() == tensors.keys() and all(
+        value.dtype == dtype and torch.equal(value, expected[name].to(dtype)) for name, value in tensors.items()
     )

@@ -1,4 +1,4 @@
-"""What several tests need: writing inputs, running the program and jobs, reading what they left, breaking files."""
+"""Run the command line in tests, in a process of its own or in this one."""
 
 import contextlib
 import fcntl
@@ -38,18 +38,18 @@ def start(
 ) -> subprocess.Popen[Any]:
     """Start the program as a user does; `options` are those of `subprocess.Popen`.
 
-    The process is forked from one with its imports done, which saves it three seconds. It is a fresh one if `fresh`
-    says so, or if a variable of `env` may be read when an interpreter or a library loads.
+    The process is forked from one that has done the imports, which saves three seconds. It is a fresh one if `fresh` is
+    set, or if `env` has a variable that may be read when an interpreter or a library loads.
     """
     variables = environment() if env is None else dict(env)
-    kind = subprocess.Popen if fresh or not is_forkable(variables) else ForkedProcess
-    return kind(command(*arguments), cwd=cwd, env=variables, **options)
+    process_class = subprocess.Popen if fresh or not is_forkable(variables) else ForkedProcess
+    return process_class(command(*arguments), cwd=cwd, env=variables, **options)
 
 
 def run(
     *arguments: object, cwd: Path | None = None, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program as a user does, to its end."""
+    """Run the program as a user does, and wait for its end."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with start(*arguments, cwd=cwd, env=environment(**env), fresh=fresh, text=True, **pipes) as process:
         try:
@@ -62,7 +62,7 @@ def run(
 
 @contextlib.contextmanager
 def no_new_variables() -> Iterator[None]:
-    """Variables that a command adds to its environment end with it, as they would with its process."""
+    """Remove the environment variables that a command adds, as the end of its process would."""
     before = set(os.environ)
     try:
         yield
@@ -72,10 +72,10 @@ def no_new_variables() -> Iterator[None]:
 
 
 def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the program in this process: much quicker, since torch is loaded already."""
+    """Run the program in this process, which is much faster because torch is already imported."""
     words = [str(argument) for argument in arguments]
     out, err, code = io.StringIO(), io.StringIO(), 0
-    before, sys.argv = sys.argv, ["tinysd-batch", *words]
+    old_argv, sys.argv = sys.argv, ["tinysd-batch", *words]
     try:
         with (
             contextlib.chdir(cwd),
@@ -84,15 +84,15 @@ def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
             contextlib.redirect_stderr(err),
         ):
             main()
-    except SystemExit as end:
-        code = int(end.code or 0)
+    except SystemExit as error:
+        code = int(error.code or 0)
     finally:
-        sys.argv = before
+        sys.argv = old_argv
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
-    """One that stands still in the middle of a write has to be killed before another can have its job."""
+    """Stop the process (SIGSTOP) while it is not writing: after a stop within a write, only a kill frees the job."""
     folder = os.open(job / "_tinysd", os.O_RDONLY)
     try:
         while True:
@@ -108,25 +108,22 @@ def stop_between_writes(process: subprocess.Popen[str], job: Path) -> None:
 
 
 def call(capture: Capture, *arguments: object) -> tuple[int, str, str]:
-    """Run the program in this process: exit code, stdout, stderr."""
+    """Run the program in this process, and return exit code, stdout and stderr."""
     capture.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tinysd-batch", *(str(argument) for argument in arguments)])
-        with no_new_variables(), pytest.raises(SystemExit) as end:
+        with no_new_variables(), pytest.raises(SystemExit) as error:
             main()
-    return (end.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
+    return (error.value.code or 0, *capture.readouterr())  # type: ignore[return-value]
 
 
 def check_refused(capture: Capture, folder: Path, arguments: list[object], code: int, message: str) -> None:
-    """One line on stderr (the parser's own complaints are longer), the right exit code, no file more or less."""
+    """Assert one line on stderr (more from the option parser), the exit code, and that no file changed."""
     before = snapshot(folder)
-    found, _, stderr = call(capture, *arguments)
-    assert (found, message in stderr) == (code, True), f"exit code {found}, stderr: {stderr}"
+    actual_code, _, stderr = call(capture, *arguments)
+    assert (actual_code, message in stderr) == (code, True), f"exit code {actual_code}, stderr: {stderr}"
     assert "Traceback" not in stderr
     if not stderr.startswith(("Usage: ", "Error: ")):
         assert stderr.startswith("tinysd-batch: ")
         assert len(stderr.splitlines()) == 1, stderr
     assert snapshot(folder) == before
-
-
-# Files that are changed for the worse

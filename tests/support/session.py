@@ -1,4 +1,4 @@
-"""What all workers of a test run share."""
+"""Files and settings shared by all workers of a test run."""
 
 import fcntl
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-DEFAULT_EXAMPLES = 50  # of a property, by hypothesis
+DEFAULT_EXAMPLES = 50  # of hypothesis, per property
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A file or folder that all workers of a test run share: the first that needs it has `make` write it."""
+    """Return a file or folder shared by all workers of a test run. The first worker that needs it calls `make`."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -28,7 +28,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 def examples(count: int) -> hypothesis.settings:
-    """For a property that is slow to test: so many examples by default, in proportion in other profiles."""
+    """Limit the examples of a slow property: `count` in the default profile, in proportion in others."""
     profile = hypothesis.settings.default
     assert profile is not None
     return hypothesis.settings(max_examples=count * profile.max_examples // DEFAULT_EXAMPLES)

@@ -17,8 +17,8 @@ def measure_stage_peaks(model: TinySD, images: int, height: int, width: int) -> 
     executing = model.planner.executing
 
     @contextlib.contextmanager
-    def executing_and_tracking(phase: StagePlan) -> Iterator[ExecutionStrategy]:
-        with PeakMemoryTracker() as tracker, executing(phase) as strategy:
+    def executing_and_tracking(plan: StagePlan) -> Iterator[ExecutionStrategy]:
+        with PeakMemoryTracker() as tracker, executing(plan) as strategy:
             # The tracker does not see weights in the pages of their file, nor tensors precomputed before the loop.
             weights = [
                 tensor.module_tensor
@@ -31,7 +31,7 @@ def measure_stage_peaks(model: TinySD, images: int, height: int, width: int) -> 
             yield strategy
             precomputed = [layer.value for _, layer in model.precomputed.context_layers]
             untracked += sum(value.nbytes for value in precomputed if value is not None)
-        peaks[phase.name] = tracker.peak_bytes + untracked
+        peaks[plan.name] = tracker.peak_bytes + untracked
 
     model.planner.executing = executing_and_tracking  # type: ignore[method-assign]
     prompts = [f"cat {number}" for number in range(images)]

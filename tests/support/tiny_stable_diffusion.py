@@ -1,7 +1,7 @@
-"""A synthetic checkpoint in the origin's format: SD v1's UNet, small, its random weights packed as the origin does.
+"""Create a small synthetic checkpoint in the format of tiny-stable-diffusion: SD v1's UNet with random packed weights.
 
-The real file cannot be had here; its layout is known. Four consecutive output channels share a byte, the first in the
-lowest bits, and every output channel has a float32 `delta` and `zero_point`.
+The real file is not available here, but its layout is known. Four consecutive output channels share a byte, the first
+in the lowest bits, and every output channel has a float32 `delta` and `zero_point`.
 """
 
 import math
@@ -19,25 +19,25 @@ CONTEXT = 128
 @dataclass(frozen=True)
 class Layer:
     name: str
-    kind: str  # q2, q8, float or norm
+    storage: str  # q2, q8, float or norm
     shape: tuple[int, ...]
     bias: bool = True
 
 
-def residual(at: str, width_in: int, width: int, time: int) -> Iterator[Layer]:
-    yield Layer(f"{at}.in_layers.0", "norm", (width_in,))
-    yield Layer(f"{at}.in_layers.2", "q2", (width, width_in, 3, 3))
-    yield Layer(f"{at}.emb_layers.1", "q2", (width, time))
-    yield Layer(f"{at}.out_layers.0", "norm", (width,))
-    yield Layer(f"{at}.out_layers.3", "q2", (width, width, 3, 3))
+def residual(prefix: str, width_in: int, width: int, time: int) -> Iterator[Layer]:
+    yield Layer(f"{prefix}.in_layers.0", "norm", (width_in,))
+    yield Layer(f"{prefix}.in_layers.2", "q2", (width, width_in, 3, 3))
+    yield Layer(f"{prefix}.emb_layers.1", "q2", (width, time))
+    yield Layer(f"{prefix}.out_layers.0", "norm", (width,))
+    yield Layer(f"{prefix}.out_layers.3", "q2", (width, width, 3, 3))
     if width_in != width:
-        yield Layer(f"{at}.skip_connection", "float", (width, width_in, 1, 1))
+        yield Layer(f"{prefix}.skip_connection", "float", (width, width_in, 1, 1))
 
 
-def transformer(at: str, width: int, context: int) -> Iterator[Layer]:
-    block = f"{at}.transformer_blocks.0"
-    yield Layer(f"{at}.norm", "norm", (width,))
-    yield Layer(f"{at}.proj_in", "q2", (width, width, 1, 1))
+def transformer(prefix: str, width: int, context: int) -> Iterator[Layer]:
+    block = f"{prefix}.transformer_blocks.0"
+    yield Layer(f"{prefix}.norm", "norm", (width,))
+    yield Layer(f"{prefix}.proj_in", "q2", (width, width, 1, 1))
     for name, columns in (("attn1", width), ("attn2", context)):
         yield Layer(f"{block}.{name}.to_q", "q2", (width, width), bias=False)
         yield Layer(f"{block}.{name}.to_k", "q2", (width, columns), bias=False)
@@ -47,11 +47,11 @@ def transformer(at: str, width: int, context: int) -> Iterator[Layer]:
     yield Layer(f"{block}.ff.net.2", "q2", (width, 4 * width))
     for number in (1, 2, 3):
         yield Layer(f"{block}.norm{number}", "norm", (width,))
-    yield Layer(f"{at}.proj_out", "q2", (width, width, 1, 1))
+    yield Layer(f"{prefix}.proj_out", "q2", (width, width, 1, 1))
 
 
 def unet_layers(base: int, context: int) -> Iterator[Layer]:
-    """Every layer of SD v1's UNet, `base` channels wide (SD v1: 320), for `context` numbers a token (SD v1: 768)."""
+    """Yield every layer of SD v1's UNet with `base` channels (SD v1: 320) and text width `context` (SD v1: 768)."""
     time = 4 * base
     widths = [base * factor for factor in MULTIPLIERS]
     yield Layer("time_embed.0", "q8", (time, base))
@@ -86,16 +86,16 @@ def unet_layers(base: int, context: int) -> Iterator[Layer]:
 
 
 def unet_checkpoint(base: int = 32, seed: int = 0, context: int = CONTEXT) -> dict[str, Tensor]:
-    """The UNet's tensors by the names the origin's file has."""
+    """Return the UNet's tensors with the names of tiny-stable-diffusion's file."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer in unet_layers(base, context):
         name, rows = PREFIX + layer.name, layer.shape[0]
         column = (rows,) + (1,) * (len(layer.shape) - 1)
         spread = math.prod(layer.shape[1:]) ** -0.5
-        if layer.kind == "norm":
+        if layer.storage == "norm":
             tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(rows, generator=generator)
-        elif layer.kind == "q2":
+        elif layer.storage == "q2":
             codes = torch.randint(0, 4, layer.shape, generator=generator, dtype=torch.uint8).view(rows // 4, 4, -1)
             packed = codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
             tensors[f"{name}.weight"] = packed.view(rows // 4, *layer.shape[1:])
@@ -103,7 +103,7 @@ def unet_checkpoint(base: int = 32, seed: int = 0, context: int = CONTEXT) -> di
             tensors[f"{name}.weight_quantizer.zero_point"] = torch.randint(1, 3, column, generator=generator).float()
         else:
             tensors[f"{name}.weight"] = spread * torch.randn(layer.shape, generator=generator)
-        if layer.kind == "q8":
+        if layer.storage == "q8":
             tensors[f"{name}.weight_quantizer.delta"] = torch.full(column, spread * 5 / 255)
             tensors[f"{name}.weight_quantizer.zero_point"] = torch.full(column, 128.0)
         if layer.bias:
@@ -112,8 +112,8 @@ def unet_checkpoint(base: int = 32, seed: int = 0, context: int = CONTEXT) -> di
 
 
 def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same UNet as floats, under the names that SD v1's own files have."""
-    plain: dict[str, Tensor] = {}
+    """Return the same UNet as floats, with the names of SD v1's own files."""
+    float_tensors: dict[str, Tensor] = {}
     for name, value in tensors.items():
         layer, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias"):
@@ -127,5 +127,5 @@ def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             else:
                 codes = ((value / delta).round() + zero).clamp(0, 255)
             weight = (codes - zero) * delta
-        plain[name.replace(PREFIX, "model.diffusion_model.")] = weight
-    return plain
+        float_tensors[name.replace(PREFIX, "model.diffusion_model.")] = weight
+    return float_tensors

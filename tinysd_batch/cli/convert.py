@@ -1,4 +1,4 @@
-"""`tinysd-batch convert`: a model of the user's own as a float folder."""
+"""`tinysd-batch convert`: turn a checkpoint into a float model folder."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from tinysd_batch.cli.terminal.signals import exit_on_sigterm
 from tinysd_batch.errors import UsageError
 
 
-def convert(
+def convert_command(
     source: SourceArgument,
     out: OutputArgument,
     allow_pickle: AllowPickleOption = False,
@@ -25,10 +25,10 @@ def convert(
     vae: VaeOption = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Store as fp16 or fp32; as it is if not given.", show_default=False),
+        typer.Option("--dtype", help="Store weights as fp16 or fp32; unchanged if not given.", show_default=False),
     ] = None,
 ) -> None:
-    """Make a float model folder of an SD v1 checkpoint: as good as the checkpoint, and as large."""
+    """Convert an SD v1 checkpoint to a float model folder, without loss of quality or size."""
     if dtype not in (None, "fp16", "fp32"):
         raise UsageError(f"--dtype {dtype}: fp16 or fp32 was expected")
     from tinysd_batch.quantize.convert import convert_model

@@ -1,4 +1,4 @@
-"""`tinysd-batch export`: the results table for programs that read no Parquet."""
+"""`tinysd-batch export`: write the results table for programs that cannot read Parquet."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +8,11 @@ import typer
 from tinysd_batch.text import make_printable
 
 
-def export(
+def export_command(
     job: Annotated[Path, typer.Argument(help="The job folder that submit printed.")],
     table: Annotated[Path, typer.Argument(help="The file to write: .csv, .tsv or .jsonl.")],
 ) -> None:
-    """Write a job's results as CSV, TSV or JSON lines."""
+    """Write a job's results as CSV, TSV or JSON Lines."""
     from tinysd_batch.export.table import export_table
 
     rows = export_table(job, table)

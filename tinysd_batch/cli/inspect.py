@@ -1,4 +1,4 @@
-"""`tinysd-batch inspect`: what is in a model."""
+"""`tinysd-batch inspect`: show what a model contains."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,14 +8,14 @@ import typer
 from tinysd_batch.cli.model_options import AllowPickleOption
 
 
-def inspect(
+def inspect_command(
     path: Annotated[Path, typer.Argument(help="A model folder or a checkpoint file, or `embedded`.")],
     allow_pickle: AllowPickleOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Say what a model is and what it holds: parts, weights, bits and bytes, type, digest.
+    """Show what a model is and contains: components, weights, bits and bytes, type, digest.
 
-    Ends with exit code 2 where no command takes the model, and says why.
+    Exits with code 2 and prints the reason if no command can use the model.
     """
     import json
 
@@ -25,10 +25,10 @@ def inspect(
     from tinysd_batch.report.console import make_console
     from tinysd_batch.report.inspection_text import inspection_as_dict, print_inspection
 
-    found = inspect_model(embedded_model_path() if str(path) == "embedded" else path, allow_pickle=allow_pickle)
+    inspection = inspect_model(embedded_model_path() if str(path) == "embedded" else path, allow_pickle=allow_pickle)
     if as_json:
-        typer.echo(json.dumps(inspection_as_dict(found)))
+        typer.echo(json.dumps(inspection_as_dict(inspection)))
     else:
-        print_inspection(found, make_console())
-    if found.unusable_reason:
-        raise ModelError(found.unusable_reason)
+        print_inspection(inspection, make_console())
+    if inspection.unusable_reason:
+        raise ModelError(inspection.unusable_reason)

@@ -1,4 +1,4 @@
-"""SourceOptions that commands which read a checkpoint share."""
+"""Arguments and options shared by the commands that read a checkpoint: convert, quantize and inspect."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,18 +11,15 @@ if TYPE_CHECKING:
 SourceArgument = Annotated[
     Path, typer.Argument(help="An SD v1 checkpoint (.safetensors, .ckpt, .pt) or a float folder in diffusers' layout.")
 ]
-
 OutputArgument = Annotated[Path, typer.Argument(help="The model folder to write; must not exist.")]
-
 AllowPickleOption = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read pickles (.ckpt, .pt, .bin) too: only tensors, never code.")
+    bool,
+    typer.Option("--allow-pickle", help="Also read pickle files (.ckpt, .pt, .bin): only tensors, never code."),
 ]
-
-EmaOption = Annotated[bool, typer.Option("--ema", help="Take the averaged copies of the UNet's weights (model_ema).")]
-
+EmaOption = Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights of the UNet (model_ema).")]
 VaeOption = Annotated[
     Path | None,
-    typer.Option("--vae", help="Take the autoencoder from this file or folder.", show_default=False),
+    typer.Option("--vae", help="Read the VAE from this file or folder instead.", show_default=False),
 ]
 
 
@@ -33,5 +30,5 @@ def make_source_options(allow_pickle: bool, ema: bool, vae: Path | None) -> "Sou
 
 
 def print_to_stderr(line: str) -> None:
-    """Say on stderr what is being done."""
+    """Print a status line to stderr."""
     typer.echo(line, err=True)

@@ -8,7 +8,7 @@ import typer
 PROBLEMS_EXIT_CODE = 3
 
 
-def verify(
+def verify_command(
     job: Annotated[Path, typer.Argument(help="The job folder that submit printed.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
@@ -20,10 +20,10 @@ def verify(
     from tinysd_batch.job.verify import verify_job
     from tinysd_batch.report.verification_text import VerifyProgress, print_verification, verification_as_dict
 
-    found = verify_job(job, VerifyProgress(Console(highlight=False, stderr=True)).image)
+    verification = verify_job(job, VerifyProgress(Console(highlight=False, stderr=True)).on_image)
     if as_json:
-        typer.echo(json.dumps(verification_as_dict(found)))
+        typer.echo(json.dumps(verification_as_dict(verification)))
     else:
-        print_verification(str(job), found, Console(highlight=False))
-    if not found.is_intact:
+        print_verification(str(job), verification, Console(highlight=False))
+    if not verification.is_intact:
         raise typer.Exit(PROBLEMS_EXIT_CODE)

@@ -1,4 +1,4 @@
-"""The results table in formats that every program reads."""
+"""Export the results table to formats that most programs can read."""
 
 import csv
 import io
@@ -9,22 +9,26 @@ from typing import Any
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.results.table import ResultsTable
-from tinysd_batch.job.state.open_job import read_job_json
+from tinysd_batch.job.state.job_json import read_job_json
 from tinysd_batch.storage.atomic import storage_errors, write_atomically
 
 CELL_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-FORMULA_PREFIXES = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - the wide ones count in some of these programs
+FORMULA_PREFIXES = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - some programs accept full-width ones
 
 
 def export_table(job_folder: Path, path: Path) -> int:
-    """Write the job's results, the newest row of each image, in order; return how many there are.
+    """Write a job's results, the newest row of each image, in order.
 
-    Raises UsageError for a folder that is no job and a suffix that is not known.
+    Returns:
+        The number of rows.
+
+    Raises:
+        UsageError: The folder is not a job, or the suffix is unknown.
     """
     read_job_json(job_folder)
     suffix = path.suffix.lower()
     if suffix not in (*CELL_SEPARATORS, ".jsonl"):
-        raise UsageError(f"{path}: the table is written as .csv, .tsv or .jsonl")
+        raise UsageError(f"{path}: unknown suffix; use .csv, .tsv or .jsonl")
     rows = list(read_newest_rows(job_folder))
     text = to_json_lines(rows) if suffix == ".jsonl" else to_csv(rows, CELL_SEPARATORS[suffix])
     with storage_errors(path):
@@ -44,7 +48,7 @@ def to_json_lines(rows: list[dict[str, Any]]) -> str:
 
 def to_csv(rows: list[dict[str, Any]], separator: str) -> str:
     sheet = io.StringIO()
-    # All text is quoted: left to itself, `csv` leaves carriage returns bare, behind which a new row would begin.
+    # Quote all text: by default `csv` does not quote carriage returns, which would start a new row.
     writer = csv.writer(sheet, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     names = list(rows[0]) if rows else []
     writer.writerow([to_spreadsheet_cell(name) for name in names])
@@ -55,9 +59,9 @@ def to_csv(rows: list[dict[str, Any]], separator: str) -> str:
 
 
 def to_spreadsheet_cell(value: Any) -> Any:
-    """A value as a spreadsheet may hold it. Text that would run as a formula gets an apostrophe before it.
+    """Make a value safe for a spreadsheet: prefix text that would run as a formula with an apostrophe.
 
-    Manifests may come from anybody, and Excel and its like run what begins with these marks (OWASP, CSV injection).
+    Manifests are untrusted, and spreadsheet programs run cells that begin with these characters (OWASP, CSV injection).
     """
     if isinstance(value, list | dict):
         value = json.dumps(value, ensure_ascii=False, default=str)

@@ -1,1 +1,1 @@
-"""What people look at: progress, status, contact sheets."""
+"""Output for people: progress, status, plans, contact sheets, quantization reports."""

@@ -1,6 +1,6 @@
-"""Make every console of the program, and decide what to believe of the terminal it writes to.
+"""Create the consoles of the program, and correct invalid sizes of their terminals.
 
-Docker and CI runners set `COLUMNS=0`, new pseudo-terminals report a width of 0, and rich then prints nothing at all.
+Docker and CI runners set `COLUMNS=0`, and new pseudo-terminals report a width of 0. rich then prints nothing.
 """
 
 import os
@@ -13,18 +13,19 @@ from rich.console import Console, ConsoleDimensions
 MIN_COLUMNS, DEFAULT_COLUMNS = 20, 80
 MIN_LINES, DEFAULT_LINES = 5, 25
 MAX_CONSOLE_SIDE = 10_000
-MIN_COLUMNS_FOR_BAR = 90  # narrower terminals show the numbers of a progress alone
+PLAIN_LINE_INTERVAL_S = 10.0  # where lines cannot be redrawn
+MIN_COLUMNS_FOR_BAR = 90  # narrower terminals show progress as numbers only
 
 
 class MinimumSizeConsole(Console):
-    """A console that never takes a terminal for narrower or lower than text can be read on."""
+    """A console that replaces a terminal size too small to read by a default."""
 
     @property
     def size(self) -> ConsoleDimensions:
-        found = super().size
+        reported = super().size
         return ConsoleDimensions(
-            side_or_default(found.width, MIN_COLUMNS, DEFAULT_COLUMNS),
-            side_or_default(found.height, MIN_LINES, DEFAULT_LINES),
+            side_or_default(reported.width, MIN_COLUMNS, DEFAULT_COLUMNS),
+            side_or_default(reported.height, MIN_LINES, DEFAULT_LINES),
         )
 
     @size.setter
@@ -33,16 +34,19 @@ class MinimumSizeConsole(Console):
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """The console of a command. Colours and escapes only go to real terminals, whatever FORCE_COLOR says."""
+    """Create a command's console. Colours and escape sequences only go to terminals, even if FORCE_COLOR is set."""
     stream = sys.stderr if stderr else sys.stdout
     return MinimumSizeConsole(
-        stderr=stderr, quiet=quiet, highlight=False, force_terminal=is_terminal(stream),
+        stderr=stderr,
+        quiet=quiet,
+        highlight=False,
+        force_terminal=is_terminal(stream),
         _environ=drop_invalid_sizes(os.environ),
-    )  # fmt: skip
+    )
 
 
 def has_live_display(console: Console) -> bool:
-    """Whether lines on it can be redrawn; plain lines are printed where they cannot."""
+    """Whether lines can be redrawn; otherwise progress is printed as plain lines."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
@@ -54,16 +58,16 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def drop_invalid_sizes(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without a COLUMNS or LINES that is no usable number, so that the terminal itself is asked."""
-    least = {"COLUMNS": MIN_COLUMNS, "LINES": MIN_LINES}
+    """Return the environment without invalid COLUMNS and LINES, so that rich asks the terminal for its size."""
+    minimum = {"COLUMNS": MIN_COLUMNS, "LINES": MIN_LINES}
     return {
-        name: value for name, value in environment.items() if name not in least or is_valid_side(value, least[name])
+        name: value for name, value in environment.items() if name not in minimum or is_valid_side(value, minimum[name])
     }
 
 
-def is_valid_side(text: str, least: int) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 6 and least <= int(text) <= MAX_CONSOLE_SIDE
+def is_valid_side(text: str, minimum: int) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 6 and minimum <= int(text) <= MAX_CONSOLE_SIDE
 
 
-def side_or_default(found: int, least: int, default: int) -> int:
-    return found if least <= found <= MAX_CONSOLE_SIDE else default
+def side_or_default(side: int, minimum: int, default: int) -> int:
+    return side if minimum <= side <= MAX_CONSOLE_SIDE else default

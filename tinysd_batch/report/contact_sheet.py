@@ -1,4 +1,4 @@
-"""A contact sheet, or grid: pictures in one, each with a line below."""
+"""Combine images into a contact sheet, or grid, with a caption below each."""
 
 import io
 from collections.abc import Sequence
@@ -20,50 +20,51 @@ from tinysd_batch.storage.atomic import write_atomically
 CELL_PX = 128
 CAPTION_PX = 18
 GAP_PX = 8
-FONT_SIZES_PX = (11, 10, 9)  # the largest in which a caption fits; one that fits in none is cut
+FONT_SIZES_PX = (11, 10, 9)  # the first in which a caption fits; one that fits in none is shortened
 CONTACT_SHEET_FILE = "contact_sheet.png"
 CAPTION_COLUMNS = ("sampler", "steps", "scale", "eta", "seed")
 
 
 @dataclass(frozen=True, slots=True)
 class SheetImage:
-    """A picture of the sheet."""
+    """An image of the sheet."""
 
     path: Path
     caption: str
 
 
 def write_contact_sheet(job_folder: Path, n_rows: int = 0) -> Path | None:
-    """Write `contact_sheet.png` with the job's first 100 pictures; None where there are none."""
-    rows = ResultsTable(job_folder).read_newest(["row", "index", "status", "file_name", "prompt", *CAPTION_COLUMNS])
-    batches = rows.to_batches(MAX_GRID_IMAGES)
-    made = (row for batch in batches for row in batch.to_pylist() if row["status"] == Status.OK)
-    first = list(islice((row for row in made if is_in_images_folder(row["file_name"])), MAX_GRID_IMAGES))
-    shown = [
-        SheetImage(job_folder / row["file_name"], text) for row, text in zip(first, make_captions(first), strict=True)
+    """Write `contact_sheet.png` with the job's first 100 images. Return its path, or None if there are no images."""
+    table = ResultsTable(job_folder).read_newest(["row", "index", "status", "file_name", "prompt", *CAPTION_COLUMNS])
+    rows = (row for batch in table.to_batches(MAX_GRID_IMAGES) for row in batch.to_pylist())
+    saved = (row for row in rows if row["status"] == Status.OK and is_in_images_folder(row["file_name"]))
+    first = list(islice(saved, MAX_GRID_IMAGES))
+    images = [
+        SheetImage(job_folder / row["file_name"], caption)
+        for row, caption in zip(first, make_captions(first), strict=True)
     ]
-    return write_grid([one for one in shown if one.path.is_file()], job_folder / CONTACT_SHEET_FILE, n_rows)
+    return write_grid([image for image in images if image.path.is_file()], job_folder / CONTACT_SHEET_FILE, n_rows)
 
 
 def is_in_images_folder(file_name: str | None) -> bool:
-    """Whether it lies where this job's pictures do; the table may have come from elsewhere."""
+    """Whether a file name from the table, which is untrusted, stays inside the job's `images` folder."""
     parts = PurePosixPath(file_name or "").parts
     return parts[:1] == ("images",) and ".." not in parts
 
 
 def make_captions(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Each picture's prompt, or where that is always the same, the settings that differ."""
+    """Return each image's prompt or, if all prompts are equal, the settings that differ."""
     if len({row["prompt"] for row in rows}) > 1:
         return [to_one_line(row["prompt"] or "", 200) for row in rows]
-    differ = [name for name in CAPTION_COLUMNS if len({row[name] for row in rows}) > 1]
-    told = [name for name in differ if name != "seed"] or ["seed"]
-    if told == ["seed"]:
+    differing = [name for name in CAPTION_COLUMNS if len({row[name] for row in rows}) > 1]
+    shown = [name for name in differing if name != "seed"]
+    if not shown:
         return [format_seed(row["seed"]) for row in rows]
-    return [", ".join(format_setting(name, row[name]) for name in told) for row in rows]
+    return [", ".join(format_setting(name, row[name]) for name in shown) for row in rows]
 
 
 def format_seed(seed: int) -> str:
-    """A seed of up to 19 digits is as wide as a cell."""
+    """Return `seed 7`, or only the number if it has up to 19 digits and fills the cell."""
     return f"seed {seed}" if seed < 10**12 else f"{seed}"
 
 
@@ -73,53 +74,53 @@ def format_setting(name: str, value: Any) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
-def write_grid(shown: Sequence[SheetImage], path: Path, n_rows: int = 0) -> Path | None:
-    """Write the pictures as one, in `n_rows` rows (0: as it fits best); None where there are none."""
-    if not shown:
+def write_grid(images: Sequence[SheetImage], path: Path, n_rows: int = 0) -> Path | None:
+    """Write the images as one, in `n_rows` rows (0: chosen automatically). Return None if there are no images."""
+    if not images:
         return None
     buffer = io.BytesIO()
-    render_sheet(shown, n_rows).save(buffer, "PNG")
+    render_sheet(images, n_rows).save(buffer, "PNG")
     write_atomically(buffer.getvalue(), path)
     return path
 
 
-def render_sheet(shown: Sequence[SheetImage], n_rows: int = 0) -> Image.Image:
-    columns = -(-len(shown) // n_rows) if n_rows else choose_columns(len(shown))
-    rows = -(-len(shown) // columns)
+def render_sheet(images: Sequence[SheetImage], n_rows: int = 0) -> Image.Image:
+    columns = -(-len(images) // n_rows) if n_rows else choose_columns(len(images))
+    rows = -(-len(images) // columns)
     width, height = CELL_PX + GAP_PX, CELL_PX + CAPTION_PX + GAP_PX
     sheet = Image.new("RGB", (columns * width + GAP_PX, rows * height + GAP_PX), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, one in enumerate(shown):
+    for number, sheet_image in enumerate(images):
         x, y = GAP_PX + number % columns * width, GAP_PX + number // columns * height
         try:
-            with open_image(one.path) as picture:
-                if max(picture.size) > MAX_SIDE_PX:
+            with open_image(sheet_image.path) as image:
+                if max(image.size) > MAX_SIDE_PX:
                     continue
-                fitted = fit_to_cell(picture.convert("RGB"))
+                fitted = fit_to_cell(image.convert("RGB"))
         except OSError:
-            continue  # a damaged picture leaves its cell empty; the job is done all the same
+            continue  # the cell of a damaged image stays empty
         sheet.paste(fitted, (x + (CELL_PX - fitted.width) // 2, y + (CELL_PX - fitted.height) // 2))
-        text, font = fit_caption(one.caption)
+        text, font = fit_caption(sheet_image.caption)
         draw.text((x + CELL_PX // 2, y + CELL_PX + CAPTION_PX // 2), text, "black", font, anchor="mm")
     return sheet
 
 
-def choose_columns(pictures: int) -> int:
-    """A little wider than high."""
+def choose_columns(n_images: int) -> int:
+    """Choose the number of columns that makes the sheet a little wider than high."""
     return next(
-        columns for columns in range(1, pictures + 1) if columns * columns * 2 >= pictures * 3 or columns == pictures
+        columns for columns in range(1, n_images + 1) if columns * columns * 2 >= n_images * 3 or columns == n_images
     )
 
 
-def fit_to_cell(picture: Image.Image) -> Image.Image:
-    """Scaled to the cell, keeping the ratio of its sides."""
-    scale = CELL_PX / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+def fit_to_cell(image: Image.Image) -> Image.Image:
+    """Scale an image to the cell, keeping its aspect ratio."""
+    scale = CELL_PX / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def fit_caption(caption: str) -> tuple[str, Font]:
-    """As much of it as fits under a cell, and the font for it."""
+    """Return as much of a caption as fits below a cell, and its font."""
     for size in FONT_SIZES_PX:
         font = choose_font(caption, size)
         if font.getlength(caption) <= CELL_PX:

@@ -1,4 +1,4 @@
-"""What `inspect` prints."""
+"""Print the result of `inspect`."""
 
 from typing import Any
 
@@ -9,49 +9,59 @@ from tinysd_batch.quantize.evaluate.inspect import Inspection
 from tinysd_batch.report.formatting import print_line, to_one_line
 
 
-def print_inspection(found: Inspection, console: Console) -> None:
-    """Name, kind and digest, then a line for each part and for each sort of its layers."""
-    print_line(console, f"{to_one_line(found.name)}: {to_one_line(found.model_type)}")
-    if found.refusal_reason:
-        print_line(console, f"not taken by convert and quantize: {to_one_line(found.refusal_reason, 300)}")
-    for note in found.notes:
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    """Print name, type and digest, then a line for each component and for each of its layer types."""
+    print_line(console, f"{to_one_line(inspection.name)}: {to_one_line(inspection.model_type)}")
+    if inspection.refusal_reason:
+        print_line(console, f"not usable by convert and quantize: {to_one_line(inspection.refusal_reason, 300)}")
+    for note in inspection.notes:
         print_line(console, f"note: {to_one_line(note, 300)}")
-    if found.digest:
-        print_line(console, f"digest {found.digest}")
-    if found.noise_correction:
-        times = len(found.noise_correction.knots)
-        print_line(
-            console, f"corrects its noise, as measured at {times:,} times and scale {found.noise_correction.scale:g}"
-        )
-    table = Table("part", "tensors", "weights", "bits each", "bytes", "stored as", box=None, pad_edge=False)
+    if inspection.digest:
+        print_line(console, f"digest {inspection.digest}")
+    if correction := inspection.noise_correction:
+        timesteps = len(correction.knots)
+        print_line(console, f"noise correction, measured at {timesteps:,} timesteps with scale {correction.scale:g}")
+    table = Table("component", "tensors", "weights", "bits each", "bytes", "stored as", box=None, pad_edge=False)
     for column in table.columns[1:5]:
         column.justify = "right"
-    for part in found.components:
-        types = ", ".join(f"{name} ({count:,})" for name, count in sorted(part.dtypes.items()))
-        bits = f"{8 * part.bytes / part.weights:.2f}" if part.weights else ""
-        table.add_row(part.name, f"{part.tensors:,}", format_millions(part.weights), bits, f"{part.bytes:,}", types)
-        for each in part.layer_groups.values():
-            table.add_row(
-                f"  {each.name}", "", format_millions(each.weights), f"{each.bits:.2f}", f"{each.bytes:,}", ""
-            )
+    for component in inspection.components:
+        dtypes = ", ".join(f"{name} ({count:,})" for name, count in sorted(component.dtypes.items()))
+        bits = f"{8 * component.bytes / component.weights:.2f}" if component.weights else ""
+        weights = format_millions(component.weights)
+        table.add_row(component.name, f"{component.tensors:,}", weights, bits, f"{component.bytes:,}", dtypes)
+        for group in component.layer_groups.values():
+            weights = format_millions(group.weights)
+            table.add_row(f"  {group.name}", "", weights, f"{group.bits:.2f}", f"{group.bytes:,}", "")
     console.print(table)
 
 
-def inspection_as_dict(found: Inspection) -> dict[str, Any]:
-    """The same for machines."""
-    parts = [
-        {"name": part.name, "tensors": part.tensors, "weights": part.weights, "bytes": part.bytes,
-         "dtypes": part.dtypes,
-         "layers": {each.name: {"weights": each.weights, "bytes": each.bytes, "bits": round(each.bits, 3)}
-                    for each in part.layer_groups.values()}}
-        for part in found.components
-    ]  # fmt: skip
-    correction = found.noise_correction and found.noise_correction.model_dump()
+def inspection_as_dict(inspection: Inspection) -> dict[str, Any]:
+    """Return the JSON of `inspect --json`, whose keys do not change between versions."""
+    components = [
+        {
+            "name": component.name,
+            "tensors": component.tensors,
+            "weights": component.weights,
+            "bytes": component.bytes,
+            "dtypes": component.dtypes,
+            "layers": {
+                group.name: {"weights": group.weights, "bytes": group.bytes, "bits": round(group.bits, 3)}
+                for group in component.layer_groups.values()
+            },
+        }
+        for component in inspection.components
+    ]
     return {
-        "path": found.path, "name": found.name, "kind": found.model_type, "refused": found.refusal_reason,
-        "digest": found.digest, "noise_correction": correction, "parts": parts,
-        "notes": found.notes, "fault": found.unusable_reason,
-    }  # fmt: skip
+        "path": inspection.path,
+        "name": inspection.name,
+        "kind": inspection.model_type,
+        "refused": inspection.refusal_reason,
+        "digest": inspection.digest,
+        "noise_correction": inspection.noise_correction and inspection.noise_correction.model_dump(),
+        "parts": components,
+        "notes": inspection.notes,
+        "fault": inspection.unusable_reason,
+    }
 
 
 def format_millions(count: int) -> str:

@@ -1,4 +1,4 @@
-"""A run as it happens: a live bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -12,18 +12,17 @@ from rich.text import Text
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.report.console import MIN_COLUMNS_FOR_BAR, has_live_display
-from tinysd_batch.report.formatting import count, format_clock, format_row_label, print_line, to_one_line
+from tinysd_batch.report.console import MIN_COLUMNS_FOR_BAR, PLAIN_LINE_INTERVAL_S, has_live_display
+from tinysd_batch.report.formatting import format_clock, format_count, format_row_label, print_line, to_one_line
 from tinysd_batch.report.reading_progress import ReadingProgress
 
-PLAIN_LINE_EVERY_S = 10.0
-MIN_MEASURED_S = 3.0  # between the first image and the last
-FIRST_BATCH_S = 0.5  # the first images come together, as a batch: they say nothing of speed
+MIN_MEASURED_S = 3.0  # between the first and the last image; a shorter time gives no reliable speed
+FIRST_BATCH_S = 0.5  # images within this time belong to the first batch and are not timed
 MAX_SHOWN_INVALID_ROWS = 10
 
 
 class RunProgressBar:
-    """Shows a run on the console. `verbose` adds a line for each image, with seed and path."""
+    """Shows a run on the console. With `verbose`, prints a line for each image with its seed and path."""
 
     def __init__(self, console: Console, verbose: bool) -> None:
         self.console = console
@@ -34,15 +33,20 @@ class RunProgressBar:
         self.is_wide = console.width >= MIN_COLUMNS_FOR_BAR
         bar: list[ProgressColumn] = [BarColumn()] if self.is_wide else []
         self.bar = Progress(
-            TextColumn("{task.description}"), *bar, MofNCompleteColumn(), TimesColumn(self), console=console,
-            transient=True, disable=not self.is_live,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            *bar,
+            MofNCompleteColumn(),
+            TimesColumn(self),
+            console=console,
+            transient=True,
+            disable=not self.is_live,
+        )
         self.task = self.bar.add_task("reading the manifest", total=None)
-        self.reading = ReadingProgress(console, "Reading the manifest")  # for plain lines, until the job starts
+        self.reading = ReadingProgress(console, "Reading the manifest")  # plain lines until the job starts
         self.on_start: Callable[[int], None] | None = None
         self.first_image_at: float | None = None
         self.last_image_at = 0.0
-        self.timed_images = 0  # images that came after the first batch
+        self.timed_images = 0  # images after the first batch
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -51,44 +55,43 @@ class RunProgressBar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.reading.stop()
         self.bar.stop()
 
     def print_line(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         print_line(self.bar.console, line)
 
-    def started(self, total: int, finished: int, invalid: InvalidRows) -> None:
+    def report_start(self, total: int, finished: int, invalid: InvalidRows) -> None:
         self.reading.stop()
         self.total, self.done = total, finished
         if self.on_start is not None:
             self.on_start(total - finished)
         if finished:
-            self.print_line(f"Resuming: {finished:,} of {count(total, 'image')} are there already")
+            self.print_line(f"Resuming: {finished:,} of {format_count(total, 'image')} are already generated")
         if invalid.count:
-            self.print_line(f"{count(invalid.count, 'manifest row')} cannot be made:")
+            self.print_line(f"{format_count(invalid.count, 'manifest row')} cannot be generated:")
             for row in invalid.first[:MAX_SHOWN_INVALID_ROWS]:
                 self.print_line(f"  {format_row_label(row.number, row.line)}: {to_one_line(row.reason, 400)}")
             if invalid.count > MAX_SHOWN_INVALID_ROWS:
                 self.print_line(
-                    f"  and {invalid.count - MAX_SHOWN_INVALID_ROWS:,} more; the results table names them all"
+                    f"  and {invalid.count - MAX_SHOWN_INVALID_ROWS:,} more; the results table lists all of them"
                 )
         if finished < total:
             self.bar.update(self.task, description="loading the model", total=total, completed=finished)
 
-    def worker(self, event: WorkerReady | WorkerLost) -> None:
+    def report_worker(self, event: WorkerReady | WorkerLost) -> None:
         if isinstance(event, WorkerReady):
             self.print_line(f"Worker {event.worker}: ready on {event.description['device_name']}")
             self.bar.update(self.task, description="generating" if self.is_wide else "")
-        elif event.shared_cause is None:  # else a note has told of all that were lost together
-            then = "; it is given up" if event.is_permanent else ""
-            self.print_line(
-                f"Worker {event.worker}: lost ({to_one_line(event.reason, 250)}){then}; its images go to another"
-            )
+        elif event.shared_cause is None:  # workers lost together are reported in one note
+            restart = "; it is not restarted" if event.is_permanent else ""
+            reason = to_one_line(event.reason, 250)
+            self.print_line(f"Worker {event.worker}: lost ({reason}){restart}; its images go to another worker")
 
-    def image(self, request: ImageRequest, result: ImageResult) -> None:
+    def report_image(self, request: ImageRequest, result: ImageResult) -> None:
         self.done += 1
         now = self.last_image_at = time.monotonic()
         self.first_image_at = self.first_image_at or now
@@ -100,19 +103,18 @@ class RunProgressBar:
         elif self.verbose:
             self.print_line(f"{result.file_name}  seed {request.seed}  {to_one_line(request.prompt)}")
         self.bar.update(self.task, completed=self.done)
-        if not self.is_live and now - self.last_line_at >= PLAIN_LINE_EVERY_S:
+        if not self.is_live and now - self.last_line_at >= PLAIN_LINE_INTERVAL_S:
             self.last_line_at = now
-            self.print_line(
-                f"{self.done:,} of {count(self.total, 'image')}, {self.format_times(now)}, {self.failed_images:,} failed"
-            )
+            done = f"{self.done:,} of {format_count(self.total, 'image')}"
+            self.print_line(f"{done}, {self.format_times(now)}, {self.failed_images:,} failed")
 
     def images_per_s(self) -> float | None:
-        """Measured between images, so that loading the model does not count; None until enough was seen."""
+        """Measure the speed between images, without loading the model; None until enough was measured."""
         seconds = self.last_image_at - (self.first_image_at or self.last_image_at)
         return self.timed_images / seconds if seconds >= MIN_MEASURED_S else None
 
     def format_times(self, now: float) -> str:
-        """`2.10 images/s, elapsed 0:12, about 0:34 left`"""
+        """Return `2.10 images/s, elapsed 0:12, about 0:34 left`."""
         elapsed, speed = f"elapsed {format_clock(now - self.started_at)}", self.images_per_s()
         if speed is None:
             return elapsed
@@ -122,8 +124,8 @@ class RunProgressBar:
     def note(self, line: str) -> None:
         self.print_line(line)
 
-    def durable(self) -> None:
-        """Nothing to show: the bar counts images that are on disk."""
+    def report_flush(self) -> None:
+        """Do nothing: the bar counts images that are on disk."""
 
 
 class TimesColumn(ProgressColumn):
@@ -133,12 +135,12 @@ class TimesColumn(ProgressColumn):
         super().__init__()
         self.progress = progress
 
-    def render(self, task: Task) -> Text:  # noqa: ARG002 - what rich passes
+    def render(self, task: Task) -> Text:  # noqa: ARG002 - rich's signature
         return Text(self.progress.format_times(time.monotonic()), no_wrap=True, overflow="ellipsis")
 
 
 def format_speed(images_per_s: float) -> str:
-    """`2.10 images/s`, or `43 s an image`."""
+    """Return `2.10 images/s`, or `43 s an image`."""
     if images_per_s < 0.1:
         return f"{1 / images_per_s:,.0f} s an image"
     return f"{images_per_s:.2f} images/s"

@@ -1,4 +1,4 @@
-"""What a job folder says of itself, while the job runs and after."""
+"""Show the state of a job, while it runs and afterwards, and the settings stored in an image."""
 
 import contextlib
 from collections import Counter, defaultdict
@@ -16,9 +16,9 @@ from tinysd_batch.job.results.compare import FileDifferences, find_differences
 from tinysd_batch.job.results.rows import parse_invalid_reason
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job import STATE_FOLDER
-from tinysd_batch.job.state.open_job import read_job_json
+from tinysd_batch.job.state.job_json import read_job_json
 from tinysd_batch.records import Status
-from tinysd_batch.report.formatting import count, format_row_label, print_line, to_one_line
+from tinysd_batch.report.formatting import format_count, format_row_label, print_line, to_one_line
 from tinysd_batch.storage.atomic import read_file
 from tinysd_batch.storage.lock import is_locked
 
@@ -33,18 +33,18 @@ FIRST_SHOWN_SETTINGS = (
 
 @dataclass(slots=True)
 class JobStatus:
-    """Counts over a job's results."""
+    """The state of a job: counts over its results."""
 
     images: int
     invalid_rows: int
     seed: int
     model: str
-    running: bool
-    differences: FileDifferences  # between the table and the files on disk
+    is_running: bool
+    differences: FileDifferences  # between the results table and the files on disk
     by_status: Counter[str] = field(default_factory=Counter)
     by_worker: Counter[str] = field(default_factory=Counter)
     seconds_by_worker: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    faults: list[str] = field(default_factory=list)  # the first few, one line each
+    faults: list[str] = field(default_factory=list)  # one line each
 
     @property
     def left(self) -> int:
@@ -52,34 +52,37 @@ class JobStatus:
 
 
 def read_status(job_folder: Path) -> JobStatus:
-    """Raises UsageError when the folder is no job."""
+    """Read the state of a job. Raises UsageError if the folder is not a job."""
     saved = read_job_json(job_folder)
     status = JobStatus(
-        images=saved["images"], invalid_rows=saved["invalid_rows"], seed=saved["seed"],
-        model=saved["model"]["name"], running=is_locked(job_folder / STATE_FOLDER / "lock"),
+        images=saved["images"],
+        invalid_rows=saved["invalid_rows"],
+        seed=saved["seed"],
+        model=saved["model"]["name"],
+        is_running=is_locked(job_folder / STATE_FOLDER / "lock"),
         differences=read_while_running(lambda: find_differences(job_folder)),
-    )  # fmt: skip
-    for row, index, state, message, device, worker, *seconds in read_status_columns(job_folder):
-        status.by_status[state] += 1
-        if state != Status.OK:
-            line, message = parse_invalid_reason(message or "") if state == Status.INVALID else (None, message)
-            where = format_row_label(row, line) + (f", image {index}" if index else "")
-            status.faults.append(f"{where}: {state}: {message}")
+    )
+    for row, index, image_status, message, device, worker, *seconds in read_status_columns(job_folder):
+        status.by_status[image_status] += 1
+        if image_status != Status.OK:
+            line, message = parse_invalid_reason(message or "") if image_status == Status.INVALID else (None, message)
+            label = format_row_label(row, line) + (f", image {index}" if index else "")
+            status.faults.append(f"{label}: {image_status}: {message}")
         elif seconds[1] is not None:
             name = f"{worker or 'earlier run'} on {device}"
             status.by_worker[name] += 1
-            status.seconds_by_worker[name] += sum(part or 0.0 for part in seconds)
+            status.seconds_by_worker[name] += sum(stage_s or 0.0 for stage_s in seconds)
     return status
 
 
 def read_status_columns(job_folder: Path) -> Iterator[tuple[Any, ...]]:
-    """The columns `TOLD` of each row that counts."""
+    """Yield the STATUS_COLUMNS of the newest row of each image."""
     table = read_while_running(lambda: ResultsTable(job_folder).read_newest([*STATUS_COLUMNS]))
     return zip(*(table[name].to_pylist() for name in STATUS_COLUMNS), strict=True)
 
 
 def read_while_running(read: Callable[[], ReadResult]) -> ReadResult:
-    """Read the table, and again when the driver sealed the journal away meanwhile."""
+    """Read the results, and retry if the running driver merged the journal into the table at the same time."""
     for _ in range(STATUS_READ_ATTEMPTS - 1):
         with contextlib.suppress(StorageError):
             return read()
@@ -87,7 +90,7 @@ def read_while_running(read: Callable[[], ReadResult]) -> ReadResult:
 
 
 def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
-    state = "running" if status.running else "finished" if status.left <= 0 else "stopped"
+    state = "running" if status.is_running else "finished" if status.left <= 0 else "stopped"
     print_line(console, f"{job_folder}: {state}, model {status.model}, seed {status.seed}")
     table = Table(show_header=False, box=None, pad_edge=False)
     for name in Status:
@@ -99,30 +102,32 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     if status.differences.indexes:
         print_line(console, f"Files: {status.differences}; {status.differences.advice}")
     for worker, images in sorted(status.by_worker.items()):
-        each = status.seconds_by_worker[worker] / images
+        image_s = status.seconds_by_worker[worker] / images
+        images_per_hour = 3600 / max(image_s, 1e-9)
         print_line(
-            console, f"{worker}: {count(images, 'image')}, {each:.2f} s each, {3600 / max(each, 1e-9):,.0f} an hour"
+            console,
+            f"{worker}: {format_count(images, 'image')}, {image_s:.2f} s each, {images_per_hour:,.0f} per hour",
         )
     for fault in status.faults[:MAX_SHOWN_FAULTS]:
         print_line(console, to_one_line(fault, 300))
     if len(status.faults) > MAX_SHOWN_FAULTS:
-        console.print(f"and {len(status.faults) - MAX_SHOWN_FAULTS:,} more; the results table names them all")
+        console.print(f"and {len(status.faults) - MAX_SHOWN_FAULTS:,} more; the results table lists all of them")
 
 
-def print_image(path: Path, console: Console) -> None:
-    """What the picture says of itself. Raises UsageError when it says nothing."""
+def print_image_settings(path: Path, console: Console) -> None:
+    """Print the settings stored in an image. Raises UsageError if there are none."""
     try:
         data = read_file(path)
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    parameters, found = read_metadata(data)
-    if not found and not parameters:
-        raise UsageError(f"{path}: no settings are written in it, or it is no whole PNG, JPEG or WebP picture")
-    made = found.pop("made", {})
-    told = {name: found.pop(name) for name in FIRST_SHOWN_SETTINGS if name in found} | found
-    for name, value in {**told, **(made if isinstance(made, dict) else {})}.items():
+    parameters, metadata = read_metadata(data)
+    if not metadata and not parameters:
+        raise UsageError(f"{path}: has no stored settings, or is not a complete PNG, JPEG or WebP image")
+    result = metadata.pop("made", {})
+    settings = {name: metadata.pop(name) for name in FIRST_SHOWN_SETTINGS if name in metadata} | metadata
+    for name, value in {**settings, **(result if isinstance(result, dict) else {})}.items():
         if value not in (None, "", []):
             print_line(console, f"{to_one_line(name, 40):<20} {to_one_line(str(value), 1000)}")
-    if not told:
+    if not settings:
         for line in parameters.splitlines():
             print_line(console, to_one_line(line, 1000))

@@ -110,9 +110,9 @@ def test_what_is_missing_or_shorter_is_generated_again(submit: Program, tmp_path
     before = {path.name: path.read_bytes() for path in files}
     for path, change in zip(files, LOST.values(), strict=False):
         change(path)
-    told = "of 10 image files 1 is missing, 4 are shorter than the table says, 2 are no regular file (images/00000/"
+    told = "of 10 image files 1 is missing, 4 are shorter than the table says, 2 are not a regular file (images/00000/"
     assert told in say("status", job).stdout
-    assert "3 are there already; 7 to be generated again" in submit(*many, command="plan").stdout
+    assert "3 are already generated; 7 to be generated again" in submit(*many, command="plan").stdout
     done = submit(*many)
     assert done.returncode == 0, done.stderr
     assert f"Generating images again: {told}" in done.stdout
@@ -160,7 +160,7 @@ def test_jobs_of_every_kind_are_compared(submit: Program, tmp_path: Path, option
 def test_images_that_were_not_saved_are_not_missing(submit: Program, tmp_path: Path) -> None:
     submit("-o", "job", "--skip_save")
     done = submit("-o", "job", "--skip_save")
-    assert "5 of 5 images are there already" in done.stdout
+    assert "5 of 5 images are already generated" in done.stdout
     assert "missing" not in done.stdout + say("status", tmp_path / "job").stdout
     done = say("verify", tmp_path / "job")
     assert (done.returncode, "5 not saved" in done.stdout) == (0, True)
@@ -194,7 +194,7 @@ def test_what_is_as_large_or_larger_is_left_alone_and_told_by_verify(submit: Pro
     done = say("verify", job)
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.splitlines()[1:4] == [
-        "2 changed: not the bytes that the table has the SHA-256 of:",
+        "2 changed: the SHA-256 differs from the table's:",
         "  images/00000/seed_5_00001.png",
         "  images/00000/seed_6_00002.png",
     ]
@@ -328,7 +328,7 @@ def test_verify_names_each_kind(job: Path) -> None:
 
 def test_verify_says_how_to_go_on_where_most_images_are_missing(job: Path) -> None:
     shutil.rmtree(job / "images")
-    assert "submit asks for --redo-missing" in say("verify", job).stdout
+    assert "submit requires --redo-missing" in say("verify", job).stdout
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_a_job_without_its_job_file_is_reused_by_its_table(submit: Program, job:
     assert "3 can be reused" in submit("-o", "new", "--reuse", "job", command="plan").stdout
     done = submit("-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
-    assert "has lost its job.json: images and seeds are taken over by its results table alone" in done.stdout
+    assert "has lost its job.json: images and seeds are taken over from its results table alone" in done.stdout
     assert "3 reused" in done.stdout
     rows = check_whole(tmp_path / "new", 4)
     assert [(row["prompt"], row["seed"]) for row in rows[1:]] == [("owl", 7), ("pear", 6), ("bee", 9)]
@@ -409,7 +409,7 @@ def test_a_job_without_its_rows_is_reused_by_its_table(
     (tmp_path / "m.csv").write_text("prompt,seed\nnew,\nowl,\n")
     done = submit("-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
-    assert "has lost its rows in _tinysd: images and seeds are taken over by its results table alone" in done.stdout
+    assert "has lost its rows in _tinysd: images and seeds are taken over from its results table alone" in done.stdout
     rows = check_whole(tmp_path / "new", 2)
     assert [(row["prompt"], row["seed"]) for row in rows[1:]] == [("owl", 7)]
     assert [row["reused"] for row in rows] == [None, str(job)]

@@ -75,10 +75,10 @@ def test_a_prompt_is_counted_once(tmp_path: Path, tiny_model: Path, monkeypatch:
     rows = [{"prompt": f"cat {number % 700}", "negative_prompt": "blurry, low quality"} for number in range(2100)]
     manifest = write_csv(tmp_path / "m.csv", rows)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    found = list(PromptTokenCounter(job).read(job.read_rows()))
+    found = list(PromptTokenCounter(job).count_rows(job.read_rows()))
     assert len(counted) == len(set(counted)) == 701
     monkeypatch.setattr(token_counts, "MAX_CACHED_PROMPTS", 10)
-    assert [row.prompt for row in PromptTokenCounter(job).read(job.read_rows())] == [row.prompt for row in found]
+    assert [row.prompt for row in PromptTokenCounter(job).count_rows(job.read_rows())] == [row.prompt for row in found]
 
 
 @pytest.mark.parametrize("syntax", ["seed", "a1111", "none"])
@@ -95,7 +95,7 @@ def test_counts_are_what_the_text_encoder_gets(
     settings = Settings(model=str(tiny_model), prompt_syntax=syntax, long_prompts=long_prompts)  # type: ignore[arg-type]
     job = open_job(manifest, tmp_path / "job", settings)
     reader = PromptTokenCounter(job)
-    for row in reader.read(job.read_rows()):
+    for row in reader.count_rows(job.read_rows()):
         assert not isinstance(row, InvalidRow)
         exact = reader.tokenize(row.row.prompt, syntax)
         assert (row.prompt.n_tokens, row.prompt.is_truncated) == (exact.n_tokens, exact.truncated is not None)
@@ -110,16 +110,16 @@ def test_a_row_is_a_line_of_the_terminal(tmp_path: Path, tiny_model: Path) -> No
         console = Console(file=io.StringIO(), width=60, force_terminal=terminal)
         progress = ReadingProgress(console, "Reading")
         printer = PlanPrinter(console, True, progress)
-        make_plan(job, printer.row, progress=progress)
+        make_plan(job, printer.print_row, progress=progress)
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
         assert len(lines) == 2
-        assert all(re.match(r"row \d: 1 image, \d,?\d+ tokens, cut off: ", line) for line in lines)
+        assert all(re.match(r"row \d: 1 image, \d,?\d+ tokens, truncated: ", line) for line in lines)
         assert all(len(line) <= most for line in lines)
 
 
 def test_a_long_manifest_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_progress, "SHOW_AFTER_S", 0.02)
-    monkeypatch.setattr(reading_progress, "PLAIN_LINE_EVERY_S", 0.02)
+    monkeypatch.setattr(reading_progress, "PLAIN_LINE_INTERVAL_S", 0.02)
     for terminal in (False, True):
         console = Console(file=io.StringIO(), width=60, force_terminal=terminal, _environ={"TERM": "xterm"})
         with ReadingProgress(console, "Reading m.csv") as progress:
@@ -151,15 +151,15 @@ def test_the_first_lines_answer(tmp_path: Path, tiny_model: Path) -> None:
     assert [line.split("  ")[0] for line in before[:4]] == ["Fits", "", "Takes", "Quality"]
     assert "yes: " in before[0]
     assert "--device cuda --vram-budget 4GB" in before[1]
-    assert "not known on this machine yet: submit with --limit 4" in before[2]
+    assert "not measured on this machine yet: submit with --limit 4" in before[2]
     assert "not measured" in before[3]
     draw(manifest, tmp_path / "old", tiny_model)
     after = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", cwd=tmp_path).stdout
-    assert "for 4 images with 1 worker, by the speed of old" in line_of(after, "Takes")
+    assert "for 4 images with 1 worker, at the speed of old" in line_of(after, "Takes")
     done = run_here("plan", "m.csv", "--model", tiny_model, "-o", "old", cwd=tmp_path).stdout
     assert "nothing is left to generate" in line_of(done, "Takes")
     other = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", "--width", "32", cwd=tmp_path).stdout
-    assert "not known" in line_of(other, "Takes")
+    assert "not measured" in line_of(other, "Takes")
 
 
 def test_a_gpu_that_is_not_here(tmp_path: Path, tiny_model: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_gpu_that_is_not_here(tmp_path: Path, tiny_model: Path) -> None:
     ("available", "budget", "told"),
     [
         (8 * 10**9, None, "yes: 5.0 GB at most, 8.0 GB available (float32 on cpu)"),
-        (4 * 10**9, None, "no: 5.0 GB at most, 4.0 GB available (float32 on cpu); --vram-budget uses less"),
-        (None, None, "not known: 5.0 GB at most (float32 on cpu); add --vram-budget 4GB for a GPU of 4 GB"),
+        (4 * 10**9, None, "no: 5.0 GB at most, 4.0 GB available (float32 on cpu); limit it with --vram-budget"),
+        (None, None, "unknown: 5.0 GB at most (float32 on cpu); add --vram-budget 4GB for a GPU of 4 GB"),
         (None, "6GB", "yes: 5.0 GB at most, within --vram-budget 6GB (float32 on cpu)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ctrl-C once finishes what is in flight; twice leaves at once."""
+"""Handle signals: the first Ctrl-C finishes the images in progress, the second exits at once."""
 
 import contextlib
 import os
@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING_MESSAGE = b"\nStopping when the pictures in work are done; a second time leaves at once.\n"
+STOPPING_MESSAGE = b"\nStopping after the images in progress; press Ctrl-C again to exit at once.\n"
 
 
 class StopRequest:
-    """Whether, and by which signal, the run was asked to stop. A terminal that is gone gets no more output."""
+    """Remember whether, and by which signal, the run was asked to stop.
+
+    After SIGHUP, output to the closed terminal is discarded.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -32,28 +35,30 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         with contextlib.suppress(OSError):
-            os.write(
-                get_stderr_descriptor(), STOPPING_MESSAGE
-            )  # a handler may not print: it may have interrupted a print
+            # A handler must not print: it may have interrupted a print.
+            os.write(get_stderr_descriptor(), STOPPING_MESSAGE)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and, unless nohup had it ignored from the start, SIGHUP, which a closed ssh session sends."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a stop request.
+
+    A closed ssh session sends SIGHUP; it stays ignored if nohup made it so.
+    """
     request = StopRequest()
-    heard = [signal.SIGINT, signal.SIGTERM]
+    signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        heard.append(signal.SIGHUP)
-    before = {number: signal.signal(number, request.handle_signal) for number in heard}
+        signals.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, request.handle_signal) for number in signals}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def get_stderr_descriptor() -> int:
-    """Not always 2, which is the job's log while Ray is up."""
+    """Return the descriptor of stderr, which is not 2 while Ray runs: 2 is then the job's log."""
     try:
         return sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
@@ -61,22 +66,22 @@ def get_stderr_descriptor() -> int:
 
 
 def redirect_to_devnull(streams: list[int]) -> None:
-    """Let output to these vanish: writing to a terminal that is closed is an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Discard output to these descriptors: writing to a closed terminal would raise an error."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
-        os.dup2(nowhere, stream)
-    os.close(nowhere)
+        os.dup2(devnull, stream)
+    os.close(devnull)
 
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM leave as an exit does, so that nothing half-written stays."""
+    """Make SIGTERM raise SystemExit, so that partial files are cleaned up."""
 
-    def leave(number: int, _: FrameType | None) -> None:
+    def handle_sigterm(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    previous = signal.signal(signal.SIGTERM, handle_sigterm)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

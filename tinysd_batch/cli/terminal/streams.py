@@ -1,4 +1,4 @@
-"""Standard output and error whose failures say which of them failed: a log file on a full disk, say."""
+"""Name the standard streams in their errors, for example when stdout is a log file on a full disk."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from tinysd_batch.cli.terminal.signals import redirect_to_devnull
 
 
 class NamedStream:
-    """A text stream; an OSError of it carries `name` as its file name, but for closed pipes."""
+    """A text stream whose OSErrors carry `name` as their file name, except for closed pipes."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self.stream = stream
@@ -39,7 +39,7 @@ class NamedStream:
             raise OSError(error.errno, error.strerror, self.name) from None
 
     def redirect_if_broken(self) -> None:
-        """Let what Python itself writes at its end vanish, if it could not be written before."""
+        """Discard what Python flushes at exit, if an earlier write failed."""
         if self.is_broken:
             with contextlib.suppress(OSError, ValueError):
                 redirect_to_devnull([self.stream.fileno()])
@@ -47,16 +47,16 @@ class NamedStream:
 
 @contextlib.contextmanager
 def name_standard_streams() -> Iterator[None]:
-    """Name standard output and error in their errors; characters that they cannot show are written as escapes."""
-    before = sys.stdout, sys.stderr
-    for stream in before:
+    """Name stdout and stderr in their errors, and write characters that they cannot encode as escapes."""
+    stdout, stderr = sys.stdout, sys.stderr
+    for stream in (stdout, stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a prompt that the terminal cannot show ends no job
-    out, err = NamedStream(before[0], "standard output"), NamedStream(before[1], "standard error")
-    sys.stdout, sys.stderr = (out if before[0] else None), (err if before[1] else None)
+            stream.reconfigure(errors="backslashreplace")  # an unusual prompt must not end the job
+    out, err = NamedStream(stdout, "standard output"), NamedStream(stderr, "standard error")
+    sys.stdout, sys.stderr = (out if stdout else None), (err if stderr else None)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = stdout, stderr
         out.redirect_if_broken()
         err.redirect_if_broken()

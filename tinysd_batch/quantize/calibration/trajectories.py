@@ -86,7 +86,7 @@ def generate_trajectories(
         first_seed: Seed of the first image; the others' count up from there.
     """
     conditionings = encode_prompts(folder, prompts, recipe.negative_prompt, unet.device)
-    context = torch.stack([conditioning.text for conditioning in conditionings])
+    context = torch.stack([conditioning.embedding for conditioning in conditionings])
     negatives = [conditioning.negative_embedding for conditioning in conditionings]
     context_without = torch.stack([negative for negative in negatives if negative is not None])
     both_contexts = torch.cat([context_without, context])

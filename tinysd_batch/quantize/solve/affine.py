@@ -88,7 +88,7 @@ def measure_weight_sqnr_db(matrix: Tensor, packed: GroupWeight) -> float:
     """Compute the SQNR in dB of a packed matrix: power of the weights [O, K] over power of their quantization error."""
 
     def measure(rows: slice) -> tuple[float, float]:
-        floats, block = matrix[rows].float(), packed.cut(rows)
+        floats, block = matrix[rows].float(), packed.select_rows(rows)
         error = dequantize(block, torch.empty(block.shape)) - floats
         return float(floats.square().sum()), float(error.square().sum())
 

@@ -1,6 +1,6 @@
-"""Plan memory in a process of its own, so that torch and diffusers do not add to what a long manifest takes.
+"""Estimate memory in a subprocess, so that torch and diffusers do not add to the memory that a long manifest needs.
 
-Importing them takes some 300 MB, reading a million rows some 150 MB; apart, each process stays below 400 MB.
+Importing them takes about 300 MB, reading a million rows about 150 MB. With two processes each stays below 400 MB.
 """
 
 import json
@@ -15,51 +15,56 @@ from tinysd_batch.config import Settings
 from tinysd_batch.import_path import PACKAGE_ROOT
 from tinysd_batch.report.plan.memory_table import MemoryEstimate, PlannedBatch, StageMemory, estimate_memory
 
-# Without -P Python would import from the current folder; the package itself may lie beside it, not installed. Ctrl-C
-# reaches both processes, and only this one has something to say about it.
+# -P keeps Python from importing modules of the current folder. The package's own folder is appended because it may not
+# be installed. Ctrl-C reaches both processes; the default handler keeps the subprocess from printing a traceback.
 SUBPROCESS_CODE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path.append(sys.argv[1])
-from tinysd_batch.report.plan.memory_process import answer
-answer()
+from tinysd_batch.report.plan.memory_process import respond_to_request
+respond_to_request()
 """
 
 
 def estimate_memory_in_subprocess(
     settings: Settings, batch: PlannedBatch, precision_file: Path | None = None
 ) -> MemoryEstimate:
-    """As `plan_memory`, in another process unless this one has torch already."""
+    """Do what `estimate_memory` does, in a subprocess unless this process has imported torch already."""
     if "torch" in sys.modules:
         return estimate_memory(settings, batch, precision_file)
-    recorded = str(precision_file.absolute()) if precision_file is not None else None
-    question = json.dumps({"settings": settings.model_dump(), "batch": asdict(batch), "precision_file": recorded})
-    done = subprocess.run(  # noqa: S603 - our own interpreter and code
+    request = {
+        "settings": settings.model_dump(),
+        "batch": asdict(batch),
+        "precision_file": None if precision_file is None else str(precision_file.absolute()),
+    }
+    process = subprocess.run(  # noqa: S603 - our own interpreter and code
         [sys.executable, "-P", "-c", SUBPROCESS_CODE, PACKAGE_ROOT],
-        input=question,
+        input=json.dumps(request),
         stdout=subprocess.PIPE,
         text=True,
         check=False,
     )
-    if done.returncode:  # killed for its memory, say
+    if process.returncode:  # for example, killed because memory ran out
         return estimate_memory(settings, batch, precision_file)
-    return read_response(json.loads(done.stdout.splitlines()[-1]))
+    return read_response(json.loads(process.stdout.splitlines()[-1]))
 
 
-def read_response(found: dict[str, Any]) -> MemoryEstimate:
-    if "error" in found:
-        raise getattr(errors, found["error"])(found["message"])
-    phases = [StageMemory(**phase) for phase in found.pop("phases")]
-    batch = PlannedBatch(**found.pop("batch"))
-    return MemoryEstimate(batch=batch, phases=phases, **found)
+def read_response(response: dict[str, Any]) -> MemoryEstimate:
+    """Return the estimate, or raise the error that the subprocess reported."""
+    if "error" in response:
+        raise getattr(errors, response["error"])(response["message"])
+    stages = [StageMemory(**stage) for stage in response.pop("stages")]
+    batch = PlannedBatch(**response.pop("batch"))
+    return MemoryEstimate(batch=batch, stages=stages, **response)
 
 
-def answer() -> None:
-    """Read a question from stdin and write the plan, or what is wrong, to stdout as JSON."""
-    question = json.loads(sys.stdin.read())
+def respond_to_request() -> None:
+    """Read a request from stdin, and write the estimate, or the error, to stdout as JSON."""
+    request = json.loads(sys.stdin.read())
     try:
-        recorded = Path(question["precision_file"]) if question["precision_file"] is not None else None
-        found = asdict(estimate_memory(Settings(**question["settings"]), PlannedBatch(**question["batch"]), recorded))
+        precision_file = Path(request["precision_file"]) if request["precision_file"] is not None else None
+        batch = PlannedBatch(**request["batch"])
+        response = asdict(estimate_memory(Settings(**request["settings"]), batch, precision_file))
     except errors.TinySDError as error:
-        found = {"error": type(error).__name__, "message": str(error)}
-    sys.stdout.write(json.dumps(found) + "\n")
+        response = {"error": type(error).__name__, "message": str(error)}
+    sys.stdout.write(json.dumps(response) + "\n")

@@ -1,4 +1,4 @@
-"""A bar over a UNet's layers while it is quantized, with the time left; plain lines where there is no terminal."""
+"""Show the progress of quantization over the UNet's layers: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -8,60 +8,67 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tinysd_batch.quantize.layer_progress import LayerProgressUpdate
-from tinysd_batch.report.console import MIN_COLUMNS_FOR_BAR, has_live_display
-from tinysd_batch.report.formatting import count, format_clock, print_line
+from tinysd_batch.report.console import MIN_COLUMNS_FOR_BAR, PLAIN_LINE_INTERVAL_S, has_live_display
+from tinysd_batch.report.formatting import format_clock, format_count, print_line
 
-PLAIN_LINE_EVERY_S = 10.0
-MIN_ELAPSED_S, MIN_DONE_FRACTION = 2.0, 0.02  # of this work, before its speed says anything
+MIN_ELAPSED_S, MIN_DONE_FRACTION = 2.0, 0.02  # before the time left is shown
 
 
 class LayerProgressBar:
-    """Shows `LayerProgressUpdate` on a console; `say` prints lines above the bar."""
+    """Shows each `LayerProgressUpdate` on a console."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.task = ""
         self.started_at = self.last_line_at = time.monotonic()
         self.bar = Progress(
-            TextColumn("{task.description}"), *([BarColumn()] if console.width >= MIN_COLUMNS_FOR_BAR else []),
-            TextColumn("{task.fields[words]}"), console=console,
-            transient=True, disable=not has_live_display(console), redirect_stdout=False, redirect_stderr=False,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            *([BarColumn()] if console.width >= MIN_COLUMNS_FOR_BAR else []),
+            TextColumn("{task.fields[state]}"),
+            console=console,
+            transient=True,
+            disable=not has_live_display(console),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     def __enter__(self) -> Self:
         self.bar.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
 
     def print_line(self, line: str) -> None:
+        """Print a line above the bar."""
         print_line(self.bar.console, line)
 
-    def show(self, done: LayerProgressUpdate) -> None:
+    def show(self, update: LayerProgressUpdate) -> None:
         now = time.monotonic()
-        if done.task != self.task:
-            self.task, self.started_at, self.last_line_at = done.task, now, now
-            for each in self.bar.task_ids:
-                self.bar.remove_task(each)
-            self.bar.add_task(done.task, total=1.0, words="")
-        words = self.words(done, now)
-        if done.done_layers == done.total_layers:
+        if update.task != self.task:
+            self.task, self.started_at, self.last_line_at = update.task, now, now
+            for task_id in self.bar.task_ids:
+                self.bar.remove_task(task_id)
+            self.bar.add_task(update.task, total=1.0, state="")
+        state = self.format_state(update, now)
+        if update.done_layers == update.total_layers:
             self.bar.remove_task(self.bar.task_ids[-1])
-            self.print_line(f"{done.task}: {count(done.done_layers, 'layer')} in {format_clock(now - self.started_at)}")
+            layers = format_count(update.done_layers, "layer")
+            self.print_line(f"{update.task}: {layers} in {format_clock(now - self.started_at)}")
             self.task = ""
             return
-        self.bar.update(self.bar.task_ids[-1], completed=done.weights_fraction, words=words)
-        if not has_live_display(self.console) and now - self.last_line_at >= PLAIN_LINE_EVERY_S:
+        self.bar.update(self.bar.task_ids[-1], completed=update.weights_fraction, state=state)
+        if not has_live_display(self.console) and now - self.last_line_at >= PLAIN_LINE_INTERVAL_S:
             self.last_line_at = now
-            self.print_line(f"{done.task}: {words}")
+            self.print_line(f"{update.task}: {state}")
 
-    def words(self, done: LayerProgressUpdate, now: float) -> str:
-        """`41 of 255 layers, elapsed 0:12, about 0:34 left`"""
-        seconds = now - self.started_at
-        told = f"{done.done_layers:,} of {count(done.total_layers, 'layer')}, elapsed {format_clock(seconds)}"
-        if seconds < MIN_ELAPSED_S or done.weights_fraction < MIN_DONE_FRACTION:
-            return told
-        return f"{told}, about {format_clock(seconds * (1 - done.weights_fraction) / done.weights_fraction)} left"
+    def format_state(self, update: LayerProgressUpdate, now: float) -> str:
+        """Return `41 of 255 layers, elapsed 0:12, about 0:34 left`."""
+        elapsed_s, fraction = now - self.started_at, update.weights_fraction
+        layers = f"{update.done_layers:,} of {format_count(update.total_layers, 'layer')}"
+        state = f"{layers}, elapsed {format_clock(elapsed_s)}"
+        if elapsed_s < MIN_ELAPSED_S or fraction < MIN_DONE_FRACTION:
+            return state
+        return f"{state}, about {format_clock(elapsed_s * (1 - fraction) / fraction)} left"
