@@ -62,7 +62,7 @@ def test_data_free_report_has_weight_sqnr_and_four_images(source: Path, tmp_path
     assert len(report["prompts"]) == 4
     (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("images: "))
     assert f"PSNR {report['median_picture_psnr_db']:.1f} dB: " in sentence
-    assert "comparing 4 images with the float model's, some " in done.stderr
+    assert "comparing 4 images with the float model's, which takes about " in done.stderr
     assert re.search(r"packing: \d+ layers in 0:\d\d", done.stderr)
     name, weight = "mid_block.resnets.0.conv1", to_matrix(small_unet().mid_block.resnets[0].conv1.weight.detach())
     stored = load_file(tmp_path / "fast" / "unet" / WEIGHTS_FILE)
