@@ -92,19 +92,19 @@ def record_stage_memory(model: TinySD, watch: DeviceMemoryMonitor, found: dict[s
     working, set_aside = model.planner.executing, model.planner.preallocate
     before = {"own": 0, "reserved": 0}  # a graph's room was taken, as large as it was planned
 
-    def unseen(phase: StagePlan) -> None:
+    def unseen(plan: StagePlan) -> None:
         before.update(own=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
-        set_aside(phase)
+        set_aside(plan)
         torch.cuda.reset_peak_memory_stats()
 
     @contextlib.contextmanager
-    def watched(phase: StagePlan) -> Iterator[ExecutionStrategy]:
+    def watched(plan: StagePlan) -> Iterator[ExecutionStrategy]:
         torch.cuda.empty_cache()  # else what is reserved would be what an earlier phase left
         torch.cuda.reset_peak_memory_stats()
         before.update(own=0, reserved=0)
-        with working(phase) as way:
-            yield way
-        found[phase.name] = {
+        with working(plan) as strategy:
+            yield strategy
+        found[plan.name] = {
             "own": max(before["own"], torch.cuda.max_memory_allocated()),
             "reserved": max(before["reserved"], torch.cuda.max_memory_reserved()),
             "others": watch.used_bytes() - torch.cuda.memory_reserved(),
@@ -153,7 +153,7 @@ def measure_generation(given: argparse.Namespace) -> dict[str, Any]:
 
     model.offloader.stream_all_weights = given.streams
     plan = model.planner.plan_stages(MicroBatchShape(2, given.size, given.size, model.info.max_tokens))
-    foretold = {phase.name: phase.peak_bytes - phase.gaps - model.planner.overhead.context_bytes for phase in plan}
+    foretold = {phase.name: phase.peak_bytes - phase.fragmentation_bytes - model.planner.overhead.context_bytes for phase in plan}
     phases: dict[str, Any] = {}
     with watch.sampling(), record_stage_memory(model, watch, phases):
         picture()

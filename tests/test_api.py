@@ -1,4 +1,4 @@
-"""The package from Python, as its README shows it."""
+"""The Python API, as the README shows it."""
 
 from pathlib import Path
 from typing import Any
@@ -21,28 +21,28 @@ def model(tiny_model: Path) -> TinySD:
     return TinySD.from_pretrained(tiny_model, device="cpu")
 
 
-def latents(model: TinySD, *given: Any, **more: Any) -> torch.Tensor:
-    found: torch.Tensor = model.generate(*given, output_type="latent", **more).images
-    return found
+def latents(model: TinySD, *args: Any, **kwargs: Any) -> torch.Tensor:
+    images: torch.Tensor = model.generate(*args, output_type="latent", **kwargs).images
+    return images
 
 
-@pytest.mark.parametrize("nothing", [{}, {"seed": None}, {"seed": -1}, {"seed": float("nan")}])
-def test_without_a_seed_one_is_drawn_and_returned(model: TinySD, nothing: dict[str, Any]) -> None:
-    made = model.generate(["cat", "dog"], output_type="latent", **nothing)
-    first, second = made.seeds
+@pytest.mark.parametrize("missing", [{}, {"seed": None}, {"seed": -1}, {"seed": float("nan")}])
+def test_without_a_seed_a_random_one_is_chosen_and_returned(model: TinySD, missing: dict[str, Any]) -> None:
+    output = model.generate(["cat", "dog"], output_type="latent", **missing)
+    first, second = output.seeds
     assert second == first + 1
-    assert torch.equal(made.images, latents(model, ["cat", "dog"], made.seeds))
-    assert made.seeds != model.generate(["cat", "dog"], **nothing).seeds
+    assert torch.equal(output.images, latents(model, ["cat", "dog"], output.seeds))
+    assert output.seeds != model.generate(["cat", "dog"], **missing).seeds
 
 
-def test_seeds_of_a_list_are_drawn_one_by_one(model: TinySD) -> None:
-    made = model.generate("cat", [7, None, 9])
-    assert (made.seeds[0], made.seeds[2]) == (7, 9)
-    assert 0 <= made.seeds[1] < 2**31
+def test_missing_seeds_in_a_list_are_chosen_one_by_one(model: TinySD) -> None:
+    output = model.generate("cat", [7, None, 9])
+    assert (output.seeds[0], output.seeds[2]) == (7, 9)
+    assert 0 <= output.seeds[1] < 2**31
 
 
 @pytest.mark.parametrize(
-    ("given", "same"),
+    ("arguments", "equivalent"),
     [
         ({"steps": 3}, {"num_inference_steps": 3}),
         ({"ddim_steps": 3.0}, {"num_inference_steps": 3}),
@@ -61,19 +61,21 @@ def test_seeds_of_a_list_are_drawn_one_by_one(model: TinySD) -> None:
         ({"eta": 0.5, "sampler": "DDIM"}, {"ddim_eta": 0.5, "sampler": "ddim"}),
     ],
 )
-def test_names_and_values_of_the_command_line(model: TinySD, given: dict[str, Any], same: dict[str, Any]) -> None:
-    assert torch.equal(*(latents(model, "cat", **{"seed": 1, **each}) for each in (given, same)))
+def test_names_and_values_of_the_command_line(
+    model: TinySD, arguments: dict[str, Any], equivalent: dict[str, Any]
+) -> None:
+    assert torch.equal(*(latents(model, "cat", **{"seed": 1, **kwargs}) for kwargs in (arguments, equivalent)))
 
 
 def test_several_images_of_each_prompt(model: TinySD) -> None:
-    made = model.generate(["cat", "dog"], 7, n_samples=2, negative_prompt=["a", "b"], scale=[2, 3])
+    output = model.generate(["cat", "dog"], 7, n_samples=2, negative_prompt=["a", "b"], scale=[2, 3])
     assert [
-        (each["prompt"], each["negative_prompt"], each["scale"], each["seed"]) for each in made.settings
+        (image["prompt"], image["negative_prompt"], image["scale"], image["seed"]) for image in output.settings
     ] == [("cat", "a", 2.0, 7), ("cat", "a", 2.0, 8), ("dog", "b", 3.0, 7), ("dog", "b", 3.0, 8)]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("arguments", "error", "message"),
     [
         ({"stpes": 3}, TypeError, r"unexpected keyword argument 'stpes'; did you mean steps\?"),
         ({"guidence_scale": 3}, TypeError, r"did you mean guidance_scale\?"),
@@ -99,35 +101,37 @@ def test_several_images_of_each_prompt(model: TinySD) -> None:
         ({"prompt": None}, UsageError, "prompt: give text"),
     ],
 )
-def test_arguments_that_cannot_be(model: TinySD, given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_arguments_are_refused(
+    model: TinySD, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        model.generate(**{"prompt": "cat", "seed": 1, **given})
+        model.generate(**{"prompt": "cat", "seed": 1, **arguments})
 
 
-def test_images_carry_their_settings(model: TinySD, tmp_path: Path) -> None:
-    made = model.generate(["red apple", "cat"], 7, negative_prompt="worm", steps=3, scale=4)
-    assert made.settings[0]["prompt"] == "red apple"
-    told = made.images[0].info["parameters"]
-    assert told.startswith(
+def test_settings_are_embedded_in_images(model: TinySD, tmp_path: Path) -> None:
+    output = model.generate(["red apple", "cat"], 7, negative_prompt="worm", steps=3, scale=4)
+    assert output.settings[0]["prompt"] == "red apple"
+    embedded = output.images[0].info["parameters"]
+    assert embedded.startswith(
         "red apple\nNegative prompt: worm\nSteps: 3, Sampler: PLMS, CFG scale: 4.0, Seed: 7, Size: 16x16"
     )
     for suffix in ("png", "jpg", "webp"):
-        paths = made.save(tmp_path / f"a.{suffix}")
+        paths = output.save(tmp_path / f"a.{suffix}")
         assert [path.name for path in paths] == [f"a_00001.{suffix}", f"a_00002.{suffix}"]
         parameters, settings = read_metadata(paths[0].read_bytes())
-        assert parameters == told
-        assert settings == {"schema": 1, **made.settings[0]}
-        again = model.generate(
+        assert parameters == embedded
+        assert settings == {"schema": 1, **output.settings[0]}
+        repeated = model.generate(
             **{name: settings[name] for name in ("prompt", "negative_prompt", "seed", "steps", "scale", "sampler")}
         )
-        assert again.images[0].tobytes() == made.images[0].tobytes()
-    assert made.images[0].tobytes() == Image.open(tmp_path / "a_00001.png").tobytes()
+        assert repeated.images[0].tobytes() == output.images[0].tobytes()
+    assert output.images[0].tobytes() == Image.open(tmp_path / "a_00001.png").tobytes()
     (path,) = model.generate("cat", 1).save(tmp_path / "new" / "one.PNG")
     assert path == tmp_path / "new" / "one.PNG"
     assert path.is_file()
 
 
-def test_what_cannot_be_saved(model: TinySD, tmp_path: Path) -> None:
+def test_unsupported_files_and_outputs_are_not_saved(model: TinySD, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.png, \.jpg or \.webp"):
         model.generate("cat", 1).save(tmp_path / "a.gif")
     with pytest.raises(UsageError, match="output_type pil"):
@@ -135,12 +139,12 @@ def test_what_cannot_be_saved(model: TinySD, tmp_path: Path) -> None:
 
 
 def test_a_progress_bar_on_request(model: TinySD, capsys: pytest.CaptureFixture[str]) -> None:
-    seen: list[int] = []
+    steps: list[int] = []
     model.generate("cat", 1, steps=3)
     assert capsys.readouterr() == ("", "")
-    model.generate("cat", 1, steps=3, progress=True, callback=lambda step, *_: seen.append(step))
+    model.generate("cat", 1, steps=3, progress=True, callback=lambda step, *_: steps.append(step))
     out, err = capsys.readouterr()
-    assert (out, seen) == ("", [0, 1, 2])
+    assert (out, steps) == ("", [0, 1, 2])
     assert "3/3" in err
 
 
@@ -153,13 +157,13 @@ def test_a_job_and_its_results(tiny_model: Path, here: Path, capsys: pytest.Capt
     write_csv(
         here / "m.csv", [{"prompt": "red apple", "seed": "42", "note": "a"}, {"prompt": "", "seed": "", "note": "b"}]
     )
-    how: dict[str, Any] = {"model": tiny_model, "inline": True, "ddim_steps": 2}
-    first = submit("m.csv", limit=1, **how)
+    options: dict[str, Any] = {"model": tiny_model, "inline": True, "ddim_steps": 2}
+    first = submit("m.csv", limit=1, **options)
     assert first.folder == Path("outputs/m")
     assert (first.images, first.generated, first.left, first.invalid_rows) == (1, 1, 0, 1)
     assert capsys.readouterr() == ("", "")
     write_csv(here / "n.csv", [{"prompt": "red apple", "seed": "42", "note": "a"}] * 2)
-    second = submit(here / "n.csv", here / "job", reuse=first.folder, progress=True, **how)
+    second = submit(here / "n.csv", here / "job", reuse=first.folder, progress=True, **options)
     assert (second.generated, second.reused, second.failed) == (0, 2, 0)
     check_whole(here / "job", 2)
     table = read_results(here / "job")
@@ -181,9 +185,14 @@ def test_a_job_file(tiny_model: Path, here: Path) -> None:
     assert read_results("out", "seed").to_pylist() == [{"seed": 7}]
 
 
-def test_a_job_with_numbers_of_other_libraries_and_lost_files(tiny_model: Path, here: Path) -> None:
-    how: dict[str, Any] = {"model": tiny_model, "inline": True, "cfg": torch.tensor(3.0), "num_images": np.float32(2)}
-    first = submit("m.csv", "job", ddim_steps=torch.tensor(1), vram_budget=0.5, seed=7, **how)
+def test_a_job_with_numpy_and_torch_numbers_and_lost_files(tiny_model: Path, here: Path) -> None:
+    options: dict[str, Any] = {
+        "model": tiny_model,
+        "inline": True,
+        "cfg": torch.tensor(3.0),
+        "num_images": np.float32(2),
+    }
+    first = submit("m.csv", "job", ddim_steps=torch.tensor(1), vram_budget=0.5, seed=7, **options)
     assert (first.images, first.generated) == (2, 2)
     assert read_results("job", ["scale", "steps"]).to_pylist() == [{"scale": 3.0, "steps": 1}] * 2
     for file in (here / "job" / "images").rglob("*.png"):
@@ -193,12 +202,12 @@ def test_a_job_with_numbers_of_other_libraries_and_lost_files(tiny_model: Path, 
     assert submit("job", redo_missing=True).generated == 2
 
 
-def test_a_share_of_memory_as_a_number(tiny_model: Path) -> None:
+def test_a_fraction_of_memory_as_a_number(tiny_model: Path) -> None:
     shares = (TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=share) for share in (0.5, "0.5"))
     assert len({model.planner.budget_bytes for model in shares}) == 1
 
 
-def test_settings_that_are_not_known(here: Path) -> None:
+def test_unknown_settings_are_refused(here: Path) -> None:
     with pytest.raises(TypeError, match=r"submit\(\) got an unexpected keyword argument 'stpes'; did you mean steps\?"):
         submit("m.csv", stpes=3)
     with pytest.raises(UsageError, match="two names of one setting"):
@@ -209,7 +218,7 @@ def test_settings_that_are_not_known(here: Path) -> None:
         submit("none.csv", inline=True)
 
 
-def test_the_package_lists_what_it_offers() -> None:
+def test_the_package_lists_its_public_names() -> None:
     assert {"JobResult", "TinySD", "read_results", "submit"} <= set(dir(tinysd_batch))
     with pytest.raises(AttributeError, match="has no attribute 'Tiny'"):
         tinysd_batch.Tiny  # noqa: B018

@@ -66,7 +66,7 @@ def test_flags_and_job_file_of_a_plan(here: Path, capfd: Capture, tiny_model: Pa
     code, _, stderr = call(capfd, "plan", "m.csv", "--seed", -1, "--sampler", "DPM++ 2M Karras")
     assert code == 2
     assert (
-        "sampler = 'DPM++ 2M Karras': dpmpp_2m is known, but its Karras schedule is missing; write dpmpp_2m" in stderr
+        "sampler = 'DPM++ 2M Karras': dpmpp_2m is supported, but its Karras schedule is not; write dpmpp_2m" in stderr
     )
 
 
@@ -94,13 +94,13 @@ def test_samplers_by_the_names_of_others(own: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("DPM++ 2M Karras", "dpmpp_2m is known, but its Karras schedule is missing"),
-        ("DPM++ 2M SGM Uniform", "dpmpp_2m is known, but its SGM uniform schedule is missing"),
-        ("Euler a Automatic", "euler_a is known, but its automatic schedule is missing"),
-        ("k_dpm_2_a_ka", "dpm2_a is known, but its Karras schedule is missing"),
-        ("lms_karras", "lms is known, but its Karras schedule is missing"),
-        ("dpmpp_2m_k", "dpmpp_2m is known, but its Karras schedule is missing"),
-        ("Euler Beta", "euler is known, but its beta schedule is missing"),
+        ("DPM++ 2M Karras", "dpmpp_2m is supported, but its Karras schedule is not"),
+        ("DPM++ 2M SGM Uniform", "dpmpp_2m is supported, but its SGM uniform schedule is not"),
+        ("Euler a Automatic", "euler_a is supported, but its automatic schedule is not"),
+        ("k_dpm_2_a_ka", "dpm2_a is supported, but its Karras schedule is not"),
+        ("lms_karras", "lms is supported, but its Karras schedule is not"),
+        ("dpmpp_2m_k", "dpmpp_2m is supported, but its Karras schedule is not"),
+        ("Euler Beta", "euler is supported, but its beta schedule is not"),
         ("DPM++ SDE Karras", "no such sampler; one of plms"),
         ("DPMSolverSinglestepScheduler", "no such sampler"),
         ("uni_pc_bh2", "no such sampler"),

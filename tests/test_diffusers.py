@@ -1,4 +1,4 @@
-"""What `import tinysd_batch.diffusers` promises to people who work with the diffusers library."""
+"""Packed models in the diffusers library, after `import tinysd_batch.diffusers`."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, embedded_model_path
 from tinysd_batch.model.checkpoint.json_file import read_json_object
 
 PACKED_NAMES = ("qweight", "qscale", "qoff", "qmeta")
-DRAWN: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -57,17 +57,17 @@ def convert_floats(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def check_same(one: Tensors, other: Tensors) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype, name
-        assert torch.equal(value, other[name]), name
+def check_same(first: Tensors, second: Tensors) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype, name
+        assert torch.equal(value, second[name]), name
 
 
 # Loading
 
 
-def test_weights_are_those_of_our_own_reader_to_the_bit(folder: Path) -> None:
+def test_weights_are_bit_identical_to_those_of_our_reader(folder: Path) -> None:
     loaded = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     _, stored = read_unet(folder / "unet")
     assert any(name.endswith(".qweight") for name in stored)
@@ -75,19 +75,19 @@ def test_weights_are_those_of_our_own_reader_to_the_bit(folder: Path) -> None:
     assert not loaded.training
 
 
-def test_a_pipeline_draws_what_we_draw(folder: Path) -> None:
+def test_a_pipeline_generates_the_same_images_as_ours(folder: Path) -> None:
     pipeline, model = new_pipeline(folder), TinySD.from_pretrained(folder, device="cpu")
-    asked = {"latents": start_noise(model, 7), "negative_prompt": "green", **DRAWN}
-    theirs = pipeline("red apple", output_type="latent", **asked).images
-    ours = model.generate("red apple", 7, negative_prompt="green", output_type="latent", **DRAWN).images
+    arguments = {"latents": start_noise(model, 7), "negative_prompt": "green", **OPTIONS}
+    theirs = pipeline("red apple", output_type="latent", **arguments).images
+    ours = model.generate("red apple", 7, negative_prompt="green", output_type="latent", **OPTIONS).images
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-    picture = np.asarray(pipeline("red apple", **asked).images[0], dtype=int)
-    own = np.asarray(model.generate("red apple", 7, negative_prompt="green", **DRAWN).images[0], dtype=int)
-    assert np.abs(picture - own).max() <= 1, "pixels differ by more than rounding"
+    their_image = np.asarray(pipeline("red apple", **arguments).images[0], dtype=int)
+    our_image = np.asarray(model.generate("red apple", 7, negative_prompt="green", **OPTIONS).images[0], dtype=int)
+    assert np.abs(their_image - our_image).max() <= 1, "pixels differ by more than rounding"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_another_number_format_leaves_packed_integers_alone(unet_folder: Path, dtype: torch.dtype) -> None:
+def test_another_dtype_leaves_packed_integers_unchanged(unet_folder: Path, dtype: torch.dtype) -> None:
     stored = load_file(unet_folder / WEIGHTS_FILE)
     loaded = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=dtype).state_dict()
     check_same(loaded, convert_floats(stored, dtype))
@@ -97,32 +97,34 @@ def test_another_number_format_leaves_packed_integers_alone(unet_folder: Path, d
 # Saving
 
 
-def test_saved_in_the_files_own_format_it_is_the_same_file(folder: Path, tmp_path: Path) -> None:
+def test_saving_in_the_files_dtype_gives_the_same_tensors(folder: Path, tmp_path: Path) -> None:
     UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float16).save_pretrained(tmp_path)
     check_same(load_file(tmp_path / WEIGHTS_FILE), load_file(folder / "unet" / WEIGHTS_FILE))
     quantization = read_json_object(tmp_path / "config.json")["quantization_config"]
     assert quantization == read_json_object(folder / "unet" / "config.json")["quantization_config"]
 
 
-def test_a_saved_pipeline_loads_again_in_diffusers_and_here(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_pipeline_loads_in_diffusers_and_here(folder: Path, tmp_path: Path) -> None:
     first = new_pipeline(folder)
     first.save_pretrained(tmp_path)
-    again = new_pipeline(tmp_path)
+    reloaded = new_pipeline(tmp_path)
     for part in ("unet", "vae", "text_encoder"):
-        check_same(getattr(again, part).state_dict(), getattr(first, part).state_dict())
+        check_same(getattr(reloaded, part).state_dict(), getattr(first, part).state_dict())
     stored, saved = load_file(folder / "unet" / WEIGHTS_FILE), load_file(tmp_path / "unet" / WEIGHTS_FILE)
     for name, value in stored.items():
         assert torch.equal(value.float(), saved[name].float()), name
         assert value.dtype == saved[name].dtype or not name.endswith(PACKED_NAMES), name
-    one, other = (convert_floats(read_unet(path / "unet")[1], torch.float32) for path in (tmp_path, folder))
-    check_same(one, other)
+    saved_floats, stored_floats = (
+        convert_floats(read_unet(path / "unet")[1], torch.float32) for path in (tmp_path, folder)
+    )
+    check_same(saved_floats, stored_floats)
     shutil.copy(folder / "tinysd.json", tmp_path)
     ours = [TinySD.from_pretrained(path, device="cpu") for path in (folder, tmp_path)]
-    drawn = [model.generate("red apple", 1, num_inference_steps=2, output_type="np").images for model in ours]
-    assert np.array_equal(*drawn)
+    images = [model.generate("red apple", 1, num_inference_steps=2, output_type="np").images for model in ours]
+    assert np.array_equal(*images)
 
 
-def test_saved_in_several_files_it_loads_again(unet_folder: Path, tmp_path: Path) -> None:
+def test_a_sharded_unet_loads_again(unet_folder: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(unet_folder)
     unet.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -167,24 +169,24 @@ def test_a_newer_format_is_refused(unet_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(unet_folder: Path) -> None:
+def test_a_missing_gpu_is_refused(unet_folder: Path) -> None:
     with pytest.raises(UsageError, match="device cuda: torch sees no GPU here"):
         UNet2DConditionModel.from_pretrained(unet_folder, device_map="cuda")
 
 
-def test_waiting_on_disk_is_refused(unet_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot wait on disk"):
+def test_offloading_to_disk_is_refused(unet_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be offloaded to disk"):
         UNet2DConditionModel.from_pretrained(unet_folder, device_map={"": "disk"}, offload_folder=tmp_path)
 
 
-def test_a_float_model_is_not_packed_while_it_loads(float_model: Path) -> None:
+def test_a_float_model_is_not_quantized_while_it_loads(float_model: Path) -> None:
     with pytest.raises(UsageError, match="quantize_folder writes a packed folder"):
         UNet2DConditionModel.from_pretrained(
             float_model / "unet", quantization_config=tinysd_batch.diffusers.TinySDConfig(layers={})
         )
 
 
-def test_the_embedded_models_autoencoder_decodes_only() -> None:
+def test_the_embedded_models_vae_only_decodes() -> None:
     pipeline = new_pipeline(embedded_model_path()).to("cpu")  # raises where weights are missing
     with pytest.raises(UsageError, match="has no encoder"):
         AutoPipelineForImage2Image.from_pipe(pipeline)("red apple", image=torch.zeros(1, 3, 64, 64))
@@ -196,23 +198,25 @@ def test_the_embedded_models_autoencoder_decodes_only() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["oldest", "newest"])
 def test_both_ends_of_the_version_range(end: str, tmp_path: Path) -> None:
-    """The tests above with diffusers, and what it needs, from the package index; the rest from this environment."""
+    """Run the tests above with diffusers and its dependencies from the index, all else from this environment."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (wanted,) = (one for one in map(Requirement, project["dependencies"]) if one.name == "diffusers")
-    (lowest,) = (bound.version for bound in wanted.specifier if bound.operator == ">=")
+    (required,) = (
+        requirement for requirement in map(Requirement, project["dependencies"]) if requirement.name == "diffusers"
+    )
+    (lowest,) = (bound.version for bound in required.specifier if bound.operator == ">=")
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = tmp_path / "venv" / "bin" / "python"
-    asked = f"diffusers=={lowest}" if end == "oldest" else str(wanted)
+    version_range = f"diffusers=={lowest}" if end == "oldest" else str(required)
     installed = subprocess.run(
-        [python, "-m", "pip", "install", "--upgrade", asked], capture_output=True, text=True, check=False
+        [python, "-m", "pip", "install", "--upgrade", version_range], capture_output=True, text=True, check=False
     )
     assert installed.returncode == 0, installed.stderr
     code = "import diffusers; print(diffusers.__version__)"
     env = environment(PYTHONPATH=str(ROOT))
     version = subprocess.run([python, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
-    assert wanted.specifier.contains(version)
+    assert required.specifier.contains(version)
     assert end == "newest" or version.startswith(lowest)
     tests = [str(python), "-m", "pytest", __file__, "-m", "not slow", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(tests, cwd=ROOT, env=env, capture_output=True, text=True, check=False)

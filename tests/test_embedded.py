@@ -1,6 +1,7 @@
-"""The model that ships: its size, its digests, and that it draws what it is asked for."""
+"""The model inside the package: its size, its digests, and that its images show what the prompt asks for."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -24,18 +25,18 @@ def model() -> TinySD:
 
 
 def mean_colour(model: TinySD, prompt: str) -> np.ndarray:
-    """The mean colour of what is drawn, over four seeds; white paper left out."""
-    pictures = model.generate([prompt] * 4, [1, 2, 3, 4], num_inference_steps=STEPS, output_type="np").images
-    ink = pictures[pictures.min(axis=3) < 0.85]
-    assert len(ink) > 0.05 * pictures[..., 0].size, "hardly anything was drawn"
-    return np.asarray(ink.mean(axis=0))
+    """Return the mean colour over four seeds, without the white background."""
+    images = model.generate([prompt] * 4, [1, 2, 3, 4], num_inference_steps=STEPS, output_type="np").images
+    foreground = images[images.min(axis=3) < 0.85]
+    assert len(foreground) > 0.05 * images[..., 0].size, "the images are almost empty"
+    return np.asarray(foreground.mean(axis=0))
 
 
 def test_it_is_at_most_15_megabytes() -> None:
     assert sum(path.stat().st_size for path in embedded_model_path().rglob("*") if path.is_file()) <= 15_000_000
 
 
-def test_weights_are_those_that_training_recorded() -> None:
+def test_files_match_the_digests_recorded_by_training() -> None:
     digests = json.loads((ROOT / "training" / "digests.json").read_text())
     assert digests
     for name, digest in digests.items():
@@ -51,12 +52,14 @@ def test_most_of_its_unet_is_at_two_bits() -> None:
     assert weights.total() > 0.95 * 14.9e6
     assert weights[2] > 0.85 * weights.total()
     stored = load_file(unet / WEIGHTS_FILE)
-    packed = [one for name, one in stored.items() if name.rpartition(".")[0] in layers and not name.endswith(".bias")]
-    assert 8 * sum(one.nbytes for one in packed) < 2.5 * weights.total()
+    packed = [
+        tensor for name, tensor in stored.items() if name.rpartition(".")[0] in layers and not name.endswith(".bias")
+    ]
+    assert 8 * sum(tensor.nbytes for tensor in packed) < 2.5 * weights.total()
 
 
-def test_the_report_on_it_is_of_these_weights() -> None:
-    """Level, size and bytes of the report that the repository keeps."""
+def test_the_report_describes_these_weights() -> None:
+    """Check level, bits and bytes of the report in the repository."""
     report = json.loads((ROOT / "training" / "report" / "report.json").read_text())
     config = json.loads((embedded_model_path() / "unet" / "config.json").read_text())["quantization_config"]
     assert report["level"] == config["level"]
@@ -65,7 +68,7 @@ def test_the_report_on_it_is_of_these_weights() -> None:
     assert all(bits[name] == layer["bits"] for name, layer in config["layers"].items())
 
 
-def test_inspect_knows_it_by_its_name(tmp_path: Path) -> None:
+def test_inspect_prints_its_name(tmp_path: Path) -> None:
     assert "tinysd emoji 64" in run_here("inspect", "embedded", cwd=tmp_path).stdout
 
 
@@ -77,14 +80,13 @@ def test_inspect_knows_it_by_its_name(tmp_path: Path) -> None:
         pytest.param("blue heart", 2, 0, marks=pytest.mark.slow),
     ],
 )
-def test_hearts_have_the_colour_asked_for(model: TinySD, prompt: str, strong: int, weak: int) -> None:
+def test_hearts_have_the_colour_of_the_prompt(model: TinySD, prompt: str, strong: int, weak: int) -> None:
     colour = mean_colour(model, prompt)
     assert colour[strong] > colour[weak] + 0.15, colour
 
 
-def test_other_prompts_draw_other_pictures(model: TinySD) -> None:
+def test_different_prompts_give_different_images(model: TinySD) -> None:
     prompts = ["red apple", "frog", "skull", "blue heart", "sunflower", "snowman"]
-    pictures = model.generate(prompts, 3, num_inference_steps=STEPS, output_type="np").images
-    for one in range(len(prompts)):
-        for other in range(one):
-            assert np.abs(pictures[one] - pictures[other]).mean() > 0.05, (prompts[one], prompts[other])
+    images = model.generate(prompts, 3, num_inference_steps=STEPS, output_type="np").images
+    for first, second in itertools.combinations(range(len(prompts)), 2):
+        assert np.abs(images[first] - images[second]).mean() > 0.05, (prompts[first], prompts[second])

@@ -1,4 +1,4 @@
-"""How waiting threads behave is decided before torch is imported, and never against the user."""
+"""The wait policy of threads is set before torch is imported, unless the user has set one."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import torch
 from tests.support.program import environment
 from tinysd_batch import TinySD, threads
 
-OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": threads.WAIT_POLICY["GOMP_SPINCOUNT"]}
+OUR_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": threads.WAIT_POLICY["GOMP_SPINCOUNT"]}
 
 
 def run_python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +24,7 @@ def run_python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("module", "users"),
+    ("module", "user_variables"),
     [
         ("tinysd_batch.job.workers.worker", {}),
         ("tinysd_batch", {"OMP_WAIT_POLICY": "ACTIVE"}),
@@ -32,34 +32,36 @@ def run_python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
         ("tinysd_batch", {"KMP_BLOCKTIME": "200"}),
     ],
 )
-def test_the_wait_policy_is_set_unless_the_user_has_set_one(module: str, users: dict[str, str]) -> None:
+def test_the_wait_policy_is_set_unless_the_user_has_set_one(module: str, user_variables: dict[str, str]) -> None:
     code = (
         f"import {module}, json, os, sys; assert 'torch' not in sys.modules; "
         f"names = set({sorted(threads.WAIT_POLICY_VARIABLES)}) & os.environ.keys(); "
         "print(json.dumps({name: os.environ[name] for name in names}))"
     )
-    assert json.loads(run_python(code, **users).stdout) == (users or OURS)
+    assert json.loads(run_python(code, **user_variables).stdout) == (user_variables or OUR_POLICY)
 
 
 def test_openmp_reads_the_policy() -> None:
-    """GNU's library, which the wheels of torch bring, prints what it has understood."""
+    """GNU OpenMP, which torch's wheels contain, prints the settings that it has read."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
     library = next(Path(spec.origin).parent.glob("lib/libgomp*"), None)
     if library is None:
-        pytest.skip("this torch brings no GNU OpenMP")
-    told = run_python(f"import tinysd_batch, ctypes; ctypes.CDLL({str(library)!r})", OMP_DISPLAY_ENV="VERBOSE").stderr
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in told
-    assert f"GOMP_SPINCOUNT = '{OURS['GOMP_SPINCOUNT']}'" in told
+        pytest.skip("this torch has no GNU OpenMP")
+    display = run_python(
+        f"import tinysd_batch, ctypes; ctypes.CDLL({str(library)!r})", OMP_DISPLAY_ENV="VERBOSE"
+    ).stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in display
+    assert f"GOMP_SPINCOUNT = '{OUR_POLICY['GOMP_SPINCOUNT']}'" in display
 
 
 @pytest.mark.parametrize(("before", "during"), [(2, 1), (1, 1)])
 def test_a_small_model_generates_on_one_thread(tiny_model: Path, before: int, during: int) -> None:
-    """Also where torch was imported first, so that it waits as it likes; the user's number of threads stays."""
+    """Even if torch was imported first, with another wait policy. The user's number of threads is restored."""
     model = TinySD.from_pretrained(tiny_model, device="cpu")
     seen: set[int] = set()
-    usual = torch.get_num_threads()
+    original = torch.get_num_threads()
     torch.set_num_threads(before)
     try:
         model.generate("cat", 1, callback=lambda *_: seen.add(torch.get_num_threads()))
@@ -68,11 +70,11 @@ def test_a_small_model_generates_on_one_thread(tiny_model: Path, before: int, du
             model.generate("cat", 1, callback=lambda *_: 1 / 0)  # type: ignore[arg-type]
         assert torch.get_num_threads() == before
     finally:
-        torch.set_num_threads(usual)
+        torch.set_num_threads(original)
     assert seen == {during}
 
 
-def test_who_imports_torch_first_is_told_what_to_do(
+def test_importing_torch_first_logs_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(threads, "was_torch_imported_first", False)

@@ -184,7 +184,7 @@ def read_results(folder: str | Path, columns: Sequence[str] | None = None) -> "p
         StorageError: A file of the table is damaged.
     """
     from tinysd_batch.job.results.table import ResultsTable
-    from tinysd_batch.job.state.open_job import read_job_json
+    from tinysd_batch.job.state.job_json import read_job_json
 
     read_job_json(Path(folder))
     columns = [columns] if isinstance(columns, str) else columns

@@ -1,4 +1,4 @@
-"""A job's settings: what may be set, in which bounds, and where each value comes from (preset < job.toml < flag)."""
+"""Settings of a job: their types, bounds and defaults, and how layers are merged (preset < job.toml < option)."""
 
 import os
 import re
@@ -15,9 +15,9 @@ from tinysd_batch.text import decode_text, excerpt, normalize_text
 from tinysd_batch.values import is_missing_number, is_nan, parse_integer
 
 SAMPLERS = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "unipc")
-SAMPLERS_WITH_ETA = ("plms", "ddim")  # the others have no use for it
+SAMPLERS_WITH_ETA = ("plms", "ddim")  # the others ignore eta
 
-MAX_STEPS = 1000  # SD v1 knows 1000 noise levels
+MAX_STEPS = 1000  # SD v1 has 1000 noise levels
 MAX_SIDE_PX = 2048
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARACTERS = 10_000
@@ -27,9 +27,8 @@ MAX_TOML_BYTES = 1_000_000
 EMBEDDED_MODEL = "embedded"
 BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
-
-# What other programs call our samplers, as `squeeze` leaves it: k-diffusion, the web UI, ComfyUI, InvokeAI, and the
-# scheduler classes of diffusers.
+# Names of our samplers in k-diffusion, the web UI, ComfyUI and InvokeAI, and the scheduler classes of diffusers; in the
+# form that `normalize_sampler_name` returns.
 SAMPLER_ALIASES = {
     **{name.replace("_", ""): name for name in SAMPLERS},
     "pndm": "plms",
@@ -40,7 +39,7 @@ SAMPLER_ALIASES = {
     "dpmsolverpp2m": "dpmpp_2m",
     "unipcmultistep": "unipc",
 }
-# Sigma schedules that such names end in.
+# Sigma schedules with which such names can end.
 SIGMA_SCHEDULES = {
     "karras": "Karras", "ka": "Karras", "polyexponential": "polyexponential", "exponential": "exponential",
     "sgmuniform": "SGM uniform", "ddimuniform": "DDIM uniform", "uniform": "uniform", "normal": "normal",
@@ -50,38 +49,40 @@ SIGMA_SCHEDULES = {
 
 
 def find_sampler(name: str) -> str:
-    """A sampler's own name from what other programs call it, such as `Euler a`, `DPM++ 2M` or `k_dpm_2_ancestral`.
+    """Return our name of a sampler from a name in other programs, e.g. `Euler a`, `DPM++ 2M` or `k_dpm_2_ancestral`.
 
-    Raises ValueError for a name that is none, and for one that asks for a sigma schedule, which is what is missing.
+    Raises ValueError for an unknown sampler, and for a name with a sigma schedule, as these are not supported.
     """
-    if own := look_up_sampler(normalize_sampler_name(name)):
-        return own
-    for own, schedule in split_off_schedules(name):
-        raise ValueError(f"{own} is known, but its {schedule} schedule is missing; write {own} for the model's own")
+    if sampler := look_up_sampler(normalize_sampler_name(name)):
+        return sampler
+    for sampler, schedule in split_off_schedules(name):
+        raise ValueError(
+            f"{sampler} is supported, but its {schedule} schedule is not; write {sampler} for the model's own schedule"
+        )
     raise ValueError(f"no such sampler; one of {', '.join(SAMPLERS)}")
 
 
 def normalize_sampler_name(name: str) -> str:
-    """`k_dpm_2_ancestral` -> `kdpm2ancestral`, `diffusers.EulerDiscreteScheduler` -> `euler`"""
-    plain = normalize_text(name).strip().rpartition(".")[2].lower().replace("++", "pp")
-    plain = re.sub(r"[\W_]+", "", plain).removeprefix("sample").removesuffix("scheduler")
-    return plain.replace("discrete", "")
+    """Return `kdpm2ancestral` for `k_dpm_2_ancestral`, `euler` for `diffusers.EulerDiscreteScheduler`."""
+    normalized = normalize_text(name).strip().rpartition(".")[2].lower().replace("++", "pp")
+    normalized = re.sub(r"[\W_]+", "", normalized).removeprefix("sample").removesuffix("scheduler")
+    return normalized.replace("discrete", "")
 
 
-def look_up_sampler(squeezed: str) -> str | None:
-    """k-diffusion's samplers are known with a k before them, too."""
-    return SAMPLER_ALIASES.get(squeezed) or SAMPLER_ALIASES.get(squeezed.removeprefix("k"))
+def look_up_sampler(normalized: str) -> str | None:
+    """Return our name of a sampler, with or without the "k" that marks k-diffusion's samplers."""
+    return SAMPLER_ALIASES.get(normalized) or SAMPLER_ALIASES.get(normalized.removeprefix("k"))
 
 
 def split_off_schedules(name: str) -> Iterator[tuple[str, str]]:
-    """The samplers whose name, with a schedule behind it, this is, and the schedule."""
-    squeezed = normalize_sampler_name(name)
+    """Yield each way to read the name as a sampler followed by a sigma schedule."""
+    normalized = normalize_sampler_name(name)
     for ending, schedule in SIGMA_SCHEDULES.items():
-        if squeezed.endswith(ending) and (own := look_up_sampler(squeezed.removesuffix(ending))):
-            yield own, schedule
+        if normalized.endswith(ending) and (sampler := look_up_sampler(normalized.removesuffix(ending))):
+            yield sampler, schedule
     # InvokeAI's dpmpp_2m_k
-    if re.search(r"[\s_-]k$", name.strip().lower()) and (own := look_up_sampler(squeezed.removesuffix("k"))):
-        yield own, "Karras"
+    if re.search(r"[\s_-]k$", name.strip().lower()) and (sampler := look_up_sampler(normalized.removesuffix("k"))):
+        yield sampler, "Karras"
 
 
 INTEGER_SETTINGS = (
@@ -95,22 +96,22 @@ TEXT_SETTINGS = (
 
 
 def normalize_settings(values: Any) -> Any:
-    """Settings as manifests' cells are read: `30.0` is 30, NaN and a seed of -1 say nothing, text is normalized."""
+    """Normalize settings as cells of a manifest: `30.0` is 30, NaN and a seed of -1 are unset, text is normalized."""
     if not isinstance(values, dict):
         return values
-    tidied: dict[str, Any] = {}
+    normalized: dict[str, Any] = {}
     for name, value in values.items():
         if name in INTEGER_SETTINGS or name in FLOAT_SETTINGS:
             if is_missing_number(value) or (name == "seed" and value in (-1, "-1")):
                 continue
-            tidied[name] = to_integer_if_possible(value) if name in INTEGER_SETTINGS else value
+            normalized[name] = to_integer_if_possible(value) if name in INTEGER_SETTINGS else value
         else:
-            tidied[name] = normalize_text(value) if name in TEXT_SETTINGS and isinstance(value, str) else value
-    return tidied
+            normalized[name] = normalize_text(value) if name in TEXT_SETTINGS and isinstance(value, str) else value
+    return normalized
 
 
 def to_integer_if_possible(value: Any) -> Any:
-    """The value itself where it is none, for pydantic to say so."""
+    """Return the integer, or any other value as it is, so that pydantic reports it."""
     try:
         return parse_integer(value)
     except ValueError:
@@ -118,7 +119,7 @@ def to_integer_if_possible(value: Any) -> Any:
 
 
 def check_address(address: str) -> str:
-    """Where a Ray cluster is, as `ray start` printed it; ValueError for what is no such place."""
+    """Check the address of a Ray cluster as `ray start` prints it. Raises ValueError."""
     host, _, port = address.rpartition(":")
     is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
     if address not in ("auto", "local") and not (host and is_port):
@@ -129,12 +130,12 @@ def check_address(address: str) -> str:
 
 
 class Settings(BaseModel):
-    """Everything a job can be told besides its rows. None means: the model's own default."""
+    """All settings of a job. None selects the model's default."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-    _tidy = model_validator(mode="before")(normalize_settings)
+    _normalize = model_validator(mode="before")(normalize_settings)
 
-    # What decides the pixels of a row that does not say otherwise.
+    # Settings that decide the pixels; most of them are defaults that a row can override.
     model: str = EMBEDDED_MODEL
     negative_prompt: str = ""
     prompt_syntax: Literal["seed", "a1111", "none"] = "seed"
@@ -152,7 +153,7 @@ class Settings(BaseModel):
     rng: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["auto", "full", "autocast"] = "auto"
 
-    # What becomes of the pictures.
+    # How images are saved.
     format: Literal["png", "jpg", "webp"] = "png"
     quality: int = Field(90, ge=1, le=100)
     no_metadata: bool = False
@@ -160,9 +161,9 @@ class Settings(BaseModel):
     skip_grid: bool = False
     n_rows: int = Field(0, ge=0, le=MAX_GRID_IMAGES)
 
-    # How the work is done.
-    strict: bool = False  # refuse columns of the manifest that are not known
-    interpret_lines: bool = False  # in a .txt: skip comments, read options behind prompts
+    # How the job runs.
+    strict: bool = False  # reject unknown columns of the manifest
+    interpret_lines: bool = False  # in a .txt: skip comments, parse options after prompts
     device: Literal["auto", "cpu", "cuda"] = "auto"
     vram_budget: str | None = None
     turbo: bool = False
@@ -170,16 +171,16 @@ class Settings(BaseModel):
     max_batch: int | None = Field(None, ge=1, le=1024)
     workers: int | None = Field(None, ge=1, le=1024)
     inline: bool = False
-    address: Annotated[str, AfterValidator(check_address)] | None = None  # of a Ray cluster
-    worker_wait: float = Field(600.0, ge=0)  # seconds without any worker on a cluster, before the job gives up
+    address: Annotated[str, AfterValidator(check_address)] | None = None  # of a running Ray cluster
+    worker_wait: float = Field(600.0, ge=0)  # seconds to wait for a worker on a cluster before the job fails
 
-    # The origin's, which only the model can answer.
+    # tiny-stable-diffusion's options: latent channels and downsampling factor. The model decides them.
     C: int | None = Field(None, ge=1)
     f: int | None = Field(None, ge=1)
 
 
 class JobFile(Settings):
-    """A `job.toml`: settings, the manifest they are for, and presets they start from."""
+    """A `job.toml`: a manifest, its settings, and the presets on which they are based."""
 
     manifest: str
     output: str | None = None
@@ -187,6 +188,7 @@ class JobFile(Settings):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises UsageError."""
     try:
         return tomllib.loads(decode_text(read_file(path, MAX_TOML_BYTES)))
     except OSError as error:
@@ -197,23 +199,23 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
 
 
-def validate_settings(kind: type[Settings], values: dict[str, Any], where: str) -> Any:
-    """Build `kind` from `values`, or raise UsageError naming `where`, the setting and the rule it breaks."""
+def validate_settings(settings_type: type[Settings], values: dict[str, Any], source: str) -> Any:
+    """Build a `settings_type` from `values`. Raises UsageError with the source, the settings and the broken rules."""
     try:
-        return kind(**values)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc'])} = {excerpt(fault['input'])}: "
-            f"{fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
+        return settings_type(**values)
+    except ValidationError as validation_error:
+        errors = "; ".join(
+            f"{'.'.join(str(key) for key in error['loc'])} = {excerpt(error['input'])}: "
+            f"{error['msg'].removeprefix('Value error, ')}"
+            for error in validation_error.errors()
         )
-        raise UsageError(f"{where}: {faults}") from None
+        raise UsageError(f"{source}: {errors}") from None
 
 
 def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
-    """The settings a `job.toml` gives (presets under it), its manifest, and its output folder if it names one.
+    """Return the settings of a `job.toml` (its presets included), its manifest, and its output folder or None.
 
-    Paths in the file are relative to it.
+    Paths in the file are relative to its folder.
     """
     values = read_toml(path)
     job = validate_settings(JobFile, values, str(path))
@@ -228,20 +230,21 @@ def read_job_file(path: Path) -> tuple[dict[str, Any], Path, Path | None]:
 
 
 def resolve_relative_path(file: Path, target: str) -> Path:
-    """A path that `file` names relative to itself."""
+    """Return the path of `target`, which `file` names relative to its own folder."""
     if "\0" in target:
-        raise UsageError(f"{file}: {excerpt(target)}: a path holds no NUL")
+        raise UsageError(f"{file}: {excerpt(target)}: a path cannot contain NUL")
     return Path(os.path.normpath(file.parent / target))
 
 
 def read_preset(path: Path) -> dict[str, Any]:
+    """Read and check a preset. Raises UsageError."""
     values = read_toml(path)
     validate_settings(Settings, values, str(path))
     return values
 
 
 def merge_settings(*layers: dict[str, Any]) -> Settings:
-    """Settings from layers, later ones winning; a value of None in a layer says nothing."""
+    """Merge layers of settings, of which later ones win. Unset values do not override. Raises UsageError."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged |= drop_unset(layer)
@@ -255,14 +258,20 @@ def drop_unset(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_unset(name: str, value: Any) -> bool:
+    """Whether the value leaves the setting at that of an earlier layer."""
     is_number = name in INTEGER_SETTINGS or name in FLOAT_SETTINGS
     return value is None or (is_missing_number(value) if is_number else is_nan(value))
 
 
 def parse_memory_budget(amount: str | float | None, total: int | None) -> int | None:
-    """Bytes from a number or text: `900MB`, `1.5 GiB`, `0.5` of the `total` bytes, or `-500MB`, all but so much.
+    """Return the bytes of a memory budget.
 
-    Raises UsageError for anything else, and where `total` would have to be known.
+    Args:
+        amount: Bytes, or text: `900MB`, `1.5 GiB`, a share of `total` such as `0.5`, or `-500MB` for all but that.
+        total: The device's memory in bytes, None if it is unknown.
+
+    Raises:
+        UsageError: Any other text, or one that needs a `total`.
     """
     if amount is None or isinstance(amount, int):
         return amount
@@ -270,18 +279,20 @@ def parse_memory_budget(amount: str | float | None, total: int | None) -> int | 
     if match is None or match[3] not in BYTE_UNITS or not float(match[2]):
         raise UsageError(
             f"vram_budget = {amount!r}: give a number with a unit, such as 900MB, a share of the device's memory, such "
-            f"as 0.5, or what is to be left of it, such as -500MB"
+            f"as 0.5, or an amount to leave free, such as -500MB"
         )
     number = float(match[2])
     is_share = not match[3] and number <= 1
     if total is None and (match[1] or is_share):
-        raise UsageError(f"vram_budget = {amount!r}: the card is not here, so its memory is not known; give megabytes")
-    wanted = min(number * (total if is_share and total else BYTE_UNITS[match[3]]), MAX_SEED)
-    return int(total - wanted if match[1] and total else wanted)
+        raise UsageError(
+            f"vram_budget = {amount!r}: the memory of a GPU on another machine is unknown; give an amount such as 900MB"
+        )
+    amount_bytes = min(number * (total if is_share and total else BYTE_UNITS[match[3]]), MAX_SEED)
+    return int(total - amount_bytes if match[1] and total else amount_bytes)
 
 
 def parse_bytes(amount: str | int | None, name: str) -> int | None:
-    """Bytes from a number or text such as `900MB` or `1.5 GiB`; raise UsageError for anything else."""
+    """Return the bytes of a number or of text such as `900MB` or `1.5 GiB`. Raises UsageError for anything else."""
     if amount is None or isinstance(amount, int):
         return amount
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower())

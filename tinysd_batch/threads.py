@@ -1,26 +1,27 @@
-"""How the threads of torch wait for each other, decided before torch is imported.
+"""Choose how torch's threads wait for each other, which must be done before torch is imported.
 
-Loaded with the package, before the current folder is off the import path: imports only what Python has loaded itself.
+This module is imported with the package, before the current folder is removed from the import path, so it imports only
+modules that Python has loaded already.
 
-A thread of GNU's OpenMP that has finished its part of a parallel region spins for several milliseconds, waiting for the
-others. Beside another busy program one of them is often suspended meanwhile, and the spinning ones use up the time that
-it needs: everything takes 5 to 20 times as long. Threads that sleep at once cost an idle machine more, since they are
-woken thousands of times in each step of a large model. So they spin for a moment (70 microseconds on a Zen 5, 140 on
-recent Intel cores), which bridges the gap from one operation to the next, and sleep then.
+A thread of GNU OpenMP that has finished its part of a parallel region spins for several milliseconds while it waits for
+the others. If another program is busy, one thread is often suspended at that time, and the spinning threads use up the
+CPU time that it needs: everything takes 5 to 20 times as long. On an idle machine, threads that sleep at once are slow,
+because they are woken thousands of times in each step of a large model. So they spin for a moment (70 microseconds on a
+Zen 5, 140 on recent Intel cores), which covers the gap between two operations, and then sleep.
 """
 
 import os
 import sys
 
-# libgomp, which the wheels of torch contain, reads both. libomp and libiomp read the first, and sleep at once.
+# libgomp, which torch's wheels contain, reads both. libomp and libiomp read only the first, and sleep at once.
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 WAIT_POLICY_VARIABLES = {*WAIT_POLICY, "KMP_BLOCKTIME", "KMP_LIBRARY"}
 
-was_torch_imported_first = False  # torch was imported before this package, so that OpenMP has not read our variables
+was_torch_imported_first = False  # so that OpenMP has not read the variables that we set
 
 
 def set_wait_policy() -> None:
-    """Let waiting threads sleep soon, unless the user has chosen how they wait."""
+    """Make waiting threads sleep soon, unless the user has chosen how they wait."""
     global was_torch_imported_first
     if WAIT_POLICY_VARIABLES.isdisjoint(os.environ):
         os.environ.update(WAIT_POLICY)
@@ -28,18 +29,18 @@ def set_wait_policy() -> None:
 
 
 def warn_if_threads_spin(count: int) -> None:
-    """Log what to do where `count` threads will compute and OpenMP did not see the wait policy."""
+    """Log a warning if several threads will compute and OpenMP has not read the wait policy."""
     import logging
 
     if was_torch_imported_first and count > 1:
         logging.getLogger(__name__).warning(
-            "torch was imported before tinysd_batch, so its threads spin while they wait, which is slow beside other "
-            "busy programs; import tinysd_batch first, or set OMP_WAIT_POLICY=PASSIVE"
+            "torch was imported before tinysd_batch, so its threads spin while they wait, which is slow if other "
+            "programs are busy; import tinysd_batch first, or set OMP_WAIT_POLICY=PASSIVE"
         )
 
 
-class limit_threads:  # noqa: N801 - used as a function, as contextlib's are
-    """Let torch compute on at most `count` threads, any number for None, and restore the number afterwards."""
+class limit_threads:  # noqa: N801 - used like a function, as contextlib's classes are
+    """Limit torch to `count` threads (None: no limit), and restore the number at the end."""
 
     def __init__(self, count: int | None) -> None:
         self.count = count
@@ -61,5 +62,5 @@ class limit_threads:  # noqa: N801 - used as a function, as contextlib's are
 
 
 def count_usable_cores() -> int:
-    """Cores this process may use, which in a container is fewer than the machine has."""
+    """Return how many cores this process may use. In a container that may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

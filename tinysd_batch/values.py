@@ -1,4 +1,4 @@
-"""What a missing value and a whole number are, the same in every manifest format, in job files and in Python."""
+"""Recognize missing values and integers in the same way in manifests, job files and Python calls."""
 
 import math
 import re
@@ -7,12 +7,12 @@ from typing import Any
 
 from tinysd_batch.text import normalize_text
 
-MISSING_WORDS = {"none", "nan", "null", "n/a", "<na>"}  # in a cell for a number; in text they are text
+MISSING_WORDS = {"none", "nan", "null", "n/a", "<na>"}  # in a cell for a number; in a cell for text they are text
 INTEGER_PATTERN = re.compile(r"[+-]?\d+\.0*", re.ASCII)
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value says nothing: None, NaN of any number type, or text without a visible character."""
+    """Whether a value is missing: None, NaN of any number type, or text without a visible character."""
     if value is None:
         return True
     if isinstance(value, str):
@@ -21,26 +21,26 @@ def is_missing(value: Any) -> bool:
 
 
 def is_nan(value: Any) -> bool:
-    """Whether a value is NaN; infinity is not."""
+    """Whether a value is a NaN of any number type."""
     if isinstance(value, Decimal):
         return value.is_nan()
     try:
         return math.isnan(value)
-    except (TypeError, ValueError, OverflowError):  # no number, or an integer beyond all floats
+    except (TypeError, ValueError, OverflowError):  # not a number, or an integer too large for a float
         return False
 
 
 def is_missing_number(value: Any) -> bool:
-    """The same in a place for a number, where `None`, `nan` and `NULL` say nothing, too."""
+    """Whether a value for a number is missing, which the words `None`, `nan` and `NULL` mean as well."""
     if isinstance(value, str):
         return is_missing(value) or normalize_text(value).strip().lower() in MISSING_WORDS
     return is_missing(value)
 
 
 def parse_integer(value: Any) -> int:
-    """Return the whole number that `42`, `42.0`, `"42"` or `"42.0"` stands for.
+    """Return 42 for `42`, `42.0`, `"42"` and `"42.0"`. Raises ValueError for anything that is not an integer.
 
-    pandas writes whole numbers as floats wherever a column has gaps. Raises ValueError for everything else.
+    pandas writes integers as floats if a column has missing values.
     """
     try:
         if isinstance(value, str):

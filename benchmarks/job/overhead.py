@@ -76,7 +76,7 @@ class DurableClock(SilentProgress):
 
     last_durable = 0.0
 
-    def durable(self) -> None:
+    def report_flush(self) -> None:
         self.last_durable = time.perf_counter()
 
 
@@ -262,7 +262,7 @@ def measure_first_image_s(job: Job) -> float:
     found: list[float] = []
 
     class First(SilentProgress):
-        def image(self, request: ImageRequest, result: ImageResult) -> None:  # noqa: ARG002 - any will do
+        def report_image(self, request: ImageRequest, result: ImageResult) -> None:  # noqa: ARG002 - any will do
             found.append(time.perf_counter() - started)
 
     again = reopen_job(job.manifest, job.folder)

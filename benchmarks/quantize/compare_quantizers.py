@@ -41,7 +41,7 @@ from tinysd_batch.quantize.calibrated import quantize_with_calibration
 from tinysd_batch.quantize.calibration.trajectories import (
     HELD_OUT_SEED_OFFSET,
     Trajectories,
-    draw,
+    generate_trajectories,
     select_spaced_inputs,
 )
 from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
@@ -92,16 +92,16 @@ def data_free(size: SizeTarget) -> Method:
     return run_method
 
 
-def calibrated(size: SizeTarget, *, tune: bool = False) -> Method:
+def calibrated(size: SizeTarget, *, distill: bool = False) -> Method:
     def run_method(bench: QuantizerBenchmark, folder: Path) -> int:
-        quantize_with_calibration(bench.floats, folder, SourceOptions(), bench.recipe, CPU, log, size=size, tune=tune)
+        quantize_with_calibration(bench.floats, folder, SourceOptions(), bench.recipe, CPU, log, size=size, distill=distill)
         return count_packed_bytes(folder, bench.names)
 
     return run_method
 
 
 def distilled(size: SizeTarget) -> Method:
-    return calibrated(size, tune=True)
+    return calibrated(size, distill=True)
 
 
 def at_preset_size(level: Callable[[SizeTarget], Method], preset: str) -> Method:
@@ -156,7 +156,7 @@ def tiny_stable_diffusion(bench: QuantizerBenchmark, folder: Path) -> int:
     part = open_source(bench.floats, SourceOptions()).unet()
     walker = SegmentedUNet(part.config, part.tensors, CPU)
     few = bench.recipe.model_copy(update={"prompts": bench.recipe.prompts[:ADAROUND_PROMPTS]})
-    drawn = draw(walker, bench.floats, few, few.prompts, few.seed)
+    drawn = generate_trajectories(walker, bench.floats, few, few.prompts, few.seed)
     found, total = adaround.quantize_layers(walker, select_spaced_inputs(drawn, 2), bench.names)
     write_float_model(bench, folder, found)
     return total
@@ -297,7 +297,7 @@ def held_out(floats: Path, recipe: Recipe, out: Path) -> Trajectories:
     file = out / f"held-out-{len(recipe.held_out)}.safetensors"
     if not file.exists():
         part = open_source(floats, SourceOptions()).unet()
-        drawn = draw(
+        drawn = generate_trajectories(
             SegmentedUNet(part.config, part.tensors, CPU),
             floats,
             recipe,

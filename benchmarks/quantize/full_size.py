@@ -51,10 +51,10 @@ def echo_output(process: subprocess.Popen[bytes], lines: list[tuple[float, str]]
 
 def print_extrapolation(lines: list[tuple[float, str]], ended: float, given: argparse.Namespace) -> None:
     """What each part of the work took, and what it would take with the recipe that ships, as work is foretold."""
-    if any(line.startswith("going on") for _, line in lines):
+    if any(line.startswith("resuming") for _, line in lines):
         print("part of it was done by an earlier run: no times of its parts")
         return
-    marks = [next(at for at, line in lines if line.startswith(word)) for word in ("drawing", "calibrating the", "meas")]
+    marks = [next(at for at, line in lines if line.startswith(word)) for word in ("generating", "calibrating", "meas")]
     parts = [after - before for before, after in pairwise([*marks, ended])]
     foretold = [estimate_parts_s(given.source, recipe) for recipe in (read_recipe(given.recipe), read_recipe(None))]
     hours = 0.0
@@ -76,9 +76,9 @@ def estimate_parts_s(source: Path, recipe: Recipe) -> tuple[float, float, float]
     )
     speed = measure_device_speed(torch.device("cpu"))
     return (
-        work.generation.seconds(speed),
-        sum_costs(work.layers.values()).seconds(speed),
-        work.evaluation.seconds(speed),
+        work.generation.duration_s(speed),
+        sum_costs(work.layers.values()).duration_s(speed),
+        work.evaluation.duration_s(speed),
     )
 
 

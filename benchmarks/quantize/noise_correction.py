@@ -26,7 +26,7 @@ from tinysd_batch.quantize.calibration.trajectories import (
     HELD_OUT_SEED_OFFSET,
     TUNING_PROMPT_INTERVAL,
     Trajectories,
-    draw,
+    generate_trajectories,
 )
 from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
 from tinysd_batch.quantize.evaluate.compare import compute_sqnr_db
@@ -63,7 +63,7 @@ def load_tuning_trajectories(floats: Path, recipe: Recipe) -> Trajectories:
     """The float model's drawings of the prompts that calibration sets apart."""
     part = open_source(floats, SourceOptions()).unet()
     prompts = recipe.prompts[TUNING_PROMPT_INTERVAL // 2 :: TUNING_PROMPT_INTERVAL]
-    return draw(SegmentedUNet(part.config, part.tensors, CPU), floats, recipe, prompts, recipe.seed)
+    return generate_trajectories(SegmentedUNet(part.config, part.tensors, CPU), floats, recipe, prompts, recipe.seed)
 
 
 def print_scales(bench: CorrectionBenchmark, model: TinySD, name: str, wanted: Mapping[float, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""A real job on real workers that draw nothing but obey: `python -m tests.chaos.scripted_job MANIFEST JOB [OPTIONS]`.
+"""Run a real job with scripted faults: `python -m tests.chaos.scripted_job MANIFEST JOB [OPTIONS]`.
 
-Driver, Ray, worker processes, files and tables are the program's own; only the model is a stand-in, which reads in the
-prompt what is to befall its process.
+Driver, Ray, worker processes, files and tables are the real ones. Only the model is a stub: each prompt says what
+happens to its process.
 """
 
 import argparse
@@ -27,53 +27,53 @@ from tinysd_batch.report.progress_bar import RunProgressBar
 
 
 class DeviceError(RuntimeError):
-    """As torch tells of a broken context, without torch."""
+    """Has the message of torch's error for a broken CUDA context, without torch."""
 
 
-def once(prompt: str) -> bool:
-    """Whether this is the first time; the prompt ends in the path of a file that remembers."""
-    mark = Path(prompt.rsplit(" ", 1)[1])
-    if mark.exists():
+def claim_first_time(prompt: str) -> bool:
+    """Create the file whose path ends the prompt. Return False if it exists already."""
+    marker = Path(prompt.rsplit(" ", 1)[1])
+    if marker.exists():
         return False
-    mark.touch()
+    marker.touch()
     return True
 
 
-class CursedModel(StubModel):
-    """Does what the prompt says."""
+class ScriptedModel(StubModel):
+    """Does what each prompt says."""
 
     def generate(self, prompt: Sequence[str], seed: Sequence[int], **more: Any) -> Any:
-        if count := os.environ.get("FARM_COUNT"):  # a byte for each image begun
+        if count := os.environ.get("SCRIPTED_JOB_COUNT"):  # gets a byte for each image that is started
             with Path(count).open("ab", buffering=0) as file:
                 file.write(b"." * len(prompt))
         for text in prompt:
-            self.suffer(text)
+            self.follow_script(text)
         return super().generate(prompt, seed, **more)
 
-    def suffer(self, text: str) -> None:
+    def follow_script(self, text: str) -> None:
         if text.startswith("poison"):
             os.kill(os.getpid(), signal.SIGKILL)
         if text.startswith("raise"):
             raise ValueError(text)
-        if text.startswith("assert once") and once(text):
+        if text.startswith("assert once") and claim_first_time(text):
             raise DeviceError("CUDA error: device-side assert triggered")
-        if text.startswith("hang once") and once(text):
+        if text.startswith("hang once") and claim_first_time(text):
             os.kill(os.getpid(), signal.SIGSTOP)
-        if text.startswith("eat once") and once(text):
-            self.eaten = [bytearray(os.urandom(1) * 50_000_000) for _ in range(1000)]
+        if text.startswith("allocate once") and claim_first_time(text):
+            self.allocated = [bytearray(os.urandom(1) * 50_000_000) for _ in range(1000)]
 
 
-class CursedProcess(StubWorkerProcess):
-    """With `FARM_APART` in the environment it has the storage of another machine."""
+class ScriptedProcess(StubWorkerProcess):
+    """With `SCRIPTED_JOB_SCRATCH` in the environment, its storage is that of another machine."""
 
-    model_class = CursedModel
+    model_class = ScriptedModel
 
     def __init__(self, setup: WorkerSetup, name: str) -> None:
-        super().__init__(replace(setup, scratch=Path(os.environ.get("FARM_APART", setup.scratch))), name)
+        super().__init__(replace(setup, scratch=Path(os.environ.get("SCRIPTED_JOB_SCRATCH", setup.scratch))), name)
 
 
-class CursedPool(StubRayPool):
-    worker_class = CursedProcess
+class ScriptedPool(StubRayPool):
+    worker_class = ScriptedProcess
 
 
 def main() -> int:
@@ -84,11 +84,11 @@ def main() -> int:
     parser.add_argument("job", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.02)
-    parser.add_argument("--patience", type=float, default=120.0)
+    parser.add_argument("--hang-timeout", type=float, default=120.0)
     parser.add_argument("--take-over", action="store_true")
-    given = parser.parse_args()
-    setattr(dispatcher, "HangTimeout", functools.partial(HangTimeout, given.patience, 10.0, given.patience))  # noqa: B010
-    job = open_job(given.manifest, given.job, Settings(height=64, width=64, seed=1))
+    options = parser.parse_args()
+    setattr(dispatcher, "HangTimeout", functools.partial(HangTimeout, options.hang_timeout, 10.0, options.hang_timeout))  # noqa: B010
+    job = open_job(options.manifest, options.job, Settings(height=64, width=64, seed=1))
     setup = WorkerSetup.from_settings(
         job.settings, job.model, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
         stop_file=job.stop_file.resolve(),
@@ -96,8 +96,8 @@ def main() -> int:
     with stop_on_signals() as stop, RunProgressBar(Console(highlight=False), verbose=False) as progress:
         try:
             summary = run_job(
-                job, lambda _: CursedPool(setup, given.workers, given.seconds), progress, lambda: bool(stop),
-                take_over=given.take_over,
+                job, lambda _: ScriptedPool(setup, options.workers, options.seconds), progress, lambda: bool(stop),
+                take_over=options.take_over,
             )  # fmt: skip
         except TinySDError as error:
             print(error, file=sys.stderr)

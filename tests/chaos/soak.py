@@ -1,9 +1,10 @@
-"""Kill workers and drivers at random for as long as it takes, and say how many kills were delivered.
+"""Kill workers and drivers at random until a number of kills is reached, and report the result.
 
     python -m tests.chaos.soak [--kills 200] [--seed 1]
 
-Jobs run one after the other on four workers; one kill in fifteen or so is the driver's. Each job is run to its end and
-checked: every image there once, every hash right, nothing left over, nothing drawn again but what kills had cost.
+Jobs run one after the other on four workers. About one kill in fifteen is the driver's. Each job is run until it is
+finished and then checked: every image exists once, every hash is right, nothing is left over, and no more images were
+generated again than the kills had interrupted.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.test_injected_faults import manifest, plain
+from tests.chaos.test_injected_faults import make_prompts, write_manifest
 from tests.support.jobs import check_whole
 from tests.support.paths import ROOT
 from tests.support.program import environment
@@ -25,72 +26,75 @@ from tests.support.program import environment
 IMAGES = 600
 WORKERS = 4
 IMAGE_S = 0.1
+OPTIONS = (f"--workers={WORKERS}", f"--seconds={IMAGE_S}")
 
 
 class Soak:
     def __init__(self, folder: Path, kills: int, seed: int) -> None:
         self.folder = folder
         self.kills = kills
-        self.chance = random.Random(seed)
+        self.rng = random.Random(seed)
         self.killed: Counter[str] = Counter()
-        self.ends: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [
-                sys.executable, "-m", "tests.chaos.scripted_job", "m.csv", "job", f"--workers={WORKERS}",
-                f"--seconds={IMAGE_S}",
-            ], cwd=self.folder, env=environment(PYTHONPATH=str(ROOT), FARM_COUNT=str(self.folder / "count")), text=True,
-            stdout=(self.folder / "log").open("a"), stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.chaos.scripted_job", "m.csv", "job", *OPTIONS],
+            cwd=self.folder,
+            env=environment(PYTHONPATH=str(ROOT), SCRIPTED_JOB_COUNT=str(self.folder / "count")),
+            text=True,
+            stdout=(self.folder / "log").open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def run_job(self) -> None:
-        """One job to its end, however often it takes."""
+        """Run one job until it is finished, with as many drivers as that takes."""
         before = self.killed.copy()
-        manifest(self.folder, plain(IMAGES))
+        write_manifest(self.folder, make_prompts(IMAGES))
         code = None
         while code not in (0, 3):
             process = self.start()
             self.kill_at_random(process)
             code = process.wait()
-            self.ends[str(code)] += 1
+            self.outcomes[str(code)] += 1
         self.check(self.killed - before)
 
     def kill_at_random(self, process: subprocess.Popen[str]) -> None:
-        """Until the job ends, all kills are delivered or the driver is killed itself, with some work between kills."""
+        """Kill at random, with work between kills, until the job ends, its driver is killed or all kills are done."""
         while process.poll() is None and self.killed.total() < self.kills:
-            self.wait_for_pictures(process, self.chance.randint(1, 2))
-            time.sleep(self.chance.uniform(0.0, 0.3))
-            family = relatives(process)
-            workers = [one for one in family if is_worker(one)]
-            if self.chance.random() < 0.07 and workers and process.poll() is None:
+            self.wait_for_images(process, self.rng.randint(1, 2))
+            time.sleep(self.rng.uniform(0.0, 0.3))
+            descendants = list_descendants(process)
+            workers = [child for child in descendants if is_worker(child)]
+            if self.rng.random() < 0.07 and workers and process.poll() is None:
                 process.kill()
                 self.killed["driver"] += 1
-                psutil.wait_procs([one for one in family if "Agent" not in name_of(one)], timeout=30)
+                psutil.wait_procs([child for child in descendants if "Agent" not in get_name(child)], timeout=30)
             elif workers:
-                victim = self.chance.choice(workers)
+                victim = self.rng.choice(workers)
                 victim.kill()
                 self.killed["worker"] += 1
 
-    def wait_for_pictures(self, process: subprocess.Popen[str], more: int) -> None:
-        goal = self.pictures() + more
-        while process.poll() is None and self.pictures() < goal:
+    def wait_for_images(self, process: subprocess.Popen[str], more: int) -> None:
+        goal = self.count_images() + more
+        while process.poll() is None and self.count_images() < goal:
             time.sleep(0.02)
 
-    def pictures(self) -> int:
+    def count_images(self) -> int:
         return len(list((self.folder / "job").glob("images/*/seed_*")))
 
     def check(self, kills: Counter[str]) -> None:
         rows = check_whole(self.folder / "job", IMAGES)
-        drawn = (self.folder / "count").stat().st_size
-        assert drawn <= IMAGES + 2 * kills["worker"] + WORKERS * kills["driver"] + len(rows) // 100, drawn
-        self.ends["quarantined"] += sum(row["status"] == "quarantined" for row in rows)
-        self.ends["drawn again"] += drawn - IMAGES
+        generated = (self.folder / "count").stat().st_size
+        assert generated <= IMAGES + 2 * kills["worker"] + WORKERS * kills["driver"] + len(rows) // 100, generated
+        self.outcomes["quarantined"] += sum(row["status"] == "quarantined" for row in rows)
+        self.outcomes["generated again"] += generated - IMAGES
         for path in sorted(self.folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
 
 
-def relatives(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def list_descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
     try:
         children: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
     except psutil.Error:
@@ -98,7 +102,7 @@ def relatives(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return children
 
 
-def name_of(process: psutil.Process) -> str:
+def get_name(process: psutil.Process) -> str:
     try:
         return str(process.name())
     except psutil.Error:
@@ -107,7 +111,7 @@ def name_of(process: psutil.Process) -> str:
 
 def is_worker(process: psutil.Process) -> bool:
     try:
-        return "ray::CursedProcess" in " ".join(process.cmdline())
+        return "ray::ScriptedProcess" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 
@@ -116,18 +120,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    started, jobs = time.monotonic(), 0
+    options = parser.parse_args()
+    started_at, jobs = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), given.kills, given.seed)
-        while soak.killed.total() < given.kills:
+        soak = Soak(Path(folder), options.kills, options.seed)
+        while soak.killed.total() < options.kills:
             soak.run_job()
             jobs += 1
-            minutes = (time.monotonic() - started) / 60
-            print(f"{minutes:.0f} min: {jobs} jobs whole, kills {dict(soak.killed)}, {dict(soak.ends)}", flush=True)
+            minutes = (time.monotonic() - started_at) / 60
+            print(
+                f"{minutes:.0f} min: {jobs} jobs finished, kills {dict(soak.killed)}, {dict(soak.outcomes)}", flush=True
+            )
     print(
-        f"{soak.killed.total()} kills delivered ({dict(soak.killed)}) over {jobs} jobs of {IMAGES} images; "
-        f"each job whole in the end: every image there once, every hash right, nothing left over"
+        f"{soak.killed.total()} kills ({dict(soak.killed)}) over {jobs} jobs of {IMAGES} images; "
+        f"each job was finished: every image exists once, every hash is right, nothing is left over"
     )
 
 

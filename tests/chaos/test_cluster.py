@@ -1,4 +1,4 @@
-"""A farm of several machines, all of them here: nodes of a real Ray cluster leave and join while a job runs."""
+"""Nodes of a real Ray cluster leave and join while a job runs. All of them are on this machine."""
 
 import platform
 import subprocess
@@ -23,81 +23,81 @@ PRELUDE = """
 
     from ray.cluster_utils import Cluster
 
-    from tests.support.stub_model import Silent, TrivialPool
+    from tests.support.stub_model import SilentProgress, StubRayPool
     from tinysd_batch.config import Settings
     from tinysd_batch.errors import NoWorkerError
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.job.state.open_job import open_job
-    from tinysd_batch.job.workers.inline_pool import WorkerReady
+    from tinysd_batch.job.workers.pool import WorkerReady
     from tinysd_batch.job.workers.worker import WorkerSetup
 
-    class Told(Silent):
-        def worker(self, event):
-            told.append((time.monotonic(), event))
+    class EventRecorder(SilentProgress):
+        def report_worker(self, event):
+            events.append((time.monotonic(), event))
             print(event, flush=True)
 
-        def image(self, request, result):
-            made.append(request.index)
-            meddle(len(made))
+        def report_image(self, request, result):
+            generated.append(request.index)
+            on_image(len(generated))
 
-    def meddle(pictures):
+    def on_image(count):
         pass
 
-    class Pool(TrivialPool):
+    class Pool(StubRayPool):
         def wait_for_workers(self, timeout_s, now):
             super().wait_for_workers(timeout_s, now)
-            if comes_late and now - self.had_workers_at > 5:
-                cluster.add_node(**comes_late.pop())
+            if late_nodes and now - self.had_workers_at > 5:
+                cluster.add_node(**late_nodes.pop())
 
-    def pool(wait_s=60.0, **change):
-        setup = WorkerSetup.of(
+    def make_pool(wait_s=60.0, **change):
+        setup = WorkerSetup.from_settings(
             job.settings, job.model, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
             stop_file=job.stop_file.resolve(),
         )
-        where = {"address": cluster.address, "object_store_memory": None, "include_dashboard": None}
-        return Pool(replace(setup, **change), None, 0.1, ray_init=where, worker_wait_s=wait_s)
+        ray_init = {"address": cluster.address, "object_store_memory": None, "include_dashboard": None}
+        return Pool(replace(setup, **change), None, 0.1, ray_init=ray_init, worker_wait_s=wait_s)
 
     def run(**options):
-        return run_job(job, lambda _: pool(**options), Told(), lambda: False)
+        return run_job(job, lambda _: make_pool(**options), EventRecorder(), lambda: False)
 
-    made, told, added, comes_late = [], [], [], []
+    generated, events, added_at, late_nodes = [], [], [], []
     job = open_job(Path("m.csv"), Path("job"), Settings(height=64, width=64, seed=1))
 """
 
-# Nodes can be added in the main thread only, which is the driver's.
+# Nodes can only be added in the main thread, which is the driver's.
 LEAVE_AND_JOIN = """
-    def meddle(pictures):
-        if pictures == 20:
+    def on_image(count):
+        if count == 20:
             cluster.remove_node(first, allow_graceful=False)
             print("one node gone", flush=True)
-        if pictures == 60:
+        if count == 60:
             cluster.add_node(num_cpus=1, num_gpus=2)
-            added.append(time.monotonic())
+            added_at.append(time.monotonic())
 
     if __name__ == "__main__":
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
         first = cluster.add_node(num_cpus=1, num_gpus=1)
         cluster.add_node(num_cpus=1, num_gpus=1)
         print(run().counts)
-        joined = [at for at, event in told if isinstance(event, WorkerReady)][-1]
-        print(f"JOINED after {joined - added[0]:.1f} s")
+        last_ready_at = [at for at, event in events if isinstance(event, WorkerReady)][-1]
+        print(f"JOINED after {last_ready_at - added_at[0]:.1f} s")
         cluster.shutdown()
 """
 
-NOBODY = """
+NO_GPU = """
     if __name__ == "__main__":
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
         try:
             run(wait_s=6.0, device="cuda")
         except NoWorkerError as error:
-            print(f"NOBODY: {error}")
-        comes_late.append({"num_cpus": 1, "num_gpus": 1})
+            print(f"REFUSED: {error}")
+        late_nodes.append({"num_cpus": 1, "num_gpus": 1})
         print(run(wait_s=60.0, device="cuda").counts)
         cluster.shutdown()
 """
 
 
-def on_cluster(folder: Path, script: str) -> str:
+def run_on_cluster(folder: Path, script: str) -> str:
     (folder / "script.py").write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(script))
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=350, check=False,
@@ -107,20 +107,20 @@ def on_cluster(folder: Path, script: str) -> str:
     return done.stdout
 
 
-def test_a_node_dies_another_joins_and_nobody_is_charged(tmp_path: Path) -> None:
+def test_a_node_dies_and_another_joins(tmp_path: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}"} for number in range(400)])
-    out = on_cluster(tmp_path, LEAVE_AND_JOIN)
+    out = run_on_cluster(tmp_path, LEAVE_AND_JOIN)
     rows = check_whole(tmp_path / "job", 400)
     assert {row["status"] for row in rows} == {"ok"}
-    assert "fault=<Fault.NODE_LOST" in out
-    assert "for_good=True" in out
-    drawn_by = {row["worker"] for row in rows}  # None: the file was found after its worker was lost
-    assert drawn_by - {None} == {f"{platform.node()}/cuda-{number}" for number in range(4)}
+    assert "fault=<FaultType.NODE_LOST" in out
+    assert "is_permanent=True" in out
+    workers = {row["worker"] for row in rows}  # None: the file was adopted after its worker was lost
+    assert workers - {None} == {f"{platform.node()}/cuda-{number}" for number in range(4)}
     print([line for line in out.splitlines() if line.startswith("JOINED")])
 
 
-def test_without_cards_a_cluster_is_waited_for(tmp_path: Path) -> None:
+def test_a_cluster_without_gpus_is_waited_for(tmp_path: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}"} for number in range(10)])
-    out = on_cluster(tmp_path, NOBODY)
-    assert "NOBODY: no worker is left for 6 s: the cluster has no GPU" in out
+    out = run_on_cluster(tmp_path, NO_GPU)
+    assert "REFUSED: no worker is left for 6 s: the cluster has no GPU" in out
     assert {row["status"] for row in check_whole(tmp_path / "job", 10)} == {"ok"}

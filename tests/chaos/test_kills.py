@@ -1,4 +1,4 @@
-"""Real kills of real processes: whatever dies, every image is there once in the end."""
+"""Kill real processes: whichever dies, every image exists once at the end."""
 
 import os
 import random
@@ -12,12 +12,12 @@ from tests.support.jobs import check_whole, read_results
 from tests.support.processes import (
     IMAGES,
     assert_gone,
-    family,
+    count_images,
     is_worker,
-    pause_within_an_image,
-    pictures,
-    start,
-    wait_for_pictures,
+    list_descendants,
+    sleep_part_of_an_image,
+    start_submit,
+    wait_for_images,
 )
 from tests.support.program import run
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Enough work that a kill finds it unfinished: 12 rows of 2, slow by many steps."""
+    """A manifest with enough work to be killed before its end: 12 rows of 2 images, with many steps."""
     return write_csv(tmp_path / "m.csv", [{"prompt": f"p{n}", "n_samples": 2, "steps": 60} for n in range(IMAGES // 2)])
 
 
@@ -34,14 +34,14 @@ def manifest(tmp_path: Path) -> Path:
 def test_a_driver_killed_three_times(manifest: Path, tmp_path: Path, tiny_model: Path, mode: str) -> None:
     seed = random.randrange(10**6)
     print(f"kill seed {seed}")
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     job = tmp_path / "job"
     kills = 0
     for goal in (2, 8, 14):
-        process = start(tmp_path, tiny_model, mode)
-        wait_for_pictures(job, goal, process)
-        pause_within_an_image(job, draw)
-        children = family(process) if process.poll() is None else []
+        process = start_submit(tmp_path, tiny_model, mode)
+        wait_for_images(job, goal, process)
+        sleep_part_of_an_image(job, rng)
+        children = list_descendants(process) if process.poll() is None else []
         kills += process.poll() is None
         process.kill()
         process.communicate()
@@ -52,13 +52,13 @@ def test_a_driver_killed_three_times(manifest: Path, tmp_path: Path, tiny_model:
     check_whole(job, IMAGES)
 
 
-def test_a_worker_killed_while_it_draws(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_worker_killed_while_it_generates(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     job = tmp_path / "job"
-    process = start(tmp_path, tiny_model, "--workers=2")
+    process = start_submit(tmp_path, tiny_model, "--workers=2")
     killed = 0
     for goal in (3, 9):
-        wait_for_pictures(job, goal, process)
-        random.choice([child for child in family(process) if is_worker(child)]).kill()
+        wait_for_images(job, goal, process)
+        random.choice([child for child in list_descendants(process) if is_worker(child)]).kill()
         killed += 1
     out, _ = process.communicate(timeout=300)
     assert killed == 2
@@ -70,14 +70,14 @@ def test_a_worker_killed_while_it_draws(manifest: Path, tmp_path: Path, tiny_mod
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("mode", ["--inline", "--workers=2"])
-def test_a_signal_stops_cleanly_and_the_job_goes_on(
+def test_a_signal_stops_cleanly_and_the_job_can_be_resumed(
     manifest: Path, tmp_path: Path, tiny_model: Path, mode: str, sent: signal.Signals, code: int
 ) -> None:
     job = tmp_path / "job"
-    process = start(tmp_path, tiny_model, mode)
-    wait_for_pictures(job, 3, process)
-    children = family(process)
-    # To the whole process group, as a terminal's Ctrl-C does.
+    process = start_submit(tmp_path, tiny_model, mode)
+    wait_for_images(job, 3, process)
+    children = list_descendants(process)
+    # The whole process group gets it, as by Ctrl-C in a terminal.
     os.killpg(process.pid, sent)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
@@ -85,19 +85,19 @@ def test_a_signal_stops_cleanly_and_the_job_goes_on(
     assert_gone(children)
     done = len(read_results(job))
     assert done >= 3
-    assert done == pictures(job)
+    assert done == count_images(job)
     last = run("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline", cwd=tmp_path)
     assert last.returncode == 0
     check_whole(job, IMAGES)
 
 
 def test_two_drivers_at_once(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    first = start(tmp_path, tiny_model, "--inline")
-    wait_for_pictures(tmp_path / "job", 1, first)
+    first = start_submit(tmp_path, tiny_model, "--inline")
+    wait_for_images(tmp_path / "job", 1, first)
     second = run("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline", cwd=tmp_path)
     assert second.returncode == 4
     assert f"process {first.pid}" in second.stderr
-    told = run("status", "job", cwd=tmp_path)
-    assert "running" in told.stdout
+    status = run("status", "job", cwd=tmp_path)
+    assert "running" in status.stdout
     first.kill()
     first.communicate()

@@ -1,4 +1,4 @@
-"""A calibration that is killed goes on where it was, and ends in the same bytes."""
+"""A killed calibration resumes, and writes the same bytes as an uninterrupted one."""
 
 import json
 import os
@@ -30,7 +30,7 @@ held_out = ["lion", "bell"]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A small float model."""
+    """The embedded model with a small float UNet."""
     folder = tmp_path / "floats"
     shutil.copytree(EMBEDDED, folder)
     shutil.rmtree(folder / "unet")
@@ -47,26 +47,26 @@ def arguments(source: Path, out: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_calibration_goes_on(source: Path, tmp_path: Path, signal_number: int) -> None:
+def test_killed_calibration_resumes(source: Path, tmp_path: Path, signal_number: int) -> None:
     out = tmp_path / "killed"
     process = subprocess.Popen(
         command(*arguments(source, out)), env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.DEVNULL
     )
     layers = tmp_path / "killed.work" / "layers"
     while len(list(layers.glob("*.safetensors"))) < 20:
-        assert process.poll() is None, "it ended by itself"
+        assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
     os.kill(process.pid, signal_number)
     process.wait()
     assert not out.exists()
-    there = {path: path.stat().st_mtime_ns for path in layers.glob("*.safetensors")}
-    assert 20 <= len(there) < LAYERS
-    said = run(*arguments(source, out), OMP_NUM_THREADS="1")
-    assert said.returncode == 0, said.stderr
-    assert f"going on: {len(there)} of {LAYERS} layers are there" in said.stderr
-    whole = tmp_path / "whole"
-    assert run(*arguments(source, whole), OMP_NUM_THREADS="1").returncode == 0
-    assert (out / "unet" / WEIGHTS_FILE).read_bytes() == (whole / "unet" / WEIGHTS_FILE).read_bytes()
+    finished = len(list(layers.glob("*.safetensors")))
+    assert 20 <= finished < LAYERS
+    resumed = run(*arguments(source, out), OMP_NUM_THREADS="1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming: {finished} of {LAYERS} layers are finished" in resumed.stderr
+    uninterrupted = tmp_path / "uninterrupted"
+    assert run(*arguments(source, uninterrupted), OMP_NUM_THREADS="1").returncode == 0
+    assert (out / "unet" / WEIGHTS_FILE).read_bytes() == (uninterrupted / "unet" / WEIGHTS_FILE).read_bytes()
     assert 0.98 * TARGET < (out / "unet" / WEIGHTS_FILE).stat().st_size <= TARGET
     assert json.loads((out / "report" / "report.json").read_text())["final_latents_sqnr_db"] > 0
     assert not (tmp_path / "killed.work").exists()

@@ -21,7 +21,14 @@ import pytest
 from tests.chaos.test_kills import manifest
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole, read_results
-from tests.support.processes import IMAGES, family, pause_within_an_image, pictures, start, wait_for_pictures
+from tests.support.processes import (
+    IMAGES,
+    count_images,
+    list_descendants,
+    sleep_part_of_an_image,
+    start_submit,
+    wait_for_images,
+)
 from tests.support.program import command, environment, run, run_here, stop_between_writes
 from tinysd_batch.job.workers.worker import Worker
 from tinysd_batch.records import ImageResult
@@ -38,21 +45,21 @@ def finish(folder: Path, model: Path, *more: str, images: int = IMAGES) -> list[
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where Ray keeps its files; nothing is left there."""
+def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for Ray's files. It must be empty at the end."""
     with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         yield Path(folder)
         assert not list(Path(folder).iterdir())
 
 
-def test_nothing_outlives_a_killed_driver(manifest: Path, place: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """Ray's workers would go on for seconds, its agents for a minute."""
-    process = start(tmp_path, tiny_model, "--workers=2")
-    wait_for_pictures(tmp_path / "job", 3, process)
-    children = family(process)
+def test_nothing_outlives_a_killed_driver(manifest: Path, ray_folder: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Without the reaper, Ray's workers would run on for seconds and its agents for a minute."""
+    process = start_submit(tmp_path, tiny_model, "--workers=2")
+    wait_for_images(tmp_path / "job", 3, process)
+    children = list_descendants(process)
     assert {"raylet", "gcs_server"} < {child.name() for child in children}
-    assert [stat.S_IMODE(folder.stat().st_mode) for folder in place.iterdir()] == [0o700]
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in ray_folder.iterdir()] == [0o700]
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=20)
@@ -61,12 +68,12 @@ def test_nothing_outlives_a_killed_driver(manifest: Path, place: Path, tmp_path:
 
 
 def test_nothing_outlives_a_driver_killed_while_ray_starts(
-    manifest: Path, place: Path, tmp_path: Path, tiny_model: Path
+    manifest: Path, ray_folder: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
-    process = start(tmp_path, tiny_model, "--workers=2")
+    process = start_submit(tmp_path, tiny_model, "--workers=2")
     children: list[psutil.Process] = []
     while "raylet" not in {child.name() for child in children}:
-        children = family(process)
+        children = list_descendants(process)
         time.sleep(0.02)
     process.kill()
     process.communicate()
@@ -75,12 +82,12 @@ def test_nothing_outlives_a_driver_killed_while_ray_starts(
 
 
 def start_in_terminal(folder: Path, model: Path, mode: str) -> tuple[subprocess.Popen[bytes], int]:
-    """The process, leader of a session on a terminal of its own, and the terminal's other end."""
+    """Return a process that leads a session on a terminal of its own, and the terminal's other end."""
     master, slave = pty.openpty()
 
     def take_terminal() -> None:
         os.setsid()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests themselves may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
@@ -95,24 +102,24 @@ def start_in_terminal(folder: Path, model: Path, mode: str) -> tuple[subprocess.
 def test_a_closed_terminal_is_a_clean_stop(manifest: Path, tmp_path: Path, tiny_model: Path, mode: str) -> None:
     process, terminal = start_in_terminal(tmp_path, tiny_model, mode)
     job = tmp_path / "job"
-    while pictures(job) < 3:
+    while count_images(job) < 3:
         assert process.poll() is None
         os.read(terminal, 65536)
-    children = family(process)  # type: ignore[arg-type]
+    children = list_descendants(process)  # type: ignore[arg-type]
     os.close(terminal)
     assert process.wait(timeout=120) == 129
-    assert len(read_results(job)) == pictures(job) >= 3
+    assert len(read_results(job)) == count_images(job) >= 3
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     assert all(row["status"] == "ok" for row in finish(tmp_path, tiny_model))
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_under_nohup_a_closed_terminal_does_not_stop_the_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     process = subprocess.Popen(
         ["nohup", *command("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline")], cwd=tmp_path,
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    wait_for_pictures(tmp_path / "job", 1, process)
+    wait_for_images(tmp_path / "job", 1, process)
     os.killpg(process.pid, signal.SIGHUP)
     out, _ = process.communicate()
     assert process.returncode == 0, out
@@ -121,19 +128,19 @@ def test_under_nohup_a_closed_terminal_stops_nothing(manifest: Path, tmp_path: P
 
 @MODES
 def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_model: Path, mode: str) -> None:
-    """Also in the middle of a picture: what was told as done is in the table, and nothing runs on."""
+    """Even while an image is generated. All reported images are in the table, and no process runs on."""
     job = tmp_path / "job"
-    quick, endless = (40, 16), (1000, 128)  # steps, side; the latter takes a minute and more
+    quick, endless = (40, 16), (1000, 128)  # steps and side in pixels; the latter takes over a minute
     columns = ("steps", "width", "height")
     sizes = [(steps, side, side) for steps, side in [quick] * 4 + [endless] * 4]
     write_csv(tmp_path / "m.csv", [{"prompt": "p", **dict(zip(columns, size, strict=True))} for size in sizes])
-    process = start(tmp_path, tiny_model, mode)
-    wait_for_pictures(job, 4, process)
-    children = family(process)
-    time.sleep(3)  # the workers are at the endless images now
+    process = start_submit(tmp_path, tiny_model, mode)
+    wait_for_images(job, 4, process)
+    children = list_descendants(process)
+    time.sleep(3)  # the workers are generating the endless images now
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
-    assert process.poll() is None, "the first waits for the picture"
+    assert process.poll() is None, "the first Ctrl-C waits for the image"
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -145,9 +152,9 @@ def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_mod
     assert len(read_results(job)) == 4
 
 
-def test_a_second_driver_is_told_who_has_the_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    first = start(tmp_path, tiny_model, "--inline")
-    wait_for_pictures(tmp_path / "job", 1, first)
+def test_a_second_driver_names_the_first(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+    first = start_submit(tmp_path, tiny_model, "--inline")
+    wait_for_images(tmp_path / "job", 1, first)
     second = run("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline", cwd=tmp_path)
     assert second.returncode == 4
     assert f"process {first.pid} on {platform.node()} since 20" in second.stderr
@@ -158,12 +165,10 @@ def test_a_second_driver_is_told_who_has_the_job(manifest: Path, tmp_path: Path,
     first.communicate()
 
 
-def test_a_driver_that_lost_its_lock_while_it_stood_still_writes_nothing(
-    manifest: Path, tmp_path: Path, tiny_model: Path
-) -> None:
+def test_a_suspended_driver_that_lost_its_lock_writes_nothing(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     job = tmp_path / "job"
-    first = start(tmp_path, tiny_model, "--inline")
-    wait_for_pictures(job, 2, first)
+    first = start_submit(tmp_path, tiny_model, "--inline")
+    wait_for_images(job, 2, first)
     stop_between_writes(first, job)
     (job / "_tinysd" / "lock").unlink()
     finish(tmp_path, tiny_model)
@@ -176,32 +181,31 @@ def test_a_driver_that_lost_its_lock_while_it_stood_still_writes_nothing(
     check_whole(job, IMAGES)
 
 
-def test_failed_images_are_tried_again_through_kills(
+def test_failed_images_are_retried_despite_kills(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the end each has one row, whichever run wrote it."""
+    """At the end each image has one row, whichever run wrote it."""
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 30} for number in range(IMAGES)])
     original = Worker.generate_and_publish
 
-    def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
+    def fail_three_of_four(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
         if images[0].index % 4:
-            raise RuntimeError("cursed")
+            raise RuntimeError("injected")
         return original(self, images, wanted)
 
-    with monkeypatch.context() as curse:
-        curse.setattr(Worker, "generate_and_publish", poisoned)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "generate_and_publish", fail_three_of_four)
         done = run_here("submit", "m.csv", "--model", tiny_model, "-o", "job", "--seed", 1, "--inline", cwd=tmp_path)
     assert done.returncode == 3
     job = tmp_path / "job"
-    there = pictures(job)
-    assert there == IMAGES // 4
+    assert count_images(job) == IMAGES // 4
     seed = random.randrange(10**6)
     print(f"kill seed {seed}")
-    draw, kills = random.Random(seed), 0
+    rng, kills = random.Random(seed), 0
     for more in (2, 4, 4):
-        process = start(tmp_path, tiny_model, "--inline", "--retry-failed")
-        wait_for_pictures(job, pictures(job) + more, process)
-        pause_within_an_image(job, draw)
+        process = start_submit(tmp_path, tiny_model, "--inline", "--retry-failed")
+        wait_for_images(job, count_images(job) + more, process)
+        sleep_part_of_an_image(job, rng)
         kills += process.poll() is None
         process.kill()
         process.communicate()
@@ -209,4 +213,4 @@ def test_failed_images_are_tried_again_through_kills(
     rows = finish(tmp_path, tiny_model, "--retry-failed")
     assert all(row["status"] == "ok" for row in rows)
     first_run = [row["index"] for row in rows if row["run_id"] == rows[3]["run_id"]]
-    assert first_run == list(range(4, IMAGES + 1, 4)), "what was well was left alone"
+    assert first_run == list(range(4, IMAGES + 1, 4)), "successful images were not generated again"

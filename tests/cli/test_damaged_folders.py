@@ -1,4 +1,4 @@
-"""Models, job folders and pictures that are broken are told in a line, and nothing in them is changed."""
+"""Damaged models, job folders and images are reported in one line, and nothing in them is changed."""
 
 import json
 import os
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def set_tensors(part: str, **tensors: torch.Tensor | None) -> Change:
-    """Change tensors of a part; None removes. Two underscores stand for a dot."""
+    """Change tensors of a component; None removes one. Two underscores stand for a dot."""
 
     def change(model: Path) -> None:
-        found = load_file(model / part / WEIGHTS_FILE) | {
+        changed = load_file(model / part / WEIGHTS_FILE) | {
             name.replace("__", "."): value for name, value in tensors.items()
         }
-        save_file({name: value for name, value in found.items() if value is not None}, model / part / WEIGHTS_FILE)
+        save_file({name: value for name, value in changed.items() if value is not None}, model / part / WEIGHTS_FILE)
 
     return change
 
@@ -73,14 +73,17 @@ MODELS: list[tuple[Change, str]] = [
     (put("tokenizer/merges.txt", b"a b c\n"), "not a readable CLIP tokenizer"),
     (set_json("tokenizer/tokenizer_config.json", model_max_length="x"), "not a readable CLIP tokenizer"),
     (set_json("tokenizer/tokenizer_config.json", bos_token=["a"]), "not a readable CLIP tokenizer"),
-    (set_json(TOKENIZER, **{"cat</w>": 10**6}), "token 'cat</w>' is number 1000000, the text encoder knows"),
+    (set_json(TOKENIZER, **{"cat</w>": 10**6}), "token 'cat</w>' is number 1000000, the text encoder has only"),
     (pipe(UNET), "unet/config.json: cannot be read: not a regular file"),
     (pipe(f"vae/{WEIGHTS_FILE}"), "not a readable safetensors file"),
     (set_json(UNET, block_out_channels=None), "block_out_channels = 'None': a list of 1 to 8 was expected"),
     (set_json(UNET, block_out_channels=[32] * 99), "a list of 1 to 8 was expected"),
     (set_json(UNET, sample_size=[8, 8]), "sample_size = '[8, 8]': a number was expected"),
     (set_json(UNET, sample_size=-8), "sample_size = '-8': must be between 1"),
-    (set_json(UNET, in_channels=10**9), "in_channels = 1000000000: not supported; 1 to 1,024 are"),
+    (
+        set_json(UNET, in_channels=10**9),
+        "in_channels = 1000000000: not supported; a whole number from 1 to 1,024 was expected",
+    ),
     (set_json(UNET, block_out_channels=[10**9, 10**9]), "unet/config.json: no model can be built from it"),
     (set_json(UNET, block_out_channels=[10**30, 10**30]), "unet/config.json: no model can be built from it"),
     (set_json(UNET, layers_per_block=10**9), "layers_per_block = 1000000000: at most 100 were expected"),
@@ -119,16 +122,16 @@ MODELS: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize("command", ["submit m.csv --inline -o new/job", "txt2img cat -o pictures"])
+@pytest.mark.parametrize("command", ["submit m.csv --inline -o new/job", "txt2img cat -o images"])
 @pytest.mark.parametrize(("change", "message"), MODELS)
 def test_models(here: Path, capfd: Capture, tiny_model: Path, change: Change, message: str, command: str) -> None:
-    """A job that its model stops leaves no folder that another model would not be let into."""
+    """No job folder is left behind: it would refuse to work with another model."""
     shutil.copytree(tiny_model, here / "model")
     change(here / "model")
     check_refused(capfd, here, [*command.split(), "--model", "model"], 2, message)
 
 
-def test_weights_that_are_no_numbers_cost_the_pictures(here: Path, capfd: Capture, tiny_model: Path) -> None:
+def test_images_from_nan_weights_fail(here: Path, capfd: Capture, tiny_model: Path) -> None:
     shutil.copytree(tiny_model, here / "model")
     set_tensors("unet", conv_out__bias=torch.full((4,), float("nan")))(here / "model")
     code, _, _ = call(capfd, "submit", "m.csv", "--inline", "--model", "model", "-o", "job")
@@ -139,7 +142,7 @@ def test_weights_that_are_no_numbers_cost_the_pictures(here: Path, capfd: Captur
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_card_that_is_not_there(here: Path, capfd: Capture, tiny_model: Path) -> None:
+def test_a_missing_gpu_is_reported(here: Path, capfd: Capture, tiny_model: Path) -> None:
     check_refused(capfd, here, ["txt2img", "cat", "--device", "cuda", "--model", tiny_model], 2, "torch sees no GPU")
     arguments: list[object] = ["submit", "m.csv", "--inline", "--device", "cuda", "--model", tiny_model]
     check_refused(capfd, here, arguments, 2, "torch sees no GPU")
@@ -150,7 +153,7 @@ def test_a_card_that_is_not_there(here: Path, capfd: Capture, tiny_model: Path) 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder with a manifest and its job, which is done."""
+    """A folder with a manifest and its finished job."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "m.csv").write_text("prompt\ncat\ndog\n")
     draw(folder / "m.csv", folder / "job", tiny_model, seed=5, limit=1)
@@ -199,7 +202,7 @@ JOBS: list[tuple[str, Change, int, str]] = [
         SUBMIT,
         set_json("job.json", manifest={"path": "m.csv", "fingerprint": "x", "rows": 2, "columns": [3]}),
         2,
-        "job/job.json: damaged: TypeError: columns are no names",
+        'job/job.json: damaged: TypeError: "columns" must be a list of strings',
     ),
     (SUBMIT, set_json("job.json", reuse="gone"), 5, "_tinysd/seeds.json.gz: cannot be read"),
     (SUBMIT, pipe("job.json"), 2, "job/job.json: damaged: OSError"),
@@ -248,7 +251,7 @@ def test_job_folders(job: Path, capfd: Capture, command: str, change: Change, co
     check_refused(capfd, job.parent, list(command.split()), code, message)
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_job_folders(job: Path, capfd: Capture, command: str, change: Change, co
         ("large.png", lambda path: path.open("wb").truncate(2**30), "large.png: over 100,000,000 bytes"),
     ],
 )
-def test_pictures(here: Path, capfd: Capture, name: str, content: bytes | Change | None, message: str) -> None:
+def test_images(here: Path, capfd: Capture, name: str, content: bytes | Change | None, message: str) -> None:
     if isinstance(content, bytes):
         (here / name).write_bytes(content)
     elif content is not None:
@@ -278,8 +281,8 @@ def test_pictures(here: Path, capfd: Capture, name: str, content: bytes | Change
     assert sorted(here.iterdir()) == before
 
 
-def test_a_picture_that_is_cut_off(job: Path, capfd: Capture) -> None:
-    (picture,) = job.rglob("seed_*.png")
-    assert call(capfd, "status", "--image", picture)[0] == 0
-    os.truncate(picture, picture.stat().st_size * 2 // 3)
-    check_refused(capfd, job, ["status", "--image", picture], 2, "has no stored settings")
+def test_a_truncated_image(job: Path, capfd: Capture) -> None:
+    (image,) = job.rglob("seed_*.png")
+    assert call(capfd, "status", "--image", image)[0] == 0
+    os.truncate(image, image.stat().st_size * 2 // 3)
+    check_refused(capfd, job, ["status", "--image", image], 2, "has no stored settings")

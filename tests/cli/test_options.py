@@ -346,7 +346,7 @@ def test_plan_and_a_dry_run_tell_the_memory_of_each_phase(manifest: Path, tmp_pa
     assert "359 MB assumed for CUDA and its libraries" in card
     none = run_here(*rehearsal, "cpu", "--vram-budget", "300kB", cwd=tmp_path)
     assert none.returncode == 2
-    assert "vram_budget = 0.3 MB: drawing 16x16 takes at least" in none.stderr
+    assert "vram_budget = 0.3 MB: generating 16x16 takes at least" in none.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv"]
 
 

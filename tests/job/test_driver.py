@@ -193,7 +193,7 @@ def test_a_card_on_which_everything_dies_is_retired_and_no_image_blamed(
 ) -> None:
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
     pool = DyingPool(setup_for(job), deadly_seeds=range(2**63))
-    with pytest.raises(NoWorkerError, match="lost on good images too, the last time: killed"):
+    with pytest.raises(NoWorkerError, match="images known to be good; last time: killed"):
         run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
     assert pool.losses == 4
     assert [row["status"] for row in read_results(tmp_path / "job")] == ["invalid"]
@@ -209,7 +209,7 @@ def test_a_manifest_that_changes_while_the_job_runs_changes_nothing_in_the_run(
     content = manifest.read_bytes()
 
     class Meddler(Quiet):
-        def image(self, request: ImageRequest, result: ImageResult) -> None:
+        def report_image(self, request: ImageRequest, result: ImageResult) -> None:
             manifest.write_bytes(content + b"fox,1\n")
 
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), sampler="ddim"))
@@ -248,13 +248,13 @@ def test_chunks_grow_with_speed_and_shrink_at_the_end(
     path = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}"} for number in range(40)])
     job = open_job(path, tmp_path / "many", Settings(model=str(tiny_model)))
     sizes: list[int] = []
-    original = Dispatcher.submit
+    original = Dispatcher.submit_chunk
 
     def counted(self: Dispatcher, worker: str, chunk: Any) -> None:
         sizes.append(len(chunk))
         original(self, worker, chunk)
 
-    monkeypatch.setattr(Dispatcher, "submit", counted)
+    monkeypatch.setattr(Dispatcher, "submit_chunk", counted)
     run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)
     assert sizes[0] == 1
     assert max(sizes) > 4

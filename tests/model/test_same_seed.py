@@ -1,4 +1,4 @@
-"""The promise of the same picture for a seed, whatever shares its batch, draws it, or comes before it."""
+"""A seed gives the same image, whatever its batch, its worker, and the images before it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from tests.support.batch_layouts import LAYOUTS, BatchLayout, ImagesById, compare_images, generate_with_layout
 from tinysd_batch.config import Settings
 
-BOUND = 1  # of 255, as README states it
+MAX_DIFFERENCE = 1  # of 255, as the README states
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +22,13 @@ def alone(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Image
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.name)
-def test_company_changes_no_picture(settings: Settings, alone: ImagesById, layout: BatchLayout, tmp_path: Path) -> None:
+def test_the_batch_layout_changes_no_image(
+    settings: Settings, alone: ImagesById, layout: BatchLayout, tmp_path: Path
+) -> None:
     largest, _ = compare_images(alone, generate_with_layout(layout, settings, tmp_path))
-    assert largest <= BOUND
+    assert largest <= MAX_DIFFERENCE
 
 
 @pytest.mark.slow
-def test_pictures_are_not_all_alike(alone: ImagesById) -> None:
-    assert len({picture.tobytes() for picture in alone.values()}) == len(alone)
+def test_images_are_all_different(alone: ImagesById) -> None:
+    assert len({image.tobytes() for image in alone.values()}) == len(alone)

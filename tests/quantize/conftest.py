@@ -1,4 +1,4 @@
-"""A small SD v1 checkpoint, written as the many programs that make them do."""
+"""A small SD v1 checkpoint in the formats that other programs write."""
 
 import socket
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def models() -> ldm_checkpoint.Models:
 
 @pytest.fixture(scope="session")
 def tensors(models: ldm_checkpoint.Models) -> dict[str, Tensor]:
-    """In LDM's names."""
+    """The tensors of all components under LDM's names."""
     return {name: value.contiguous() for name, value in models.ldm_tensors().items()}
 
 
@@ -57,7 +57,7 @@ def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Write tensors to a file, by its ending as safetensors or pickle; `beside` goes around a `state_dict`."""
+    """Write tensors as safetensors or pickle, by the suffix; entries of `beside` are stored next to a `state_dict`."""
 
     def write(tensors: dict[str, Any], name: str = "changed.safetensors", beside: dict[str, Any] | None = None) -> Path:
         path = tmp_path / name
@@ -73,7 +73,7 @@ def save(tmp_path: Path) -> Save:
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise AssertionError("the network was asked for")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)

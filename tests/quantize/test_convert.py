@@ -129,7 +129,7 @@ def test_the_type_can_be_chosen(
 
 def test_numbers_too_large_for_float16(tensors: Tensors, save: Save, tmp_path: Path) -> None:
     path = save(tensors | {f"{ldm_checkpoint.UNET}out.2.bias": torch.full((4,), 1e6)})
-    with pytest.raises(ModelError, match=r"conv_out\.bias has numbers too large for float16; say --dtype fp32"):
+    with pytest.raises(ModelError, match=r"conv_out\.bias has numbers too large for float16; use --dtype fp32"):
         convert(path, tmp_path / "model", "fp16")
     convert(path, tmp_path / "model")
 
@@ -168,7 +168,7 @@ def test_averaged_copies(tensors: Tensors, models: ldm_checkpoint.Models, save: 
     for name, value in models.unet.state_dict().items():
         assert torch.equal(converted[name], value + 1.0), name
     del copies["model_ema.diffusion_modelmiddle_block1norm" + "weight"]
-    with pytest.raises(ModelError, match=r"--ema: the copies are not complete, model_ema.*norm.* is missing"):
+    with pytest.raises(ModelError, match=r"--ema: the EMA copies are incomplete, model_ema.*norm.* is missing"):
         convert(save(tensors | copies), tmp_path / "torn", ema=True)
 
 
@@ -204,7 +204,7 @@ def without_autoencoder(tensors: Tensors) -> Tensors:
 
 
 def test_without_an_autoencoder_one_has_to_be_named(tensors: Tensors, save: Save, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no autoencoder is in it; name one with --vae"):
+    with pytest.raises(ModelError, match="it contains no VAE; name one with --vae"):
         convert(save(without_autoencoder(tensors)), tmp_path / "model")
 
 
@@ -249,7 +249,7 @@ def test_parts_that_do_not_go_together(
     models.vae.save_pretrained(tmp_path / "xl")
     config = tmp_path / "xl" / "config.json"
     write_json(config, {**json.loads(config.read_text()), "scaling_factor": 0.13025})
-    with pytest.raises(ModelError, match=r"scaling_factor is 0\.13025; that of SD v1's autoencoder is 0\.18215"):
+    with pytest.raises(ModelError, match=r"scaling_factor is 0\.13025; that of SD v1's VAE is 0\.18215"):
         convert(save(tensors), tmp_path / "model", vae=tmp_path / "xl")
 
 

@@ -95,10 +95,10 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
     console = plain_console()
     params = SamplingParams(64, 64, 5, "plms", 0.0)
     with RunProgressBar(console, verbose=True) as progress:
-        progress.started(3, 1, InvalidRows([InvalidRow(9, "column seed = \x1b[31m: bad")], 1))
+        progress.report_start(3, 1, InvalidRows([InvalidRow(9, "column seed = \x1b[31m: bad")], 1))
         for index, status in ((2, Status.OK), (3, Status.FAILED)):
             request = ImageRequest(index, 1, 1, "cat\x1b]0;evil\x07[red]", "", 5, 1.0, params, "", "f")
-            progress.image(request, ImageResult(index, status, file_name="images/x.png", error_message="it broke"))
+            progress.report_image(request, ImageResult(index, status, file_name="images/x.png", error_message="it broke"))
     text = text_of(console)
     assert "Resuming: 1 of 3 images are already generated" in text
     assert "row 9: column seed" in text
@@ -110,7 +110,7 @@ def test_progress_off_a_terminal_is_plain_lines_without_escapes() -> None:
 def image_comes(progress: RunProgressBar, index: int) -> None:
     params = SamplingParams(64, 64, 5, "plms", 0.0)
     request = ImageRequest(index, 1, 1, "cat", "", 5, 1.0, params, "", "f")
-    progress.image(request, ImageResult(index, Status.OK, file_name="images/x.png"))
+    progress.report_image(request, ImageResult(index, Status.OK, file_name="images/x.png"))
 
 
 def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pyte
     monkeypatch.setattr("time.monotonic", lambda: now)
     console = plain_console()
     progress = RunProgressBar(console, verbose=False)
-    progress.started(408, 0, InvalidRows())
+    progress.report_start(408, 0, InvalidRows())
     now = 112.0
     for index in range(1, 9):  # a batch of eight, at once
         image_comes(progress, index)
@@ -142,8 +142,8 @@ def test_speed_is_shown_when_it_is_known_and_times_have_labels(monkeypatch: pyte
 def test_the_bar_is_one_line_on_any_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, _environ={"TERM": "xterm"})
     progress = RunProgressBar(console, verbose=False)
-    progress.started(1_000_000, 0, InvalidRows())
-    progress.worker(WorkerReady("cpu-0", {"device_name": "cpu"}))
+    progress.report_start(1_000_000, 0, InvalidRows())
+    progress.report_worker(WorkerReady("cpu-0", {"device_name": "cpu"}))
     progress.started_at -= 4000
     progress.first_image_at, progress.last_image_at, progress.timed_images = 1.0, 3001.0, 70
     lines = console.render_lines(progress.bar.get_renderable(), pad=False)

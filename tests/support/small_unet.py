@@ -1,4 +1,4 @@
-"""A UNet that calibrates in seconds."""
+"""A UNet that calibrates in seconds, and a recipe for it."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -6,7 +6,6 @@ from diffusers import UNet2DConditionModel
 from tests.support.paths import EMBEDDED_MODEL
 
 EMBEDDED = EMBEDDED_MODEL
-
 RECIPE = """
 steps = 2
 scale = 2.0
@@ -16,12 +15,11 @@ sweeps = 2
 prompts = ["red apple", "blue heart", "cat", "dog", "green car", "yellow sun"]
 held_out = ["lion", "bell"]
 """
-
 CPU = torch.device("cpu")
 
 
 def small_unet() -> UNet2DConditionModel:
-    """Of random weights; its predictions depend on latents, time and text."""
+    """Return a UNet with random weights, whose predictions depend on latents, timestep and text."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=256,

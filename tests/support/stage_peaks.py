@@ -17,16 +17,16 @@ def measure_stage_peaks(model: TinySD, images: int, height: int, width: int) -> 
     working = model.planner.executing
 
     @contextlib.contextmanager
-    def watched(phase: StagePlan) -> Iterator[ExecutionStrategy]:
-        with PeakMemoryTracker() as live, working(phase) as way:
+    def watched(plan: StagePlan) -> Iterator[ExecutionStrategy]:
+        with PeakMemoryTracker() as live, working(plan) as strategy:
             # Weights in the file's own pages are not made here, nor is what was computed before the loop.
             places = [one.module_tensor for part in model.fragments for one in part.host_tensors if one.is_onloaded]
             base = sum(one.nbytes for one in places if id(one.untyped_storage()) not in live.sizes)
             live.exclude(places)
-            yield way
+            yield strategy
             known = [layer.value for _, layer in model.precomputed.context_layers]
             base += sum(value.nbytes for value in known if value is not None)
-        peaks[phase.name] = live.peak_bytes + base
+        peaks[plan.name] = live.peak_bytes + base
 
     model.planner.executing = watched  # type: ignore[method-assign]
     prompts = [f"cat {number}" for number in range(images)]

@@ -149,7 +149,7 @@ def quantize_and_report(
             torch_device,
             print_to_stderr,
             size=size,
-            tune=level == "distill",
+            distill=level == "distill",
             noise_correction=noise_correction,
         )
     comparison, sensitivities, started_at = None, None, time.monotonic()

@@ -1,1 +1,1 @@
-"""The model that ships inside the package, in `model/`: see `model/README.md`, its model card."""
+"""The model inside the package, in `model/`; `model/README.md` is its model card."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.results.table import ResultsTable
-from tinysd_batch.job.state.open_job import read_job_json
+from tinysd_batch.job.state.job_json import read_job_json
 from tinysd_batch.storage.atomic import storage_errors, write_atomically
 
 CELL_SEPARATORS = {".csv": ",", ".tsv": "\t"}

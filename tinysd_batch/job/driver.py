@@ -1,4 +1,4 @@
-"""Run a job: hand chunks of micro-batches to workers, and write down what becomes of every image."""
+"""Run a job: dispatch chunks of micro-batches to workers and record the result of every image."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +18,9 @@ from tinysd_batch.job.results.rows import make_invalid_row, parse_invalid_row
 from tinysd_batch.job.results.schema import build_results_schema, keep_earlier_columns
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.results.writer import ResultsWriter
-from tinysd_batch.job.state.job import Job
+from tinysd_batch.job.state.job import JOB_FILE, Job
 from tinysd_batch.job.state.job_json import save_job
-from tinysd_batch.job.state.open_job import JOB_FILE, check_job_unchanged
+from tinysd_batch.job.state.open_job import check_job_unchanged
 from tinysd_batch.job.state.precision_record import record_precision_from_results
 from tinysd_batch.job.state.reuse import reuse_images
 from tinysd_batch.job.state.undo import find_missing_folders, remove_job_state, undo_job_start
@@ -31,48 +31,54 @@ from tinysd_batch.storage.lock import FileLock, hold_lock
 
 __all__ = ["JobProgress", "PoolFactory", "RunSummary", "run_job"]
 
-MAX_EXTRA_COLUMNS = 500  # different ones of a JSONL file, of which each becomes a column
+MAX_EXTRA_COLUMNS = 500  # in a JSONL manifest, where each different key becomes a column
 
 
 @dataclass(slots=True)
 class ManifestScan:
-    """What a first pass over the manifest found."""
+    """Result of reading the whole manifest once."""
 
     images: int
     invalid: InvalidRows
-    extra: list[str]  # names of the columns we do not know, in the order they came
-    kept: SnapshotWriter | None  # all rows, if the job folder does not hold them all
+    extra_columns: list[str]  # names of columns that are not settings, in order of appearance
+    snapshot: SnapshotWriter | None  # all rows, if the job folder does not have them all
     appended_rows: int = 0  # since the last run
-    corrected_rows: int = 0  # that had a fault in the last run and can be generated now
-    notes: ReadingNotes = field(default_factory=ReadingNotes)  # on the manifest, where it was read
+    corrected_rows: int = 0  # invalid or blank in the last run, valid now
+    notes: ReadingNotes = field(default_factory=ReadingNotes)  # remarks on the manifest, if it was read
 
 
 def scan_manifest(job: Job) -> ManifestScan:
-    """Read the whole manifest once, so that its faults show before anything heavy starts."""
-    kept = SnapshotWriter() if job.needs_snapshot else None
-    found = ManifestScan(0, InvalidRows(), [], kept)
+    """Read the whole manifest once, to report its errors before workers start.
+
+    Raises:
+        ManifestError: The manifest cannot be read, or has too many different keys.
+    """
+    snapshot = SnapshotWriter() if job.needs_snapshot else None
+    scan = ManifestScan(0, InvalidRows(), [], snapshot)
     merger = job.create_merger() if job.manifest_record is not None and job.may_have_new_rows else None
+    if merger:
+        rows = merger.merge(job.read_manifest(scan.notes), snapshot)
+    else:
+        rows = job.read_rows_with_own_seeds(scan.notes)
     names: dict[str, None] = {}
-    for row in (
-        merger.merge(job.read_manifest(found.notes), kept) if merger else job.read_rows_with_own_seeds(found.notes)
-    ):
-        if kept is not None and not merger:
-            kept.add(row)
+    for row in rows:
+        if snapshot is not None and not merger:
+            snapshot.add(row)
         if isinstance(row, InvalidRow):
-            found.invalid.add(row)
+            scan.invalid.add(row)
         else:
-            found.images += row.n_iter * row.n_samples
+            scan.images += row.n_iter * row.n_samples
         names.update(dict.fromkeys(row.extra))
         if len(names) > MAX_EXTRA_COLUMNS and is_json_manifest(job.manifest):
             raise ManifestError(f"{job.manifest}: over {MAX_EXTRA_COLUMNS} different keys besides the known ones")
-    found.extra.extend(names)
+    scan.extra_columns.extend(names)
     if merger:
-        found.appended_rows, found.corrected_rows = merger.appended, merger.corrected
-    return found
+        scan.appended_rows, scan.corrected_rows = merger.appended, merger.corrected
+    return scan
 
 
 def restore_manifest_scan(job: Job) -> ManifestScan | None:
-    """What the first pass of an earlier run found in the same manifest; None where not all of that is known."""
+    """Return what an earlier run found in the same manifest, or None if not all of it is recorded."""
     record = job.manifest_record
     if record is None or job.needs_snapshot:
         return None
@@ -86,7 +92,7 @@ def restore_manifest_scan(job: Job) -> ManifestScan | None:
 
 
 def read_recorded_invalid_rows(job: Job) -> Iterator[InvalidRow]:
-    """Those that the results name, the first time each is met."""
+    """Yield each invalid row that the results table contains, once."""
     seen: set[int] = set()
     columns = ["row", "index", "id", "prompt", "status", "error_message"]
     for table in ResultsTable(job.folder).read(columns):
@@ -100,29 +106,39 @@ def run_job(
     job: Job, open_pool: PoolFactory, progress: JobProgress, should_stop: Callable[[], bool], limit: int | None = None,
     *, retry_failed: bool = False, take_over: bool = False, redo_missing: bool = False,
 ) -> RunSummary:  # fmt: skip
-    """Make every image of the job (or the first `limit`) that is not finished. `open_pool` gets the number to make.
+    """Generate every image of the job that is not finished.
 
-    `retry_failed`: images that failed or were quarantined are not finished. `take_over`: the job is taken from a driver
-    that has it and does not give it up. `redo_missing`: images whose files are gone are generated again even where that
-    is more than half of them.
+    Args:
+        job: The job, from `open_job`.
+        open_pool: Opens the workers; gets the number of images to generate.
+        progress: Receives events and messages.
+        should_stop: Returns True once the run is to stop.
+        limit: Generate only the first `limit` images of the job.
+        retry_failed: Generate failed and quarantined images again.
+        take_over: Take the job over from a driver that holds it and does not stop.
+        redo_missing: Generate images with missing files again even if that is more than half of them.
+
+    Raises:
+        TinySDError: The run could not start or continue. Finished images are saved and the job can be resumed.
     """
     started = time.monotonic()
-    surveyed = scan_manifest(job) if job.needs_snapshot else None
-    if surveyed is not None and read_manifest_stamp(job.manifest) != job.manifest_stamp:
+    scan = scan_manifest(job) if job.needs_snapshot else None
+    if scan is not None and read_manifest_stamp(job.manifest) != job.manifest_stamp:
         raise ManifestError(f"{job.manifest}: changed while it was read; try again")
     new_folders = find_missing_folders(job.folder)
-    with hold_lock(job.state_folder / "lock", take_over) as held:
+    with hold_lock(job.state_folder / "lock", take_over) as job_lock:
         check_job_unchanged(job)
         is_new = job.replaces_unstarted_job or not (job.folder / JOB_FILE).exists()
         if job.replaces_unstarted_job:
-            with held.guard():
+            with job_lock.guard():
                 remove_job_state(job)
-        run = JobRun(job, surveyed or restore_manifest_scan(job) or scan_manifest(job), held, progress, should_stop)
+        scan = scan or restore_manifest_scan(job) or scan_manifest(job)
+        run = JobRun(job, scan, job_lock, progress, should_stop)
         try:
             summary = run.execute(open_pool, limit, retry_failed, redo_missing)
         except UsageError:
             if is_new and not read_finished_images(job).images:
-                with held.guard():
+                with job_lock.guard():
                     undo_job_start(job, new_folders)
             raise
     summary.seconds = time.monotonic() - started
@@ -131,7 +147,7 @@ def run_job(
 
 @dataclass(slots=True)
 class JobRun:
-    """One run of a job, under the job's lock."""
+    """One run of a job, while the job's lock is held."""
 
     job: Job
     scan: ManifestScan
@@ -140,46 +156,55 @@ class JobRun:
     should_stop: Callable[[], bool]
 
     def execute(self, open_pool: PoolFactory, limit: int | None, retry_failed: bool, redo_missing: bool) -> RunSummary:
-        job, surveyed = self.job, self.scan
+        """Generate the images that are not finished; see `run_job` for the arguments."""
+        job, scan = self.job, self.scan
         to_redo = find_images_to_redo(job.folder, redo_missing)
-        total = min(surveyed.images, limit) if limit else surveyed.images
+        total = min(scan.images, limit) if limit else scan.images
         self.clean_up()
         self.report_manifest_notes()
-        as_text = job.manifest_record is not None and job.manifest_record.columns_as_text
-        schema = build_results_schema(read_extra_fields(job.manifest, surveyed.extra, as_text=as_text))
-        schema = keep_earlier_columns(schema, ResultsTable(job.folder).read_schemas())
-        writer = ResultsWriter(job.folder, schema, surveyed.images + surveyed.invalid.count, self.job_lock.guard)
-        done = read_finished_images(job)
+        writer = self.open_writer()
+        earlier = read_finished_images(job)
         if retry_failed:
-            self.requeue_failed(done)
+            self.requeue_failed(earlier)
         if any(index <= total for index in to_redo.indexes):
             self.progress.note(f"Generating images again: {to_redo}")
-        done.images -= to_redo.indexes
-        finished = {index for index in done.images if 1 <= index <= total}
+        earlier.images -= to_redo.indexes
+        finished = {index for index in earlier.images if 1 <= index <= total}
         summary = RunSummary(
-            total, len(finished), surveyed.invalid.count, failed_before=len(done.failed & finished),
-            beyond_limit=surveyed.images - total,
-        )  # fmt: skip
+            total,
+            len(finished),
+            scan.invalid.count,
+            failed_before=len(earlier.failed & finished),
+            beyond_limit=scan.images - total,
+        )
         with self.job_lock.guard():
-            job = self.job = save_job(job, surveyed.images, surveyed.invalid.count, surveyed.extra, surveyed.kept)
-        corrected = write_invalid_rows(job, surveyed.invalid, done.invalid_rows, writer)
+            job = self.job = save_job(job, scan.images, scan.invalid.count, scan.extra_columns, scan.snapshot)
+        corrected = write_invalid_rows(job, scan.invalid, earlier.invalid_rows, writer)
         try:
-            self.reuse(summary, finished, writer)
-            self.progress.started(total, len(finished), surveyed.invalid)
+            self.take_over_images(summary, finished, writer)
+            self.progress.report_start(total, len(finished), scan.invalid)
             if summary.left and not self.should_stop():
                 self.generate_images(open_pool, summary, finished, writer)
         finally:
-            self.clean_up()  # a killed worker cannot
+            self.clean_up()  # killed workers leave temporary files
             self.flush(writer)
             writer.seal()
-            if retry_failed or done.has_superseded_rows or corrected or to_redo.indexes:
+            if retry_failed or earlier.has_superseded_rows or corrected or to_redo.indexes:
                 writer.delete_superseded_rows(corrected)
         self.discount_lost_images(summary)
         summary.stopped = bool(summary.left)
         return summary
 
+    def open_writer(self) -> ResultsWriter:
+        """Open the results table for writing, with the columns of the manifest and of earlier runs."""
+        job, scan = self.job, self.scan
+        as_text = job.manifest_record is not None and job.manifest_record.columns_as_text
+        schema = build_results_schema(read_extra_fields(job.manifest, scan.extra_columns, as_text=as_text))
+        schema = keep_earlier_columns(schema, ResultsTable(job.folder).read_schemas())
+        return ResultsWriter(job.folder, schema, scan.images + scan.invalid.count, self.job_lock.guard)
+
     def report_manifest_notes(self) -> None:
-        """Say what was noticed about the manifest, and how it has grown since the last run."""
+        """Report remarks on the manifest, and how it has changed since the last run."""
         for line in self.scan.notes.lines():
             self.progress.note(f"{self.job.manifest.name}: {line}")
         appended, corrected = self.scan.appended_rows, self.scan.corrected_rows
@@ -192,7 +217,7 @@ class JobRun:
             )
 
     def discount_lost_images(self, summary: RunSummary) -> None:
-        """Count images as left whose files somebody deleted or cut short while the run went on."""
+        """Count images as not generated whose files were deleted or truncated during the run."""
         if not summary.counts[Status.OK]:
             return
         lost = find_differences(self.job.folder, self.job.run_id)
@@ -201,64 +226,68 @@ class JobRun:
             summary.counts[Status.OK] -= min(len(lost.indexes), summary.counts[Status.OK])
 
     def clean_up(self) -> None:
+        """Run `clean_up_job_folder` unless another driver has taken the job over."""
         with self.job_lock.guard():
             clean_up_job_folder(self.job)
 
-    def requeue_failed(self, done: "FinishedImages") -> None:
-        failed = len(done.failed)
+    def requeue_failed(self, earlier: "FinishedImages") -> None:
+        """Remove failed images from those that are finished, so that they are generated again."""
+        failed = len(earlier.failed)
         images = f"{failed:,} failed image{'s' * (failed != 1)}"
         self.progress.note(f"Trying {images} again" if failed else "No failed image to try again")
-        done.images -= done.failed
-        done.failed.clear()
+        earlier.images -= earlier.failed
+        earlier.failed.clear()
 
-    def reuse(self, summary: RunSummary, finished: set[int], writer: ResultsWriter) -> None:
-        """Take pictures over from the job that `--reuse` named."""
+    def take_over_images(self, summary: RunSummary, finished: set[int], writer: ResultsWriter) -> None:
+        """Reuse images of the job that the user named with `--reuse`, and add them to `finished`."""
         if self.job.reuse is None or not summary.left:
             return
-        images = (
-            image for _, images in plan_images(self.job.read_rows(), self.job.shared_settings()) for image in images
-        )
+        planned = plan_images(self.job.read_rows(), self.job.shared_settings())
+        images = (image for _, row_images in planned for image in row_images)
         wanted = (image for image in images if image.index <= summary.total and image.index not in finished)
-        taken = reuse_images(self.job, self.job.reuse, wanted, writer, self.progress, self.should_stop)
-        finished |= taken
-        summary.reused = len(taken)
-        summary.finished_before += len(taken)
+        reused = reuse_images(self.job, self.job.reuse, wanted, writer, self.progress, self.should_stop)
+        finished |= reused
+        summary.reused = len(reused)
+        summary.finished_before += len(reused)
 
     def generate_images(
         self, open_pool: PoolFactory, summary: RunSummary, finished: set[int], writer: ResultsWriter
     ) -> None:
+        """Open the workers and dispatch the remaining micro-batches to them."""
         if self.job.settings.precision == "auto":
             with self.job_lock.guard():
                 record_precision_from_results(self.job.precision_file, ResultsTable(self.job.folder))
-        batches = takewhile(
-            lambda batch: batch.images[0].index <= summary.total, plan_remaining_batches(self.job, finished)
-        )
+        batches = limit_batches(plan_remaining_batches(self.job, finished), summary.total)
         with open_pool(summary.left) as pool:
-            work = limit_batches(batches, summary.total)
             try:
-                Dispatcher(self.job, pool, writer, self.progress, summary, work).run(self.should_stop)
+                Dispatcher(self.job, pool, writer, self.progress, summary, batches).run(self.should_stop)
             finally:
-                self.flush(writer)  # Ray takes a second or two to end
+                self.flush(writer)  # before the pool closes, as Ray takes a second or two to shut down
 
     def flush(self, writer: ResultsWriter) -> None:
+        """Write all buffered rows, and report that they are durable."""
         if writer.flush():
-            self.progress.durable()
+            self.progress.report_flush()
 
 
 def clean_up_job_folder(job: Job) -> None:
-    """Remove unfinished files, and the file that tells workers to stop."""
-    paths = ResultsTable(job.folder)
-    remove_temporaries(job.folder, job.state_folder, job.scratch, paths.journal, paths.parts_folder)
+    """Remove temporary files, and the file that makes workers stop."""
+    table = ResultsTable(job.folder)
+    remove_temporaries(job.folder, job.state_folder, job.scratch, table.journal, table.parts_folder)
     job.stop_file.unlink(missing_ok=True)
 
 
 def plan_remaining_batches(job: Job, finished: set[int]) -> Iterator[MicroBatch]:
+    """Yield the micro-batches that have images not in `finished`."""
     return cut_batches(plan_images(job.read_rows(), job.shared_settings()), finished, job.settings.max_batch)
 
 
 def limit_batches(batches: Iterable[MicroBatch], last_index: int) -> Iterator[MicroBatch]:
-    """The batches without images past `last_index`, which still ride along."""
-    for batch in batches:
+    """Yield the batches up to `last_index`, in which later images are not wanted.
+
+    A batch that contains later images keeps them, as the composition of a batch must not depend on the limit.
+    """
+    for batch in takewhile(lambda batch: batch.images[0].index <= last_index, batches):
         wanted = frozenset(index for index in batch.wanted if index <= last_index)
         if wanted:
             yield MicroBatch(batch.images, wanted)
@@ -266,16 +295,16 @@ def limit_batches(batches: Iterable[MicroBatch], last_index: int) -> Iterator[Mi
 
 @dataclass(slots=True)
 class FinishedImages:
-    """What the results say of earlier runs."""
+    """Images and invalid rows that the results table contains."""
 
-    images: set[int] = field(default_factory=set)
-    failed: set[int] = field(default_factory=set)
-    invalid_rows: set[int] = field(default_factory=set)
-    has_superseded_rows: bool = False  # images were tried again, and their older rows are still there
+    images: set[int] = field(default_factory=set)  # indexes of all images, including failed ones
+    failed: set[int] = field(default_factory=set)  # indexes of failed images
+    invalid_rows: set[int] = field(default_factory=set)  # manifest row numbers
+    has_superseded_rows: bool = False  # whether an image has more than one row
 
 
 def read_finished_images(job: Job) -> FinishedImages:
-    """Of an image's rows the newest counts, which is read last."""
+    """Read which images are finished. Of several rows of an image the newest counts, which is read last."""
     finished = FinishedImages()
     for table in ResultsTable(job.folder).read(["index", "row", "status"]):
         indexes, rows, statuses = (table[name].to_pylist() for name in ("index", "row", "status"))
@@ -290,15 +319,20 @@ def read_finished_images(job: Job) -> FinishedImages:
 
 
 def write_invalid_rows(job: Job, invalid: InvalidRows, written: set[int], writer: ResultsWriter) -> set[int]:
-    """Write a row of the table for each that has none yet; return those of `written` that have no fault any more.
+    """Write a row of the results table for each invalid manifest row that has none.
 
-    Of many only the first are in memory.
+    Args:
+        job: The job. Its rows are read again if there are too many invalid ones to be in memory.
+        invalid: Invalid rows of the manifest.
+        written: Numbers of the manifest rows that the results table has as invalid.
+        writer: Writer of the results table.
+
+    Returns:
+        The numbers in `written` whose rows are no longer invalid.
     """
     corrected = set(written)
-    rows = (
-        invalid.first if invalid.are_all_in_memory else (row for row in job.read_rows() if isinstance(row, InvalidRow))
-    )
-    for row in rows:
+    all_rows = (row for row in job.read_rows() if isinstance(row, InvalidRow))
+    for row in invalid.first if invalid.are_all_in_memory else all_rows:
         if row.number not in written:
             writer.append(make_invalid_row(row, job.run_columns()))
             writer.flush_if_due()

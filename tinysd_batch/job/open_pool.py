@@ -1,4 +1,4 @@
-"""Which workers a job gets: one in this process, or Ray's."""
+"""Choose the pool of a job: one worker in this process, or Ray workers."""
 
 from typing import TYPE_CHECKING
 
@@ -13,16 +13,21 @@ if TYPE_CHECKING:
 
 
 def make_pool_factory(job: "Job") -> "PoolFactory":
-    """How to open the workers of a job, by its settings."""
+    """Return a function that opens the pool that the job's settings ask for."""
     settings = job.settings
 
     def open_pool(images: int) -> InlinePool | RayPool:
-        wanted = 1 if settings.inline else settings.workers
-        count, threads = choose_cpu_workers(images, wanted, job.model.is_small)
+        requested = 1 if settings.inline else settings.workers
+        count, threads = choose_cpu_workers(images, requested, job.model.is_small)
         setup = WorkerSetup.from_settings(
-            settings, job.model, threads=threads, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
-            stop_file=job.stop_file.resolve(), precision_file=job.precision_file.resolve(),
-        )  # fmt: skip
+            settings,
+            job.model,
+            threads=threads,
+            job_folder=job.folder.resolve(),
+            scratch=job.scratch.resolve(),
+            stop_file=job.stop_file.resolve(),
+            precision_file=job.precision_file.resolve(),
+        )
         if settings.inline:
             return InlinePool(setup)
         ray_init = {"address": settings.address} if settings.address else {}

@@ -1,4 +1,4 @@
-"""A few prompts, drawn in this process into a plain folder, as the origin's script does."""
+"""Generate images for a few prompts in this process into a plain folder, as tiny-stable-diffusion's script does."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,21 @@ NUMBERED_FILE_NAME = re.compile(r"seed_\d+_(\d{1,15})\.", re.ASCII)
 
 
 def find_highest_image_number(folder: Path) -> int:
-    """The highest number among the folder's pictures, so that a second run adds to it; 0 where there are none."""
+    """Return the highest image number in a folder, so that a second run adds images to it; 0 if it has none."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     return max((int(match[1]) for name in names if (match := NUMBERED_FILE_NAME.match(name))), default=0)
 
 
 def generate_rows(
-    rows: Sequence[Row], setup: WorkerSetup, common: SharedSettings, max_batch: int | None
+    rows: Sequence[Row], setup: WorkerSetup, shared_settings: SharedSettings, max_batch: int | None
 ) -> Iterator[tuple[ImageRequest, ImageResult]]:
-    """Draw the rows' images into `setup.job_folder`, numbered on from the highest there."""
+    """Generate the images of the rows into `setup.job_folder`, numbered after those in the folder.
+
+    Yields each image with its result.
+    """
     offset = find_highest_image_number(setup.job_folder)
-    batches = [renumber_batch(batch, offset) for batch in cut_batches(plan_images(rows, common), (), max_batch)]
+    planned = plan_images(rows, shared_settings)
+    batches = [renumber_batch(batch, offset) for batch in cut_batches(planned, (), max_batch)]
     requests = {image.index: image for batch in batches for image in batch.images}
     worker = Worker(setup, "inline")
     for results in worker.generate(batches):
@@ -32,12 +36,13 @@ def generate_rows(
 
 
 def renumber_batch(batch: MicroBatch, offset: int) -> MicroBatch:
+    """Add `offset` to the index of each image."""
     images = tuple(renumber_image(image, offset) for image in batch.images)
     return MicroBatch(images, frozenset(image.index for image in images))
 
 
 def renumber_image(image: ImageRequest, offset: int) -> ImageRequest:
+    """Add `offset` to the index of an image, and place its file directly in the folder."""
     index = image.index + offset
-    return replace(
-        image, index=index, file_name=Path(format_file_name(image.seed, index, image.file_name.rpartition(".")[2])).name
-    )
+    suffix = image.file_name.rpartition(".")[2]
+    return replace(image, index=index, file_name=Path(format_file_name(image.seed, index, suffix)).name)

@@ -1,6 +1,6 @@
-"""How large the parts are in which large tensors are worked on: matrices, feature maps, attention scores.
+"""The size of the chunks in which large tensors are processed: weight matrices, feature maps, attention scores.
 
-Smaller parts need less memory and a little more time; what comes out is the same up to rounding.
+Smaller chunks need less memory and a little more time; results are the same up to rounding.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 DEFAULT_CHUNK_BYTES = 32 * 2**20
 SMALL_CHUNK_BYTES, MIN_CHUNK_BYTES = 8 * 2**20, 4 * 2**20
-CHUNK_BYTES: ContextVar[int] = ContextVar("part_bytes", default=DEFAULT_CHUNK_BYTES)  # each thread's own
+CHUNK_BYTES: ContextVar[int] = ContextVar("chunk_bytes", default=DEFAULT_CHUNK_BYTES)  # each thread has its own
 
 
 def get_chunk_bytes() -> int:
@@ -18,14 +18,17 @@ def get_chunk_bytes() -> int:
 
 @contextlib.contextmanager
 def limit_chunk_bytes(nbytes: int) -> Iterator[None]:
-    before = CHUNK_BYTES.set(nbytes)
+    token = CHUNK_BYTES.set(nbytes)
     try:
         yield
     finally:
-        CHUNK_BYTES.reset(before)
+        CHUNK_BYTES.reset(token)
 
 
-def items_per_chunk(total: int, each: int, nbytes: int | None = None) -> int:
-    """How many of `total` things of `each` bytes make a part, in parts as equal as may be; at least one."""
-    parts = max(1, -(-total * each // (nbytes or get_chunk_bytes())))
-    return max(1, -(-total // parts))
+def items_per_chunk(total: int, item_bytes: int, nbytes: int | None = None) -> int:
+    """Return how many of `total` items make a chunk of at most `nbytes`, in chunks as equal as possible; at least one.
+
+    Without `nbytes` the current limit applies.
+    """
+    chunks = max(1, -(-total * item_bytes // (nbytes or get_chunk_bytes())))
+    return max(1, -(-total // chunks))

@@ -1,22 +1,20 @@
-"""Text to image: encode, denoise, decode, each with only its fragment on the device."""
+"""Text to image in three stages: encode, denoise, decode, each with only its own components on the device."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from tinysd_batch.config import parse_memory_budget
-from tinysd_batch.errors import NotFiniteError, is_out_of_memory
+from tinysd_batch.errors import NotFiniteError
 from tinysd_batch.model.arguments import GenerationRequest, Rng, build_request, merge_aliases
 from tinysd_batch.model.checkpoint.folder import (
     read_noise_schedule,
@@ -37,6 +35,7 @@ from tinysd_batch.model.offload.components import Component, check_tensor_shapes
 from tinysd_batch.model.offload.dry_run import dry_run
 from tinysd_batch.model.offload.host_embedding import keep_vocabulary_on_host
 from tinysd_batch.model.offload.offloader import Offloader
+from tinysd_batch.model.offload.oom_retry import retry_if_out_of_memory
 from tinysd_batch.model.offload.planner import Planner
 from tinysd_batch.model.offload.precompute import CrossAttentionKV, PrecomputedLayers
 from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBatchShape, StagePlan, feature_map_dtype
@@ -46,9 +45,11 @@ from tinysd_batch.model.sampling.batch import (
     EncodedBatch,
     GenerationOutput,
     OutputType,
+    encode_prompts,
     group_rows,
     is_invalid_image,
     rows_where,
+    token_columns,
 )
 from tinysd_batch.model.sampling.noise_correction import read_correction
 from tinysd_batch.model.sampling.samplers import get_timesteps, sample
@@ -59,14 +60,13 @@ from tinysd_batch.model.text.tokenizer import check_vocabulary, read_tokenizer
 from tinysd_batch.threads import limit_threads, warn_if_threads_spin
 from tinysd_batch.version import __version__
 
-KEEP_UNPACKED_BYTES = 256 * 2**20  # on the CPU, a UNet smaller than this is unpacked once per batch, not at every step
-DENOISED, DECODED = "denoised_in_float32", "decoded_in_float32"
-T = TypeVar("T")
-Fallbacks = dict[int, list[str]]  # row -> what had to be done again
+KEEP_DEQUANTIZED_BYTES = 256 * 2**20  # on the CPU, a smaller UNet is dequantized once per batch, not at every step
+DENOISED_IN_FLOAT32, DECODED_IN_FLOAT32 = "denoised_in_float32", "decoded_in_float32"  # values of `degraded`
+Fallbacks = dict[int, list[str]]  # row -> what was repeated in float32
 
 
 class TinySD:
-    """A Stable Diffusion v1 model on one device, its UNet at 2 bits where the folder holds it so."""
+    """A Stable Diffusion v1 model on one device. Its UNet stays packed at 2 bits if the folder's is."""
 
     def __init__(
         self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None = None, *,
@@ -77,41 +77,34 @@ class TinySD:
         self.dtype = dtype
         self.precision = PrecisionChoice(dtype, "given as the dtype")
         self.unet_bs = unet_bs
-        self.text_encoder: CLIPTextModel
-        self.unet: UNet2DConditionModel
-        self.vae: AutoencoderKL
         self.text_encoder, text = read_text_encoder(info.path / "text_encoder")
         self.unet, unet = read_unet(info.path / "unet")
-        self.correction = read_correction(info.path / "unet", self.unet.config.out_channels)  # None: draw without
+        self.correction = read_correction(info.path / "unet", self.unet.config.out_channels)  # None: no correction
         self.vae, vae = read_vae_decoder(info.path / "vae")
         tokenizer = read_tokenizer(info.path / "tokenizer")
         check_vocabulary(tokenizer, self.text_encoder.config.vocab_size, info.path / "tokenizer")
-        self.prompts = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
-        for part, module, tensors in (
-            ("text_encoder", self.text_encoder, text), ("unet", self.unet, unet), ("vae", self.vae, vae),
-        ):  # fmt: skip
-            check_tensor_shapes(module, tensors, info.path / part)
+        self.prompt_encoder = PromptEncoder(tokenizer, self.text_encoder, info.max_tokens, self.text_encoder_on_device)
+        check_tensor_shapes(self.text_encoder, text, info.path / "text_encoder")
+        check_tensor_shapes(self.unet, unet, info.path / "unet")
+        check_tensor_shapes(self.vae, vae, info.path / "vae")
         self.precomputed = PrecomputedLayers(self.unet, unet)
         self.attention = use_chunked_layers(self.unet, self.vae, fused=has_fused_attention(device, dtype))
         halves = [select_modules(self.unet, names) for names in (ENCODE_MODULES, DECODE_MODULES)]
         order: list[nn.Module] = []
-        if budget_bytes is not None or not info.is_small:  # else nothing is ever streamed
+        if budget_bytes is not None or not info.is_small:  # otherwise nothing is ever streamed
             with wrap_as_model_error(info.path):
                 order = trace_call_order([self.text_encoder, self.unet, self.vae], partial(dry_run, self))
         keep_vocabulary_on_host(self.text_encoder, text, dtype)
         self.text_fragment = Component("text encoder", {"": self.text_encoder}, text, dtype, order)
         self.encode_fragment = Component("UNet encode half", halves[0], unet, dtype, order)
         self.decode_fragment = Component("UNet decode half", halves[1], unet, dtype, order)
-        self.vae_fragment = Component(
-            "VAE decoder", {"": self.vae}, vae, dtype, order, get_interleaved_layers(self.vae)
-        )
+        interleaved = get_interleaved_layers(self.vae)
+        self.vae_fragment = Component("VAE decoder", {"": self.vae}, vae, dtype, order, interleaved)
         self.offloader = Offloader(device)
         self.planner = Planner(self, budget_bytes)
-        self.uncaptured: set[StagePlan] = set()  # in which steps could not be captured as CUDA graphs
-        small = (
-            device.type == "cpu" and budget_bytes is None and count_dequantized_bytes(self.unet) <= KEEP_UNPACKED_BYTES
-        )
-        if turbo or small:
+        self.capture_failures: set[StagePlan] = set()  # plans whose steps could not be captured as CUDA graphs
+        has_room = device.type == "cpu" and budget_bytes is None
+        if turbo or (has_room and count_dequantized_bytes(self.unet) <= KEEP_DEQUANTIZED_BYTES):
             keep_dequantized(self.unet)
         if budget_bytes is not None:
             self.planner.check_budget()
@@ -128,34 +121,34 @@ class TinySD:
         turbo: bool = False,
         unet_bs: int | None = None,
     ) -> Self:
-        """Read a model folder, or the model that ships with the package.
+        """Load a model folder, or the model inside the package.
 
         Args:
-            path: a packed or plain folder in diffusers' layout, or "embedded".
-            device: "cpu", "cuda", "cuda:1"; the first GPU where there is one if None.
-            dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs); if None half precision where the
-                device is good at it (`model.precision` says how that is decided, `precision.reason` what was).
+            path: a packed or float folder in diffusers' layout, or "embedded".
+            device: "cpu", "cuda" or "cuda:1"; if None the first GPU, or the CPU without one.
+            dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs). If None, half precision if the
+                device computes it fast and correctly; `model.precision.reason` explains the choice.
             vram_budget: device memory for everything: bytes, or "900MB", 0.5 (of the device's memory) or
-                "-500MB" (all but so much). What does not fit passes through the device piece by piece, and work is
-                done in smaller parts (`model.planner.plan_stages` says how).
-            turbo: keep the UNet's weights unpacked while denoising: faster, at 2 to 4 bytes a weight.
-            unet_bs: rows that go through the UNet at once, of the 2 an image takes with guidance; all if None.
+                "-500MB" (all but 500 MB). Weights that do not fit are streamed to the device layer by layer, and
+                computation is split into smaller chunks (see `model.planner.plan_stages`).
+            turbo: keep the UNet's weights dequantized while denoising: faster, at 2 to 4 bytes per weight.
+            unet_bs: rows that go through the UNet at once; an image has 2 with guidance. None: all.
 
         Raises:
-            ModelError: the folder, a file or a tensor is missing or wrong, or no picture fits the budget.
+            ModelError: the folder, a file or a tensor is missing or invalid, or no image fits the budget.
         """
-        chosen, info = choose_device(device), read_model_info(str(path))
-        precision = choose_precision(dtype, chosen, is_small=info.is_small)
-        if chosen.type == "cpu" and not info.is_small:
+        torch_device, info = choose_device(device), read_model_info(str(path))
+        precision = choose_precision(dtype, torch_device, is_small=info.is_small)
+        if torch_device.type == "cpu" and not info.is_small:
             warn_if_threads_spin(torch.get_num_threads())
-        budget = parse_memory_budget(vram_budget, total_memory_bytes(chosen))
-        model = cls(info, chosen, precision.dtype, budget, turbo=turbo, unet_bs=unet_bs)
+        budget = parse_memory_budget(vram_budget, total_memory_bytes(torch_device))
+        model = cls(info, torch_device, precision.dtype, budget, turbo=turbo, unet_bs=unet_bs)
         model.precision = precision
         return model
 
     @property
     def fragments(self) -> tuple[Component, Component, Component, Component]:
-        """In the order in which they work."""
+        """The components in the order in which they run."""
         return self.text_fragment, self.encode_fragment, self.decode_fragment, self.vae_fragment
 
     @property
@@ -191,54 +184,50 @@ class TinySD:
         normalize: bool = True,
         **aliases: Any,
     ) -> GenerationOutput:
-        """Generate a batch: one image per prompt and seed, the longer list giving the number, single values shared.
+        """Generate a batch of images, one per prompt and seed.
 
-        An image depends on its own prompt, seed and scale only: each has its own CPU random generator, so neither
-        batch size nor device changes it beyond float rounding. The names of the command line are understood, too:
-        `steps`, `scale`, `n_samples`, `H` and `W`.
+        The longest list gives the number of images; single values are for all. An image depends on its own prompt,
+        seed and scale only, as it has its own random generator on the CPU: neither batch size nor device changes it
+        beyond float rounding. Names of the command line work, too: `steps`, `scale`, `n_samples`, `H` and `W`.
 
         Args:
             prompt: text, a list of texts, or None with `prompt_embeds` [B, T, D] (and `negative_prompt_embeds`).
-            seed: 0 to 2^63 - 1, one for all or one each; None or -1 draws one, the images taking it and those after
-                it. The output's `seeds` has them all.
-            prompt_syntax: what marks in prompts mean: "seed" (`cat:0.25 dog:0.75`, the default), "a1111"
-                (`(cat:1.2)`) or "none".
-            long_prompts: encode prompts beyond the model's limit in pieces, instead of cutting them. Images whose
-                prompts differ in pieces, or in having guidance, go through the UNet apart.
+            seed: 0 to 2^63 - 1, one for all or one each. None or -1: a random first seed, from which images count up.
+            prompt_syntax: "seed" (`cat:0.25 dog:0.75`, the default), "a1111" (`(cat:1.2)`) or "none".
+            long_prompts: encode prompts beyond the model's limit in several windows instead of truncating them. Images
+                with different numbers of windows, or with and without guidance, go through the UNet separately.
             height, width: pixels, multiples of `info.size_multiple_px`; the model's native size if None.
-            guidance_scale: one for all or one each; 1 switches guidance off.
-            num_images_per_prompt: so many images of each prompt, with seeds that follow each other.
-            sampler: a name of `tinysd_batch.config.SAMPLERS`, or another program's for it; plms if None.
-            eta: the share of fresh noise in ddim and plms, 0 to 1; the others have none, or as much as they want.
-            noise_seed: draw the starting noise from this seed, and all later noise from `seed` as ever.
-            rng: whose noise: that of torch's generator on the CPU, or on a CUDA card, which is computed on the CPU, too
-                (pictures up to 768x768).
-            latents: starting noise [B, 4, h, w] in place of the seeds' own.
-            callback: called after each step with step, timestep and latents (heun: after each half of a step); from the
-                first step again where images have to be drawn again.
+            guidance_scale: one for all or one each; 1 disables guidance.
+            num_images_per_prompt: images per prompt; their seeds count up.
+            sampler: one of `tinysd_batch.config.SAMPLERS`, or another program's name for it; plms if None.
+            eta: share of fresh noise in ddim and plms, 0 to 1; the other samplers ignore it.
+            noise_seed: seed of the starting noise; all later noise still comes from `seed`.
+            rng: generate the noise of torch's "cpu" or "cuda" generator, both on the CPU; "cuda" up to 768x768.
+            latents: starting noise [B, 4, h, w], used instead of noise from the seeds.
+            callback: called with step, timestep and latents after each step (heun: half step), repeated ones, too.
             progress: show a progress bar on stderr.
-            normalize: drop invisible characters from prompts and take Unicode's blanks as spaces.
+            normalize: remove invisible characters from prompts and convert Unicode blanks to spaces.
 
         Raises:
-            UsageError: arguments that do not fit together, or a picture that does not fit the budget.
-            TypeError: a keyword that is not known.
-            NotFiniteError: the latents or an image came out as NaN, infinite or one flat colour.
+            UsageError: an argument is invalid or does not fit the others, or an image does not fit the budget.
+            TypeError: a keyword is unknown.
+            NotFiniteError: latents or an image are NaN, infinite or a single flat colour.
         """
-        own = {
+        named = {
             "prompt": prompt, "seed": seed, "negative_prompt": negative_prompt, "prompt_syntax": prompt_syntax,
             "height": height, "width": width, "num_inference_steps": num_inference_steps, "eta": eta, "rng": rng,
             "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt, "sampler": sampler,
             "noise_seed": noise_seed, "latents": latents, "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds, "long_prompts": long_prompts,
         }  # fmt: skip
-        request = build_request(self.info, merge_aliases(own, aliases), normalize=normalize)
+        request = build_request(self.info, merge_aliases(named, aliases), normalize=normalize)
         one_thread = 1 if self.device.type == "cpu" and self.info.is_small else None
         with torch.no_grad(), limit_threads(one_thread), step_bar(request.steps, callback, shown=progress) as on_step:
-            made = self.generate_batch(request, output_type, on_step)
-        made.settings = request.settings(self.info, __version__)
+            output = self.generate_batch(request, output_type, on_step)
+        output.settings = request.image_settings(self.info, __version__)
         if output_type == "pil":
-            made.attach_settings()
-        return made
+            output.attach_settings()
+        return output
 
     def generate_batch(
         self, request: GenerationRequest, output_type: OutputType, callback: StepCallback | None
@@ -247,80 +236,56 @@ class TinySD:
             torch.cuda.reset_peak_memory_stats(self.device)
         with on_compute_stream(self.device):
             started = time.monotonic()
-            conditions = self.with_room(lambda: self.prompts.encode(
-                request.prompts, request.negative_prompts, request.scales, request.syntaxes,
-                long_prompts=request.long_prompts, prompt_embeds=request.prompt_embeds,
-                negative_prompt_embeds=request.negative_prompt_embeds,
-            ))  # fmt: skip
+            conditionings = retry_if_out_of_memory(self.planner, lambda: encode_prompts(self.prompt_encoder, request))
             encoded = time.monotonic()
-            final, redone = self.draw_latents(EncodedBatch(conditions, request, callback))
+            latents, fallbacks = self.denoise_batch(EncodedBatch(conditionings, request, callback))
             denoised = time.monotonic()
-            images = final.cpu() if output_type == "latent" else self.decode(final, output_type, redone)
-        read = [(one.tokens, one.negative_tokens) for one in conditions]
-        rows = range(len(conditions))
+            images = latents.cpu() if output_type == "latent" else self.decode(latents, output_type, fallbacks)
+        degraded = [fallbacks.get(row, []) for row in range(len(conditionings))]
         return GenerationOutput(
             images=images,
-            n_tokens=[tokens.n_tokens if tokens else None for tokens, _ in read],
-            truncated=[tokens.truncated if tokens else None for tokens, _ in read],
-            negative_truncated=[tokens.truncated if tokens else None for _, tokens in read],
-            degraded=[redone.get(row, []) for row in rows],
-            precision=["float32" if DENOISED in redone.get(row, []) else dtype_name(self.dtype) for row in rows],
+            **token_columns(conditionings),
+            degraded=degraded,
+            precision=["float32" if DENOISED_IN_FLOAT32 in names else dtype_name(self.dtype) for names in degraded],
             text_s=encoded - started,
             denoise_s=denoised - encoded,
             decode_s=time.monotonic() - denoised,
             peak_memory_bytes=peak_memory_bytes(self.device),
         )
 
-    def with_room(self, work: Callable[[], T]) -> T:
-        """Do it again where memory ran out within a budget that should have sufficed, with larger gaps from then on.
-
-        How torch's allocator cuts up memory, and what libraries want to work in, is known by experience only.
-        """
-        while True:
-            try:
-                return work()
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or not self.planner.increase_fragmentation_share():
-                    raise
-
-    def draw_latents(self, drawing: EncodedBatch) -> tuple[Tensor, Fallbacks]:
-        """Final latents of the whole batch, float32. Images that float16 could not hold are drawn again in float32.
-
-        Raises NotFiniteError for one that float32 cannot hold either.
-        """
-        rows = range(len(drawing.conditions))
-        final = self.with_room(lambda: self.draw_rows(drawing, rows))
-        lost = rows_where(~final.isfinite().flatten(1).all(dim=1))
-        if lost and self.dtype is not torch.float32:
+    def denoise_batch(self, batch: EncodedBatch) -> tuple[Tensor, Fallbacks]:
+        """Return the final latents; rows that overflow float16 are repeated in float32. Raises NotFiniteError."""
+        rows = range(len(batch.conditionings))
+        final = retry_if_out_of_memory(self.planner, lambda: self.denoise_rows(batch, rows))
+        overflowed = rows_where(~final.isfinite().flatten(1).all(dim=1))
+        if overflowed and self.dtype is not torch.float32:
             with self.in_float32():
-                final[lost] = self.with_room(lambda: self.draw_rows(drawing, lost))
+                final[overflowed] = retry_if_out_of_memory(self.planner, lambda: self.denoise_rows(batch, overflowed))
         if not final.isfinite().all():
             raise NotFiniteError("the latents are not finite")
-        return final, {row: [DENOISED] for row in lost}
+        return final, {row: [DENOISED_IN_FLOAT32] for row in overflowed}
 
-    def draw_rows(self, drawing: EncodedBatch, rows: Sequence[int]) -> Tensor:
-        """Final latents of these rows, [len(rows), 4, h, w], each from its own seed."""
-        generators = drawing.make_generators(rows)
-        start = drawing.prepare_latents(self.unet.config.in_channels, self.info.vae_scale_factor, rows, generators)
-        conditions = [drawing.conditions[row] for row in rows]
+    def denoise_rows(self, batch: EncodedBatch, rows: Sequence[int]) -> Tensor:
+        """Return the final latents of these rows, [len(rows), 4, h, w], each from its own seed."""
+        generators = batch.make_generators(rows)
+        start = batch.prepare_latents(self.unet.config.in_channels, self.info.vae_scale_factor, rows, generators)
+        conditionings = [batch.conditionings[row] for row in rows]
         final = torch.empty_like(start, device=self.device)
-        request = drawing.request
-        for some in group_rows(conditions):
-            final[some] = self.denoise(
-                start[some], [conditions[row] for row in some], request.steps, request.sampler, request.eta,
-                [generators[row] for row in some], drawing.callback,
-            )  # fmt: skip
+        for group in group_rows(conditionings):
+            final[group] = self.denoise(
+                batch, start[group], [conditionings[row] for row in group], [generators[row] for row in group]
+            )
         return final
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Compute in float32 for once."""
-        usual = self.dtype
+        """Compute in float32 within a `with` block."""
+        dtype = self.dtype
         self.set_dtype(torch.float32)
         try:
             yield
         finally:
-            self.set_dtype(usual)
+            self.set_dtype(dtype)
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -334,98 +299,100 @@ class TinySD:
             yield self.device
 
     def denoise(
-        self, start: Tensor, conditions: Sequence[Conditioning], steps: int, sampler: str, eta: float,
-        generators: Sequence[NoiseGenerator], callback: StepCallback | None,
-    ) -> Tensor:  # fmt: skip
-        """Unit noise [B, 4, h, w] to latents of an image, float32. Latents and scheduler state are float32 always."""
-        scale = torch.tensor([one.scale for one in conditions], device=self.device).view(-1, 1, 1, 1)
-        negatives = [one.negative_embedding for one in conditions if one.negative_embedding is not None]
-        guided = bool(negatives)
+        self, batch: EncodedBatch, start: Tensor, conditionings: list[Conditioning], generators: list[NoiseGenerator]
+    ) -> Tensor:
+        """Denoise unit noise [B, 4, h, w] to latents of images. Latents and scheduler state are always float32."""
+        sampler, steps = batch.request.sampler, batch.request.steps
+        scale = torch.tensor([cond.scale for cond in conditionings], device=self.device).view(-1, 1, 1, 1)
+        negatives = [cond.negative_embedding for cond in conditionings if cond.negative_embedding is not None]
+        is_guided = bool(negatives)
         self.precomputed.prepare_timesteps(get_timesteps(sampler, steps, self.schedule))
-        context = torch.stack([*negatives, *(one.text for one in conditions)])
-        attended = self.precomputed.compute_context_kv(context, self.device, self.dtype)
+        context = torch.stack([*negatives, *(cond.embedding for cond in conditionings)])
+        context_kv = self.precomputed.compute_context_kv(context, self.device, self.dtype)
 
         height, width = (self.info.vae_scale_factor * side for side in start.shape[2:])
-        phase = self.planner.plan(
-            self.planner.denoise_stage(MicroBatchShape(len(context), height, width, context.shape[1], attended.prompts))
-        )
+        shape = MicroBatchShape(len(context), height, width, context.shape[1], context_kv.prompts)
+        plan = self.planner.plan(self.planner.denoise_stage(shape))
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            """The guided noise [B, 4, h, w], corrected: e = e_negative + scale (e_text - e_negative)."""
+            """Predict the guided, corrected noise [B, 4, h, w]: e = e_negative + scale (e_text - e_negative)."""
             self.precomputed.set_timestep(float(timestep), self.device, self.dtype)
-            if guided:
-                without, with_text = step(torch.cat([latents, latents])).chunk(2)
-                noise = without + scale * (with_text - without)
+            if is_guided:
+                negative_noise, text_noise = step_unet(torch.cat([latents, latents])).chunk(2)
+                noise = negative_noise + scale * (text_noise - negative_noise)
             else:
-                noise = step(latents)
+                noise = step_unet(latents)
             return noise if self.correction is None else self.correction.apply(noise, float(timestep))
 
-        deviation = zero_deviation if self.correction is None else self.correction.deviation
-        run = SamplingRun(predict, steps, self.schedule, generators, eta, callback or (lambda *_: None), deviation)
+        deviation = zero_deviation if self.correction is None else self.correction.absorbed_deviation
+        callback = batch.callback or (lambda *_: None)
+        run = SamplingRun(predict, steps, self.schedule, generators, batch.request.eta, callback, deviation)
         try:
-            with self.planner.executing(phase) as way, self.stepping(attended, phase, way, steps) as step:
+            with (
+                self.planner.executing(plan) as strategy,
+                self.unet_step(context_kv, plan, strategy, steps) as step_unet,
+            ):
                 return sample(sampler, run, start.to(self.device))
         finally:
             self.precomputed.forget(all_of_it=self.device.type == "cpu" and self.planner.budget_bytes is not None)
 
     @contextlib.contextmanager
-    def stepping(
-        self, attended: CrossAttentionKV, phase: StagePlan, way: ExecutionStrategy, steps: int
+    def unet_step(
+        self, context_kv: CrossAttentionKV, plan: StagePlan, strategy: ExecutionStrategy, steps: int
     ) -> Iterator[UNetStep]:
-        """What the UNet says of latents [R, 4, h, w], where prompts, and from outside the time, are known to it."""
-        self.precomputed.use_context_kv(attended)
+        """Yield a function from latents [R, 4, h, w] to their noise at the timestep set in `precomputed`.
 
-        def issue(latents: Tensor) -> Tensor:
-            return run_unet(self.unet, latents, attended.rows, way.rows, self.dtype)
+        It replays a CUDA graph if the device and the number of steps allow it.
+        """
+        self.precomputed.use_context_kv(context_kv)
 
-        if (
-            self.device.type != "cuda"
-            or steps < MIN_STEPS_TO_CAPTURE
-            or phase in self.uncaptured
-            or not has_working_kernels(self.device)
-        ):
-            yield issue
+        def run_step(latents: Tensor) -> Tensor:
+            return run_unet(self.unet, latents, context_kv.rows, strategy.rows, self.dtype)
+
+        may_capture = self.device.type == "cuda" and steps >= MIN_STEPS_TO_CAPTURE and plan not in self.capture_failures
+        if not may_capture or not has_working_kernels(self.device):
+            yield run_step
             return
-        captured = CapturedStep(issue, partial(self.planner.capturing, phase), self.planner.torch_budget_bytes)
+        captured = CapturedStep(run_step, partial(self.planner.capturing, plan), self.planner.torch_budget_bytes)
         try:
             yield captured
         finally:
             captured.close()
             if captured.capture_failed:
-                self.uncaptured.add(phase)
+                self.capture_failures.add(plan)
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """What the UNet says, [R, 4, h, w] float32, of rows with their contexts [R, T, D]."""
-        attended = self.precomputed.compute_context_kv(context, self.device, self.dtype)
+        """Predict the noise, [R, 4, h, w] float32, in latents [R, 4, h, w] with contexts [R, T, D]; no guidance."""
+        context_kv = self.precomputed.compute_context_kv(context, self.device, self.dtype)
         self.precomputed.set_timestep(float(timestep), self.device, self.dtype)
-        self.precomputed.use_context_kv(attended)
-        return run_unet(self.unet, latents, attended.rows, self.unet_bs, self.dtype)
+        self.precomputed.use_context_kv(context_kv)
+        return run_unet(self.unet, latents, context_kv.rows, self.unet_bs, self.dtype)
 
     def decode(
-        self, latents: Tensor, output_type: OutputType, redone: Fallbacks
+        self, latents: Tensor, output_type: OutputType, fallbacks: Fallbacks
     ) -> list[Image.Image] | npt.NDArray[np.float32]:
-        """Latents to pictures; those that float16 could not hold once more in float32, which `redone` is told.
+        """Decode latents to images. Invalid ones are repeated in float32, which is added to `fallbacks`.
 
-        Raises NotFiniteError for one that is NaN or all one colour even so.
+        Raises NotFiniteError if an image is NaN, infinite or a single flat colour in float32, too.
         """
-        values = self.with_room(lambda: self.decode_pixels(latents))
-        lost = rows_where(is_invalid_image(values))
-        if lost and self.dtype is not torch.float32:
+        pixels = retry_if_out_of_memory(self.planner, lambda: self.decode_pixels(latents))
+        invalid = rows_where(is_invalid_image(pixels))
+        if invalid and self.dtype is not torch.float32:
             with self.in_float32():
-                values[lost] = self.with_room(lambda: self.decode_pixels(latents[lost]))
-            for row in lost:
-                redone.setdefault(row, []).append(DECODED)
-        if is_invalid_image(values).any():
-            raise NotFiniteError("the picture is not finite, or one flat colour")
+                pixels[invalid] = retry_if_out_of_memory(self.planner, lambda: self.decode_pixels(latents[invalid]))
+            for row in invalid:
+                fallbacks.setdefault(row, []).append(DECODED_IN_FLOAT32)
+        if is_invalid_image(pixels).any():
+            raise NotFiniteError("the image is not finite, or a single flat colour")
         if output_type == "np":
-            return values.numpy()
-        return [Image.fromarray(one) for one in (values * 255).round().to(torch.uint8).numpy()]
+            return pixels.numpy()
+        return [Image.fromarray(image) for image in (pixels * 255).round().to(torch.uint8).numpy()]
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] to colours in 0..1, float32 [B, H, W, 3], on the host."""
+        """Decode latents [B, 4, h, w] to pixels in 0..1, float32 [B, H, W, 3], on the host."""
         height, width = (self.info.vae_scale_factor * side for side in latents.shape[2:])
-        phase = self.planner.plan(self.planner.decode_stage(MicroBatchShape(1, height, width, 0)))
-        with self.planner.executing(phase) as way:
+        plan = self.planner.plan(self.planner.decode_stage(MicroBatchShape(1, height, width, 0)))
+        with self.planner.executing(plan) as strategy:
             scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-            pixels = decode_latents(self.vae, scaled, feature_map_dtype(way), recompute=way.recompute_maps)
+            pixels = decode_latents(self.vae, scaled, feature_map_dtype(strategy), recompute=strategy.recompute_maps)
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)

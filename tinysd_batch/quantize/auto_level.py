@@ -1,4 +1,4 @@
-"""Which level `--level auto` takes: `calib` where time, memory and disk allow it, else `fast`."""
+"""Choose the level for `--level auto`: `calib` if time, memory and disk allow it, else `fast`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,59 +21,73 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
 )
 from tinysd_batch.quantize.sources.open import open_source
 
-MAX_CALIBRATION_S = 3600.0  # that calibrating may take where nobody asked for it
+MAX_CALIBRATION_S = 3600.0  # calibrations estimated to take longer run only on request
 
 
 @dataclass(frozen=True, slots=True)
 class LevelChoice:
-    """What `auto` came to."""
+    """The level that `auto` chose."""
 
     name: str
-    reason: str  # and how to get the other, in one line
+    reason: str  # one line, which also says how to get another level
 
 
 def choose_level(
-    source: Path, out: Path, options: SourceOptions, size: SizeTarget, recipe: Recipe, device: torch.device, *,
+    source: Path,
+    out: Path,
+    options: SourceOptions,
+    size: SizeTarget,
+    recipe: Recipe,
+    device: torch.device,
+    *,
     noise_correction: bool = True,
-) -> LevelChoice:  # fmt: skip
-    """`calib` where it should take at most an hour, else `fast`. A stopped run goes on with the level it began with.
+) -> LevelChoice:
+    """Choose `calib` if it is estimated to take at most an hour, else `fast`; a stopped run keeps its level.
 
-    Raises ModelError for a source that cannot be read, and where `out` exists.
+    Raises:
+        ModelError: the source cannot be read, or `out` exists.
     """
     check_not_existing(out)
-    if begun := read_started_level(out):
-        return LevelChoice(begun, f"level {begun}: {resolve_work_path(out)} was begun with it; delete it to begin anew")
-    model = open_source(source, options)
-    part = model.unet()
-    unet = check_unet_tensors(part)
-    try:
-        check_available_resources(estimate_calibration_resources(part, unet, model, size, recipe), out, device)
-    except (UsageError, StorageError) as error:
-        return LevelChoice("fast", f"level fast, as there is no room for calib: {error}")
-    seconds = estimate_calibration_s(part, unet, model, size, recipe, device, noise_correction=noise_correction)
-    if seconds > MAX_CALIBRATION_S:
+    if started_level := read_started_level(out):
+        work_path = resolve_work_path(out)
         return LevelChoice(
-            "fast", f"level fast: calib would take some {format_duration(seconds)} here; --level calib has it done"
+            started_level, f"level {started_level}: {work_path} was started with it; delete it to start again"
         )
+    model = open_source(source, options)
+    component = model.unet()
+    unet = check_unet_tensors(component)
+    try:
+        check_available_resources(estimate_calibration_resources(component, unet, model, size, recipe), out, device)
+    except (UsageError, StorageError) as error:
+        return LevelChoice("fast", f"level fast, because calib does not fit: {error}")
+    duration_s = estimate_calibration_s(component, unet, model, size, recipe, device, noise_correction=noise_correction)
+    duration = format_duration(duration_s)
+    if duration_s > MAX_CALIBRATION_S:
+        return LevelChoice("fast", f"level fast: calib would take about {duration} here; use --level calib to run it")
     return LevelChoice(
-        "calib",
-        f"level calib: some {format_duration(seconds)}; --level fast is quicker, and further from the float model",
+        "calib", f"level calib: about {duration}; --level fast is quicker, but further from the float model"
     )
 
 
 def estimate_calibration_s(
-    part: SourceComponent, unet: nn.Module, model: CheckpointSource, size: SizeTarget, recipe: Recipe, device: torch.device, *,
+    component: SourceComponent,
+    unet: nn.Module,
+    model: CheckpointSource,
+    size: SizeTarget,
+    recipe: Recipe,
+    device: torch.device,
+    *,
     noise_correction: bool,
-) -> float:  # fmt: skip
-    # Which bits a layer gets makes no difference.
+) -> float:
+    # The bits of a layer do not change the duration.
     layouts = get_preset_layouts(unet, size.preset if size.max_bytes is None else SMALLEST_PRESET)
-    work = estimate_calibration_cost(part, model.vae(), layouts, recipe, noise_correction=noise_correction)
-    return work.total.seconds(measure_device_speed(device))
+    cost = estimate_calibration_cost(component, model.vae(), layouts, recipe, noise_correction=noise_correction)
+    return cost.total.duration_s(measure_device_speed(device))
 
 
-def format_duration(seconds: float) -> str:
-    """In the largest unit of which there are two."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+def format_duration(duration_s: float) -> str:
+    """Format a duration in the largest unit of which it has at least two."""
+    for unit, unit_s in (("hours", 3600), ("minutes", 60)):
+        if duration_s >= 2 * unit_s:
+            return f"{duration_s / unit_s:.0f} {unit}"
+    return f"{duration_s:.0f} seconds"

@@ -1,4 +1,4 @@
-"""A file of a wanted size: from 2 bits in whole rows, layers get more where that pays most for its bytes."""
+"""Meet a target size: start with 2 bits and whole rows, then give layers more bits where that gains most per byte."""
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,131 +30,159 @@ from tinysd_batch.quantize.presets import (
 )
 from tinysd_batch.quantize.solve.affine import quantize_matrix
 
-SAMPLED_WEIGHTS = 2**16  # weights of a layer that its errors are told from
-# The error of what the UNet says over a layer's relative error, by sort and level (the last for all further in), as
-# `python -m benchmarks.quantize.layer_sensitivity` prints them for the embedded model.
+SAMPLED_WEIGHTS = 2**16  # weights of a layer from which its error is estimated
+# Error of the UNet's output per relative error of a layer, by layer type and block level (the last one for all inner
+# levels), as `python -m benchmarks.quantize.layer_sensitivity` prints it for the embedded model.
 SENSITIVITY_BY_LAYER_TYPE = {
-    "attention": (0.0018, 0.0018, 0.0004), "block projections": (0.0114, 0.0114, 0.0033),
-    "feed-forward": (0.0086, 0.0086, 0.0051), "resampling": (0.0194, 0.0291, 0.0172),
-    "resnet convolutions": (0.0201, 0.0111, 0.0021), "shortcuts": (0.1844, 0.0270, 0.0042),
-    "text keys and values": (0.0012, 0.0012, 0.0007), "time projections": (0.0023, 0.0023, 0.0023),
-}  # fmt: skip
+    "attention": (0.0018, 0.0018, 0.0004),
+    "block projections": (0.0114, 0.0114, 0.0033),
+    "feed-forward": (0.0086, 0.0086, 0.0051),
+    "resampling": (0.0194, 0.0291, 0.0172),
+    "resnet convolutions": (0.0201, 0.0111, 0.0021),
+    "shortcuts": (0.1844, 0.0270, 0.0042),
+    "text keys and values": (0.0012, 0.0012, 0.0007),
+    "time projections": (0.0023, 0.0023, 0.0023),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutCandidate:
-    """A way to store a layer."""
+    """One layout in which a layer can be stored."""
 
     layout: Layout
     nbytes: int
-    error: float  # that it adds to what the UNet says
+    error: float  # estimated error of the UNet's output that it adds
 
 
-def check_target_size(unet: nn.Module, target: int, widest: int | None = None) -> None:
-    """Raise UsageError, with the least possible, where no file is so small."""
-    least = compute_unet_bytes(unet, select_smallest_layouts(unet, widest))
-    if target < least:
+def check_target_size(unet: nn.Module, target_bytes: int, max_columns: int | None = None) -> None:
+    """Raise UsageError, which names the smallest possible size, if no file is that small."""
+    min_bytes = compute_unet_bytes(unet, select_smallest_layouts(unet, max_columns))
+    if target_bytes < min_bytes:
         raise UsageError(
-            f"--target-size {target / 1e6:,.1f} MB: for this UNet at least {least / 1e6:,.1f} MB are needed"
+            f"--target-size {target_bytes / 1e6:,.1f} MB: for this UNet at least {min_bytes / 1e6:,.1f} MB are needed"
         )
 
 
 def allocate_bits(
-    unet: nn.Module, tensors: Mapping[str, Tensor], target: int, inputs: Iterable[tuple[str, Tensor]] | None = None,
-    widest: int | None = None, on_layers: ProgressCallback = ignore_progress,
-) -> dict[str, Layout]:  # fmt: skip
-    """The layouts of a file of at most `target` bytes.
+    unet: nn.Module,
+    tensors: Mapping[str, Tensor],
+    target_bytes: int,
+    inputs: Iterable[tuple[str, Tensor]] | None = None,
+    max_columns: int | None = None,
+    on_progress: ProgressCallback = ignore_progress,
+) -> dict[str, Layout]:
+    """Choose the layouts for a file of at most `target_bytes`.
 
-    Layers' errors are told from their weights (`tensors`), or with `inputs`, tokens [N, K] of each layer in the float
-    model, from their outputs; both weighed by HARM. Rows of over `widest` weights, which calibration takes apart, keep
-    the groups that allow it.
+    The error of each layout is that of the layer's weights or, with `inputs`, that of its outputs, times the layer's
+    sensitivity (`SENSITIVITY_BY_LAYER_TYPE`).
+
+    Args:
+        unet: may be on the meta device.
+        tensors: the UNet's float tensors.
+        target_bytes: maximum size of the UNet's file.
+        inputs: each layer's name and its inputs [N, K] in the float model.
+        max_columns: layers with more columns are calibrated in parts and keep a group size that allows it.
+        on_progress: called as layers are measured without `inputs`.
     """
     names, levels = list(get_preset_layouts(unet, SMALLEST_PRESET)), count_block_levels(unet)
     weights = {name: tensors[f"{name}.weight"].numel() for name in names}
-    unseen = ((name, None) for name in iterate_with_progress(names, weights, "measuring", on_layers))
-    given = unseen if inputs is None else inputs
-    choices = {
-        name: list_layout_candidates(name, levels, to_matrix(tensors[f"{name}.weight"]), x, widest) for name, x in given
+    without_inputs = ((name, None) for name in iterate_with_progress(names, weights, "measuring", on_progress))
+    candidates = {
+        name: list_layout_candidates(name, levels, to_matrix(tensors[f"{name}.weight"]), x, max_columns)
+        for name, x in (without_inputs if inputs is None else inputs)
     }
-    return select_layouts(unet, {name: choices[name] for name in names}, target)
+    return select_layouts(unet, {name: candidates[name] for name in names}, target_bytes)
 
 
-def select_smallest_layouts(unet: nn.Module, widest: int | None = None) -> dict[str, Layout]:
-    """The layouts of the smallest file that there can be."""
+def select_smallest_layouts(unet: nn.Module, max_columns: int | None = None) -> dict[str, Layout]:
+    """Return the layouts of the smallest possible file."""
     names = get_preset_layouts(unet, SMALLEST_PRESET)
-    return {name: list_layouts(to_matrix(get_layer(unet, name).weight).shape[1], widest)[0] for name in names}
+    return {name: list_layouts(to_matrix(get_layer(unet, name).weight).shape[1], max_columns)[0] for name in names}
 
 
 def list_layout_candidates(
-    name: str, levels: int, weight: Tensor, x: Tensor | None, widest: int | None = None
+    name: str, levels: int, weight: Tensor, x: Tensor | None, max_columns: int | None = None
 ) -> list[LayoutCandidate]:
-    """The ways to store a layer's weight [O, K], smallest first, with errors told from some of its rows."""
+    """List the layouts for a layer's weight [O, K], smallest first, with errors estimated from some of its rows.
+
+    Args:
+        name: of the layer.
+        levels: number of the UNet's block levels.
+        weight: float weight [O, K].
+        x: inputs of the layer [N, K]; None measures the error of the weight itself.
+        max_columns: as in `allocate_bits`.
+    """
     rows = weight[:: max(1, weight.numel() // SAMPLED_WEIGHTS)].float()
-    harms = SENSITIVITY_BY_LAYER_TYPE.get(get_layer_type(name), SENSITIVITY_BY_LAYER_TYPE["feed-forward"])
-    harm = harms[min(get_block_level(name, levels), len(harms) - 1)]
+    by_level = SENSITIVITY_BY_LAYER_TYPE.get(get_layer_type(name), SENSITIVITY_BY_LAYER_TYPE["feed-forward"])
+    sensitivity = by_level[min(get_block_level(name, levels), len(by_level) - 1)]
     return [
-        LayoutCandidate(layout, layout.nbytes(*weight.shape), harm * measure_quantization_error(rows, layout, x))
-        for layout in list_layouts(weight.shape[1], widest)
+        LayoutCandidate(layout, layout.nbytes(*weight.shape), sensitivity * measure_quantization_error(rows, layout, x))
+        for layout in list_layouts(weight.shape[1], max_columns)
     ]
 
 
-def list_layouts(columns: int, widest: int | None = None) -> list[Layout]:
-    """2 bits in whole rows and in groups of every size that divides one, then 4 and 8 bits in the largest usual."""
-    usual = choose_group_size(columns)
-    assert usual is not None, columns
-    apart = widest is not None and columns > widest
-    largest = MAX_DEFAULT_GROUP_SIZE if apart else columns - 1
+def list_layouts(columns: int, max_columns: int | None = None) -> list[Layout]:
+    """List 2 bits with whole rows and with every group size that divides a row, then 4 and 8 bits with the default."""
+    default_group_size = choose_group_size(columns)
+    assert default_group_size is not None, columns
+    is_split = max_columns is not None and columns > max_columns
+    max_group_size = MAX_DEFAULT_GROUP_SIZE if is_split else columns - 1
     return [
-        *([] if apart else [Layout(SUPPORTED_BITS[0], WHOLE_ROW)]),
-        *(Layout(SUPPORTED_BITS[0], size) for size in GROUP_SIZES if size <= largest and columns % size == 0),
-        *(Layout(bits, usual) for bits in SUPPORTED_BITS[1:]),
+        *([] if is_split else [Layout(SUPPORTED_BITS[0], WHOLE_ROW)]),
+        *(Layout(SUPPORTED_BITS[0], size) for size in GROUP_SIZES if size <= max_group_size and columns % size == 0),
+        *(Layout(bits, default_group_size) for bits in SUPPORTED_BITS[1:]),
     ]
 
 
 def measure_quantization_error(rows: Tensor, layout: Layout, x: Tensor | None) -> float:
-    """Of rows [O, K] of a weight, or of what they make of tokens [N, K], as a share of its power."""
+    """Measure the squared error of quantized rows [O, K], or of their outputs for inputs [N, K], over the power."""
     packed = quantize_matrix(rows, layout.group_size_in(rows.shape[1]), layout.bits)
-    wrong = dequantize(packed, torch.empty(packed.shape)) - rows
+    error = dequantize(packed, torch.empty(packed.shape)) - rows
     if x is not None:
-        rows, wrong = x @ rows.T, x @ wrong.T
-    return float(wrong.square().sum() / rows.square().sum().clamp(min=1e-20))
+        rows, error = x @ rows.T, x @ error.T
+    return float(error.square().sum() / rows.square().sum().clamp(min=1e-20))
 
 
-def select_layouts(unet: nn.Module, choices: Mapping[str, Sequence[LayoutCandidate]], target: int) -> dict[str, Layout]:
-    """Each layer's choice: the first, then larger ones by the error they save per byte, while the file stays small."""
-    chosen = dict.fromkeys(choices, 0)
-    size = compute_unet_bytes(unet, collect_selected_layouts(choices, chosen))
-    steps = [step for name in choices if (step := find_best_upgrade(name, choices[name], 0))]
-    heapq.heapify(steps)
-    made: list[tuple[str, int]] = []
-    while steps:
-        _, name, to = heapq.heappop(steps)
-        grown = size + choices[name][to].nbytes - choices[name][chosen[name]].nbytes
-        if grown <= target:
-            made.append((name, chosen[name]))
-            chosen[name], size = to, grown
-            if step := find_best_upgrade(name, choices[name], to):
-                heapq.heappush(steps, step)
-    while (
-        made and compute_unet_bytes(unet, collect_selected_layouts(choices, chosen)) > target
-    ):  # longer numbers in the file's header
-        name, before = made.pop()
-        chosen[name] = before
-    return collect_selected_layouts(choices, chosen)
+def select_layouts(
+    unet: nn.Module, candidates: Mapping[str, Sequence[LayoutCandidate]], target_bytes: int
+) -> dict[str, Layout]:
+    """Select a layout per layer greedily: start with the smallest, then upgrade by error saved per added byte."""
+    selected = dict.fromkeys(candidates, 0)
+    size_bytes = compute_unet_bytes(unet, collect_selected_layouts(candidates, selected))
+    upgrades = [upgrade for name in candidates if (upgrade := find_best_upgrade(name, candidates[name], 0))]
+    heapq.heapify(upgrades)
+    applied: list[tuple[str, int]] = []  # layer and its candidate before
+    while upgrades:
+        _, name, index = heapq.heappop(upgrades)
+        new_bytes = size_bytes + candidates[name][index].nbytes - candidates[name][selected[name]].nbytes
+        if new_bytes <= target_bytes:
+            applied.append((name, selected[name]))
+            selected[name], size_bytes = index, new_bytes
+            if upgrade := find_best_upgrade(name, candidates[name], index):
+                heapq.heappush(upgrades, upgrade)
+    # Larger numbers may have made the file's header longer.
+    while applied and compute_unet_bytes(unet, collect_selected_layouts(candidates, selected)) > target_bytes:
+        name, index = applied.pop()
+        selected[name] = index
+    return collect_selected_layouts(candidates, selected)
 
 
-def find_best_upgrade(name: str, choices: Sequence[LayoutCandidate], at: int) -> tuple[float, str, int] | None:
-    """Its gain per byte, negative, the layer, and which larger choice; None where none is better."""
-    now = choices[at]
-    gains = [
-        ((one.error - now.error) / (one.nbytes - now.nbytes), name, to)
-        for to, one in enumerate(choices[at + 1 :], at + 1)
-        if one.error < now.error
+def find_best_upgrade(name: str, candidates: Sequence[LayoutCandidate], index: int) -> tuple[float, str, int] | None:
+    """Find the larger candidate that saves most error per added byte.
+
+    Returns:
+        Change of the error per byte (negative), name of the layer, index of the candidate; None if none is better.
+    """
+    current = candidates[index]
+    upgrades = [
+        ((candidate.error - current.error) / (candidate.nbytes - current.nbytes), name, new_index)
+        for new_index, candidate in enumerate(candidates[index + 1 :], index + 1)
+        if candidate.error < current.error
     ]
-    return min(gains, default=None)
+    return min(upgrades, default=None)
 
 
 def collect_selected_layouts(
-    choices: Mapping[str, Sequence[LayoutCandidate]], chosen: Mapping[str, int]
+    candidates: Mapping[str, Sequence[LayoutCandidate]], selected: Mapping[str, int]
 ) -> dict[str, Layout]:
-    return {name: choices[name][at].layout for name, at in chosen.items()}
+    return {name: candidates[name][index].layout for name, index in selected.items()}

@@ -1,4 +1,7 @@
-"""Levels `calib` and `distill`: quantize a UNet with the model's own trajectories as data, in minutes to hours."""
+"""Levels `calib` and `distill`: quantize a UNet with the float model's own trajectories as calibration data.
+
+This takes minutes to hours, and needs no data set: the prompts of a recipe are enough.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +31,8 @@ from tinysd_batch.quantize.calibration.trajectories import (
     TUNING_PROMPT_INTERVAL,
     Trajectories,
     UNetInputs,
-    draw,
     generate_held_out_trajectories,
+    generate_trajectories,
     select_spaced_inputs,
     tuning_prompt_mask,
 )
@@ -61,236 +64,256 @@ from tinysd_batch.quantize.sources.open import open_source
 from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
 
 PROGRESS_INTERVAL_S = 10.0
-ALLOCATION_INPUTS = 16
+ALLOCATION_INPUTS = 16  # UNet inputs on which to compare layouts
 DEFAULT_SIZE = SizeTarget()
 
 
 def quantize_with_calibration(
-    source: Path, out: Path, options: SourceOptions, recipe: Recipe, device: torch.device, say: StatusCallback, *,
-    size: SizeTarget = DEFAULT_SIZE, tune: bool = False, noise_correction: bool = True,
+    source: Path, out: Path, options: SourceOptions, recipe: Recipe, device: torch.device, on_status: StatusCallback, *,
+    size: SizeTarget = DEFAULT_SIZE, distill: bool = False, noise_correction: bool = True,
 ) -> QuantizationResult:  # fmt: skip
-    """Write `out`, a packed folder of the float model `source`, calibrated by `recipe`, and distilled with `tune`.
+    """Write `out`, a packed model folder of the float model `source`, calibrated by `recipe`.
 
-    With `noise_correction` one is measured, and kept if pictures come closer to the float model's.
+    Each layer is saved in `OUT.work` as soon as it is finished. After an interruption of any kind the same call
+    continues there.
 
-    A layer is on disk as soon as it is finished, in `OUT.work`: stopped in any way, the same call goes on. Raises
-    ModelError as `fast.quantize_model` does, and where that folder was begun with another source, recipe or size.
+    Args:
+        source: A checkpoint file or a diffusers folder.
+        out: The folder to write; it must not exist.
+        options: How to read the source.
+        recipe: Prompts, steps and effort.
+        device: Where to compute.
+        on_status: Called with one line of text for each step of the work.
+        size: A preset, or the largest size of the UNet's file.
+        distill: Also train scales, offsets, biases and norms on the float model's predictions.
+        noise_correction: Fit a noise correction, and keep it if images come closer to the float model's.
+
+    Raises:
+        ModelError: As in `data_free.quantize_model`, or the work folder was started with another source, recipe or
+            size.
     """
     check_not_existing(out)
     model = open_source(source, options)
-    part = model.unet()
-    unet = check_unet_tensors(part)
+    component = model.unet()
+    unet = check_unet_tensors(component)
     if size.max_bytes is not None:
         check_target_size(unet, size.max_bytes, recipe.block)
-    check_finite(part)
+    check_finite(component)
     if size.max_bytes is None:
-        say(f"unet: {size}: {describe_size(unet, get_preset_layouts(unet, size.preset))}")
-    needs = estimate_calibration_resources(part, unet, model, size, recipe, tune=tune)
-    say(f"calibrating on {count_unet_inputs(recipe):,} rows: {needs}")
-    check_available_resources(needs, out, device)
+        on_status(f"unet: {size}: {describe_size(unet, get_preset_layouts(unet, size.preset))}")
+    resources = estimate_calibration_resources(component, unet, model, size, recipe, distill=distill)
+    on_status(f"calibrating on {count_unet_inputs(recipe):,} UNet inputs: {resources}")
+    check_available_resources(resources, out, device)
     identity = {
-        "source": hash_tensors(part.tensors, part.release),
+        "source": hash_tensors(component.tensors, component.release),
         "recipe": recipe.model_dump(),
         "size": size.to_config(),
     }
     started = time.monotonic()
     return_freed_memory_to_os(unet, size, device)
     with storage_errors(out), open_work_folder(out, identity) as work:
-        before = work.seconds()
-        work.save_level("distill" if tune else "calib")
+        earlier_s = work.load_elapsed_s()
+        work.save_level("distill" if distill else "calib")
         with create_folder_atomically(out) as folder:
-            write_json(folder / "unet" / "config.json", part.config)
-            write_other_components(model, folder, torch.float16, say)
-            calibrating, held_out = load_or_generate_trajectories(part, folder, recipe, device, work, say)
-            layouts = work.load_or_choose_layouts(lambda: choose_layouts(unet, part, size, recipe, device, calibrating))
-            if size.max_bytes is not None:
-                say(f"unet: {size}: {describe_size(unet, layouts)}")
-            solved = calibrate_layers(part, layouts, recipe, device, calibrating, held_out, work, say)
-            tuned = run_distillation(part, folder, recipe, device, calibrating, solved, say) if tune else None
-            if tuned is None:
-                write_calibrated_unet(
-                    part, folder / "unet", layouts, solved, {}, {"level": "calib", **size.to_config()}
-                )
-            else:
-                notes = {"level": "distill", **size.to_config()}
-                write_calibrated_unet(part, folder / "unet", layouts, tuned.layers, tuned.norms, notes)
-            judged = (
-                try_noise_correction(folder, recipe, device, calibrating, held_out, say) if noise_correction else None
+            write_json(folder / "unet" / "config.json", component.config)
+            write_other_components(model, folder, torch.float16, on_status)
+            calibration, held_out = load_or_generate_trajectories(component, folder, recipe, device, work, on_status)
+            layouts = work.load_or_choose_layouts(
+                lambda: choose_layouts(unet, component, size, recipe, device, calibration)
             )
-        seconds = before + time.monotonic() - started
-        report_ignored_tensors(model, say)
-        made = QuantizationResult({name: one.sqnr_db for name, one in solved.items()}, held_out, seconds, judged)
+            if size.max_bytes is not None:
+                on_status(f"unet: {size}: {describe_size(unet, layouts)}")
+            layers = calibrate_layers(component, layouts, recipe, device, calibration, held_out, work, on_status)
+            sqnr_db = {name: layer.sqnr_db for name, layer in layers.items()}
+            level = "calib"
+            norms: dict[str, Tensor] = {}
+            if distill:
+                distilled = run_distillation(component, folder, recipe, device, calibration, layers, on_status)
+                if distilled is not None:
+                    level, layers, norms = "distill", distilled.layers, distilled.norms
+            notes = {"level": level, **size.to_config()}
+            write_calibrated_unet(component, folder / "unet", layouts, layers, norms, notes)
+            correction = None
+            if noise_correction:
+                correction = try_noise_correction(folder, recipe, device, calibration, held_out, on_status)
+        elapsed_s = earlier_s + time.monotonic() - started
+        report_ignored_tensors(model, on_status)
         work.remove()
-    return made
+    return QuantizationResult(sqnr_db, held_out, elapsed_s, correction)
 
 
 def load_or_generate_trajectories(
-    part: SourceComponent, folder: Path, recipe: Recipe, device: torch.device, work: WorkFolder, say: StatusCallback
-) -> tuple[Trajectories, Trajectories]:
-    """The float model's trajectories, of the calibration prompts and of the held-out ones."""
-    walker = SegmentedUNet(part.config, part.tensors, device, part.release)
+    component: SourceComponent, folder: Path, recipe: Recipe, device: torch.device, work: WorkFolder,
+    on_status: StatusCallback,
+) -> tuple[Trajectories, Trajectories]:  # fmt: skip
+    """Return the float model's trajectories for the calibration prompts, and for the held-out prompts."""
+    unet = SegmentedUNet(component.config, component.tensors, device, component.release)
 
-    def drawn(name: str, prompts: list[str], make: Callable[[], Trajectories]) -> Trajectories:
-        say(f"drawing {len(prompts):,} {name} prompts in {recipe.steps} steps by the float model")
-        return work.trajectories(name, make)
+    def load_or_generate(name: str, prompts: list[str], generate: Callable[[], Trajectories]) -> Trajectories:
+        on_status(f"generating {len(prompts):,} {name} prompts in {recipe.steps} steps with the float model")
+        return work.load_or_generate_trajectories(name, generate)
 
-    calibrating = drawn(
-        "calibration", recipe.prompts, lambda: draw(walker, folder, recipe, recipe.prompts, recipe.seed)
+    calibration = load_or_generate(
+        "calibration", recipe.prompts, lambda: generate_trajectories(unet, folder, recipe, recipe.prompts, recipe.seed)
     )
-    return calibrating, drawn(
-        "held-out", recipe.held_out, lambda: generate_held_out_trajectories(walker, folder, recipe)
+    held_out = load_or_generate(
+        "held-out", recipe.held_out, lambda: generate_held_out_trajectories(unet, folder, recipe)
     )
+    return calibration, held_out
 
 
 def choose_layouts(
-    unet: nn.Module,
-    part: SourceComponent,
-    size: SizeTarget,
-    recipe: Recipe,
-    device: torch.device,
-    calibrating: Trajectories,
-) -> dict[str, Layout]:
-    """How the layers are stored; to meet a size, by their errors on some rows of the float model."""
+    unet: nn.Module, component: SourceComponent, size: SizeTarget, recipe: Recipe, device: torch.device,
+    calibration: Trajectories,
+) -> dict[str, Layout]:  # fmt: skip
+    """Choose how to store each layer: by the preset, or, to meet a size, by layer errors on some calibration inputs."""
     if size.max_bytes is None:
         return get_preset_layouts(unet, size.preset)
-    walker = SegmentedUNet(part.config, part.tensors, device, part.release)
-    rows = select_spaced_inputs(calibrating, recipe.points)
-    some = torch.linspace(0, len(rows.times) - 1, min(ALLOCATION_INPUTS, len(rows.times))).long()
+    float_unet = SegmentedUNet(component.config, component.tensors, device, component.release)
+    inputs = select_spaced_inputs(calibration, recipe.points)
+    count = len(inputs.times)
+    chosen = torch.linspace(0, count - 1, min(ALLOCATION_INPUTS, count)).long()
     names = list(get_preset_layouts(unet, SMALLEST_PRESET))
-    inputs = iter_layer_inputs(walker, UNetInputs(rows.latents[some], rows.times[some], rows.context[some]), names)
-    return allocate_bits(unet, part.tensors, size.max_bytes, ((name, x.cpu()) for name, x in inputs), recipe.block)
+    layer_inputs = iter_layer_inputs(float_unet, inputs.select(chosen), names)
+    on_host = ((name, x.cpu()) for name, x in layer_inputs)
+    return allocate_bits(unet, component.tensors, size.max_bytes, on_host, recipe.block)
 
 
 def calibrate_layers(
-    part: SourceComponent, layouts: Mapping[str, Layout], recipe: Recipe, device: torch.device, calibrating: Trajectories,
-    held_out: Trajectories, work: WorkFolder, say: StatusCallback,
+    component: SourceComponent, layouts: Mapping[str, Layout], recipe: Recipe, device: torch.device,
+    calibration: Trajectories, held_out: Trajectories, work: WorkFolder, on_status: StatusCallback,
 ) -> dict[str, CalibratedLayer]:  # fmt: skip
-    """All layers; what an earlier run finished is taken over."""
-    source, target = (SegmentedUNet(part.config, part.tensors, device, part.release) for _ in range(2))
-    known = work.layers(layouts)
-    if known:
-        say(f"going on: {len(known):,} of {len(layouts):,} layers are there")
-    else:
-        say(f"calibrating the {len(layouts):,} layers")
-    speed = measure_device_speed(device)
-    seconds = {name: effort.seconds(speed) for name, effort in estimate_layer_costs(part, layouts, recipe).items()}
-    progress = CalibrationProgress(seconds, work, say, set(known), work.seconds())
-    tuning, calibrating_rows = split_off_tuning_inputs(
-        select_spaced_inputs(calibrating, recipe.points), 2 * recipe.points
+    """Calibrate all layers, except those that an earlier run has finished."""
+    float_unet, quantized_unet = (
+        SegmentedUNet(component.config, component.tensors, device, component.release) for _ in range(2)
     )
-    dtype = choose_state_dtype(part, recipe)
-    rows = [
-        *make_state_pairs(calibrating_rows, device, "moments", dtype),
-        *make_state_pairs(tuning, device, "tuning", dtype),
+    finished = work.load_layers(layouts)
+    if finished:
+        on_status(f"resuming: {len(finished):,} of {len(layouts):,} layers are finished")
+    else:
+        on_status(f"calibrating {len(layouts):,} layers")
+    speed = measure_device_speed(device)
+    costs = estimate_layer_costs(component, layouts, recipe)
+    estimated_s = {name: cost.duration_s(speed) for name, cost in costs.items()}
+    progress = CalibrationProgress(estimated_s, work, on_status, set(finished), work.load_elapsed_s())
+    tuning_inputs, moment_inputs = split_off_tuning_inputs(
+        select_spaced_inputs(calibration, recipe.points), 2 * recipe.points
+    )
+    dtype = choose_state_dtype(component, recipe)
+    pairs = [
+        *make_state_pairs(moment_inputs, device, "moments", dtype),
+        *make_state_pairs(tuning_inputs, device, "tuning", dtype),
         *make_state_pairs(select_spaced_inputs(held_out, HELD_OUT_POINTS), device, "held out", dtype),
     ]
-    run = LayerwiseCalibration(source, target, layouts, recipe, known, progress.record_layer)
-    run.run(rows)
+    run = LayerwiseCalibration(float_unet, quantized_unet, layouts, recipe, finished, progress.record_layer)
+    run.run(pairs)
     return run.calibrated_layers
 
 
-def split_off_tuning_inputs(rows: UNetInputs, of_a_prompt: int) -> tuple[UNetInputs, UNetInputs]:
-    """The rows of prompts that are set apart, and the others."""
-    chosen = tuning_prompt_mask(torch.arange(len(rows.latents)) // of_a_prompt)
-    first, others = (UNetInputs(rows.latents[at], rows.times[at], rows.context[at]) for at in (chosen, ~chosen))
-    return first, others
+def split_off_tuning_inputs(inputs: UNetInputs, inputs_per_prompt: int) -> tuple[UNetInputs, UNetInputs]:
+    """Return the inputs of the tuning prompts, and those of all others."""
+    is_tuning = tuning_prompt_mask(torch.arange(len(inputs.latents)) // inputs_per_prompt)
+    return inputs.select(is_tuning), inputs.select(~is_tuning)
 
 
-def make_state_pairs(rows: UNetInputs, device: torch.device, use: DataSplit, dtype: torch.dtype) -> Iterator[StatePair]:
-    """Rows on their way, some together."""
-    step = segment_batch_size(rows.latents)
-    for parts in zip(*(torch.split(one, step) for one in (rows.latents, rows.times, rows.context)), strict=True):
-        if len(parts[0]):
-            state = ForwardState.of(*(part.to(device) for part in parts))
-            yield StatePair(state, state.copy(), use, dtype)
+def make_state_pairs(
+    inputs: UNetInputs, device: torch.device, split: DataSplit, dtype: torch.dtype
+) -> Iterator[StatePair]:
+    """Yield states at the start of both UNets, in batches of a segment's size."""
+    batch_size = segment_batch_size(inputs.latents)
+    batches = zip(*(torch.split(x, batch_size) for x in (inputs.latents, inputs.times, inputs.context)), strict=True)
+    for latents, times, context in batches:
+        if len(latents):
+            state = ForwardState.from_inputs(latents.to(device), times.to(device), context.to(device))
+            yield StatePair(state, state.copy(), split, dtype)
 
 
 def run_distillation(
-    part: SourceComponent, folder: Path, recipe: Recipe, device: torch.device, drawn: Trajectories, solved: Mapping[str, CalibratedLayer],
-    say: StatusCallback,
+    component: SourceComponent, folder: Path, recipe: Recipe, device: torch.device, calibration: Trajectories,
+    layers: Mapping[str, CalibratedLayer], on_status: StatusCallback,
 ) -> DistilledUNet | None:  # fmt: skip
-    """Distillation on the calibration prompts' trajectories; None, and a word, where it did not help."""
+    """Distill on the trajectories of the calibration prompts; return None, and report it, if that does not help."""
     alphas = compute_alphas_cumprod(read_noise_schedule(folder / "scheduler" / "scheduler_config.json"))
     sigmas = torch.tensor(((1 - alphas) / alphas) ** 0.5, dtype=torch.float32)
-    prompts = torch.arange(len(drawn.context))
-    chosen = tuning_prompt_mask(prompts)
-    examples, tuning = (DistillationExamples.of(drawn, prompts[at], sigmas) for at in (~chosen, chosen))
+    prompts = torch.arange(len(calibration.context))
+    is_tuning = tuning_prompt_mask(prompts)
+    training, tuning = (
+        DistillationExamples.from_trajectories(calibration, prompts[mask], sigmas) for mask in (~is_tuning, is_tuning)
+    )
     if not len(tuning.times):
         raise UsageError(
             f"distill needs {TUNING_PROMPT_INTERVAL // 2 + 1} prompts in the recipe or more; it has {len(prompts)}"
         )
-    tuned = distill_unet(part, solved, examples, tuning, recipe, device, say)
-    if tuned is None:
-        say("tuning did not help; what calibration found is kept")
-    return tuned
+    distilled = distill_unet(component, layers, training, tuning, recipe, device, on_status)
+    if distilled is None:
+        on_status("distillation did not help; the calibrated weights are kept")
+    return distilled
 
 
 def try_noise_correction(
-    folder: Path,
-    recipe: Recipe,
-    device: torch.device,
-    calibrating: Trajectories,
-    held_out: Trajectories,
-    say: StatusCallback,
-) -> CorrectionEvaluation:
-    """Correct the noise of the finished folder if that helps: fitted on the prompts that did not calibrate layers."""
-    prompts = torch.arange(len(calibrating.context))
-    apart = prompts[tuning_prompt_mask(prompts)]
-    say("measuring a noise correction")
-    drawn = calibrating.select(apart) if len(apart) else calibrating
-    judged = add_noise_correction(folder, drawn, held_out, recipe.seed + HELD_OUT_SEED_OFFSET, recipe.scale, device)
-    say(f"noise correction: {judged}")
-    return judged
+    folder: Path, recipe: Recipe, device: torch.device, calibration: Trajectories, held_out: Trajectories,
+    on_status: StatusCallback,
+) -> CorrectionEvaluation:  # fmt: skip
+    """Fit a noise correction to the finished folder, and add it there if it helps on the held-out prompts.
+
+    It is fitted on the tuning prompts, whose inputs did not calibrate layers; without any, on all calibration prompts.
+    """
+    prompts = torch.arange(len(calibration.context))
+    tuning_prompts = prompts[tuning_prompt_mask(prompts)]
+    on_status("measuring a noise correction")
+    fitted_on = calibration.select(tuning_prompts) if len(tuning_prompts) else calibration
+    first_seed = recipe.seed + HELD_OUT_SEED_OFFSET
+    evaluation = add_noise_correction(folder, fitted_on, held_out, first_seed, recipe.scale, device)
+    on_status(f"noise correction: {evaluation}")
+    return evaluation
 
 
 def write_calibrated_unet(
-    part: SourceComponent, folder: Path, layouts: Mapping[str, Layout], solved: Mapping[str, CalibratedLayer],
-    changed: Mapping[str, Tensor], notes: Mapping[str, Any],
+    component: SourceComponent, folder: Path, layouts: Mapping[str, Layout], layers: Mapping[str, CalibratedLayer],
+    norms: Mapping[str, Tensor], notes: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """The packed UNet: what calibration made, tensors that distillation changed, and the rest as float16."""
-    shapes = {name: tuple(part.tensors[f"{name}.weight"].shape) for name in solved}
+    """Write the packed UNet: calibrated layers, distilled `norms`, and all other tensors of the source as float16."""
+    shapes = {name: tuple(component.tensors[f"{name}.weight"].shape) for name in layers}
     others = {
-        name: changed.get(name, convert_for_storage(name, value, torch.float16, part.path))
-        for name, value in part.tensors.items()
-        if name.removesuffix(".weight") not in solved
+        name: norms.get(name, convert_for_storage(name, value, torch.float16, component.path))
+        for name, value in component.tensors.items()
+        if name.removesuffix(".weight") not in layers
     }
-    others |= {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
-    packed = {name: (one.weight.convert_to(layouts[name]), shapes[name]) for name, one in solved.items()}
-    write_packed_unet(folder, part.config, packed, others, notes)
-
-
-# What is left
+    others |= {f"{name}.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
+    packed = {name: (layer.weight.convert_to(layouts[name]), shapes[name]) for name, layer in layers.items()}
+    write_packed_unet(folder, component.config, packed, others, notes)
 
 
 @dataclass(slots=True)
 class CalibrationProgress:
-    """Keeps each finished layer, and tells now and then how long the others will take."""
+    """Saves each finished layer, and reports from time to time how long the remaining layers will take."""
 
-    estimated_s: dict[str, float]  # seconds of each layer
+    estimated_s: dict[str, float]  # of each layer
     work: WorkFolder
-    say: StatusCallback
+    on_status: StatusCallback
     done: set[str]
-    earlier_s: float  # seconds that earlier runs took
+    earlier_s: float  # that earlier runs took
     started: float = field(default_factory=time.monotonic)
     reported_at: float = 0.0
-    completed_s: float = 0.0  # of these, by what this run did
+    completed_s: float = 0.0  # estimated duration of the layers that this run has finished
 
-    def record_layer(self, name: str, solved: CalibratedLayer) -> None:
-        self.work.save_layer(name, solved)
+    def record_layer(self, name: str, layer: CalibratedLayer) -> None:
+        self.work.save_layer(name, layer)
         self.done.add(name)
         self.completed_s += self.estimated_s[name]
         now = time.monotonic()
         self.work.save_elapsed_s(self.earlier_s + now - self.started)
         if now - self.reported_at >= PROGRESS_INTERVAL_S or len(self.done) == len(self.estimated_s):
             self.reported_at = now
-            left = sum(each for other, each in self.estimated_s.items() if other not in self.done)
-            seconds = (now - self.started) / self.completed_s * left
-            self.say(
-                f"{len(self.done):,} of {len(self.estimated_s):,} layers, about {format_hms(seconds)} left; "
-                f"{name}: {solved.sqnr_db:.1f} dB"
+            estimated_left_s = sum(seconds for other, seconds in self.estimated_s.items() if other not in self.done)
+            left_s = (now - self.started) / self.completed_s * estimated_left_s
+            self.on_status(
+                f"{len(self.done):,} of {len(self.estimated_s):,} layers, about {format_hms(left_s)} left; "
+                f"{name}: {layer.sqnr_db:.1f} dB"
             )
 
 
 def format_hms(seconds: float) -> str:
+    """Format a duration as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""Write float model folders in diffusers' layout: self-contained, whole or not there, and a tensor at a time."""
+"""Write float model folders in diffusers' layout: self-contained, atomic, and with one tensor in memory at a time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,29 +30,43 @@ from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
 DTYPE_BY_NAME = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def convert_model(source: Path, out: Path, options: SourceOptions, dtype: str | None, say: StatusCallback) -> None:
-    """Write `out`, a float model folder with everything of `source` that drawing needs.
+def convert_model(
+    source: Path, out: Path, options: SourceOptions, dtype: str | None, on_status: StatusCallback
+) -> None:
+    """Write `out`, a float model folder with everything of `source` that generating needs.
 
-    The UNet of the origin's checkpoint stays at 2 bits, every number kept.
-    `dtype` is fp16, fp32 or None: as stored, and float16 for what is stored as bfloat16 or float8. `say` is told what
-    is being done. Raises ModelError where a tensor is missing, unexpected, of the wrong shape or not finite, and where
-    `out` exists; of a new `out` nothing is left then.
+    The UNet of tiny-stable-diffusion's checkpoint stays at 2 bits, and no number of it changes.
+
+    Args:
+        source: checkpoint file or model folder.
+        out: the folder to write; must not exist. After an error nothing of it is left.
+        options: how to read the source.
+        dtype: "fp16", "fp32", or None to keep dtypes as stored (float16 for what is stored as bfloat16 or float8).
+        on_status: receives lines about what is being done.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected, of the wrong shape or not finite, or `out` exists.
     """
     check_not_existing(out)
     model = open_source(source, options)
-    wanted = DTYPE_BY_NAME[dtype] if dtype else None
+    torch_dtype = DTYPE_BY_NAME[dtype] if dtype else None
     with storage_errors(out), create_folder_atomically(out) as folder:
         if isinstance(model, TinyStableDiffusionSource):
-            unet = model.read_packed_unet(wanted)
-            say(
-                f"unet: {len(unet.packed):,} layers at 2 and 8 bits as they are, {len(unet.other_tensors):,} other tensors"
-            )
-            write_packed_unet(folder / "unet", unet.config, unet.packed, unet.other_tensors, {"level": "origin"})
-            del unet
+            write_tiny_stable_diffusion_unet(model, folder / "unet", torch_dtype, on_status)
         else:
-            write_component(model.unet(), folder / "unet", WEIGHTS_FILE, wanted, say)
-        write_other_components(model, folder, wanted, say)
-    report_ignored_tensors(model, say)
+            write_component(model.unet(), folder / "unet", WEIGHTS_FILE, torch_dtype, on_status)
+        write_other_components(model, folder, torch_dtype, on_status)
+    report_ignored_tensors(model, on_status)
+
+
+def write_tiny_stable_diffusion_unet(
+    model: TinyStableDiffusionSource, folder: Path, dtype: torch.dtype | None, on_status: StatusCallback
+) -> None:
+    unet = model.read_packed_unet(dtype)
+    on_status(
+        f"unet: {len(unet.packed):,} layers at 2 and 8 bits as they are, {len(unet.other_tensors):,} other tensors"
+    )
+    write_packed_unet(folder, unet.config, unet.packed, unet.other_tensors, {"level": "origin"})
 
 
 def check_not_existing(out: Path) -> None:
@@ -60,52 +74,58 @@ def check_not_existing(out: Path) -> None:
         raise ModelError(f"{out}: exists; name a folder that does not")
 
 
-def report_ignored_tensors(model: CheckpointSource, say: StatusCallback) -> None:
+def report_ignored_tensors(model: CheckpointSource, on_status: StatusCallback) -> None:
     if model.report.ignored:
-        say(f"left out: {model.report}")
+        on_status(f"left out: {model.report}")
     for note in model.report.notes:
-        say(f"note: {note}")
+        on_status(f"note: {note}")
 
 
 def write_other_components(
-    model: CheckpointSource, folder: Path, wanted: torch.dtype | None, say: StatusCallback
+    model: CheckpointSource, folder: Path, dtype: torch.dtype | None, on_status: StatusCallback
 ) -> None:
-    """Everything but the UNet, which is there already. Raises ModelError where the parts do not go together."""
-    unet = read_json_object(folder / "unet" / "config.json")
-    vae, text = model.vae(), model.text_encoder()
-    check_components_fit(unet, vae, text)
-    parts = {} if has_encoder(vae) else {"vae": DECODER_ONLY_VAE}
-    write_component(vae, folder / "vae", WEIGHTS_FILE, wanted, say)
+    """Write everything but the UNet, which must be in `folder` already. Raises ModelError if they do not fit it."""
+    unet_config = read_json_object(folder / "unet" / "config.json")
+    vae, text_encoder = model.vae(), model.text_encoder()
+    check_components_fit(unet_config, vae, text_encoder)
+    index_entries = {} if has_encoder(vae) else {"vae": DECODER_ONLY_VAE}
+    write_component(vae, folder / "vae", WEIGHTS_FILE, dtype, on_status)
     del vae
-    # Under the old name older libraries find them, too; transformers 5 and we read both.
-    named = {f"text_model.{name}": value for name, value in text.tensors.items()}
-    # transformers 5 would load float16 as float16, while diffusers loads all else as float32, unless told otherwise.
-    config = {name: value for name, value in text.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
-    write_component(
-        SourceComponent(config, named, text.path), folder / "text_encoder", TEXT_ENCODER_WEIGHTS_FILE, wanted, say
-    )
+    text_encoder = prepare_text_encoder(text_encoder)
+    write_component(text_encoder, folder / "text_encoder", TEXT_ENCODER_WEIGHTS_FILE, dtype, on_status)
     model.write_scheduler_and_tokenizer(folder)
-    write_pipeline_index(folder, **parts)
+    write_pipeline_index(folder, **index_entries)
     read_folder_info(folder, digest="")
 
 
-def check_components_fit(unet: Mapping[str, Any], vae: SourceComponent, text: SourceComponent) -> None:
-    """Raise ModelError where the parts do not go together."""
-    check_width_matches_unet(vae.config, "latent_channels", unet, "in_channels", vae.path)
-    check_width_matches_unet(text.config, "hidden_size", unet, "cross_attention_dim", text.path)
+def prepare_text_encoder(component: SourceComponent) -> SourceComponent:
+    """Give a text encoder the names and the dtype entry with which all versions of the libraries load it alike.
+
+    Older versions of transformers need the prefix `text_model.`; version 5 and this program read both names.
+    Without the entry, transformers 5 would load float16 as float16, while diffusers loads the rest as float32.
+    """
+    tensors = {f"text_model.{name}": tensor for name, tensor in component.tensors.items()}
+    config = {name: value for name, value in component.config.items() if name != "torch_dtype"}
+    return SourceComponent(config | {"dtype": "float32"}, tensors, component.path)
+
+
+def check_components_fit(unet_config: Mapping[str, Any], vae: SourceComponent, text_encoder: SourceComponent) -> None:
+    """Raise ModelError if the widths of VAE or text encoder do not match the UNet's."""
+    check_width_matches_unet(vae.config, "latent_channels", unet_config, "in_channels", vae.path)
+    check_width_matches_unet(text_encoder.config, "hidden_size", unet_config, "cross_attention_dim", text_encoder.path)
 
 
 def write_component(
-    part: SourceComponent, folder: Path, file: str, wanted: torch.dtype | None, say: StatusCallback
+    component: SourceComponent, folder: Path, file: str, dtype: torch.dtype | None, on_status: StatusCallback
 ) -> None:
-    """Configuration and weights. Raises ModelError where a tensor is not finite."""
-    count = sum(tensor.numel() for tensor in part.tensors.values())
-    say(f"{folder.name}: {len(part.tensors):,} tensors, {count / 1e6:,.1f} M weights")
-    write_json(folder / "config.json", part.config)
-    dtypes = {name: choose_storage_dtype(tensor.dtype, wanted) for name, tensor in part.tensors.items()}
+    """Write a component's configuration and weights. Raises ModelError if a tensor is not finite."""
+    count = sum(tensor.numel() for tensor in component.tensors.values())
+    on_status(f"{folder.name}: {len(component.tensors):,} tensors, {count / 1e6:,.1f} M weights")
+    write_json(folder / "config.json", component.config)
+    dtypes = {name: choose_storage_dtype(tensor.dtype, dtype) for name, tensor in component.tensors.items()}
     write_safetensors(
         folder / file,
-        part.tensors,
+        component.tensors,
         dtypes,
-        lambda name: convert_for_storage(name, part.tensors[name], wanted, part.path),
+        lambda name: convert_for_storage(name, component.tensors[name], dtype, component.path),
     )

@@ -42,101 +42,121 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """A layer."""
+    """A packed layer and how far it is from its float weight."""
 
     weight: PackedWeight
     shape: tuple[int, ...]  # of the float weight
-    sqnr_db: float  # of the weights
+    sqnr_db: float  # signal to quantization noise ratio of the weight
 
 
 def quantize_unet(
-    part: SourceComponent, layouts: Mapping[str, Layout], on_layers: ProgressCallback = ignore_progress
+    unet: SourceComponent, layouts: Mapping[str, Layout], on_progress: ProgressCallback = ignore_progress
 ) -> dict[str, QuantizedLayer]:
-    """Each layer, from a UNet's float tensors."""
-    found: dict[str, QuantizedLayer] = {}
-    weights = {name: part.tensors[f"{name}.weight"].numel() for name in layouts}
-    for name in iterate_with_progress(layouts, weights, "packing", on_layers):
-        weight, layout = part.tensors[f"{name}.weight"], layouts[name]
+    """Quantize the layers of a UNet that `layouts` names, from their float weights alone."""
+    layers: dict[str, QuantizedLayer] = {}
+    weights = {name: unet.tensors[f"{name}.weight"].numel() for name in layouts}
+    for name in iterate_with_progress(layouts, weights, "packing", on_progress):
+        weight, layout = unet.tensors[f"{name}.weight"], layouts[name]
         matrix = to_matrix(weight)
         packed = quantize_matrix(matrix, layout.group_size_in(matrix.shape[1]), layout.bits)
-        found[name] = QuantizedLayer(
-            packed.convert_to(layout), tuple(weight.shape), measure_weight_sqnr_db(matrix, packed)
-        )
-        part.release()
-    return found
+        sqnr_db = measure_weight_sqnr_db(matrix, packed)
+        layers[name] = QuantizedLayer(packed.convert_to(layout), tuple(weight.shape), sqnr_db)
+        unet.release()
+    return layers
 
 
 def quantize_folder(source: Path, out: Path, preset: str = DEFAULT_PRESET) -> None:
-    """Write `out`, a packed copy of the float model folder `source` (diffusers' layout, `model_index.json` or not).
+    """Write `out`, a packed copy of a float model folder in diffusers' layout, with or without `model_index.json`.
 
-    Raises ModelError when a tensor is missing, unexpected or not finite, or when `out` exists.
+    Raises:
+        ModelError: a tensor is missing, unexpected or not finite, or `out` exists.
     """
     quantize_model(source, out, SourceOptions(), lambda _: None, SizeTarget(preset))
 
 
 def quantize_model(
-    source: Path, out: Path, options: SourceOptions, say: StatusCallback, size: SizeTarget = DEFAULT_SIZE, recipe: Recipe | None = None,
-    device: torch.device = CPU, on_layers: ProgressCallback = ignore_progress,
-) -> QuantizationResult:  # fmt: skip
-    """Write `out`, a packed folder of the float model `source`: its UNet packed, the other parts as float16.
+    source: Path,
+    out: Path,
+    options: SourceOptions,
+    on_status: StatusCallback,
+    size: SizeTarget = DEFAULT_SIZE,
+    recipe: Recipe | None = None,
+    device: torch.device = CPU,
+    on_progress: ProgressCallback = ignore_progress,
+) -> QuantizationResult:
+    """Write `out`, a folder with the UNet of `source` packed and its other components as float16.
 
-    A layer's floats are in memory at a time. A `recipe` changes nothing of that: its held-out prompts are drawn by the
-    float model on `device`, to measure with. `say` is told what is being done, `on_layers` how far packing is.
-    Raises ModelError as `folder.convert_model` does, and UsageError for a size that cannot be met.
+    Only one layer's floats are in memory at a time.
+
+    Args:
+        source: checkpoint file or model folder with floats.
+        out: the folder to write; must not exist.
+        options: how to read the source.
+        on_status: receives lines about what is being done.
+        size: preset or maximum size of the UNet's file.
+        recipe: generate its held-out prompts with the float model, to evaluate the result. The weights do not change.
+        device: where the float model generates.
+        on_progress: receives how many layers are packed.
+
+    Raises:
+        ModelError: as `convert.convert_model` does.
+        UsageError: the size cannot be met, or memory does not suffice.
     """
-    started = time.monotonic()
+    started_at = time.monotonic()
     check_not_existing(out)
     model = open_source(source, options)
-    part = model.unet()
-    unet = check_unet_tensors(part)
+    component = model.unet()
+    unet = check_unet_tensors(component)
     if size.max_bytes is not None:
         check_target_size(unet, size.max_bytes)
     check_available_resources(estimate_data_free_resources(unet, model, size), out, CPU)
     if recipe is not None:
-        check_available_resources(estimate_generation_resources(part, recipe), out, device)
+        check_available_resources(estimate_generation_resources(component, recipe), out, device)
         return_freed_memory_to_os(unet, size, device)
     held_out = None
     with storage_errors(out), create_folder_atomically(out) as folder:
-        layers = pack_unet(part, unet, folder / "unet", size, say, on_layers)
-        write_other_components(model, folder, torch.float16, say)
+        sqnr_db = pack_unet(component, unet, folder / "unet", size, on_status, on_progress)
+        write_other_components(model, folder, torch.float16, on_status)
         if recipe is not None:
-            say(f"drawing {len(recipe.held_out):,} held-out prompts in {recipe.steps} steps by the float model")
-            held_out = generate_held_out_trajectories(
-                SegmentedUNet(part.config, part.tensors, device, part.release), folder, recipe
+            on_status(
+                f"generating {len(recipe.held_out):,} held-out prompts in {recipe.steps} steps with the float model"
             )
-    report_ignored_tensors(model, say)
-    return QuantizationResult(layers, held_out, time.monotonic() - started)
+            float_unet = SegmentedUNet(component.config, component.tensors, device, component.release)
+            held_out = generate_held_out_trajectories(float_unet, folder, recipe)
+    report_ignored_tensors(model, on_status)
+    return QuantizationResult(sqnr_db, held_out, time.monotonic() - started_at)
 
 
 def pack_unet(
-    part: SourceComponent,
+    component: SourceComponent,
     unet: nn.Module,
     folder: Path,
     size: SizeTarget,
-    say: StatusCallback,
-    on_layers: ProgressCallback = ignore_progress,
+    on_status: StatusCallback,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> dict[str, float]:
-    """Write the UNet; the SQNR in dB of each packed layer's weights is returned."""
-    check_finite(part)
+    """Write the packed UNet, and return the SQNR in dB of each packed layer's weight."""
+    check_finite(component)
     if size.max_bytes is None:
         layouts = get_preset_layouts(unet, size.preset)
     else:
-        say("unet: measuring what more bits gain each layer")
-        layouts = allocate_bits(unet, part.tensors, size.max_bytes, on_layers=on_layers)
-    say(f"unet: packing, {size}: {describe_size(unet, layouts)}")
-    packed = quantize_unet(part, layouts, on_layers)
-    others = {
-        name: convert_for_storage(name, value, torch.float16, part.path)
-        for name, value in part.tensors.items()
-        if name.removesuffix(".weight") not in packed
+        on_status("unet: measuring what each layer gains from more bits")
+        layouts = allocate_bits(unet, component.tensors, size.max_bytes, on_progress=on_progress)
+    on_status(f"unet: packing, {size}: {describe_size(unet, layouts)}")
+    layers = quantize_unet(component, layouts, on_progress)
+    other_tensors = {
+        name: convert_for_storage(name, tensor, torch.float16, component.path)
+        for name, tensor in component.tensors.items()
+        if name.removesuffix(".weight") not in layers
     }
-    stored = {name: (one.weight, one.shape) for name, one in packed.items()}
-    write_packed_unet(folder, part.config, stored, others, {"level": "fast", **size.to_config()})
-    return {name: one.sqnr_db for name, one in packed.items()}
+    packed = {name: (layer.weight, layer.shape) for name, layer in layers.items()}
+    write_packed_unet(folder, component.config, packed, other_tensors, {"level": "fast", **size.to_config()})
+    return {name: layer.sqnr_db for name, layer in layers.items()}
 
 
-def check_finite(part: SourceComponent) -> None:
-    for name, tensor in part.tensors.items():
+def check_finite(component: SourceComponent) -> None:
+    """Raise ModelError naming the first tensor that is not finite."""
+    for name, tensor in component.tensors.items():
         if not tensor.isfinite().all():
-            raise ModelError(f"{part.path}: tensor {name} is not finite")
-        part.release()
+            raise ModelError(f"{component.path}: tensor {name} is not finite")
+        component.release()

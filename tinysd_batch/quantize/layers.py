@@ -1,4 +1,4 @@
-"""Layers that can be quantized."""
+"""The layers that can be quantized: linear and convolution layers."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ LinearOrConv = nn.Linear | nn.Conv2d
 
 
 def get_layer(unet: nn.Module, name: str) -> LinearOrConv:
-    """A linear or convolution layer by its name."""
+    """Return the linear or convolution layer called `name`."""
     layer = unet.get_submodule(name)
     assert isinstance(layer, nn.Linear | nn.Conv2d), (name, type(layer))
     return layer

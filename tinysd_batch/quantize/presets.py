@@ -1,4 +1,4 @@
-"""How many bits each layer gets: presets by sort of layer, and the size of the file that comes of it."""
+"""Presets: how many bits each layer gets, by its type, and how large the UNet's file becomes."""
 
 import copy
 import re
@@ -14,9 +14,10 @@ from tinysd_batch.model.packed.format import Layout, choose_group_size, to_matri
 from tinysd_batch.model.packed.layers import swap_packed_layers
 from tinysd_batch.quantize.layers import get_layer
 
-# First and last layer touch the latents themselves, the time embedding steers every block: few weights, much harm.
+# Layers that stay float16: the first and the last one work on the latents themselves, and the time embedding affects
+# every block. They have few weights, and quantizing them costs much quality.
 UNPACKED_PREFIXES = ("conv_in", "conv_out", "time_embedding.")
-# Sorts of layers by a part of the name; the first that fits decides.
+# Layer types by a part of the name; the first match decides. The types are stored in reports.
 LAYER_TYPES = (
     ("time_emb", "time projections"), ("conv_in", "first and last"), ("conv_out", "first and last"),
     ("conv_shortcut", "shortcuts"), (".resnets.", "resnet convolutions"), ("samplers.", "resampling"),
@@ -27,13 +28,13 @@ LAYER_TYPES = (
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Bits of a UNet's layers: 2, unless their sort or their place gets more."""
+    """How many bits a UNet's layers get: 2, unless their type or their block level gets more."""
 
     bits_by_layer_type: dict[str, int]
-    outer_levels: int  # levels, from the largest maps on, whose layers get OUTER_LEVEL_BITS at least
+    outer_levels: int  # so many levels, from the largest feature maps on, get at least OUTER_LEVEL_BITS
 
     def bits(self, name: str, levels: int) -> int:
-        """Of a layer in a UNet of so many levels."""
+        """Return the bits of a layer in a UNet with this number of block levels."""
         return max(
             self.bits_by_layer_type.get(get_layer_type(name), MIN_BITS),
             OUTER_LEVEL_BITS if get_block_level(name, levels) < self.outer_levels else 0,
@@ -41,8 +42,9 @@ class Preset:
 
 
 MIN_BITS, OUTER_LEVEL_BITS = 2, 4
-# Time and text projections steer all that is drawn, and work once a schedule and once a prompt. What else gets more is
-# where that paid most for its bytes on the embedded model (`python -m benchmarks.quantize.layer_sensitivity`).
+# Time and text projections affect the whole image, and run only once per schedule and once per prompt. The other layer
+# types with more bits are those that gained most per byte on the embedded model
+# (`python -m benchmarks.quantize.layer_sensitivity`).
 PROJECTION_BITS = {"time projections": 8, "text keys and values": 8}
 QUALITY_BITS = {"resampling": 4, "block projections": 4, "attention": 4, "feed-forward": 4}
 PRESETS = {
@@ -55,7 +57,7 @@ DEFAULT_PRESET, SMALLEST_PRESET = "default", "tiny"
 
 @dataclass(frozen=True, slots=True)
 class SizeTarget:
-    """What is asked of the UNet's file: a preset, or at most so many bytes."""
+    """The requested size of the UNet's file: that of a preset, or at most `max_bytes`."""
 
     preset: str = DEFAULT_PRESET
     max_bytes: int | None = None
@@ -64,25 +66,23 @@ class SizeTarget:
         return f"preset {self.preset}" if self.max_bytes is None else f"at most {self.max_bytes / 1e6:,.1f} MB"
 
     def to_config(self) -> dict[str, Any]:
-        """What `config.json` keeps of it."""
-        return (
-            {"preset": self.preset}
-            if self.max_bytes is None
-            else {"preset": SMALLEST_PRESET, "target_size": self.max_bytes}
-        )
+        """Return the entries of `quantization_config` that record it."""
+        if self.max_bytes is None:
+            return {"preset": self.preset}
+        return {"preset": SMALLEST_PRESET, "target_size": self.max_bytes}
 
 
 def get_layer_type(name: str) -> str:
-    """A layer's sort."""
-    return next((sort for part, sort in LAYER_TYPES if part in name), "others")
+    """Return the layer type that the name of a layer says."""
+    return next((layer_type for part, layer_type in LAYER_TYPES if part in name), "others")
 
 
 def get_block_level(name: str, levels: int) -> int:
-    """The level of a layer's block: 0 where maps are largest, the last in the middle."""
-    found = re.match(r"(down|up)_blocks\.(\d+)\.", name)
-    if found is None:
+    """Return the level of a layer's block: 0 where feature maps are largest, `levels - 1` in the middle block."""
+    match = re.match(r"(down|up)_blocks\.(\d+)\.", name)
+    if match is None:
         return levels - 1
-    return int(found[2]) if found[1] == "down" else levels - 1 - int(found[2])
+    return int(match[2]) if match[1] == "down" else levels - 1 - int(match[2])
 
 
 def count_block_levels(unet: nn.Module) -> int:
@@ -90,28 +90,35 @@ def count_block_levels(unet: nn.Module) -> int:
 
 
 def get_preset_layouts(unet: nn.Module, preset: str) -> dict[str, Layout]:
-    """The linear and convolution layers that a preset packs, and how each is stored."""
-    chosen, levels = {}, count_block_levels(unet)
+    """Return the layout of each linear and convolution layer that a preset packs."""
+    layouts, levels = {}, count_block_levels(unet)
     for name, layer in unet.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith(UNPACKED_PREFIXES):
-            size = choose_group_size(to_matrix(layer.weight).shape[1])
-            if size is not None:
-                chosen[name] = Layout(PRESETS[preset].bits(name, levels), size)
-    return chosen
+            group_size = choose_group_size(to_matrix(layer.weight).shape[1])
+            if group_size is not None:
+                layouts[name] = Layout(PRESETS[preset].bits(name, levels), group_size)
+    return layouts
 
 
 def compute_unet_bytes(unet: nn.Module, layouts: Mapping[str, Layout]) -> int:
-    """The size of the file that holds an empty UNet so packed, all else as float16."""
+    """Compute the size of the UNet's file with these layouts; all other tensors are float16.
+
+    The UNet may be on the meta device.
+    """
     packed = copy.deepcopy(unet)
     swap_packed_layers(packed, layouts)
     tensors = packed.state_dict()
-    return compute_file_bytes({name: one.half() if one.is_floating_point() else one for name, one in tensors.items()})
+    return compute_file_bytes(
+        {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    )
 
 
 def describe_size(unet: nn.Module, layouts: Mapping[str, Layout]) -> str:
-    """Weights at each number of bits, and the size of the file."""
-    weights: Counter[int] = Counter()
+    """Say how many weights get each number of bits, and how large the file becomes."""
+    weights_by_bits: Counter[int] = Counter()
     for name, layout in layouts.items():
-        weights[layout.bits] += get_layer(unet, name).weight.numel()
-    shares = ", ".join(f"{count / 1e6:,.1f} M weights at {bits} bits" for bits, count in sorted(weights.items()))
+        weights_by_bits[layout.bits] += get_layer(unet, name).weight.numel()
+    shares = ", ".join(
+        f"{count / 1e6:,.1f} M weights at {bits} bits" for bits, count in sorted(weights_by_bits.items())
+    )
     return f"{shares}: a file of {compute_unet_bytes(unet, layouts) / 1e6:,.1f} MB"

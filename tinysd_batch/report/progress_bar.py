@@ -64,7 +64,7 @@ class RunProgressBar:
         """Print a line above the bar."""
         print_line(self.bar.console, line)
 
-    def started(self, total: int, finished: int, invalid: InvalidRows) -> None:
+    def report_start(self, total: int, finished: int, invalid: InvalidRows) -> None:
         self.reading.stop()
         self.total, self.done = total, finished
         if self.on_start is not None:
@@ -82,7 +82,7 @@ class RunProgressBar:
         if finished < total:
             self.bar.update(self.task, description="loading the model", total=total, completed=finished)
 
-    def worker(self, event: WorkerReady | WorkerLost) -> None:
+    def report_worker(self, event: WorkerReady | WorkerLost) -> None:
         if isinstance(event, WorkerReady):
             self.print_line(f"Worker {event.worker}: ready on {event.description['device_name']}")
             self.bar.update(self.task, description="generating" if self.is_wide else "")
@@ -91,7 +91,7 @@ class RunProgressBar:
             reason = to_one_line(event.reason, 250)
             self.print_line(f"Worker {event.worker}: lost ({reason}){restart}; its images go to another worker")
 
-    def image(self, request: ImageRequest, result: ImageResult) -> None:
+    def report_image(self, request: ImageRequest, result: ImageResult) -> None:
         self.done += 1
         now = self.last_image_at = time.monotonic()
         self.first_image_at = self.first_image_at or now
@@ -124,7 +124,7 @@ class RunProgressBar:
     def note(self, line: str) -> None:
         self.print_line(line)
 
-    def durable(self) -> None:
+    def report_flush(self) -> None:
         """Do nothing: the bar counts images that are on disk."""
 
 

@@ -16,7 +16,7 @@ from tinysd_batch.job.results.compare import FileDifferences, find_differences
 from tinysd_batch.job.results.rows import parse_invalid_reason
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job import STATE_FOLDER
-from tinysd_batch.job.state.open_job import read_job_json
+from tinysd_batch.job.state.job_json import read_job_json
 from tinysd_batch.records import Status
 from tinysd_batch.report.formatting import format_count, format_row_label, print_line, to_one_line
 from tinysd_batch.storage.atomic import read_file

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: write beside, sync, then publish under the final name."""
+"""Write files so that a reader sees a whole file or none: write a temporary file, sync it, then rename or link it."""
 
 import contextlib
 import errno
@@ -26,30 +26,30 @@ from tinysd_batch.storage.filesystem import is_transient as is_transient
 from tinysd_batch.storage.filesystem import storage_errors as storage_errors
 
 TEMPORARY_PREFIX = ".tmp-"
-MAX_FILE_BYTES = 100_000_000  # a larger picture is not one of ours
+MAX_FILE_BYTES = 100_000_000  # a larger image file was not written by this program
 
 
 def check_regular_file(path: Path) -> None:
-    """Raises OSError for what is no file: a folder, or a pipe or device, whose reading may never end."""
+    """Raise OSError for a folder, and for a pipe or device, where reading may never end."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
-def read_file(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """What a file holds that anybody may have put there. Raises OSError, also for more than `most_bytes`."""
+def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Read an untrusted file. Raises OSError, also if it is larger than `max_bytes`."""
     check_regular_file(path)
     with path.open("rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
-        raise OSError(errno.EFBIG, f"Over {most_bytes:,} bytes", str(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"Over {max_bytes:,} bytes", str(path))
     return data
 
 
 @contextlib.contextmanager
 def synced_temporary(data: bytes, folder: Path) -> Iterator[Path]:
-    """A file in `folder` that holds `data` on disk; gone afterwards, whatever happens."""
+    """Write `data` to a temporary file in `folder` and sync it; remove the file at the end if it still exists."""
     temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
@@ -64,9 +64,10 @@ def synced_temporary(data: bytes, folder: Path) -> Iterator[Path]:
 
 @retry_transient_errors
 def sync_existing_file(path: Path) -> None:
-    """Make a file durable that was found rather than written: whoever wrote it may have died before syncing its folder.
+    """Make a file durable that another process wrote: that process may have died before it synced the folder.
 
-    Raises StorageError.
+    Raises:
+        StorageError: The file or its folder could not be synced.
     """
     with storage_errors(path):
         sync_path(path)
@@ -75,7 +76,7 @@ def sync_existing_file(path: Path) -> None:
 
 @retry_transient_errors
 def write_atomically(data: bytes, path: Path) -> None:
-    """Put `data` at `path`, replacing what is there. Readers see the old file or the new one, never a part."""
+    """Write `data` to `path`, replacing an existing file. Readers see the old or the new content, never a mixture."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with synced_temporary(data, path.parent) as temporary:
@@ -85,11 +86,19 @@ def write_atomically(data: bytes, path: Path) -> None:
 
 @retry_transient_errors
 def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> bytes:
-    """Put `data` at `path` unless the same thing is there already; return what the file holds now.
+    """Write `data` to `path` unless the same image is already there.
 
-    `is_same` tells from a file's bytes whether it is the image we wanted to write. The first writer wins: a late one
-    adopts its file, so a file whose hash is in the results table never changes. `scratch` is a folder on the same file
-    system, for the file while it is being written.
+    The first writer wins and a late writer keeps the existing file, so a file whose hash is in the results table never
+    changes.
+
+    Args:
+        data: Content of the new file.
+        path: Final path.
+        scratch: Folder on the same file system, for the file while it is being written.
+        is_same: Gets the bytes of an existing file and returns whether they are the image to be written.
+
+    Returns:
+        The content of the file at `path`: `data`, or that of the existing file.
     """
     with storage_errors(path):
         make_image_folder(path.parent)
@@ -106,22 +115,23 @@ def publish(data: bytes, path: Path, scratch: Path, is_same: Callable[[bytes], b
 
 
 def make_image_folder(folder: Path) -> None:
-    """Make a folder for images and those around it, durably where these can be read."""
+    """Create a folder for images and its missing parents, and sync each parent that may be opened."""
     if folder.is_symlink():
         raise StorageError(f"{folder}: is a symbolic link; images are not written through links")
     if folder.is_dir():
         return
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for each in reversed(new):
+    for path in reversed(created):
         with contextlib.suppress(PermissionError):
-            sync_path(each.parent)
+            sync_path(path.parent)
 
 
 def link_or_copy(source: Path, path: Path, scratch: Path, is_same: Callable[[bytes], bool]) -> None:
-    """Make `path` the same file as `source`, or a copy where file systems do not allow that.
+    """Make `path` a hard link to `source`, or a copy if the file system does not allow that or `path` exists.
 
-    The folder is not synced: the caller does that once for many. `is_same` is `publish`'s, for what is there already.
+    The folder of a new link is not synced: the caller syncs it once for many files. `scratch` and `is_same` are those
+    of `publish`, which writes the copy.
     """
     with storage_errors(path):
         make_image_folder(path.parent)
@@ -132,7 +142,7 @@ def link_or_copy(source: Path, path: Path, scratch: Path, is_same: Callable[[byt
 
 
 def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Callable[[bytes], bool]) -> bytes:
-    """Publish where something may be in the way, or where there are no hard links; one writer at a time."""
+    """Publish where `path` exists or hard links do not work. A lock on the folder admits one writer at a time."""
     if path.is_dir() and not path.is_symlink():
         raise OccupiedPathError(
             f"{path}: a folder is in the image's place; move it away, then submit with --retry-failed"
@@ -141,33 +151,33 @@ def replace_unless_same(data: bytes, temporary: Path, path: Path, is_same: Calla
     try:
         if not try_flock(folder, path.parent, fcntl.LOCK_EX):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path.parent))
-        there = b""
+        existing = b""
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_FILE_BYTES:
-            there = path.read_bytes()
-        if is_same(there):
+            existing = path.read_bytes()
+        if is_same(existing):
             sync_path(path)
         else:
-            there = data
+            existing = data
             move_temporary(temporary, path, data)
         sync_handle(folder)
-        return there
+        return existing
     finally:
         os.close(folder)
 
 
 def move_temporary(temporary: Path, path: Path, data: bytes) -> None:
-    """Rename a temporary file, or write it beside `path` where its folder is on another file system."""
+    """Rename a temporary file, or write another one next to `path` if `temporary` is on another file system."""
     try:
         temporary.replace(path)
     except OSError as error:
         if error.errno not in NO_RENAME_ERRNOS:
             raise
-        with synced_temporary(data, path.parent) as beside:
-            beside.replace(path)
+        with synced_temporary(data, path.parent) as sibling:
+            sibling.replace(path)
 
 
 def remove_temporaries(*folders: Path) -> None:
-    """Remove what killed writers left in these folders. Only the driver that holds the job's lock may do this."""
+    """Remove temporary files that killed writers left in these folders. The caller must hold the job's lock."""
     for folder in folders:
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
             leftover.unlink(missing_ok=True)
@@ -175,9 +185,9 @@ def remove_temporaries(*folders: Path) -> None:
 
 @contextlib.contextmanager
 def create_folder_atomically(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` at the end; after an error nothing of it is left. `path` must not exist.
+    """Yield a temporary folder that is renamed to `path` at the end, or removed after an error.
 
-    What a killed process left of the same `path` is removed first.
+    `path` must not exist. Temporary folders that killed processes left for the same `path` are removed first.
     """
     parent, prefix = path.absolute().parent, f"{TEMPORARY_PREFIX}{path.name}-"
     parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +197,7 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     handle = os.open(temporary, os.O_RDONLY)
     try:
-        with contextlib.suppress(NoLocksError):  # then `remove_abandoned` removes nothing either
+        with contextlib.suppress(NoLocksError):  # `remove_if_abandoned` removes nothing there, either
             try_lock(handle, parent)
         yield temporary
         for file in temporary.rglob("*"):
@@ -200,7 +210,7 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
 
 
 def remove_if_abandoned(folder: Path) -> None:
-    """Remove a folder, unless a process that lives holds its lock, or the file system has no locks."""
+    """Remove a folder unless a running process holds its lock or the file system has no locks."""
     with contextlib.suppress(OSError, StorageError):
         handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         try:

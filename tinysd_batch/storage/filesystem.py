@@ -1,8 +1,8 @@
-"""What a file system may be unable to do, how that looks, and what is done then.
+"""Detect and work around operations that a file system does not support.
 
-Locks, syncing a folder and hard links exist on every local Linux file system. Network, FUSE and FAT file systems lack
-some of them, and each reports that with an errno of its own. `storage` works without hard links and without folder
-sync. It does not work without locks, since two runs could then write into one job.
+Every local Linux file system supports file locks, fsync on a folder, and hard links. Network, FUSE and FAT file systems
+lack some of these, and each reports it with a different errno. `storage` works without hard links and without folder
+fsync. It does not work without locks, because two runs could then write to the same job.
 """
 
 import contextlib
@@ -20,22 +20,13 @@ from typing import ParamSpec, TypeVar
 from tinysd_batch.errors import StorageError
 
 UNSUPPORTED_ERRNOS = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-NO_LOCKS_ERRNOS = UNSUPPORTED_ERRNOS | {
-    errno.ENOLCK,
-    errno.EBADF,
-    errno.EPERM,
-}  # ENOLCK: NFS without lockd; ENOSYS: Lustre, noflock
+# ENOLCK: NFS without lockd; ENOSYS: Lustre mounted with noflock
+NO_LOCKS_ERRNOS = UNSUPPORTED_ERRNOS | {errno.ENOLCK, errno.EBADF, errno.EPERM}
 NO_FOLDER_SYNC_ERRNOS = UNSUPPORTED_ERRNOS | {errno.EBADF}  # EINVAL: CIFS, sshfs, 9p
-NO_LINKS_ERRNOS = UNSUPPORTED_ERRNOS | {
-    errno.EPERM,
-    errno.EACCES,
-    errno.EXDEV,
-    errno.EMLINK,
-}  # EPERM: FAT; EXDEV: mergerfs, OpenAFS
+# EPERM: FAT; EXDEV: mergerfs, OpenAFS
+NO_LINKS_ERRNOS = UNSUPPORTED_ERRNOS | {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}
 NO_RENAME_ERRNOS = frozenset({errno.EXDEV})  # mergerfs, or another file system mounted inside the job folder
-WRITE_ATTEMPTS = (
-    6  # at a write that fails by what may pass, with 0.5, 1, 2, 4 and 8 seconds between, give or take a half
-)
+WRITE_ATTEMPTS = 6  # with 0.5, 1, 2, 4 and 8 s between them, each varied at random by up to half
 TRANSIENT_ERRNOS = {
     errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT,
@@ -47,7 +38,7 @@ R = TypeVar("R")
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only, forbidden, broken or vanished disk into a StorageError that names the path."""
+    """Turn any OSError (disk full, read-only, permission denied, ...) into a StorageError that names the path."""
     try:
         yield
     except OSError as error:
@@ -56,25 +47,25 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a StorageError's cause may pass by itself: a network file system that is away for a while, say."""
+    """Whether the cause of a StorageError may go away by itself, such as a network file system that is unreachable."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in TRANSIENT_ERRNOS
 
 
 def retry_transient_errors(write: Callable[P, R]) -> Callable[P, R]:
-    """Have a write that can be repeated wait and try again, before it raises what may be transient."""
+    """Decorate a repeatable write so that it waits and tries again after a transient StorageError."""
 
     @functools.wraps(write)
-    def tried(*args: P.args, **kwargs: P.kwargs) -> R:
+    def write_with_retries(*args: P.args, **kwargs: P.kwargs) -> R:
         for attempt in range(WRITE_ATTEMPTS - 1):
             try:
                 return write(*args, **kwargs)
             except StorageError as error:
                 if not is_transient(error):
                     raise
-            time.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+            time.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311 - not used for security
         return write(*args, **kwargs)
 
-    return tried
+    return write_with_retries
 
 
 class NoLocksError(StorageError):
@@ -82,7 +73,7 @@ class NoLocksError(StorageError):
 
 
 def try_flock(handle: int, folder: Path, operation: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
-    """Lock an open file or folder; False where another process holds it.
+    """Lock an open file or folder; return False if another process holds the lock.
 
     Raises:
         NoLocksError: The file system of `folder` has no locks.
@@ -103,9 +94,12 @@ def try_flock(handle: int, folder: Path, operation: int = fcntl.LOCK_EX | fcntl.
 
 
 def sync_handle(handle: int) -> None:
-    """Make an open file or folder durable. A folder's sync is skipped where the file system has none, a file's never.
+    """Make an open file or folder durable.
 
-    Raises OSError.
+    A folder is skipped if the file system cannot sync folders. A file is never skipped.
+
+    Raises:
+        OSError: The file or folder could not be synced.
     """
     try:
         os.fsync(handle)
@@ -115,7 +109,7 @@ def sync_handle(handle: int) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut. Raises OSError."""
+    """Make the content of a file, or the names in a folder, survive a power failure. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         sync_handle(handle)
@@ -124,6 +118,6 @@ def sync_path(path: Path) -> None:
 
 
 def try_lock(handle: int, folder: Path) -> bool:
-    """Lock an open file or folder, unless another process has locked it. Raises StorageError."""
+    """Do what `try_flock` does without waiting, and raise StorageError instead of OSError."""
     with storage_errors(folder):
         return try_flock(handle, folder)

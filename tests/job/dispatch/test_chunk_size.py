@@ -1,4 +1,4 @@
-"""The scheduler alone, on simulated fleets."""
+"""Chunk sizes alone, on simulated workers."""
 
 import heapq
 import random
@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.planning import PARAMS, images_of, row
 from tinysd_batch.job.dispatch.chunk_size import (
     TARGET_CHUNK_S,
     WorkerLoad,
@@ -18,114 +17,100 @@ from tinysd_batch.job.dispatch.chunk_size import (
     choose_chunk_cost,
     estimate_finish_s,
 )
-from tinysd_batch.job.plan.cost import estimate_batch_cost
-from tinysd_batch.records import MicroBatch
 
-UNEQUAL = (1.0, 0.5, 0.25, 0.1)
+UNEQUAL_SPEEDS = (1.0, 0.5, 0.25, 0.1)
 
 
-def makespan(speeds: Sequence[float], images: int, seed: int, unit: int = 1) -> float:
-    """Seconds until all images are made, by workers of these speeds in images/s.
+def simulate_makespan_s(speeds: Sequence[float], images: int, seed: int, unit: int = 1) -> float:
+    """Return the seconds until workers of these speeds (images per second) have generated all images.
 
-    Each image takes 15 % more or less, each call 50 ms; the scheduler knows speeds only as it measures them.
+    The duration of an image varies by 15 %, each call adds 50 ms, and speeds are known only as they are measured.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     measured = [WorkerSpeed() for _ in speeds]
     free_at = [0.0] * len(speeds)
     idle = set(range(len(speeds)))
-    events: list[tuple[float, int, int, float]] = []  # when, who, images done then, seconds they took
-    left, now = images, 0.0
-    while left or events:
+    events: list[tuple[float, int, int, float]] = []  # time, worker, images done by then, their duration
+    remaining, now = images, 0.0
+    while remaining or events:
         for worker in sorted(idle):
             others = [
                 WorkerLoad(measured[other].cost_per_s, max(0.0, free_at[other] - now))
                 for other in range(len(speeds))
                 if other != worker
             ]
-            chunk = min(left, round(choose_chunk_cost(WorkerLoad(measured[worker].cost_per_s), others, left, unit)))
+            load = WorkerLoad(measured[worker].cost_per_s)
+            chunk = min(remaining, round(choose_chunk_cost(load, others, remaining, unit)))
             if chunk:
-                took = 0.05 + sum(chance.uniform(0.85, 1.15) / speeds[worker] for _ in range(chunk))
-                heapq.heappush(events, (now + took, worker, chunk, took))
+                duration_s = 0.05 + sum(rng.uniform(0.85, 1.15) / speeds[worker] for _ in range(chunk))
+                heapq.heappush(events, (now + duration_s, worker, chunk, duration_s))
                 free_at[worker] = now + chunk / (measured[worker].cost_per_s or speeds[worker])
                 idle.discard(worker)
-                left -= chunk
-        now, worker, chunk, took = heapq.heappop(events)
-        measured[worker].add_measurement(chunk, took)
+                remaining -= chunk
+        now, worker, chunk, duration_s = heapq.heappop(events)
+        measured[worker].add_measurement(chunk, duration_s)
         idle.add(worker)
     return now
 
 
-@pytest.mark.parametrize(("images", "most"), [(40, 1.1), (400, 1.02)])
-def test_cards_end_together(images: int, most: float) -> None:
-    """Makespan against all cards busy to the last moment; of unequal cards at worst, of equal ones in the median."""
+@pytest.mark.parametrize(("images", "max_ratio"), [(40, 1.1), (400, 1.02)])
+def test_workers_finish_together(images: int, max_ratio: float) -> None:
+    """Compare the makespan with perfect utilization: the worst case of unequal speeds, the median of equal ones."""
 
     def ratios(speeds: Sequence[float]) -> list[float]:
-        return [makespan(speeds, images, seed) * sum(speeds) / images for seed in range(50)]
+        return [simulate_makespan_s(speeds, images, seed) * sum(speeds) / images for seed in range(50)]
 
-    assert max(ratios(UNEQUAL)) <= most
-    assert statistics.median(ratios((1.0, 1.0, 1.0, 1.0))) <= most
+    assert max(ratios(UNEQUAL_SPEEDS)) <= max_ratio
+    assert statistics.median(ratios((1.0, 1.0, 1.0, 1.0))) <= max_ratio
 
 
-def test_a_card_too_slow_to_help_at_the_end_is_left_out() -> None:
+def test_a_worker_too_slow_to_help_at_the_end_gets_nothing() -> None:
     fast, slow = WorkerLoad(1.0), WorkerLoad(0.05)
-    assert choose_chunk_cost(slow, [fast], left=10, unit=1) == 0
-    assert choose_chunk_cost(fast, [slow], left=10, unit=1) >= 1
-    assert choose_chunk_cost(slow, [fast], left=100, unit=1) >= 1
-    assert choose_chunk_cost(slow, [replace(fast, busy_s=60)], left=2, unit=1) >= 1
+    assert choose_chunk_cost(slow, [fast], remaining=10, unit=1) == 0
+    assert choose_chunk_cost(fast, [slow], remaining=10, unit=1) >= 1
+    assert choose_chunk_cost(slow, [fast], remaining=100, unit=1) >= 1
+    assert choose_chunk_cost(slow, [replace(fast, busy_s=60)], remaining=2, unit=1) >= 1
 
 
-def test_chunks_are_some_fifteen_seconds_for_the_worker_that_asks() -> None:
+def test_chunks_take_the_worker_about_fifteen_seconds() -> None:
     for speed in (0.5, 2.0, 20.0):
         others = [WorkerLoad(1.0)] * 3
-        assert choose_chunk_cost(WorkerLoad(speed), others, left=1e6, unit=1) == max(1, int(TARGET_CHUNK_S * speed))
-    assert choose_chunk_cost(WorkerLoad(None), [WorkerLoad(20.0)], left=1e6, unit=4) == 4
+        cost = choose_chunk_cost(WorkerLoad(speed), others, remaining=1e6, unit=1)
+        assert cost == max(1, int(TARGET_CHUNK_S * speed))
+    assert choose_chunk_cost(WorkerLoad(None), [WorkerLoad(20.0)], remaining=1e6, unit=4) == 4
 
 
-FLEET = st.lists(
+LOADS = st.lists(
     st.builds(WorkerLoad, st.one_of(st.none(), st.floats(0.01, 100)), st.floats(0, 60)), min_size=1, max_size=6
 )
 
 
-@given(FLEET, st.integers(1, 1000), st.sampled_from([1.0, 3.5]))
-def test_somebody_always_gets_what_is_left(fleet: list[WorkerLoad], units: int, unit: float) -> None:
-    """With all idle nobody waits for nobody: at least one is given work."""
-    idle = [replace(worker, busy_s=0.0) for worker in fleet]
-    given = [
+@given(LOADS, st.integers(1, 1000), st.sampled_from([1.0, 3.5]))
+def test_of_idle_workers_at_least_one_gets_work(workers: list[WorkerLoad], units: int, unit: float) -> None:
+    idle = [replace(worker, busy_s=0.0) for worker in workers]
+    costs = [
         choose_chunk_cost(worker, idle[:number] + idle[number + 1 :], units * unit, unit)
         for number, worker in enumerate(idle)
     ]
-    assert any(work >= unit for work in given)
-    assert all(work == 0 or work >= unit for work in given)
+    assert any(cost >= unit for cost in costs)
+    assert all(cost == 0 or cost >= unit for cost in costs)
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0, 60)), min_size=1, max_size=6), st.integers(1, 1000))
-def test_by_then_all_is_done_and_not_much_before(fleet: list[tuple[float, float]], units: int) -> None:
-    end = estimate_finish_s(fleet, units, 1.0)
+def test_the_estimated_finish_is_when_all_units_are_done(workers: list[tuple[float, float]], units: int) -> None:
+    finish_s = estimate_finish_s(workers, units, 1.0)
 
-    def done(seconds: float) -> int:
-        return sum(int(max(0.0, seconds - busy) * speed + 1e-6) for speed, busy in fleet)
+    def count_units_done(seconds: float) -> int:
+        return sum(int(max(0.0, seconds - busy_s) * speed + 1e-6) for speed, busy_s in workers)
 
-    assert done(end * 1.001) >= units
-    assert done(end * 0.998 - 1e-3) < units
+    assert count_units_done(finish_s * 1.001) >= units
+    assert count_units_done(finish_s * 0.998 - 1e-3) < units
 
 
-def test_speed_follows_what_is_measured() -> None:
+def test_speed_converges_to_the_measurements() -> None:
     speed = WorkerSpeed()
     speed.add_measurement(10, 5)
     assert speed.cost_per_s == 2
     for _ in range(30):
         speed.add_measurement(10, 10)
     assert speed.cost_per_s == pytest.approx(1, rel=1e-3)
-
-
-def test_work_counts_pixels_steps_guidance_and_second_looks() -> None:
-    (image,) = images_of([row(1, 7, 1, 1)])
-
-    def work(**params: object) -> float:
-        return estimate_batch_cost(MicroBatch((replace(image, params=replace(PARAMS, **params)),), frozenset({1})))  # type: ignore[arg-type]
-
-    assert work(width=1024) == 2 * work()
-    assert work(steps=100) / work() == pytest.approx(2, rel=0.05)
-    assert work(sampler="heun") / work() == pytest.approx(2, rel=0.05)
-    plain = estimate_batch_cost(MicroBatch((replace(image, scale=1.0),), frozenset({1})))
-    assert work() / plain == pytest.approx(2, rel=0.05)

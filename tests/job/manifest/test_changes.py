@@ -155,7 +155,7 @@ def test_a_line_behind_an_array_is_not_lost(tmp_path: Path, submit: Program) -> 
     with file.open("a") as lines:
         lines.write('{"prompt": "c"}\n')
     refused = submit(file, "-o", "job")
-    assert (refused.returncode, "row 1: is faulty now" in refused.stderr) == (2, True)
+    assert (refused.returncode, "row 1: is invalid now" in refused.stderr) == (2, True)
 
 
 def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Program) -> None:
@@ -200,7 +200,7 @@ def test_the_new_job_stands_on_its_own(manifest: Path, tmp_path: Path, submit: P
     shutil.rmtree(tmp_path / "job")
     write(fixed, "apple", "cat", "owl", "apple", "fox")
     done = submit(fixed, "-o", "new")
-    assert "not a job folder" in done.stdout  # no more pictures are reused
+    assert "not a job folder" in done.stdout  # no more images are reused
     check_whole(tmp_path / "new", 5)
     assert seeds(tmp_path / "new")[:2] == there
     submit(write(tmp_path / "third.csv", "owl", "apple"), "-o", "third", "--reuse", "new")
@@ -226,7 +226,7 @@ def test_pictures_that_are_gone_or_changed_are_drawn_again(manifest: Path, tmp_p
     files[3].rename(tmp_path / "elsewhere.png")
     files[3].symlink_to(tmp_path / "elsewhere.png")
     done = submit(manifest, "-o", "new", "--reuse", "job")
-    assert "Drawn again: 3 whose file" in done.stdout
+    assert "Generating again: 3 whose file" in done.stdout
     assert sorted(drawn(tmp_path / "new")) == [1, 2, 4]
     check_whole(tmp_path / "new", 4)
 
@@ -253,8 +253,8 @@ def test_what_was_drawn_otherwise_is_not_taken_over(tmp_path: Path, submit: Prog
     [
         (["-o", "new", "--reuse", "nowhere"], "nowhere: not a job folder"),
         (["-o", "new", "--reuse", "m.csv"], "m.csv: not a job folder"),
-        (["-o", "job", "--reuse", "job"], "begun without --reuse"),
-        (["-o", "fresh/../job", "--reuse", "job"], "begun without --reuse"),
+        (["-o", "job", "--reuse", "job"], "started without --reuse"),
+        (["-o", "fresh/../job", "--reuse", "job"], "started without --reuse"),
     ],
 )
 def test_a_reuse_that_cannot_be(

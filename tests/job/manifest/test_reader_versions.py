@@ -88,7 +88,7 @@ def test_a_good_row_may_not_change_beside_a_corrected_one(job: Path, tmp_path: P
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
     write(tmp_path, "cat,", "bee,oops")
     (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace("owl,", "owl,x"))
-    with pytest.raises(JobMismatchError, match="row 3: is faulty now"):
+    with pytest.raises(JobMismatchError, match="row 3: is invalid now"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 
@@ -127,7 +127,7 @@ def test_a_blank_row_may_be_spoilt_and_corrected(tmp_path: Path) -> None:
 def test_a_row_made_blank_is_told_though_another_was_appended(job: Path, tmp_path: Path) -> None:
     write(tmp_path, "cat,-7", "bee,oops", "emu,")
     (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace("owl,", ","))
-    with pytest.raises(JobMismatchError, match="row 3 is gone"):
+    with pytest.raises(JobMismatchError, match="row 3 is missing"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 
@@ -214,7 +214,7 @@ def test_a_job_of_0_1_0_may_grow_whatever_is_read_otherwise_now(tmp_path: Path) 
 def begin_in_0_1_0(manifest: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job as 0.1.0 left it, of a manifest whose rows it found elsewhere."""
     with monkeypatch.context() as patch:
-        as_then = lambda *given, **named: read_rows(*given, **(named | {"as_0_1_0": True}))  # noqa: E731
+        as_then = lambda *given, **named: read_rows(*given, **(named | {"compat_0_1_0": True}))  # noqa: E731
         patch.setattr(job_module, "read_rows", as_then)
         draw(manifest, job, MODEL, seed=100, **QUICK)
     saved = json.loads((job / "job.json").read_text())
@@ -261,14 +261,14 @@ def test_a_job_of_0_1_0_carries_times_and_lists_as_text(tmp_path: Path) -> None:
     table = {"prompt": ["cat"], "when": [datetime(2024, 1, 1)], "sizes": [[1, 2]], "price": [1.5]}
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
     job = open_job(tmp_path / "m.parquet", tmp_path / "job", Settings(model=str(MODEL), **QUICK))
-    (row,) = read_rows(job.manifest, job.row_defaults(), as_0_1_0=True)
+    (row,) = read_rows(job.manifest, job.row_defaults(), compat_0_1_0=True)
     assert row.extra == {"when": "2024-01-01 00:00:00.000000", "sizes": "[1, 2]", "price": 1.5}
 
 
 def test_a_job_of_a_newer_version_is_refused(job: Path, tmp_path: Path) -> None:
     saved = json.loads((job / "job.json").read_text())
     (job / "job.json").write_text(json.dumps({**saved, "reader": READER_VERSION + 1, "version": "9.9"}))
-    with pytest.raises(UsageError, match=r"made by tinysd-batch 9\.9"):
+    with pytest.raises(UsageError, match=r"written by tinysd-batch 9\.9"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 

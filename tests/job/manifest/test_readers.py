@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 from tests.support.program import environment
 from tests.support.session import examples
 from tinysd_batch.errors import ManifestError, UsageError
-from tinysd_batch.job.manifest.columns import near_misses
+from tinysd_batch.job.manifest.columns import find_near_misses
 from tinysd_batch.job.manifest.formats.text_lines import MAX_LINE_CHARACTERS
 from tinysd_batch.job.manifest.readers import READERS_BY_SUFFIX
 from tinysd_batch.job.manifest.validate import read_rows
@@ -90,9 +90,9 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
     [
         ('{"prompt": "cat"', "not a JSON object: Expecting ',' delimiter at character 17"),
         ("[1]", "not a JSON object"),
-        ('{"prompt": "cat", "prompt": "dog"}', "key 'prompt' stands there twice"),
-        ('{"prompt": "cat", "x": {"a": 1, "a": 2}}', "key 'a' stands there twice"),
-        ('{"prompt": "cat", "scale": -Infinity}', "-Infinity is no JSON number"),
+        ('{"prompt": "cat", "prompt": "dog"}', "key 'prompt' appears twice"),
+        ('{"prompt": "cat", "x": {"a": 1, "a": 2}}', "key 'a' appears twice"),
+        ('{"prompt": "cat", "scale": -Infinity}', "-Infinity is not a JSON number"),
         ('{"prompt": "cat", "scale": 1e999}', "must be finite"),
         ('{"prompt": "cat", "scale": 1' + "0" * 400 + "}", "column scale"),
         ('{"prompt": "cat", "seed": 1' + "0" * 5000 + "}", "Exceeds the limit"),
@@ -211,7 +211,7 @@ def test_strict_costs_the_objects_that_have_unknown_keys(tmp_path: Path) -> None
 
 def test_near_misses() -> None:
     names = ["negatve_prompt", "Samplr", "text", "artist", "x" * 5000]
-    assert near_misses(names) == {"negatve_prompt": "negative_prompt", "Samplr": "sampler"}
+    assert find_near_misses(names) == {"negatve_prompt": "negative_prompt", "Samplr": "sampler"}
 
 
 # Broken and hostile files
@@ -226,7 +226,7 @@ def test_a_cut_or_damaged_gzip_is_told(tmp_path: Path, suffix: str) -> None:
     damaged = (data[:middle], data[:-4], data[:middle] + b"\0\xff" * 20 + data[middle + 40 :], b"no gzip")
     for bad in damaged:
         (tmp_path / f"m{suffix}").write_bytes(bad)
-        with pytest.raises(ManifestError, match=f"m{suffix}: damaged or cut off gzip"):
+        with pytest.raises(ManifestError, match=f"m{suffix}: damaged or truncated gzip"):
             rows_of(tmp_path / f"m{suffix}")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.changes import LinePair, ManifestDiff
-from tinysd_batch.job.manifest.files import fingerprint, starts_with_fingerprint
+from tinysd_batch.job.manifest.files import compute_fingerprint, starts_with_fingerprint
 from tinysd_batch.job.manifest.snapshot import (
     ROWS_FILE,
     Snapshot,
@@ -46,13 +46,13 @@ def pairs(old: list[str], new: list[str]) -> list[LinePair]:
         (
             "1 2 3 4 5",
             "row 1: prompt 'a' is now '1'; row 2: prompt 'b' is now '2'; row 3: prompt 'c' is now '3'; "
-            "2 rows more differ",
+            "2 more rows differ",
         ),
         ("a b n c d e", "row 3 is new, before 3 of the old ones"),
         ("m n a b c d e", "rows 1 to 2 are new, before 5 of the old ones"),
-        ("a b c", "rows 4 to 5 are gone"),
-        ("a c d e", "row 2 is gone"),
-        ("a x y z c d e", "from row 2 on 1 row became 3; row 2: prompt 'b' is now 'x'"),
+        ("a b c", "rows 4 to 5 are missing"),
+        ("a c d e", "row 2 is missing"),
+        ("a x y z c d e", "from row 2 on, 1 row became 3; row 2: prompt 'b' is now 'x'"),
     ],
 )  # fmt: skip
 def test_what_is_told_of_a_change(now: str, told: str) -> None:
@@ -75,9 +75,9 @@ def test_only_rows_behind_the_old_ones_are_appended(old: list[str], new: list[st
 def test_a_difference_names_columns_with_both_values() -> None:
     faulty = InvalidRow(1, "column seed = 'x': a whole number was expected", prompt="a")
     for new, told in (
-        (row(1, "a", 7), "row 1: seed nothing is now 7"),
-        (row(1, "a", artist="\x1b[2J"), "row 1: artist nothing is now '\\x1b[2J'"),
-        (faulty, "row 1: is faulty now: prompt 'a'"),
+        (row(1, "a", 7), "row 1: seed (empty) is now 7"),
+        (row(1, "a", artist="\x1b[2J"), "row 1: artist (empty) is now '\\x1b[2J'"),
+        (faulty, "row 1: is invalid now: prompt 'a'"),
     ):
         assert str(ManifestDiff.from_pairs(pairs(lines("a"), [row_to_line(new)]))) == told
 
@@ -90,7 +90,7 @@ def test_rows_are_read_as_they_were_kept_and_no_further_than_asked(tmp_path: Pat
     keeper.save(tmp_path)
     assert list(read_snapshot_lines(tmp_path, 2)) == [row_to_line(one) for one in kept]
     assert list(read_snapshot_lines(tmp_path, 1)) == [row_to_line(kept[0])]
-    assert [one.read() for one in Snapshot(tmp_path, 2).rows()] == kept
+    assert [one.to_row() for one in Snapshot(tmp_path, 2).rows()] == kept
 
 
 NUMBERS = st.integers(1, 10**9)
@@ -130,7 +130,7 @@ def test_a_file_that_only_grew_is_known_by_its_bytes(
 ) -> None:
     file = tmp_path / "m.csv"
     file.write_bytes(old.encode())
-    digest = fingerprint(file)
+    digest = compute_fingerprint(file)
     file.write_bytes(new.encode())
     assert starts_with_fingerprint(file, digest, len(old) if size else None) == grows
 
@@ -151,7 +151,7 @@ def test_a_row_that_no_manifest_gives_is_refused(name: str, value: object) -> No
     import json
 
     with pytest.raises(StorageError, match="not a row of a job"):
-        SnapshotRow(1, json.dumps({**VALID, name: value})).read()
+        SnapshotRow(1, json.dumps({**VALID, name: value})).to_row()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_job_learns_each_row_once_and_keeps_its_order(history: list[States], d
                 faulty = {row.number for row in snapshot.rows() if row.is_invalid}
                 continue
             snapshot, last = Snapshot(folder, kept.count, kept.out_of_order), kept.highest_row_number
-            assert [row.read() for row in snapshot.rows()] == rows
+            assert [row.to_row() for row in snapshot.rows()] == rows
             prompts = good
 
 

@@ -1,6 +1,7 @@
+"""Images are planned in manifest order, and cut into micro-batches that do not depend on interruptions."""
+
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,18 +14,7 @@ from tinysd_batch.job.plan.batches import (
     plan_images,
     split_into_single_images,
 )
-from tinysd_batch.job.plan.image_id import compute_image_id
-from tinysd_batch.records import InvalidRow, Row, SamplingParams
-
-IDENTITY: dict[str, Any] = {
-    "model_digest": "00" * 16,
-    "prompt": "red apple",
-    "negative_prompt": "",
-    "seed": 7,
-    "scale": 7.5,
-    "precision": "auto",
-}
-
+from tinysd_batch.records import InvalidRow, Row
 
 SPECS = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 9)), st.integers(1, 4), st.integers(1, 4)), max_size=8)
 
@@ -45,7 +35,9 @@ def test_batches_hold_every_unfinished_image_once_in_order(
 
 
 @given(SPECS, st.sets(st.integers(1, 40)))
-def test_an_interruption_changes_no_batch(specs: list[tuple[int | None, int, int]], finished: set[int]) -> None:
+def test_finished_images_do_not_change_the_composition_of_batches(
+    specs: list[tuple[int | None, int, int]], finished: set[int]
+) -> None:
     rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
     planned = list(plan_images(rows, common(5)))
     whole = [batch.images for batch in cut_batches(planned, ())]
@@ -59,7 +51,7 @@ def test_seeds_and_indexes() -> None:
     ]  # fmt: skip
 
 
-def test_the_job_seed_wraps_around() -> None:
+def test_the_seed_of_the_job_wraps_around() -> None:
     assert [image.seed for image in images_of([row(1, None, 3, 1)], job_seed=2**63 - 2)] == [2**63 - 2, 2**63 - 1, 0]
 
 
@@ -70,7 +62,7 @@ MIXED = st.lists(
 
 
 @given(MIXED, st.sets(st.integers(1, 40)), st.integers(1, 6))
-def test_mixed_batches_are_as_wide_as_they_may_be(
+def test_batches_of_several_rows_are_as_large_as_allowed(
     specs: list[tuple[int, int, float, int]], finished: set[int], max_batch: int
 ) -> None:
     rows = [
@@ -83,104 +75,45 @@ def test_mixed_batches_are_as_wide_as_they_may_be(
     assert [image for batch in batches for image in batch.images] == images
     for batch in batches:
         assert len({(image.params, image.scale == 1) for image in batch.images}) == 1
-    for one, other in pairwise(batches):
-        first, second = one.images[0], other.images[0]
+    for batch, next_batch in pairwise(batches):
+        first, second = batch.images[0], next_batch.images[0]
         assert (
-            len(one.images) == max_batch or first.params != second.params or (first.scale == 1) != (second.scale == 1)
+            len(batch.images) == max_batch or first.params != second.params or (first.scale == 1) != (second.scale == 1)
         )
     whole = [batch.images for batch in batches]
     assert all(batch.images in whole for batch in cut_batches(planned, finished, max_batch))
 
 
-def test_rows_share_a_batch_only_when_told_to() -> None:
+def test_rows_share_a_batch_only_with_max_batch() -> None:
     planned = list(plan_images([row(number, None, 1, 1) for number in range(1, 6)], common(5)))
     assert [len(batch.images) for batch in cut_batches(planned, ())] == [1, 1, 1, 1, 1]
     assert [len(batch.images) for batch in cut_batches(planned, (), 2)] == [2, 2, 1]
 
 
-def test_fixed_code_starts_all_from_the_jobs_seed() -> None:
+def test_fixed_code_uses_the_seed_of_the_job_for_all_starting_noise() -> None:
     images = images_of([row(1, 7, 1, 2), row(2, None, 1, 1)], fixed_code=True)
     assert [(image.seed, image.noise_seed) for image in images] == [(7, 100), (8, 100), (102, 100)]
 
 
 def test_file_names() -> None:
     assert format_file_name(7, 1, "webp") == "images/00000/seed_7_00001.webp"
-
     assert format_file_name(1234, 55) == "images/00000/seed_1234_00055.png"
     assert format_file_name(1, 10_000) == "images/00000/seed_1_10000.png"
     assert format_file_name(1, 10_001) == "images/00001/seed_1_10001.png"
     assert format_file_name(2**63 - 1, 1_234_567) == "images/00123/seed_9223372036854775807_1234567.png"
 
 
-def test_golden_identities() -> None:
-    """These may never change: they are in every table and picture ever written."""
-    assert compute_image_id(**IDENTITY, params=PARAMS) == "b5ef3a2132275a4ebf6c2e442a15bda6"
-    assert (
-        compute_image_id(**{**IDENTITY, "prompt": "Zu\u0308rich \N{RED APPLE}"}, params=PARAMS)
-        == "f30aad90e19cb13871b28851bcb043cd"
-    )
-
-
-def test_identity_is_blind_to_unicode_form_and_number_type() -> None:
-    composed = compute_image_id(**{**IDENTITY, "prompt": "Z\u00fcrich"}, params=PARAMS)
-    assert composed == compute_image_id(**{**IDENTITY, "prompt": "Zu\u0308rich"}, params=PARAMS)
-    assert compute_image_id(**IDENTITY, params=PARAMS, noise_seed=7) == compute_image_id(**IDENTITY, params=PARAMS)
-    assert compute_image_id(**{**IDENTITY, "scale": 7}, params=PARAMS) == compute_image_id(
-        **{**IDENTITY, "scale": 7.0}, params=PARAMS
-    )
-
-
-def test_full_width_characters_have_ids_of_their_own() -> None:
-    """They are read in usual width since 0.2.0, so their pixels changed; blanks of full width never mattered."""
-    wide = {"prompt": "a:1 b\uff1a1\uff0cc"}
-    before = "84a2a8e3690706a86e95aabdba640383"
-    assert compute_image_id(**{**IDENTITY, **wide}, params=PARAMS) not in (
-        before,
-        compute_image_id(**{**IDENTITY, "prompt": "a:1 b:1,c"}, params=PARAMS),
-    )
-    assert compute_image_id(**{**IDENTITY, **wide}, params=PARAMS) == "3d64b692351ceaac3f7574b42ea1fc7c"
-    blank = {**IDENTITY, "negative_prompt": "red\u3000apple"}
-    assert compute_image_id(**blank, params=PARAMS) == "2534ebed171e442325d73f0236928910"
-
-
-def test_everything_that_decides_pixels_decides_identity() -> None:
-    variants: list[dict[str, Any]] = [
-        {},
-        {"model_digest": "11" * 16},
-        {"prompt": "x"},
-        {"negative_prompt": "x"},
-        {"seed": 8},
-        {"scale": 7.0},
-        {"precision": "full"},
-        {"prompt_syntax": "none"},
-        {"long_prompts": True},
-        {"noise_seed": 8},
-    ]
-    params = [
-        PARAMS,
-        SamplingParams(256, 512, 50, "plms", 0.0),
-        SamplingParams(512, 256, 50, "plms", 0.0),
-        SamplingParams(512, 512, 51, "plms", 0.0),
-        SamplingParams(512, 512, 50, "ddim", 0.0),
-        SamplingParams(512, 512, 50, "plms", 0.1),
-    ]
-    ids = {compute_image_id(**{**IDENTITY, **change}, params=PARAMS) for change in variants} | {
-        compute_image_id(**IDENTITY, params=p) for p in params
-    }
-    assert len(ids) == len(variants) + len(params) - 1
-
-
-ROWS_OF_KINDS = st.lists(
+ROW_SPECS = st.lists(
     st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([50, 20])),
     max_size=8,
 )
 
 
-@given(ROWS_OF_KINDS, st.sets(st.integers(1, 60)), st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 60))
-def test_batches_are_counted_as_they_are_cut(
+@given(ROW_SPECS, st.sets(st.integers(1, 60)), st.one_of(st.none(), st.integers(1, 7)), st.integers(0, 60))
+def test_counted_batches_equal_cut_batches(
     specs: list[tuple[int, int, float, int]], finished: set[int], max_batch: int | None, limit: int
 ) -> None:
-    """Rows of one kind and of several, all finished, some, none: by arithmetic what cutting gives."""
+    """For equal and different rows, with all, some or no images finished, arithmetic gives what cutting gives."""
     rows: list[Row | InvalidRow] = [
         replace(row(number, None, n_iter, n_samples), scale=scale, params=replace(PARAMS, steps=steps))
         for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
@@ -188,11 +121,11 @@ def test_batches_are_counted_as_they_are_cut(
     planned = list(plan_images(rows, common(5)))
     cut = list(cut_batches(planned, finished, max_batch))
     assert count_batches(planned, finished, max_batch) == len(cut)
-    within = [batch for batch in cut if any(index <= limit for index in batch.wanted)]
-    assert count_batches(planned, finished, max_batch, limit) == len(within)
+    limited = [batch for batch in cut if any(index <= limit for index in batch.wanted)]
+    assert count_batches(planned, finished, max_batch, limit) == len(limited)
 
 
-def test_counting_batches_looks_at_no_image() -> None:
+def test_counting_batches_plans_no_image() -> None:
     rows: list[Row | InvalidRow] = [row(number, None, 25_000, 4) for number in range(1, 1001)]
     assert count_batches(plan_images(rows, common(5))) == 25_000_000
     assert count_batches(plan_images(rows, common(5)), range(1, 9), 8) == 12_499_999

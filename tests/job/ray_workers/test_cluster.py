@@ -1,4 +1,4 @@
-"""A cluster of several real `ray start` nodes on this machine, started by the recipe that users get."""
+"""A cluster of several real `ray start` nodes on this machine, started by the script that users get."""
 
 import os
 import platform
@@ -20,13 +20,13 @@ import pytest
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole
 from tests.support.paths import ROOT
-from tests.support.processes import is_worker, wait_for_pictures
+from tests.support.processes import is_worker, wait_for_images
 from tests.support.program import command, environment, run, run_here
 from tinysd_batch.job.ray_workers import reaper
 
 pytestmark = pytest.mark.timeout(600)
 BOXES = ("one", "two", "three")
-# Stands in for ssh: every box is this machine, with a home of its own.
+# Replaces ssh: every box is this machine, with a home folder of its own.
 FAKE_SSH = """#!/bin/sh
 while [ "$1" = -o ]; do shift 2; done
 export HOME="$HOMES/$1"
@@ -34,19 +34,19 @@ cd "$HOME" && exec sh -c "$2"
 """
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
+def find_free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
         return port
 
 
 class Cluster:
-    """Three boxes with a card each, as Ray is told."""
+    """Three boxes with one logical GPU each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = find_free_port()
         tools = folder / "tools"
         for name in (*(f"homes/{box}" for box in BOXES), "tools"):
             (folder / name).mkdir(parents=True)
@@ -62,45 +62,45 @@ class Cluster:
             "RAY_OPTIONS": "--num-gpus=1 --num-cpus=1",
         }  # fmt: skip
 
-    def recipe(self, verb: str) -> subprocess.CompletedProcess[str]:
+    def run_script(self, action: str) -> subprocess.CompletedProcess[str]:
         boxes = ["127.0.0.1", *BOXES[1:]]
         return subprocess.run(
-            [ROOT / "configs" / "clusters" / "ssh.sh", verb, *boxes], env=self.environment(), capture_output=True,
+            [ROOT / "configs" / "clusters" / "ssh.sh", action, *boxes], env=self.environment(), capture_output=True,
             text=True, timeout=150, check=False,
         )  # fmt: skip
 
     def start(self) -> None:
         (self.folder / "homes" / "127.0.0.1").symlink_to(self.folder / "homes" / BOXES[0])
-        done = self.recipe("start")
+        done = self.run_script("start")
         assert done.returncode == 0, done.stdout + done.stderr
 
     def processes(self) -> list[psutil.Process]:
-        found = []
+        processes = []
         for process in psutil.process_iter():
             try:
-                words = " ".join(process.cmdline())
+                command_line = " ".join(process.cmdline())
                 files = [file.path for file in process.open_files()]
             except psutil.Error:
                 continue
-            if any(text.startswith(f"{self.folder}/ray") for text in files) or f"{self.folder}/ray" in words:
-                found.append(process)
-        return found
+            if any(file.startswith(f"{self.folder}/ray") for file in files) or f"{self.folder}/ray" in command_line:
+                processes.append(process)
+        return processes
 
     def stop(self) -> None:
-        """By id: `ray stop` would end every Ray on the machine."""
+        """Kill the processes by ID. `ray stop` would end every Ray on the machine."""
         for process in self.processes():
             process.kill()
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="c") as folder:  # short: Ray's sockets lie below it
-        one = Cluster(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="c") as folder:  # short, for the paths of Ray's sockets
+        running = Cluster(Path(folder))
         try:
-            one.start()
-            yield one
+            running.start()
+            yield running
         finally:
-            one.stop()
+            running.stop()
 
 
 def submit(cluster: Cluster, cwd: Path, *more: object, box: str = BOXES[0], **env: str) -> subprocess.Popen[str]:
@@ -113,29 +113,27 @@ def submit(cluster: Cluster, cwd: Path, *more: object, box: str = BOXES[0], **en
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_each_box_draws_with_a_worker_of_its_own(
-    cluster: Cluster, tmp_path: Path, tiny_model: Path, device: str
-) -> None:
+def test_each_box_has_a_worker_of_its_own(cluster: Cluster, tmp_path: Path, tiny_model: Path, device: str) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 40} for number in range(24)])
-    for module in ("diffusers", "torch", "ray", "numpy"):  # the current folder is on nobody's import path
+    for module in ("diffusers", "torch", "ray", "numpy"):  # the current folder must not be on any import path
         (tmp_path / f"{module}.py").write_text("raise SystemExit('executed')")
     process = submit(cluster, tmp_path, "--model", tiny_model, "--device", device)
     parents: dict[str, int] = {}
     while process.poll() is None:
-        for each in cluster.processes():
-            if is_worker(each):
-                parents[str(each.pid)] = each.ppid()
+        for candidate in cluster.processes():
+            if is_worker(candidate):
+                parents[str(candidate.pid)] = candidate.ppid()
         time.sleep(1)
     out, _ = process.communicate()
     assert process.returncode == 0, out
     assert len({row["worker"] for row in check_whole(tmp_path / "job", 24)}) == 3
     assert len(set(parents.values())) == 3, "a worker below each of the three raylets"
-    assert cluster.processes(), "the cluster goes on without us"
+    assert cluster.processes(), "the cluster runs on after the job"
 
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_only_who_has_the_token_may_join(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+def test_joining_requires_the_token(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
     for box in BOXES:
         token = cluster.folder / "homes" / box / ".ray" / "auth_token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -150,29 +148,32 @@ def test_only_who_has_the_token_may_join(cluster: Cluster, tmp_path: Path, tiny_
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_nothing_listens_on_a_dashboard(cluster: Cluster) -> None:
+def test_no_dashboard_listens(cluster: Cluster) -> None:
     ports = {
-        each.laddr.port for one in cluster.processes() for each in one.net_connections() if each.status == "LISTEN"
+        connection.laddr.port
+        for process in cluster.processes()
+        for connection in process.net_connections()
+        if connection.status == "LISTEN"
     }
     assert cluster.port in ports
     assert 8265 not in ports
 
 
 @pytest.mark.slow
-def test_a_lost_machine_is_one_line(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
-    """`kill -9` of a raylet: Ray's own dump of state goes to the job's log."""
+def test_a_lost_machine_is_reported_in_one_line(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+    """After `kill -9` of a raylet, Ray's dump of its state goes to the job's log."""
     write_csv(tmp_path / "m.csv", [{"prompt": f"p{number}", "steps": 300} for number in range(40)])
-    process = submit(cluster, tmp_path, "--model", tiny_model, "--device", "cpu")
-    wait_for_pictures(tmp_path / "job", 4, process)
-    raylets = [each for each in cluster.processes() if each.name() == "raylet"]
-    victim = next(each for each in raylets if "--head" not in each.cmdline())
+    driver = submit(cluster, tmp_path, "--model", tiny_model, "--device", "cpu")
+    wait_for_images(tmp_path / "job", 4, driver)
+    raylets = [process for process in cluster.processes() if process.name() == "raylet"]
+    victim = next(raylet for raylet in raylets if "--head" not in raylet.cmdline())
     victim.kill()
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
+    out, _ = driver.communicate()
+    assert driver.returncode == 0, out
     name = re.escape(platform.node())
     lost = [line for line in out.splitlines() if "lost" in line]
     assert len(lost) == 1, out
-    assert re.fullmatch(rf"machine {name} is lost(; its \d+ images? goe?s? to others)?", lost[0])
+    assert re.fullmatch(rf"machine {name} is lost(; its \d+ images? goe?s? to other workers)?", lost[0])
     assert all(len(line) < 200 for line in out.splitlines()), out
     rows = check_whole(tmp_path / "job", 40)
     assert {row["status"] for row in rows} == {"ok"}
@@ -181,7 +182,7 @@ def test_a_lost_machine_is_one_line(cluster: Cluster, tmp_path: Path, tiny_model
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_joining_a_cluster_whose_head_hangs_is_bounded(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+def test_joining_a_cluster_whose_head_hangs_times_out(cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     head = [process for process in cluster.processes() if process.name() == "gcs_server"]
     assert head
@@ -206,7 +207,7 @@ def test_stop_ends_this_cluster_and_no_other_ray(cluster: Cluster, tmp_path: Pat
         for mark in ({}, {reaper.MARK_VARIABLE: "ssh-1"})
     ]
     try:
-        done = cluster.recipe("stop")
+        done = cluster.run_script("stop")
         assert done.returncode == 0, done.stderr
         assert not cluster.processes()
         assert not (cluster.folder / "ray").exists()
@@ -218,21 +219,21 @@ def test_stop_ends_this_cluster_and_no_other_ray(cluster: Cluster, tmp_path: Pat
 
 
 def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
-    one = Cluster(tmp_path)
+    cluster = Cluster(tmp_path)
     (tmp_path / "homes" / "127.0.0.1").mkdir()
-    with socket.create_server(("127.0.0.1", one.port)):
-        done = one.recipe("start")
+    with socket.create_server(("127.0.0.1", cluster.port)):
+        done = cluster.run_script("start")
     assert done.returncode == 1
-    said, where = done.stderr.splitlines()
-    assert said.startswith(f"port {one.port} is taken")
-    assert where == "ssh.sh: 127.0.0.1: not ready, nothing was started on any box"
-    assert not one.processes()
+    message, location = done.stderr.splitlines()
+    assert message.startswith(f"port {cluster.port} is taken")
+    assert location == "ssh.sh: 127.0.0.1: not ready, nothing was started on any box"
+    assert not cluster.processes()
     assert not list((tmp_path / "homes").rglob("auth_token"))
 
 
 def test_an_address_where_nothing_answers(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
-    done = run("submit", "m.csv", "--model", tiny_model, "--address", f"127.0.0.1:{free_port()}", cwd=tmp_path)
+    done = run("submit", "m.csv", "--model", tiny_model, "--address", f"127.0.0.1:{find_free_port()}", cwd=tmp_path)
     assert done.returncode == 6
     assert "no cluster answers there: connection refused" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -247,7 +248,7 @@ def test_an_address_where_nothing_answers(tmp_path: Path, tiny_model: Path) -> N
         (["--address", "box:6379", "--inline"], "--inline and --address box:6379: give one of the two"),
     ],
 )
-def test_an_address_that_is_none(tmp_path: Path, tiny_model: Path, options: list[str], message: str) -> None:
+def test_an_invalid_address(tmp_path: Path, tiny_model: Path, options: list[str], message: str) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     done = run_here("submit", "m.csv", "-o", "job", "--model", tiny_model, *options, cwd=tmp_path)
     assert done.returncode == 2
@@ -256,23 +257,23 @@ def test_an_address_that_is_none(tmp_path: Path, tiny_model: Path, options: list
     assert not (tmp_path / "job").exists()
 
 
-def test_the_guardian_ends_what_is_ours_and_nothing_else() -> None:
-    guarding = subprocess.Popen([sys.executable, reaper.__file__, "word"], stdin=subprocess.PIPE)
-    marks: tuple[dict[str, str], ...] = ({reaper.MARK_VARIABLE: "word"}, {reaper.MARK_VARIABLE: "wording"}, {})
-    ours, other, plain = (subprocess.Popen(["sleep", "60"], env=environment(**mark)) for mark in marks)
+def test_the_reaper_kills_marked_processes_and_no_others() -> None:
+    reaper_process = subprocess.Popen([sys.executable, reaper.__file__, "mark"], stdin=subprocess.PIPE)
+    marks: tuple[dict[str, str], ...] = ({reaper.MARK_VARIABLE: "mark"}, {reaper.MARK_VARIABLE: "marking"}, {})
+    marked, other, unmarked = (subprocess.Popen(["sleep", "60"], env=environment(**mark)) for mark in marks)
     try:
-        assert guarding.stdin is not None
-        guarding.stdin.close()  # as the driver's death does
-        assert ours.wait(timeout=30) == -signal.SIGKILL
-        assert guarding.wait(timeout=30) == 0
-        assert (other.poll(), plain.poll()) == (None, None)
+        assert reaper_process.stdin is not None
+        reaper_process.stdin.close()  # as the end of the driver does
+        assert marked.wait(timeout=30) == -signal.SIGKILL
+        assert reaper_process.wait(timeout=30) == 0
+        assert (other.poll(), unmarked.poll()) == (None, None)
     finally:
-        for process in (guarding, ours, other, plain):
+        for process in (reaper_process, marked, other, unmarked):
             process.kill()
             process.wait()
 
 
-def test_the_recipe_says_how_it_is_used() -> None:
+def test_the_script_prints_its_usage() -> None:
     done = subprocess.run([ROOT / "configs/clusters/ssh.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "start miner1 miner2" in done.stdout

@@ -1,4 +1,4 @@
-"""Real Ray with logical GPUs: placement, one call in flight, and what a user's CUDA_VISIBLE_DEVICES means."""
+"""Real Ray with logical GPUs: placement, one call at a time, and the user's CUDA_VISIBLE_DEVICES."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ PLACEMENT = """
     import platform
     import sys
     from pathlib import Path
-    from tinysd_batch.job.workers.inline_pool import WorkerReady
+    from tinysd_batch.job.workers.pool import WorkerReady
     from tinysd_batch.job.ray_workers.pool import RayPool
     from tinysd_batch.job.workers.worker import WorkerSetup
     from tinysd_batch.model.checkpoint.info import read_model_info
@@ -27,31 +27,29 @@ PLACEMENT = """
         folder = Path(sys.argv[2])
         setup = WorkerSetup(folder, folder, info.path, info.name, info.digest, "auto", "auto", None)
         with RayPool(setup, None, 1, ray_init={"num_gpus": 3}) as pool:
-            seen = {}
-            while len(seen) < 3:
-                for event in pool.events(1.0):
+            devices = {}
+            while len(devices) < 3:
+                for event in pool.wait_for_events(1.0):
                     assert isinstance(event, WorkerReady), event
-                    seen[event.worker] = event.description["cuda_visible_devices"]
+                    devices[event.worker] = event.description["cuda_visible_devices"]
             names = [f"{platform.node()}/cuda-{number}" for number in range(3)]
-            assert sorted(pool.idle()) == names
+            assert sorted(pool.idle_workers()) == names
             pool.submit(names[1], [])
-            assert sorted(pool.idle()) == names[::2]
-            print("DEVICES", sorted(seen.values()))
+            assert sorted(pool.idle_workers()) == names[::2]
+            print("DEVICES", sorted(devices.values()))
 """
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("visible", "expected"), [(None, "['0', '1', '2']"), ("5,6,7", "['5', '6', '7']")])
-def test_three_gpus_are_three_actors_with_a_card_each(
-    tmp_path: Path, tiny_model: Path, visible: str | None, expected: str
-) -> None:
-    (tmp_path / "place.py").write_text(textwrap.dedent(PLACEMENT))
+def test_three_gpus_get_an_actor_each(tmp_path: Path, tiny_model: Path, visible: str | None, expected: str) -> None:
+    (tmp_path / "script.py").write_text(textwrap.dedent(PLACEMENT))
     env = environment(**({"CUDA_VISIBLE_DEVICES": visible} if visible else {}))
     if visible is None:
         env.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run(
-        [sys.executable, tmp_path / "place.py", tiny_model, tmp_path / "job"],
+        [sys.executable, tmp_path / "script.py", tiny_model, tmp_path / "job"],
         env=env,
         capture_output=True,
         text=True,
@@ -61,7 +59,7 @@ def test_three_gpus_are_three_actors_with_a_card_each(
     assert f"DEVICES {expected}" in done.stdout
 
 
-def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path) -> None:
+def test_if_ray_cannot_start_the_message_names_inline(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     (tmp_path / "file").touch()
     done = run("submit", "m.csv", "--model", tiny_model, cwd=tmp_path, RAY_TMPDIR=str(tmp_path / "file"))
@@ -73,8 +71,8 @@ def test_where_ray_cannot_start_inline_is_named(tmp_path: Path, tiny_model: Path
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_ray_may_have_been_imported_before(tmp_path: Path) -> None:
-    """Ray reads its mode of authentication on import, which a caller of ours may have done."""
+def test_ray_may_be_imported_before(tmp_path: Path) -> None:
+    """Ray reads its authentication mode on import, and a caller of ours may have imported it."""
     script = (
         "import ray; from tinysd_batch.job.ray_workers.cluster import start_ray; "
         "start_ray({'num_cpus': 1}).stop(); print('END')"
@@ -86,7 +84,7 @@ def test_ray_may_have_been_imported_before(tmp_path: Path) -> None:
     assert "END" in done.stdout, done.stderr
 
 
-def test_asking_for_a_gpu_that_is_not_there(tmp_path: Path, tiny_model: Path) -> None:
+def test_without_a_gpu_device_cuda_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     done = run(
         "submit", "m.csv", "--model", tiny_model, "--device", "cuda", "--inline", cwd=tmp_path, CUDA_VISIBLE_DEVICES=""
@@ -95,7 +93,7 @@ def test_asking_for_a_gpu_that_is_not_there(tmp_path: Path, tiny_model: Path) ->
     assert "torch sees no GPU here" in done.stderr
 
 
-def test_the_telling_line_of_a_ray_error() -> None:
+def test_a_ray_error_is_summarized_in_one_line() -> None:
     error = RuntimeError(
         'The actor died\n\tclass_name: Worker\nTraceback:\n  File "x.py", line 3\nValueError: the real cause\n'
     )

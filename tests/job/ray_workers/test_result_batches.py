@@ -1,4 +1,4 @@
-"""Which results travel together, and that none comes late, out of order or not at all."""
+"""Which results are sent together, and that none is late, out of order or missing."""
 
 from collections.abc import Iterator
 
@@ -19,62 +19,62 @@ class Clock:
         return self.now
 
 
-def batches_of(count: int) -> list[MicroBatch]:
+def make_batches(count: int) -> list[MicroBatch]:
     return list(cut_batches(plan_images([row(number, None, 1, 1) for number in range(1, count + 1)], common(5)), ()))
 
 
-def draw(clock: Clock, seconds: list[float], statuses: list[Status]) -> Iterator[list[ImageResult]]:
-    for index, (took, status) in enumerate(zip(seconds, statuses, strict=True), start=1):
-        clock.now += took
+def generate(clock: Clock, seconds: list[float], statuses: list[Status]) -> Iterator[list[ImageResult]]:
+    for index, (duration_s, status) in enumerate(zip(seconds, statuses, strict=True), start=1):
+        clock.now += duration_s
         yield [ImageResult(index, status, file_name="f" if status is Status.OK else None, finished_at=clock.now)]
 
 
-def indexes(parcel: list[MicroBatchResults]) -> list[int]:
-    return [result.index for made in parcel for result in made.results]
+def get_indexes(group: list[MicroBatchResults]) -> list[int]:
+    return [result.index for batch in group for result in batch.results]
 
 
 STEPS = st.lists(st.tuples(st.floats(0.001, 3), st.sampled_from([Status.OK, Status.OK, Status.FAILED])), max_size=30)
 
 
 @given(STEPS)
-def test_every_result_once_in_order_and_failures_at_once(steps: list[tuple[float, Status]]) -> None:
+def test_every_result_is_sent_once_in_order_and_failures_at_once(steps: list[tuple[float, Status]]) -> None:
     clock = Clock()
-    seconds, statuses = [took for took, _ in steps], [status for _, status in steps]
-    parcels = list(group_results(batches_of(len(steps)), draw(clock, seconds, statuses), clock=clock))
-    assert [index for parcel in parcels for index in indexes(parcel)] == list(range(1, len(steps) + 1))
-    assert all(statuses[index - 1] is Status.OK for parcel in parcels for index in indexes(parcel)[:-1])
-    assert [made.seconds for parcel in parcels for made in parcel] == pytest.approx(seconds)
+    seconds, statuses = [duration_s for duration_s, _ in steps], [status for _, status in steps]
+    groups = list(group_results(make_batches(len(steps)), generate(clock, seconds, statuses), clock=clock))
+    assert [index for group in groups for index in get_indexes(group)] == list(range(1, len(steps) + 1))
+    assert all(statuses[index - 1] is Status.OK for group in groups for index in get_indexes(group)[:-1])
+    assert [batch.seconds for group in groups for batch in group] == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(("each_s", "together"), [(0.05, 11), (0.2, 3), (0.6, 1), (5.0, 1)])
-def test_quick_results_travel_together_and_slow_ones_alone(each_s: float, together: int) -> None:
+@pytest.mark.parametrize(("image_s", "largest_group"), [(0.05, 11), (0.2, 3), (0.6, 1), (5.0, 1)])
+def test_quick_results_are_sent_together_and_slow_ones_alone(image_s: float, largest_group: int) -> None:
     clock = Clock()
-    parcels = group_results(batches_of(40), draw(clock, [each_s] * 40, [Status.OK] * 40), clock=clock)
-    sent = [(len(parcel), clock.now - (parcel[0].results[0].finished_at or 0.0)) for parcel in parcels]
-    assert max(size for size, _ in sent) == together
-    assert max(late for _, late in sent) <= MAX_DELAY_S
+    groups = group_results(make_batches(40), generate(clock, [image_s] * 40, [Status.OK] * 40), clock=clock)
+    sent = [(len(group), clock.now - (group[0].results[0].finished_at or 0.0)) for group in groups]
+    assert max(size for size, _ in sent) == largest_group
+    assert max(delay_s for _, delay_s in sent) <= MAX_DELAY_S
 
 
-def test_a_slow_batch_holds_up_no_result_before_it() -> None:
+def test_a_slow_batch_does_not_delay_earlier_results() -> None:
     clock = Clock()
     batches = cut_batches(plan_images([row(1, None, 1, 1), row(2, None, 1, 16)], common(5)), ())
-    parcels = group_results(list(batches), draw(clock, [0.1, 1.6], [Status.OK] * 2), clock=clock)
-    assert indexes(next(parcels)) == [1]
+    groups = group_results(list(batches), generate(clock, [0.1, 1.6], [Status.OK] * 2), clock=clock)
+    assert get_indexes(next(groups)) == [1]
     assert clock.now == pytest.approx(0.1)
 
 
-def test_what_was_made_before_an_error_is_told() -> None:
-    def breaks() -> Iterator[list[ImageResult]]:
-        yield from draw(Clock(), [0.01] * 3, [Status.OK] * 3)
+def test_results_before_an_error_are_sent() -> None:
+    def generate_and_break() -> Iterator[list[ImageResult]]:
+        yield from generate(Clock(), [0.01] * 3, [Status.OK] * 3)
         raise RuntimeError("broken")
 
-    parcels = group_results(batches_of(5), breaks(), clock=Clock())
-    assert indexes(next(parcels)) == [1, 2, 3]
+    groups = group_results(make_batches(5), generate_and_break(), clock=Clock())
+    assert get_indexes(next(groups)) == [1, 2, 3]
     with pytest.raises(RuntimeError, match="broken"):
-        next(parcels)
+        next(groups)
 
 
-def test_nothing_waits_where_pictures_do_not_say_how_they_were_made() -> None:
+def test_without_metadata_in_images_every_result_is_sent_at_once() -> None:
     clock = Clock()
-    made = draw(clock, [0.01] * 5, [Status.OK] * 5)
-    assert [len(parcel) for parcel in group_results(batches_of(5), made, 0.0, clock)] == [1] * 5
+    results = generate(clock, [0.01] * 5, [Status.OK] * 5)
+    assert [len(group) for group in group_results(make_batches(5), results, 0.0, clock)] == [1] * 5

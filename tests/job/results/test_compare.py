@@ -110,7 +110,7 @@ def test_what_is_missing_or_shorter_is_generated_again(submit: Program, tmp_path
     before = {path.name: path.read_bytes() for path in files}
     for path, change in zip(files, LOST.values(), strict=False):
         change(path)
-    told = "of 10 image files 1 is missing, 4 are shorter than the table says, 2 are no regular file (images/00000/"
+    told = "of 10 image files 1 is missing, 4 are shorter than the table says, 2 are not a regular file (images/00000/"
     assert told in say("status", job).stdout
     assert "3 are already generated; 7 to be generated again" in submit(*many, command="plan").stdout
     done = submit(*many)
@@ -389,7 +389,7 @@ def test_a_job_without_its_job_file_is_reused_by_its_table(submit: Program, job:
     assert "3 can be reused" in submit("-o", "new", "--reuse", "job", command="plan").stdout
     done = submit("-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
-    assert "has lost its job.json: images and seeds are taken over by its results table alone" in done.stdout
+    assert "has lost its job.json: images and seeds are taken over from its results table alone" in done.stdout
     assert "3 reused" in done.stdout
     rows = check_whole(tmp_path / "new", 4)
     assert [(row["prompt"], row["seed"]) for row in rows[1:]] == [("owl", 7), ("pear", 6), ("bee", 9)]
@@ -409,7 +409,7 @@ def test_a_job_without_its_rows_is_reused_by_its_table(
     (tmp_path / "m.csv").write_text("prompt,seed\nnew,\nowl,\n")
     done = submit("-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
-    assert "has lost its rows in _tinysd: images and seeds are taken over by its results table alone" in done.stdout
+    assert "has lost its rows in _tinysd: images and seeds are taken over from its results table alone" in done.stdout
     rows = check_whole(tmp_path / "new", 2)
     assert [(row["prompt"], row["seed"]) for row in rows[1:]] == [("owl", 7)]
     assert [row["reused"] for row in rows] == [None, str(job)]

@@ -1,4 +1,4 @@
-"""Jobs that go on where they stopped, and such as are refused because they would be others."""
+"""Jobs are resumed where they stopped, and refused if settings, model or manifest differ."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def pixels(job: Path) -> dict[int, bytes]:
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])
-def test_stopped_and_resumed_equals_uninterrupted(
+def test_a_stopped_and_resumed_job_equals_an_uninterrupted_one(
     manifest: Path, tmp_path: Path, tiny_model: Path, stop_after: int
 ) -> None:
     draw(manifest, tmp_path / "whole", tiny_model, seed=5)
@@ -45,8 +45,10 @@ def test_a_finished_job_opens_no_pool(manifest: Path, tmp_path: Path, tiny_model
     check_whole(tmp_path / "job", 6)
 
 
-def test_a_limit_makes_the_first_images_and_the_rest_follows(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """The limit cuts through a batch of three, whose images must come out as if it had not."""
+def test_a_limit_generates_the_first_images_and_a_later_run_the_rest(
+    manifest: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The limit splits a micro-batch of three images, which must not change any of them."""
     draw(manifest, tmp_path / "whole", tiny_model, seed=5)
     summary, progress = draw(manifest, tmp_path / "job", tiny_model, limit=2, seed=5)
     assert (progress.made, summary.left, summary.stopped) == ([1, 2], 0, False)
@@ -56,58 +58,58 @@ def test_a_limit_makes_the_first_images_and_the_rest_follows(manifest: Path, tmp
     assert pixels(tmp_path / "job") == pixels(tmp_path / "whole")
 
 
-def test_files_without_rows_are_adopted_not_redrawn(
+def test_image_files_without_rows_are_adopted(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw(manifest, tmp_path / "job", tiny_model)
     before = read_results(tmp_path / "job")
     (tmp_path / "job" / "results.parquet").unlink()
-    monkeypatch.setattr(Worker, "generate_and_publish", lambda *_: pytest.fail("an image was drawn again"))
+    monkeypatch.setattr(Worker, "generate_and_publish", lambda *_: pytest.fail("an image was generated again"))
     draw(manifest, tmp_path / "job", tiny_model)
-    kept = ("index", "sha256", "n_tokens", "precision")
+    stored = ("index", "sha256", "n_tokens", "precision")
     after = check_whole(tmp_path / "job", 6)
-    assert [[row[name] for name in kept] for row in after] == [[row[name] for name in kept] for row in before]
+    assert [[row[name] for name in stored] for row in after] == [[row[name] for name in stored] for row in before]
     measured = ("text_s", "denoise_s", "decode_s", "peak_memory_bytes")
     assert all(row[name] is not None for row in before if row["index"] for name in measured)
-    assert all(row[name] is None for row in after for name in measured)  # the file does not hold them
+    assert all(row[name] is None for row in after for name in measured)  # an image file does not contain them
 
 
-def test_a_foreign_or_torn_file_is_replaced(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_foreign_or_truncated_file_is_replaced(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     draw(manifest, tmp_path / "job", tiny_model, seed=5)
     rows = read_results(tmp_path / "job")
     before = pixels(tmp_path / "job")
     (tmp_path / "job" / "results.parquet").unlink()
-    torn, foreign = (tmp_path / "job" / rows[number]["file_name"] for number in (0, 1))
-    torn.write_bytes(torn.read_bytes()[:200])
+    truncated, foreign = (tmp_path / "job" / rows[number]["file_name"] for number in (0, 1))
+    truncated.write_bytes(truncated.read_bytes()[:200])
     Image.new("RGB", (16, 16)).save(foreign)
     draw(manifest, tmp_path / "job", tiny_model)
     check_whole(tmp_path / "job", 6)
     assert pixels(tmp_path / "job") == before
 
 
-class Told(Quiet):
-    def started(self, total: int, finished: int, invalid: InvalidRows) -> None:
+class InvalidRowsRecorder(Quiet):
+    def report_start(self, total: int, finished: int, invalid: InvalidRows) -> None:
         self.invalid = [(row.number, row.reason) for row in invalid.first]
 
 
-def test_a_resumed_job_tells_of_its_bad_rows_without_reading_the_manifest_twice(
+def test_a_resumed_job_reports_invalid_rows_without_reading_the_manifest_again(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[list[tuple[int, str]]] = []
+    invalid_rows: list[list[tuple[int, str]]] = []
     for limit in (2, 4, None):
         job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-        assert job.needs_snapshot == (not told)
-        progress = Told()
+        assert job.needs_snapshot == (not invalid_rows)
+        progress = InvalidRowsRecorder()
         run_job(job, lambda _: InlinePool(setup_for(job)), progress, lambda: False, limit)  # noqa: B023 - called here
-        told.append(progress.invalid)
-    assert told[0] == told[1] == told[2]
-    assert "column seed = 'oops'" in told[0][0][1]
+        invalid_rows.append(progress.invalid)
+    assert invalid_rows[0] == invalid_rows[1] == invalid_rows[2]
+    assert "column seed = 'oops'" in invalid_rows[0][0][1]
     rows = check_whole(tmp_path / "job", 6)
     assert [row["row"] for row in rows if row["status"] == "invalid"] == [3]
     assert [row["note"] for row in rows] == ["a", "a", "a", "b", "c", "d", "d"]
 
 
-def test_bad_rows_that_a_killed_run_did_not_write_down_are_found_again(
+def test_invalid_rows_that_a_killed_run_did_not_record_are_found_again(
     manifest: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     draw(manifest, tmp_path / "job", tiny_model, limit=1, seed=100)
@@ -117,7 +119,7 @@ def test_bad_rows_that_a_killed_run_did_not_write_down_are_found_again(
     assert [row["row"] for row in rows if row["status"] == "invalid"] == [3]
 
 
-def test_strict_is_asked_again_when_a_job_goes_on(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_strict_applies_to_a_resumed_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     draw(manifest, tmp_path / "job", tiny_model, limit=1)
     with pytest.raises(ManifestError, match="unknown column 'note'"):
         draw(manifest, tmp_path / "job", tiny_model, strict=True)
@@ -152,51 +154,55 @@ def test_another_model_and_another_manifest_are_refused(manifest: Path, tmp_path
         draw(manifest, tmp_path / "job", tiny_model)
 
 
-def test_a_job_that_another_run_started_meanwhile_is_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_job_that_another_run_started_in_the_meantime_is_refused(
+    manifest: Path, tmp_path: Path, tiny_model: Path
+) -> None:
     late = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
     draw(manifest, tmp_path / "job", tiny_model, seed=2, limit=1)
-    with pytest.raises(JobMismatchError, match="another run started this job meanwhile"):
+    with pytest.raises(JobMismatchError, match="another run started this job in the meantime"):
         run_job(late, lambda _: InlinePool(setup_for(late)), Quiet(), lambda: False)
 
 
-def test_results_without_their_job_are_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_folder_with_results_but_no_job_json_is_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     draw(manifest, tmp_path / "job", tiny_model)
     (tmp_path / "job" / "job.json").unlink()
     with pytest.raises(JobMismatchError, match=r"holds results but no job\.json"):
         draw(manifest, tmp_path / "job", tiny_model)
 
 
-def test_a_run_whose_journal_is_deleted_ends_resumable(
+def test_a_run_whose_journal_is_deleted_can_be_resumed(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "FLUSH_EVERY_S", 0.0)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
 
-    class Vandal(Quiet):
-        def durable(self) -> None:
+    class JournalDeleter(Quiet):
+        def report_flush(self) -> None:
             for part in (tmp_path / "job" / "_tinysd" / "journal").iterdir():
                 part.unlink()
 
     with pytest.raises(StorageError, match=r"journal/00000001\.parquet.*: deleted or cut short while the job ran"):
-        run_job(job, lambda _: InlinePool(setup_for(job)), Vandal(), lambda: False)
+        run_job(job, lambda _: InlinePool(setup_for(job)), JournalDeleter(), lambda: False)
     monkeypatch.setattr(Worker, "generate_and_publish", lambda *_: pytest.fail("an image was generated again"))
     draw(manifest, tmp_path / "job", tiny_model)
     check_whole(tmp_path / "job", 6)
 
 
-@pytest.mark.parametrize("kind", [
+@pytest.mark.parametrize("file_format", [
     "png", pytest.param("jpg", marks=pytest.mark.slow), pytest.param("webp", marks=pytest.mark.slow)
 ])  # fmt: skip
-def test_equal_settings_give_equal_files(manifest: Path, tmp_path: Path, tiny_model: Path, kind: str) -> None:
-    for name in ("one", "two"):
-        draw(manifest, tmp_path / name, tiny_model, seed=5, format=kind)
-    one, two = ({row["file_name"]: row["sha256"] for row in check_whole(tmp_path / name, 6)} for name in ("one", "two"))
-    assert one == two
-    row = read_results(tmp_path / "one")[0]
+def test_equal_settings_give_equal_files(manifest: Path, tmp_path: Path, tiny_model: Path, file_format: str) -> None:
+    for name in ("first", "second"):
+        draw(manifest, tmp_path / name, tiny_model, seed=5, format=file_format)
+    first, second = (
+        {row["file_name"]: row["sha256"] for row in check_whole(tmp_path / name, 6)} for name in ("first", "second")
+    )
+    assert first == second
+    row = read_results(tmp_path / "first")[0]
     assert all(row[name] is not None for name in ("text_s", "denoise_s", "decode_s", "peak_memory_bytes"))
 
 
-def test_a_host_with_an_odd_name_and_a_reused_job_with_another(
+def test_host_and_folder_names_that_are_not_utf_8(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "node", lambda: "h\udce9st")

@@ -1,4 +1,4 @@
-"""The precision of a job does not change in the middle, and is one on all workers of a machine and device."""
+"""A job keeps its precision when it is resumed, and all workers on one machine and device use the same one."""
 
 import json
 import logging
@@ -31,43 +31,43 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def large_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the small model of the tests for a large one."""
+    """Treat the small test model as a large one, for which the precision is chosen by the CPU's instructions."""
     monkeypatch.setattr(info, "SMALL_UNET_BYTES", 0)
 
 
-def cpu_with(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+def set_cpu_flags(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
 
 
-def precisions(job: Path) -> list[str]:
+def read_precisions(job: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     return [row["precision"] for row in pq.read_table(job / "results.parquet").to_pylist()]
 
 
-def submit(where: Path, model: Path, rows: int) -> None:
-    write_csv(where / "m.csv", [{"prompt": f"cat {row}"} for row in range(rows)])
-    done = run_here("submit", "m.csv", "-o", "job", "--inline", "--model", model, cwd=where)
+def submit(folder: Path, model: Path, rows: int) -> None:
+    write_csv(folder / "m.csv", [{"prompt": f"cat {row}"} for row in range(rows)])
+    done = run_here("submit", "m.csv", "-o", "job", "--inline", "--model", model, cwd=folder)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("found", ["as it was", "missing", "damaged"])  # missing: begun by 0.1.0
+@pytest.mark.parametrize("record_state", ["unchanged", "missing", "damaged"])  # missing: 0.1.0 wrote none
 def test_a_resumed_job_keeps_its_precision(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, large_models: None, found: str
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, large_models: None, record_state: str
 ) -> None:
-    cpu_with(monkeypatch, "avx2")
+    set_cpu_flags(monkeypatch, "avx2")
     submit(tmp_path, tiny_model, 1)
     record = tmp_path / "job" / "_tinysd" / "precision.json"
     assert json.loads(record.read_text())[machine_device_key(CPU)]["dtype"] == "float32"
-    if found == "missing":
+    if record_state == "missing":
         record.unlink()
-    elif found == "damaged":
+    elif record_state == "damaged":
         record.write_text('{"')
-    cpu_with(monkeypatch, "avx2 avx512_bf16")  # a measurement beside another program would have changed, too
+    set_cpu_flags(monkeypatch, "avx2 avx512_bf16")  # stands for a measurement with a different outcome
     submit(tmp_path, tiny_model, 2)
-    assert precisions(tmp_path / "job") == ["float32", "float32"]
-    if found != "as it was":
+    assert read_precisions(tmp_path / "job") == ["float32", "float32"]
+    if record_state != "unchanged":
         return
     planned = run_here("plan", "m.csv", "-o", "job", "--model", tiny_model, cwd=tmp_path).stdout
     assert "Precision      float32: as before in this job: the CPU has no AMX-BF16" in planned
@@ -75,27 +75,29 @@ def test_a_resumed_job_keeps_its_precision(
     assert "Precision      bfloat16: the CPU has AVX512-BF16" in planned
 
 
-def test_another_machine_of_the_same_name_decides_anew(
+def test_another_machine_with_the_same_name_chooses_its_own_precision(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, large_models: None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    cpu_with(monkeypatch, "avx512_bf16")
+    set_cpu_flags(monkeypatch, "avx512_bf16")
     submit(tmp_path, tiny_model, 1)
-    cpu_with(monkeypatch, "avx2")
+    set_cpu_flags(monkeypatch, "avx2")
     with caplog.at_level(logging.WARNING, "tinysd_batch"):
         submit(tmp_path, tiny_model, 2)
-    assert precisions(tmp_path / "job") == ["bfloat16", "float32"]
-    assert "begun in bfloat16, which cannot be computed well here; going on in float32" in caplog.text
+    assert read_precisions(tmp_path / "job") == ["bfloat16", "float32"]
+    assert (
+        "the job started with bfloat16, which this device does not support well; continuing with float32" in caplog.text
+    )
     assert (
         read_precision_record(tmp_path / "job" / "_tinysd" / "precision.json")[machine_device_key(CPU)]["dtype"]
         == "float32"
     )
 
 
-def test_a_precision_that_was_asked_for_is_not_recorded(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_precision_that_the_user_sets_is_not_recorded(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "m.csv").write_text("prompt\ncat\n")
     run_here("submit", "m.csv", "-o", "job", "--inline", "--precision", "full", "--model", tiny_model, cwd=tmp_path)
-    assert precisions(tmp_path / "job") == ["float32"]
+    assert read_precisions(tmp_path / "job") == ["float32"]
     assert not (tmp_path / "job" / "_tinysd" / "precision.json").exists()
 
 
@@ -104,7 +106,7 @@ def test_a_precision_that_was_asked_for_is_not_recorded(tmp_path: Path, tiny_mod
     [b"", b"[]", b"{", b"\xff", b'{"a": 1}', b'{"KEY": {}}', b'{"KEY": {"dtype": 7, "reason": ""}}',
      b'{"KEY": {"dtype": "load", "reason": ""}}', b'{"KEY": {"dtype": "float64", "reason": "\\ud800"}}'],
 )  # fmt: skip
-def test_a_damaged_record_is_as_none(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_record_is_ignored(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "precision.json"
     file.write_bytes(content.replace(b"KEY", machine_device_key(CPU).encode()))
     choice = choose_recorded_precision(file, CPU, is_small=True)
@@ -114,8 +116,8 @@ def test_a_damaged_record_is_as_none(tmp_path: Path, content: bytes) -> None:
     assert read_precision_record(file)[machine_device_key(CPU)]["dtype"] == "float32"
 
 
-class TwoWorkers:
-    """A pool whose workers measured at once, and differently."""
+class KillRecordingPool:
+    """A pool whose workers started at the same time and measured differently."""
 
     def __init__(self) -> None:
         self.killed: list[str] = []
@@ -125,16 +127,16 @@ class TwoWorkers:
         return WorkerLost(worker, reason, fault)
 
 
-def test_workers_of_one_machine_compute_alike(tmp_path: Path) -> None:
-    pool = TwoWorkers()
+def test_workers_on_one_machine_use_the_same_precision(tmp_path: Path) -> None:
+    pool = KillRecordingPool()
     job: Any = SimpleNamespace(
         settings=SimpleNamespace(precision="auto"), precision_file=tmp_path / "precision.json", folder=tmp_path
     )
-    quiet: Any = SimpleNamespace(worker=lambda _: None)
+    progress: Any = SimpleNamespace(worker=lambda _: None)
     writer: Any = SimpleNamespace(guard=nullcontext)
     batches: Iterator[Any] = iter(())
-    dispatch = Dispatcher(job, pool, writer, quiet, SimpleNamespace(), batches)  # type: ignore[arg-type]
-    for worker, chosen in (("gpu-0", "float16"), ("gpu-1", "float32"), ("gpu-2", "float16")):
-        description = {"precision": chosen, "precision_reason": "measured", "precision_replaces": None}
-        dispatch.handle_events([WorkerReady(worker, {**description, "precision_key": "box/GPU"})])
-    assert pool.killed == ["gpu-1: chose float32, where the job computes in float16 on box/GPU"]
+    dispatcher = Dispatcher(job, pool, writer, progress, SimpleNamespace(), batches)  # type: ignore[arg-type]
+    for worker, dtype in (("gpu-0", "float16"), ("gpu-1", "float32"), ("gpu-2", "float16")):
+        description = {"precision": dtype, "precision_reason": "measured", "precision_replaces": None}
+        dispatcher.handle_events([WorkerReady(worker, {**description, "precision_key": "box/GPU"})])
+    assert pool.killed == ["gpu-1: chose float32, but the job uses float16 on box/GPU"]

@@ -1,4 +1,4 @@
-"""`submit JOBFOLDER`, and `submit` of a job's manifest without its flags: the job goes on as it began."""
+"""`submit JOBFOLDER`, or `submit` of its manifest without options, resumes a job with its own settings."""
 
 import json
 import os
@@ -18,18 +18,18 @@ def submit(here: Path, *words: object, command: str = "submit") -> CompletedProc
 
 @pytest.fixture
 def job(here: Path, tiny_model: Path) -> Path:
-    """Two of four images, made with settings of its own."""
+    """A job with two of four images, generated with settings that are not the defaults."""
     (here / "m.csv").write_text("prompt\ncat\nowl\nfox\nbee\n")
     model = os.path.relpath(tiny_model, here)
-    begun = submit(here, "m.csv", "-o", "a b", "--model", model, "--sampler", "ddim", "--steps", 3, "--scale", 1.5,
+    started = submit(here, "m.csv", "-o", "a b", "--model", model, "--sampler", "ddim", "--steps", 3, "--scale", 1.5,
                    "--seed", 100, "--inline", "--format", "jpg", "--limit", 2, "--vram-budget", "500MB")  # fmt: skip
-    assert begun.returncode == 0, begun.stderr
-    assert "2 images left beyond --limit. To resume:\n  tinysd-batch submit 'a b'\n" in begun.stdout
+    assert started.returncode == 0, started.stderr
+    assert "2 images left beyond --limit. To resume:\n  tinysd-batch submit 'a b'\n" in started.stdout
     return here / "a b"
 
 
 @pytest.mark.parametrize("words", [["a b"], ["a b/"], ["m.csv", "-o", "a b"], ["a b", "-o", "a b"]])
-def test_without_flags_it_goes_on_as_it_began(here: Path, job: Path, words: list[str]) -> None:
+def test_a_job_is_resumed_with_its_own_settings(here: Path, job: Path, words: list[str]) -> None:
     planned = submit(here, *words, "--json", command="plan")
     assert (json.loads(planned.stdout)["images"], json.loads(planned.stdout)["finished"]) == (4, 2)
     done = submit(here, *words)
@@ -41,7 +41,9 @@ def test_without_flags_it_goes_on_as_it_began(here: Path, job: Path, words: list
     assert json.loads((job / "job.json").read_text())["settings"]["vram_budget"] == "500MB"
 
 
-def test_the_printed_line_works_from_anywhere(here: Path, job: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_printed_command_works_from_any_folder(
+    here: Path, job: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     done = submit(elsewhere, job, "--limit", 3)
     line = done.stdout.partition("To resume:\n")[2].splitlines()[0]
@@ -62,14 +64,16 @@ def test_the_printed_line_works_from_anywhere(here: Path, job: Path, tmp_path_fa
         (["-o", "other"], "is a job folder, and -o other another one"),
     ],
 )
-def test_what_is_given_and_differs_is_refused(here: Path, job: Path, flags: list[object], message: str) -> None:
+def test_an_option_that_differs_from_the_job_is_refused(
+    here: Path, job: Path, flags: list[object], message: str
+) -> None:
     (here / "p.toml").write_text("scale = 2.0\n")
     refused = submit(here, "a b", *flags)
     assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
     assert len(read_results(job)) == 2
 
 
-def test_a_job_file_that_says_otherwise_is_refused(here: Path, job: Path) -> None:
+def test_a_job_file_that_differs_from_the_job_is_refused(here: Path, job: Path) -> None:
     (here / "job.toml").write_text('manifest = "m.csv"\noutput = "a b"\nsteps = 9\n')
     assert "steps: 3 in the job, 9 now" in submit(here, "job.toml").stderr
     (here / "job.toml").write_text('manifest = "m.csv"\noutput = "a b"\n')
@@ -78,14 +82,14 @@ def test_a_job_file_that_says_otherwise_is_refused(here: Path, job: Path) -> Non
 
 
 @pytest.mark.parametrize("steps", ["nan", '"None"', '" "'])
-def test_a_job_file_with_an_empty_setting_leaves_it_as_it_was(here: Path, job: Path, steps: str) -> None:
+def test_an_empty_setting_in_a_job_file_keeps_that_of_the_job(here: Path, job: Path, steps: str) -> None:
     (here / "job.toml").write_text(f'manifest = "m.csv"\noutput = "a b"\nsteps = {steps}\nseed = -1\n')
     planned = submit(here, "job.toml", "--json", command="plan")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["finished"] == 2
 
 
-def test_a_setting_that_is_no_longer_valid_can_be_replaced(here: Path, job: Path) -> None:
+def test_a_saved_setting_that_is_no_longer_valid_can_be_replaced(here: Path, job: Path) -> None:
     saved = json.loads((job / "job.json").read_text())
     saved["settings"] |= {"inline": False, "address": "ray://head:10001"}
     (job / "job.json").write_text(json.dumps(saved))
@@ -95,15 +99,15 @@ def test_a_setting_that_is_no_longer_valid_can_be_replaced(here: Path, job: Path
     assert submit(here, "a b", "--address", "local", command="plan").returncode == 0
 
 
-def test_how_the_work_is_done_may_change(here: Path, job: Path) -> None:
+def test_settings_that_do_not_affect_pixels_may_change(here: Path, job: Path) -> None:
     done = submit(here, "a b", "--vram-budget", "600MB", "--max-batch", 2)
     assert done.returncode == 0, done.stderr
     settings = json.loads((job / "job.json").read_text())["settings"]
     assert (settings["vram_budget"], settings["max_batch"], settings["inline"]) == ("600MB", 2, True)
 
 
-def test_another_place_to_work_replaces_the_jobs(here: Path, job: Path) -> None:
-    """The job was begun with --inline, which an address would contradict."""
+def test_a_given_address_replaces_the_inline_setting_of_the_job(here: Path, job: Path) -> None:
+    """The job was started with --inline, which contradicts an address."""
     refused = submit(here, "a b", "--address", "127.0.0.1:9")
     assert refused.returncode == 6, refused.stderr
     assert "no cluster answers there" in refused.stderr
@@ -111,24 +115,24 @@ def test_another_place_to_work_replaces_the_jobs(here: Path, job: Path) -> None:
     check_whole(job, 4)
 
 
-def test_a_job_that_never_began_binds_nobody(here: Path, tiny_model: Path) -> None:
-    """Its cluster could not be joined: other settings may be tried, and so may other rows."""
+def test_a_job_without_images_may_be_started_with_other_settings(here: Path, tiny_model: Path) -> None:
+    """The first run could not join its cluster and generated nothing, so settings and rows may change."""
     failed = submit(here, "m.csv", "--model", tiny_model, "--steps", 5, "--address", "127.0.0.1:9")
     assert failed.returncode == 6
     assert submit(here, "m.csv", "--model", tiny_model, "--steps", 2, "--inline").returncode == 0
     assert [row["steps"] for row in check_whole(here / "outputs" / "m", 1)] == [2]
 
 
-def test_a_job_folder_whose_manifest_is_gone_says_so(here: Path, job: Path) -> None:
+def test_a_job_folder_whose_manifest_was_deleted_is_refused(here: Path, job: Path) -> None:
     (here / "m.csv").unlink()
-    gone = submit(here, "a b")
-    assert (gone.returncode, "m.csv: no such file" in gone.stderr) == (2, True)
+    refused = submit(here, "a b")
+    assert (refused.returncode, "m.csv: no such file" in refused.stderr) == (2, True)
 
 
-def test_the_line_to_type_for_a_folder_that_looks_like_an_option(here: Path, tiny_model: Path) -> None:
+def test_the_printed_command_for_a_folder_that_looks_like_an_option(here: Path, tiny_model: Path) -> None:
     (here / "m.csv").write_text("prompt\ncat\nowl\n")
-    begun = submit(here, "m.csv", "-o", "-x", "--model", tiny_model, "--inline", "--limit", 1)
-    assert "tinysd-batch submit ./-x\n" in begun.stdout
+    started = submit(here, "m.csv", "-o", "-x", "--model", tiny_model, "--inline", "--limit", 1)
+    assert "tinysd-batch submit ./-x\n" in started.stdout
     done = submit(here, "./-x")
     assert done.returncode == 0, done.stderr
     check_whole(here / "-x", 2)

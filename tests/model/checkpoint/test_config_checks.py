@@ -1,4 +1,4 @@
-"""Which models are computed: every setting of a configuration is computed as diffusers does, or refused by name."""
+"""Every setting of a model configuration gives the same result as in diffusers, or is refused by name."""
 
 import inspect
 import json
@@ -35,8 +35,8 @@ THREE_CROSS: dict[str, Any] = {
     "up_block_types": ["CrossAttnUpBlock2D"] * 3,
 }  # fmt: skip
 
-# Values other than SD v1's that are computed.
-COMPUTED: list[dict[str, Any]] = [
+# Supported values other than SD v1's.
+SUPPORTED: list[dict[str, Any]] = [
     {},
     {"mid_block_type": None, **THREE_CROSS},  # segmind/tiny-sd
     {"mid_block_type": None, "layers_per_block": [1, 2]},
@@ -60,8 +60,8 @@ COMPUTED: list[dict[str, Any]] = [
     {"upcast_attention": True},
     {"use_linear_projection": True},
 ]
-# Values that are not, one each of everything else that diffusers acts upon.
-NOT_COMPUTED: list[tuple[str, dict[str, Any], str]] = [
+# Unsupported values, one for each other entry that diffusers uses.
+UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("unet", {"time_cond_proj_dim": 256}, "a latent consistency model .*time_cond_proj_dim = 256"),
     ("unet", {"class_embed_type": "timestep"}, 'class_embed_type = "timestep"'),
     ("unet", {"class_embeddings_concat": True}, "class_embeddings_concat = true"),
@@ -130,17 +130,17 @@ def new_vae() -> AutoencoderKL:
 
 
 def predict_here(unet: UNet2DConditionModel, latents: Tensor, time: float, context: Tensor) -> Tensor:
-    """What the pipeline makes of a UNet: its layers are replaced, so it is of no use afterwards."""
-    hoisted = PrecomputedLayers(unet, {name: value.clone() for name, value in unet.state_dict().items()})
+    """Predict noise as the pipeline does. The UNet's layers are replaced, so it cannot be used afterwards."""
+    precomputed = PrecomputedLayers(unet, {name: value.clone() for name, value in unet.state_dict().items()})
     use_chunked_layers(unet, new_vae(), fused=False)
-    attended = hoisted.compute_context_kv(context, CPU, torch.float32)
-    hoisted.set_timestep(time, CPU, torch.float32)
-    hoisted.use_context_kv(attended)
-    return run_unet(unet, latents, attended.rows, None, torch.float32)
+    context_kv = precomputed.compute_context_kv(context, CPU, torch.float32)
+    precomputed.set_timestep(time, CPU, torch.float32)
+    precomputed.use_context_kv(context_kv)
+    return run_unet(unet, latents, context_kv.rows, None, torch.float32)
 
 
-@pytest.mark.parametrize("settings", COMPUTED, ids=lambda settings: "-".join(settings))
-def test_a_setting_is_computed_as_diffusers_does(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", SUPPORTED, ids=lambda settings: "-".join(settings))
+def test_supported_settings_give_the_results_of_diffusers(settings: dict[str, Any]) -> None:
     config = {**SMALL, **settings}
     check_configs(Path("model"), {**GOOD, "unet": config})
     torch.manual_seed(0)
@@ -148,45 +148,45 @@ def test_a_setting_is_computed_as_diffusers_does(settings: dict[str, Any]) -> No
     latents, context, time = torch.randn(2, 4, 8, 8), torch.randn(2, 5, TEXT_WIDTH), 500.0
     with torch.no_grad():
         expected = unet(latents, time, context).sample
-        walked = SegmentedUNet(config, dict(unet.state_dict()), CPU).predict(
+        by_segments = SegmentedUNet(config, dict(unet.state_dict()), CPU).predict(
             latents, torch.full((2,), time), context, 2
         )
-        found = predict_here(unet, latents, time, context)
-    most = expected.abs().max()
-    assert (found - expected).abs().max() < 1e-5 * most
-    assert (walked - expected).abs().max() < 1e-5 * most
+        predicted = predict_here(unet, latents, time, context)
+    largest = expected.abs().max()
+    assert (predicted - expected).abs().max() < 1e-5 * largest
+    assert (by_segments - expected).abs().max() < 1e-5 * largest
 
 
-def test_every_setting_of_diffusers_is_on_the_list() -> None:
-    """A new release with a new setting fails here: is it computed?"""
-    inert = {
+def test_every_setting_of_diffusers_has_a_rule() -> None:
+    """A new release with a new setting fails here: it needs a rule."""
+    unused = {
         "mid_block_only_cross_attention", "addition_time_embed_dim", "addition_embed_type_num_heads",
         "projection_class_embeddings_input_dim", "force_upcast",
     }  # fmt: skip
     sizes = {"self", "sample_size", "out_channels", "block_out_channels", "latent_channels"}
     for model, table in ((UNet2DConditionModel, UNET_RULES), (AutoencoderKL, VAE_RULES)):
-        assert set(inspect.signature(model.__init__).parameters) - inert - sizes == set(table) - sizes
+        assert set(inspect.signature(model.__init__).parameters) - unused - sizes == set(table) - sizes
 
 
-def test_every_setting_that_is_not_computed_is_tried() -> None:
-    tried = {(part, name) for part, entry, _ in NOT_COMPUTED for name in entry} | {("vae", "in_channels")}
+def test_every_unsupported_setting_is_tested() -> None:
+    tested = {(part, name) for part, entry, _ in UNSUPPORTED for name in entry} | {("vae", "in_channels")}
     for part, table in {"unet": UNET_RULES, "vae": VAE_RULES, "scheduler": SCHEDULER_RULES}.items():
-        assert {(part, name) for name, setting in table.items() if setting.accepts is None} <= tried
+        assert {(part, name) for name, setting in table.items() if setting.accepts is None} <= tested
 
 
-@pytest.mark.parametrize(("part", "entry", "message"), NOT_COMPUTED)
-def test_a_setting_that_is_not_computed_is_refused(part: str, entry: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("part", "entry", "message"), UNSUPPORTED)
+def test_unsupported_settings_are_refused(part: str, entry: dict[str, Any], message: str) -> None:
     check_configs(Path("model"), GOOD)
     with pytest.raises(ModelError, match=f"^model.*{message}"):
         check_configs(Path("model"), {**GOOD, part: {**GOOD[part], **entry}})
 
 
-def test_what_diffusers_ignores_is_ignored() -> None:
+def test_entries_that_diffusers_ignores_are_ignored() -> None:
     check_configs(Path("model"), {part: {**config, "mystery": 3} for part, config in GOOD.items()})
     check_configs(Path("model"), {**GOOD, "scheduler": {**SD_V1_SCHEDULER, "clip_sample": True, "thresholding": None}})
 
 
-def test_a_samplers_own_settings_are_noted() -> None:
+def test_unused_sampler_settings_are_noted() -> None:
     assert list_sampler_differences(SD_V1_SCHEDULER) == []
     (note,) = list_sampler_differences({**SD_V1_SCHEDULER, "timestep_spacing": "trailing", "steps_offset": 0})
     assert note.startswith('scheduler: timestep_spacing = "trailing", steps_offset = 0: ')
@@ -204,41 +204,41 @@ COMMANDS = [
     "inspect model", "plan m.csv --model model", "submit m.csv --inline --model model -o new/job",
     "txt2img cat --model model -o new/images",
 ]  # fmt: skip
-MAKERS = ["convert model out", "quantize model out --level fast"]
+CONVERTING_COMMANDS = ["convert model out", "quantize model out --level fast"]
 
 
-@pytest.mark.parametrize("kind", ["float_model", "tiny_model"])
+@pytest.mark.parametrize("model_fixture", ["float_model", "tiny_model"])
 @pytest.mark.parametrize(
     ("part", "entry"),
     [("unet", {"time_cond_proj_dim": 256}), ("scheduler", {"rescale_betas_zero_snr": True})],
 )
-def test_every_command_refuses_it_in_the_same_words(
-    here: Path, request: pytest.FixtureRequest, kind: str, part: str, entry: dict[str, Any]
+def test_every_command_prints_the_same_error(
+    here: Path, request: pytest.FixtureRequest, model_fixture: str, part: str, entry: dict[str, Any]
 ) -> None:
-    shutil.copytree(request.getfixturevalue(kind), here / "model")
+    shutil.copytree(request.getfixturevalue(model_fixture), here / "model")
     change(here / "model", part, **entry)
     before = snapshot(here)
     with pytest.raises(ModelError) as refused:
         TinySD.from_pretrained("model")
     assert next(iter(entry)) in str(refused.value)
-    for command in [*COMMANDS, *(MAKERS if kind == "float_model" else [])]:
+    for command in [*COMMANDS, *(CONVERTING_COMMANDS if model_fixture == "float_model" else [])]:
         done = run_here(*command.split(), cwd=here)
         assert (done.returncode, done.stdout) == (2, ""), command
         assert done.stderr == f"tinysd-batch: {refused.value}\n"
     assert snapshot(here) == before
 
 
-def test_notes_are_told(here: Path, float_model: Path) -> None:
+def test_notes_are_printed(here: Path, float_model: Path) -> None:
     shutil.copytree(float_model, here / "model")
     change(here / "model", "scheduler", timestep_spacing="trailing")
-    for command in ("inspect model", MAKERS[0]):
+    for command in ("inspect model", CONVERTING_COMMANDS[0]):
         done = run_here(*command.split(), cwd=here)
         assert done.returncode == 0, done.stderr
         assert 'timestep_spacing = "trailing"' in done.stdout + done.stderr
 
 
 def test_a_unet_without_a_middle_block(here: Path, float_model: Path) -> None:
-    """As segmind/tiny-sd and BK-SDM have it, from a float folder to an image at 2 bits."""
+    """As in segmind/tiny-sd and BK-SDM: convert a float folder and generate at 2 bits."""
     shutil.copytree(float_model, here / "model")
     shutil.rmtree(here / "model" / "unet")
     torch.manual_seed(1)
@@ -255,13 +255,18 @@ def test_a_unet_without_a_middle_block(here: Path, float_model: Path) -> None:
     ).eval()
     theirs.save_pretrained(here / "model" / "unet")
     write_csv(here / "m.csv", [{"prompt": "cat", "width": 16, "height": 16}])
-    for command in (MAKERS[1], "inspect out", "plan m.csv --model out", "txt2img cat --model out -o images"):
+    for command in (
+        CONVERTING_COMMANDS[1],
+        "inspect out",
+        "plan m.csv --model out",
+        "txt2img cat --model out -o images",
+    ):
         done = run_here(*command.split(), cwd=here)
         assert done.returncode == 0, done.stderr
     assert list((here / "images").rglob("*.png"))
     model = TinySD.from_pretrained("model", device="cpu", dtype="full")
     latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 24, width)
     with torch.no_grad(), model.offloader.holding(model.encode_fragment, model.decode_fragment):
-        found = model.predict_noise(latents, torch.tensor(300.0), context)
+        predicted = model.predict_noise(latents, torch.tensor(300.0), context)
         expected = theirs(latents, 300, context).sample
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (predicted - expected).abs().max() < 1e-5 * expected.abs().max()

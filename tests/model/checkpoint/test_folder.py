@@ -31,7 +31,7 @@ def test_a_damaged_unet_is_refused_by_name(
         TinySD.from_pretrained(damage(tiny_model, tmp_path / "model", change))
 
 
-def test_a_torn_file_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     weights = model / "unet" / WEIGHTS_FILE
@@ -55,30 +55,30 @@ def test_another_quantizers_folder_is_refused(tiny_model: Path, tmp_path: Path) 
     ("path", "message"),
     [("nowhere", "no such model"), ("file.safetensors", "single checkpoint"), ("empty", "not a model folder")],
 )
-def test_what_is_no_model(tmp_path: Path, path: str, message: str) -> None:
+def test_paths_that_are_not_model_folders_are_refused(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "file.safetensors").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=message):
         read_model_info(str(tmp_path / path))
 
 
-def test_the_digest_follows_weights_and_settings_but_not_the_model_card(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_digest_covers_weights_and_configs_but_not_the_readme(tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     before = compute_model_digest(model)
     assert before == compute_model_digest(tiny_model)
-    (model / "README.md").write_text("a card")
+    (model / "README.md").write_text("a model")
     assert compute_model_digest(model) == before
     other = damage(tiny_model, tmp_path / "other", put("conv_in.bias", torch.zeros(32)))
     assert compute_model_digest(other) != before
 
 
-def test_quantizing_to_a_folder_that_is_there_is_refused(float_model: Path, tiny_model: Path) -> None:
+def test_quantizing_to_an_existing_folder_is_refused(float_model: Path, tiny_model: Path) -> None:
     with pytest.raises(ModelError, match="exists"):
         quantize_folder(float_model, tiny_model)
 
 
-def test_a_weight_that_is_not_finite_is_refused_before_anything_is_written(float_model: Path, tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_refused_before_writing(float_model: Path, tmp_path: Path) -> None:
     source = damage(float_model, tmp_path / "source", put("conv_out.bias", torch.full((4,), float("nan"))))
     with pytest.raises(ModelError, match=r"conv_out\.bias is not finite"):
         quantize_folder(source, tmp_path / "out")

@@ -188,7 +188,7 @@ def test_a_card_on_which_no_kernel_compiles_draws_the_same(
 
     monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
     pretended_card.counts.clear()
-    with pytest.warns(UserWarning, match=r"cuda:0: weights are unpacked without a kernel, which is slow: nvrtc.*ture$"):
+    with pytest.warns(UserWarning, match=r"cuda:0: weights are dequantized without a kernel, which is slow: nvrtc.*ture$"):
         found = pictures(new_model(tiny_model))
     assert (found == expected).all()
     assert pretended_card.counts["launched"] == 0
@@ -301,7 +301,7 @@ def check_plan(model: TinySD, shape: MicroBatchShape, measured: dict[str, tuple[
     assert measured.keys() == planned.keys()
     for name, (allocated, reserved) in measured.items():
         phase = planned[name]
-        alive = phase.resident_bytes + phase.buffer_bytes + phase.work + model.planner.overhead.workspace_bytes
+        alive = phase.resident_bytes + phase.buffer_bytes + phase.activation_bytes + model.planner.overhead.workspace_bytes
         assert allocated == pytest.approx(alive, rel=0.1, abs=slack), name
         assert reserved <= (model.planner.torch_budget_bytes or 0), name
 
@@ -330,7 +330,7 @@ def test_memory_that_lies_in_too_many_pieces_makes_it_leave_larger_gaps(
     decode, tried = model.decode_pixels, []
 
     def short_of_memory(latents: torch.Tensor) -> torch.Tensor:
-        tried.append(model.planner.gaps)
+        tried.append(model.planner.fragmentation_share)
         if len(tried) != 2:
             raise error
         return decode(latents)
@@ -338,7 +338,7 @@ def test_memory_that_lies_in_too_many_pieces_makes_it_leave_larger_gaps(
     monkeypatch.setattr(model, "decode_pixels", short_of_memory)
     assert (pictures(model) == expected).all()
     assert tried == [FRAGMENTATION_SHARE, 2 * FRAGMENTATION_SHARE]
-    with pytest.raises(UsageError, match="drawing 512x512 takes at least"):  # as ever
+    with pytest.raises(UsageError, match="generating 512x512 takes at least"):  # as ever
         model.planner.plan_stages(MicroBatchShape(2, 512, 512, model.info.max_tokens))
     with pytest.raises(type(error)):
         pictures(model)
@@ -379,7 +379,7 @@ def test_a_budget_is_kept_at_sd_v1s_size(
         model.generate([f"cat {n}" for n in range(images)], 1, num_inference_steps=6, height=size, width=size)
     assert idle_card.allocator.max_in_use <= budget
     assert idle_card.counts["replayed"] > 0
-    if model.planner.gaps == FRAGMENTATION_SHARE:  # else what was done in the end is not what was planned at first
+    if model.planner.fragmentation_share == FRAGMENTATION_SHARE:  # else what was done in the end is not what was planned at first
         check_plan(model, shape, measured)
 
 

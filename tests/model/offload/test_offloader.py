@@ -33,7 +33,7 @@ def with_room(model: Path, share: float, way: ExecutionStrategy | None = None, *
         whole = sum(part.nbytes for part in task.components)
         least = sum(part.resident.nbytes for part in task.components) + 2 * largest_group_bytes(task.components)
         return replace(
-            phase_of(task), weight_budget_bytes=int(least + share * (whole - least)), strategy=way or task.ways[0]
+            phase_of(task), weight_budget_bytes=int(least + share * (whole - least)), strategy=way or task.strategies[0]
         )
 
     tight.planner.plan = phase  # type: ignore[assignment, method-assign]
@@ -89,7 +89,7 @@ def test_what_the_file_holds_otherwise_is_streamed_without_a_budget(
     half = TinySD.from_pretrained(float_model, device="cpu", dtype=torch.bfloat16)
     whole = picture(half)
     monkeypatch.setattr(offloader, "MAX_RESIDENT_COPY_BYTES", 0)
-    assert all(half.offloader.should_stream([part]) for part in half.fragments)
+    assert all(half.offloader.should_stream([part], None) for part in half.fragments)
     assert torch.equal(picture(half), whole)
 
 
@@ -151,7 +151,7 @@ def test_after_a_capture_that_broke_off_steps_are_as_ever(tiny_model: Path, monk
             broken_off()
         assert tight.offloader.stream is not None
         assert tight.offloader.stream.begins
-        assert tight.offloader.stream.last is None
+        assert tight.offloader.stream.last_switch is None
         assert torch.equal(tight.predict_noise(latents, time, context), expected)
 
 

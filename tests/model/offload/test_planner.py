@@ -98,11 +98,11 @@ def test_a_budget_in_which_nothing_can_be_drawn_is_refused_and_the_least_is_said
     model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
     side = model.info.native_px
     least = model.planner.estimate_min_budget(MicroBatchShape(1, side, side, TOKENS))
-    with pytest.raises(ModelError, match=r"drawing 16x16 takes at least \d+\.\d MB with this model, in the"):
+    with pytest.raises(ModelError, match=r"generating 16x16 takes at least \d+\.\d MB with this model, in the"):
         TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least - 1)
     tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least)
     tight.generate("cat", 1, num_inference_steps=2, guidance_scale=1.0)
-    with pytest.raises(UsageError, match=r"drawing 128x128 takes at least"):
+    with pytest.raises(UsageError, match=r"generating 128x128 takes at least"):
         tight.generate("cat", 1, num_inference_steps=2, height=128, width=128)
 
 

@@ -66,4 +66,4 @@ def test_all_timesteps_are_known_before_the_loop(model: TinySD, sampler: str, st
     model.precomputed.set_timestep = lambda time, *rest: (asked.append(time), at(time, *rest))[1]  # type: ignore[method-assign, func-returns-value]
     model.generate("cat", 1, num_inference_steps=steps, sampler=sampler)
     assert tuple(asked) == get_timesteps(sampler, steps, model.schedule)
-    assert set(asked) == set(model.precomputed.times)
+    assert set(asked) == set(model.precomputed.timestep_features)

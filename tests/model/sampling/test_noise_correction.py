@@ -1,4 +1,4 @@
-"""A packed model's noise correction, stored in its folder and applied while it draws."""
+"""A packed model's noise correction, stored in its folder and applied while it generates."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Generator, Tensor
 
-import tinysd_batch.diffusers  # noqa: F401 - teaches diffusers the format
+import tinysd_batch.diffusers  # noqa: F401 - registers the format with diffusers
 from tests.support.files import write_csv
 from tests.support.jobs import read_results
 from tests.support.program import run_here
@@ -35,7 +35,7 @@ CORRECTION = NoiseCorrection(
         Knot(time=901, slope=-0.3, bias=BIAS, deviation=0.5),
     ],
 )
-DRAWN: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0}
+OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def model(corrected: Path) -> TinySD:
     return TinySD.from_pretrained(corrected, device="cpu")
 
 
-def draw(model: TinySD, prompts: list[str], seeds: list[int], **how: Any) -> Tensor:
-    found: Tensor = model.generate(prompts, seeds, output_type="latent", **{**DRAWN, **how}).images
-    return found
+def generate_latents(model: TinySD, prompts: list[str], seeds: list[int], **options: Any) -> Tensor:
+    latents: Tensor = model.generate(prompts, seeds, output_type="latent", **{**OPTIONS, **options}).images
+    return latents
 
 
 def pixels(path: Path) -> bytes:
@@ -63,50 +63,50 @@ def pixels(path: Path) -> bytes:
 
 
 @given(st.floats(-0.6, 1.0), st.lists(st.floats(-1, 1), min_size=4, max_size=4), st.integers(0, 999))
-def test_what_a_model_adds_is_taken_away(slope: float, bias: list[float], time: int) -> None:
+def test_slope_and_bias_are_removed(slope: float, bias: list[float], time: int) -> None:
     wanted = torch.randn(2, 4, 3, 3, generator=Generator().manual_seed(1))
-    found = (1 + slope) * wanted + torch.tensor(bias).view(-1, 1, 1)
+    predicted = (1 + slope) * wanted + torch.tensor(bias).view(-1, 1, 1)
     correction = NoiseCorrection(scale=1, knots=[Knot(time=time, slope=slope, bias=bias, deviation=0)])
-    torch.testing.assert_close(correction.apply(found, time), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(correction.apply(predicted, time), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_between_knots_numbers_are_interpolated_and_beyond_them_they_stay() -> None:
+def test_values_are_interpolated_between_knots_and_constant_beyond_them() -> None:
     assert CORRECTION.interpolate(451) == pytest.approx([-0.2, 0.3, 0.05, 0.0, -0.05, 0.1])
     assert CORRECTION.interpolate(0) == CORRECTION.interpolate(1)
     assert CORRECTION.interpolate(999) == CORRECTION.interpolate(901)
 
 
-def test_a_folder_with_a_correction_draws_and_is_called_otherwise(model: TinySD, tiny_model: Path) -> None:
+def test_a_correction_changes_images_and_digest(model: TinySD, tiny_model: Path) -> None:
     plain = TinySD.from_pretrained(tiny_model, device="cpu")
-    assert (draw(plain, ["cat"], [1]) - draw(model, ["cat"], [1])).abs().max() > 0.01
+    assert (generate_latents(plain, ["cat"], [1]) - generate_latents(model, ["cat"], [1])).abs().max() > 0.01
     assert plain.info.digest != model.info.digest
 
 
-def test_inspect_tells_of_it(corrected: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_inspect_reports_it(corrected: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert (
         "corrects its noise, as measured at 2 times and scale 2" in run_here("inspect", corrected, cwd=tmp_path).stdout
     )
     assert "corrects" not in run_here("inspect", tiny_model, cwd=tmp_path).stdout
-    told = json.loads(run_here("inspect", corrected, "--json", cwd=tmp_path).stdout)
-    assert NoiseCorrection.model_validate(told["noise_correction"]) == CORRECTION
+    inspected = json.loads(run_here("inspect", corrected, "--json", cwd=tmp_path).stdout)
+    assert NoiseCorrection.model_validate(inspected["noise_correction"]) == CORRECTION
 
 
 @pytest.mark.parametrize("sampler", ["plms", "euler_a", "unipc"])
-def test_pictures_do_not_depend_on_their_company(model: TinySD, sampler: str) -> None:
-    prompts, seeds, how = ["cat", "dog", "bell"], [1, 2, 3], {"sampler": sampler, "eta": 0.5}
-    together = draw(model, prompts, seeds, **how)
+def test_images_do_not_depend_on_their_batch(model: TinySD, sampler: str) -> None:
+    prompts, seeds, options = ["cat", "dog", "bell"], [1, 2, 3], {"sampler": sampler, "eta": 0.5}
+    together = generate_latents(model, prompts, seeds, **options)
     for number in range(3):
-        alone = draw(model, prompts[number : number + 1], seeds[number : number + 1], **how)
+        alone = generate_latents(model, prompts[number : number + 1], seeds[number : number + 1], **options)
         torch.testing.assert_close(alone[0], together[number], rtol=1e-4, atol=1e-4)
 
 
-def test_streamed_pictures_are_the_same(model: TinySD, corrected: Path) -> None:
-    small = TinySD.from_pretrained(corrected, device="cpu", vram_budget=1_000_000, unet_bs=1)
-    one, other = (draw(each, ["cat", "dog"], [1, 2]) for each in (model, small))
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+def test_streamed_images_are_the_same(model: TinySD, corrected: Path) -> None:
+    streaming = TinySD.from_pretrained(corrected, device="cpu", vram_budget=1_000_000, unet_bs=1)
+    resident, streamed = (generate_latents(tinysd, ["cat", "dog"], [1, 2]) for tinysd in (model, streaming))
+    torch.testing.assert_close(resident, streamed, rtol=1e-4, atol=1e-4)
 
 
-def test_a_job_that_goes_on_keeps_its_ids_and_pictures(corrected: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_resumed_job_keeps_its_ids_and_images(corrected: Path, tiny_model: Path, tmp_path: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "seed": 1}, {"prompt": "dog", "seed": 2}])
     submit = "submit", "m.csv", "--inline", "--steps", 2, "--n_samples", 2, "--model"
     assert run_here(*submit, corrected, "-o", "stopped", "--limit", 1, cwd=tmp_path).returncode == 0
@@ -123,23 +123,25 @@ def test_a_job_that_goes_on_keeps_its_ids_and_pictures(corrected: Path, tiny_mod
 # Stochastic samplers
 
 
-def test_samplers_draw_less_noise_only_where_the_correction_says_so(model: TinySD) -> None:
-    less = {sampler: draw(model, ["cat"], [1], sampler=sampler) for sampler in ("euler_a", "euler")}
+def test_samplers_add_less_noise_only_if_the_correction_absorbs(model: TinySD) -> None:
+    with_less_noise = {
+        sampler: generate_latents(model, ["cat"], [1], sampler=sampler) for sampler in ("euler_a", "euler")
+    }
     model.correction = CORRECTION.with_absorbs(False)
-    assert not torch.equal(less["euler_a"], draw(model, ["cat"], [1], sampler="euler_a"))
-    assert torch.equal(less["euler"], draw(model, ["cat"], [1], sampler="euler"))
+    assert not torch.equal(with_less_noise["euler_a"], generate_latents(model, ["cat"], [1], sampler="euler_a"))
+    assert torch.equal(with_less_noise["euler"], generate_latents(model, ["cat"], [1], sampler="euler"))
     model.correction = CORRECTION
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "euler_a", "dpm2_a"])
-def test_errors_do_for_noise(sampler: str) -> None:
-    """Of data whose noise is known but for errors of a known size, drawings vary about as they would without these."""
+def test_prediction_errors_replace_fresh_noise(sampler: str) -> None:
+    """Errors of a known size leave the variance of images about the same if less fresh noise is added."""
     errors = Generator().manual_seed(1)
 
     def variance(error: float, deviation: float) -> float:
         def predict(latents: Tensor, time: Tensor) -> Tensor:
-            share: float = (1 - ALPHAS[round(float(time))]) ** 0.5  # exact for data of variance 1
-            return share * latents + error * torch.randn(latents.shape, generator=errors)
+            noise_share: float = (1 - ALPHAS[round(float(time))]) ** 0.5  # exact for data of variance 1
+            return noise_share * latents + error * torch.randn(latents.shape, generator=errors)
 
         generators = [Generator().manual_seed(2)]
         run = SamplingRun(predict, 20, SD_V1, generators, eta=1.0, deviation=lambda _: deviation)
@@ -152,29 +154,29 @@ def test_errors_do_for_noise(sampler: str) -> None:
 # diffusers
 
 
-def test_diffusers_draws_the_same(model: TinySD, corrected: Path, tmp_path: Path) -> None:
+def test_diffusers_generates_the_same(model: TinySD, corrected: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(corrected)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.unet.config.sample_size
     start = torch.randn(1, 4, size, size, generator=Generator().manual_seed(7))
-    asked = {"latents": start, "output_type": "latent", **DRAWN}
-    theirs = pipeline("red apple", **asked).images
-    ours = draw(model, ["red apple"], [7], sampler="ddim")
+    arguments = {"latents": start, "output_type": "latent", **OPTIONS}
+    theirs = pipeline("red apple", **arguments).images
+    ours = generate_latents(model, ["red apple"], [7], sampler="ddim")
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     pipeline.save_pretrained(tmp_path)
-    again = StableDiffusionPipeline.from_pretrained(tmp_path)
-    again.scheduler = pipeline.scheduler
-    assert torch.equal(again("red apple", **asked).images, theirs)
+    reloaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    reloaded.scheduler = pipeline.scheduler
+    assert torch.equal(reloaded("red apple", **arguments).images, theirs)
 
 
-def test_diffusers_rows_of_different_times_are_each_corrected(corrected: Path) -> None:
+def test_diffusers_corrects_each_row_for_its_timestep(corrected: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(corrected / "unet")
-    given = torch.randn(2, 4, 8, 8), torch.tensor([1, 901]), torch.randn(2, 5, unet.config.cross_attention_dim)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 901]), torch.randn(2, 5, unet.config.cross_attention_dim)
     with torch.no_grad():
-        both = unet(*given).sample
+        both = unet(*inputs).sample
         for row in range(2):
-            (alone,) = unet(*(one[row : row + 1] for one in given), return_dict=False)
+            (alone,) = unet(*(value[row : row + 1] for value in inputs), return_dict=False)
             torch.testing.assert_close(alone[0], both[row], rtol=1e-4, atol=1e-4)
 
 
@@ -190,14 +192,14 @@ def change_knot(**values: Any) -> Callable[[dict[str, Any]], None]:
     [
         (change_knot(slope=-1.0), r"knots\.1\.slope = '?-1\.0"),
         (change_knot(slope="much"), r"knots\.1\.slope = 'much'"),
-        (change_knot(bias=[0.0]), r"all knots must have as many biases"),
+        (change_knot(bias=[0.0]), r"all knots must have the same number of biases"),
         (change_knot(bias=[float("nan")] * 4), r"knots\.1\.bias\.0"),
-        (change_knot(time=1), r"times must rise"),
+        (change_knot(time=1), r"times of the knots must be in ascending order"),
         (change_knot(deviation=-1.0), r"knots\.1\.deviation"),
         (change_knot(other=1), r"knots\.1\.other"),
         (lambda entry: entry.update(knots=[]), r"knots = "),
         (lambda entry: entry.update(knots=entry["knots"] * 600), r"knots = "),
-        (lambda entry: [knot.update(bias=[0.0] * 3) for knot in entry["knots"]], r"3 biases a knot; .* 4 channels"),
+        (lambda entry: [knot.update(bias=[0.0] * 3) for knot in entry["knots"]], r"3 biases per knot; .* 4 channels"),
         (lambda entry: entry.pop("scale"), r"scale"),
     ],
 )
@@ -210,14 +212,14 @@ def test_a_damaged_correction_is_refused_by_name(
     config = read_json_object(path)
     change(config["quantization_config"][CONFIG_KEY])
     path.write_text(json.dumps(config))
-    named = rf"{path}: {CONFIG_KEY}.*{message}"
-    with pytest.raises(ModelError, match=named):
+    message = rf"{path}: {CONFIG_KEY}.*{message}"
+    with pytest.raises(ModelError, match=message):
         TinySD.from_pretrained(folder)
-    with pytest.raises(ModelError, match=named):
+    with pytest.raises(ModelError, match=message):
         UNet2DConditionModel.from_pretrained(folder / "unet")
 
 
-def test_an_entry_that_is_no_object_is_refused(corrected: Path, tmp_path: Path) -> None:
+def test_an_entry_that_is_not_an_object_is_refused(corrected: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(corrected, folder)
     path = folder / "unet" / "config.json"

@@ -1,4 +1,4 @@
-"""The samplers against the origin's mathematics, written down once more here, in float64 and without any shortcut."""
+"""The samplers compared with tiny-stable-diffusion's mathematics, written out here in float64 without shortcuts."""
 
 from collections.abc import Callable, Iterable
 
@@ -20,8 +20,8 @@ from tinysd_batch.model.sampling.sigma_samplers import SigmaSchedule
 
 SIGMAS = np.sqrt((1 - ALPHAS) / ALPHAS)
 SHAPE = (4, 8, 8)
-STEPS = 5  # so that a multistep method looks back as far as it can; a number by which the origin divides 1000
-ORIGIN = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms")
+STEPS = 5  # so that a multistep method looks back as far as it can; tiny-stable-diffusion needs a divisor of 1000
+TINY_STABLE_DIFFUSION = ("plms", "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms")
 
 Noise = Callable[[], Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -29,7 +29,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @pytest.fixture(scope="module")
 def predict() -> Predict:
-    """A UNet as the origin's file holds it, with guidance at scale 7.5."""
+    """A UNet with the weights of a tiny-stable-diffusion file, with guidance at scale 7.5."""
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64, 128, 128), cross_attention_dim=CONTEXT, attention_head_dim=8
     )
@@ -45,10 +45,10 @@ def predict() -> Predict:
     return guided
 
 
-# The origin's samplers, after its behaviour
+# tiny-stable-diffusion's samplers, after its behaviour
 
 
-def origin_alphas(predict: Predict, x: Tensor, steps: int, eta: float, noise: Noise, *, multistep: bool) -> Tensor:
+def reference_alphas(predict: Predict, x: Tensor, steps: int, eta: float, noise: Noise, *, multistep: bool) -> Tensor:
     times = list(range(1, 1000, 1000 // steps))
     below = [ALPHAS[0], *ALPHAS[times[:-1]]]
     old: list[Tensor] = []
@@ -56,16 +56,16 @@ def origin_alphas(predict: Predict, x: Tensor, steps: int, eta: float, noise: No
         a, a_prev = ALPHAS[times[i]], below[i]
         sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
 
-        def go_down(x: Tensor, e: Tensor, a: float = a, a_prev: float = a_prev, sigma: float = sigma) -> Tensor:
+        def step_down(x: Tensor, e: Tensor, a: float = a, a_prev: float = a_prev, sigma: float = sigma) -> Tensor:
             x0 = (x - np.sqrt(1 - a) * e) / np.sqrt(a)
-            kept = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma**2) * e
-            return torch.as_tensor(kept + (sigma * noise() if eta else 0))
+            deterministic = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma**2) * e
+            return torch.as_tensor(deterministic + (sigma * noise() if eta else 0))
 
         e = predict(x, torch.tensor(times[i]))
         if not multistep:
             used = e
         elif len(old) == 0:
-            used = (e + predict(go_down(x, e), torch.tensor(times[max(i - 1, 0)]))) / 2
+            used = (e + predict(step_down(x, e), torch.tensor(times[max(i - 1, 0)]))) / 2
         elif len(old) == 1:
             used = (3 * e - old[-1]) / 2
         elif len(old) == 2:
@@ -73,14 +73,14 @@ def origin_alphas(predict: Predict, x: Tensor, steps: int, eta: float, noise: No
         else:
             used = (55 * e - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
         old.append(e)
-        x = go_down(x, used)
+        x = step_down(x, used)
     return x
 
 
-def origin_sigmas(name: str, predict: Predict, unit: Tensor, steps: int, noise: Noise) -> Tensor:
+def reference_sigmas(name: str, predict: Predict, unit: Tensor, steps: int, noise: Noise) -> Tensor:
     grid = [*np.interp(np.linspace(999, 0, steps), np.arange(1000), SIGMAS), 0.0]
     x = unit * grid[0]
-    past: list[Tensor] = []
+    slopes: list[Tensor] = []
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         low, high = np.sort(np.argsort(np.abs(SIGMAS - sigma), kind="stable")[:2])
@@ -88,32 +88,34 @@ def origin_sigmas(name: str, predict: Predict, unit: Tensor, steps: int, noise: 
         return predict(x / np.sqrt(sigma**2 + 1), torch.tensor((1 - w) * low + w * high))
 
     for i in range(steps):
-        now, then = grid[i], grid[i + 1]
-        up = min(then, np.sqrt(then**2 * (now**2 - then**2) / now**2)) if name.endswith("_a") else 0.0
-        down = np.sqrt(then**2 - up**2)
-        d = slope(x, now)
-        past.append(d)
+        sigma, below = grid[i], grid[i + 1]
+        up = min(below, np.sqrt(below**2 * (sigma**2 - below**2) / sigma**2)) if name.endswith("_a") else 0.0
+        down = np.sqrt(below**2 - up**2)
+        d = slope(x, sigma)
+        slopes.append(d)
         if name in ("euler", "euler_a"):
-            x = x + d * (down - now)
+            x = x + d * (down - sigma)
         elif name == "heun":
-            x = x + (d if then == 0 else (d + slope(x + d * (then - now), then)) / 2) * (then - now)
+            x = x + (d if below == 0 else (d + slope(x + d * (below - sigma), below)) / 2) * (below - sigma)
         elif name in ("dpm2", "dpm2_a"):
-            middle = ((now ** (1 / 3) + down ** (1 / 3)) / 2) ** 3
-            x = x + slope(x + d * (middle - now), middle) * (down - now)
+            middle = ((sigma ** (1 / 3) + down ** (1 / 3)) / 2) ** 3
+            x = x + slope(x + d * (middle - sigma), middle) * (down - sigma)
         else:
-            fine = np.linspace(now, then, 20_001)
+            fine = np.linspace(sigma, below, 20_001)
             nodes = [grid[i - k] for k in range(min(i + 1, 4))]
             for k, node in enumerate(nodes):
                 factors = [(fine - other) / (node - other) for other in nodes if other != node]
                 basis = np.prod([np.ones_like(fine), *factors], axis=0)
-                x = x + float(np.trapezoid(basis, fine)) * past[-1 - k]
+                x = x + float(np.trapezoid(basis, fine)) * slopes[-1 - k]
         if name.endswith("_a"):
             x = x + up * noise()
     return torch.as_tensor(x)
 
 
-@pytest.mark.parametrize(("name", "eta"), [*((name, 0.0) for name in ORIGIN), ("ddim", 0.5), ("plms", 0.5)])
-def test_final_latents_are_the_origins(predict: Predict, name: str, eta: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "eta"), [*((name, 0.0) for name in TINY_STABLE_DIFFUSION), ("ddim", 0.5), ("plms", 0.5)]
+)
+def test_final_latents_are_those_of_tiny_stable_diffusion(predict: Predict, name: str, eta: float) -> None:
     def start() -> tuple[Generator, Tensor]:
         generator = Generator().manual_seed(5)
         return generator, sample_noise([generator], SHAPE)
@@ -126,38 +128,43 @@ def test_final_latents_are_the_origins(predict: Predict, name: str, eta: float) 
         return sample_noise([generator], SHAPE).double()
 
     if name in ("plms", "ddim"):
-        theirs = origin_alphas(predict, unit.double(), STEPS, eta, noise, multistep=name == "plms")
+        theirs = reference_alphas(predict, unit.double(), STEPS, eta, noise, multistep=name == "plms")
     else:
-        theirs = origin_sigmas(name, predict, unit.double(), STEPS, noise)
+        theirs = reference_sigmas(name, predict, unit.double(), STEPS, noise)
     assert theirs.std() > 0.5
     assert (ours - theirs).abs().max() < 0.002
 
 
-def toy(latents: Tensor, time: Tensor) -> Tensor:
-    """Bounded, not linear, and different at every time: enough to make a wrong step count or time show."""
+def toy_predict(latents: Tensor, time: Tensor) -> Tensor:
+    """Bounded, not linear, and different at every timestep, so that a wrong step count or timestep is noticed."""
     return torch.tanh(latents * (1 + time / 1000))
 
 
-def visit(name: str, steps: int, eta: float = 0.5) -> tuple[list[float], Tensor]:
-    """The times at which the sampler asks for noise, and what it ends with."""
+def run_recorded(name: str, steps: int, eta: float = 0.5) -> tuple[list[float], Tensor]:
+    """Return the timesteps at which the sampler evaluates the model, and the final latents."""
     times: list[float] = []
 
     def predict(latents: Tensor, time: Tensor) -> Tensor:
         times.append(float(time))
-        return toy(latents, time)
+        return toy_predict(latents, time)
 
     generator = Generator().manual_seed(2)
     unit = sample_noise([generator], (4, 2, 2))
     return times, sample(name, SamplingRun(predict, steps, SD_V1, [generator], eta), unit)
 
 
-EVALUATIONS = {"plms": (1, 1), "heun": (2, -1), "dpm2": (2, 0), "dpm2_a": (2, 0)}  # per step, and besides
+EVALUATIONS = {
+    "plms": (1, 1),
+    "heun": (2, -1),
+    "dpm2": (2, 0),
+    "dpm2_a": (2, 0),
+}  # evaluations per step, and in addition
 
 
 def check_steps(name: str, steps: int) -> None:
-    times, latents = visit(name, steps)
-    per_step, besides = EVALUATIONS.get(name, (1, 0))
-    assert len(times) == per_step * steps + besides
+    times, latents = run_recorded(name, steps)
+    per_step, extra = EVALUATIONS.get(name, (1, 0))
+    assert len(times) == per_step * steps + extra
     assert max(times) == times[0]
     assert min(times) >= 0
     assert times[0] <= 999
@@ -165,8 +172,8 @@ def check_steps(name: str, steps: int) -> None:
     assert latents.isfinite().all()
 
 
-OWN = ("plms", "ddim", "euler_a", "dpm2", "dpm2_a", "lms")
-THEIRS = {
+OUR_SAMPLERS = ("plms", "ddim", "euler_a", "dpm2", "dpm2_a", "lms")
+DIFFUSERS_SAMPLERS = {
     "euler": ("EulerDiscreteScheduler", 1),
     "heun": ("HeunDiscreteScheduler", 1),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", 1000),
@@ -174,70 +181,70 @@ THEIRS = {
 }
 
 
-SOME = (*range(1, 20), 37, 101, 333, 501, 999, 1000)  # drawn to the end; all would take many minutes
-FEW = (*range(1, 20), 37, 101, 333)
+THOROUGH_STEPS = (*range(1, 20), 37, 101, 333, 501, 999, 1000)  # run to the end; all would take many minutes
+FAST_STEPS = (*range(1, 20), 37, 101, 333)
 
 
 def new_run(steps: int) -> SamplingRun:
-    return SamplingRun(toy, steps, SD_V1, [])
+    return SamplingRun(toy_predict, steps, SD_V1, [])
 
 
-def counted(thorough: bool) -> Iterable[int]:
-    """Numbers of steps: all, or every seventh and those that are drawn to the end."""
-    return range(1, 1001) if thorough else sorted({*range(1, 1001, 7), *SOME})
+def step_counts(thorough: bool) -> Iterable[int]:
+    """Numbers of steps: all, or every seventh and those that are run to the end."""
+    return range(1, 1001) if thorough else sorted({*range(1, 1001, 7), *THOROUGH_STEPS})
 
 
 THOROUGH = pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
 @THOROUGH
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OUR_SAMPLERS)
 def test_every_number_of_steps(name: str, thorough: bool) -> None:
-    for steps in counted(thorough):
+    for steps in step_counts(thorough):
         if name in ("plms", "ddim"):
-            times = [level.time for level in iter_ddim_steps(new_run(steps))]
+            times = [step.timestep for step in iter_ddim_steps(new_run(steps))]
             assert times[0] >= 999 - 1000 / steps
         else:
             times = SigmaSchedule.from_run(new_run(steps)).timesteps.tolist()
             assert times[0] == 999
         assert len(set(times)) == steps
         assert (times, min(times) >= 0) == (sorted(times, reverse=True), True)
-    for steps in SOME if thorough else FEW:
+    for steps in THOROUGH_STEPS if thorough else FAST_STEPS:
         check_steps(name, steps)
 
 
 @THOROUGH
-@pytest.mark.parametrize("name", THEIRS)
-def test_every_number_of_steps_by_diffusers(name: str, thorough: bool) -> None:
-    per_step, besides = EVALUATIONS.get(name, (1, 0))
-    for steps in counted(thorough):
-        times = build_scheduler(*THEIRS[name], steps, SD_V1).timesteps
-        assert len(times) == per_step * steps + besides
+@pytest.mark.parametrize("name", DIFFUSERS_SAMPLERS)
+def test_every_number_of_steps_with_diffusers(name: str, thorough: bool) -> None:
+    per_step, extra = EVALUATIONS.get(name, (1, 0))
+    for steps in step_counts(thorough):
+        times = build_scheduler(*DIFFUSERS_SAMPLERS[name], steps, SD_V1).timesteps
+        assert len(times) == per_step * steps + extra
         assert len(times.unique()) == steps
         assert (float(times[0]), float(times.max())) == (999, 999)
         assert times.min() >= 0
-    for steps in SOME if thorough else FEW:
+    for steps in THOROUGH_STEPS if thorough else FAST_STEPS:
         check_steps(name, steps)
 
 
 def test_each_sampler_is_tested_with_every_number_of_steps() -> None:
-    assert {*OWN, *THEIRS} == set(SAMPLERS)
+    assert {*OUR_SAMPLERS, *DIFFUSERS_SAMPLERS} == set(SAMPLERS)
 
 
-def test_the_origins_times_where_it_has_any() -> None:
+def test_ddim_timesteps_are_those_of_tiny_stable_diffusion() -> None:
     for steps in (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500):
-        times, _ = visit("ddim", steps)
+        times, _ = run_recorded("ddim", steps)
         assert times == list(range(1, 1000, 1000 // steps))[::-1]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_noise_comes_from_each_images_own_generator(name: str) -> None:
-    """Images of a batch end where they end alone, whatever noise their neighbours draw."""
+    """An image in a batch is the same as alone, whatever noise the others get."""
 
     def run(seeds: list[int]) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in seeds]
         unit = sample_noise(generators, (4, 2, 2))
-        return sample(name, SamplingRun(toy, 6, SD_V1, generators, 0.5), unit)
+        return sample(name, SamplingRun(toy_predict, 6, SD_V1, generators, 0.5), unit)
 
     together = run([1, 2, 3])
     for number, seed in enumerate((1, 2, 3)):
@@ -245,33 +252,33 @@ def test_noise_comes_from_each_images_own_generator(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["euler_a", "dpm2_a", "ddim", "plms"])
-def test_fresh_noise_is_drawn_where_it_should_be(name: str) -> None:
+def test_fresh_noise_advances_the_generator(name: str) -> None:
     generator = Generator().manual_seed(1)
     unit = sample_noise([generator], (4, 2, 2))
     before = generator.get_state()
-    sample(name, SamplingRun(toy, 4, SD_V1, [generator], eta=0.5), unit)
+    sample(name, SamplingRun(toy_predict, 4, SD_V1, [generator], eta=0.5), unit)
     assert not torch.equal(before, generator.get_state())
 
 
 @pytest.mark.parametrize(
-    ("name", "own"),
+    ("name", "our_name"),
     [
         ("Euler a", "euler_a"), ("k_euler_a", "euler_a"), ("DPM++ 2M", "dpmpp_2m"), ("dpm++2m", "dpmpp_2m"),
         ("UniPC", "unipc"), ("DPM2 a", "dpm2_a"), ("PLMS", "plms"), (" lms ", "lms"), ("k-heun", "heun"),
     ],
 )  # fmt: skip
-def test_names_of_other_programs(name: str, own: str) -> None:
-    assert find_sampler(name) == own
+def test_names_of_other_programs(name: str, our_name: str) -> None:
+    assert find_sampler(name) == our_name
 
 
 @pytest.mark.parametrize("name", ["", "karras", "euler_b", "dpm++ 2m sde"])
-def test_names_that_are_none(name: str) -> None:
+def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no such sampler; one of plms, ddim"):
         find_sampler(name)
     with pytest.raises(UsageError, match="no such sampler"):
-        visit(name, 4)
+        run_recorded(name, 4)
 
 
-def test_a_schedule_that_is_not_stable_diffusions() -> None:
+def test_an_unsupported_schedule_is_refused() -> None:
     with pytest.raises(ModelError, match="beta_schedule 'cosine'"):
         compute_alphas_cumprod({**SD_V1, "beta_schedule": "cosine"})

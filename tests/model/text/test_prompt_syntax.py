@@ -8,13 +8,13 @@ from tinysd_batch.model.text.prompt_syntax import SYNTAXES, EmphasisSpan, SubPro
 from tinysd_batch.model.text.tokenizer import read_tokenizer, tokenize_prompt
 
 
-def same(found: list[tuple[str, float]], expected: list[tuple[str, float]]) -> None:
-    assert [text for text, _ in found] == [text for text, _ in expected]
-    assert [number for _, number in found] == pytest.approx([number for _, number in expected])
+def check_equal(parsed: list[tuple[str, float]], expected: list[tuple[str, float]]) -> None:
+    assert [text for text, _ in parsed] == [text for text, _ in expected]
+    assert [number for _, number in parsed] == pytest.approx([number for _, number in expected])
 
 
 @pytest.mark.parametrize(
-    ("prompt", "parts"),
+    ("prompt", "sub_prompts"),
     [
         ("red apple", [("red apple", 1.0)]),
         ("", [("", 1.0)]),
@@ -25,13 +25,13 @@ def same(found: list[tuple[str, float]], expected: list[tuple[str, float]]) -> N
         ("cat:1, dog:3; owl:4", [("cat", 0.125), ("dog", 0.375), ("owl", 0.5)]),
         ("cat:1\tdog:3\nowl:4", [("cat", 0.125), ("dog", 0.375), ("owl", 0.5)]),
         (":3 tail", [("", 0.75), ("tail", 0.25)]),
-        # One weight alone changes nothing, and is no text.
+        # A single weight has no effect and is removed.
         ("cat:0.5", [("cat", 1.0)]),
-        # A colon without a number behind it is text.
+        # A colon is text if no number follows it.
         ("style: flat", [("style: flat", 1.0)]),
         ("cat: 2 dog", [("cat: 2 dog", 1.0)]),
         ("a:b", [("a:b", 1.0)]),
-        # Nor is it a weight in times, ratios and addresses.
+        # It is not a weight in times, ratios and URLs.
         ("a photo, 12:30 clock", [("a photo, 12:30 clock", 1.0)]),
         ("at 12:30:45 sharp", [("at 12:30:45 sharp", 1.0)]),
         ("16:9 cat:1 dog:1", [("16:9 cat", 0.5), ("dog", 0.5)]),
@@ -39,27 +39,27 @@ def same(found: list[tuple[str, float]], expected: list[tuple[str, float]]) -> N
         ("2.39:1 film", [("2.39:1 film", 1.0)]),
         ("http://x.y z", [("http://x.y z", 1.0)]),
         ("see http://host:80 now", [("see http://host:80 now", 1.0)]),
-        # But it is after names that end in a digit, and with a fraction.
+        # It is a weight after names that end in a digit, and if the number is a fraction.
         ("r2d2:1 c3po:3", [("r2d2", 0.25), ("c3po", 0.75)]),
         ("top 10:0.5 cat:0.5", [("top 10", 0.5), ("cat", 0.5)]),
         (r"cat\:2 dog", [("cat:2 dog", 1.0)]),
         (r"scale 1\:0.5 cat:1 dog:1", [("scale 1:0.5 cat", 0.5), ("dog", 0.5)]),
     ],
 )
-def test_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
-    same([(sub.text, sub.weight) for sub in parse_prompt(prompt, "seed")], parts)
+def test_weights(prompt: str, sub_prompts: list[tuple[str, float]]) -> None:
+    check_equal([(sub.text, sub.weight) for sub in parse_prompt(prompt, "seed")], sub_prompts)
 
 
 @pytest.mark.parametrize(
     "prompt", ["a:0 b:0", "a:1 b:-1", "a:1 b:-2", "a:1e308 b:1e308 c", "a:1e999 b", "a:nan b:1", "a:inf", "cat:0"]
 )
-def test_weights_without_a_sensible_sum_are_refused(prompt: str) -> None:
+def test_weights_without_a_positive_sum_are_refused(prompt: str) -> None:
     with pytest.raises(UsageError, match=r"weights sum to (0|-1|inf|nan); give weights with a sum above zero"):
         parse_prompt(prompt)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "runs"),
+    ("prompt", "spans"),
     [
         ("a red apple", [("a red apple", 1.0)]),
         ("", [("", 1.0)]),
@@ -77,17 +77,17 @@ def test_weights_without_a_sensible_sum_are_refused(prompt: str) -> None:
         ("(:1.5)", [("", 1.0)]),
     ],
 )
-def test_brackets(prompt: str, runs: list[tuple[str, float]]) -> None:
+def test_brackets(prompt: str, spans: list[tuple[str, float]]) -> None:
     (sub,) = parse_prompt(prompt, "a1111")
-    same([(run.text, run.emphasis) for run in sub.spans], runs)
+    check_equal([(span.text, span.emphasis) for span in sub.spans], spans)
 
 
-def test_without_syntax_nothing_is_read_into_a_prompt() -> None:
+def test_syntax_none_keeps_the_prompt_as_it_is() -> None:
     prompt = r"cat:1 (dog:2) \: [owl]"
     assert parse_prompt(prompt, "none") == [SubPrompt(1.0, (EmphasisSpan(prompt),))]
 
 
-def test_a_syntax_that_is_none() -> None:
+def test_an_unknown_syntax_is_refused() -> None:
     with pytest.raises(UsageError, match="prompt_syntax = 'compel': one of seed, a1111, none"):
         parse_prompt("cat", "compel")
 
@@ -96,43 +96,43 @@ MARKS = st.text(st.sampled_from("ab :;,.()[]\\0123456789-+e\n\N{SNOWMAN}"), max_
 
 
 @given(MARKS, st.sampled_from(SYNTAXES))
-def test_any_text_parses_or_is_refused(prompt: str, syntax: str) -> None:
+def test_any_text_is_parsed_or_refused(prompt: str, syntax: str) -> None:
     try:
-        parts = parse_prompt(prompt, syntax)
+        sub_prompts = parse_prompt(prompt, syntax)
     except UsageError:
         return
-    assert sum(part.weight for part in parts) == pytest.approx(1)
-    assert all(part.spans for part in parts)
+    assert sum(sub.weight for sub in sub_prompts) == pytest.approx(1)
+    assert all(sub.spans for sub in sub_prompts)
 
 
 @given(MARKS)
-def test_brackets_lose_no_word(prompt: str) -> None:
+def test_brackets_keep_every_word(prompt: str) -> None:
     (sub,) = parse_prompt(prompt, "a1111")
-    kept = [mark for mark in prompt if mark.isalpha()]
-    assert [mark for mark in sub.text if mark.isalpha()] == kept
+    letters = [character for character in prompt if character.isalpha()]
+    assert [character for character in sub.text if character.isalpha()] == letters
 
 
 TOKENIZER = read_tokenizer(embedded_model_path() / "tokenizer")
 
 
-def pieces(prompt: str, syntax: str = "seed", *, long_prompts: bool = True) -> list[list[int]]:
+def window_ids(prompt: str, syntax: str = "seed", *, long_prompts: bool = True) -> list[list[int]]:
     tokenized = tokenize_prompt(TOKENIZER, parse_prompt(prompt, syntax), 8, long_prompts=long_prompts)
-    return [list(piece.ids) for part in tokenized.sub_prompts for piece in part.windows]
+    return [list(window.ids) for sub in tokenized.sub_prompts for window in sub.windows]
 
 
-def test_long_prompts_come_in_pieces_that_together_are_the_prompt() -> None:
+def test_long_prompts_are_split_into_windows() -> None:
     prompt = "red apple panda frog skull ghost cactus doughnut"
     ids = TOKENIZER(prompt, add_special_tokens=False).input_ids
     begin, end = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
-    found = pieces(prompt)
-    assert [piece[0] for piece in found] == [begin] * len(found)
-    assert [len(piece) for piece in found] == [8] * len(found)
-    assert [one for piece in found for one in piece if one not in (begin, end)] == ids
-    assert pieces("") == [[begin, *[end] * 7]]
-    assert pieces(prompt, long_prompts=False) == found[:1]
+    windows = window_ids(prompt)
+    assert [window[0] for window in windows] == [begin] * len(windows)
+    assert [len(window) for window in windows] == [8] * len(windows)
+    assert [token_id for window in windows for token_id in window if token_id not in (begin, end)] == ids
+    assert window_ids("") == [[begin, *[end] * 7]]
+    assert window_ids(prompt, long_prompts=False) == windows[:1]
 
 
-def test_what_does_not_fit_is_counted_and_told() -> None:
+def test_truncated_text_is_counted_and_reported() -> None:
     tokenized = tokenize_prompt(
         TOKENIZER, parse_prompt("apple apple apple:1 apple apple apple apple frog:1"), 5, long_prompts=False
     )
@@ -141,8 +141,8 @@ def test_what_does_not_fit_is_counted_and_told() -> None:
     assert tokenized.n_windows == 1
 
 
-def test_emphasis_stays_on_its_words() -> None:
+def test_emphasis_applies_to_its_words_only() -> None:
     tokenized = tokenize_prompt(TOKENIZER, parse_prompt("red (apple:2) [frog]", "a1111"), 8, long_prompts=False)
-    (piece,) = tokenized.sub_prompts[0].windows
-    assert list(piece.emphasis) == pytest.approx([1, 1, 2, 1 / 1.1, 1, 1, 1, 1])
-    assert list(piece.ids) == pieces("red apple frog", "none")[0]
+    (window,) = tokenized.sub_prompts[0].windows
+    assert list(window.emphasis) == pytest.approx([1, 1, 2, 1 / 1.1, 1, 1, 1, 1])
+    assert list(window.ids) == window_ids("red apple frog", "none")[0]

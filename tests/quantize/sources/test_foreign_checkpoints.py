@@ -108,9 +108,9 @@ OTHER_MODELS = {
     "AnimateDiff": named("down_blocks.0.motion_modules.0.temporal_transformer.norm.bias"),
     "textual inversion": named("emb_params", shape=(4, 768)),
     "textual inversion: it is an addition": named("<my-cat>", shape=(768,)),
-    "autoencoder: it holds no UNet; `--vae` takes it": named("decoder.conv_in.weight", "post_quant_conv.weight"),
-    "a part of a model folder: name the whole folder": named("down_blocks.0.resnets.0.conv1.weight"),
-    "unknown: no UNet .* the first of 1 names is 'something'": named("something"),
+    "autoencoder: it holds no UNet; use it with `--vae`": named("decoder.conv_in.weight", "post_quant_conv.weight"),
+    "a component of a model folder: name the whole folder": named("down_blocks.0.resnets.0.conv1.weight"),
+    "unknown: it contains no UNet .* the first of 1 names is 'something'": named("something"),
     "unknown: .*; it is empty": {},
 }
 
@@ -143,7 +143,7 @@ def test_a_pickled_textual_inversion(save: Save) -> None:
     [
         (b"", "neither a safetensors file nor a PyTorch checkpoint"),
         (b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\0", "a GGUF file, quantized by another program"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html><html>404</html>", "a web page"),
         (b"\x1f\x8b\x08\0\0\0\0\0\0\0\0\0\0\0\0\0\0", "compressed by gzip"),
         (b"\xff" * 1000, "neither a safetensors"),
@@ -201,7 +201,7 @@ def test_lying_headers(tmp_path: Path, entry: dict[str, Any]) -> None:
 def test_renaming_does_not_take_the_square_of_the_names(tensors: dict[str, Tensor], save: Save) -> None:
     many = {f"{ldm_checkpoint.UNET}input_blocks.{number}.0.bias": torch.zeros(1) for number in range(12, 10_000)}
     start = time.process_time()
-    check_refused(save(tensors | many), "10,674 tensors in a part of the model; at most 4,000 are read")
+    check_refused(save(tensors | many), "10,674 tensors in a component of the model; at most 4,000 are read")
     assert time.process_time() - start < 2
 
 

@@ -62,9 +62,9 @@ def test_its_pictures_are_those_of_the_dequantized_model(folder: Path) -> None:
     floats = tiny_stable_diffusion.dequantized(tiny_stable_diffusion.unet_checkpoint())
     unet.load_state_dict(convert_ldm_unet_checkpoint(floats, dict(unet.config)))
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    (condition,) = model.prompts.encode(["a lake"], ["a boat"], [7.5], ["seed"])
+    (condition,) = model.prompt_encoder.encode(["a lake"], ["a boat"], [7.5], ["seed"])
     assert condition.negative_embedding is not None
-    context = torch.stack([condition.negative_embedding, condition.text])
+    context = torch.stack([condition.negative_embedding, condition.embedding])
     seen: list[Tensor] = []
     model.generate(
         None, 1, prompt_embeds=context[1:], negative_prompt_embeds=context[:1], latents=start[:1], height=64, width=64,
@@ -94,13 +94,14 @@ def test_the_autoencoder_is_kept_to_the_bit(folder: Path) -> None:
 
 def test_its_text_states_and_decoded_latents_are_the_models_own(folder: Path) -> None:
     model = TinySD.from_pretrained(folder, device="cpu")
-    (condition,) = model.prompts.encode(["a lake at dawn"], [""], [1.0], ["none"])
-    ids = model.prompts.tokenizer("a lake at dawn", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    (condition,) = model.prompt_encoder.encode(["a lake at dawn"], [""], [1.0], ["none"])
+    prompt = "a lake at dawn"
+    ids = model.prompt_encoder.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
     latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         text = parts().text_encoder.eval()(ids).last_hidden_state[0]
         pixels = parts().vae.eval().decode(latents / 0.18215).sample
-    torch.testing.assert_close(condition.text, text, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(condition.embedding, text, rtol=1e-3, atol=1e-3)
     expected = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(model.decode_pixels(latents), expected, rtol=1e-3, atol=1e-3)
 

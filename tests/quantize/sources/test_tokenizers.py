@@ -100,7 +100,7 @@ def test_a_tokenizer_is_copied_byte_for_byte(float_model: Path, here: Path) -> N
     ("files", "message"),
     [
         ({"added_tokens.json": {"<my-cat>": 10**6}}, "token '<my-cat>' is number '1000000', and would be read as 2627"),
-        ({"added_tokens.json": {"<a>": 2627, "<b>": 2628}}, "token '<b>' is number 2628, the text encoder knows 2628"),
+        ({"added_tokens.json": {"<a>": 2627, "<b>": 2628}}, "is number 2628, the text encoder has only 2628 tokens"),
         ({"vocab.json": None}, "tokenizer/vocab.json: missing"),
         ({"added_tokens.json": [3]}, "not a readable CLIP tokenizer"),
         ({"added_tokens.json": {"<my-cat>": "x"}}, "token '<my-cat>' is number 'x', and would be read as"),

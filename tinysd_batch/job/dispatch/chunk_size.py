@@ -1,7 +1,8 @@
-"""How much work a worker gets at a time. Pure: speeds in, work out.
+"""Choose how much work to give a worker at a time. Pure logic: speeds in, cost out.
 
-Work is counted in units that take a worker equally long: pixels through the UNet. A chunk is some 15 seconds for the
-worker that asks, less towards the end, so that all end together; nothing for one so slow that it would end last.
+Cost is counted in megapixels through the UNet (`job.plan.cost`). A chunk takes the worker about 15 seconds, and less
+towards the end of the job so that all workers finish together. A worker that is so slow that it would finish last gets
+nothing.
 """
 
 import math
@@ -9,71 +10,84 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TARGET_CHUNK_S = 15.0
-NEW_MEASUREMENT_WEIGHT = 0.3  # how much the latest measurement counts against all before it
+NEW_MEASUREMENT_WEIGHT = 0.3  # of the latest measurement, against all earlier ones
 
 
 @dataclass(slots=True)
 class WorkerSpeed:
-    """A worker's work per second as measured, newer measurements counting more; None before the first."""
+    """Exponential moving average of a worker's speed; None before the first measurement."""
 
     cost_per_s: float | None = None
 
-    def add_measurement(self, work: float, seconds: float) -> None:
-        latest = work / max(seconds, 1e-6)
+    def add_measurement(self, cost: float, seconds: float) -> None:
+        latest = cost / max(seconds, 1e-6)
         if self.cost_per_s is None:
             self.cost_per_s = latest
-        else:  # seconds per work are averaged, not work per second: one lucky batch must not count double
+        else:  # average the seconds per cost (harmonic mean), so that a single fast batch does not dominate
             self.cost_per_s = 1 / ((1 - NEW_MEASUREMENT_WEIGHT) / self.cost_per_s + NEW_MEASUREMENT_WEIGHT / latest)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """A worker as the scheduler sees it."""
+    """A worker's speed, and how long it is still busy."""
 
-    speed: float | None
-    busy_s: float = 0.0  # until it has done what it holds
+    speed: float | None  # cost per second; None if not measured yet
+    busy_s: float = 0.0  # until it has finished its current chunk
 
 
-def choose_chunk_cost(asking: WorkerLoad, others: Sequence[WorkerLoad], left: float, unit: float) -> float:
-    """How much of the work `left` the idle worker gets now, in whole units (a micro-batch); 0 to leave it out.
+def choose_chunk_cost(worker: WorkerLoad, others: Sequence[WorkerLoad], remaining: float, unit: float) -> float:
+    """Return how much of the remaining cost the idle worker gets now.
 
-    A worker of unknown speed gets one unit.
+    Args:
+        worker: the idle worker. It gets one unit if its speed is unknown.
+        others: all other workers, busy or idle.
+        remaining: cost of all images that are not assigned yet.
+        unit: cost of one micro-batch.
+
+    Returns:
+        A multiple of `unit`, or 0 if the worker is too slow to help.
     """
-    if left <= 0:
+    if remaining <= 0:
         return 0.0
-    if asking.speed is None:
+    if worker.speed is None:
         return unit
-    known = [other.speed for other in others if other.speed is not None]
-    mean = sum([asking.speed, *known]) / (1 + len(known))
-    fleet = [(asking.speed, asking.busy_s), *((other.speed or mean, other.busy_s) for other in others)]
-    mine = math.floor(estimate_finish_s(fleet, left, unit) * asking.speed / unit + 1e-6)
-    if mine < 1:
+    known_speeds = [other.speed for other in others if other.speed is not None]
+    mean_speed = sum([worker.speed, *known_speeds]) / (1 + len(known_speeds))
+    workers = [(worker.speed, worker.busy_s), *((other.speed or mean_speed, other.busy_s) for other in others)]
+    units_until_finish = math.floor(estimate_finish_s(workers, remaining, unit) * worker.speed / unit + 1e-6)
+    if units_until_finish < 1:
         return 0.0
-    return unit * max(1, min(mine // 2, math.floor(TARGET_CHUNK_S * asking.speed / unit)))
+    return unit * max(1, min(units_until_finish // 2, math.floor(TARGET_CHUNK_S * worker.speed / unit)))
 
 
-def estimate_finish_s(fleet: Sequence[tuple[float, float]], left: float, unit: float) -> float:
-    """Seconds until workers of these speeds, each busy for so long yet, could have done all that is left."""
-    units = math.ceil(left / unit - 1e-6)
+def estimate_finish_s(workers: Sequence[tuple[float, float]], remaining: float, unit: float) -> float:
+    """Estimate in how many seconds the workers together can complete all that remains.
 
-    def done_by(seconds: float) -> int:
-        return sum(math.floor(max(0.0, seconds - busy) * speed / unit + 1e-9) for speed, busy in fleet)
+    Args:
+        workers: speed (cost per second) and remaining busy time (seconds) of each.
+        remaining: cost of all images that are not assigned yet.
+        unit: cost of one micro-batch, which is not divided between workers.
+    """
+    units = math.ceil(remaining / unit - 1e-6)
 
-    low, high = 0.0, min(busy + units * unit / speed for speed, busy in fleet) * (1 + 1e-6)
+    def count_units_done(seconds: float) -> int:
+        return sum(math.floor(max(0.0, seconds - busy_s) * speed / unit + 1e-9) for speed, busy_s in workers)
+
+    low, high = 0.0, min(busy_s + units * unit / speed for speed, busy_s in workers) * (1 + 1e-6)
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if done_by(middle) >= units else (middle, high)
+        low, high = (low, middle) if count_units_done(middle) >= units else (middle, high)
     return high
 
 
 @dataclass(frozen=True, slots=True)
 class HangTimeout:
-    """How long a worker may take for one micro-batch before it counts as hung."""
+    """How long a worker may take for one micro-batch before it is considered hung."""
 
     min_s: float = 120.0
-    expected_factor: float = 10.0  # what its measured speed says
+    expected_factor: float = 10.0  # times the duration expected from its measured speed
     without_speed_s: float = 3600.0  # while its speed is unknown
 
-    def compute_s(self, work: float, speed: float | None) -> float:
-        """Seconds."""
-        return self.without_speed_s if speed is None else max(self.min_s, self.expected_factor * work / speed)
+    def compute_s(self, cost: float, speed: float | None) -> float:
+        """Return the timeout in seconds for a micro-batch of this cost."""
+        return self.without_speed_s if speed is None else max(self.min_s, self.expected_factor * cost / speed)

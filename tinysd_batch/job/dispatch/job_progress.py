@@ -1,4 +1,4 @@
-"""What a run tells while it goes, and what it came to."""
+"""What a run reports while it goes on, and its summary at the end."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +11,7 @@ MAX_INVALID_ROWS_IN_MEMORY = 1000
 
 @dataclass(slots=True)
 class InvalidRows:
-    """How many rows cannot be generated, and the first of them: there may be millions."""
+    """The number of invalid manifest rows, and the first ones themselves: there may be millions."""
 
     first: list[InvalidRow] = field(default_factory=list)
     count: int = 0
@@ -27,31 +27,31 @@ class InvalidRows:
 
 
 class JobProgress(Protocol):
-    """Who is told how the run goes."""
+    """Receives reports while a job runs."""
 
-    def started(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
-    def worker(self, event: WorkerReady | WorkerLost) -> None: ...
-    def image(self, request: ImageRequest, result: ImageResult) -> None: ...
+    def report_start(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
+    def report_worker(self, event: WorkerReady | WorkerLost) -> None: ...
+    def report_image(self, request: ImageRequest, result: ImageResult) -> None: ...
     def note(self, line: str) -> None:
-        """Something worth knowing about the whole run."""
+        """Report something about the whole run."""
         ...
 
-    def durable(self) -> None:
-        """All images told of so far will survive anything."""
+    def report_flush(self) -> None:
+        """Report that the results of all images reported so far are on disk."""
         ...
 
 
 @dataclass(slots=True)
 class RunSummary:
-    """How a run ended."""
+    """The result of a run."""
 
     total: int  # images in the job, or up to --limit
     finished_before: int
     invalid_rows: int
-    counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))  # of this run
+    counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))  # images of this run
     failed_before: int = 0
-    beyond_limit: int = 0  # images of the job that --limit leaves for later
-    reused: int = 0  # of `finished_before`, taken over from another job in this run
+    beyond_limit: int = 0  # images of the job that --limit excludes from this run
+    reused: int = 0  # images of `finished_before` that this run took from another job
     stopped: bool = False
     seconds: float = 0.0
 

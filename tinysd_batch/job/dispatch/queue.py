@@ -1,38 +1,39 @@
-"""What is still to be handed out, and in which order. Pure."""
+"""Micro-batches that are still to be assigned, and their order. Pure logic, no I/O."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from tinysd_batch.records import MicroBatch
 
-MAX_LOOK_AHEAD = 256  # micro-batches looked at to find one that a worker can hold
+MAX_LOOK_AHEAD = 256  # micro-batches to search for one that fits a worker
 
 
 class BatchQueue:
-    """The plan's micro-batches in their order, what came back before them, suspects after them."""
+    """The planned micro-batches in order. Batches that were put back come first, suspects last."""
 
     def __init__(self, planned: Iterator[MicroBatch]) -> None:
         self.planned = planned
-        self.waiting: deque[MicroBatch] = deque()  # came back, or passed over by a worker that cannot hold it
-        self.suspects: deque[MicroBatch] = deque()  # one image each; last, so that good work shows who is to blame
+        self.waiting: deque[MicroBatch] = deque()  # put back, or skipped because they did not fit the worker
+        # One image each. They come last, so that successful batches show which workers are sound.
+        self.suspects: deque[MicroBatch] = deque()
 
     def put_back(self, batches: Iterable[MicroBatch]) -> None:
-        """Batches that were handed out and not begun, or whose loss is nobody's fault: the next to go."""
+        """Put batches at the front that were assigned and not started, or were lost for a reason outside them."""
         self.waiting.extendleft(reversed(list(batches)))
 
     def pop_fitting(self, fits: Callable[[MicroBatch], bool]) -> MicroBatch | None:
-        """The next micro-batch that fits, suspects apart."""
+        """Remove and return the next micro-batch for which `fits` is true. Suspects are not considered."""
         for position in range(MAX_LOOK_AHEAD):
             if position == len(self.waiting) and not self.fetch_next():
                 return None
             if fits(self.waiting[position]):
-                found = self.waiting[position]
+                batch = self.waiting[position]
                 del self.waiting[position]
-                return found
+                return batch
         return None
 
     def fetch_next(self) -> bool:
-        """Have one more planned batch wait; False when there is none."""
+        """Append the next planned batch to the waiting ones. Return False when the plan is exhausted."""
         batch = next(self.planned, None)
         if batch is not None:
             self.waiting.append(batch)

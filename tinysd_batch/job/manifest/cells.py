@@ -1,4 +1,8 @@
-"""Check one cell of a manifest: a rule for each column."""
+"""Validate the cells of a manifest: one validator per known column.
+
+A validator returns the value to use, or None for an empty cell. It raises ValueError, with the rule that is broken, for
+a value that cannot be used.
+"""
 
 import math
 import sys
@@ -19,37 +23,19 @@ from tinysd_batch.model.text.prompt_syntax import SYNTAXES, parse_prompt
 from tinysd_batch.text import has_surrogates, normalize_text
 from tinysd_batch.values import MISSING_WORDS, is_missing, is_missing_number, parse_integer
 
-NO_SEED = -1
-
-MAX_MISSING_WORD_CHARACTERS = 10  # with blanks around it
-
-SYNTAX_CHARACTERS = {
-    "seed": frozenset(":"),
-    "a1111": frozenset("()[]"),
-    "none": frozenset[str](),
-}  # faults need one of them
-
-
-def is_missing_word(prompt: str | None) -> bool:
-    return prompt is not None and len(prompt) < MAX_MISSING_WORD_CHARACTERS and prompt.strip().lower() in MISSING_WORDS
-
-
-def sanitize_text(text: object, length: int = MAX_PROMPT_CHARACTERS) -> str:
-    """Text of a faulty row, fit to be stored: cut, and what is no UTF-8 or a NUL replaced."""
-    cut = str(text)[:length]
-    if has_surrogates(cut):
-        cut = cut.encode("utf-8", "replace").decode()
-    return cut.replace("\0", "\N{REPLACEMENT CHARACTER}")
-
+NO_SEED = -1  # in other programs: choose a seed at random
+MAX_MISSING_WORD_CHARACTERS = 10  # with surrounding blanks
+MAX_ID_CHARACTERS = 1000
+# A prompt without any of these characters has no syntax that could be wrong.
+SYNTAX_CHARACTERS = {"seed": frozenset(":"), "a1111": frozenset("()[]"), "none": frozenset[str]()}
 
 CellValidator = Callable[[Any], Any]
 
 
 @lru_cache
-def build_validators(step_px: int) -> dict[str, CellValidator]:
-    """What reads a cell of each known column: None for one that is empty, ValueError for what must not stand there."""
-    side = cache_validator(partial(validate_integer, least=8, most=MAX_SIDE_PX, multiple_of=step_px))
-    number = partial(validate_number, least=0)
+def build_validators(size_multiple_px: int) -> dict[str, CellValidator]:
+    """Return the validator of each known column. Height and width must be multiples of `size_multiple_px`."""
+    side = cache_validator(partial(validate_integer, minimum=8, maximum=MAX_SIDE_PX, multiple_of=size_multiple_px))
     return {
         "prompt": validate_prompt,
         "id": validate_id,
@@ -58,24 +44,24 @@ def build_validators(step_px: int) -> dict[str, CellValidator]:
         "seed": validate_seed,
         "height": side,
         "width": side,
-        "steps": cache_validator(partial(validate_integer, least=1, most=MAX_STEPS)),
-        "scale": cache_validator(partial(number, most=100)),
+        "steps": cache_validator(partial(validate_integer, minimum=1, maximum=MAX_STEPS)),
+        "scale": cache_validator(partial(validate_number, minimum=0, maximum=100)),
         "sampler": cache_validator(validate_sampler),
-        "eta": cache_validator(partial(number, most=1)),
-        "n_iter": cache_validator(partial(validate_integer, least=1, most=MAX_IMAGES_PER_ROW)),
-        "n_samples": cache_validator(partial(validate_integer, least=1, most=1024)),
+        "eta": cache_validator(partial(validate_number, minimum=0, maximum=1)),
+        "n_iter": cache_validator(partial(validate_integer, minimum=1, maximum=MAX_IMAGES_PER_ROW)),
+        "n_samples": cache_validator(partial(validate_integer, minimum=1, maximum=1024)),
     }
 
 
-def cache_validator(rule: CellValidator) -> CellValidator:
-    """The same rule, quicker for values that come again, as those of most columns do."""
-    known = lru_cache(1024, typed=True)(rule)  # typed: True is 1 for a dictionary, and no number here
+def cache_validator(validator: CellValidator) -> CellValidator:
+    """Return the validator with a cache for short values: most columns repeat a few values."""
+    cached = lru_cache(1024, typed=True)(validator)  # typed: True equals 1 as a key, but is not a valid number
 
-    def check(value: Any) -> Any:
+    def validate(value: Any) -> Any:
         is_short = len(value) <= MAX_PROMPT_CHARACTERS if type(value) is str else type(value) in (int, float)
-        return known(value) if is_short else rule(value)
+        return cached(value) if is_short else validator(value)
 
-    return check
+    return validate
 
 
 def validate_prompt(value: Any) -> str | None:
@@ -89,7 +75,7 @@ def validate_prompt(value: Any) -> str | None:
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"{len(text)} characters, at most {MAX_PROMPT_CHARACTERS}")
     if "\0" in text:
-        raise ValueError("it holds a NUL character")
+        raise ValueError("it contains a NUL character")
     if not text.isascii() and has_surrogates(text):
         raise ValueError("it is not UTF-8; save the file as UTF-8")
     return text
@@ -104,42 +90,29 @@ def validate_syntax(value: Any) -> str | None:
     raise ValueError(f"one of {', '.join(SYNTAXES)} was expected")
 
 
-def find_syntax_error(prompt: str, syntax: str) -> str | None:
-    if SYNTAX_CHARACTERS[syntax].isdisjoint(prompt):
-        return None
-    try:
-        parse_prompt(prompt, syntax)
-    except UsageError as error:
-        return str(error)
-    return None
-
-
-find_syntax_error_cached = lru_cache(1024)(find_syntax_error)  # negative prompts are mostly the same
-
-
 def validate_seed(value: Any) -> int | None:
-    """-1, which means a random seed to other programs, is no seed."""
+    """Validate a seed. -1, which asks other programs for a random seed, counts as empty."""
     if is_missing_number(value) or (number := parse_integer(value)) == NO_SEED:
         return None
     return validate_bounds(number, 0, MAX_SEED)
 
 
-def validate_integer(value: Any, least: int, most: int, multiple_of: int = 1) -> int | None:
+def validate_integer(value: Any, minimum: int, maximum: int, multiple_of: int = 1) -> int | None:
     if is_missing_number(value):
         return None
-    number = validate_bounds(parse_integer(value), least, most)
+    number = validate_bounds(parse_integer(value), minimum, maximum)
     if number % multiple_of:
         raise ValueError(f"must be a multiple of {multiple_of} with this model")
     return number
 
 
-def validate_bounds(number: int, least: int, most: int) -> int:
-    if not least <= number <= most:
-        raise ValueError(f"must be between {least} and {most}")
+def validate_bounds(number: int, minimum: int, maximum: int) -> int:
+    if not minimum <= number <= maximum:
+        raise ValueError(f"must be between {minimum} and {maximum}")
     return number
 
 
-def validate_number(value: Any, least: float, most: float) -> float | None:
+def validate_number(value: Any, minimum: float, maximum: float) -> float | None:
     if is_missing_number(value):
         return None
     try:
@@ -150,8 +123,8 @@ def validate_number(value: Any, least: float, most: float) -> float | None:
         raise ValueError("a number was expected") from None
     if not math.isfinite(number):
         raise ValueError("must be finite")
-    if not least <= number <= most:
-        raise ValueError(f"must be between {least:g} and {most:g}")
+    if not minimum <= number <= maximum:
+        raise ValueError(f"must be between {minimum:g} and {maximum:g}")
     return number
 
 
@@ -163,17 +136,44 @@ def validate_id(value: Any) -> str | None:
     if is_missing(value):
         return None
     text = normalize_text(str(value))
-    if has_surrogates(text) or "\0" in text or len(text) > 1000:
-        raise ValueError("at most 1000 characters of UTF-8 without NUL")
+    if has_surrogates(text) or "\0" in text or len(text) > MAX_ID_CHARACTERS:
+        raise ValueError(f"at most {MAX_ID_CHARACTERS} characters of UTF-8 without NUL")
     return text
 
 
+def find_syntax_error(prompt: str, syntax: str) -> str | None:
+    """Return what is wrong with the prompt's weights or emphasis, None if nothing is."""
+    if SYNTAX_CHARACTERS[syntax].isdisjoint(prompt):
+        return None
+    try:
+        parse_prompt(prompt, syntax)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+find_syntax_error_cached = lru_cache(1024)(find_syntax_error)  # most negative prompts are the same
+
+
+def is_missing_word(prompt: str | None) -> bool:
+    """Whether the whole prompt is a word such as nan or NULL, which programs write for a missing value."""
+    return prompt is not None and len(prompt) < MAX_MISSING_WORD_CHARACTERS and prompt.strip().lower() in MISSING_WORDS
+
+
+def sanitize_text(text: object, max_characters: int = MAX_PROMPT_CHARACTERS) -> str:
+    """Return the text of an invalid row so that it can be stored: cut, with invalid characters and NULs replaced."""
+    cut = str(text)[:max_characters]
+    if has_surrogates(cut):
+        cut = cut.encode("utf-8", "replace").decode()
+    return cut.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 def convert_extra_value(value: Any) -> Any:
-    """A value of an unknown column as the results can hold it: text, number, a list or structure of these."""
+    """Convert a value of an unknown column to what the results can hold: text, numbers, lists and structs of these."""
     if isinstance(value, str):
         return sanitize_text(value, sys.maxsize)
     if isinstance(value, list):
-        return [None if each is None else convert_extra_value(each) for each in value]
+        return [None if item is None else convert_extra_value(item) for item in value]
     if isinstance(value, dict):
-        return {name: None if each is None else convert_extra_value(each) for name, each in value.items()}
+        return {name: None if item is None else convert_extra_value(item) for name, item in value.items()}
     return value if isinstance(value, bool | int | float) else str(value)

@@ -1,4 +1,4 @@
-"""Column names: ours, what other programs call them, and which of a manifest's columns is which."""
+"""Match the columns of a manifest to the known ones, under our names or those of other programs."""
 
 import difflib
 from collections import Counter
@@ -41,45 +41,45 @@ MAX_NAME_CHARACTERS = 1000
 MAX_COLUMNS = 1000
 INTEGER_COLUMNS = ("seed", "height", "width", "steps", "n_iter", "n_samples")
 FLOAT_COLUMNS = ("scale", "eta")
-MIN_SIMILARITY = 0.8  # of 1, as difflib measures; below it a name is another word rather than a slip
+MIN_SIMILARITY = 0.8  # difflib's ratio; below it a name is a different word rather than a typo
 
 
 class ColumnError(ValueError):
-    """Column names that cannot be used, and why."""
+    """Column names that cannot be used. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnMapping:
     """The columns of a table, or the keys of an object."""
 
-    names: tuple[str, ...]  # in the manifest's order: our name for what we know, the manifest's own for the rest
-    source_names: dict[str, str]  # our name -> the manifest's, for messages
-    unknown: tuple[str, ...]
+    names: tuple[str, ...]  # in the manifest's order: our names of known columns, the manifest's names of others
+    source_names: dict[str, str]  # our name -> the manifest's name, for messages; known columns only
+    unknown: tuple[str, ...]  # the manifest's names of unknown columns
 
 
 @lru_cache(maxsize=64)  # the objects of a JSONL file mostly have the same keys
 def match_columns(names: tuple[str, ...]) -> ColumnMapping:
-    """Which column is which. Raises ColumnError."""
+    """Match a manifest's column names to the known columns. Raises ColumnError."""
     check_column_names(names)
-    found: dict[str, list[str]] = {}
+    candidates: dict[str, list[str]] = {}
     for name in names:
         if column := find_column(name):
-            found.setdefault(column, []).append(name)
-    taken = {choose_column_name(column, spellings): column for column, spellings in found.items()}
-    carried = {name: normalize_text(name) for name in names if name not in taken}
-    reject_duplicate_columns([name for name in carried.values() if name])
+            candidates.setdefault(column, []).append(name)
+    known = {choose_column_name(column, spellings): column for column, spellings in candidates.items()}
+    extra = {name: normalize_text(name) for name in names if name not in known}
+    reject_duplicate_columns([name for name in extra.values() if name])
     return ColumnMapping(
-        names=tuple(taken.get(name) or carried[name] for name in names),
-        source_names={column: normalize_text(name).strip() for name, column in taken.items()},
-        unknown=tuple(name for name in carried.values() if name),
+        names=tuple(known.get(name) or extra[name] for name in names),
+        source_names={column: normalize_text(name).strip() for name, column in known.items()},
+        unknown=tuple(name for name in extra.values() if name),
     )
 
 
 def check_column_names(names: tuple[str, ...]) -> None:
-    """ColumnMapping without a name are looked at where they hold something."""
+    """Raise ColumnError for names that cannot be used. Columns without a name are checked where they hold a value."""
     named = [name for name in names if name]
     if len(named) > MAX_COLUMNS:
-        raise ColumnError(f"{len(named)} columns, at most {MAX_COLUMNS}; leave out what is not needed")
+        raise ColumnError(f"{len(named)} columns, at most {MAX_COLUMNS}; remove those that are not needed")
     for name in named:
         if has_surrogates(name):
             raise ColumnError("not UTF-8; save the file as UTF-8")
@@ -90,8 +90,8 @@ def check_column_names(names: tuple[str, ...]) -> None:
 
 
 def reject_duplicate_columns(names: list[str]) -> None:
-    if doubled := [name for name, count in Counter(names).items() if count > 1]:
-        raise ColumnError(f"column {excerpt(min(doubled))} stands there twice; rename one")
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise ColumnError(f"column {excerpt(min(duplicates))} appears twice; rename one")
 
 
 def normalize_column_name(name: str) -> str:
@@ -99,45 +99,50 @@ def normalize_column_name(name: str) -> str:
 
 
 def find_column(name: str) -> str | None:
-    """Our column of that name, if there is one."""
+    """Return the known column of that name or alias, None if there is none."""
     return COLUMN_BY_NAME.get(normalize_column_name(name))
 
 
 def choose_column_name(column: str, spellings: list[str]) -> str:
-    """The one that counts. Captions often stand beside prompts, so there the better name wins."""
+    """Return the name to use where several mean the same column.
+
+    Tables often have a prompt and a caption column: there the name closer to "prompt" wins, elsewhere two are an error.
+    """
     if column == "prompt":
-        order = ("prompt", *ALIASES["prompt"])
-        best = min(order.index(normalize_column_name(name)) for name in spellings)
-        spellings = [name for name in spellings if normalize_column_name(name) == order[best]]
+        priority = ("prompt", *ALIASES["prompt"])
+        best = min(priority.index(normalize_column_name(name)) for name in spellings)
+        spellings = [name for name in spellings if normalize_column_name(name) == priority[best]]
     if len(spellings) > 1:
         raise ColumnError(f"columns {excerpt(spellings[0])} and {excerpt(spellings[1])} both mean {column}; keep one")
     return spellings[0]
 
 
 def reject_unknown_columns(columns: ColumnMapping) -> None:
-    """Raise ColumnError when there are columns that nothing is made of."""
+    """Raise ColumnError where there are unknown columns."""
     if columns.unknown:
         first, more = columns.unknown[:8], len(columns.unknown) - 8
-        meant = near_misses(first)
-        named = ", ".join(excerpt(one) + (f" (did you mean {meant[one]}?)" if one in meant else "") for one in first)
-        counted = f"{named} and {more} more" if more > 0 else named
+        similar = find_near_misses(first)
+        listed = ", ".join(
+            excerpt(name) + (f" (did you mean {similar[name]}?)" if name in similar else "") for name in first
+        )
+        counted = f"{listed} and {more} more" if more > 0 else listed
         raise ColumnError(f"unknown column {counted}; rename or remove it, or leave out --strict")
 
 
-def near_misses(names: Iterable[str]) -> dict[str, str]:
-    """Unknown names that look like slips -> what was probably meant."""
-    found = {}
+def find_near_misses(names: Iterable[str]) -> dict[str, str]:
+    """Map unknown names that look like typos to the known names that were probably meant."""
+    near_misses = {}
     for name in names:
-        alike = difflib.get_close_matches(
+        matches = difflib.get_close_matches(
             normalize_column_name(name[:MAX_NAME_CHARACTERS]), COLUMN_BY_NAME, n=1, cutoff=MIN_SIMILARITY
         )
-        if alike and normalize_column_name(name) not in COLUMN_BY_NAME:
-            found[name] = alike[0]
-    return found
+        if matches and normalize_column_name(name) not in COLUMN_BY_NAME:
+            near_misses[name] = matches[0]
+    return near_misses
 
 
 def match_table_columns(path: Path, names: Iterable[str], strict: bool) -> ColumnMapping:
-    """The columns of a file that names them once. Raises ManifestError."""
+    """Match the columns of a file with a header. Raises ManifestError, also where no column is the prompt."""
     header = tuple(names)
     try:
         columns = match_columns(header)
@@ -151,10 +156,12 @@ def match_table_columns(path: Path, names: Iterable[str], strict: bool) -> Colum
 
 
 def format_names(names: Iterable[str]) -> str:
+    """Return the first eight names, quoted."""
     return ", ".join(excerpt(name, 20) for name in [name for name in names if name][:8]) or "nothing"
 
 
 def suggest_unquoting(header: tuple[str, ...]) -> str:
+    """Return the end of a message about a header that is quoted as a whole, "" for any other header."""
     if len(header) == 1 and any(separator in header[0] for separator in ",;\t"):
-        return "; the whole line is one cell: save the file again, without quotes around its lines"
+        return "; the whole line is one cell: save the file again without quotes around its lines"
     return ""

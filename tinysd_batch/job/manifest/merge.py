@@ -1,4 +1,4 @@
-"""Merge the rows a job kept with those of its manifest as it is now."""
+"""Merge the rows of a job with those of its manifest, which may have changed since the last run."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,40 +9,45 @@ from tinysd_batch.records import InvalidRow, Row
 
 @dataclass(slots=True)
 class RowMerger:
-    """Puts the manifest's new rows behind a job's own, and counts them as they come."""
+    """Append the manifest's new rows to those of the job, and count them while they are read."""
 
     snapshot: Snapshot
-    last: int  # number of the job's last row
+    last: int  # row number of the job's last row
     appended: int = 0
-    corrected: int = 0  # had a fault or were blank, and can be generated now
+    corrected: int = 0  # rows that were invalid or blank, and are valid now
 
-    def merge(self, now: Iterable[Row | InvalidRow], kept: SnapshotWriter | None = None) -> Iterator[Row | InvalidRow]:
-        """The job's rows in their order, then those that can be generated now, then appended ones.
+    def merge(
+        self, manifest_rows: Iterable[Row | InvalidRow], writer: SnapshotWriter | None = None
+    ) -> Iterator[Row | InvalidRow]:
+        """Yield the job's rows in their order, then those that are valid only now, then the appended ones.
 
-        Rows that the job could generate keep the reading they began with, whatever the manifest says of them. One that
-        had a fault and still has one is given as it is now. `kept` gets the lines of the next snapshot: those of this
-        one, and the new ones behind them.
+        A row that was valid before stays as the job first read it, whatever the manifest says now. A row that was
+        invalid and still is comes as the manifest has it now.
+
+        Args:
+            manifest_rows: All rows of the manifest as it is now.
+            writer: Receives the lines of the next snapshot: the lines of this one, followed by the new ones.
         """
-        for row, counts in self.merge_lines(now):
-            if kept is not None:
-                kept.add(row)
-            if counts:
+        for row, is_last_line in self.merge_lines(manifest_rows):
+            if writer is not None:
+                writer.add(row)
+            if is_last_line:
                 yield row
 
-    def merge_lines(self, now: Iterable[Row | InvalidRow]) -> Iterator[tuple[Row | InvalidRow, bool]]:
-        """The lines of the next snapshot, and whether a line counts: it does not where the row has a later one."""
-        added, new_rows = SnapshotWriter(), iter(now)
+    def merge_lines(self, manifest_rows: Iterable[Row | InvalidRow]) -> Iterator[tuple[Row | InvalidRow, bool]]:
+        """Yield the lines of the next snapshot, and whether each is the last of its row: only that one counts."""
+        added, new_rows = SnapshotWriter(), iter(manifest_rows)
         late = self.snapshot.find_out_of_order_lines()
         new = next(new_rows, None)
-        for place, old in enumerate(self.snapshot.lines(), start=1):
+        for position, old in enumerate(self.snapshot.lines(), start=1):
             is_late = old.number in late.positions
             while new is not None and (new.number < old.number or (is_late and new.number == old.number)):
                 self.add_if_new(new, late, added)
                 new = next(new_rows, None)
             if is_late:
-                yield old.read(), late.positions[old.number] == place
+                yield old.to_row(), late.positions[old.number] == position
             elif new is None or new.number > old.number:
-                yield old.read(), True
+                yield old.to_row(), True
             else:
                 yield self.choose_line(old, new, added)
                 new = next(new_rows, None)
@@ -58,18 +63,18 @@ class RowMerger:
     def choose_line(
         self, old: SnapshotRow, new: Row | InvalidRow, added: SnapshotWriter
     ) -> tuple[Row | InvalidRow, bool]:
-        """What stands in the old line's place, and whether it counts."""
+        """Return the line at the position of the old one, and whether it is its row's last line."""
         if not old.is_invalid:
-            return old.read(), True
+            return old.to_row(), True
         if isinstance(new, InvalidRow):
             return new, True
         self.add(new, added)
-        return old.read(), False
+        return old.to_row(), False
 
     def add_if_new(self, new: Row | InvalidRow, late: OutOfOrderLines, added: SnapshotWriter) -> None:
-        """Add a row without a line in its place: it was blank, or was added late and may have a fault."""
+        """Add a row that has no line in order: it was blank, or its late line is invalid and it is valid now."""
         if new.number in late.invalid_rows and isinstance(new, Row):
-            late.positions[new.number] = 0  # none of the lines that are there counts
+            late.positions[new.number] = 0  # none of its existing lines is the last one
             self.add(new, added)
         elif new.number not in late.positions:
             self.add(new, added)

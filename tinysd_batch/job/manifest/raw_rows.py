@@ -1,4 +1,4 @@
-"""What a reader yields: the cells of a row as text, or why there are none."""
+"""What a reader yields for each row: its cells, or the reason why it cannot be read."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ MAX_CELL_CHARACTERS = 131_072
 
 
 class RawRow(NamedTuple):
-    """A row as the file gives it, without the cells that are empty; a blank row has none."""
+    """A row as the file gives it, without its empty cells. A blank row has no values."""
 
     values: dict[str, Any]  # known columns under our names
-    source_names: Mapping[str, str]  # our name -> the file's
-    line: int | None = None  # of the file, from 1, where the row starts; None where a file has no lines
+    source_names: Mapping[str, str]  # our name -> the file's name
+    line: int | None = None  # line of the file where the row starts, from 1; None for formats without lines
 
 
 class UnreadableRow(NamedTuple):
@@ -25,30 +25,30 @@ class UnreadableRow(NamedTuple):
 
 
 class SkippedRows(NamedTuple):
-    """Rows that are none and keep their numbers."""
+    """Consecutive rows that are skipped but keep their row numbers: blank ones or comments."""
 
-    number: int
+    row_count: int
     is_blank: bool = True
 
 
 class ReadingOptions(NamedTuple):
-    """How to read, and where to write down what was noticed."""
+    """How to read a manifest, and where to collect notes about it."""
 
     notes: ReadingNotes
-    strict: bool = False  # unknown columns are a fault
-    interpret_lines: bool = False  # in a .txt: skip comments, read the options of other programs
-    as_0_1_0: bool = False  # jobs that 0.1.0 began count rows as it did, and carry its text
+    strict: bool = False  # unknown columns are an error
+    interpret_lines: bool = False  # in a .txt: skip comments, parse the options of other programs
+    compat_0_1_0: bool = False  # for jobs started by 0.1.0: split rows and convert extra columns as it did
 
 
-def drop_long_values(values: dict[str, Any], shown: Mapping[str, str], notes: ReadingNotes) -> None:
-    """Remove values of unknown columns that are too long for the results: they are no reason to lose the row."""
-    for name in [name for name, value in values.items() if name not in shown and isinstance(value, str)]:
+ReaderItem = RawRow | UnreadableRow | SkippedRows
+
+
+def drop_long_values(values: dict[str, Any], source_names: Mapping[str, str], notes: ReadingNotes) -> None:
+    """Remove values of extra columns that are too long for the results; the row itself stays valid."""
+    for name in [name for name, value in values.items() if name not in source_names and isinstance(value, str)]:
         if len(values[name]) > MAX_CELL_CHARACTERS:
             notes.record_dropped_column(name, describe_long_value(f"{len(values.pop(name)):,} characters"))
 
 
 def describe_long_value(size: str) -> str:
-    return f"some values are not carried into the results: {size}, at most {MAX_CELL_CHARACTERS:,}"
-
-
-ReaderItem = RawRow | UnreadableRow | SkippedRows
+    return f"some values are not copied to the results: {size}, at most {MAX_CELL_CHARACTERS:,}"

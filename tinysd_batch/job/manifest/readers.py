@@ -1,7 +1,7 @@
-"""Read manifests a row at a time, in whatever format; each has a module of its own.
+"""Read the rows of a manifest in any of its formats; each format has a module in `formats`.
 
-A fault of the whole file is a ManifestError. A fault of one row is a Fault, and reading goes on behind it. Files are
-not trusted: a few kilobytes, packed, can hold gigabytes, so nothing is read that has no bound.
+An error of the whole file raises ManifestError. An error of one row yields an UnreadableRow, and reading continues
+after it. Files are not trusted: a few kilobytes of gzip can hold gigabytes, so everything is read within bounds.
 """
 
 import os
@@ -24,6 +24,7 @@ from tinysd_batch.job.manifest.raw_rows import ReaderItem, ReadingOptions
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 
 ManifestReader = Callable[[Path, ReadingOptions], Iterator[ReaderItem]]
+APPENDABLE_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
 
 
 def read_raw_rows(
@@ -32,48 +33,50 @@ def read_raw_rows(
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
-    as_0_1_0: bool = False,
+    compat_0_1_0: bool = False,
 ) -> Iterator[ReaderItem]:
-    """Every row in order; a blank one has no values. The arguments are those of `ReadingOptions`."""
-    options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines, as_0_1_0)
+    """Yield every row in order; a blank row has no values. The arguments are those of `ReadingOptions`."""
+    options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines, compat_0_1_0)
     return READERS_BY_SUFFIX[detect_format(path)](path, options)
 
 
 def detect_format(path: Path) -> str:
-    """The suffix that says how to read the file, without .gz; that of its parts for a folder."""
+    """Return the suffix that determines the reader, without .gz; .parquet for a folder. Raises ManifestError."""
     suffix = Path(remove_gz_suffix(path)).suffix.lower()
     if suffix in READERS_BY_SUFFIX:
         return suffix
     if is_parquet_folder(path):
         return ".parquet"
-    is_folder = os.path.isdir(path)  # noqa: PTH112 - what is no path is no folder, and no error
-    folder = "; this is a folder, neither a job (no job.json) nor a table in Parquet files" if is_folder else ""
+    is_folder = os.path.isdir(path)  # noqa: PTH112 - False instead of an error for an impossible path
+    hint = "; this is a folder, neither a job (no job.json) nor a table in Parquet files" if is_folder else ""
     raise ManifestError(
-        f"{path}: manifests are {', '.join(READERS_BY_SUFFIX)} files, or one of these with .gz behind it{folder}"
+        f"{path}: manifests are {', '.join(READERS_BY_SUFFIX)} files, or one of these with .gz appended{hint}"
     )
 
 
 def is_json_manifest(path: Path) -> bool:
-    """Whether each row names its own columns."""
+    """Whether the manifest is JSON, in which each row names its own columns."""
     return READERS_BY_SUFFIX.get(Path(remove_gz_suffix(path)).suffix.lower()) in (read_jsonl_rows, read_json_rows)
 
 
-def read_extra_fields(path: Path, seen: Iterable[str], *, as_text: bool = False) -> list[pa.Field]:
-    """Unknown columns as the results will hold them: of the type that Parquet gives them, all else text.
+def read_extra_fields(path: Path, extra_names: Iterable[str], *, as_text: bool = False) -> list[pa.Field]:
+    """Return the Arrow fields of the manifest's unknown columns in the results: Parquet's types, or text.
 
-    `seen` are the names that the rows had. `as_text` keeps numbers only, and all else as text: so did jobs begin whose
-    rows were read before other types were kept.
+    Args:
+        extra_names: Names of the unknown columns that the rows had.
+        as_text: Keep the types of numbers only and convert all others to text, as 0.1.0 did.
     """
-    names = list(seen)
+    names = list(extra_names)
     match detect_format(path):
         case ".csv" | ".tsv":
-            fields = [pa.field(name, pa.string()) for name in read_csv_extra_names(path, set(names), as_0_1_0=as_text)]
+            header = read_csv_extra_names(path, set(names), compat_0_1_0=as_text)
+            fields = [pa.field(name, pa.string()) for name in header]
         case ".parquet" | ".pq":
             fields = read_parquet_extra_fields(path, as_text=as_text)
         case _:
             fields = []
-    there = {field.name for field in fields}
-    return fields + [pa.field(name, pa.string()) for name in names if name not in there]
+    typed_names = {field.name for field in fields}
+    return fields + [pa.field(name, pa.string()) for name in names if name not in typed_names]
 
 
 READERS_BY_SUFFIX: dict[str, ManifestReader] = {
@@ -88,10 +91,7 @@ READERS_BY_SUFFIX: dict[str, ManifestReader] = {
 }
 
 
-APPENDABLE_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")  # files to which lines are appended
-
-
 def can_append_rows(manifest: Path) -> bool:
-    """Whether lines behind such a file are new rows; with one behind it, a JSON array is read otherwise."""
-    is_growing = detect_format(manifest) in APPENDABLE_FORMATS and not is_gzipped(manifest)
-    return is_growing and not (is_json_manifest(manifest) and starts_with_bracket(manifest))
+    """Whether lines appended to the file are new rows. Appending to a JSON array changes how the file is read."""
+    is_line_based = detect_format(manifest) in APPENDABLE_FORMATS and not is_gzipped(manifest)
+    return is_line_based and not (is_json_manifest(manifest) and starts_with_bracket(manifest))

@@ -1,11 +1,12 @@
-"""The manifest's rows as the job read them, kept in the job folder as `_tinysd/rows.jsonl.gz`: the snapshot.
+"""Snapshot of a manifest: its rows as the job read them, in `_tinysd/rows.jsonl.gz` of the job folder.
 
-A job takes its rows from here, so that a newer version that reads manifests differently changes nothing in it. A row is
-kept with all its settings filled in, so neither quotes nor the order of columns matter. Lines are in the order in which
-the job learned of its rows, which is the order of their images: those of the first run as the manifest has them, then
-rows that were appended, or that had a fault and are good now. A line out of its place says which row it is; of several
-lines of a row the last one counts. Lines are only ever added at the end, so that a run that is killed before it writes
-`job.json`, which says how many there are, changes nothing.
+A resumed job takes its rows from the snapshot, so a newer version that reads manifests differently cannot change them.
+Rows are stored with all defaults filled in, so the manifest's quoting and column order do not matter.
+
+Lines are in the order in which the job first read its rows, which is the order of their images: the rows of the first
+run in manifest order, then rows that were appended, or corrected after an error. A line whose position is not its row
+number states the row number. If a row has several lines, the last one counts. Lines are only ever appended, and
+`job.json` states how many there are, so a run that is killed before it writes `job.json` changes nothing.
 """
 
 import gzip
@@ -33,20 +34,20 @@ from tinysd_batch.records import InvalidRow, Row, SamplingParams
 from tinysd_batch.storage.atomic import check_regular_file, write_atomically
 from tinysd_batch.text import has_surrogates
 
-READER_VERSION = 2  # counts the versions of the rules by which manifests are read; 0.1.0 read them by the first
+READER_VERSION = 2  # of the rules by which manifests are read; tinysd-batch 0.1.0 used version 1
 ROWS_FILE = "rows.jsonl.gz"
 MAX_LINE_BYTES = 64 << 20
-MAX_BUFFER_BYTES = 64 << 20  # packed rows beyond this wait on disk until the job's lock is held
-ROW_FIELDS = tuple(each.name for each in fields(Row) if each.name not in ("number", "params"))
-PARAM_FIELDS = tuple(each.name for each in fields(SamplingParams))
+MAX_BUFFER_BYTES = 64 << 20  # compressed rows beyond this are buffered on disk until the job's lock is held
+ROW_FIELDS = tuple(field.name for field in fields(Row) if field.name not in ("number", "params"))
+PARAM_FIELDS = tuple(field.name for field in fields(SamplingParams))
 JSON_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
-ROWS_PER_WRITE = 256  # rows
+ROWS_PER_WRITE = 256
 ROW_NUMBER_SUFFIX = re.compile(r',"row":(\d{1,18})}$', re.ASCII)
-StoredRow = dict[str, Any]
+StoredRow = dict[str, Any]  # the fields of one line
 
 
 class SnapshotRow(NamedTuple):
-    """A row of the snapshot: its number in the manifest, and its line without that."""
+    """A row of the snapshot: its row number in the manifest, and its line without the row number."""
 
     number: int
     line: str
@@ -55,131 +56,134 @@ class SnapshotRow(NamedTuple):
     def is_invalid(self) -> bool:
         return '"invalid":true' in self.line and bool(parse_snapshot_line(self.line).get("invalid"))
 
-    def read(self) -> Row | InvalidRow:
-        """The row again. Raises StorageError for what no reading of a manifest gives."""
-        kept = parse_snapshot_line(self.line)
-        if kept.get("invalid"):
-            reason = kept.get("reason") or "had a fault when the job was started"  # 0.1.0 did not keep it
-            return InvalidRow(self.number, reason, kept["prompt"], kept["id"], kept["extra"], kept.get("line"))
-        params = restore_params(*(kept[name] for name in PARAM_FIELDS))
-        return Row(self.number, params=params, **{name: kept[name] for name in ROW_FIELDS})
+    def to_row(self) -> Row | InvalidRow:
+        """Restore the row. Raises StorageError for a line that does not describe a row."""
+        stored = parse_snapshot_line(self.line)
+        if stored.get("invalid"):
+            reason = stored.get("reason") or "was invalid when the job was started"  # 0.1.0 did not store the reason
+            return InvalidRow(self.number, reason, stored["prompt"], stored["id"], stored["extra"], stored.get("line"))
+        params = restore_params(*(stored[name] for name in PARAM_FIELDS))
+        return Row(self.number, params=params, **{name: stored[name] for name in ROW_FIELDS})
 
 
 @lru_cache(1024, typed=True)
 def restore_params(*values: Any) -> SamplingParams:
+    """Return one shared object for equal parameters."""
     return SamplingParams(*values)
 
 
 def row_to_dict(row: Row | InvalidRow) -> StoredRow:
-    """What is kept of a row: all that decides its images and its lines of the table, but for its number."""
+    """Return the fields to store: everything that decides the row's images and results, except its row number."""
     if isinstance(row, InvalidRow):
-        shown = {"reason": row.reason, "line": row.line}
-        return {"invalid": True, "prompt": row.prompt, "id": row.id, "extra": row.extra, **shown}
-    own = {name: getattr(row, name) for name in ROW_FIELDS}
-    return own | {name: getattr(row.params, name) for name in PARAM_FIELDS}
+        stored = {"prompt": row.prompt, "id": row.id, "extra": row.extra, "reason": row.reason, "line": row.line}
+        return {"invalid": True, **stored}
+    stored = {name: getattr(row, name) for name in ROW_FIELDS}
+    return stored | {name: getattr(row.params, name) for name in PARAM_FIELDS}
 
 
 def row_to_line(row: Row | InvalidRow) -> str:
     return JSON_ENCODER.encode(row_to_dict(row))
 
 
-def add_row_number(line: str, number: int, place: int) -> str:
-    """The line as the snapshot holds it at this place."""
-    return line if number == place else f'{line[:-1]},"row":{number}}}'
+def add_row_number(line: str, number: int, position: int) -> str:
+    """Return the line with its row number, unless that is its position in the snapshot."""
+    return line if number == position else f'{line[:-1]},"row":{number}}}'
 
 
 class SnapshotWriter:
-    """Packs rows as they are read, before anything may be written to the job folder."""
+    """Compress rows while they are read, into a buffer: nothing may be written to the job folder yet."""
 
     def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.SpooledTemporaryFile(MAX_BUFFER_BYTES)  # noqa: SIM115 - lives as long as we do
+        self.file: IO[bytes] = tempfile.SpooledTemporaryFile(MAX_BUFFER_BYTES)  # noqa: SIM115 - lives as long as the writer
         self.gzip_file = gzip.GzipFile(fileobj=self.file, mode="wb", compresslevel=1, mtime=0)
-        self.lines: list[str] = []  # not packed yet
+        self.pending_lines: list[str] = []  # not compressed yet
         self.count = 0
-        self.highest_row_number = 0  # the highest row number
-        self.out_of_order = 0  # that come after one of the same or a higher number
+        self.highest_row_number = 0
+        self.out_of_order = 0  # lines after one with the same or a higher row number
 
     def add(self, row: Row | InvalidRow) -> None:
         self.count += 1
         self.out_of_order += row.number <= self.highest_row_number
         self.highest_row_number = max(self.highest_row_number, row.number)
-        self.lines.append(add_row_number(row_to_line(row), row.number, self.count) + "\n")
-        if len(self.lines) >= ROWS_PER_WRITE:
-            self.pack()
+        self.pending_lines.append(add_row_number(row_to_line(row), row.number, self.count) + "\n")
+        if len(self.pending_lines) >= ROWS_PER_WRITE:
+            self.write_pending()
 
-    def pack(self) -> None:
-        self.gzip_file.write("".join(self.lines).encode())
-        self.lines.clear()
+    def write_pending(self) -> None:
+        self.gzip_file.write("".join(self.pending_lines).encode())
+        self.pending_lines.clear()
 
     def close(self) -> None:
-        """Pack what is left; nothing more can be added."""
-        self.pack()
+        """Compress the pending lines. No more rows can be added."""
+        self.write_pending()
         self.gzip_file.close()
         self.file.seek(0)
 
-    def save(self, state: Path) -> None:
-        """Write them all. Raises StorageError."""
+    def save(self, state_folder: Path) -> None:
+        """Write the snapshot to the state folder. Raises StorageError."""
         self.close()
-        write_atomically(self.file.read(), state / ROWS_FILE)
+        write_atomically(self.file.read(), state_folder / ROWS_FILE)
 
     def rows(self) -> Iterator[Row | InvalidRow]:
-        """Close, and read the rows back in the order in which they were added."""
+        """Close the writer, and read the rows back in the order in which they were added."""
         self.close()
         with gzip.open(self.file) as lines:
-            yield from (row.read() for row in parse_snapshot_rows(line.decode().rstrip("\n") for line in lines))
+            yield from (row.to_row() for row in parse_snapshot_rows(line.decode().rstrip("\n") for line in lines))
 
 
 @dataclass(slots=True)
 class OutOfOrderLines:
-    """Lines that come after one of the same or a higher row number: of rows that were corrected or filled in."""
+    """Lines after one with the same or a higher row number. Their rows were invalid or blank, and were corrected."""
 
-    positions: dict[int, int] = field(default_factory=dict)  # row number -> place of its last such line, from 1
-    invalid_rows: set[int] = field(default_factory=set)  # row numbers of which that line has a fault
+    positions: dict[int, int] = field(default_factory=dict)  # row number -> position of its last such line, from 1
+    invalid_rows: set[int] = field(default_factory=set)  # row numbers for which that line is invalid
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The rows that a job folder holds, of which the first `count` lines are the job's."""
+    """The snapshot in a job folder. Only its first `count` lines belong to the job."""
 
-    state: Path
+    state_folder: Path
     count: int
-    out_of_order: int = 0  # of them, that come after one of the same or a higher number
+    out_of_order: int = 0  # how many of them follow one with the same or a higher row number
 
     @property
     def exists(self) -> bool:
-        return (self.state / ROWS_FILE).exists()
+        return (self.state_folder / ROWS_FILE).exists()
 
     def lines(self) -> Iterator[SnapshotRow]:
-        """All lines in their order. Raises StorageError for a damaged or short file."""
-        return parse_snapshot_rows(read_snapshot_lines(self.state, self.count))
+        """Yield all lines in file order. Raises StorageError for a damaged or short file."""
+        return parse_snapshot_rows(read_snapshot_lines(self.state_folder, self.count))
 
     def rows(self) -> Iterator[SnapshotRow]:
-        """The lines that count, in the order of their images. Raises StorageError."""
+        """Yield the last line of each row, in the order of the rows' images. Raises StorageError."""
         late = self.find_out_of_order_lines()
-        for place, row in enumerate(self.lines(), start=1):
-            if late.positions.get(row.number, place) == place:
+        for position, row in enumerate(self.lines(), start=1):
+            if late.positions.get(row.number, position) == position:
                 yield row
 
     def find_out_of_order_lines(self) -> OutOfOrderLines:
-        """A pass over the whole file where there are any."""
+        """Find the lines that replace or fill in earlier ones. Reads the whole file, if there are any."""
         late = OutOfOrderLines()
         highest = 0
-        for place, row in enumerate(self.lines() if self.out_of_order else (), start=1):
+        for position, row in enumerate(self.lines() if self.out_of_order else (), start=1):
             if row.number <= highest:
-                late.positions[row.number] = place
+                late.positions[row.number] = position
                 (late.invalid_rows.add if row.is_invalid else late.invalid_rows.discard)(row.number)
             highest = max(highest, row.number)
         return late
 
 
 def parse_snapshot_rows(lines: Iterable[str]) -> Iterator[SnapshotRow]:
-    for place, line in enumerate(lines, start=1):
-        explicit = ROW_NUMBER_SUFFIX.search(line)
-        yield SnapshotRow(int(explicit[1]), line[: explicit.start()] + "}") if explicit else SnapshotRow(place, line)
+    """Split each line into its row number and the rest. A line without a row number has its position as number."""
+    for position, line in enumerate(lines, start=1):
+        match = ROW_NUMBER_SUFFIX.search(line)
+        yield SnapshotRow(int(match[1]), line[: match.start()] + "}") if match else SnapshotRow(position, line)
 
 
-def read_snapshot_lines(state: Path, count: int) -> Iterator[str]:
-    path = state / ROWS_FILE
+def read_snapshot_lines(state_folder: Path, count: int) -> Iterator[str]:
+    """Yield the first `count` lines. Raises StorageError for a damaged or short file."""
+    path = state_folder / ROWS_FILE
     try:
         check_regular_file(path)
         with gzip.open(path) as file:
@@ -192,36 +196,36 @@ def read_snapshot_lines(state: Path, count: int) -> Iterator[str]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StorageError(
             f"{path}: cannot be read: {reason}; restore it from a backup, or name another folder with -o and take "
-            f"the images over with --reuse {state.parent}"
+            f"the images over with --reuse {state_folder.parent}"
         ) from None
 
 
 def parse_snapshot_line(line: str) -> StoredRow:
-    """The content of a line. Raises StorageError for what `as_line` did not write: anybody may make a job folder."""
+    """Parse and check a line. Raises StorageError for one that `row_to_line` did not write: folders are not trusted."""
     try:
-        kept = json.loads(line)
-        check_stored_row(kept)
+        stored = json.loads(line)
+        check_stored_row(stored)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise StorageError(f"{ROWS_FILE}: not a row of a job: {error}; name another folder with -o") from None
-    return dict(kept)
+    return dict(stored)
 
 
-def check_stored_row(kept: StoredRow) -> None:
-    """Raises KeyError, TypeError or ValueError for values that no manifest's row has."""
-    rules = INVALID_ROW_CHECKS if kept.get("invalid") else ROW_CHECKS
-    for name, is_good in rules.items():
-        if not is_good(kept[name] if name not in FIELDS_SINCE_0_2_0 else kept.get(name)):
+def check_stored_row(stored: StoredRow) -> None:
+    """Raise KeyError, TypeError or ValueError for values that no row of a manifest has."""
+    checks = INVALID_ROW_CHECKS if stored.get("invalid") else ROW_CHECKS
+    for name, is_valid in checks.items():
+        if not is_valid(stored[name] if name not in FIELDS_SINCE_0_2_0 else stored.get(name)):
             raise ValueError(name)
-    if not kept.get("invalid") and kept["n_iter"] * kept["n_samples"] > MAX_IMAGES_PER_ROW:
+    if not stored.get("invalid") and stored["n_iter"] * stored["n_samples"] > MAX_IMAGES_PER_ROW:
         raise ValueError("n_iter x n_samples")
 
 
-def is_integer_between(value: object, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
+def is_integer_between(value: object, minimum: int, maximum: int) -> bool:
+    return type(value) is int and minimum <= value <= maximum
 
 
-def is_number_up_to(value: object, most: float) -> bool:
-    return type(value) in (int, float) and 0 <= value <= most  # type: ignore[operator]  # NaN is not below anything
+def is_number_up_to(value: object, maximum: float) -> bool:
+    return type(value) in (int, float) and 0 <= value <= maximum  # type: ignore[operator]  # also False for NaN
 
 
 def is_valid_prompt(value: object) -> bool:
@@ -243,7 +247,7 @@ INVALID_ROW_CHECKS: dict[str, Callable[[Any], bool]] = {
     "reason": is_storable_text_or_none,
     "line": lambda value: value is None or is_integer_between(value, 1, MAX_SEED),
 }
-FIELDS_SINCE_0_2_0 = ("reason", "line")  # which 0.1.0 did not keep
+FIELDS_SINCE_0_2_0 = ("reason", "line")  # of invalid rows; 0.1.0 did not store them
 ROW_CHECKS: dict[str, Callable[[Any], bool]] = {
     "extra": lambda value: isinstance(value, dict),
     "id": is_storable_text_or_none,
@@ -252,11 +256,11 @@ ROW_CHECKS: dict[str, Callable[[Any], bool]] = {
     "prompt_syntax": lambda value: value in SYNTAXES,
     "sampler": lambda value: value in SAMPLERS,
     "seed": lambda value: value is None or is_integer_between(value, 0, MAX_SEED),
-    "steps": partial(is_integer_between, least=1, most=MAX_STEPS),
-    "width": partial(is_integer_between, least=1, most=MAX_SIDE_PX),
-    "height": partial(is_integer_between, least=1, most=MAX_SIDE_PX),
-    "n_iter": partial(is_integer_between, least=1, most=MAX_IMAGES_PER_ROW),
-    "n_samples": partial(is_integer_between, least=1, most=MAX_IMAGES_PER_ROW),
-    "scale": partial(is_number_up_to, most=100),
-    "eta": partial(is_number_up_to, most=1),
+    "steps": partial(is_integer_between, minimum=1, maximum=MAX_STEPS),
+    "width": partial(is_integer_between, minimum=1, maximum=MAX_SIDE_PX),
+    "height": partial(is_integer_between, minimum=1, maximum=MAX_SIDE_PX),
+    "n_iter": partial(is_integer_between, minimum=1, maximum=MAX_IMAGES_PER_ROW),
+    "n_samples": partial(is_integer_between, minimum=1, maximum=MAX_IMAGES_PER_ROW),
+    "scale": partial(is_number_up_to, maximum=100),
+    "eta": partial(is_number_up_to, maximum=1),
 }

@@ -1,4 +1,4 @@
-"""From rows to images, and from images to micro-batches. Pure: the same manifest always gives the same plan."""
+"""Plan the images of each row, and cut them into micro-batches. Pure: the same manifest gives the same plan."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -15,7 +15,7 @@ IMAGES_PER_FOLDER = 10_000
 
 @dataclass(frozen=True, slots=True)
 class SharedSettings:
-    """What all images of a job have in common and no row says."""
+    """Settings that all images of a job share and that a row cannot change."""
 
     seed: int
     model_digest: str
@@ -23,20 +23,20 @@ class SharedSettings:
     long_prompts: bool = False
     fixed_code: bool = False  # every image starts from the noise of the job's seed
     suffix: str = "png"
-    rng: str = "cpu"  # whose noise: that of torch's generator on the CPU, or on a CUDA card
+    rng: str = "cpu"  # device of the torch generator whose noise is used: cpu or cuda
 
 
 def format_file_name(seed: int, index: int, suffix: str = "png") -> str:
-    """Where the image lies, relative to the job folder. The 55th image with seed 1234 is `seed_1234_00055.png`."""
+    """Return the path of an image in the job folder. The 55th image with seed 1234 is `seed_1234_00055.png`."""
     return f"images/{(index - 1) // IMAGES_PER_FOLDER:05d}/seed_{seed}_{index:05d}.{suffix}"
 
 
 @dataclass(frozen=True, slots=True)
 class RowImages:
-    """A row's images, each worked out when it is asked for: most of them may be finished."""
+    """The images of a row, each planned on request, as most of them may be finished."""
 
     row: Row
-    first: int  # index of the first
+    first: int  # index of the first image
     shared_settings: SharedSettings
 
     def __len__(self) -> int:
@@ -46,35 +46,37 @@ class RowImages:
         return map(self.image, range(self.first, self.first + len(self)))
 
     def image(self, index: int) -> ImageRequest:
+        """Plan the image with this index."""
         return plan_image(self.row, index - self.first + 1, index, self.shared_settings)
 
 
-def plan_images(rows: Iterable[Row | InvalidRow], common: SharedSettings) -> Iterator[tuple[Row, RowImages]]:
-    """Each valid row with its images.
+def plan_images(rows: Iterable[Row | InvalidRow], shared: SharedSettings) -> Iterator[tuple[Row, RowImages]]:
+    """Yield each valid row with its images.
 
-    A row makes `n_iter * n_samples` images. With a seed of its own they get seed, seed + 1, ...; without one an image
-    gets the job's seed + index - 1 (modulo 2^63).
+    A row has `n_iter * n_samples` images. If the row has a seed, they get seed, seed + 1, ...; otherwise an image gets
+    the job's seed + index - 1 (modulo 2^63).
     """
     first = 1
     for row in rows:
         if not isinstance(row, InvalidRow):
-            images = RowImages(row, first, common)
+            images = RowImages(row, first, shared)
             yield row, images
             first += len(images)
 
 
-def plan_image(row: Row, sample: int, index: int, common: SharedSettings) -> ImageRequest:
-    seed = (row.seed + sample - 1 if row.seed is not None else common.seed + index - 1) % (MAX_SEED + 1)
-    noise_seed = common.seed if common.fixed_code else None
-    identity = compute_image_id(
-        model_digest=common.model_digest, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=seed,
-        scale=row.scale, params=row.params, precision=common.precision, prompt_syntax=row.prompt_syntax,
-        long_prompts=common.long_prompts, noise_seed=noise_seed, rng=common.rng,
+def plan_image(row: Row, sample: int, index: int, shared: SharedSettings) -> ImageRequest:
+    """Plan an image: `sample` is its number in the row, `index` its number in the job, both from 1."""
+    seed = (row.seed + sample - 1 if row.seed is not None else shared.seed + index - 1) % (MAX_SEED + 1)
+    noise_seed = shared.seed if shared.fixed_code else None
+    image_id = compute_image_id(
+        model_digest=shared.model_digest, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=seed,
+        scale=row.scale, params=row.params, precision=shared.precision, prompt_syntax=row.prompt_syntax,
+        long_prompts=shared.long_prompts, noise_seed=noise_seed, rng=shared.rng,
     )  # fmt: skip
     return ImageRequest(
         index=index, row=row.number, sample=sample, prompt=row.prompt, negative_prompt=row.negative_prompt,
-        seed=seed, scale=row.scale, params=row.params, image_id=identity,
-        file_name=format_file_name(seed, index, common.suffix), prompt_syntax=row.prompt_syntax, noise_seed=noise_seed,
+        seed=seed, scale=row.scale, params=row.params, image_id=image_id,
+        file_name=format_file_name(seed, index, shared.suffix), prompt_syntax=row.prompt_syntax, noise_seed=noise_seed,
         id=row.id, extra=row.extra,
     )  # fmt: skip
 
@@ -82,74 +84,79 @@ def plan_image(row: Row, sample: int, index: int, common: SharedSettings) -> Ima
 def cut_batches(
     planned: Iterable[tuple[Row, RowImages]], finished: Container[int], max_batch: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Micro-batches in manifest order, without those that are finished already.
+    """Yield micro-batches in manifest order, without those that are finished.
 
-    A row's images go `n_samples` at a time. With `max_batch` so many go together, of neighbouring rows too, as far as
-    they go through the same steps. Batches are cut before finished images are dropped, so an image keeps its company
-    whatever was interrupted.
+    Without `max_batch`, a micro-batch has up to `n_samples` images of one row; with it, up to `max_batch` images of
+    adjacent rows that `can_share_batch`. Batches are cut before finished images are removed, so the composition of an
+    image's batch does not depend on interruptions.
     """
-    together: list[tuple[RowImages, int]] = []  # and the index in the job
+    batch: list[tuple[RowImages, int]] = []  # each image as its row's images and its index
     for row, images in planned:
-        most = max_batch or row.n_samples
+        batch_size = max_batch or row.n_samples
         for index in range(images.first, images.first + len(images)):
-            if together and (len(together) >= most or not can_share_batch(together[0][0].row, row)):
-                yield from build_batch(together, finished)
-                together = []
-            together.append((images, index))
+            if batch and (len(batch) >= batch_size or not can_share_batch(batch[0][0].row, row)):
+                yield from build_batch(batch, finished)
+                batch = []
+            batch.append((images, index))
         if max_batch is None:
-            yield from build_batch(together, finished)
-            together = []
-    yield from build_batch(together, finished)
+            yield from build_batch(batch, finished)
+            batch = []
+    yield from build_batch(batch, finished)
 
 
-def can_share_batch(one: Row, other: Row) -> bool:
-    """Whether their images can share a batch: the same size, sampler, steps and eta, and guidance on or off."""
-    return one is other or (one.params == other.params and (one.scale == 1) == (other.scale == 1))
+def can_share_batch(row: Row, other: Row) -> bool:
+    """Whether two rows have the same size, sampler, steps and eta, and both or neither use guidance."""
+    return row is other or (row.params == other.params and (row.scale == 1) == (other.scale == 1))
 
 
-def build_batch(together: Sequence[tuple[RowImages, int]], finished: Container[int]) -> Iterator[MicroBatch]:
-    wanted = frozenset(index for _, index in together if index not in finished)
+def build_batch(batch: Sequence[tuple[RowImages, int]], finished: Container[int]) -> Iterator[MicroBatch]:
+    """Yield the micro-batch of these images, unless all of them are finished."""
+    wanted = frozenset(index for _, index in batch if index not in finished)
     if wanted:
-        yield MicroBatch(tuple(images.image(index) for images, index in together), wanted)
+        yield MicroBatch(tuple(images.image(index) for images, index in batch), wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRange:
-    """Images with consecutive indexes that are cut into micro-batches of `size` from the first on."""
+    """Images with consecutive indexes that are cut into micro-batches of equal size; the last one may be smaller."""
 
-    first: int
-    images: int
-    size: int
+    first: int  # index of the first image
+    images: int  # number of images
+    size: int  # images per micro-batch
 
     def up_to(self, last_index: int) -> "BatchRange":
-        """The part of it with indexes up to `last_index`."""
+        """Return the part of the range with indexes up to `last_index`."""
         return BatchRange(self.first, max(0, min(self.images, last_index - self.first + 1)), self.size)
 
     @property
     def batches(self) -> int:
+        """Number of micro-batches."""
         return -(-self.images // self.size)
 
     def count_finished_batches(self, finished: Sequence[int]) -> int:
-        """How many batches have no image left. `finished`: sorted indexes without repetition."""
+        """Count the micro-batches in which all images are finished. `finished` has sorted, unique indexes."""
         start, end = bisect_left(finished, self.first), bisect_left(finished, self.first + self.images)
         if end - start == self.images:
             return self.batches
-        there = Counter((index - self.first) // self.size for index in finished[start:end])
-        rest = self.images % self.size or self.size  # images of the last batch
-        return sum(number == (rest if batch == self.batches - 1 else self.size) for batch, number in there.items())
+        finished_by_batch = Counter((index - self.first) // self.size for index in finished[start:end])
+        last_size = self.images % self.size or self.size
+        return sum(
+            count == (last_size if batch == self.batches - 1 else self.size)
+            for batch, count in finished_by_batch.items()
+        )
 
 
 def plan_batch_ranges(planned: Iterable[tuple[Row, RowImages]], max_batch: int | None = None) -> Iterator[BatchRange]:
-    """The runs of images that `cut_batches` cuts alike, without looking at a single image.
+    """Yield the ranges that `cut_batches` cuts into equal micro-batches, without planning single images.
 
-    Without `max_batch` each row is a run; with it neighbouring rows that can share batches are one.
+    Without `max_batch`, each row is a range. With it, adjacent rows that can share batches form one.
     """
     if max_batch is None:
         yield from (BatchRange(images.first, len(images), row.n_samples) for row, images in planned)
         return
-    for _, run in groupby(planned, key=lambda pair: (pair[0].params, pair[0].scale == 1)):
+    for _, group in groupby(planned, key=lambda pair: (pair[0].params, pair[0].scale == 1)):
         first, images = None, 0
-        for _, row_images in run:
+        for _, row_images in group:
             first = row_images.first if first is None else first
             images += len(row_images)
         yield BatchRange(first or 1, images, max_batch)
@@ -159,14 +166,15 @@ def count_batches(
     planned: Iterable[tuple[Row, RowImages]], finished: Collection[int] = (), max_batch: int | None = None,
     last_index: int | None = None,
 ) -> int:  # fmt: skip
-    """How many micro-batches `cut_batches` gives, without making images; those beyond `last_index` do not count."""
-    in_order = sorted(set(finished))
-    runs = (run if last_index is None else run.up_to(last_index) for run in plan_batch_ranges(planned, max_batch))
-    return sum(run.batches - run.count_finished_batches(in_order) for run in runs)
+    """Count the micro-batches of `cut_batches` up to `last_index`, without planning single images."""
+    sorted_finished = sorted(set(finished))
+    ranges = plan_batch_ranges(planned, max_batch)
+    limited = (each if last_index is None else each.up_to(last_index) for each in ranges)
+    return sum(batch_range.batches - batch_range.count_finished_batches(sorted_finished) for batch_range in limited)
 
 
 def split_into_single_images(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-    """Each image still wanted in a batch of its own: how a chunk that killed its worker is tried again."""
+    """Return one micro-batch per wanted image, to retry a chunk that killed its worker."""
     return [
         MicroBatch((image,), frozenset({image.index}))
         for batch in batches
@@ -176,7 +184,7 @@ def split_into_single_images(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
 
 
 def make_probe_request(settings: Settings) -> ImageRequest:
-    """A picture that no row asked for: what shows whether a worker can draw at all. Its index is 0, it has no file."""
+    """Return an image of no row, with index 0 and no file, to test whether a worker can generate images at all."""
     assert settings.width is not None
     assert settings.height is not None
     assert settings.steps is not None

@@ -1,14 +1,13 @@
-"""Count the work of a micro-batch in passes through the UNet."""
+"""Estimate the cost of generating images, as megapixels through the UNet: equal costs take a worker equally long."""
 
 from tinysd_batch.records import ImageRequest, MicroBatch
 
-DECODE_COST_IN_UNET_PASSES = 4  # decoding takes as long as so many passes through the UNet, about
-
-TWO_PASS_SAMPLERS = ("heun", "dpm2", "dpm2_a")  # samplers that ask the UNet twice a step
+DECODE_COST_IN_UNET_PASSES = 4  # decoding takes about as long as 4 passes through the UNet
+TWO_PASS_SAMPLERS = ("heun", "dpm2", "dpm2_a")  # samplers that call the UNet twice per step
 
 
 def estimate_batch_cost(batch: MicroBatch) -> float:
-    """Megapixels through the UNet for all images of the batch, those that ride along too."""
+    """Return the cost of all images of the batch, including those that are not wanted."""
     return sum(estimate_image_cost(image) for image in batch.images)
 
 

@@ -1,4 +1,4 @@
-"""What makes an image the one it is, as 32 hex digits: equal ids mean equal pixels, up to float rounding."""
+"""Compute the `image_id` of an image, 32 hex digits. Equal ids mean equal pixels, except for float rounding."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ def compute_image_id(
     noise_seed: int | None = None,
     rng: str = "cpu",
 ) -> str:
-    """128 bits of BLAKE2b over canonical JSON of everything that decides the pixels.
+    """Return 128 bits of BLAKE2b over the canonical JSON of everything that determines the pixels.
 
-    Not in it: device, batch size, worker, file format, index, since none of them may change the picture.
+    Device, batch size, worker, file format and index are not included, since none of them may change the pixels.
     """
-    decides = {
+    inputs = {
         "version": IMAGE_ID_VERSION,
         "model": model_digest,
         "prompt": unicodedata.normalize("NFC", prompt),
@@ -45,12 +45,12 @@ def compute_image_id(
         "precision": precision,
         "rng": rng,
     }
-    # What came later stands only where it has an effect, so that older ids stay what they are.
+    # Settings that were added later are included only if they have an effect, so that earlier ids stay valid.
     if long_prompts:
-        decides["long_prompts"] = True
+        inputs["long_prompts"] = True
     if noise_seed not in (None, seed):
-        decides["noise_seed"] = noise_seed
-    if any(fold_widths(each) != each for each in (prompt, negative_prompt)):
-        decides["widths"] = "folded"
-    text = CANONICAL_JSON.encode(decides)
+        inputs["noise_seed"] = noise_seed
+    if any(fold_widths(text) != text for text in (prompt, negative_prompt)):
+        inputs["widths"] = "folded"
+    text = CANONICAL_JSON.encode(inputs)
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()

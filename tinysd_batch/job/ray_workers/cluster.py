@@ -1,4 +1,4 @@
-"""Ray itself: start one of our own on this machine, or join a cluster, and leave nothing behind."""
+"""Start a local Ray on this machine or join a cluster, and leave nothing behind at the end."""
 
 import atexit
 import contextlib
@@ -26,13 +26,14 @@ from tinysd_batch.job.ray_workers.ray_log import LOGGING_OPTIONS, RayLog
 
 LOCAL_ADDRESS, AUTO_ADDRESS = "local", "auto"
 CONNECT_TIMEOUT_S = 10.0
-JOIN_TIMEOUT_S = 60.0  # a cluster whose head hangs takes the connection and never answers
+JOIN_TIMEOUT_S = 60.0  # a cluster whose head node hangs accepts the connection and never answers
 STOP_TIMEOUT_S = 40.0
-FIRST_TASK_TIMEOUT_S = 60.0  # for the first task on a cluster, which may start a process for it
+FIRST_TASK_TIMEOUT_S = 60.0  # Ray may have to start a process for it
 JOIN_HINT = "the driver needs the cluster's token (~/.ray/auth_token), and a `ray start` on its own machine"
-START_HINT = "`ray start` starts one, see configs/clusters/ssh.sh"
+START_HINT = "start one with `ray start`, see configs/clusters/ssh.sh"
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_DETAIL_PATTERN = re.compile(r"Worker exit detail: (.+?)(?:\. Some common causes|$)", re.MULTILINE)
+USER_ERROR_PATTERN = re.compile(r"tinysd_batch\.errors\.(?:ModelError|UsageError): (.*)")
 NOISE_PREFIXES = ("File ", "ray::", "^", "The actor", "class_name", "actor_id", "pid:", "namespace:", "ip:", "name:")
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,15 +41,15 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
 }
 LOCAL_RAY_ENVIRONMENT = {
-    # Ray would end this process a minute after its gcs_server, also where another one has long been started.
+    # Ray would end this process a minute after its gcs_server, even if another one has been started since.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
-    # Each failed check of a raylet takes 13 s: with Ray's 5, one that hangs is noticed after more than a minute.
+    # Each failed health check of a raylet takes 13 s: with Ray's default of 5, a hang is noticed after over a minute.
     "RAY_health_check_failure_threshold": "3",
 }
 
 
 class RaySession:
-    """Ray as this process uses it: one of its own, closed to strangers, or the cluster at `options["address"]`."""
+    """This process's connection to Ray: a local Ray that only it can use, or the cluster at `options["address"]`."""
 
     def __init__(self, options: dict[str, Any], log: Path | None = None) -> None:
         self.options = options
@@ -56,78 +57,81 @@ class RaySession:
         self.log = RayLog(log)
         self.call = BoundedCaller()
         self.local_ray: LocalRay | None = None
-        self.node_id = ""  # of this process
+        self.node_id = ""  # of this machine
 
     @property
     def is_local(self) -> bool:
         return self.address == LOCAL_ADDRESS
 
     def start(self) -> None:
-        """Raises NoWorkerError where that is not possible."""
+        """Start or join Ray. Raises NoWorkerError if that is not possible."""
         if self.is_local:
             check_loopback()
         else:
             check_reachable(self.address)
-        wanted_open = os.environ.get("RAY_AUTH_MODE", "token") != "token"  # by the user's own word
+        allows_open_cluster = os.environ.get("RAY_AUTH_MODE", "token") != "token"  # set by the user
         ray = import_ray(RAY_ENVIRONMENT | LOCAL_RAY_ENVIRONMENT if self.is_local else RAY_ENVIRONMENT)
         self.log.open()
         try:
             with keep_signal_handlers():
                 self.connect_to_ray(ray)
-            if not self.is_local and not wanted_open:
+            if not self.is_local and not allows_open_cluster:
                 self.check_requires_token(ray)
         except BaseException:
             self.stop()
             raise
 
     def connect_to_ray(self, ray: Any) -> None:
-        quiet = {**LOGGING_OPTIONS, "job_config": make_isolated_job_config()}
-        own: dict[str, Any] = {}
-        surroundings: contextlib.AbstractContextManager[None] = contextlib.chdir("/")  # not what is in the current one
+        shared_options = {**LOGGING_OPTIONS, "job_config": make_isolated_job_config()}
+        local_options: dict[str, Any] = {}
+        # Ray must not import files from the current folder.
+        environment: contextlib.AbstractContextManager[None] = contextlib.chdir("/")
         if self.is_local:
             self.local_ray = LocalRay()
-            own, surroundings = self.local_ray.init_options(), self.local_ray.ray_environment()
+            local_options, environment = self.local_ray.init_options(), self.local_ray.ray_environment()
         else:
             restrict_token_file()
         clear_token_cache()
         try:
-            with surroundings:
-                self.init(ray, own | quiet | self.options)
+            with environment:
+                self.init_ray(ray, local_options | shared_options | self.options)
         except Exception as error:
             raise NoWorkerError(describe_connect_error(self.address, error)) from error
         if self.local_ray is not None:
             self.local_ray.notify_started()
         self.node_id = ray.get_runtime_context().get_node_id()
 
-    def init(self, ray: Any, options: dict[str, Any]) -> None:
-        """Call `ray.init`, which ends in any case: for a Ray of our own the guardian sees to that."""
+    def init_ray(self, ray: Any, options: dict[str, Any]) -> None:
+        """Call `ray.init` with a timeout. The reaper enforces that of a local Ray."""
         if self.is_local:
             ray.init(**options)
         else:
             self.call(lambda: ray.init(**options), JOIN_TIMEOUT_S)
 
     def check_requires_token(self, ray: Any) -> None:
-        """Raise NoWorkerError where the cluster runs code for anybody who reaches its ports."""
-        answer = ray.remote(num_cpus=0)(lambda: os.environ.get("RAY_AUTH_MODE")).remote()
+        """Raise NoWorkerError if the cluster runs code for anyone who can reach its ports."""
+        reference = ray.remote(num_cpus=0)(lambda: os.environ.get("RAY_AUTH_MODE")).remote()
         try:
-            mode = self.call(lambda: ray.get(answer, timeout=FIRST_TASK_TIMEOUT_S), 2 * FIRST_TASK_TIMEOUT_S)
+            mode = self.call(lambda: ray.get(reference, timeout=FIRST_TASK_TIMEOUT_S), 2 * FIRST_TASK_TIMEOUT_S)
         except Exception as error:
             reason = f"no worker process starts on it: {summarize_ray_error(error)}"
             raise NoWorkerError(f"--address {self.address}: {reason}") from error
         if mode != "token":
             raise NoWorkerError(
-                f"--address {self.address}: this cluster runs code for anybody who reaches it; start it anew with "
+                f"--address {self.address}: this cluster runs code for anyone who can reach it; restart it with "
                 f"RAY_AUTH_MODE=token, as configs/clusters/ssh.sh does, or set RAY_AUTH_MODE=disabled here, too"
             )
 
     def check_alive(self) -> None:
-        """Raise RayLostError where a process has ended that Ray itself would wait for."""
-        if self.is_local and (ended := describe_ended_process()):
-            raise RayLostError(f"Ray on this machine has stopped: {ended}")
+        """Raise RayLostError if a process has ended that Ray itself would wait for."""
+        if self.is_local and (description := describe_ended_process()):
+            raise RayLostError(f"Ray on this machine has stopped: {description}")
+
+    def rotate_log_if_large(self) -> None:
         self.log.rotate_if_large()
 
-    def nodes(self) -> list[dict[str, Any]]:
-        """The cluster's machines. Raises RayLostError."""
+    def list_nodes(self) -> list[dict[str, Any]]:
+        """Return the cluster's nodes, as `ray.nodes()` does. Raises RayLostError."""
         import ray
 
         self.check_alive()
@@ -136,12 +140,16 @@ class RaySession:
             raise RayLostError(
                 "Ray on this machine has stopped: its raylet does not answer"
                 if self.is_local
-                else "this machine has left the cluster, and so ended its workers; `ray start` joins it"
+                else "this machine has left the cluster, which ended its workers; run `ray start` to join again"
             )
         return nodes
 
     def stop(self, is_lost: bool = False) -> None:
-        """`is_lost`: what is left of Ray is ended first, since it would not answer."""
+        """Stop the local Ray, or leave the cluster.
+
+        Args:
+            is_lost: Ray does not answer, so that its processes must be killed first.
+        """
         import ray
 
         try:
@@ -149,7 +157,7 @@ class RaySession:
                 self.local_ray.stop_processes()
             self.call(ray.shutdown, STOP_TIMEOUT_S)
         except RayLostError:
-            atexit.unregister(ray.shutdown)  # it would wait for the one that hangs
+            atexit.unregister(ray.shutdown)  # it would wait for the call that hangs
         finally:
             if self.local_ray is not None:
                 self.local_ray.close()
@@ -159,20 +167,21 @@ class RaySession:
 
 
 def start_ray(options: dict[str, Any], log: Path | None = None) -> RaySession:
-    """Raises NoWorkerError where Ray cannot be started or joined."""
+    """Start or join Ray. Raises NoWorkerError if that is not possible."""
     session = RaySession(options, log)
     session.start()
     return session
 
 
-def import_ray(settings: dict[str, str]) -> Any:
-    for name, value in settings.items():
+def import_ray(variables: dict[str, str]) -> Any:
+    """Import Ray with environment variables set, unless the user has set them."""
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
-    knows_settings = "ray" not in sys.modules
+    is_first_import = "ray" not in sys.modules
     import ray
     import ray._private.ray_constants as constants
 
-    if not knows_settings:  # Ray reads the variables on import, and once only
+    if not is_first_import:  # Ray reads the variables only once, when it is imported
         ray._raylet.Config.initialize("")
     constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under `uv run`, workers would get a copy of the current folder
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -180,7 +189,7 @@ def import_ray(settings: dict[str, str]) -> Any:
 
 
 def check_reachable(address: str) -> None:
-    """Raise NoWorkerError at once where nothing listens: Ray would try for two minutes."""
+    """Raise NoWorkerError at once if nothing listens at the address. Ray would retry for two minutes."""
     if address == AUTO_ADDRESS:
         return
     host, _, port = address.rpartition(":")
@@ -193,9 +202,10 @@ def check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def keep_signal_handlers() -> Iterator[None]:
-    """Keep our handlers: Ray puts in its own, which on SIGTERM aborts the process.
+    """Restore our signal handlers: Ray installs its own, which abort the process on SIGTERM.
 
-    What Ray starts meanwhile ignores SIGHUP for ever: a closed terminal sends it to all, and ours is a clean stop.
+    Processes that Ray starts in the meantime ignore SIGHUP forever. A closed terminal sends it to all processes, and
+    the driver is to stop cleanly then.
     """
     handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -205,35 +215,41 @@ def keep_signal_handlers() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if not all(os.isatty(stream) for stream in terminals):  # closed meanwhile, and its SIGHUP ignored
+        if not all(os.isatty(stream) for stream in terminals):  # one was closed in the meantime, and its SIGHUP ignored
             signal.raise_signal(signal.SIGHUP)
 
 
 def describe_connect_error(address: str, error: Exception) -> str:
-    """What to do where Ray cannot start or be joined."""
+    """Say why Ray could not be started or joined, and what to do."""
     line = summarize_ray_error(error)
     if address == LOCAL_ADDRESS:
         return f"Ray could not start: {line}; {INLINE_HINT}"
     if "Could not find any running Ray" in line:
-        return f"--address {address}: no Ray runs on this machine; {START_HINT}"
+        return f"--address {address}: Ray is not running on this machine; {START_HINT}"
     if "token" in line.lower() or "Failed to connect" in line:
         line = f"{line.split('. ')[0]}; {JOIN_HINT}"
     return f"--address {address}: the cluster could not be joined: {line}"
 
 
 def summarize_ray_error(error: Exception) -> str:
-    """The most telling line of a Ray error, which carries whole tracebacks, or Ray's explanation of a death."""
+    """Return the most informative line of a Ray error, which has whole tracebacks, or Ray's reason for an exit."""
     text = str(error)
     if detail := EXIT_DETAIL_PATTERN.search(text):
         return f"its process died: {detail[1].strip()}"[:300]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(NOISE_PREFIXES)]
-    return (telling[-1] if telling else type(error).__name__)[:300]
+    informative = [line for line in lines if not line.startswith(NOISE_PREFIXES)]
+    return (informative[-1] if informative else type(error).__name__)[:300]
+
+
+def find_user_error(error: Exception) -> str | None:
+    """Return the message of the ModelError or UsageError that caused a Ray error, if one did."""
+    match = USER_ERROR_PATTERN.search(str(error))
+    return match[1].strip() if match else None
 
 
 def restrict_token_file() -> None:
-    """Ray writes its token file readable by everybody; keep it to its owner."""
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+    """Make Ray's token file readable by its owner only. Ray creates it readable by all users."""
+    with contextlib.suppress(OSError, RuntimeError):  # there is no home folder, or it is read-only
         token = Path.home() / ".ray" / "auth_token"
         if token.stat().st_uid == os.getuid():
             token.chmod(0o600)

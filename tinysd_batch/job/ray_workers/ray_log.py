@@ -1,6 +1,6 @@
-"""Send Ray's own text to the job's log: its native half writes to descriptor 2, its Python half to standard streams.
+"""Redirect Ray's output to the job's log. Its native code writes to descriptor 2, its Python code to standard streams.
 
-While that descriptor is the log, `sys.stderr` writes to what it was before, so that our own lines still reach people.
+While descriptor 2 is the log, `sys.stderr` writes to the original one, so that users still see our own lines.
 """
 
 import contextlib
@@ -11,37 +11,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LOG_FILE_NAME = "job.log"
-MAX_LOG_BYTES = 2**20
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+from tinysd_batch.job.job_log import LOG_FORMAT, MAX_LOG_BYTES, open_log
+
 STDERR_FD = 2
 RAY_LOGGER = "ray"
-# For `ray.init`. With `configure_logging=False` it would remove our handler, and warnings would reach the terminal.
+# Options of `ray.init`. With `configure_logging=False`, it would remove our handler and print warnings.
 LOGGING_OPTIONS = {"log_to_driver": False, "logging_level": logging.WARNING, "logging_format": LOG_FORMAT}
-REDIRECTED_LOGGERS = (RAY_LOGGER, "tinysd_batch")
 
 
 class RayLog:
-    """Sends what Ray says to the log at `path` while it is open, or to nowhere."""
+    """Sends Ray's output to the log at `path` while it is open. Without a path, the output is discarded."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.original_stderr_fd = -1  # what descriptor 2 was
-        self.stderr = sys.stderr
+        self.original_stderr_fd = -1  # a duplicate of the original descriptor 2; -1 while not open
+        self.original_stderr = sys.stderr
         self.handler: logging.Handler | None = None
-        self.ray_handlers: list[logging.Handler] = []  # which write to the terminal
-        self.original_print: Any = None  # Ray's own function
+        self.ray_handlers: list[logging.Handler] = []  # the original ones, which write to the terminal
+        self.original_print: Any = None  # Ray's `print_to_stdstream`
 
     def open(self) -> None:
-        self.stderr = sys.stderr
-        if self.stderr is not None:
-            self.stderr.flush()
+        self.original_stderr = sys.stderr
+        if self.original_stderr is not None:
+            self.original_stderr.flush()
         self.original_stderr_fd = os.dup(STDERR_FD)
         self.redirect_stderr_fd()
-        if get_file_descriptor(self.stderr) == STDERR_FD:
-            plain = os.fdopen(self.original_stderr_fd, "wb", buffering=0, closefd=False)
+        if get_file_descriptor(self.original_stderr) == STDERR_FD:
+            unbuffered = os.fdopen(self.original_stderr_fd, "wb", buffering=0, closefd=False)
             sys.stderr = io.TextIOWrapper(
-                plain, encoding=self.stderr.encoding, errors="backslashreplace", write_through=True
+                unbuffered, encoding=self.original_stderr.encoding, errors="backslashreplace", write_through=True
             )
         self.redirect_python_output()
 
@@ -51,23 +49,22 @@ class RayLog:
         os.close(log)
 
     def redirect_python_output(self) -> None:
-        """Loggers, and the errors of a cluster, which Ray prints whatever its options."""
+        """Redirect loggers, and the errors of a cluster, which Ray prints regardless of its options."""
         import ray._private.worker as worker
 
         self.handler = logging.StreamHandler(
             io.TextIOWrapper(io.FileIO(STDERR_FD, "w", closefd=False), errors="replace")
         )
         self.handler.setFormatter(logging.Formatter(LOG_FORMAT))
-        rays = logging.getLogger(RAY_LOGGER)
-        self.ray_handlers, rays.handlers = rays.handlers, []
-        for name in REDIRECTED_LOGGERS:
-            logging.getLogger(name).addHandler(self.handler)
+        ray_logger = logging.getLogger(RAY_LOGGER)
+        self.ray_handlers, ray_logger.handlers = ray_logger.handlers, []
+        ray_logger.addHandler(self.handler)
         self.original_print = getattr(worker, "print_to_stdstream", None)
         if self.original_print is not None:
             worker.print_to_stdstream = self.write_cluster_lines
 
     def rotate_if_large(self) -> None:
-        """Keep the log and one older part of it."""
+        """Start a new log if the current one is large. One older log is kept."""
         if self.original_stderr_fd >= 0 and self.path is not None and os.fstat(STDERR_FD).st_size > MAX_LOG_BYTES:
             self.redirect_stderr_fd()
 
@@ -75,7 +72,7 @@ class RayLog:
         if self.original_stderr_fd < 0:
             return
         self.restore_python_output()
-        sys.stderr = self.stderr
+        sys.stderr = self.original_stderr
         os.dup2(self.original_stderr_fd, STDERR_FD)
         os.close(self.original_stderr_fd)
         self.original_stderr_fd = -1
@@ -88,26 +85,15 @@ class RayLog:
         if self.original_print is not None:
             worker.print_to_stdstream = self.original_print
         if self.handler is not None:
-            for name in REDIRECTED_LOGGERS:
-                logging.getLogger(name).removeHandler(self.handler)
-            logging.getLogger(RAY_LOGGER).handlers += self.ray_handlers
+            ray_logger = logging.getLogger(RAY_LOGGER)
+            ray_logger.removeHandler(self.handler)
+            ray_logger.handlers += self.ray_handlers
             self.handler.close()
 
     def write_cluster_lines(self, data: dict[str, Any], **_: object) -> None:
-        """In the place of Ray's own function, which prints errors of the cluster on our standard output."""
+        """Replace Ray's `print_to_stdstream`, which prints errors of the cluster on our standard output."""
         for line in data["lines"]:
             os.write(STDERR_FD, f"{line}\n".encode(errors="backslashreplace"))
-
-
-def open_log(path: Path | None) -> int:
-    """A descriptor of the log, to append to it; of nothing where it cannot be written."""
-    if path is not None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        with contextlib.suppress(OSError):
-            if path.exists() and path.stat().st_size > MAX_LOG_BYTES:  # a link is not followed below
-                path.replace(path.with_suffix(".log.1"))
-            return os.open(path, flags, 0o644)
-    return os.open(os.devnull, os.O_WRONLY)
 
 
 def remove_if_empty(path: Path) -> None:
@@ -117,7 +103,7 @@ def remove_if_empty(path: Path) -> None:
 
 
 def get_file_descriptor(stream: Any) -> int | None:
-    """None for a stream that is no file, as in tests and notebooks."""
+    """Return None for a stream without a file, as in tests and notebooks."""
     try:
         return int(stream.fileno())
     except (AttributeError, OSError, ValueError):

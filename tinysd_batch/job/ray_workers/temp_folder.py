@@ -1,7 +1,7 @@
-"""The folder that a Ray of our own keeps its files in: short, closed to other users, and removed in the end.
+"""The folder for a local Ray's files: its path is short, other users cannot access it, and it is removed at the end.
 
-Ray makes the folder it is given writable by everybody, so that one is a folder inside ours. Sockets in it have paths
-of at most 107 bytes, hence TMPDIR is the last choice. The process that owns a folder holds a lock on a file in it.
+Ray makes its temporary folder writable by all users, so it gets one inside ours. The paths of sockets in it have at
+most 107 bytes, which is why TMPDIR is the last choice. The process that owns a folder holds a lock on a file in it.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from tinysd_batch.import_path import PACKAGE_ROOT
 
 FOLDER_PREFIX = "tsd-"
 LOCK_FILE_NAME = "owner"
-LOCK_FILE_CONTENT = b"tinysd-batch\n"  # what that file holds
-TOKEN_FILE_NAME = "auth_token"  # noqa: S105 - the name of the file
-SHARED_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108 - with a folder of random name and our own in it
+LOCK_FILE_CONTENT = b"tinysd-batch\n"
+TOKEN_FILE_NAME = "auth_token"  # noqa: S105 - the name of a file
+SHARED_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108 - our folder in it has a random name
 MAX_SOCKET_PATH_BYTES = 107
 SOCKET_PATH_BYTES = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
-RANDOM_NAME_BYTES = 9  # of the folder's own name, with a slash
+RANDOM_NAME_BYTES = 9  # in the folder's name, and a slash
 
 
 @dataclass(frozen=True, slots=True)
 class RayTempFolder:
-    """A folder of our own, locked for as long as `owner` is open here or in a process that inherited it."""
+    """Locked for as long as `lock_file` is open in this process or in one that inherited it."""
 
     path: Path
     lock_file: IO[bytes]
@@ -42,7 +42,7 @@ class RayTempFolder:
 
     @property
     def packages_folder(self) -> Path:
-        """Holds this package and nothing else, for the workers' import path."""
+        """Return the folder for the workers' import path, which has this package and nothing else."""
         return self.path / "packages"
 
     @property
@@ -55,50 +55,50 @@ class RayTempFolder:
 
 
 def create_temp_folder() -> RayTempFolder:
-    """Make one, and remove those that were left behind. Raises NoWorkerError where no place is good."""
+    """Create a folder, and remove stale ones beside it. Raises NoWorkerError if no parent folder is usable."""
     problems = []
-    for place in list_parent_folders():
+    for parent in list_parent_folders():
         try:
-            check_parent_folder(place)
-            folder = create_in(place)
+            check_parent_folder(parent)
+            folder = create_in(parent)
         except OSError as error:
-            problems.append(f"{place}: {error.strerror.lower() if error.strerror else error}")
+            problems.append(f"{parent}: {error.strerror.lower() if error.strerror else error}")
             continue
-        remove_stale_folders(place)
+        remove_stale_folders(parent)
         return folder
     raise NoWorkerError(
-        f"Ray could not start, no folder for its files: {'; '.join(problems)}; RAY_TMPDIR names another one, and "
+        f"Ray could not start, no usable folder for its files: {'; '.join(problems)}; set RAY_TMPDIR to another one; "
         f"`--inline` runs the job in this process, without Ray"
     )
 
 
 def list_parent_folders() -> Iterator[Path]:
-    """Where to make it: where the user says, or the first that is good."""
-    if named := os.environ.get("RAY_TMPDIR"):
-        yield Path(named)
+    """Yield the user's choice alone, or the candidates in order of preference."""
+    if chosen := os.environ.get("RAY_TMPDIR"):
+        yield Path(chosen)
         return
     yield from map(Path, SHARED_FOLDERS)
     yield from (Path(os.environ[name]) for name in ("XDG_RUNTIME_DIR", "HOME", "TMPDIR") if os.environ.get(name))
 
 
-def check_parent_folder(place: Path) -> None:
-    if not place.is_absolute():
+def check_parent_folder(parent: Path) -> None:
+    if not parent.is_absolute():
         raise OSError("not an absolute path")
-    longest = MAX_SOCKET_PATH_BYTES - SOCKET_PATH_BYTES - len(FOLDER_PREFIX) - RANDOM_NAME_BYTES
-    if len(os.fsencode(place)) > longest:
-        raise OSError(f"longer than {longest} bytes, which Ray's sockets need")
+    max_bytes = MAX_SOCKET_PATH_BYTES - SOCKET_PATH_BYTES - len(FOLDER_PREFIX) - RANDOM_NAME_BYTES
+    if len(os.fsencode(parent)) > max_bytes:
+        raise OSError(f"longer than the {max_bytes} bytes that Ray's sockets allow")
 
 
-def create_in(place: Path) -> RayTempFolder:
-    path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place))
+def create_in(parent: Path) -> RayTempFolder:
+    path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
     try:
-        owner = (path / "new").open("xb")
-        with contextlib.suppress(OSError):  # a file system without locks: then it is never taken for stale
-            fcntl.flock(owner, fcntl.LOCK_EX)
-        owner.write(LOCK_FILE_CONTENT)
-        owner.flush()
+        lock_file = (path / "new").open("xb")
+        with contextlib.suppress(OSError):  # a file system without locks: the folder is never considered stale
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+        lock_file.write(LOCK_FILE_CONTENT)
+        lock_file.flush()
         (path / "new").rename(path / LOCK_FILE_NAME)
-        folder = RayTempFolder(path, owner)
+        folder = RayTempFolder(path, lock_file)
         folder.packages_folder.mkdir()
         (folder.packages_folder / "tinysd_batch").symlink_to(Path(PACKAGE_ROOT) / "tinysd_batch")
         with os.fdopen(os.open(folder.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as token:
@@ -109,19 +109,20 @@ def create_in(place: Path) -> RayTempFolder:
     return folder
 
 
-def remove_stale_folders(place: Path) -> None:
-    """Remove our user's folders whose owner died, and the process that should have removed them, too."""
+def remove_stale_folders(parent: Path) -> None:
+    """Remove this user's folders whose driver and reaper have both died."""
     with contextlib.suppress(OSError):
-        for path in place.glob(f"{FOLDER_PREFIX}*"):
+        for path in parent.glob(f"{FOLDER_PREFIX}*"):
             with contextlib.suppress(OSError):
                 if is_stale(path):
                     shutil.rmtree(path, ignore_errors=True)
 
 
 def is_stale(path: Path) -> bool:
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    """Whether a folder is ours and not locked. Raises OSError if it is locked or cannot be read."""
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         return False
-    with os.fdopen(os.open(path / LOCK_FILE_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return owner.read(len(LOCK_FILE_CONTENT) + 1) == LOCK_FILE_CONTENT
+    with os.fdopen(os.open(path / LOCK_FILE_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_file.read(len(LOCK_FILE_CONTENT) + 1) == LOCK_FILE_CONTENT

@@ -16,33 +16,40 @@ if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import TinySD
 
 BROKEN_EXIT_CODE = 70
+BROKEN_EXIT_DELAY_S = 2.0
 
 
 class WorkerProcess(Worker):
-    """A worker that has a process of its own."""
+    """A worker in a process of its own."""
 
     def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
         if setup.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not touch any card
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not use any GPU
         super().__init__(setup, name, model)
 
-    def answer_handshake(self, word: str, limits: dict[ImageShape, MemoryLimits]) -> dict[str, Any]:
-        """`describe`, and the worker's part of the handshake. `limits` were learnt on this card before."""
+    def answer_handshake(self, token: str, memory_limits: dict[ImageShape, MemoryLimits]) -> dict[str, Any]:
+        """Answer the driver's handshake, and return the worker's description.
+
+        Args:
+            token: names the driver's file.
+            memory_limits: what earlier actors of this slot have learnt.
+        """
         import ray
 
-        self.memory_limits.update(limits)
-        shares = handshake.answer_driver_file(self.setup.scratch, word, self.name)
-        return {**self.describe(), "shares_storage": shares, "node_id": ray.get_runtime_context().get_node_id()}
+        self.memory_limits.update(memory_limits)
+        shares_storage = handshake.answer_driver_file(self.setup.scratch, token, self.name)
+        node_id = ray.get_runtime_context().get_node_id()
+        return {**self.describe(), "shares_storage": shares_storage, "node_id": node_id}
 
     def run_chunk(self, batches: Sequence[MicroBatch]) -> Iterator[ResultBatch]:
-        """`generate`, with results that travel together where nothing is lost by it."""
-        late_s = 0.0 if self.setup.no_metadata else MAX_DELAY_S
+        """Generate the micro-batches. Results are sent together, unless a lost worker's files could not be adopted."""
+        max_delay_s = 0.0 if self.setup.no_metadata else MAX_DELAY_S
         try:
-            for made in group_results(batches, self.generate(batches), late_s):
-                yield ResultBatch(made, dict(self.memory_limits))
+            for group in group_results(batches, self.generate(batches), max_delay_s):
+                yield ResultBatch(group, dict(self.memory_limits))
         except BrokenWorkerError:
-            # What is broken in a CUDA context is so until the process ends; the driver's kill may never come.
-            end = threading.Timer(2.0, os._exit, [BROKEN_EXIT_CODE])
-            end.daemon = True
-            end.start()
+            # A broken CUDA context stays broken until the process ends, and the driver's kill may never arrive.
+            exit_timer = threading.Timer(BROKEN_EXIT_DELAY_S, os._exit, [BROKEN_EXIT_CODE])
+            exit_timer.daemon = True
+            exit_timer.start()
             raise

@@ -1,6 +1,6 @@
 """Compare the results table with the image files on disk, by name and size.
 
-The one comparison behind `submit`, `plan --reuse`, `status` and `verify`. Each folder is listed once; no file is opened
+`submit`, `plan --reuse`, `status` and `verify` all use this comparison. Each folder is listed once; no file is opened
 and no symbolic link is followed.
 """
 
@@ -20,14 +20,14 @@ import pyarrow.compute as pc
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.records import Status
-from tinysd_batch.storage.atomic import storage_errors
+from tinysd_batch.storage.filesystem import storage_errors
 
 IMAGES_FOLDER = "images"
 FOLDER_NAME = re.compile(rf"{IMAGES_FOLDER}/\d{{5,12}}", re.ASCII)
 COMPARED_COLUMNS = ["row", "index", "status", "file_name", "bytes", "run_id"]
 BATCH_ROWS = 10_000
 MAX_NAMED_FILES = 3  # in a message
-SavedImage = tuple[int, str, int | None]  # index, file name, bytes as the table has them
+SavedImage = tuple[int, str, int | None]  # index, file name, bytes in the table
 
 
 class FileState(StrEnum):
@@ -35,63 +35,69 @@ class FileState(StrEnum):
 
     SAME_SIZE = "same_size"
     LARGER = "larger"
-    SHORTER = "shorter"  # an empty file, too
+    SHORTER = "shorter"  # also an empty file
     MISSING = "missing"
-    NO_FILE = "no_file"  # a folder, link or other thing has the file's name
-    OUTSIDE = "outside"  # the table names a path that no image of a job has
+    NO_FILE = "no_file"  # a folder, symbolic link or special file has the file's name
+    OUTSIDE = "outside"  # the table has a path that an image cannot have
 
 
 class ComparedFile(NamedTuple):
-    """An image that the table says was saved. A million of them are made at a time."""
+    """An image that the table records as saved. A named tuple, since a job may have millions."""
 
-    image_index: int  # its index
+    image_index: int
     file_name: str  # relative to the job folder
     state: FileState
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedFolder:
-    """One folder of images."""
+    """Result of comparing one folder of images."""
 
     files: list[ComparedFile]
-    extra: list[str]  # names relative to the job folder that are on disk and not in the table
+    extra: list[str]  # files that are not in the table, relative to the job folder
 
 
 def read_saved_images(job_folder: Path) -> pa.Table:
-    """The newest rows of the images that were saved. Raises StorageError."""
+    """Read the newest rows of the images that were saved. Raises StorageError."""
     table = ResultsTable(job_folder).read_newest(COMPARED_COLUMNS)
     is_saved = pc.and_(pc.equal(table["status"], str(Status.OK)), pc.is_valid(table["file_name"]))
     return table.filter(pc.and_(is_saved, pc.is_valid(table["index"])))
 
 
 def iterate_saved_images(table: pa.Table) -> Iterator[SavedImage]:
-    """Index, file name and bytes, folder by folder; few of them are Python objects at a time."""
+    """Yield index, file name and bytes, folder by folder, converting few rows to Python objects at a time."""
     columns = table.select(["index", "file_name", "bytes"]).sort_by("file_name")
     for batch in columns.to_batches(BATCH_ROWS):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def compare_folders(job_folder: Path, images: Iterable[SavedImage]) -> Iterator[ComparedFolder]:
-    """Compare images (index, file name, bytes), which come folder by folder, with the disk.
+    """Compare images with the disk.
 
-    Raises StorageError where a folder cannot be read.
+    Args:
+        job_folder: The job's folder.
+        images: Index, file name and bytes of each image, grouped by folder.
+
+    Raises:
+        StorageError: A folder cannot be read.
     """
     for folder, group in groupby(images, lambda image: image[1].rpartition("/")[0]):
-        images_here = list(group)
+        group_images = list(group)
         if FOLDER_NAME.fullmatch(folder) is None:
-            yield ComparedFolder([ComparedFile(index, name, FileState.OUTSIDE) for index, name, _ in images_here], [])
+            yield ComparedFolder([ComparedFile(index, name, FileState.OUTSIDE) for index, name, _ in group_images], [])
             continue
         sizes = list_file_sizes(job_folder / folder)
         start = len(folder) + 1
         files = [
             ComparedFile(index, name, compare_size(sizes.get(name[start:]), expected or 0))
-            for index, name, expected in images_here
+            for index, name, expected in group_images
         ]
-        extra = sizes.keys() - {name[start:] for _, name, _ in images_here}
+        extra = sizes.keys() - {name[start:] for _, name, _ in group_images}
         yield ComparedFolder(files, [f"{folder}/{name}" for name in sorted(extra)])
 
 
 def compare_size(size: int | None, expected: int) -> FileState:
+    """Compare a size that `list_file_sizes` returned, None for a missing file, with the one in the table."""
     if size == expected and size:
         return FileState.SAME_SIZE
     if size is None:
@@ -104,9 +110,10 @@ def compare_size(size: int | None, expected: int) -> FileState:
 
 
 def list_file_sizes(folder: Path) -> dict[str, int]:
-    """Size of each file in a folder by name, -1 for what is no file; nothing where there is no such folder.
+    """Return the size of each file in a folder by name, and -1 for anything else; empty if there is no such folder.
 
-    Raises StorageError where the folder cannot be read: what cannot be seen is not missing.
+    Raises:
+        StorageError: The folder cannot be read. Its files must not count as missing then.
     """
     sizes: dict[str, int] = {}
     if folder.is_symlink() or folder.parent.is_symlink():
@@ -121,7 +128,7 @@ def list_file_sizes(folder: Path) -> dict[str, int]:
                 try:
                     is_file = entry.is_file(follow_symlinks=False)
                     sizes[entry.name] = entry.stat(follow_symlinks=False).st_size if is_file else -1
-                except FileNotFoundError:  # deleted meanwhile
+                except FileNotFoundError:  # deleted since the folder was listed
                     continue
     return sizes
 
@@ -129,19 +136,19 @@ def list_file_sizes(folder: Path) -> dict[str, int]:
 STATE_TEXTS = {
     FileState.MISSING: "missing",
     FileState.SHORTER: "shorter than the table says",
-    FileState.NO_FILE: "no regular file",
-    FileState.OUTSIDE: "outside of the images folder",
+    FileState.NO_FILE: "not a regular file",
+    FileState.OUTSIDE: "outside the images folder",
 }
 
 
 @dataclass(slots=True)
 class FileDifferences:
-    """Images to generate again, because their files are not what the table says."""
+    """Images to generate again because their files differ from the table."""
 
-    images: int = 0  # that were saved
+    images: int = 0  # number of saved images that were compared
     indexes: set[int] = field(default_factory=set)
     counts: Counter[FileState] = field(default_factory=Counter)
-    names: list[str] = field(default_factory=list)  # of the first few
+    names: list[str] = field(default_factory=list)  # file names of the first few
 
     def add(self, file: ComparedFile) -> None:
         self.images += 1
@@ -153,24 +160,27 @@ class FileDifferences:
 
     @property
     def is_mostly_missing(self) -> bool:
+        """Whether more than half of the files are missing, as if a disk were not mounted."""
         return is_majority(self.counts[FileState.MISSING], self.images)
 
     @property
     def advice(self) -> str:
+        """What the user can do about the differences."""
         if self.is_mostly_missing:
-            return "is a disk not mounted? Submit with --redo-missing generates them again"
+            return "mount the disk if it is not mounted; otherwise submit --redo-missing generates them again"
         return "submit generates them again"
 
     def __str__(self) -> str:
-        """`of 80 image files 2 are missing, 1 is shorter than the table says (images/00000/seed_5_00001.png, ...)`"""
-        parts = [f"{self.counts[state]:,} {is_or_are(self.counts[state])} {words}" for state, words in STATE_TEXTS.items()
-                 if self.counts[state]]  # fmt: skip
+        """Return `of 80 image files 2 are missing, 1 is shorter than the table says (images/00000/x.png, ...)`."""
+        counts = [(self.counts[state], text) for state, text in STATE_TEXTS.items() if self.counts[state]]
+        parts = [f"{count:,} {is_or_are(count)} {text}" for count, text in counts]
         more = ", ..." if len(self.indexes) > len(self.names) else ""
         files = "file" if self.images == 1 else "files"
         return f"of {self.images:,} image {files} {', '.join(parts)} ({', '.join(self.names)}{more})"
 
 
 def is_majority(missing: int, images: int) -> bool:
+    """Whether `missing` is more than half of `images`."""
     return 2 * missing > images
 
 
@@ -179,9 +189,14 @@ def is_or_are(number: int) -> str:
 
 
 def find_differences(job_folder: Path, run_id: str | None = None) -> FileDifferences:
-    """Compare a job's table with the disk. With `run_id`, only the folders that this run wrote to.
+    """Compare a job's table with the disk.
 
-    Raises StorageError.
+    Args:
+        job_folder: The job's folder.
+        run_id: Compare only the folders that this run wrote to.
+
+    Raises:
+        StorageError: The table or a folder cannot be read.
     """
     images = read_saved_images(job_folder)
     if run_id is not None:
@@ -194,21 +209,21 @@ def find_differences(job_folder: Path, run_id: str | None = None) -> FileDiffere
 
 
 def select_same_folders(images: pa.Table, chosen: pa.ChunkedArray) -> pa.Table:
-    """The images that lie in a folder of a chosen one."""
+    """Select the images that are in the same folder as a chosen one. `chosen` is a boolean column."""
     folders = pc.replace_substring_regex(images["file_name"], "/[^/]*$", "")
     return images.filter(pc.is_in(folders, pc.unique(folders.filter(chosen))))
 
 
 def find_images_to_redo(job_folder: Path, redo_missing: bool) -> FileDifferences:
-    """Images of earlier runs whose files are missing or damaged.
+    """Find images of earlier runs whose files are missing or damaged.
 
     Raises:
-        StorageError: More than half of the files are missing, and `redo_missing` does not say that they are gone.
+        StorageError: More than half of the files are missing and `redo_missing` is False, or they cannot be compared.
     """
     differences = find_differences(job_folder)
     if differences.is_mostly_missing and not redo_missing:
         raise StorageError(
             f"{job_folder / IMAGES_FOLDER}: {differences}; if a disk is not mounted, mount it and submit again; "
-            f"if they are gone, --redo-missing generates them again"
+            f"if they were deleted, --redo-missing generates them again"
         )
     return differences

@@ -1,4 +1,4 @@
-"""Rows of the results table from records, and back."""
+"""Convert records to rows of the results table, and back."""
 
 import re
 from dataclasses import fields
@@ -9,25 +9,24 @@ from tinysd_batch.job.results.schema import extra_column_name
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 
 REQUEST_COLUMNS = ("row", "sample", "id", "prompt", "negative_prompt", "prompt_syntax", "seed")
-
 PARAMS_COLUMNS = ("width", "height", "steps", "sampler", "eta")
-
 RESULT_COLUMNS = tuple(field.name for field in fields(ImageResult))
-
-LINE_PREFIX = re.compile(r"line (\d{1,18}): ", re.ASCII)  # before the reason in the message of an invalid row
+LINE_PREFIX = re.compile(r"line (\d{1,18}): ", re.ASCII)  # starts the error message of an invalid row
+MAX_MESSAGE_CHARACTERS = 2000
 
 
 def to_datetime(seconds: float | None) -> datetime | None:
+    """Convert seconds since the epoch to a time in UTC."""
     return datetime.fromtimestamp(seconds, UTC) if seconds is not None else None
 
 
-def make_image_row(request: ImageRequest, result: ImageResult, run: dict[str, Any]) -> dict[str, Any]:
-    """One image as a row of the table; `run` gives model, model_digest, run_id and version."""
+def make_image_row(request: ImageRequest, result: ImageResult, run_columns: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of an image. `run_columns` are those of `Job.run_columns`."""
     row = {
         **{name: getattr(request, name) for name in REQUEST_COLUMNS},
         **{name: getattr(request.params, name) for name in PARAMS_COLUMNS},
         **{name: getattr(result, name) for name in RESULT_COLUMNS},
-        **run,
+        **run_columns,
         "scale": request.scale,
         "image_id": request.image_id,
         "status": str(result.status),
@@ -37,28 +36,35 @@ def make_image_row(request: ImageRequest, result: ImageResult, run: dict[str, An
     return row | {extra_column_name(name): value for name, value in request.extra.items()}
 
 
-def make_invalid_row(row: InvalidRow, run: dict[str, Any]) -> dict[str, Any]:
-    """A manifest row that gave no image, as a row of the table without an index."""
+def make_invalid_row(row: InvalidRow, run_columns: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of an invalid manifest row, which has no image index."""
     now = datetime.now(UTC)
-    ours = {
-        "row": row.number, "id": row.id, "prompt": row.prompt, "status": str(Status.INVALID), "attempts": 0,
-        "error_class": "invalid_row", "error_message": format_invalid_reason(row)[:2000], "started_at": now, "finished_at": now,
-    }  # fmt: skip
-    return {**ours, **run, **{extra_column_name(name): value for name, value in row.extra.items()}}
+    own_columns = {
+        "row": row.number,
+        "id": row.id,
+        "prompt": row.prompt,
+        "status": str(Status.INVALID),
+        "attempts": 0,
+        "error_class": "invalid_row",
+        "error_message": format_invalid_reason(row)[:MAX_MESSAGE_CHARACTERS],
+        "started_at": now,
+        "finished_at": now,
+    }
+    return {**own_columns, **run_columns, **{extra_column_name(name): value for name, value in row.extra.items()}}
 
 
 def format_invalid_reason(row: InvalidRow) -> str:
-    """`line 8: column seed = 'x': a whole number was expected`"""
+    """Return the reason with its line, such as `line 8: column seed = 'x': a whole number was expected`."""
     return f"line {row.line}: {row.reason}" if row.line is not None else row.reason
 
 
 def parse_invalid_row(row: dict[str, Any]) -> InvalidRow:
-    """What `invalid_row` wrote, as far as it is about the fault."""
+    """Return the parts of an InvalidRow that `make_invalid_row` stored in a row."""
     line, reason = parse_invalid_reason(row["error_message"] or "")
     return InvalidRow(row["row"], reason, row["prompt"], row["id"], line=line)
 
 
 def parse_invalid_reason(message: str) -> tuple[int | None, str]:
-    """The line and the reason that `fault_message` put together."""
+    """Split a message of `format_invalid_reason` into line number and reason."""
     match = LINE_PREFIX.match(message)
     return (int(match[1]), message[match.end() :]) if match else (None, message)

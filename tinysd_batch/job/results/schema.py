@@ -1,4 +1,4 @@
-"""The columns of the results table and their types."""
+"""Columns of the results table and their types."""
 
 from collections.abc import Iterable
 
@@ -7,10 +7,9 @@ import pyarrow as pa
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.text import excerpt
 
-COVERED_PARTS_KEY = b"tinysd_covers"
-
+SCHEMA_VERSION = "1"
+COVERED_PARTS_KEY = b"tinysd_covers"  # metadata of a sealed file: names of the journal parts that it contains
 TIMESTAMP = pa.timestamp("us", tz="UTC")
-
 RESULT_FIELDS = [
     pa.field("index", pa.int64()),
     pa.field("row", pa.int64()),
@@ -54,28 +53,29 @@ RESULT_FIELDS = [
     pa.field("version", pa.string()),
     pa.field("reused", pa.string()),
 ]
-
-
-def check_result_columns(schema: pa.Schema) -> None:
-    """Raises ValueError where one of our columns is missing or holds something else."""
-    for field in RESULT_FIELDS:
-        position = schema.get_field_index(field.name)
-        if position < 0 or schema.field(position).type != field.type:
-            raise ValueError(f"column {field.name} is not the {field.type} that was written")
-
-
-SCHEMA_VERSION = "1"
-
-
 RESERVED_COLUMNS = {field.name for field in RESULT_FIELDS}
 
 
+def check_result_columns(schema: pa.Schema) -> None:
+    """Raise ValueError if one of `RESULT_FIELDS` is missing or has another type."""
+    for field in RESULT_FIELDS:
+        position = schema.get_field_index(field.name)
+        if position < 0 or schema.field(position).type != field.type:
+            raise ValueError(f"column {field.name} is not the {field.type} column that submit writes")
+
+
 def build_results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
-    """Our columns, then the manifest's own; one of those that bears a name of ours becomes `manifest_<name>`."""
+    """Return the schema of a job: `RESULT_FIELDS`, then the extra columns of its manifest.
+
+    An extra column with a reserved name becomes `manifest_<name>`.
+
+    Raises:
+        ManifestError: Two columns would have the same name.
+    """
     fields = list(RESULT_FIELDS)
     for field in extra:
         fields.append(field.with_name(extra_column_name(field.name)))
-        if [one.name for one in fields].count(fields[-1].name) > 1:
+        if [known.name for known in fields].count(fields[-1].name) > 1:
             name = excerpt(field.name)
             raise ManifestError(
                 f"the manifest's column {name} becomes {fields[-1].name} in the results, which is taken"
@@ -84,15 +84,16 @@ def build_results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
 
 
 def keep_earlier_columns(schema: pa.Schema, older: Iterable[pa.Schema]) -> pa.Schema:
-    """The schema with the manifest's columns of older tables: none changes its type, and none is dropped."""
-    kept: dict[str, pa.Field] = {}
+    """Extend a schema with the extra columns of older tables, so that none changes its type or is dropped."""
+    earlier: dict[str, pa.Field] = {}
     for table in older:
         for field in table:
             if field.name not in RESERVED_COLUMNS:
-                kept.setdefault(field.name, field)
-    fields = [kept.pop(field.name, field) for field in schema]
-    return pa.schema([*fields, *kept.values()])
+                earlier.setdefault(field.name, field)
+    fields = [earlier.pop(field.name, field) for field in schema]
+    return pa.schema([*fields, *earlier.values()])
 
 
 def extra_column_name(name: str) -> str:
+    """Return the name in the results of an extra column of the manifest."""
     return f"manifest_{name}" if name in RESERVED_COLUMNS else name

@@ -1,4 +1,4 @@
-"""A job: its folder, its settings and the manifest it was made from."""
+"""A job: its folder, its settings and its manifest."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -17,25 +17,27 @@ from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.version import __version__
 
 JOB_FILE = "job.json"
+STATE_FOLDER = "_tinysd"
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRecord:
-    """What `job.json` says of the manifest and of the snapshot of its rows."""
+    """What an earlier run recorded in `job.json` about the manifest and the snapshot of its rows."""
 
     fingerprint: str
-    rows: int  # number of the last one
+    last_row_number: int
     images: int
     invalid_rows: int
-    extra_columns: tuple[str, ...] | None  # that nothing is made of; None where 0.1.0 did not note them
-    reader_version: int = READER_VERSION  # version of the rules by which the rows were read
-    snapshot_lines: int = 0  # of the snapshot
-    out_of_order: int = 0  # lines in it that come after one of the same or a higher number
-    file_bytes: int | None = None  # of the manifest's file; None for jobs of 0.1.0
-    columns_as_text: bool = False  # carried columns that hold no numbers are text, as 0.1.0 had them
+    extra_columns: tuple[str, ...] | None  # columns copied to the results; None if 0.1.0 did not record them
+    reader_version: int = READER_VERSION  # version of the rules by which rows were read
+    snapshot_lines: int = 0  # number of lines in the snapshot
+    out_of_order: int = 0  # snapshot lines that follow a line with the same or a higher row number
+    file_bytes: int | None = None  # size of the manifest file; None for jobs of 0.1.0
+    columns_as_text: bool = False  # as in 0.1.0, extra columns without numbers are stored as text
 
     @classmethod
     def from_job_json(cls, saved: dict[str, Any]) -> Self:
+        """Create the record from the content of `job.json`, whose 0.1.0 version lacks some entries."""
         manifest = saved["manifest"]
         columns = manifest.get("columns")
         return cls(
@@ -47,22 +49,23 @@ class ManifestRecord:
 
     @property
     def is_complete(self) -> bool:
-        """Whether a new reading of the same bytes would find nothing that the snapshot does not have."""
+        """Whether the snapshot has everything that reading the same bytes again would give."""
         return self.extra_columns is not None and (self.reader_version == READER_VERSION or not self.invalid_rows)
 
     @property
     def is_from_0_1_0(self) -> bool:
-        """Whether rows were first read by the rules of 0.1.0, whatever `reader` read those that came later."""
+        """Whether 0.1.0 read the first rows; `reader_version` is the version that read the latest ones."""
         return self.columns_as_text
 
-    def snapshot(self, state: Path) -> Snapshot:
-        return Snapshot(state, self.snapshot_lines, self.out_of_order)
+    def snapshot(self, state_folder: Path) -> Snapshot:
+        return Snapshot(state_folder, self.snapshot_lines, self.out_of_order)
 
     def as_dict(self, manifest: Path) -> dict[str, Any]:
+        """Return the entry `manifest` of `job.json`."""
         return {
             "path": str(manifest),
             "fingerprint": self.fingerprint,
-            "rows": self.rows,
+            "rows": self.last_row_number,
             "lines": self.snapshot_lines,
             "out_of_order": self.out_of_order,
             "bytes": self.file_bytes,
@@ -71,12 +74,9 @@ class ManifestRecord:
         }
 
 
-STATE_FOLDER = "_tinysd"
-
-
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything a run needs besides its workers."""
+    """Everything that a run needs, except its workers."""
 
     folder: Path
     manifest: Path
@@ -85,13 +85,13 @@ class Job:
     seed: int
     run_id: str
     fingerprint: str  # of the manifest
-    manifest_stamp: tuple[int, int]
-    manifest_record: ManifestRecord | None = None  # of the run before; None: a new job
-    is_new: bool = True  # no run before has begun it
-    replaces_unstarted_job: bool = False  # in a folder whose job generated nothing and had other settings or rows
-    reuse: Path | None = None  # the job that images are taken over from
-    inherited_seeds: dict[int, int] = field(default_factory=dict)  # row -> its first image's seed, as `reuse` had it
-    seeds_from_table: bool = False  # since `reuse` has lost what it knew of its rows
+    manifest_stamp: tuple[int, int]  # size and modification time
+    manifest_record: ManifestRecord | None = None  # of the previous run; None for a new job
+    is_new: bool = True  # no earlier run has started it
+    replaces_unstarted_job: bool = False  # the folder holds another job that has no image yet
+    reuse: Path | None = None  # folder of the job whose images are reused
+    inherited_seeds: dict[int, int] = field(default_factory=dict)  # row number -> seed of its first image in `reuse`
+    seeds_from_table: bool = False  # the seeds come from the results, as `reuse` has lost its rows
 
     @property
     def state_folder(self) -> Path:
@@ -110,71 +110,66 @@ class Job:
         return self.state_folder / PRECISION_FILE
 
     def row_defaults(self) -> RowDefaults:
-        """What a row that says nothing gets."""
+        """Return the settings of a row that has no values of its own."""
         return derive_row_defaults(self.settings, self.model)
 
     def shared_settings(self) -> SharedSettings:
-        """What all images have in common."""
+        """Return the settings that all images of the job share."""
         return derive_shared_settings(self.settings, self.model, self.seed)
 
     @property
     def snapshot(self) -> Snapshot:
-        """The rows of the run before."""
+        """The rows that the previous run saved."""
         assert self.manifest_record is not None
         return self.manifest_record.snapshot(self.state_folder)
 
     @property
     def may_have_new_rows(self) -> bool:
-        """Whether the manifest may say something that the snapshot of its rows does not."""
-        return (
-            self.manifest_record is None
-            or self.manifest_record.fingerprint != self.fingerprint
-            or not self.manifest_record.is_complete
-        )
+        """Whether the manifest may hold rows or columns that the snapshot does not."""
+        record = self.manifest_record
+        return record is None or record.fingerprint != self.fingerprint or not record.is_complete
 
     @property
     def needs_snapshot(self) -> bool:
-        """Whether the manifest's rows are not all kept in the folder yet."""
+        """Whether the job folder lacks rows of the manifest, so that this run has to save them."""
         return self.may_have_new_rows or not self.snapshot.exists
 
     def read_rows(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
-        """The job's rows in the order of their images, with the seeds that another job gave them.
+        """Read the job's rows in the order of their images, with the seeds that they inherit from another job.
 
-        `notes` is filled with what was noticed about the manifest, where it has to be read.
+        Args:
+            notes: Collects remarks on the manifest, if it has to be read.
         """
         for row in self.read_rows_with_own_seeds(notes):
-            given = self.inherited_seeds.get(row.number)
-            yield replace(row, seed=given) if given is not None and isinstance(row, Row) else row
+            seed = self.inherited_seeds.get(row.number)
+            yield replace(row, seed=seed) if seed is not None and isinstance(row, Row) else row
 
     def read_rows_with_own_seeds(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
-        """The same, with the seeds that the manifest gives."""
-        if self.manifest_record is None:
+        """Read the same rows with the seeds that the manifest gives."""
+        record = self.manifest_record
+        if record is None:
             return self.read_manifest(notes)
         if self.may_have_new_rows:
             return self.create_merger().merge(self.read_manifest(notes))
-        if (
-            not self.snapshot.exists
-            and not self.manifest_record.is_from_0_1_0
-            and not self.manifest_record.out_of_order
-        ):
-            return self.read_manifest(notes)  # somebody removed it, and the manifest says the same
-        return (row.read() for row in self.snapshot.rows())
+        if not self.snapshot.exists and not record.is_from_0_1_0 and not record.out_of_order:
+            return self.read_manifest(notes)  # the snapshot was deleted, and the manifest has the same rows
+        return (row.to_row() for row in self.snapshot.rows())
 
     def create_merger(self) -> RowMerger:
-        """What puts the manifest's new rows behind those of the job."""
+        """Create the merger that appends new rows of the manifest to those of the job."""
         assert self.manifest_record is not None
-        return RowMerger(self.snapshot, self.manifest_record.rows)
+        return RowMerger(self.snapshot, self.manifest_record.last_row_number)
 
     def read_manifest(self, notes: ReadingNotes | None = None) -> Iterator[Row | InvalidRow]:
-        """The manifest's rows as they stand there, read by today's rules; each has the number it has in the job."""
+        """Read the rows of the manifest file by the current rules; each has its row number in the job."""
         settings = self.settings
         return read_rows(
             self.manifest, self.row_defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines,
-            as_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
+            compat_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
         )  # fmt: skip
 
     def run_columns(self) -> dict[str, Any]:
-        """The results columns that are the same for all rows of a run."""
+        """Return the results columns that are equal in all rows of a run."""
         return {
             "model": self.model.name,
             "model_digest": self.model.digest,
@@ -184,12 +179,13 @@ class Job:
 
 
 def derive_row_defaults(settings: Settings, model: ModelInfo) -> RowDefaults:
-    """What a row gets that says nothing, from settings without gaps."""
-    chosen = settings.model_dump(include={field.name for field in fields(RowDefaults)} - {"step_px"})
-    return RowDefaults(size_multiple_px=model.size_multiple_px, **chosen)
+    """Return the defaults of a row from settings that have no None among height, width, steps and scale."""
+    names = {field.name for field in fields(RowDefaults)} - {"size_multiple_px"}
+    return RowDefaults(size_multiple_px=model.size_multiple_px, **settings.model_dump(include=names))
 
 
 def derive_shared_settings(settings: Settings, model: ModelInfo, seed: int) -> SharedSettings:
+    """Return the settings that all images of a job with this seed share."""
     return SharedSettings(
         seed=seed, model_digest=model.digest, precision=settings.precision, long_prompts=settings.long_prompts,
         fixed_code=settings.fixed_code, suffix=settings.format, rng=settings.rng,

@@ -1,4 +1,4 @@
-"""`job.json`: what a job is, so that the same command goes on with it and another one is refused."""
+"""Read and write `job.json`, which identifies a job: the same command resumes it, a different one is refused."""
 
 import json
 import os
@@ -15,12 +15,14 @@ from tinysd_batch.job.manifest.snapshot import READER_VERSION, SnapshotWriter
 from tinysd_batch.job.state.inherited_seeds import save_inherited_seeds
 from tinysd_batch.job.state.job import JOB_FILE, Job, ManifestRecord
 from tinysd_batch.model.checkpoint.info import ModelInfo
-from tinysd_batch.storage.atomic import read_file, storage_errors, write_atomically
-from tinysd_batch.text import normalize_text
+from tinysd_batch.storage.atomic import read_file, write_atomically
+from tinysd_batch.storage.filesystem import storage_errors
+from tinysd_batch.text import normalize_if_text
 from tinysd_batch.version import __version__
 
 MAX_JOB_JSON_BYTES = 10_000_000
-# What decides pixels and files and must not change within a job. `model` is compared by digest, `seed` on its own.
+# Settings that determine pixels and files and must not change within a job. `model` is compared by its digest, and
+# `seed` separately.
 IMMUTABLE_SETTINGS = (
     "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
     "n_samples", "fixed_code", "rng", "precision", "format", "quality", "no_metadata", "skip_save",
@@ -28,7 +30,7 @@ IMMUTABLE_SETTINGS = (
 
 
 def read_job_json(folder: Path) -> dict[str, Any]:
-    """Raises UsageError when the folder is no job."""
+    """Read and check `job.json`. Raises UsageError if the folder is not a job, or the file is damaged or too new."""
     path = folder / JOB_FILE
     if not path.exists():
         raise UsageError(f"{folder}: not a job folder, it has no {JOB_FILE}; name the folder that submit printed")
@@ -37,18 +39,18 @@ def read_job_json(folder: Path) -> dict[str, Any]:
         check_job_json(saved)
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path}: damaged: {type(error).__name__}: {error}; put the right one back, or name another folder with -o"
+            f"{path}: damaged: {type(error).__name__}: {error}; restore the file, or name another folder with -o"
         ) from None
     if saved.get("reader", 1) > READER_VERSION:
         raise UsageError(
-            f"{path}: made by tinysd-batch {saved['version']}, which reads manifests by newer rules than "
+            f"{path}: written by tinysd-batch {saved['version']}, which reads manifests by newer rules than "
             f"{__version__}; use that version, or name another folder with -o"
         )
     return saved
 
 
 def check_job_json(saved: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError where `job.json` is not as `save_job` writes it."""
+    """Raise KeyError, TypeError or ValueError if the content of `job.json` is not what `save_job` writes."""
     manifest = saved["manifest"]
     columns = manifest.get("columns", [])
     texts = (
@@ -60,31 +62,33 @@ def check_job_json(saved: dict[str, Any]) -> None:
         manifest.get("lines", 0), manifest.get("out_of_order", 0), manifest.get("bytes") or 0,
     )  # fmt: skip
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-        raise TypeError("columns are no names")
+        raise TypeError('"columns" must be a list of strings')
     if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("an entry is of another type than was written")
+        raise TypeError('"settings" must be an object, and names, paths, times and digests must be strings')
     if not isinstance(manifest.get("columns_as_text", False), bool):
-        raise TypeError("columns_as_text is neither true nor false")
+        raise TypeError('"columns_as_text" must be true or false')
     if not isinstance(saved.get("reuse"), str | None):
-        raise TypeError("reuse is no text")
+        raise TypeError('"reuse" must be a string or null')
     if not all(type(number) is int and 0 <= number <= MAX_SEED for number in numbers):
-        raise ValueError("seed, reader, images, invalid_rows or a number of manifest is not what was written")
+        raise ValueError(
+            f'"seed", "reader", "images", "invalid_rows" and numbers in "manifest" must be integers in 0..{MAX_SEED}'
+        )
 
 
 def check_same_settings(
     saved: dict[str, Any], manifest: Path, folder: Path, settings: Settings, model: ModelInfo
 ) -> None:
-    then = Path(saved["manifest"]["path"])
-    if detect_format(then) != detect_format(manifest):
+    """Raise JobMismatchError, listing the differences, if these settings do not continue the job."""
+    old_manifest = Path(saved["manifest"]["path"])
+    if detect_format(old_manifest) != detect_format(manifest):
         raise JobMismatchError(
-            f"{folder}: this job belongs to the manifest {then}, and {manifest} is read in another way; "
-            f"give it a folder of its own with -o"
+            f"{folder}: this job belongs to the manifest {old_manifest}, and {manifest} has another format; "
+            f"name another folder with -o"
         )
     differences = [
-        f"{name}: {was} in the job, {getattr(settings, name)} now"
+        f"{name}: {old} in the job, {getattr(settings, name)} now"
         for name in (*IMMUTABLE_SETTINGS, *get_immutable_reader_settings(manifest))
-        if (was := normalize_saved_value(saved["settings"].get(name, Settings.model_fields[name].default)))
-        != getattr(settings, name)
+        if (old := read_saved_setting(saved, name)) != getattr(settings, name)
     ]
     if saved["model"]["digest"] != model.digest:
         differences.append(f"model: {saved['model']['name']} in the job, {model.name} now (the weights differ)")
@@ -93,17 +97,17 @@ def check_same_settings(
     if differences:
         raise JobMismatchError(
             f"{folder}: the job was started with other settings: {'; '.join(differences)}. "
-            f"Use the same settings to go on, or another folder with -o"
+            f"Use the same settings to resume it, or name another folder with -o"
         )
 
 
-def normalize_saved_value(value: Any) -> Any:
-    """A setting as it is read today: 0.1.0 kept text as it was written."""
-    return normalize_text(value) if isinstance(value, str) else value
+def read_saved_setting(saved: dict[str, Any], name: str) -> Any:
+    """Return a setting of `job.json`, normalized because 0.1.0 stored text as the user wrote it."""
+    return normalize_if_text(saved["settings"].get(name, Settings.model_fields[name].default))
 
 
 def get_immutable_reader_settings(manifest: Path) -> list[str]:
-    """Settings that decide which rows there are, or are good, in a manifest of this format."""
+    """Return the names of settings that determine which rows a manifest of this format has, or which are valid."""
     if is_json_manifest(manifest):
         return ["strict"]
     return ["interpret_lines"] if detect_format(manifest) == ".txt" else []
@@ -113,7 +117,7 @@ def write_job_json(
     folder: Path, manifest: Path, record: ManifestRecord, settings: Settings, model: ModelInfo, *, seed: int,
     run_id: str, reuse: Path | None,
 ) -> None:  # fmt: skip
-    """Keeps the time of the first run. Raises StorageError."""
+    """Write `job.json`, with the time of the first run. Raises StorageError."""
     path = folder / JOB_FILE
     now = datetime.now(UTC).isoformat()
     content = {
@@ -130,27 +134,39 @@ def write_job_json(
         "settings": settings.model_dump(exclude={"seed"}),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names that are no UTF-8 become JSON's escapes
+    write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names that are not UTF-8 become JSON escapes
 
 
-def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], kept: SnapshotWriter | None) -> Job:
-    """Write `job.json`, and before it the rows and seeds that it speaks of; return the job as it stands there now.
+def save_job(job: Job, images: int, invalid_rows: int, columns: list[str], snapshot: SnapshotWriter | None) -> Job:
+    """Write the snapshot, the inherited seeds and then `job.json`, and return the job as it is saved now.
 
-    A run that is killed in between leaves more rows than `job.json` counts, and those are not looked at.
+    If the run is killed in between, the snapshot has more lines than `job.json` counts, and readers ignore those.
+
+    Args:
+        job: The job to save.
+        images: Number of images in the job.
+        invalid_rows: Number of invalid rows.
+        columns: Names of extra columns of the manifest.
+        snapshot: All rows of the job, if they have to be saved.
     """
     with storage_errors(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
-    if kept is not None:
-        kept.save(job.state_folder)
+    if snapshot is not None:
+        snapshot.save(job.state_folder)
     if job.is_new and job.reuse is not None:
         save_inherited_seeds(job.inherited_seeds, job.state_folder)
-    before = job.manifest_record
+    old = job.manifest_record
     record = ManifestRecord(
-        fingerprint=job.fingerprint, rows=kept.highest_row_number if kept else before.rows if before else 0, images=images,
-        invalid_rows=invalid_rows, extra_columns=tuple(columns), snapshot_lines=kept.count if kept else before.snapshot_lines if before else 0,
-        out_of_order=kept.out_of_order if kept else before.out_of_order if before else 0, file_bytes=job.manifest_stamp[0],
-        columns_as_text=before.columns_as_text if before else False,
-    )  # fmt: skip
+        fingerprint=job.fingerprint,
+        last_row_number=snapshot.highest_row_number if snapshot else old.last_row_number if old else 0,
+        images=images,
+        invalid_rows=invalid_rows,
+        extra_columns=tuple(columns),
+        snapshot_lines=snapshot.count if snapshot else old.snapshot_lines if old else 0,
+        out_of_order=snapshot.out_of_order if snapshot else old.out_of_order if old else 0,
+        file_bytes=job.manifest_stamp[0],
+        columns_as_text=old.columns_as_text if old else False,
+    )
     write_job_json(
         job.folder, job.manifest, record, job.settings, job.model, seed=job.seed, run_id=job.run_id, reuse=job.reuse
     )

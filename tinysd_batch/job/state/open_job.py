@@ -1,4 +1,4 @@
-"""A job and its folder: open a new one or one to go on with, and save what it is."""
+"""Open a job: start a new one in its folder, or resume the one that is there."""
 
 import contextlib
 import secrets
@@ -11,7 +11,12 @@ from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError, UsageError
 from tinysd_batch.job.manifest.cells import validate_prompt
 from tinysd_batch.job.manifest.changes import ManifestDiff, pair_rows
-from tinysd_batch.job.manifest.files import fingerprint, get_manifest_stem, read_manifest_stamp, starts_with_fingerprint
+from tinysd_batch.job.manifest.files import (
+    compute_fingerprint,
+    get_manifest_stem,
+    read_manifest_stamp,
+    starts_with_fingerprint,
+)
 from tinysd_batch.job.manifest.readers import can_append_rows, detect_format
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.inherited_seeds import (
@@ -20,16 +25,14 @@ from tinysd_batch.job.state.inherited_seeds import (
     read_inherited_seeds,
 )
 from tinysd_batch.job.state.job import JOB_FILE, STATE_FOLDER, Job, ManifestRecord
-from tinysd_batch.job.state.job_json import IMMUTABLE_SETTINGS, check_same_settings, read_job_json, save_job
+from tinysd_batch.job.state.job_json import check_same_settings, read_job_json
 from tinysd_batch.model.checkpoint.info import ModelInfo, read_model_info
 from tinysd_batch.model.text.prompt_syntax import parse_prompt
 from tinysd_batch.storage.lock import check_unlocked
 
-__all__ = ["IMMUTABLE_SETTINGS", "JOB_FILE", "STATE_FOLDER", "Job", "open_job", "read_job_json", "save_job"]
-
 
 def default_job_folder(manifest: Path, name: str | None = None) -> Path:
-    """Where the job goes if nobody says. Raises UsageError for a name that is none, or looks like an option."""
+    """Return the job folder if the user names none. Raises UsageError if `name` cannot be that of a folder."""
     name = get_manifest_stem(manifest) if name is None else name
     if name in ("", ".", "..") or name.startswith("-"):
         raise UsageError(f"{manifest}: no folder can be named after it; name one with -o")
@@ -37,13 +40,18 @@ def default_job_folder(manifest: Path, name: str | None = None) -> Path:
 
 
 def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
-    """The settings, with the model's own size, steps and scale where none were given; UsageError for a bad size."""
+    """Return the settings with the model's own size, steps and scale where the user gave none.
+
+    Raises:
+        UsageError: A setting contradicts another one or the model.
+    """
     check_setting_combinations(settings)
-    own = {"height": model.native_px, "width": model.native_px, "steps": model.steps, "scale": model.scale}
-    filled = settings.model_copy(update={name: value for name, value in own.items() if getattr(settings, name) is None})
-    for name, asked, is_so in (("C", settings.C, model.latent_channels), ("f", settings.f, model.vae_scale_factor)):
-        if asked not in (None, is_so):
-            raise UsageError(f"{name} = {asked}: with the model {model.name} it is {is_so}, and cannot be chosen")
+    defaults = {"height": model.native_px, "width": model.native_px, "steps": model.steps, "scale": model.scale}
+    missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    filled = settings.model_copy(update=missing)
+    for name, given, fixed in (("C", settings.C, model.latent_channels), ("f", settings.f, model.vae_scale_factor)):
+        if given not in (None, fixed):
+            raise UsageError(f"{name} = {given}: with the model {model.name} it is {fixed}, and cannot be chosen")
     for side in ("height", "width"):
         value = getattr(filled, side)
         if value % model.size_multiple_px:
@@ -54,11 +62,12 @@ def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
 
 
 def check_setting_combinations(settings: Settings) -> None:
-    """What no bound of a single setting tells. Raises UsageError."""
+    """Raise UsageError for settings that contradict each other."""
     if settings.inline and settings.address:
         raise UsageError(f"--inline and --address {settings.address}: give one of the two")
-    if settings.n_iter * settings.n_samples > MAX_IMAGES_PER_ROW:
-        raise UsageError(f"n_iter x n_samples: at most {MAX_IMAGES_PER_ROW} images a row")
+    images_per_row = settings.n_iter * settings.n_samples
+    if images_per_row > MAX_IMAGES_PER_ROW:
+        raise UsageError(f"n_iter x n_samples = {images_per_row}: at most {MAX_IMAGES_PER_ROW} images a row")
     try:
         validate_prompt(settings.negative_prompt)
         parse_prompt(settings.negative_prompt, settings.prompt_syntax)
@@ -67,48 +76,50 @@ def check_setting_combinations(settings: Settings) -> None:
 
 
 def open_job(manifest: Path, folder: Path, settings: Settings, reuse: Path | None = None) -> Job:
-    """The job in `folder`, new or to be resumed. A new one may take images over from the job `reuse`.
+    """Return the job in `folder`, new or to be resumed. Writes nothing: `save_job` does, after the manifest was read.
 
-    Raises JobMismatchError when images were generated there of another manifest, or with other settings. Writes
-    nothing: `save_job` does, once the manifest has been read through.
+    Args:
+        manifest: Path of the manifest.
+        folder: The job folder, which need not exist.
+        settings: Settings from all sources.
+        reuse: Folder of an earlier job, whose images a new job takes over where they would be the same.
+
+    Raises:
+        JobMismatchError: The folder has images of another manifest, or generated with other settings.
     """
     detect_format(manifest)
-    seen = read_manifest_stamp(manifest)
+    stamp = read_manifest_stamp(manifest)
     check_job_folder(folder)
-    digest = fingerprint(manifest)
+    digest = compute_fingerprint(manifest)
     model = read_model_info(settings.model)
     job = Job(
         folder, manifest, fill_in_model_defaults(settings, model), model, run_id=uuid.uuid4().hex[:12],
-        fingerprint=digest, manifest_stamp=seen,
+        fingerprint=digest, manifest_stamp=stamp,
         seed=settings.seed if settings.seed is not None else secrets.randbelow(2**31),
     )  # fmt: skip
     saved = read_job_json(folder) if (folder / JOB_FILE).exists() else None
     job = inherit_seeds(job, reuse) if saved is None else resume_or_replace(job, saved, reuse)
-    if read_manifest_stamp(manifest) != seen:
+    if read_manifest_stamp(manifest) != stamp:
         raise ManifestError(f"{manifest}: changed while it was read; try again")
     return job
 
 
 def inherit_seeds(job: Job, reuse: Path | None) -> Job:
-    """A new job, with the seeds that the job `reuse` gave to the same rows."""
+    """Return a new job with the seeds that the job `reuse` gave to the same rows."""
     if reuse is None:
         return job
     saved = read_reusable_job(reuse, job.folder)
     job = replace(job, reuse=reuse.resolve())
     if saved is not None:
-        with contextlib.suppress(StorageError):  # where its rows or seeds cannot be read
-            return replace(
-                job, inherited_seeds=find_inherited_seeds(reuse / STATE_FOLDER, saved, job.read_rows_with_own_seeds())
-            )
-    return replace(
-        job,
-        inherited_seeds=find_inherited_seeds_in_results(reuse, job.read_rows_with_own_seeds()),
-        seeds_from_table=True,
-    )
+        with contextlib.suppress(StorageError):  # if its rows or seeds cannot be read, use the results
+            seeds = find_inherited_seeds(reuse / STATE_FOLDER, saved, job.read_rows_with_own_seeds())
+            return replace(job, inherited_seeds=seeds)
+    seeds = find_inherited_seeds_in_results(reuse, job.read_rows_with_own_seeds())
+    return replace(job, inherited_seeds=seeds, seeds_from_table=True)
 
 
 def resume_or_replace(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
-    """Settings and rows bind a job from its first image on; before that another job may take the folder."""
+    """Resume the job that is saved, or replace it if it does not match and has no image yet."""
     try:
         return resume_job(job, saved, reuse)
     except JobMismatchError:
@@ -119,54 +130,51 @@ def resume_or_replace(job: Job, saved: dict[str, Any], reuse: Path | None) -> Jo
 
 
 def resume_job(job: Job, saved: dict[str, Any], reuse: Path | None) -> Job:
-    """The job as it was saved. Raises JobMismatchError for other settings, and for rows that are not what they were."""
+    """Return the job as it was saved. Raises JobMismatchError if settings or earlier rows have changed."""
     check_same_settings(saved, job.manifest, job.folder, job.settings, job.model)
-    began_with = Path(saved["reuse"]) if saved.get("reuse") is not None else None
-    if reuse is not None and reuse.resolve() != began_with:
-        raise JobMismatchError(
-            f"{job.folder}: this job was begun {f'with --reuse {began_with}' if began_with else 'without --reuse'}; "
-            f"name a new folder with -o"
-        )
-    given = read_inherited_seeds(job.state_folder) if began_with else {}
+    saved_reuse = Path(saved["reuse"]) if saved.get("reuse") is not None else None
+    if reuse is not None and reuse.resolve() != saved_reuse:
+        option = f"with --reuse {saved_reuse}" if saved_reuse else "without --reuse"
+        raise JobMismatchError(f"{job.folder}: this job was started {option}; name a new folder with -o")
     job = replace(
         job,
         seed=saved["seed"],
         manifest_record=ManifestRecord.from_job_json(saved),
         is_new=False,
-        reuse=began_with,
-        inherited_seeds=given,
+        reuse=saved_reuse,
+        inherited_seeds=read_inherited_seeds(job.state_folder) if saved_reuse else {},
     )
     check_rows_only_appended(job)
     if job.settings.strict and job.manifest_record is not None and job.manifest_record.extra_columns:
-        next(job.read_manifest(), None)  # raises for a file with columns that are not known
+        next(job.read_manifest(), None)  # raises ManifestError for unknown columns
     return job
 
 
 def check_rows_only_appended(job: Job) -> None:
-    """Raises JobMismatchError, with the difference, where the manifest's rows are not those of the job and new ones."""
+    """Raise JobMismatchError, with the difference, unless the manifest has the rows of the job followed by new ones."""
     record = job.manifest_record
     if record is None or record.fingerprint == job.fingerprint:
         return
     if can_append_rows(job.manifest) and starts_with_fingerprint(job.manifest, record.fingerprint, record.file_bytes):
         return
-    change = ManifestDiff.from_pairs(pair_rows(job.snapshot, job.read_manifest()))
-    if not change.is_append_only:
+    diff = ManifestDiff.from_pairs(pair_rows(job.snapshot, job.read_manifest()))
+    if not diff.is_append_only:
         raise JobMismatchError(
-            f"{job.folder}: {job.manifest} is not the manifest that this job was started with: {change}. Rows may be "
-            f"added at the end only; for another change make a new job, and let it take over what is the same: "
+            f"{job.folder}: {job.manifest} is not the manifest that this job was started with: {diff}. Rows may only "
+            f"be added at the end; for other changes start a new job that reuses equal images: "
             f"-o NEW_FOLDER --reuse {job.folder}"
         )
 
 
 def has_images(folder: Path) -> bool:
-    """Whether any image was generated in the folder, or failed, by its files or its table."""
+    """Whether the folder has an image file or a row of an image, generated or failed."""
     if next(folder.glob("images/*/*"), None) is not None:
         return True
     return any(table["index"].null_count < len(table) for table in ResultsTable(folder).read(["index"]))
 
 
 def check_job_unchanged(job: Job) -> None:
-    """Once the lock is held: nobody may have made or changed the job since `open_job` looked at it."""
+    """Raise JobMismatchError if another run changed the job between `open_job` and taking the lock."""
     if not (job.folder / JOB_FILE).exists():
         return
     saved = read_job_json(job.folder)
@@ -175,47 +183,59 @@ def check_job_unchanged(job: Job) -> None:
             raise concurrent_run_error(job)
         return
     check_same_settings(saved, job.manifest, job.folder, job.settings, job.model)
-    seen = {job.fingerprint} | ({job.manifest_record.fingerprint} if job.manifest_record else set())
+    fingerprints = {job.fingerprint} | ({job.manifest_record.fingerprint} if job.manifest_record else set())
     reuse = str(job.reuse) if job.reuse else None
-    if saved["seed"] != job.seed or saved["manifest"]["fingerprint"] not in seen or saved.get("reuse") != reuse:
+    if saved["seed"] != job.seed or saved["manifest"]["fingerprint"] not in fingerprints or saved.get("reuse") != reuse:
         raise concurrent_run_error(job)
 
 
 def concurrent_run_error(job: Job) -> JobMismatchError:
-    return JobMismatchError(f"{job.folder}: another run started this job meanwhile; submit again to go on with it")
+    return JobMismatchError(f"{job.folder}: another run started this job in the meantime; submit again to resume it")
 
 
 def read_reusable_job(reuse: Path, folder: Path) -> dict[str, Any] | None:
-    """The `job.json` of the job `reuse`; None where it has lost that and its results remain.
+    """Read the `job.json` of the job `reuse`.
 
-    Raises UsageError where `reuse` is no job, or the job itself, and JobLockedError while it runs.
+    Returns:
+        Its content; None if the file is lost and the results remain.
+
+    Raises:
+        UsageError: `reuse` is not a job, or is the folder of the new job.
+        JobLockedError: The job is running.
     """
-    results = ResultsTable(reuse)
-    has_lost_it = not (reuse / JOB_FILE).exists() and bool(results.sealed_files() or results.journal_parts())
-    saved = None if has_lost_it else read_job_json(reuse)
+    is_lost = not (reuse / JOB_FILE).exists() and has_results(reuse)
+    saved = None if is_lost else read_job_json(reuse)
     check_job_paths(reuse)
     if reuse.resolve() == folder.resolve():
-        raise UsageError(f"--reuse {reuse}: is the folder of the new job, too; name another for that with -o")
+        raise UsageError(f"--reuse {reuse}: is also the folder of the new job; name another folder for that with -o")
     check_unlocked(reuse / STATE_FOLDER / "lock")
     return saved
 
 
 def check_job_folder(folder: Path) -> None:
-    """Raise UsageError where no job can be in this folder, or go on there."""
+    """Raise UsageError if no job can be started or resumed in this folder."""
     check_job_paths(folder)
-    results = ResultsTable(folder)
-    if not (folder / JOB_FILE).exists() and (results.sealed_files() or results.journal_parts()):
+    if not (folder / JOB_FILE).exists() and has_results(folder):
         raise JobMismatchError(
-            f"{folder}: holds results but no {JOB_FILE}; choose another folder with -o, which takes over what is the "
-            f"same with --reuse {folder}"
+            f"{folder}: holds results but no {JOB_FILE}; name another folder with -o, and reuse equal images with "
+            f"--reuse {folder}"
         )
 
 
+def has_results(folder: Path) -> bool:
+    """Whether the folder has any file of a results table."""
+    results = ResultsTable(folder)
+    return bool(results.sealed_files() or results.journal_parts())
+
+
 def check_job_paths(folder: Path) -> None:
-    """The folder itself may be a link, to a larger disk say; what is in it may not lead elsewhere."""
+    """Raise UsageError for files and symbolic links in the place of job folders.
+
+    The job folder itself may be a link, for example to a larger disk, but a folder in it may not lead elsewhere.
+    """
     state, results = folder / STATE_FOLDER, ResultsTable(folder)
     for path in (folder, folder / "images", state, state / "tmp", results.journal, results.parts_folder):
         if path.is_symlink() and path != folder:
-            raise UsageError(f"{path}: is a symbolic link; pictures are not written through links")
+            raise UsageError(f"{path}: is a symbolic link; images are not written through links")
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; name a folder for the job with -o")

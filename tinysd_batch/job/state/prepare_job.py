@@ -1,6 +1,7 @@
-"""Which job is meant: the manifest, job.toml or job folder that is named, and settings from all their sources.
+"""Find the job that the user names by a manifest, job.toml or job folder, and merge settings from all sources.
 
-Settings of a job that goes on < preset < job.toml < what is given.
+Precedence, lowest first: settings of the job to resume, presets, job.toml, options of the command line or keyword
+arguments.
 """
 
 import os
@@ -15,71 +16,88 @@ from tinysd_batch.job.state.job import JOB_FILE, Job
 from tinysd_batch.job.state.job_json import read_job_json
 from tinysd_batch.job.state.open_job import default_job_folder, has_images, open_job
 
-# Each says where work is done: one that is given replaces the others of the job.
+# Settings that select where the workers run: one that the user gives replaces the saved ones that it contradicts.
 CONFLICTING_SETTINGS = {"inline": ("address", "workers"), "address": ("inline",), "workers": ("inline",)}
-PER_RUN_SETTINGS = ("skip_grid", "n_rows")  # what is shown at its end
+PER_RUN_SETTINGS = ("skip_grid", "n_rows")  # the contact sheet at the end of a run
 
 
 def prepare_job(
-    named: Path, output: Path | None, presets: Sequence[dict[str, Any]], given: dict[str, Any],
+    target: Path, output: Path | None, presets: Sequence[dict[str, Any]], given: dict[str, Any],
     reuse: Path | None = None,
 ) -> tuple[Job, bool]:  # fmt: skip
-    """The job that a manifest, a job.toml or a job folder stands for, and whether its model was named."""
-    manifest, folder = named, None
+    """Open the job that the user names.
+
+    Args:
+        target: A manifest, a job.toml or a job folder.
+        output: The job folder, if the user names one.
+        presets: Settings from preset files, later ones winning.
+        given: Settings from the command line or keyword arguments.
+        reuse: Folder of a job whose images are reused.
+
+    Returns:
+        The job, and whether the user named its model, now or in an earlier run.
+
+    Raises:
+        UsageError: `target` cannot be used, or a setting is invalid.
+    """
+    manifest, folder = target, None
     from_file: dict[str, Any] = {}
-    is_named = is_job_folder(named)
-    if is_named:
-        folder, manifest = named, read_manifest_path(named, output)
-    elif named.suffix == ".toml":
-        from_file, manifest, folder = read_job_file(named)
-        folder = output or folder or default_job_folder(named, derive_job_name(named))
-    elif os.path.isdir(named):  # noqa: PTH112 - as below
-        detect_format(named)
+    is_named_folder = is_job_folder(target)
+    if is_named_folder:
+        folder, manifest = target, read_manifest_path(target, output)
+    elif target.suffix == ".toml":
+        from_file, manifest, folder = read_job_file(target)
+        folder = output or folder or default_job_folder(target, derive_job_name(target))
+    elif os.path.isdir(target):  # noqa: PTH112 - see is_job_folder
+        detect_format(target)
     layers = [*presets, from_file, given]
     folder = output or folder or default_job_folder(manifest)
-    settings, goes_on = resolve_with_saved_settings(folder, layers, is_named=is_named)
-    named_model = goes_on or any(layer.get("model") is not None for layer in layers)
-    return open_job(manifest, folder, settings, reuse), named_model
+    settings, resumes = resolve_with_saved_settings(folder, layers, is_named_folder=is_named_folder)
+    is_model_named = resumes or any(layer.get("model") is not None for layer in layers)
+    return open_job(manifest, folder, settings, reuse), is_model_named
 
 
 def derive_job_name(job_file: Path) -> str:
-    """A job.toml is known by its folder."""
+    """Return the name of a job file: that of its folder for a `job.toml`, else its own without the suffix."""
     return job_file.parent.resolve().name if job_file.stem == "job" else job_file.stem
 
 
 def is_job_folder(path: Path) -> bool:
-    return os.path.isfile(path / JOB_FILE)  # noqa: PTH113 - what is no path is no job folder, and no error
+    """Whether `path` is a job folder; False for text that cannot be a path."""
+    return os.path.isfile(path / JOB_FILE)  # noqa: PTH113 - unlike Path.is_file, never raises
 
 
 def read_manifest_path(folder: Path, output: Path | None) -> Path:
-    """The manifest of the job in `folder`, which is named in a manifest's place. Raises UsageError."""
+    """Return the manifest of the job in `folder`. Raises UsageError if `output` names another folder."""
     if output is not None and output.resolve() != folder.resolve():
-        raise UsageError(f"{folder} is a job folder, and -o {output} another one; name the manifest for a new job")
+        raise UsageError(
+            f"{folder} is a job folder, and -o {output} another one; to start a new job, name the manifest"
+        )
     return Path(read_job_json(folder)["manifest"]["path"])
 
 
 def resolve_with_saved_settings(
-    folder: Path, layers: Sequence[dict[str, Any]], *, is_named: bool
+    folder: Path, layers: Sequence[dict[str, Any]], *, is_named_folder: bool
 ) -> tuple[Settings, bool]:
-    """Settings from layers over what the job in `folder` began with, and whether there is a job that goes on.
+    """Merge settings over those of the job in `folder`; also return whether there is a job to resume.
 
-    A job without an image binds nobody: its settings count only where the user names its folder (`is_named`).
+    The settings of a job without images are used only if the user names its folder (`is_named_folder`).
     """
-    goes_on = is_job_folder(folder) and (is_named or has_images(folder))
-    if goes_on:
+    resumes = is_job_folder(folder) and (is_named_folder or has_images(folder))
+    if resumes:
         given = {name for layer in layers for name in drop_unset(layer)}
         layers = [read_saved_settings(folder, given), *layers]
     settings = merge_settings(*layers)
-    return settings.model_copy(update={"address": None}) if settings.address == "local" else settings, goes_on
+    return settings.model_copy(update={"address": None}) if settings.address == "local" else settings, resumes
 
 
 def read_saved_settings(folder: Path, given: set[str]) -> dict[str, Any]:
-    """What the job began with, but for what is given now and what contradicts that. Raises UsageError."""
+    """Return the saved settings of a job without those in `given` or contradicting these. Raises UsageError."""
     saved = read_job_json(folder)
-    replaced = {name for place, others in CONFLICTING_SETTINGS.items() if place in given for name in others}
+    replaced = {name for setting, others in CONFLICTING_SETTINGS.items() if setting in given for name in others}
     values: Mapping[str, Any] = saved["settings"]
-    left_out = {*given, *replaced, *PER_RUN_SETTINGS}
-    layer = {name: value for name, value in values.items() if value is not None and name not in left_out}
+    excluded = {*given, *replaced, *PER_RUN_SETTINGS}
+    layer = {name: value for name, value in values.items() if value is not None and name not in excluded}
     if "seed" not in given:
         layer["seed"] = saved["seed"]
     if layer.get("model", EMBEDDED_MODEL) != EMBEDDED_MODEL:

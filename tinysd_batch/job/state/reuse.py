@@ -1,6 +1,6 @@
-"""Take finished pictures over from another job, where they would come out the same.
+"""Reuse finished images of another job that would be generated identically.
 
-That is so where the `image_id` is the same and the file is what the other job's table says.
+An image is reused if its `image_id` is the same and its file has the SHA-256 that the other job's results table has.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from tinysd_batch.job.results.compare import FileState, compare_folders
 from tinysd_batch.job.results.rows import make_image_row
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.results.writer import ResultsWriter
-from tinysd_batch.job.state.job import STATE_FOLDER, Job
+from tinysd_batch.job.state.job import JOB_FILE, STATE_FOLDER, Job
 from tinysd_batch.job.state.job_json import IMMUTABLE_SETTINGS
-from tinysd_batch.job.state.open_job import JOB_FILE, read_reusable_job
+from tinysd_batch.job.state.open_job import read_reusable_job
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.storage.atomic import link_or_copy, read_file, storage_errors
-from tinysd_batch.storage.filesystem import sync_path
+from tinysd_batch.storage.atomic import link_or_copy, read_file
+from tinysd_batch.storage.filesystem import storage_errors, sync_path
 
-IMAGES_PER_SYNC = 500  # pictures
+IMAGES_PER_SYNC = 500
 REUSE_COLUMNS = ["row", "status", "image_id", "sha256", "bytes", "index", "seed", "file_name"]
 FILE_SETTINGS = ("format", "quality", "no_metadata", "skip_save")
-# What the new row says as the old one did: how the picture was made.
+# Columns that describe how the image was generated: copied from the row of the other job.
 COPIED_COLUMNS = (
     "sha256", "bytes", "attempts", "degraded", "n_tokens", "truncated", "negative_truncated", "precision",
     "device_name", "worker", "node", "text_s", "denoise_s", "decode_s", "peak_memory_bytes", "started_at",
@@ -40,7 +40,7 @@ COPIED_COLUMNS = (
 
 
 class NoteSink(Protocol):
-    """Who is told."""
+    """Receiver of messages about the run."""
 
     def note(self, line: str) -> None: ...
 
@@ -49,92 +49,111 @@ def reuse_images(
     job: Job, old: Path, wanted: Iterable[ImageRequest], writer: ResultsWriter, notes: NoteSink,
     should_stop: Callable[[], bool],
 ) -> set[int]:  # fmt: skip
-    """Put the pictures of `old` that are among `wanted` into the job, with their rows; return their indexes.
+    """Link wanted images of the job `old` into this job and write their rows.
 
-    Where `old` is gone or was drawn otherwise, that is told, and everything is drawn. Raises JobLockedError while `old`
-    runs, StorageError where its table or our disk fails.
+    If `old` no longer exists, or was generated differently, a note says so and no image is reused.
+
+    Args:
+        job: The job that needs the images.
+        old: Folder of the job to take them from.
+        wanted: Images that this job still needs.
+        writer: Writer of this job's results.
+        notes: Receives messages for the user.
+        should_stop: Returns True once the run is to stop.
+
+    Returns:
+        The indexes of the images that were reused.
+
+    Raises:
+        JobLockedError: `old` is running.
+        StorageError: The results table of `old` cannot be read, or this job cannot be written.
     """
     try:
         saved = read_reusable_job(old, job.folder)
     except UsageError as error:
-        notes.note(f"No more pictures are reused: {error}")
+        notes.note(f"No more images are reused: {error}")
         return set()
     if job.seeds_from_table:
         lost = JOB_FILE if saved is None else f"rows in {STATE_FOLDER}"
-        notes.note(f"{old} has lost its {lost}: images and seeds are taken over by its results table alone")
-    taken: set[int] = set()
-    broken = 0
+        notes.note(f"{old} has lost its {lost}: images and seeds are taken over from its results table alone")
+    reused: set[int] = set()
+    damaged = 0
     reason = find_incompatibility(job, saved)
     pairs = iter(()) if reason else find_reusable_rows(old, wanted, job.settings.format)
     while (group := list(islice(pairs, IMAGES_PER_SYNC))) and not should_stop():
         indexes = link_images(job, old, group, writer)
-        broken += len(group) - len(indexes)
-        taken |= indexes
+        damaged += len(group) - len(indexes)
+        reused |= indexes
         writer.flush_if_due()
-    report_reuse(job, old, reason or describe_setting_differences(job, saved), len(taken), broken, notes)
-    return taken
+    report_reuse(job, old, reason or describe_setting_differences(job, saved), len(reused), damaged, notes)
+    return reused
 
 
-def report_reuse(job: Job, old: Path, why_none: str, taken: int, broken: int, notes: NoteSink) -> None:
-    if taken:
-        notes.note(f"Reused from {old}: {taken:,} image{'s' * (taken != 1)}")
+def report_reuse(job: Job, old: Path, why_none: str, reused: int, damaged: int, notes: NoteSink) -> None:
+    if reused:
+        notes.note(f"Reused from {old}: {reused:,} image{'s' * (reused != 1)}")
     elif job.is_new:
-        notes.note(f"Nothing can be reused from {old}: {why_none or 'no image is the same'}")
-    if broken:
-        notes.note(f"Drawn again: {broken:,} whose file in {old} is missing or not what its table says")
+        notes.note(f"Nothing can be reused from {old}: {why_none or 'it has no equal image'}")
+    if damaged:
+        notes.note(f"Generating again: {damaged:,} whose file in {old} is missing or differs from its table")
 
 
 def find_incompatibility(job: Job, saved: dict[str, Any] | None) -> str:
-    """Why no picture of the job that `saved` describes can be one of ours, where that is plain."""
+    """Return why no image of the other job, with this `job.json`, can be reused; an empty string if some may be."""
     if saved is None:
         return ""
     if saved["model"]["digest"] != job.model.digest:
-        return f"it was drawn by the model {saved['model']['name']}, and {job.model.name} has other weights"
+        return f"it was generated by the model {saved['model']['name']}, and {job.model.name} has other weights"
     return describe_setting_differences(job, saved, FILE_SETTINGS)
 
 
 def describe_setting_differences(
     job: Job, saved: dict[str, Any] | None, names: Iterable[str] = IMMUTABLE_SETTINGS
 ) -> str:
-    """`steps: 20 there, 30 here`"""
+    """Return text such as `steps: 20 there, 30 here`; empty if the settings agree or `saved` is lost."""
     if saved is None:
         return ""
     return "; ".join(
-        f"{name}: {was} there, {getattr(job.settings, name)} here"
+        f"{name}: {old} there, {getattr(job.settings, name)} here"
         for name in names
-        if (was := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(job.settings, name)
+        if (old := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(job.settings, name)
     )
 
 
 def find_reusable_rows(
     old: Path, wanted: Iterable[ImageRequest], suffix: str
 ) -> Iterator[tuple[dict[str, Any], ImageRequest]]:
-    """Rows of the old table, each with an image that is the same."""
-    by_id: dict[str, list[ImageRequest]] = defaultdict(list)
+    """Yield rows of the other job's table, each with a wanted image of the same `image_id`."""
+    requests: dict[str, list[ImageRequest]] = defaultdict(list)
     for request in wanted:
-        by_id[request.image_id].append(request)
+        requests[request.image_id].append(request)
     for row in ResultsTable(old).read_rows(None):
         if is_reusable_row(row, suffix):
-            for request in by_id.pop(row["image_id"], ()):
+            for request in requests.pop(row["image_id"], ()):
                 yield row, request
 
 
 def is_reusable_row(row: dict[str, Any], suffix: str) -> bool:
-    """Whether a row of the old table names a file of this format."""
-    has_all = None not in (row["sha256"], row["index"], row["seed"], row["file_name"])
-    return row["status"] == Status.OK and has_all and str(row["file_name"]).endswith(f".{suffix}")
+    """Whether a row of the other job's table names an image file of this format."""
+    is_complete = None not in (row["sha256"], row["index"], row["seed"], row["file_name"])
+    return row["status"] == Status.OK and is_complete and str(row["file_name"]).endswith(f".{suffix}")
 
 
 def count_reusable_images(job: Job, wanted: Mapping[str, int]) -> int:
-    """How many images of the ids `wanted` (id -> how many images have it) the job's `reuse` has.
+    """Count the images that `reuse_images` would reuse, by name and size of their files, which are not read.
 
-    Files are judged by name and size; `submit` reads them, too. Raises StorageError.
+    Args:
+        job: The job that needs the images.
+        wanted: `image_id` -> number of images that have it.
+
+    Raises:
+        StorageError: The results table or a folder of the other job cannot be read.
     """
     if job.reuse is None:
         return 0
     try:
         saved = read_reusable_job(job.reuse, job.folder)
-    except UsageError:  # gone since the job began
+    except UsageError:  # deleted since this job started
         return 0
     if find_incompatibility(job, saved):
         return 0
@@ -142,30 +161,32 @@ def count_reusable_images(job: Job, wanted: Mapping[str, int]) -> int:
     table = ResultsTable(job.reuse).read_newest(REUSE_COLUMNS)
     rows = [row for row in table.to_pylist() if row["image_id"] in wanted and is_reusable_row(row, suffix)]
     files = [(row["index"], format_file_name(row["seed"], row["index"], suffix), row["bytes"]) for row in rows]
-    compared = (
-        file for folder in compare_folders(job.reuse, sorted(files, key=itemgetter(1))) for file in folder.files
-    )
-    same = {file.image_index for file in compared if file.state is FileState.SAME_SIZE}
-    return sum(wanted[image_id] for image_id in {row["image_id"] for row in rows if row["index"] in same})
+    folders = compare_folders(job.reuse, sorted(files, key=itemgetter(1)))
+    compared = (file for folder in folders for file in folder.files)
+    unchanged = {file.image_index for file in compared if file.state is FileState.SAME_SIZE}
+    return sum(wanted[image_id] for image_id in {row["image_id"] for row in rows if row["index"] in unchanged})
 
 
 def link_images(
     job: Job, old: Path, group: list[tuple[dict[str, Any], ImageRequest]], writer: ResultsWriter
 ) -> set[int]:
-    """Take some pictures over; their rows may be written once the folders are synced."""
-    good = [(row, request) for row, request in group if link_image(job, old, row, request, writer)]
-    for folder in {(job.folder / request.file_name).parent for _, request in good}:
+    """Link a group of images, sync their folders, then write their rows. Returns the indexes of linked images."""
+    linked = [(row, request) for row, request in group if link_image(job, old, row, request, writer)]
+    for folder in {(job.folder / request.file_name).parent for _, request in linked}:
         with storage_errors(folder):
             sync_path(folder)
-    for row, request in good:
-        new = make_image_row(request, ImageResult(request.index, Status.OK), job.run_columns())
-        made = {name: row[name] for name in COPIED_COLUMNS}
-        writer.append(new | made | {"file_name": request.file_name, "reused": str(old)})
-    return {request.index for _, request in good}
+    for row, request in linked:
+        new_row = make_image_row(request, ImageResult(request.index, Status.OK), job.run_columns())
+        copied = {name: row[name] for name in COPIED_COLUMNS}
+        writer.append(new_row | copied | {"file_name": request.file_name, "reused": str(old)})
+    return {request.index for _, request in linked}
 
 
 def link_image(job: Job, old: Path, row: dict[str, Any], request: ImageRequest, writer: ResultsWriter) -> bool:
-    """Share the picture's file, if it is what the old table says. Its name is made anew, not read there."""
+    """Link the image file if it has the SHA-256 of its row; return whether that was done.
+
+    The path in the other job is built from seed and index, as the file name in its table is not trusted.
+    """
     source = old / format_file_name(row["seed"], row["index"], job.settings.format)
     try:
         data = read_image_file(source)
@@ -173,16 +194,15 @@ def link_image(job: Job, old: Path, row: dict[str, Any], request: ImageRequest, 
         return False
     if not has_sha256(data, row["sha256"]):
         return False
-    with writer.guard(), contextlib.suppress(OccupiedPathError):  # then its worker says so
-        link_or_copy(
-            source, job.folder / request.file_name, job.scratch, lambda found: has_sha256(found, row["sha256"])
-        )
+    with writer.guard(), contextlib.suppress(OccupiedPathError):  # the worker that generates the image reports it
+        target = job.folder / request.file_name
+        link_or_copy(source, target, job.scratch, lambda existing: has_sha256(existing, row["sha256"]))
         return True
     return False
 
 
 def read_image_file(path: Path) -> bytes:
-    """Raises OSError for what is missing, too large, or lies behind a link."""
+    """Read an image file. Raises OSError if it is missing, too large, or reached through a symbolic link."""
     if path.is_symlink() or path.parent.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return read_file(path)

@@ -1,4 +1,4 @@
-"""Take back what a run has written to a job's folder before its first image."""
+"""Remove what a run has written to the job folder if it fails before its first image."""
 
 import contextlib
 from pathlib import Path
@@ -11,23 +11,28 @@ from tinysd_batch.job.state.precision_record import PRECISION_FILE
 
 
 def find_missing_folders(folder: Path) -> list[Path]:
-    """The folder and those around it that are not there yet, the innermost first."""
+    """Return the folder and its parents that do not exist yet, the innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def undo_job_start(job: Job, new_folders: list[Path]) -> None:
-    """Remove what a run wrote that ended before its first image, so that it may start with other settings."""
+    """Remove everything that a run wrote before its first image, so that the job can start with other settings.
+
+    Args:
+        job: The job, whose lock the caller holds.
+        new_folders: Folders that this run created, the innermost first.
+    """
     remove_job_state(job)
     (job.state_folder / "lock").unlink(missing_ok=True)
-    paths = ResultsTable(job.folder)
-    for folder in (paths.parts_folder, paths.journal, job.scratch, job.state_folder, *new_folders):
-        with contextlib.suppress(OSError):  # not empty, or never made
+    results = ResultsTable(job.folder)
+    for folder in (results.parts_folder, results.journal, job.scratch, job.state_folder, *new_folders):
+        with contextlib.suppress(OSError):  # not empty, or never created
             folder.rmdir()
 
 
 def remove_job_state(job: Job) -> None:
-    """Remove what the job's folder says of settings, rows and results."""
-    paths = ResultsTable(job.folder)
-    state = [job.state_folder / name for name in (ROWS_FILE, SEEDS_FILE, PRECISION_FILE)]
-    for file in (*paths.sealed_files(), *paths.journal_parts(), job.folder / JOB_FILE, *state):
+    """Remove the files that hold the settings, rows and results of a job."""
+    results = ResultsTable(job.folder)
+    state_files = [job.state_folder / name for name in (ROWS_FILE, SEEDS_FILE, PRECISION_FILE)]
+    for file in (*results.sealed_files(), *results.journal_parts(), job.folder / JOB_FILE, *state_files):
         file.unlink(missing_ok=True)

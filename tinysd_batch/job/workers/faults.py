@@ -1,7 +1,8 @@
-"""What can go wrong, what is done about it, and who is charged for it. Pure: no torch, no Ray, no clock.
+"""What can go wrong, what is done about it, and what it counts against. Pure logic: no torch, no Ray, no clock.
 
-`fault_of` judges what one image did inside a worker, `loss_of` how a worker was lost, `POLICY` says what follows. Texts
-are those of CUDA's runtime (cudaGetErrorString), cuBLAS, cuDNN and Ray 2.60; `errors` has those for want of memory.
+`classify_error` classifies an exception inside a worker, `classify_worker_loss` the loss of a worker, and
+`FAULT_POLICIES` says what follows. The patterns match messages of the CUDA runtime (cudaGetErrorString), cuBLAS, cuDNN
+and Ray 2.60; those for out-of-memory are in `errors`.
 """
 
 import re
@@ -13,17 +14,17 @@ from tinysd_batch.storage.atomic import is_transient
 
 
 class FaultType(StrEnum):
-    """A kind of failure. In the results table `error_class` bears its name, or the exception's type for ERROR."""
+    """What went wrong. It is the `error_class` in the results table; for ERROR that is the exception's type instead."""
 
-    # Of an image, found by its worker.
+    # An image failed in its worker.
     OUT_OF_MEMORY = "out_of_memory"
     NOT_FINITE = "not_finite"
     REFUSED = "refused"
     ERROR = "error"
-    # Of the storage.
+    # The storage failed.
     TRANSIENT_IO = "transient_io"
     STORAGE = "storage"
-    # Of a worker, with the images it was at.
+    # A worker was lost while it generated images.
     DEVICE_BROKEN = "device_broken"
     WORKER_DIED = "worker_died"
     HUNG = "hung"
@@ -32,13 +33,13 @@ class FaultType(StrEnum):
 
 
 class FaultAction(Enum):
-    USE_LESS_MEMORY = auto()  # go down the ladder of `job.savings`, remember how far, try again
-    FAIL = auto()  # its images are tried one by one; one that fails alone is a row `failed`
-    RETRY_WITH_BACKOFF = auto()  # try again after growing delays (`storage.patiently`); after the last one, STOP
-    STOP_JOB = auto()  # the job ends, whole and resumable
-    SUSPECT = auto()  # a new process; the images of the batch travel alone, the third loss quarantines one
-    REDUCE_WORKERS = auto()  # a new process only where others remain on that machine; the images go to anybody
-    REQUEUE = auto()  # the images go to anybody
+    USE_LESS_MEMORY = auto()  # apply the next OOM fallback, remember it, and try again
+    FAIL = auto()  # try the images of the batch one by one; one that fails alone gets a row `failed`
+    RETRY_WITH_BACKOFF = auto()  # the storage layer has retried with growing delays; then as STOP_JOB
+    STOP_JOB = auto()  # end the run; the job can be resumed
+    SUSPECT = auto()  # start a new process and try the images of the batch one by one; three losses quarantine one
+    REDUCE_WORKERS = auto()  # start no new process unless it was the machine's last worker; requeue the images
+    REQUEUE = auto()  # requeue the images for any worker
 
 
 class CountsAgainst(Enum):
@@ -54,19 +55,19 @@ class FaultPolicy:
 
 
 FAULT_POLICIES = {
-    FaultType.OUT_OF_MEMORY: FaultPolicy(
-        FaultAction.USE_LESS_MEMORY, CountsAgainst.NOTHING
-    ),  # a larger card may hold it: see `job.dispatch`
-    FaultType.NOT_FINITE: FaultPolicy(FaultAction.FAIL, CountsAgainst.IMAGE),  # the model has tried float32 by itself
+    # The dispatcher then tries workers with more memory.
+    FaultType.OUT_OF_MEMORY: FaultPolicy(FaultAction.USE_LESS_MEMORY, CountsAgainst.NOTHING),
+    # The model has tried float32 before it raises this.
+    FaultType.NOT_FINITE: FaultPolicy(FaultAction.FAIL, CountsAgainst.IMAGE),
     FaultType.REFUSED: FaultPolicy(FaultAction.FAIL, CountsAgainst.IMAGE),
     FaultType.ERROR: FaultPolicy(FaultAction.FAIL, CountsAgainst.IMAGE),
     FaultType.TRANSIENT_IO: FaultPolicy(FaultAction.RETRY_WITH_BACKOFF, CountsAgainst.NOTHING),
     FaultType.STORAGE: FaultPolicy(FaultAction.STOP_JOB, CountsAgainst.NOTHING),
-    FaultType.DEVICE_BROKEN: FaultPolicy(FaultAction.SUSPECT, CountsAgainst.IMAGE),  # the worker's process ends itself
+    # The worker's process ends itself.
+    FaultType.DEVICE_BROKEN: FaultPolicy(FaultAction.SUSPECT, CountsAgainst.IMAGE),
     FaultType.WORKER_DIED: FaultPolicy(FaultAction.SUSPECT, CountsAgainst.IMAGE),
-    FaultType.HUNG: FaultPolicy(
-        FaultAction.SUSPECT, CountsAgainst.IMAGE
-    ),  # no answer by the deadline: see `scheduler.Patience`
+    # No result within `chunk_size.HangTimeout`.
+    FaultType.HUNG: FaultPolicy(FaultAction.SUSPECT, CountsAgainst.IMAGE),
     FaultType.HOST_OUT_OF_MEMORY: FaultPolicy(FaultAction.REDUCE_WORKERS, CountsAgainst.NODE),
     FaultType.NODE_LOST: FaultPolicy(FaultAction.REQUEUE, CountsAgainst.NOTHING),
 }
@@ -78,19 +79,15 @@ BROKEN_DEVICE_PATTERN = re.compile(
     r"no CUDA-capable device|GPU is lost|fallen off the bus|CUDA error: unknown error",
     re.I,
 )
-DEVICE_ERROR_TYPES = ("AcceleratorError",)  # torch's, for whatever CUDA reports besides a lack of memory
-NODE_ERROR_TYPES = (
-    "NodeDiedError",
-    "ActorUnavailableError",
-    "LocalRayletDiedError",
-)  # the second: it cannot be reached
+DEVICE_ERROR_TYPES = ("AcceleratorError",)  # torch's, for all that CUDA reports except out-of-memory
+NODE_ERROR_TYPES = ("NodeDiedError", "ActorUnavailableError", "LocalRayletDiedError")  # the second: not reachable
 NODE_DEATH_PATTERN = re.compile(
     r"node has died|node died|node was (?:terminated|preempted)|node.{0,80}\bmarked dead\b", re.I
 )
 
 
 def classify_error(error: BaseException) -> FaultType:
-    """What an exception that came up while images were made means."""
+    """Classify an exception that was raised while images were generated or published."""
     if isinstance(error, StorageError):
         return FaultType.TRANSIENT_IO if is_transient(error) else FaultType.STORAGE
     if isinstance(error, TinySDError):
@@ -103,9 +100,9 @@ def classify_error(error: BaseException) -> FaultType:
 
 
 def classify_worker_loss(error: BaseException, node_is_dead: bool = False) -> FaultType:
-    """What the exception by which Ray tells of a lost worker means."""
+    """Classify the exception with which Ray reports a lost worker."""
     name = type(error).__name__
-    if name == "OutOfMemoryError":  # the memory monitor's kill; a kill by the kernel looks as any other death
+    if name == "OutOfMemoryError":  # killed by Ray's memory monitor; a kill by the kernel looks like any other death
         return FaultType.HOST_OUT_OF_MEMORY
     if (
         node_is_dead
@@ -118,6 +115,6 @@ def classify_worker_loss(error: BaseException, node_is_dead: bool = False) -> Fa
 
 
 def get_error_class(error: BaseException) -> str:
-    """A failure's class as the results table names it."""
+    """Return the `error_class` of a failure in the results table."""
     fault = classify_error(error)
     return type(error).__name__ if fault is FaultType.ERROR else str(fault)

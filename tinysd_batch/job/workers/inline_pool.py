@@ -1,8 +1,4 @@
-"""How workers are talked to, and `InlinePool`, which runs one in this process. `ray_pool` has one actor per card.
-
-A pool holds no work. The driver submits a chunk to an idle worker and reads events; one call is in flight per worker,
-so that it is certain which images a dead worker was making.
-"""
+"""A pool of one worker in this process (`--inline`)."""
 
 from collections.abc import Iterator
 from typing import Self
@@ -15,7 +11,7 @@ from tinysd_batch.records import ImageResult
 
 
 class InlinePool:
-    """One worker in this process: no start-up cost, but a native crash takes the driver with it."""
+    """One worker in this process: no start-up cost, but a crash of native code ends the driver, too."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self.setup = setup
@@ -42,9 +38,9 @@ class InlinePool:
         raise NoWorkerError(f"the worker in this process failed: {reason}")
 
     def retire(self, worker: str, reason: str) -> None:
-        raise NoWorkerError(f"the worker {worker} failed for good: {reason}")
+        raise NoWorkerError(f"the worker {worker} failed and is not replaced: {reason}")
 
-    def wait_for_events(self, timeout_s: float) -> list[WorkerEvent]:  # noqa: ARG002 - work here is done by waiting for it
+    def wait_for_events(self, timeout_s: float) -> list[WorkerEvent]:  # noqa: ARG002 - waiting is generating here
         if self.worker is None:
             self.worker = Worker(self.setup, "inline")
             return [WorkerReady("inline", self.worker.describe())]

@@ -1,7 +1,7 @@
-"""One worker: a model on one device that turns micro-batches into files and small records.
+"""A worker: a model on one device that turns micro-batches into image files and small records.
 
-The single door from the job to the model. Pixels never leave this process: images are encoded and published here, and
-only their records travel back.
+This is the only place where the job layer uses the model. Pixels never leave the worker's process: images are encoded
+and published here, and only their records are sent back.
 """
 
 import gc
@@ -48,10 +48,10 @@ MAX_MESSAGE_CHARACTERS = 2000
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """All a worker is told at birth."""
+    """Everything that a worker needs to start."""
 
     job_folder: Path
-    scratch: Path  # for pictures while they are written
+    scratch: Path  # for image files while they are written
     model_path: Path
     model_name: str
     model_digest: str
@@ -66,32 +66,35 @@ class WorkerSetup:
     quality: int = 90
     no_metadata: bool = False
     skip_save: bool = False
-    threads: int = 1  # torch's, for work on the CPU
-    stop_file: Path | None = None  # once it is there, no further micro-batch is begun
-    precision_file: Path | None = None  # the job's record of what `auto` chose, see `job.precision_record`
+    threads: int = 1  # of torch, on the CPU
+    stop_file: Path | None = None  # once it exists, no further micro-batch is started
+    precision_file: Path | None = None  # what `auto` chose in this job, see `job.state.precision_record`
 
     @classmethod
-    def from_settings(cls, settings: Settings, model: ModelInfo, **more: Any) -> Self:
-        """A worker for these settings and this model; `more` gives the folders and threads."""
+    def from_settings(cls, settings: Settings, model: ModelInfo, **paths_and_threads: Any) -> Self:
+        """Return the setup of a worker for these settings and this model."""
         shared = {field.name for field in fields(cls)} & set(Settings.model_fields)
         return cls(
-            model_path=model.path.resolve(), model_name=model.name, model_digest=model.digest,
-            **settings.model_dump(include=shared), **more,
-        )  # fmt: skip
+            model_path=model.path.resolve(),
+            model_name=model.name,
+            model_digest=model.digest,
+            **settings.model_dump(include=shared),
+            **paths_and_threads,
+        )
 
 
 class Worker:
-    """Made once per card; lives as long as its process."""
+    """Generates images on one device. There is one per device, for the lifetime of its process."""
 
     def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
-        """Loads the model `setup` names, unless one is given."""
+        """Load the model that `setup` names, unless one is given."""
         self.setup = setup
         self.name = name
         self.memory_limits: defaultdict[ImageShape, MemoryLimits] = defaultdict(MemoryLimits)
         self.model = model or load_model(setup)
 
     def describe(self) -> dict[str, Any]:
-        """What the driver shows and checks: version, model, precision, device, process."""
+        """Return what the driver shows and checks: version, model, precision, device, process."""
         return {
             "version": __version__,
             "model_digest": self.model.info.digest,
@@ -103,9 +106,9 @@ class Worker:
         }
 
     def generate(self, batches: Sequence[MicroBatch]) -> Iterator[list[ImageResult]]:
-        """Make each micro-batch's wanted images, and yield their results when the files are durable.
+        """Generate each micro-batch's wanted images, and yield their results once the files are on disk.
 
-        Ends early, between micro-batches, when the driver asks for it by the stop file: a call in flight hears no call.
+        Stops early, between micro-batches, when the stop file exists: an actor cannot receive a call during a call.
         """
         for batch in batches:
             if self.setup.stop_file is not None and self.setup.stop_file.exists():
@@ -113,7 +116,7 @@ class Worker:
             yield self.generate_batch(batch)
 
     def generate_batch(self, batch: MicroBatch) -> list[ImageResult]:
-        """Results of the wanted images. A batch of which none is wanted is a trial: drawn, and thrown away."""
+        """Return the results of the wanted images. A batch with none wanted is a trial: its image is discarded."""
         if not batch.wanted:
             return self.generate_images(batch.images, batch.wanted) or [ImageResult(batch.images[0].index, Status.OK)]
         wanted = [image for image in batch.images if image.index in batch.wanted]
@@ -122,64 +125,75 @@ class Worker:
         return adopted + (self.generate_images(batch.images, missing) if missing else [])
 
     def generate_images(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
-        """Generate and publish; where that fails, do what `failures.POLICY` says, so that one image costs only itself.
+        """Generate and publish images. Handle failures as `FAULT_POLICIES` says, so that an image fails alone.
 
-        Raises StorageError, and BrokenWorkerError when this process can draw no more.
+        Raises:
+            StorageError: the storage failed, and retries did not help.
+            BrokenWorkerError: this process can generate no more images.
         """
-        limit = self.memory_limits[get_image_shape(images[0])]
-        parts = split_evenly(images, limit.max_batch)
-        if len(parts) > 1:
-            return self.generate_separately(parts, wanted, BATCH_HALVED)
+        limits = self.memory_limits[get_image_shape(images[0])]
+        batches = split_evenly(images, limits.max_batch)
+        if len(batches) > 1:
+            return self.generate_separately(batches, wanted, BATCH_HALVED)
         try:
-            with limit.apply(self.model):
+            with limits.apply(self.model):
                 return self.generate_and_publish(images, wanted)
         except Exception as error:
             fault = classify_error(error)
             action = FAULT_POLICIES[fault].action
-            if action in (FaultAction.STOP_JOB, FaultAction.RETRY_WITH_BACKOFF):  # the storage has waited already
+            if action in (FaultAction.STOP_JOB, FaultAction.RETRY_WITH_BACKOFF):  # the storage layer has retried
                 raise
             if action is FaultAction.SUSPECT:
                 raise BrokenWorkerError(
                     f"{self.name}: the device is in a broken state: {first_message_line(error)}"
                 ) from None
-            told = get_error_class(error), first_message_line(error)
-        # The error is gone here, and with it its hold on the tensors of the attempt.
-        return self.retry_with_less_memory_or_alone(images, wanted, fault, limit, told)
+            failure = get_error_class(error), first_message_line(error)
+        # Outside of `except` the error no longer keeps the attempt's tensors alive.
+        return self.retry_with_less_memory_or_alone(images, wanted, fault, limits, failure)
 
     def retry_with_less_memory_or_alone(
         self,
         images: Sequence[ImageRequest],
         wanted: frozenset[int],
         fault: FaultType,
-        limit: MemoryLimits,
-        told: tuple[str, str],
+        limits: MemoryLimits,
+        failure: tuple[str, str],
     ) -> list[ImageResult]:
-        """Try again with less memory, or image by image; or give one up."""
+        """Retry with less memory, or one image at a time, or return the failure of a single image.
+
+        Args:
+            images: the images of the batch that failed.
+            wanted: the indexes of those that need a result.
+            fault: why they failed.
+            limits: the limits of their shape, to which a fallback is added.
+            failure: error class and message.
+        """
         if fault is FaultType.OUT_OF_MEMORY:
             release_memory()
-            if limit.next_fallback(len(images), self.model):
+            if limits.next_fallback(len(images), self.model):
                 return self.generate_images(images, wanted)
         if len(images) == 1:
-            return [self.make_failed_result(images[0], *told)]
+            return [self.make_failed_result(images[0], *failure)]
         return self.generate_separately([[image] for image in images], wanted, BATCH_SPLIT)
 
     def generate_separately(
-        self, parts: Sequence[Sequence[ImageRequest]], wanted: frozenset[int], why: str
+        self, batches: Sequence[Sequence[ImageRequest]], wanted: frozenset[int], degraded: str
     ) -> list[ImageResult]:
+        """Generate smaller batches one after the other, and note `degraded` in their results."""
         results: list[ImageResult] = []
-        for part in parts:
-            if some := wanted & {image.index for image in part}:
-                results += self.generate_images(part, some)
+        for batch in batches:
+            if wanted_in_batch := wanted & {image.index for image in batch}:
+                results += self.generate_images(batch, wanted_in_batch)
         for result in results:
-            result.degraded += [why] if why not in result.degraded else []
+            result.degraded += [degraded] if degraded not in result.degraded else []
         return results
 
-    def make_failed_result(self, request: ImageRequest, kind: str, message: str) -> ImageResult:
+    def make_failed_result(self, request: ImageRequest, error_class: str, message: str) -> ImageResult:
         now = time.time()
         return ImageResult(
             request.index,
             Status.FAILED,
-            error_class=kind,
+            error_class=error_class,
             error_message=message,
             device_name=self.model.device_name,
             worker=self.name,
@@ -205,7 +219,7 @@ class Worker:
             noise_seed=[image.seed if image.noise_seed is None else image.noise_seed for image in images],
             sampler=params.sampler,
             eta=params.eta,
-            normalize=False,  # the manifest's reader has done that, and jobs of 0.1.0 keep their prompts as they are
+            normalize=False,  # the manifest's reader has done that, and jobs of 0.1.0 keep their prompts unchanged
         )
         return [
             self.publish_or_fail(image, generated, position, started)
@@ -216,7 +230,7 @@ class Worker:
     def publish_or_fail(
         self, request: ImageRequest, generated: "GenerationOutput", position: int, started: float
     ) -> ImageResult:
-        """Publish one image of a batch; where something else has its place, only that image fails."""
+        """Publish one image of a batch. If its path is occupied by another file, only this image fails."""
         try:
             return self.publish(request, generated, position, started)
         except OccupiedPathError as error:
@@ -227,7 +241,7 @@ class Worker:
     ) -> ImageResult:
         from tinysd_batch.images import FileFormat, encode_image, format_webui_parameters
 
-        made: dict[str, Any] = {
+        columns: dict[str, Any] = {
             "n_tokens": generated.n_tokens[position],
             "truncated": generated.truncated[position],
             "negative_truncated": generated.negative_truncated[position],
@@ -243,22 +257,22 @@ class Worker:
             "finished_at": time.time(),
             "degraded": generated.degraded[position] + self.memory_limits[get_image_shape(request)].fallback_names(),
         }
-        result = ImageResult(request.index, Status.OK, **made)
+        result = ImageResult(request.index, Status.OK, **columns)
         if self.setup.skip_save:
             return result
         setup = self.setup
         parameters = format_webui_parameters(request, setup.model_name, setup.model_digest, __version__)
-        kind = FileFormat(setup.format, setup.quality, not setup.no_metadata)
-        data = encode_image(generated.images[position], kind, parameters, self.build_metadata(request, made))
+        file_format = FileFormat(setup.format, setup.quality, not setup.no_metadata)
+        data = encode_image(generated.images[position], file_format, parameters, self.build_metadata(request, columns))
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
-            there = publish(
-                data, path, self.setup.scratch, lambda found: read_embedded_record(found, request) is not None
+            published = publish(
+                data, path, setup.scratch, lambda existing: read_embedded_record(existing, request) is not None
             )
-        return add_file_columns(result, request, there)
+        return add_file_columns(result, request, published)
 
-    def build_metadata(self, request: ImageRequest, made: dict[str, Any]) -> dict[str, Any]:
-        """What the `tinysd` text entry of the PNG holds: identity, settings, and the record a resumed run adopts."""
+    def build_metadata(self, request: ImageRequest, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return the image's `tinysd` metadata: identity, settings, and the columns that a resumed run adopts."""
         params = request.params
         return {
             "schema": METADATA_SCHEMA_VERSION,
@@ -279,12 +293,12 @@ class Worker:
             "model": self.setup.model_name,
             "model_digest": self.setup.model_digest,
             "version": __version__,
-            "made": {name: made[name] for name in EMBEDDED_COLUMNS},
+            "made": {name: columns[name] for name in EMBEDDED_COLUMNS},
         }
 
 
 def load_model(setup: WorkerSetup) -> "TinySD":
-    """Raises UsageError for a model or a device that cannot be used."""
+    """Load the model. Raises UsageError if the model or the device cannot be used."""
     import torch
 
     from tinysd_batch.model.checkpoint.info import read_model_info
@@ -313,7 +327,7 @@ def first_message_line(error: BaseException) -> str:
 
 
 def release_memory() -> None:
-    """Let go of what a failed attempt left, on the device too."""
+    """Free the memory of a failed attempt, on the host and on the device."""
     import torch
 
     gc.collect()

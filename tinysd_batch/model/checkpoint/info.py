@@ -1,4 +1,4 @@
-"""What a job must know of a model before any of it is loaded: its size, defaults and digest. Imports no torch."""
+"""Read what a job needs of a model before loading it: sizes, defaults and digest. Does not import torch."""
 
 import hashlib
 import math
@@ -16,67 +16,67 @@ from tinysd_batch.text import excerpt, make_printable
 SD_V1_STEPS = 50
 SD_V1_SCALE = 7.5
 SMALL_UNET_BYTES = 50_000_000
-MODEL_DEFAULTS_FILE = "tinysd.json"  # name and defaults; absent from folders that other tools made
+MODEL_DEFAULTS_FILE = "tinysd.json"  # name and defaults; folders of other programs do not have it
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MAX_NAME_CHARACTERS = 100
 COMPONENT_FOLDERS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
-CONVERT_HINT = "make a model folder of it with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
+CONVERT_HINT = "convert it to a model folder with `tinysd-batch quantize {0} OUT` (2 bits), or `convert` (float)"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model folder as a job sees it."""
+    """Name, digest, sizes and defaults of a model folder."""
 
     path: Path
     name: str
-    digest: str  # 32 hex digits over weights, configuration and tokenizer
-    native_px: int
-    latent_channels: int  # of the latents
-    vae_scale_factor: int  # pixels per latent, a side
+    digest: str  # 32 hex digits over weights, configurations and tokenizer
+    native_px: int  # height and width the model was trained for
+    latent_channels: int
+    vae_scale_factor: int  # pixels per latent, along each side
     size_multiple_px: int  # height and width must be multiples of this
     steps: int
     scale: float
-    max_tokens: int
-    unet_bytes: int  # of the UNet's file
+    max_tokens: int  # of the text encoder, begin and end token included
+    unet_bytes: int  # size of the UNet's file
 
     @property
     def is_small(self) -> bool:
-        """Too small for its tensors to be shared among processor cores."""
+        """Whether its tensors are too small to be worth splitting among CPU cores."""
         return self.unet_bytes < SMALL_UNET_BYTES
 
 
 def embedded_model_path() -> Path:
-    """The model that ships inside the package."""
+    """Return the folder of the model inside the package."""
     return Path(str(files("tinysd_batch.embedded"))) / "model"
 
 
 def resolve_model_path(model: str) -> Path:
-    """The folder a `--model` value names; raise ModelError where there is no usable model."""
+    """Return the folder that a `--model` value names. Raises ModelError if it is not a model folder."""
     path = embedded_model_path() if model == "embedded" else Path(model)
     try:
-        is_there = path.exists()
+        exists = path.exists()
     except OSError as error:
         raise ModelError(f"{model}: {(error.strerror or str(error)).lower()}") from None
-    if not is_there:
+    if not exists:
         raise ModelError(
-            f"{model}: no such model; give a model folder, or `embedded` for the one that ships with us "
-            f"(README, Your own model, says where checkpoints come from and how to bring them in)"
+            f"{model}: no such model; give a model folder, or `embedded` for the one inside the package "
+            f"(README, Your own model, explains where to get checkpoints and how to convert them)"
         )
     if path.is_file():
         raise ModelError(f"{model}: this is a single checkpoint file; {CONVERT_HINT.format(model)}")
-    missing = [part for part in COMPONENT_FOLDERS if not (path / part).is_dir()]
+    missing = [component for component in COMPONENT_FOLDERS if not (path / component).is_dir()]
     if missing:
         raise ModelError(f"{model}: not a model folder, it has no {', '.join(missing)}")
     return path
 
 
 def compute_model_digest(path: Path) -> str:
-    """BLAKE2b over the files that decide pixels, each by its relative name and content."""
+    """Return a BLAKE2b digest over name, size and content of all files that affect pixels."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in COMPONENT_FOLDERS:
-        for file in sorted((path / part).iterdir()):
+    for component in COMPONENT_FOLDERS:
+        for file in sorted((path / component).iterdir()):
             if file.suffix in (".safetensors", ".json", ".txt") and file.is_file():
-                digest.update(f"{part}/{file.name}\0{file.stat().st_size}\0".encode())
+                digest.update(f"{component}/{file.name}\0{file.stat().st_size}\0".encode())
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 20):
                         digest.update(block)
@@ -84,7 +84,7 @@ def compute_model_digest(path: Path) -> str:
 
 
 def read_model_info(model: str) -> ModelInfo:
-    """Look at the model that `--model` names. Raises ModelError."""
+    """Read the info of the model that a `--model` value names. Raises ModelError."""
     try:
         return read_folder_info(resolve_model_path(model))
     except OSError as error:
@@ -92,12 +92,12 @@ def read_model_info(model: str) -> ModelInfo:
 
 
 def read_component_configs(path: Path) -> dict[str, dict[str, Any]]:
-    """The configurations of a model folder's parts. Raises ModelError for one that is missing or no JSON object."""
-    return {part: read_json_object(path / part / name) for part, name in CONFIG_FILES.items()}
+    """Read the configuration of each component. Raises ModelError if one is missing or not a JSON object."""
+    return {component: read_json_object(path / component / name) for component, name in CONFIG_FILES.items()}
 
 
 def read_folder_info(path: Path, digest: str | None = None) -> ModelInfo:
-    """Check a model folder's configurations and say what a job must know. Without a `digest` it is computed."""
+    """Check a model folder's configurations and return its info. The digest is computed if it is not given."""
     check_configs(path, read_component_configs(path))
     defaults, sizes = read_model_defaults(path), read_model_sizes(path)
     return ModelInfo(
@@ -117,7 +117,7 @@ def read_folder_info(path: Path, digest: str | None = None) -> ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What a model's configurations say of its images and prompts; see `ModelInfo`."""
+    """The sizes in a model's configurations; see `ModelInfo` for each."""
 
     native_px: int
     latent_channels: int
@@ -127,7 +127,10 @@ class ModelSizes:
 
 
 def read_model_sizes(path: Path, *, own_vae: bool = True) -> ModelSizes:
-    """Raises ModelError for values that are out of bounds. Without the folder's own VAE pixels are latents."""
+    """Read the sizes of a model folder. Raises ModelError for values that are out of bounds.
+
+    Without `own_vae` the folder's VAE is not read and sizes are counted in latents.
+    """
     unet, text = path / "unet" / "config.json", path / "text_encoder" / "config.json"
     factor = 2 ** (count_resolution_levels(path / "vae" / "config.json") - 1) if own_vae else 1
     return ModelSizes(
@@ -141,7 +144,7 @@ def read_model_sizes(path: Path, *, own_vae: bool = True) -> ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class ModelDefaults:
-    """What a model's folder says of itself in `tinysd.json`; SD v1's values where it does not."""
+    """Name and defaults in a model folder's `tinysd.json`; SD v1's values for missing ones."""
 
     name: str
     steps: int
@@ -149,29 +152,31 @@ class ModelDefaults:
 
 
 def read_model_defaults(path: Path) -> ModelDefaults:
-    """Raises ModelError for values that are out of bounds."""
+    """Read a model folder's name and defaults. Raises ModelError for values that are out of bounds."""
     file = path / MODEL_DEFAULTS_FILE
-    ours = read_json_object(file) if file.exists() else {}
+    stored = read_json_object(file) if file.exists() else {}
     return ModelDefaults(
-        name=make_printable(str(ours.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
-        steps=read_config_number(file, "steps", 1, MAX_STEPS) if "steps" in ours else SD_V1_STEPS,
-        scale=float(read_config_number(file, "scale", 0, 100, float)) if "scale" in ours else SD_V1_SCALE,
+        name=make_printable(str(stored.get("name", path.resolve().name)))[:MAX_NAME_CHARACTERS],
+        steps=read_config_number(file, "steps", 1, MAX_STEPS) if "steps" in stored else SD_V1_STEPS,
+        scale=float(read_config_number(file, "scale", 0, 100, float)) if "scale" in stored else SD_V1_SCALE,
     )
 
 
 def count_resolution_levels(config: Path) -> int:
-    """How many sizes an image passes through, each half the one before."""
-    found = read_json_object(config).get("block_out_channels")
-    if not isinstance(found, list) or not 1 <= len(found) <= MAX_LEVELS:
-        raise ModelError(f"{config}: block_out_channels = {excerpt(found)}: a list of 1 to {MAX_LEVELS} was expected")
-    return len(found)
+    """Return the number of resolutions in a UNet or VAE, each half of the one before."""
+    widths = read_json_object(config).get("block_out_channels")
+    if not isinstance(widths, list) or not 1 <= len(widths) <= MAX_LEVELS:
+        raise ModelError(f"{config}: block_out_channels = {excerpt(widths)}: a list of 1 to {MAX_LEVELS} was expected")
+    return len(widths)
 
 
-def read_config_number(config: Path, name: str, least: int, most: int, kind: type[int] | type[float] = int) -> Any:
-    """A number that the rest of the program relies upon. Raises ModelError."""
+def read_config_number(
+    config: Path, name: str, minimum: int, maximum: int, number_type: type[int] | type[float] = int
+) -> Any:
+    """Read a number within bounds from a configuration file. Raises ModelError."""
     value = read_json_object(config).get(name)
-    if isinstance(value, bool) or not isinstance(value, int | kind) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | number_type) or not math.isfinite(value):
         raise ModelError(f"{config}: {name} = {excerpt(value)}: a number was expected")
-    if not least <= value <= most:
-        raise ModelError(f"{config}: {name} = {excerpt(value)}: must be between {least} and {most}")
+    if not minimum <= value <= maximum:
+        raise ModelError(f"{config}: {name} = {excerpt(value)}: must be between {minimum} and {maximum}")
     return value

@@ -1,4 +1,4 @@
-"""Read JSON files of a model folder, within bounds."""
+"""Read JSON files of a model folder, up to a maximum size."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ MAX_JSON_BYTES = 50_000_000
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object. Raises ModelError if it is missing, too large or not one."""
     try:
         loaded = json.loads(read_file(path, MAX_JSON_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Safetensors files: read by mapping them into memory, written a tensor at a time.
+"""Read safetensors files by mapping them into memory; write them one tensor at a time.
 
-What is mapped is read when it is used, shared by all processes, and handed back when told.
+Mapped pages are read on first use, shared by all processes, and given back to the system on request.
 """
 
 import json
@@ -25,28 +25,28 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-LENGTH_FIELD_BYTES = 8  # bytes that say how long the header is
-# A full SD v1 checkpoint with EMA copies and optimizer states has some 4,000. Each tensor takes time and memory.
+LENGTH_FIELD_BYTES = 8  # the header's length, at the start of the file; the header is padded to a multiple of it, too
+# Each tensor costs time and memory. A full SD v1 checkpoint with EMA copies and optimizer states has about 4,000.
 MAX_TENSORS = 50_000
 
 
 class MappedTensors(dict[str, Tensor]):
-    """The tensors of a file by name. Nobody may write to them.
+    """The tensors of a file by name. They must not be written to.
 
-    They are views into one private mapping: what is read costs memory that other processes share, and `release` gives
-    it back to the system, from whose cache it returns when it is read again.
+    They are views into one private mapping. Pages that were read take memory that is shared with other processes;
+    `release` gives them back, and reading them again takes them from the system's page cache.
     """
 
     mapping: mmap.mmap
-    byte_ranges: dict[int, tuple[int, int]]  # address of a tensor -> its first byte in the file, and how many
+    byte_ranges: dict[int, tuple[int, int]]  # address of a tensor -> offset in the file, length
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises ModelError for a file that is missing or damaged."""
+        """Map a file after checking it. Raises ModelError for a file that is missing or damaged."""
         try:
             check_regular_file(path)
             check_max_tensors(path)
-            with safe_open(path, framework="pt"):  # checks the header: sizes, offsets, nothing left over
+            with safe_open(path, framework="pt"):  # checks the header: sizes, offsets, no unused bytes
                 pass
             return cls.map(path)
         except FileNotFoundError:
@@ -77,13 +77,13 @@ class MappedTensors(dict[str, Tensor]):
         return tensors
 
     def rename(self, new_name: Callable[[str], str | None]) -> None:
-        """Give tensors other names; one whose new name is None is left out."""
+        """Rename tensors; those whose new name is None are removed."""
         entries = [(new_name(name), value) for name, value in self.items()]
         self.clear()
         self.update({name: value for name, value in entries if name is not None})
 
     def release(self, tensors: Iterable[Tensor] | None = None) -> None:
-        """Take the pages of these tensors, or of all, out of this process's memory."""
+        """Remove the pages of these tensors, or of all, from this process's memory."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         if tensors is None:
@@ -102,7 +102,7 @@ def check_max_tensors(path: Path) -> None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_FIELD_BYTES), "little")
         if length > path.stat().st_size:
-            return  # damaged, as its reader will say
+            return  # damaged, which safe_open reports
         count = file.read(length).count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise too_many_tensors_error(path, count)
@@ -126,33 +126,37 @@ def view_tensor(mapping: mmap.mmap, start: int, dtype: torch.dtype, shape: list[
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], as_stored: Callable[[str], Tensor]
+    path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], load_tensor: Callable[[str], Tensor]
 ) -> None:
-    """Write a safetensors file with one tensor in memory at a time, where the library would want all of them.
+    """Write a safetensors file with one tensor in memory at a time; the library would need all of them.
 
-    `as_stored` gives a tensor by name, of its shape in `tensors` and its type in `dtypes`.
+    Args:
+        path: the file to write.
+        tensors: name -> tensor of the right shape; its values are not used.
+        dtypes: name -> dtype in the file.
+        load_tensor: returns a tensor by name, of that shape and dtype.
     """
     order = sort_names_for_file(dtypes)
     with path.open("wb") as file:
         file.write(encode_header(tensors, dtypes, order))
         for name in order:
-            file.write(as_stored(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(load_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def compute_file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What a file of these tensors takes, empty ones too."""
-    dtypes = {name: one.dtype for name, one in tensors.items()}
+    """Return the size of a file of these tensors, which may be meta tensors."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     header = encode_header(tensors, dtypes, sort_names_for_file(dtypes))
-    return len(header) + sum(one.numel() * one.element_size() for one in tensors.values())
+    return len(header) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def sort_names_for_file(dtypes: Mapping[str, torch.dtype]) -> list[str]:
-    """As the library has it: widest first."""
+    """Return the names in the library's order: widest dtype first, then by name."""
     return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 
 def encode_header(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], order: list[str]) -> bytes:
-    """The length of the header, and the header: JSON, filled up to eight bytes."""
+    """Return the header's length and the header: JSON, padded to a multiple of eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in order:

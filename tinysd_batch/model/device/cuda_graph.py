@@ -1,8 +1,8 @@
-"""A step of the UNet as a CUDA graph: issued in one call, however slow the processor.
+"""Replay the UNet step as a CUDA graph.
 
-A step is some two thousand operations. To issue them one by one takes longer than a fast card, or one beside a slow
-processor, works them. The first two steps are issued so, and libraries choose their ways in them; then a step is
-captured, and if it says to the bit what the second said, all others are replayed.
+A step launches about 2,000 kernels. On a fast GPU, or with a slow CPU, launching them takes longer than running them.
+The first two steps run eagerly so that cuDNN and cuBLAS can choose their algorithms. Then a step is captured. If its
+output is bit-identical to the second step's, the remaining steps replay the graph, otherwise they run eagerly.
 """
 
 import contextlib
@@ -13,27 +13,33 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-UNetStep = Callable[[Tensor], Tensor]  # latents [R, 4, h, w] to the noise predicted in them
-EAGER_STEPS = 2  # after so many steps
-MIN_STEPS_TO_CAPTURE = 6  # steps, at least: to capture one takes as long as to issue one
+UNetStep = Callable[[Tensor], Tensor]  # latents [R, 4, h, w] to the predicted noise
+EAGER_STEPS = 2  # before a step is captured
+MIN_STEPS_TO_CAPTURE = 6  # capturing a step takes as long as running one eagerly
 
 
 class CapturedStep:
-    """What a step says, by a graph from the third call on. All that it reads must stay where it is in memory."""
+    """Run a UNet step, from the third call on by replaying a CUDA graph.
+
+    A graph reads and writes fixed addresses, so all tensors that the step uses must stay where they are.
+    """
 
     def __init__(
-        self, step: UNetStep, capturing: Callable[[int], AbstractContextManager[None]], most_bytes: int | None = None
+        self, step: UNetStep, capturing: Callable[[int], AbstractContextManager[None]], budget_bytes: int | None = None
     ) -> None:
-        """`capturing` is entered while operations are captured, after so many steps.
+        """Wrap a step.
 
-        Torch's memory, and what the driver takes for the graph besides, may be `most_bytes`.
+        Args:
+            step: the function to capture.
+            capturing: returns a context to capture in, given the number of eager steps so far.
+            budget_bytes: limit for torch's memory together with what the driver takes for the graph.
         """
         self.step = step
         self.capturing = capturing
-        self.budget_bytes = most_bytes
+        self.budget_bytes = budget_bytes
         self.calls = 0
-        self.capture_failed = False  # to capture, which would fail again
-        self.graph_bytes = 0  # that the driver keeps of the graph
+        self.capture_failed = False  # it would fail again
+        self.graph_bytes = 0  # what the driver keeps for the graph
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static_input: Tensor | None = None
         self.static_output: Tensor | None = None
@@ -42,10 +48,10 @@ class CapturedStep:
         self.calls += 1
         if self.graph is not None:
             return self.replay(latents)
-        said = self.step(latents)
+        noise = self.step(latents)
         if self.calls == EAGER_STEPS:
-            self.capture(latents, said)
-        return said
+            self.capture(latents, noise)
+        return noise
 
     def replay(self, latents: Tensor) -> Tensor:
         assert self.graph is not None
@@ -56,9 +62,9 @@ class CapturedStep:
         return self.static_output.clone()
 
     def capture(self, latents: Tensor, expected: Tensor) -> None:
-        """Leaves no graph where something does not allow it, or where it does not say what is expected, to the bit."""
+        """Capture the step as a graph. Discard the graph if capturing fails or its output is not exactly `expected`."""
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph has memory of its own, in which it needs what a step took again
+        torch.cuda.empty_cache()  # the graph has its own memory pool, as large as what an eager step used
         before = measure_non_torch_bytes()
         self.graph, self.static_input = torch.cuda.CUDAGraph(), latents.clone()
         pool = torch.cuda.graph_pool_handle()
@@ -70,23 +76,23 @@ class CapturedStep:
                         self.static_output = self.step(self.static_input)
                 finally:
                     self.graph.capture_end()
-            right = torch.equal(self.replay(latents), expected)
+            usable = torch.equal(self.replay(latents), expected)
             self.graph_bytes = measure_non_torch_bytes() - before
-            right = right and self.fits_budget()
-        except RuntimeError:  # whatever torch, a library or the driver will not have captured, or no memory for it
+            usable = usable and self.fits_budget()
+        except RuntimeError:  # torch, a library or the driver refused an operation in a capture, or memory ran out
             release_capture_pool(pool, latents.device)
             torch.cuda.synchronize()
-            right = False
-        if not right:
+            usable = False
+        if not usable:
             self.capture_failed = True
             self.close()
 
     def fits_budget(self) -> bool:
-        """Whether there is room for what the driver keeps of the graph, some kilobytes for each operation."""
+        """Whether what the driver keeps for the graph fits, too: some kilobytes per operation."""
         return self.budget_bytes is None or torch.cuda.memory_reserved() + self.graph_bytes <= self.budget_bytes
 
     def close(self) -> None:
-        """Let go of the graph and its memory."""
+        """Release the graph and its memory."""
         if self.graph is None:
             return
         self.graph.reset()
@@ -95,15 +101,16 @@ class CapturedStep:
 
 
 def measure_non_torch_bytes() -> int:
-    """Bytes of the card that are in use and not torch's, of whatever process."""
+    """Return the GPU memory in use that is not torch's, by any process."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 def release_capture_pool(pool: tuple[int, int], device: torch.device) -> None:
-    """Of the memory of a capture that broke off before its end: torch would keep it, and free nothing else any more.
+    """Release the memory pool of a capture that was aborted.
 
-    The first call raises where the capture came to its end, and then the graph itself lets go of the memory.
+    Torch would keep it, and would not free any other cached memory from then on. If the capture did complete, the first
+    call raises, and the graph itself releases the pool.
     """
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)
@@ -112,7 +119,7 @@ def release_capture_pool(pool: tuple[int, int], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """No garbage is collected: among it may be what calls CUDA when it goes, which is not allowed in a capture."""
+    """Collect garbage now and pause the collector: finalizers may call CUDA, which is not allowed in a capture."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

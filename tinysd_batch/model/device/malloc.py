@@ -5,22 +5,22 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-
-MMAP_THRESHOLD_VARIABLE = "MALLOC_MMAP_THRESHOLD_"  # and what it is called in the environment
+MMAP_THRESHOLD_VARIABLE = "MALLOC_MMAP_THRESHOLD_"  # the environment variable that sets the same
 
 
 def trim_heap() -> None:
-    """Hand the system what this phase has freed, which glibc would keep for itself."""
+    """Return free memory at the top of glibc's heap to the system."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_mmap_threshold(nbytes: int) -> None:
-    """Have glibc give blocks of the system's own for tensors of so many bytes, which go back as soon as they are free.
+    """Have glibc allocate blocks of at least so many bytes with mmap, so that freeing them returns them at once.
 
-    Otherwise its heap keeps what it once had; but fetching pages anew costs time. Holds for the whole process.
+    Smaller blocks come from the heap, which rarely shrinks, but mmap costs time for fresh pages. Applies to the whole
+    process. A threshold that the user set in the environment wins.
     """
-    if MMAP_THRESHOLD_VARIABLE not in os.environ:  # the user's word
+    if MMAP_THRESHOLD_VARIABLE not in os.environ:
         with contextlib.suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_THRESHOLD, nbytes)

@@ -9,28 +9,31 @@ import torch
 
 @contextlib.contextmanager
 def on_compute_stream(device: torch.device) -> Iterator[None]:
-    """Work on a stream that is the program's own: on the one that CUDA begins with nothing can be captured."""
+    """Run on a stream of our own: CUDA cannot capture graphs on its default stream."""
     if device.type != "cuda":
         yield
         return
-    usual, own = torch.cuda.current_stream(device), get_compute_stream(device)
-    own.wait_stream(usual)
+    outer, compute = torch.cuda.current_stream(device), get_compute_stream(device)
+    compute.wait_stream(outer)
     try:
-        with torch.cuda.stream(own):
+        with torch.cuda.stream(compute):
             yield
     finally:
-        usual.wait_stream(own)
+        outer.wait_stream(compute)
 
 
 @functools.cache
 def get_compute_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each card: torch keeps memory, and libraries their workspaces, for each stream apart."""
+    """Return the GPU's one compute stream: torch keeps cached memory and library workspaces per stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
 def get_copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each card: torch hands out 32 in turn, and a new one would some day be that on which work is done."""
+    """Return the GPU's one copy stream.
+
+    Torch hands out 32 streams in rotation, so creating one per stage would sooner or later return the compute stream.
+    """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 

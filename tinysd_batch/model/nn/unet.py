@@ -1,6 +1,6 @@
-"""The UNet as two halves over diffusers' blocks, so that one can be on the device without the other.
+"""Run diffusers' UNet as two halves, so that one can be on the device without the other.
 
-What passes between them: the middle feature map and the skip feature maps.
+The middle feature map and the skip feature maps are passed between them.
 """
 
 from dataclasses import dataclass
@@ -23,32 +23,39 @@ class Halfway:
 
 
 def select_modules(unet: UNet2DConditionModel, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Those that the UNet has: some were distilled down to no middle block."""
+    """Return the named modules that exist: some UNets were distilled and have no middle block."""
     return {name: module for name in names if (module := getattr(unet, name)) is not None}
 
 
 def run_unet(
     unet: UNet2DConditionModel, latents: Tensor, prompts: Tensor, rows: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """What a UNet says whose `hoist.Hoisted` layers know timestep and prompts: [R, 4, h, w] float32.
+    """Predict noise with a UNet whose `PrecomputedLayers` hold the timestep and the prompts.
 
-    `latents` are [R, 4, h, w], `prompts` [R] names the prompt of each row; so many `rows` work at once, or all.
+    Args:
+        unet: the UNet with precomputed outputs in place of layers.
+        latents: [R, 4, h, w].
+        prompts: [R], the index of each row's prompt.
+        rows: rows that go through the UNet at once; None: all.
+        dtype: dtype to compute in.
+
+    Returns:
+        Predicted noise, float32 [R, 4, h, w].
     """
     embedding = torch.zeros(1, device=latents.device, dtype=dtype)
-    said = []
-    for some, which in zip(
-        torch.split(latents, rows or len(latents)), torch.split(prompts, rows or len(latents)), strict=True
-    ):
-        context = which.view(-1, 1, 1)
-        said.append(decode_half(unet, encode_half(unet, some.to(dtype), embedding, context), context).float())
-    return torch.cat(said)
+    size = rows or len(latents)
+    noise = []
+    for chunk, indices in zip(torch.split(latents, size), torch.split(prompts, size), strict=True):
+        context = indices.view(-1, 1, 1)
+        noise.append(decode_half(unet, encode_half(unet, chunk.to(dtype), embedding, context), context).float())
+    return torch.cat(noise)
 
 
 def encode_half(unet: UNet2DConditionModel, latents: Tensor, embedding: Tensor, context: Tensor) -> Halfway:
-    """Latents [2B, 4, h, w] to the middle of the UNet.
+    """Run the encode half on latents [2B, 4, h, w].
 
-    `embedding` of the timestep [2B or 1, 4 C0] and `context` [2B, T, D] are what the UNet's layers want: with those of
-    `hoist` in their places a number of no meaning, and the rows of prompts [2B, 1, 1].
+    `embedding` of the timestep [2B or 1, 4 C0] and `context` [2B, T, D] are passed to the UNet's layers. With
+    precomputed layers the embedding is ignored, and `context` holds the indices of prompts, [2B, 1, 1].
     """
     hidden = unet.conv_in(latents)
     skips = [hidden]
@@ -64,7 +71,7 @@ def encode_half(unet: UNet2DConditionModel, latents: Tensor, embedding: Tensor, 
 
 
 def decode_half(unet: UNet2DConditionModel, state: Halfway, context: Tensor) -> Tensor:
-    """From the middle of the UNet to the predicted noise [2B, 4, h, w]. Uses up the skips."""
+    """Run the decode half, to the predicted noise [2B, 4, h, w]. Consumes the skips."""
     hidden = state.hidden
     for block in unet.up_blocks:
         count = len(block.resnets)

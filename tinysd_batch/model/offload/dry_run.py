@@ -1,4 +1,4 @@
-"""All parts of a model at work once on the meta device, which only counts shapes."""
+"""Run all components of a model once on the meta device, which computes shapes only."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tinysd_batch.model.offload.planned_model import PlannedModel
 
 
 def dry_run(model: PlannedModel) -> None:
-    """Run every part once, so that the order in which layers are used can be observed."""
+    """Run every component once, so that the call order of its layers can be traced."""
     with torch.device("meta"):
         text = model.text_encoder(torch.zeros(1, model.info.max_tokens, dtype=torch.long)).last_hidden_state
         side = model.info.size_multiple_px // model.info.vae_scale_factor
@@ -16,4 +16,4 @@ def dry_run(model: PlannedModel) -> None:
         model.precomputed.use_meta_tensors(1, text.shape[1], latents.dtype)
         noise = run_unet(model.unet, latents, torch.zeros(1, dtype=torch.long), None, latents.dtype)
         decode_single(model.vae, noise)
-        model.precomputed.forget()  # else the next phases would seem to hold what was only pretended
+        model.precomputed.forget()  # otherwise later stages would count the meta tensors as live

@@ -1,4 +1,4 @@
-"""The text encoder's vocabulary stays on the host: a prompt needs 77 of its 49,408 rows."""
+"""Keep the text encoder's token embedding on the host: a prompt needs 77 of its 49,408 rows."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from tinysd_batch.model.offload.components import get_checked_tensor
 
 
 class HostEmbedding(nn.Module):
-    """`nn.Embedding` of a table that never comes to the device; the rows asked for do, as `dtype`."""
+    """`nn.Embedding` whose table stays on the host; only the rows that are looked up go to the device, as `dtype`."""
 
     def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.tables = (table,)  # a tuple, so that nobody takes it for a weight to be moved
+        self.tables = (table,)  # in a tuple, so that it is not registered as a parameter that would be moved
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class HostEmbedding(nn.Module):
 
 
 def keep_vocabulary_on_host(encoder: CLIPTextModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Put the vocabulary's table, taken out of `tensors`, into an empty encoder for good. Raises ModelError."""
+    """Move the token embedding's table from `tensors` into an empty encoder. Raises ModelError."""
     name = "embeddings.token_embedding.weight"
     table = get_checked_tensor(tensors, name, encoder.get_parameter(name))
     del tensors[name]

@@ -11,90 +11,93 @@ from tinysd_batch.model.offload.pinned import PinnedWeights
 
 
 class LayerStream:
-    """Two buffers on the device through which pieces pass in a circle."""
+    """Two buffers on the device, through which groups of weights are streamed in a cycle.
+
+    While one buffer is in use, the next group is copied into the other.
+    """
 
     def __init__(
         self,
-        pieces: Sequence[WeightGroup],
+        groups: Sequence[WeightGroup],
         device: torch.device,
-        arena: PinnedWeights | None,
+        pinned: PinnedWeights | None,
         files: Sequence[MappedTensors] = (),
     ) -> None:
-        """Without an arena tensors come from their files, whose pages are let go of as soon as they are copied."""
-        self.groups = pieces
-        self.arena = arena
+        """Without `pinned` weights are copied from their files, whose pages are released as soon as they are copied."""
+        self.groups = groups
+        self.pinned = pinned
         self.files = files
-        size = max((piece.nbytes for piece in pieces), default=0)
+        size = max((group.nbytes for group in groups), default=0)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.holds: list[int | None] = [None, None]  # which piece a buffer has, or is being given
-        self.at_work = 0  # which buffer
-        self.switches = 0  # from a piece to another, so far
-        self.last: int | None = None  # the switch after which nothing is sent for
-        self.begins = True  # with the next piece
+        self.holds: list[int | None] = [None, None]  # the group that each buffer holds or is being filled with
+        self.active = 0  # the buffer in use
+        self.switches = 0  # from one group to another, so far
+        self.last_switch: int | None = None  # after this switch no further group is fetched
+        self.begins = True  # start over with the next group
         self.copying = get_copy_stream(device) if device.type == "cuda" else None
-        self.copied: list[torch.cuda.Event] = []
-        self.used: list[torch.cuda.Event] = []
+        self.copied: list[torch.cuda.Event] = []  # per buffer: its copy is complete
+        self.used: list[torch.cuda.Event] = []  # per buffer: the last computation that reads it is complete
 
     def begin_again(self, switches: int | None = None) -> None:
-        """With the next piece, as if nothing had passed; after so many `switches` nothing more is sent for.
+        """Start over with the next group, and fetch no further group after so many `switches`.
 
-        What is captured may not wait for what went before, nor what comes later for what was captured.
+        A captured graph must not wait for events from before the capture, nor later work for events in the graph.
         """
-        self.begins, self.last = True, switches
+        self.begins, self.last_switch = True, switches
 
     def begin(self) -> None:
         self.clear()
         self.holds, self.switches, self.begins = [None, None], 0, False
         if self.copying is not None:
             self.copied, self.used = ([new_event() for _ in self.buffers] for _ in range(2))
-            self.copying.wait_stream(torch.cuda.current_stream())  # of which the buffers' memory may still be in use
+            self.copying.wait_stream(torch.cuda.current_stream())  # which may still use the buffers' memory
 
     def need(self, number: int) -> None:
-        """Have a piece in its modules, and send for the one after it."""
+        """Let modules use a group's weights, and fetch the group after it."""
         if self.begins:
             self.begin()
-        if self.holds[self.at_work] == number:
+        if self.holds[self.active] == number:
             return
         self.leave()
-        self.at_work = 1 - self.at_work
-        if self.holds[self.at_work] != number:  # the first, or out of turn
-            self.fetch(number, self.at_work)
+        self.active = 1 - self.active
+        if self.holds[self.active] != number:  # the first group, or one out of order
+            self.fetch(number, self.active)
         if self.copying is not None:
-            torch.cuda.current_stream().wait_event(self.copied[self.at_work])
-        for tensor, place in self.groups[number].views(self.buffers[self.at_work]):
-            tensor.put(place)
+            torch.cuda.current_stream().wait_event(self.copied[self.active])
+        for tensor, view in self.groups[number].views(self.buffers[self.active]):
+            tensor.put(view)
         self.switches += 1
-        if self.switches != self.last:
-            self.fetch((number + 1) % len(self.groups), 1 - self.at_work)
+        if self.switches != self.last_switch:
+            self.fetch((number + 1) % len(self.groups), 1 - self.active)
 
     def fetch(self, number: int, slot: int) -> None:
-        """Copy a piece into a buffer, after the work that still reads it."""
-        piece, buffer = self.groups[number], self.buffers[slot]
+        """Copy a group into a buffer, after the computation that still reads the buffer."""
+        group, buffer = self.groups[number], self.buffers[slot]
         self.holds[slot] = number
-        if self.arena is None or self.copying is None:
-            for tensor, place in piece.views(buffer):
-                place.copy_(tensor.value)
+        if self.pinned is None or self.copying is None:
+            for tensor, view in group.views(buffer):
+                view.copy_(tensor.value)
             for file in self.files:
-                file.release(tensor.value for tensor in piece.tensors)
+                file.release(tensor.value for tensor in group.tensors)
             return
         with torch.cuda.stream(self.copying):
             self.copying.wait_event(self.used[slot])
-            buffer[: piece.nbytes].copy_(self.arena.group_bytes(number, piece.nbytes), non_blocking=True)
+            buffer[: group.nbytes].copy_(self.pinned.group_bytes(number, group.nbytes), non_blocking=True)
             self.copied[slot].record(self.copying)
 
     def leave(self) -> None:
-        """Empty the modules of the piece at work, whose buffer may be written to when the work so far is done."""
+        """Clear the modules of the current group. Its buffer may be overwritten once the work so far is complete."""
         self.clear()
         if self.copying is not None:
-            self.used[self.at_work].record(torch.cuda.current_stream())
+            self.used[self.active].record(torch.cuda.current_stream())
 
     def clear(self) -> None:
-        number = self.holds[self.at_work]
+        number = self.holds[self.active]
         if number is not None:
             for tensor in self.groups[number].tensors:
                 tensor.clear()
 
     def close(self) -> None:
-        """Wait for copies under way, so that the buffers' memory can serve others."""
+        """Wait for pending copies, so that the buffers' memory can be reused."""
         if self.copying is not None and not self.begins:
             torch.cuda.current_stream().wait_stream(self.copying)

@@ -1,7 +1,7 @@
-"""Who is on the device, and when: fragments for a whole phase, or piece by piece through two buffers.
+"""Bring components to the device for a stage: all weights at once, or layer by layer through two buffers.
 
-While a piece is at work in one buffer the next is copied into the other, on a stream of its own where the device has
-streams. On the CPU the "device" is a buffer in memory: the same code copies, waits for nothing, and is tested.
+While a group of layers computes from one buffer, the next group is copied into the other, on a separate CUDA stream. On
+the CPU the "device" is a buffer in memory: the same code copies there without streams, and is tested there.
 """
 
 import contextlib
@@ -14,72 +14,72 @@ from tinysd_batch.model.offload.components import Component, HostTensor, Streame
 from tinysd_batch.model.offload.layer_stream import LayerStream
 from tinysd_batch.model.offload.pinned import PinnedWeights
 
-MAX_RESIDENT_COPY_BYTES = 32 * 2**20  # on the CPU without a budget, a phase that would need more new memory is streamed
+MAX_RESIDENT_COPY_BYTES = 32 * 2**20  # on the CPU without a budget: a stage that would copy more than this is streamed
 
 
 class Offloader:
-    """Brings fragments to the device for their phases."""
+    """Bring components to the device for their stages."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.weight_budget_bytes: int | None = None  # bytes for the weights of the phase to come; None: no limit
-        self.stream_all_weights = False  # whatever the room
-        self.arenas: dict[Component, PinnedWeights] = {}
-        self.stream: LayerStream | None = None  # of the phase at work
+        self.weight_budget_bytes: int | None = None  # limit for the weights of the next stage; None: no limit
+        self.stream_all_weights = False  # whatever the budget
+        self.pinned_weights: dict[Component, PinnedWeights] = {}  # by the first component of a stage
+        self.stream: LayerStream | None = None  # of the current stage
 
-    def should_stream(self, fragments: Sequence[Component]) -> bool:
-        """Whether these fragments pass through the device piece by piece."""
-        if self.stream_all_weights or self.would_duplicate_weights(fragments):
+    def should_stream(self, components: Sequence[Component], weight_budget_bytes: int | None) -> bool:
+        """Whether weights of these components are to be streamed to the device layer by layer."""
+        if self.stream_all_weights or self.would_duplicate_weights(components):
             return True
-        return (
-            self.weight_budget_bytes is not None
-            and sum(fragment.nbytes for fragment in fragments) > self.weight_budget_bytes
-        )
+        nbytes = sum(component.nbytes for component in components)
+        return weight_budget_bytes is not None and nbytes > weight_budget_bytes
 
-    def would_duplicate_weights(self, fragments: Sequence[Component]) -> bool:
-        """Whether on the CPU much would be there twice: in the file's pages, and in the type that is needed."""
-        copied = sum(tensor.nbytes for part in fragments for tensor in part.host_tensors if not tensor.has_device_dtype)
-        return self.device.type == "cpu" and copied > MAX_RESIDENT_COPY_BYTES
+    def would_duplicate_weights(self, components: Sequence[Component]) -> bool:
+        """Whether on the CPU many weights would be in memory twice: as stored in the file, and in the device dtype."""
+        tensors = (tensor for component in components for tensor in component.host_tensors)
+        copied_bytes = sum(tensor.nbytes for tensor in tensors if not tensor.has_device_dtype)
+        return self.device.type == "cpu" and copied_bytes > MAX_RESIDENT_COPY_BYTES
 
     @contextlib.contextmanager
-    def holding(self, *fragments: Component) -> Iterator[None]:
-        """These fragments can be computed with."""
+    def holding(self, *components: Component) -> Iterator[None]:
+        """Make these components ready to compute. Their weights leave the device afterwards."""
         try:
-            if self.should_stream(fragments):
-                with self.streaming(fragments):
+            if self.should_stream(components, self.weight_budget_bytes):
+                with self.streaming(components):
                     yield
             else:
-                self.load_resident([tensor for fragment in fragments for tensor in fragment.host_tensors])
+                self.load_resident([tensor for component in components for tensor in component.host_tensors])
                 yield
         finally:
-            for fragment in fragments:
-                fragment.offload()
-            if self.device.type == "cpu" and sum(part.nbytes for part in fragments) > MAX_RESIDENT_COPY_BYTES:
-                trim_heap()  # of small models it is not worth taking back
+            for component in components:
+                component.offload()
+            nbytes = sum(component.nbytes for component in components)
+            if self.device.type == "cpu" and nbytes > MAX_RESIDENT_COPY_BYTES:
+                trim_heap()  # not worth it for small models
 
     def load_resident(self, tensors: Sequence[HostTensor]) -> None:
-        """Bring tensors for the whole phase: to a card in one piece, to the CPU as the file holds them if it can be.
+        """Load tensors for the whole stage: as one block on a GPU; on the CPU directly from the file if possible.
 
-        Many small ones would leave the segments of torch's allocator half empty, and a graph has segments of its own.
+        Many small tensors would leave the segments of torch's allocator half empty, and a graph has its own segments.
         """
-        piece = WeightGroup(list(tensors))
+        group = WeightGroup(list(tensors))
         if self.device.type == "cuda":
-            piece.copy_into(torch.empty(piece.nbytes, dtype=torch.uint8, device=self.device))
+            group.copy_into(torch.empty(group.nbytes, dtype=torch.uint8, device=self.device))
         else:
-            piece.onload(self.device)
+            group.onload(self.device)
 
     @contextlib.contextmanager
-    def streaming(self, fragments: Sequence[Component]) -> Iterator[None]:
-        """Each piece comes when the first of its modules is about to work."""
-        standing, passing = self.split(fragments)
-        self.load_resident(standing)
-        files = [part.file for part in fragments if part.file is not None]
-        self.stream = stream = LayerStream(
-            [piece for piece, _ in passing], self.device, self.arena(fragments[0], passing), files
-        )
+    def streaming(self, components: Sequence[Component]) -> Iterator[None]:
+        """Copy each group to the device when the first of its modules is about to run."""
+        resident, streamed = self.split_weights(components, self.weight_budget_bytes)
+        self.load_resident(resident)
+        files = [component.file for component in components if component.file is not None]
+        groups = [group for group, _ in streamed]
+        pinned = self.get_pinned_weights(components[0], groups)
+        self.stream = stream = LayerStream(groups, self.device, pinned, files)
         handles = [
             module.register_forward_pre_hook(lambda *_, number=number: stream.need(number))
-            for number, (_, modules) in enumerate(passing)
+            for number, (_, modules) in enumerate(streamed)
             for module in modules
         ]
         try:
@@ -92,7 +92,7 @@ class Offloader:
 
     @contextlib.contextmanager
     def capturing(self, steps: int) -> Iterator[None]:
-        """While a step is captured as a graph, of which its copies are a part, after so many that were not."""
+        """Prepare for capturing a step as a graph, which includes its copies, after so many eager steps."""
         stream = self.stream
         if stream is None:
             yield
@@ -103,72 +103,73 @@ class Offloader:
         finally:
             try:
                 stream.close()
-            finally:  # a capture that broke off refuses even this, and what comes next must not wait for it
+            finally:  # an aborted capture makes close() fail, too, and later steps must not wait for its events
                 stream.begin_again()
 
-    def estimate_placement(self, fragments: Sequence[Component], room: int | None) -> tuple[int, int]:
-        """Bytes of weights that stay on the device in so much room, and of the buffers that others pass through."""
-        self.weight_budget_bytes = room
-        if not self.should_stream(fragments):
-            return sum(fragment.nbytes for fragment in fragments), 0
-        standing, passing = self.split(fragments)
-        return sum(tensor.nbytes for tensor in standing), 2 * max((piece.nbytes for piece, _ in passing), default=0)
+    def estimate_placement(self, components: Sequence[Component], weight_budget_bytes: int | None) -> tuple[int, int]:
+        """Return how many bytes of weights would be resident under this budget, and how many bytes of buffers."""
+        if not self.should_stream(components, weight_budget_bytes):
+            return sum(component.nbytes for component in components), 0
+        resident, streamed = self.split_weights(components, weight_budget_bytes)
+        return sum(tensor.nbytes for tensor in resident), 2 * max((group.nbytes for group, _ in streamed), default=0)
 
-    def split(self, fragments: Sequence[Component]) -> tuple[list[HostTensor], list[StreamedGroup]]:
-        """What stays on the device, and what passes through in buffers of the largest piece's size.
+    def split_weights(
+        self, components: Sequence[Component], weight_budget_bytes: int | None
+    ) -> tuple[list[HostTensor], list[StreamedGroup]]:
+        """Decide which weights are resident, and which are streamed through buffers as large as the largest group.
 
-        In limited room, as much stays as fits beside the buffers, spread evenly so that copies hide behind work.
-        Without a limit, on the CPU, what the file holds as it is needed takes no memory to stay.
+        Under a budget, as many weights are resident as fit next to the buffers, spread evenly so that copies overlap
+        with computation. Without a budget, on the CPU, weights that the file holds in the device dtype are resident,
+        because using them in place takes no memory.
         """
-        buffer_bytes = largest_group_bytes(fragments)
-        standing = [tensor for part in fragments for tensor in part.resident.tensors]
-        pieces = [item for part in fragments for item in part.streamed]
-        if not pieces:  # of a small model, whose order of work nobody learnt
-            return standing, []
-        if self.weight_budget_bytes is None and not self.stream_all_weights:
-            standing += [tensor for piece, _ in pieces for tensor in piece.tensors if tensor.has_device_dtype]
-            pieces = [
-                (WeightGroup([one for one in piece.tensors if not one.has_device_dtype]), modules)
-                for piece, modules in pieces
+        buffer_bytes = largest_group_bytes(components)
+        resident = [tensor for component in components for tensor in component.resident.tensors]
+        groups = [group for component in components for group in component.streamed]
+        if not groups:  # a small model, whose call order was not traced
+            return resident, []
+        if weight_budget_bytes is None and not self.stream_all_weights:
+            resident += [tensor for group, _ in groups for tensor in group.tensors if tensor.has_device_dtype]
+            groups = [
+                (WeightGroup([tensor for tensor in group.tensors if not tensor.has_device_dtype]), modules)
+                for group, modules in groups
             ]
-            return standing, merge_neighbour_groups([item for item in pieces if item[0].tensors], buffer_bytes)
-        room = 0 if self.stream_all_weights or self.weight_budget_bytes is None else self.weight_budget_bytes
-        room -= sum(part.resident.nbytes for part in fragments) + 2 * buffer_bytes
-        share = room / sum(piece.nbytes for piece, _ in pieces)
-        only_ready = self.would_duplicate_weights(fragments)
-        passing, seen, staying = [], 0, 0
-        for piece, modules in pieces:
-            seen += piece.nbytes
-            may_stay = not only_ready or all(tensor.has_device_dtype for tensor in piece.tensors)
-            if may_stay and staying + piece.nbytes <= share * seen:
-                staying += piece.nbytes
-                standing += piece.tensors
+            return resident, merge_neighbour_groups([item for item in groups if item[0].tensors], buffer_bytes)
+        available = 0 if self.stream_all_weights or weight_budget_bytes is None else weight_budget_bytes
+        available -= sum(component.resident.nbytes for component in components) + 2 * buffer_bytes
+        resident_share = available / sum(group.nbytes for group, _ in groups)
+        only_device_dtype = self.would_duplicate_weights(components)
+        streamed, seen_bytes, resident_bytes = [], 0, 0
+        for group, modules in groups:
+            seen_bytes += group.nbytes
+            may_stay = not only_device_dtype or all(tensor.has_device_dtype for tensor in group.tensors)
+            if may_stay and resident_bytes + group.nbytes <= resident_share * seen_bytes:
+                resident_bytes += group.nbytes
+                resident += group.tensors
             else:
-                passing.append((piece, modules))
-        return standing, merge_neighbour_groups(passing, buffer_bytes)
+                streamed.append((group, modules))
+        return resident, merge_neighbour_groups(streamed, buffer_bytes)
 
-    def arena(self, first: Component, passing: Sequence[StreamedGroup]) -> "PinnedWeights | None":
-        """Page-locked memory from which copies overlap with work; the CPU takes tensors from the file's pages."""
-        if self.device.type != "cuda" or not passing:
+    def get_pinned_weights(self, first: Component, groups: Sequence[WeightGroup]) -> PinnedWeights | None:
+        """Return page-locked memory, from which copies overlap with computation. The CPU copies from the file."""
+        if self.device.type != "cuda" or not groups:
             return None
-        pieces = [piece for piece, _ in passing]
-        known = self.arenas.get(first)
-        if known is None or not known.is_copy_of(pieces):
-            self.arenas.pop(first, None)  # before another is made: both would be page-locked at once
-            known = self.arenas[first] = PinnedWeights.copy_of(pieces, self.device)
-        return known
+        pinned = self.pinned_weights.get(first)
+        if pinned is None or not pinned.is_copy_of(groups):
+            self.pinned_weights.pop(first, None)  # first, so that the old and new copy are not page-locked together
+            pinned = self.pinned_weights[first] = PinnedWeights.copy_of(groups, self.device)
+        return pinned
 
 
-def largest_group_bytes(fragments: Sequence[Component]) -> int:
-    return max((piece.nbytes for part in fragments for piece, _ in part.streamed), default=0)
+def largest_group_bytes(components: Sequence[Component]) -> int:
+    return max((group.nbytes for component in components for group, _ in component.streamed), default=0)
 
 
-def merge_neighbour_groups(pieces: Sequence[StreamedGroup], limit: int) -> list[StreamedGroup]:
-    """Neighbours put together as long as they fit a buffer of `limit` bytes."""
-    passing: list[StreamedGroup] = []
-    for piece, modules in pieces:
-        if not passing or passing[-1][0].nbytes + piece.nbytes > limit:
-            passing.append((WeightGroup(), []))
-        passing[-1][0].tensors.extend(piece.tensors)
-        passing[-1][1].extend(modules)
-    return passing
+def merge_neighbour_groups(groups: Sequence[StreamedGroup], max_bytes: int) -> list[StreamedGroup]:
+    """Merge neighbouring groups as long as they fit a buffer of `max_bytes`."""
+    merged: list[StreamedGroup] = []
+    for group, modules in groups:
+        if not merged or merged[-1][0].nbytes + group.nbytes > max_bytes:
+            merged.append((WeightGroup(), []))
+        merged[-1][0].tensors.extend(group.tensors)
+        merged[-1][1].extend(modules)
+    return merged

@@ -1,4 +1,4 @@
-"""Measure peak memory without a device, from the shapes of live tensors."""
+"""Measure peak memory without a device, from the sizes of live tensors."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -12,34 +12,34 @@ Operation = Callable[..., Any]
 
 
 class PeakMemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made within a `with` and still alive, and keeps the most there were."""
+    """Sum the sizes of all live tensors that are created within its context, and keep the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: dict[int, int] = {}  # of each storage, by its identity
-        self.live = self.peak_bytes = 0
+        self.sizes: dict[int, int] = {}  # bytes by id of the storage
+        self.live_bytes = self.peak_bytes = 0
 
     def __torch_dispatch__(
         self, operation: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.count(tensor)
-        return made
+        return result
 
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if id(storage) not in self.sizes:
             self.sizes[id(storage)] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.live)
-            weakref.finalize(storage, self.forget, id(storage))
+            self.live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self.remove, id(storage))
 
     def exclude(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these: operations that return a view of a tensor seem to make it."""
+        """Do not count existing tensors, which would be counted when an operation returns a view of them."""
         for tensor in tensors:
             self.sizes.setdefault(id(tensor.untyped_storage()), 0)
 
-    def forget(self, storage: int) -> None:
-        self.live -= self.sizes.pop(storage)
+    def remove(self, storage: int) -> None:
+        self.live_bytes -= self.sizes.pop(storage)

@@ -12,64 +12,64 @@ from torch import Tensor
 
 from tinysd_batch.model.offload.components import WeightGroup
 
-CUDA_HOST_REGISTER_PORTABLE = 1  # page-locked for all cards of the process: cudaHostRegisterPortable
+CUDA_HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs of the process
+TensorKeys = tuple[tuple[tuple[int, torch.dtype], ...], ...]  # per group: identity and dtype of each tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PinnedWeights:
-    """All pieces in page-locked host memory, one after the other, as the device wants them."""
+    """A copy of weight groups in page-locked host memory, one after the other, laid out as the device needs them."""
 
     memory: Tensor
     starts: tuple[int, ...]
-    contents: "TensorKeys"
+    keys: TensorKeys
 
     @classmethod
-    def copy_of(cls, pieces: Sequence[WeightGroup], device: torch.device | None = None) -> "PinnedWeights":
-        """Page-locked for a card, or as any other memory."""
-        nbytes = sum(piece.nbytes for piece in pieces)
+    def copy_of(cls, groups: Sequence[WeightGroup], device: torch.device | None = None) -> "PinnedWeights":
+        """Copy groups into memory that is page-locked for a GPU, or without `device` into ordinary memory."""
+        nbytes = sum(group.nbytes for group in groups)
         memory = allocate_pinned(nbytes, device) if device else torch.empty(nbytes, dtype=torch.uint8)
         starts, end = [], 0
-        for piece in pieces:
+        for group in groups:
             starts.append(end)
-            for tensor, place in piece.views(memory[end:]):
-                place.copy_(tensor.value)
-            end += piece.nbytes
-        return cls(memory, tuple(starts), get_tensor_keys(pieces))
+            for tensor, view in group.views(memory[end:]):
+                view.copy_(tensor.value)
+            end += group.nbytes
+        return cls(memory, tuple(starts), get_tensor_keys(groups))
 
-    def is_copy_of(self, pieces: Sequence[WeightGroup]) -> bool:
-        """Whether it holds just these tensors; others may be as large."""
-        return self.contents == get_tensor_keys(pieces)
+    def is_copy_of(self, groups: Sequence[WeightGroup]) -> bool:
+        """Whether it holds exactly these tensors. Sizes do not suffice: other groups may be equally large."""
+        return self.keys == get_tensor_keys(groups)
 
     def group_bytes(self, number: int, nbytes: int) -> Tensor:
         return self.memory[self.starts[number] :][:nbytes]
 
 
-TensorKeys = tuple[tuple[tuple[int, torch.dtype], ...], ...]  # of each piece the tensors, by their identity
-
-
-def get_tensor_keys(pieces: Sequence[WeightGroup]) -> TensorKeys:
-    return tuple(tuple((id(tensor), tensor.dtype) for tensor in piece.tensors) for piece in pieces)
+def get_tensor_keys(groups: Sequence[WeightGroup]) -> TensorKeys:
+    return tuple(tuple((id(tensor), tensor.dtype) for tensor in group.tensors) for group in groups)
 
 
 def allocate_pinned(nbytes: int, device: torch.device) -> Tensor:
-    """Bytes that a card can copy by itself. Torch's own door to such memory hands out powers of two."""
+    """Allocate page-locked memory, uint8 [nbytes]. Torch's own allocator would round up to a power of two."""
     memory = mmap.mmap(-1, nbytes)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    runtime, wait = torch.cuda.cudart(), functools.partial(torch.cuda.synchronize, device)  # type: ignore[no-untyped-call]
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    wait = functools.partial(torch.cuda.synchronize, device)
     if int(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, CUDA_HOST_REGISTER_PORTABLE)):
         clear_cuda_error()
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def unlock(address: int, _: mmap.mmap) -> None:
         with contextlib.suppress(RuntimeError):
-            wait()  # the piece after the last is sent for, too, and else nobody waits for it
+            wait()  # the copy that was fetched ahead may still be running, and nothing else waits for it
         runtime.cudaHostUnregister(address)
 
-    weakref.finalize(tensor, unlock, tensor.data_ptr(), memory).atexit = False  # the process's end unlocks it, too
+    # Not at exit: the end of the process unlocks it anyway.
+    weakref.finalize(tensor, unlock, tensor.data_ptr(), memory).atexit = False
     return tensor
 
 
 def clear_cuda_error() -> None:
-    """What went wrong and is dealt with: CUDA would tell of it at the next launch, which is innocent."""
+    """Clear a CUDA error that was handled. Otherwise CUDA would report it at the next launch."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")

@@ -1,4 +1,4 @@
-"""What the planner needs of a model: a Protocol, so that planning does not import the pipeline that plans with it."""
+"""What planning needs of a model: a Protocol, so that the planner does not import the pipeline that uses it."""
 
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from tinysd_batch.model.offload.precompute import PrecomputedLayers
 
 
 class PlannedModel(Protocol):
-    """The components of a model, and where they are; `TinySD` has them all."""
+    """A model's components and device; `TinySD` implements it."""
 
     info: ModelInfo
     device: torch.device

@@ -1,7 +1,7 @@
-"""What depends only on the timestep or only on the prompt: computed once, on the host, and never on the card.
+"""Compute on the host, once, what depends only on the timestep or only on the prompt; its weights never go to the GPU.
 
-Of a UNet those are the time embedding with each resnet's projection of it, and keys and values of cross-attention:
-47 M of SD v1's 860 M weights. In the places of their layers stand `Known` ones, which hand out what was computed.
+In a UNet these are the time embedding with each resnet's projection of it, and the keys and values of cross-attention:
+47 M of SD v1's 860 M weights. Their layers are replaced by `PrecomputedOutput` modules, which return what was computed.
 """
 
 import contextlib
@@ -22,7 +22,10 @@ HOST = torch.device("cpu")
 
 
 class PrecomputedOutput(nn.Module):
-    """In place of a layer: what that would say. Its input names rows of it; None stands for all."""
+    """Stand in for a layer and return its precomputed output.
+
+    The input selects rows of the output by index; a floating-point input selects all rows.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -36,90 +39,95 @@ class PrecomputedOutput(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class CrossAttentionKV:
-    """Keys and values of every cross-attention for a batch's prompts."""
+    """Keys and values of all cross-attention layers for the prompts of a micro-batch."""
 
-    rows: Tensor  # [R], of each row of the batch: which of the prompts is its own
-    values: list[Tensor]  # of each layer [U, T, C], for U different prompts, on the device
+    rows: Tensor  # [R]: for each row of the micro-batch, the index of its prompt
+    values: list[Tensor]  # per layer [U, T, C], for U distinct prompts, on the device
 
     @property
     def prompts(self) -> int:
-        """How many different ones."""
+        """Number of distinct prompts."""
         return len(self.values[0]) if self.values else 0
 
 
 class PrecomputedLayers:
-    """Takes the layers out of a UNet, and works them on the host in float32, each prompt by itself."""
+    """Take layers out of a UNet and run them on the host in float32, each prompt by itself."""
 
     def __init__(self, unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ModelError as `Component` does."""
+        """Replace the layers of `unet`, which is changed in place. Raises ModelError as `Component` does."""
         self.time_proj, self.time_embedding = unet.time_proj, unet.time_embedding
         unet.time_embedding = None
-        self.resnets = [one for one in unet.modules() if isinstance(one, ResnetBlock2D)]
+        self.resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
         self.activations = [resnet.nonlinearity for resnet in self.resnets]
         for resnet in self.resnets:
-            if isinstance(resnet.nonlinearity, nn.SiLU):  # in place, now that the embedding no longer passes it
+            if isinstance(resnet.nonlinearity, nn.SiLU):  # may be in-place, since it no longer gets the embedding
                 resnet.nonlinearity = nn.SiLU(inplace=True)
         paths = {module: path for path, module in unet.named_modules()}
-        taken = {"time_embedding": self.time_embedding}
+        replaced = {"time_embedding": self.time_embedding}
 
-        def take(owner: nn.Module, name: str) -> tuple[nn.Module, PrecomputedOutput]:
-            layer = taken[f"{paths[owner]}.{name}"] = getattr(owner, name)
-            known = PrecomputedOutput(getattr(layer, "out_features"))  # noqa: B009 - linear layers, packed or not
-            setattr(owner, name, known)
-            return layer, known
+        def replace_layer(owner: nn.Module, name: str) -> tuple[nn.Module, PrecomputedOutput]:
+            layer = replaced[f"{paths[owner]}.{name}"] = getattr(owner, name)
+            output = PrecomputedOutput(getattr(layer, "out_features"))  # noqa: B009 - linear layers, packed or not
+            setattr(owner, name, output)
+            return layer, output
 
-        crosses = [one.attn2 for one in unet.modules() if isinstance(one, BasicTransformerBlock)]
-        self.time_layers = [take(resnet, "time_emb_proj") for resnet in self.resnets]
-        self.context_layers = [take(cross, name) for cross in crosses for name in ("to_k", "to_v")]
-        self.fragment = Component("projections", taken, tensors, torch.float32)
-        self.times: dict[float, list[Tensor]] = {}  # timestep -> of each resnet [1, C], float32
-        self.at_hand: Tensor | None = None  # what the resnets have of it, [1, all C], on the device
-        self.prompts: dict[bytes, list[Tensor]] = {}  # prompt -> of each layer [T, C], float32
+        cross_attentions = [block.attn2 for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+        self.time_layers = [replace_layer(resnet, "time_emb_proj") for resnet in self.resnets]
+        self.context_layers = [replace_layer(module, name) for module in cross_attentions for name in ("to_k", "to_v")]
+        self.fragment = Component("projections", replaced, tensors, torch.float32)
+        self.timestep_features: dict[float, list[Tensor]] = {}  # by timestep: for each resnet [1, C], float32
+        self.device_features: Tensor | None = None  # the current timestep's, [1, all C], on the device
+        self.prompt_features: dict[bytes, list[Tensor]] = {}  # by prompt: for each layer [T, C], float32
 
     def prepare_timesteps(self, times: Sequence[float]) -> None:
-        """Learn these timesteps and forget others. All anew, so that no number depends on what was drawn before."""
-        different = tuple(dict.fromkeys(times))
-        if different == tuple(self.times):
+        """Compute the features of these timesteps and drop all others.
+
+        All are computed together, so that results do not depend on what was generated before.
+        """
+        distinct = tuple(dict.fromkeys(times))
+        if distinct == tuple(self.timestep_features):
             return
-        with self.at_work():
-            embedding = self.time_embedding(self.time_proj(torch.tensor(different)))
+        with self.weights_loaded():
+            embedding = self.time_embedding(self.time_proj(torch.tensor(distinct)))
             layers = [
                 torch.as_tensor(layer(activate(embedding))).unsqueeze(1).unbind()
                 for activate, (layer, _) in zip(self.activations, self.time_layers, strict=True)
             ]
-        self.times = {time: [layer[number] for layer in layers] for number, time in enumerate(different)}
+        self.timestep_features = {time: [layer[index] for layer in layers] for index, time in enumerate(distinct)}
 
     def set_timestep(self, time: float, device: torch.device, dtype: torch.dtype) -> None:
-        """Have every resnet use this timestep."""
-        if time not in self.times:
+        """Let all resnets use this timestep."""
+        if time not in self.timestep_features:
             self.prepare_timesteps([time])
-        together = torch.cat(self.times[time], dim=1)  # one copy to the device, not one for each resnet
-        if self.at_hand is None or (self.at_hand.dtype, self.at_hand.device.type) != (dtype, device.type):
-            with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
-                self.at_hand = torch.empty(together.shape, dtype=dtype, device=device)
-            views = torch.split(self.at_hand, [value.shape[1] for value in self.times[time]], dim=1)
-            for (_, known), view in zip(self.time_layers, views, strict=True):
-                known.value = view
-        self.at_hand.copy_(together)  # always there: graphs read it there
+        features = self.timestep_features[time]
+        joined = torch.cat(features, dim=1)  # one copy to the device instead of one per resnet
+        current = self.device_features
+        if current is None or (current.dtype, current.device.type) != (dtype, device.type):
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside inference mode
+                current = self.device_features = torch.empty(joined.shape, dtype=dtype, device=device)
+            views = torch.split(current, [value.shape[1] for value in features], dim=1)
+            for (_, output), view in zip(self.time_layers, views, strict=True):
+                output.value = view
+        current.copy_(joined)  # always at the same address, where captured graphs read it
 
     def compute_context_kv(self, context: Tensor, device: torch.device, dtype: torch.dtype) -> CrossAttentionKV:
-        """What cross-attention makes of prompts [R, T, D]; those of the call before are remembered."""
+        """Compute the keys and values of prompts [R, T, D]. Those of the previous call are kept."""
         context = context.to(HOST, torch.float32)
-        names = [row.numpy().tobytes() for row in context]
-        different = dict(zip(names, context, strict=True))
-        missing = {name: row for name, row in different.items() if name not in self.prompts}
-        self.prompts = {name: self.prompts[name] for name in different if name in self.prompts}
+        keys = [row.numpy().tobytes() for row in context]
+        distinct = dict(zip(keys, context, strict=True))
+        missing = {key: row for key, row in distinct.items() if key not in self.prompt_features}
+        self.prompt_features = {key: self.prompt_features[key] for key in distinct if key in self.prompt_features}
         if missing:
-            with self.at_work():
-                made = [each_alone(layer, list(missing.values())) for layer, _ in self.context_layers]
-            self.prompts |= dict(zip(missing, map(list, zip(*made, strict=True)), strict=True))
-        places = {name: number for number, name in enumerate(different)}
-        layers = zip(*(self.prompts[name] for name in different), strict=True)
+            with self.weights_loaded():
+                outputs = [run_separately(layer, list(missing.values())) for layer, _ in self.context_layers]
+            self.prompt_features |= dict(zip(missing, map(list, zip(*outputs, strict=True)), strict=True))
+        index_of = {key: index for index, key in enumerate(distinct)}
+        layers = zip(*(self.prompt_features[key] for key in distinct), strict=True)
         values = [torch.stack(layer).to(device, dtype) for layer in layers]
-        return CrossAttentionKV(torch.tensor([places[name] for name in names], device=device), values)
+        return CrossAttentionKV(torch.tensor([index_of[key] for key in keys], device=device), values)
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def weights_loaded(self) -> Iterator[None]:
         self.fragment.onload(HOST)
         try:
             yield
@@ -127,34 +135,34 @@ class PrecomputedLayers:
             self.fragment.offload()
             SCRATCH.release(HOST)
 
-    def use_context_kv(self, attended: CrossAttentionKV) -> None:
-        """Have every cross-attention use these."""
-        for (_, known), value in zip(self.context_layers, attended.values, strict=True):
-            known.value = value
+    def use_context_kv(self, context_kv: CrossAttentionKV) -> None:
+        """Let all cross-attention layers use these keys and values."""
+        for (_, output), value in zip(self.context_layers, context_kv.values, strict=True):
+            output.value = value
 
     def use_meta_tensors(self, prompts: int, tokens: int, dtype: torch.dtype) -> None:
-        """Shapes without numbers, for a walk on the meta device."""
-        self.at_hand = None
-        for _, known in self.time_layers:
-            known.value = torch.empty(1, known.features, dtype=dtype, device="meta")
-        for _, known in self.context_layers:
-            known.value = torch.empty(prompts, tokens, known.features, dtype=dtype, device="meta")
+        """Use tensors of the right shapes, without data, for a run on the meta device."""
+        self.device_features = None
+        for _, output in self.time_layers:
+            output.value = torch.empty(1, output.features, dtype=dtype, device="meta")
+        for _, output in self.context_layers:
+            output.value = torch.empty(prompts, tokens, output.features, dtype=dtype, device="meta")
 
     def forget(self, *, all_of_it: bool = False) -> None:
-        """Let go of what is on the device, or of what is remembered on the host, too."""
+        """Drop what is on the device; with `all_of_it`, also what is kept on the host."""
         if all_of_it:
-            self.times, self.prompts = {}, {}
-        self.at_hand = None
-        for _, known in [*self.time_layers, *self.context_layers]:
-            known.value = None
+            self.timestep_features, self.prompt_features = {}, {}
+        self.device_features = None
+        for _, output in [*self.time_layers, *self.context_layers]:
+            output.value = None
 
 
-def each_alone(layer: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What a layer makes of each input; its weights are unpacked once."""
+def run_separately(layer: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Run a layer on each input by itself; packed weights are dequantized once."""
     if not isinstance(layer, PackedLayer):
-        return [layer(one) for one in inputs]
+        return [layer(x) for x in inputs]
     layer.keeps_dequantized = True
     try:
-        return [layer(one) for one in inputs]
+        return [layer(x) for x in inputs]
     finally:
-        layer.forget()
+        layer.clear_cache()

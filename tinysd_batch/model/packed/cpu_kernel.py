@@ -1,6 +1,7 @@
-"""Unpacking on the processor: the library that was compiled of unpack.c when the package was built.
+"""Dequantize on the CPU with the library that was compiled from unpack.c when the package was built.
 
-A build without a C compiler has none; then torch's operators unpack, at a multiple of the cost (benchmarks/ prints it).
+A build without a C compiler has no library. Then torch's operators dequantize, several times slower (benchmarks/
+measures it).
 """
 
 import contextlib
@@ -14,14 +15,14 @@ from torch import Tensor
 from tinysd_batch.model.packed import cpu_build
 from tinysd_batch.model.packed.format import AffineRowWeight, GroupWeight, PackedWeight
 
-WEIGHTS_PER_TASK = 2**15  # weights, more or less, that a thread takes
-MIN_PARALLEL_WEIGHTS = 2**16  # weights; for fewer no second thread is woken
-OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # numbered as in the source
+WEIGHTS_PER_TASK = 2**15  # roughly what a thread takes at a time
+MIN_PARALLEL_WEIGHTS = 2**16  # fewer weights are dequantized by one thread
+OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the C source's enum
 KIND_GROUPS, KIND_AFFINE_ROWS, KIND_ZERO_POINT_ROWS = range(3)
 
 
 class KernelArguments(ctypes.Structure):
-    """What the source calls `struct work`."""
+    """`struct work` of the C source."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -33,9 +34,9 @@ class KernelArguments(ctypes.Structure):
 
 
 def run_cpu_kernel(weight: PackedWeight, out: Tensor, function: ctypes.c_void_p | None = None) -> None:
-    """Unpack into `out` [O, K], contiguous, by this processor's library or by another's `function`.
+    """Dequantize into `out` [O, K], which must be contiguous, with this CPU's library or with `function` of another.
 
-    Raises OSError where there is no library.
+    Raises OSError if there is no library.
     """
     assert out.is_contiguous(), out.stride()
     codes, *parameters = (tensor.contiguous() for tensor in weight.tensors().values())
@@ -45,44 +46,43 @@ def run_cpu_kernel(weight: PackedWeight, out: Tensor, function: ctypes.c_void_p 
         lines, kind = columns // weight.group_size, KIND_GROUPS
     elif isinstance(weight, AffineRowWeight):
         kind = KIND_AFFINE_ROWS
-    pointers = [one.data_ptr() for one in parameters] + [None] * (3 - len(parameters))
-    work = KernelArguments(
+    pointers = [tensor.data_ptr() for tensor in parameters] + [None] * (3 - len(parameters))
+    arguments = KernelArguments(
         codes.data_ptr(), (ctypes.c_void_p * 3)(*pointers), out.data_ptr(), rows, lines, columns // lines,
         0, max(1, WEIGHTS_PER_TASK // columns), weight.bits, kind, OUTPUT_DTYPES.index(out.dtype),
     )  # fmt: skip
-    run_on_threads(
-        function or get_cpu_kernel(), work, 1 if out.numel() < MIN_PARALLEL_WEIGHTS else torch.get_num_threads()
-    )
+    threads = 1 if out.numel() < MIN_PARALLEL_WEIGHTS else torch.get_num_threads()
+    run_on_threads(function or get_cpu_kernel(), arguments, threads)
 
 
 @cache
 def get_cpu_kernel() -> ctypes.c_void_p:
-    """The address of the source's `unpack`."""
+    """Return the address of the C function `unpack` for this CPU. Raises OSError if there is no library."""
     path = cpu_build.library_path(cpu_build.choose_target(torch.backends.cpu.get_cpu_capability()))
     return ctypes.cast(ctypes.CDLL(str(path)).unpack, ctypes.c_void_p)
 
 
-def run_on_threads(function: ctypes.c_void_p, work: KernelArguments, threads: int) -> None:
-    """Have so many threads call a function with the same work, this one among them."""
+def run_on_threads(function: ctypes.c_void_p, arguments: KernelArguments, threads: int) -> None:
+    """Call a C function with the same arguments on so many threads, including this one."""
     openmp = find_openmp_library() if threads > 1 else None
     if openmp is None:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.value or 0)(ctypes.addressof(work))
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.value or 0)(ctypes.addressof(arguments))
     else:
-        openmp.GOMP_parallel(function, ctypes.byref(work), threads, 0)
+        openmp.GOMP_parallel(function, ctypes.byref(arguments), threads, 0)
 
 
 @cache
 def find_openmp_library() -> ctypes.CDLL | None:
-    """The OpenMP library whose threads torch works with: a second set of threads would fight them for the cores.
+    """Return the OpenMP library that torch uses: a second set of threads would compete with torch's for the cores.
 
-    `GOMP_parallel` is what compilers call at a parallel region; GNU's library, Intel's and LLVM's have it. None where
-    no such library is found; then one thread unpacks.
+    `GOMP_parallel` is what compilers call at a parallel region. The libraries of GNU, Intel and LLVM have it. Without
+    such a library return None; then one thread dequantizes.
     """
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/maps").read_text().splitlines()
-        mapped = {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line}
-        found = [path for path in mapped if path.name.startswith(("libgomp", "libiomp", "libomp"))]
-        for path in sorted(found, key=lambda path: "torch" not in path.parts):
+        mapped_files = {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line}
+        candidates = [path for path in mapped_files if path.name.startswith(("libgomp", "libiomp", "libomp"))]
+        for path in sorted(candidates, key=lambda path: "torch" not in path.parts):
             library = ctypes.CDLL(str(path))
             if hasattr(library, "GOMP_parallel"):
                 return library

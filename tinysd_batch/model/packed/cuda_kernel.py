@@ -1,7 +1,7 @@
-"""Unpacking on CUDA: kernels compiled at run time for the very card, old ones too, which Triton no longer serves.
+"""Dequantize on CUDA with kernels that are compiled at run time for the GPU at hand.
 
-They go through torch's own door to NVRTC. A card may use them once they have unpacked known weights to the bit as plain
-torch does; whatever goes wrong before that, plain torch unpacks.
+They are compiled with NVRTC through torch, and so also run on old GPUs, which Triton no longer supports. They are used
+only after they have dequantized test weights bit-identically to plain torch (`dequantize.py`).
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-THREADS_PER_BLOCK = 256  # in a block
-BYTES_PER_STORE = 16  # by a thread at once, the most that the hardware can
+THREADS_PER_BLOCK = 256
+BYTES_PER_STORE = 16  # the widest store of a thread
 
-# The types of the hardware, without CUDA's headers, which are not on every machine.
+# float16 conversions as PTX, because CUDA's headers are not on every machine.
 CUDA_CONVERSIONS = """
 __device__ float of_half(unsigned short bits) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits)); return f; }
 __device__ unsigned short to_half(float f) {
@@ -35,7 +35,7 @@ __device__ unsigned short to_bfloat(float f) {
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
 }
 
-const int WIDE = 16 / sizeof(OUT);  // as many numbers as a thread can write at once
+const int WIDE = 16 / sizeof(OUT);  // numbers in the widest store of a thread
 
 template <int BYTES> struct Word;
 template <> struct Word<1> { typedef unsigned char type; };
@@ -45,17 +45,17 @@ template <> struct Word<8> { typedef unsigned long long type; };
 
 template <int COUNT> struct alignas(COUNT * sizeof(OUT)) Numbers { OUT at[COUNT]; };
 
-// A thread's unit: COUNT codes, read at once, become as many numbers, written at once.
+// A thread's unit: one load of COUNT codes becomes one store of as many numbers.
 template <int BITS, int COUNT, class Value>
 __device__ void unpack(const unsigned char* codes, OUT* out, int unit, Value value) {
     typedef typename Word<COUNT * BITS / 8>::type Codes;
     Codes word = ((const Codes*)codes)[unit];
-    Numbers<COUNT> made;
-    for (int i = 0; i < COUNT; i++) made.at[i] = ROUND(value((int)(word >> BITS * i) & ((1 << BITS) - 1)));
-    ((Numbers<COUNT>*)out)[unit] = made;
+    Numbers<COUNT> numbers;
+    for (int i = 0; i < COUNT; i++) numbers.at[i] = ROUND(value((int)(word >> BITS * i) & ((1 << BITS) - 1)));
+    ((Numbers<COUNT>*)out)[unit] = numbers;
 }
 
-// Rows that are no multiple of WIDE are unpacked a byte at a time.
+// Rows whose length is not a multiple of WIDE are unpacked byte by byte.
 template <class Value>
 __device__ void unpack(const unsigned char* codes, OUT* out, int unit, int bits, int wide, Value value) {
     if (wide) {
@@ -112,39 +112,39 @@ OUTPUT_TYPES = {
 
 
 def build_source(dtype: torch.dtype, conversions: str = CUDA_CONVERSIONS) -> str:
-    """The kernels that write `dtype`."""
+    """Return the source of the kernels that write `dtype`."""
     out, rounded = OUTPUT_TYPES[dtype]
     return f"#define OUT {out}\n#define ROUND(f) {rounded}\n{conversions}{KERNEL_SOURCE}"
 
 
 @dataclass(frozen=True, slots=True)
 class CudaKernel:
-    """A compiled kernel, called by the driver's own door: torch's takes longer than small layers take to unpack."""
+    """A compiled kernel, launched through the driver: launching it through torch takes longer than a small layer."""
 
-    compiled: Any  # torch's, which holds the module that the function lies in
+    compiled: Any  # torch's kernel object, which keeps the loaded module alive
     driver: ctypes.CDLL
 
     def launch(self, blocks: int, pointers: list[int], numbers: list[int]) -> None:
-        """On the current stream of the current card. Raises RuntimeError as torch does."""
+        """Launch on the current stream of the current GPU. Raises RuntimeError as torch does."""
         values = [*map(ctypes.c_void_p, pointers), *map(ctypes.c_int, numbers)]
         arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         function = self.compiled.func
         error = self.driver.cuLaunchKernel(function, blocks, 1, 1, THREADS_PER_BLOCK, 1, 1, 0, stream, arguments, None)
         if error:
-            torch.cuda._utils._check_cuda(error)  # raises, with the driver's words
+            torch.cuda._utils._check_cuda(error)  # raises with the driver's message
 
 
 @cache
 def get_cuda_kernel(name: str, dtype: torch.dtype, device: torch.device) -> CudaKernel:
-    """Compiled for the card; raises whatever torch, NVRTC or the driver raise."""
+    """Compile a kernel for the GPU. Raises what torch, NVRTC or the driver raise."""
     with torch.cuda.device(device), without_toolkit():
         return CudaKernel(torch.cuda._compile_kernel(build_source(dtype), name), ctypes.CDLL("libcuda.so.1"))
 
 
 @contextlib.contextmanager
 def without_toolkit() -> Iterator[None]:
-    """Have torch compile where no CUDA toolkit is installed: it looks for headers, of which our source needs none."""
+    """Let torch compile without a CUDA toolkit: it looks for the toolkit's headers, which our source does not need."""
     before = cpp_extension.CUDA_HOME
     cpp_extension.CUDA_HOME = before or "/nonexistent"
     try:
@@ -153,13 +153,15 @@ def without_toolkit() -> Iterator[None]:
         cpp_extension.CUDA_HOME = before
 
 
-def launch(name: str, tensors: dict[str, Tensor], out: Tensor, bits: int, group: int | None = None) -> None:
-    """Unpack the codes of `tensors`, its first, into `out` [O, K], all contiguous; `group` weights share a scale."""
+def launch_cuda_kernel(
+    name: str, tensors: dict[str, Tensor], out: Tensor, bits: int, group_size: int | None = None
+) -> None:
+    """Dequantize the codes, the first of `tensors`, into `out` [O, K]. All tensors must be contiguous."""
     columns = out.shape[1]
-    count, wide = codes_per_thread(columns, bits, out.dtype)
-    numbers = [out.numel() // count, columns // count, bits, int(wide)]
-    if group is not None:
-        numbers.append(group // count)
+    count, is_wide = codes_per_thread(columns, bits, out.dtype)
+    numbers = [out.numel() // count, columns // count, bits, int(is_wide)]
+    if group_size is not None:
+        numbers.append(group_size // count)
     pointers = [tensor.data_ptr() for tensor in (*tensors.values(), out)]
     blocks = -(-out.numel() // count // THREADS_PER_BLOCK)
     with torch.cuda.device(out.device):
@@ -167,6 +169,6 @@ def launch(name: str, tensors: dict[str, Tensor], out: Tensor, bits: int, group:
 
 
 def codes_per_thread(columns: int, bits: int, dtype: torch.dtype) -> tuple[int, bool]:
-    """How many codes of a row a thread takes, and whether they fill what it can write at once."""
-    most = BYTES_PER_STORE // dtype.itemsize
-    return (most, True) if columns % most == 0 else (8 // bits, False)
+    """Return how many codes of a row a thread takes, and whether they fill its widest store."""
+    wide = BYTES_PER_STORE // dtype.itemsize
+    return (wide, True) if columns % wide == 0 else (8 // bits, False)

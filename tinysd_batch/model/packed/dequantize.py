@@ -1,6 +1,6 @@
-"""How packed weights become floats: by a kernel of ours where one works, else by what torch has.
+"""Dequantize packed weights: with a kernel of our own if it works on the device, otherwise with torch's operators.
 
-A kernel, on CUDA or the processor, may work once it has unpacked known weights to the bit as plain torch does.
+A kernel, on CUDA or the CPU, is used only after it has dequantized test weights bit-identically to plain torch.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from tinysd_batch.model.packed.format import (
     ZeroPointRowWeight,
 )
 
-ESTIMATED_DEVICE: ContextVar[torch.device | None] = ContextVar("foretold", default=None)
+ESTIMATED_DEVICE: ContextVar[torch.device | None] = ContextVar("estimated_device", default=None)
 CPU = torch.device("cpu")
-ONEDNN_BLOCK_ROWS = 64  # parts are multiples of it: oneDNN fills up blocks of output channels
+ONEDNN_BLOCK_ROWS = 64  # chunks are multiples of it, because oneDNN pads blocks of output channels
 
 
 def dequantize(weight: PackedWeight, out: Tensor, decode: RowDecoder | None = None) -> Tensor:
-    """A weight as [O, K], written to `out`, by the fastest way there is on its device, or by `decode`.
+    """Dequantize a weight into `out` [O, K], with `decode` if given, else in the fastest way on its device.
 
-    Computed in float32 and rounded once, to the type of `out`.
+    Computed in float32 and rounded once, to the dtype of `out`.
     """
     if decode is None and has_working_kernels((ESTIMATED_DEVICE.get() or CPU) if out.is_meta else out.device):
         return out if out.is_meta else dequantize_with_kernel(weight, out)
@@ -42,99 +42,107 @@ def dequantize(weight: PackedWeight, out: Tensor, decode: RowDecoder | None = No
 
 @contextlib.contextmanager
 def estimate_for_device(device: torch.device) -> Iterator[None]:
-    """Work on the meta device stands for work on this one."""
-    has_working_kernels(device)  # asked before anything is counted
-    before = ESTIMATED_DEVICE.set(device)
+    """Let operations on the meta device stand for operations on this device."""
+    has_working_kernels(device)  # test the kernels now, before memory is counted
+    token = ESTIMATED_DEVICE.set(device)
     try:
         yield
     finally:
-        ESTIMATED_DEVICE.reset(before)
+        ESTIMATED_DEVICE.reset(token)
 
 
 def dequantize_with_kernel(weight: PackedWeight, out: Tensor) -> Tensor:
-    """A weight as [O, K] in `out`, on CUDA or the CPU; equal to the bit to what plain torch makes of it."""
+    """Dequantize a weight into `out` [O, K] on CUDA or the CPU, bit-identically to plain torch."""
     if out.device.type == "cpu":
         cpu_kernel.run_cpu_kernel(weight, out)
     elif isinstance(weight, GroupWeight):
-        cuda_kernel.launch("unpack_groups", weight.tensors(), out, weight.bits, weight.group_size)
+        cuda_kernel.launch_cuda_kernel("unpack_groups", weight.tensors(), out, weight.bits, weight.group_size)
     elif isinstance(weight, AffineRowWeight):
-        cuda_kernel.launch("unpack_whole_rows", weight.tensors(), out, weight.bits)
+        cuda_kernel.launch_cuda_kernel("unpack_whole_rows", weight.tensors(), out, weight.bits)
     else:
-        cuda_kernel.launch("unpack_rows", weight.tensors(), out, weight.bits)
+        cuda_kernel.launch_cuda_kernel("unpack_rows", weight.tensors(), out, weight.bits)
     return out
 
 
 @cache
 def has_working_kernels(device: torch.device) -> bool:
-    """Whether there are kernels for this device that unpack known weights as plain torch does.
+    """Whether there are kernels for this device that dequantize test weights as plain torch does.
 
-    Warns of a card for which there are none: steps take several times as long then.
+    Warns once if a GPU has none, because steps then take several times as long.
     """
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         return False
     try:
         return all(
-            torch.equal(
-                dequantize_with_kernel(weight, torch.empty(weight.shape, dtype=dtype, device=device)),
-                dequantize_by_rows(
-                    weight, torch.empty(weight.shape, dtype=dtype, device=device), dequantize_rows_torch
-                ),
-            )
+            is_kernel_exact(weight, dtype, device)
             for weight in make_test_weights(device)
             for dtype in cuda_kernel.OUTPUT_TYPES
         )
-    except Exception as error:  # noqa: BLE001 - neither torch's door to NVRTC nor what a compiler made is beyond doubt
+    except Exception as error:  # noqa: BLE001 - NVRTC, a compiler or a library can fail in any way
         if device.type == "cuda":
-            told = (str(error).splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"{device}: weights are unpacked without a kernel, which is slow: {told}", stacklevel=2)
+            warn_without_kernel(device, error)
         return False
 
 
+def is_kernel_exact(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel's result is bit-identical to plain torch's."""
+    result, expected = (torch.empty(weight.shape, dtype=dtype, device=device) for _ in range(2))
+    dequantize_with_kernel(weight, result)
+    return torch.equal(result, dequantize_by_rows(weight, expected, dequantize_rows_torch))
+
+
+def warn_without_kernel(device: torch.device, error: Exception) -> None:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    warnings.warn(f"{device}: weights are dequantized without a kernel, which is slow: {reason}", stacklevel=3)
+
+
 def make_test_weights(device: torch.device) -> list[PackedWeight]:
-    """One of every way of storing, in rows of 256 weights and of very few."""
+    """Return one weight of every format, in rows of 256 codes or more and in short rows."""
     generator = torch.Generator().manual_seed(0)
-    floats = torch.rand(2, 4, generator=generator, device="cpu").to(
-        device
-    )  # whatever the default device: see memory.py
+    # Created on the CPU whatever the default device is: the planner calls this within the meta device.
+    floats = torch.rand(2, 4, generator=generator, device="cpu").to(device)
     meta, delta = floats.half().view(torch.int16), floats[:, 0].contiguous().view(torch.int32)
-    known: list[PackedWeight] = []
-    for width, groups in ((64, 4), (9, 1)):  # bytes of codes in a row; of 9 no thread can take many at once
+    weights: list[PackedWeight] = []
+    for width, groups in ((64, 4), (9, 1)):  # bytes of codes per row; 9 bytes do not allow wide stores
         codes, bytes_ = (
-            torch.randint(0, 256, (2, n), dtype=torch.uint8, generator=generator, device="cpu").to(device)
-            for n in (width, groups)
+            torch.randint(0, 256, (2, count), dtype=torch.uint8, generator=generator, device="cpu").to(device)
+            for count in (width, groups)
         )
-        known += [GroupWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in SUPPORTED_BITS]
-        known += [AffineRowWeight(codes, meta[:, :2].contiguous(), bits=bits) for bits in SUPPORTED_BITS]
-        known += [
+        weights += [GroupWeight(codes, bytes_, bytes_.flip(0), meta, bits=bits) for bits in SUPPORTED_BITS]
+        weights += [AffineRowWeight(codes, meta[:, :2].contiguous(), bits=bits) for bits in SUPPORTED_BITS]
+        weights += [
             ZeroPointRowWeight(codes, bytes_[:, 0] & ((1 << bits) - 1), delta, bits=bits) for bits in ZERO_POINT_BITS
         ]
-    return known
+    return weights
 
 
 class ScratchBuffers(threading.local):
-    """A buffer per thread and device in which layers unpack in turn: fresh memory for each would be dear."""
+    """One buffer per thread and device, in which layers dequantize one after the other: allocating each is slow."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.device, Tensor] = {}
 
     def get_matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for a matrix [rows, columns]; the next call may hand out the same memory."""
-        needed = rows * columns * dtype.itemsize
-        if device not in self.buffers or self.buffers[device].numel() < needed:
+        """Return an uninitialized matrix [rows, columns]; the next call may return the same memory."""
+        nbytes = rows * columns * dtype.itemsize
+        if device not in self.buffers or self.buffers[device].numel() < nbytes:
             self.buffers.pop(device, None)
-            with torch.inference_mode(False):  # else nobody outside the inference mode could write to it later
-                self.buffers[device] = torch.empty(needed, dtype=torch.uint8, device=device)
-        return self.buffers[device][:needed].view(dtype).view(rows, columns)
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside inference mode
+                self.buffers[device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return self.buffers[device][:nbytes].view(dtype).view(rows, columns)
 
     def release(self, device: torch.device) -> None:
-        """Give the memory back; "cuda" stands for any of its cards."""
-        self.buffers = {place: buffer for place, buffer in self.buffers.items() if place.type != device.type}
+        """Free the buffers of all devices of this type: "cuda" stands for every GPU."""
+        self.buffers = {key: buffer for key, buffer in self.buffers.items() if key.type != device.type}
 
 
 SCRATCH = ScratchBuffers()
 
 
-def rows_per_chunk(rows: int, columns: int, dtype: torch.dtype, most_bytes: int | None = None) -> int:
-    """How many rows of a matrix are unpacked at once, in parts of at most so many bytes, too."""
-    found = items_per_chunk(rows, columns * dtype.itemsize, min(most_bytes or get_chunk_bytes(), get_chunk_bytes()))
-    return found if found in (rows, found % ONEDNN_BLOCK_ROWS) else found // ONEDNN_BLOCK_ROWS * ONEDNN_BLOCK_ROWS
+def rows_per_chunk(rows: int, columns: int, dtype: torch.dtype, max_bytes: int | None = None) -> int:
+    """Return how many rows of a matrix are dequantized at once: chunks within the current limit and `max_bytes`."""
+    limit = min(max_bytes or get_chunk_bytes(), get_chunk_bytes())
+    count = items_per_chunk(rows, columns * dtype.itemsize, limit)
+    if count == rows or count < ONEDNN_BLOCK_ROWS:
+        return count
+    return count // ONEDNN_BLOCK_ROWS * ONEDNN_BLOCK_ROWS

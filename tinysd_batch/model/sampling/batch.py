@@ -1,4 +1,4 @@
-"""A batch of images: what is asked of it, where its noise comes from, and what came of it."""
+"""A batch of images: its encoded prompts, its noise generators, and its output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from tinysd_batch.images import METADATA_KEY, PILLOW_FORMATS, FileFormat, encode
 from tinysd_batch.model.arguments import GenerationRequest, Rng
 from tinysd_batch.model.sampling.cuda_noise import CudaNoiseGenerator
 from tinysd_batch.model.sampling.schedule import NoiseGenerator, StepCallback, sample_noise
-from tinysd_batch.model.text.encoder import Conditioning
+from tinysd_batch.model.text.encoder import Conditioning, PromptEncoder
 from tinysd_batch.records import ImageRequest, SamplingParams
 from tinysd_batch.storage.atomic import write_atomically
 
@@ -22,7 +22,7 @@ OutputType = Literal["pil", "np", "latent"]
 
 @dataclass(slots=True)
 class GenerationOutput:
-    """What `TinySD.generate` made. Lists have one entry per image; times are seconds for the whole batch."""
+    """The output of `TinySD.generate`. Lists have one entry per image; times are seconds for the whole batch."""
 
     images: Any  # PIL images; float32 [B, H, W, 3] in 0..1 for "np"; float32 [B, 4, h, w] for "latent"
     n_tokens: list[int | None] = field(default_factory=list)
@@ -38,17 +38,17 @@ class GenerationOutput:
 
     @property
     def seeds(self) -> list[int]:
-        return [each["seed"] for each in self.settings]
+        return [settings["seed"] for settings in self.settings]
 
     def save(self, path: str | Path, quality: int = 90) -> list[Path]:
-        """Write the images with their settings inside, as jobs do, and return where they are.
+        """Write the images with their settings embedded, as jobs do, and return their paths.
 
         Args:
-            path: a name that ends in .png, .jpg or .webp; of several images each gets its number before the suffix.
+            path: a file name ending in .png, .jpg or .webp. Several images get a number each before the suffix.
             quality: of .jpg and .webp, 1 to 100.
 
         Raises:
-            UsageError: the suffix is another one, or the output is not PIL images.
+            UsageError: the suffix is not supported, or the output is not PIL images.
             StorageError: the disk is full or cannot be written.
         """
         path = Path(path)
@@ -60,40 +60,41 @@ class GenerationOutput:
         paths = [path]
         if len(self.images) > 1:
             paths = [path.with_stem(f"{path.stem}_{number:05d}") for number in range(1, len(self.images) + 1)]
-        kind = FileFormat(suffix, quality)
-        for image, settings, each in zip(self.images, self.settings, paths, strict=True):
-            write_atomically(encode_image(image, kind, format_parameters(settings), {"schema": 1, **settings}), each)
+        file_format = FileFormat(suffix, quality)
+        for image, settings, image_path in zip(self.images, self.settings, paths, strict=True):
+            data = encode_image(image, file_format, format_parameters(settings), {"schema": 1, **settings})
+            write_atomically(data, image_path)
         return paths
 
     def attach_settings(self) -> None:
-        """Give each PIL image its settings, in `info`."""
+        """Store its settings in each PIL image's `info`."""
         for image, settings in zip(self.images, self.settings, strict=True):
             image.info |= {"parameters": format_parameters(settings), METADATA_KEY: settings}
 
 
 def format_parameters(settings: dict[str, Any]) -> str:
-    """An image's settings as AUTOMATIC1111's web UI writes them."""
+    """Format an image's settings as AUTOMATIC1111's web UI does."""
     params = SamplingParams(**{name: settings[name] for name in ("width", "height", "steps", "sampler", "eta")})
     request = ImageRequest(
-        1,
-        1,
-        1,
-        settings["prompt"] or "",
-        settings["negative_prompt"],
-        settings["seed"],
-        settings["scale"],
-        params,
-        "",
-        "",
+        index=1,
+        row=1,
+        sample=1,
+        prompt=settings["prompt"] or "",
+        negative_prompt=settings["negative_prompt"],
+        seed=settings["seed"],
+        scale=settings["scale"],
+        params=params,
+        image_id="",
+        file_name="",
     )
     return format_webui_parameters(request, settings["model"], settings["model_digest"], settings["version"])
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """What is asked of a batch, with its prompts encoded."""
+    """A request with its prompts encoded."""
 
-    conditions: Sequence[Conditioning]
+    conditionings: Sequence[Conditioning]  # one per image
     request: GenerationRequest
     callback: StepCallback | None
 
@@ -101,38 +102,64 @@ class EncodedBatch:
         return [make_generator(self.request.rng, self.request.seeds[row]) for row in rows]
 
     def prepare_latents(
-        self, channels: int, factor: int, rows: Sequence[int], generators: Sequence[NoiseGenerator]
+        self, channels: int, vae_scale_factor: int, rows: Sequence[int], generators: Sequence[NoiseGenerator]
     ) -> Tensor:
-        """Unit noise [B, C, h, w]. With a seed of its own the generators' first draw is left out, not put off."""
+        """Return the starting noise [B, C, h, w] of these rows, unit variance.
+
+        The generators are advanced even if the starting noise has a seed of its own: all later noise stays the same.
+        """
         request = self.request
         if request.latents is not None:
             return request.latents[list(rows)].float()
-        shape = (channels, request.height // factor, request.width // factor)
-        own = sample_noise(generators, shape)
+        shape = (channels, request.height // vae_scale_factor, request.width // vae_scale_factor)
+        noise = sample_noise(generators, shape)
         if request.noise_seeds == request.seeds:
-            return own
+            return noise
         return sample_noise([make_generator(request.rng, request.noise_seeds[row]) for row in rows], shape)
 
 
-def group_rows(conditions: Sequence[Conditioning]) -> list[list[int]]:
-    """The batch's rows, those together that can go through the UNet in one batch."""
+def encode_prompts(encoder: PromptEncoder, request: GenerationRequest) -> list[Conditioning]:
+    return encoder.encode(
+        request.prompts,
+        request.negative_prompts,
+        request.scales,
+        request.syntaxes,
+        long_prompts=request.long_prompts,
+        prompt_embeds=request.prompt_embeds,
+        negative_prompt_embeds=request.negative_prompt_embeds,
+    )
+
+
+def token_columns(conditionings: Sequence[Conditioning]) -> dict[str, Any]:
+    """Return the fields of `GenerationOutput` on tokens; None if an embedding was given instead of a prompt."""
+    prompts = [conditioning.tokens for conditioning in conditionings]
+    negatives = [conditioning.negative_tokens for conditioning in conditionings]
+    return {
+        "n_tokens": [prompt.n_tokens if prompt else None for prompt in prompts],
+        "truncated": [prompt.truncated if prompt else None for prompt in prompts],
+        "negative_truncated": [negative.truncated if negative else None for negative in negatives],
+    }
+
+
+def group_rows(conditionings: Sequence[Conditioning]) -> list[list[int]]:
+    """Group the batch's rows by what can go through the UNet together."""
     rows: dict[tuple[int, bool], list[int]] = {}
-    for row, condition in enumerate(conditions):
-        rows.setdefault(condition.batch_key, []).append(row)
+    for row, conditioning in enumerate(conditionings):
+        rows.setdefault(conditioning.batch_key, []).append(row)
     return list(rows.values())
 
 
-def is_invalid_image(values: Tensor) -> Tensor:
-    """Which of [B, H, W, 3] are NaN, infinite or one flat colour: bool [B]."""
-    flat = values.flatten(1)
+def is_invalid_image(pixels: Tensor) -> Tensor:
+    """Return which images [B, H, W, 3] are NaN, infinite or a single flat colour: bool [B]."""
+    flat = pixels.flatten(1)
     return ~flat.isfinite().all(dim=1) | (flat.amax(dim=1) == flat.amin(dim=1))
 
 
-def rows_where(which: Tensor) -> list[int]:
-    """The rows for which a truth value [B] holds."""
-    return [row for row, holds in enumerate(which.tolist()) if holds]
+def rows_where(mask: Tensor) -> list[int]:
+    """Return the rows for which a mask [B] is true."""
+    return [row for row, is_true in enumerate(mask.tolist()) if is_true]
 
 
 def make_generator(rng: Rng, seed: int) -> NoiseGenerator:
-    """Where an image's noise comes from."""
+    """Return the generator of an image's noise."""
     return CudaNoiseGenerator(int(seed)) if rng == "cuda" else Generator("cpu").manual_seed(int(seed))

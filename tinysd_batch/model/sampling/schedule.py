@@ -14,25 +14,24 @@ from tinysd_batch.model.sampling.cuda_noise import CudaNoiseGenerator
 
 TRAIN_TIMESTEPS = 1000
 
-NoiseGenerator = Generator | CudaNoiseGenerator  # where an image's noise comes from
+NoiseGenerator = Generator | CudaNoiseGenerator  # generates one image's noise
 
-PredictNoise = Callable[
-    [Tensor, Tensor], Tensor
-]  # latents [B, 4, h, w] and a timestep, fractional allowed, to their noise
+# Predicts the noise in latents [B, 4, h, w] at a timestep, which may be fractional.
+PredictNoise = Callable[[Tensor, Tensor], Tensor]
 
 StepCallback = Callable[[int, Tensor, Tensor], None]  # step from 0, timestep, latents [B, 4, h, w]
 
-ErrorDeviation = Callable[[float], float]  # timestep -> standard deviation of a prediction's error there
+ErrorDeviation = Callable[[float], float]  # timestep -> standard deviation of the prediction's error
 
 
 def zero_deviation(_: float) -> float:
-    """The deviation of predictions that are taken as they come."""
+    """Return 0: treat predictions as exact."""
     return 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRun:
-    """What a sampler is given besides its starting noise."""
+    """The inputs of a sampler besides its starting noise."""
 
     predict: PredictNoise
     steps: int  # 1 to 1000
@@ -42,31 +41,37 @@ class SamplingRun:
     callback: StepCallback = lambda *_: None
     deviation: ErrorDeviation = zero_deviation
 
-    def sample_noise_like(self, like: Tensor) -> Tensor:
-        """Fresh noise in the shape of the latents, each image's from its own generator."""
-        return sample_noise(self.generators, like.shape[1:]).to(like.device)
+    def sample_noise_like(self, latents: Tensor) -> Tensor:
+        """Return fresh noise in the shape of `latents`, each image's from its own generator."""
+        return sample_noise(self.generators, latents.shape[1:]).to(latents.device)
 
-    def subtract_prediction_error(self, sigma: float, gain: float, time: float) -> float:
-        """How much fresh noise to add where sigma is wanted: less by the error of the prediction of this time.
+    def subtract_prediction_error(self, sigma: float, gain: float, timestep: float) -> float:
+        """Return the deviation of the fresh noise to add where `sigma` is required (PTQD, He et al. 2023).
 
-        That counts `gain` times, and does for noise; variances add up (PTQD, He et al. 2023). Never below zero.
+        The prediction's error at this timestep enters the latents multiplied by `gain` and already acts as noise.
+        Variances add up, so the result is sqrt(sigma^2 - (gain * error)^2), or 0 if the error exceeds `sigma`.
         """
-        error = gain * self.deviation(time)
+        error = gain * self.deviation(timestep)
         return max(0.0, sigma**2 - error**2) ** 0.5 if error else sigma
 
 
 def sample_noise(generators: Sequence[NoiseGenerator], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise [B, *shape], float32, row i from generator i. Drawn on the CPU: the same on every card."""
+    """Return standard normal noise [B, *shape], float32, row i from generator i.
+
+    Generated on the CPU, so that it is the same on every device.
+    """
     return torch.stack(
         [
-            one.randn(shape) if isinstance(one, CudaNoiseGenerator) else torch.randn(tuple(shape), generator=one)
-            for one in generators
+            generator.randn(shape)
+            if isinstance(generator, CudaNoiseGenerator)
+            else torch.randn(tuple(shape), generator=generator)
+            for generator in generators
         ]
     )
 
 
 def compute_alphas_cumprod(schedule: dict[str, Any]) -> npt.NDArray[np.float64]:
-    """What is left of an image's variance at each of the 1000 noise levels, from the least noise to the most."""
+    """Return the remaining share of the image's variance at each of the 1000 timesteps, least noise first."""
     start, end = schedule["beta_start"], schedule["beta_end"]
     match schedule.get("beta_schedule"):
         case "scaled_linear":  # SD v1

@@ -1,4 +1,4 @@
-"""A progress bar over the steps of a batch."""
+"""A progress bar over the denoising steps of a batch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tinysd_batch.model.sampling.schedule import StepCallback
 
 @contextlib.contextmanager
 def step_bar(steps: int, callback: StepCallback | None, *, shown: bool) -> Iterator[StepCallback | None]:
-    """A callback that moves a bar on stderr and calls `callback`; `callback` itself where no bar is shown."""
+    """Return a callback that advances a bar on stderr and calls `callback`; `callback` itself if no bar is shown."""
     if not shown:
         yield callback
         return
@@ -25,9 +25,14 @@ def step_bar(steps: int, callback: StepCallback | None, *, shown: bool) -> Itera
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, elapsed"),
-        TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("generating", total=steps)
 

@@ -1,7 +1,7 @@
-"""What a prompt's marks mean: the origin's `tabby cat:0.25 white duck:0.75 hybrid`, or the web UI's `(red:1.2) apple`.
+"""Parse prompts: tiny-stable-diffusion's `tabby cat:0.25 white duck:0.75 hybrid`, or the web UI's `(red:1.2) apple`.
 
-Both become sub-prompts, which are encoded each alone and averaged by weight, of runs of text, whose tokens are
-multiplied by their emphasis. Imports nothing heavy: manifests are checked with it.
+Both syntaxes give sub-prompts, which are encoded separately and averaged by weight. A sub-prompt consists of spans of
+text, whose token embeddings are multiplied by an emphasis. Imports no heavy library: manifests are checked with it.
 """
 
 import math
@@ -12,10 +12,10 @@ from tinysd_batch.errors import UsageError
 
 SYNTAXES = ("seed", "a1111", "none")
 MIN_WEIGHT_SUM = 1e-9
-BRACKET_EMPHASIS = 1.1  # of a bracket without a number
+BRACKET_EMPHASIS = 1.1  # of brackets without a number
 CLOSING_BRACKETS = {")": ("(", BRACKET_EMPHASIS), "]": ("[", 1 / BRACKET_EMPHASIS)}
 
-# A colon, a number, then a space, perhaps after a comma, or the end.
+# A colon, a number, an optional comma or semicolon, then white space or the end.
 NUMBER_PATTERN = r"[-+]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
 WEIGHT_PATTERN = re.compile(rf"(?<!\\):({NUMBER_PATTERN})(?=[,;]?(?:\s|$))[,;]?\s?", re.IGNORECASE)
 BRACKET_PATTERN = re.compile(
@@ -25,7 +25,7 @@ BRACKET_PATTERN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class EmphasisSpan:
-    """Text whose tokens are emphasized alike."""
+    """Text whose tokens have the same emphasis."""
 
     text: str
     emphasis: float = 1.0
@@ -33,20 +33,21 @@ class EmphasisSpan:
 
 @dataclass(frozen=True, slots=True)
 class SubPrompt:
-    """What is encoded in one go, and how much it counts; a prompt's weights sum to 1."""
+    """A part of a prompt that is encoded by itself, and its weight; the weights of a prompt sum to 1."""
 
     weight: float
     spans: tuple[EmphasisSpan, ...]
 
     @property
     def text(self) -> str:
-        return "".join(run.text for run in self.spans)
+        return "".join(span.text for span in self.spans)
 
 
 def parse_prompt(prompt: str, syntax: str = "seed") -> list[SubPrompt]:
-    """The prompt's sub-prompts: several with syntax `seed` and weights in it, else one.
+    """Split a prompt into sub-prompts: several if the syntax is `seed` and the prompt has weights, else one.
 
-    Raises UsageError for weights that are not finite or do not sum to more than zero, and for an unknown syntax.
+    Raises:
+        UsageError: weights are not finite or their sum is not above zero, or the syntax is unknown.
     """
     if syntax == "seed":
         return parse_weights(prompt)
@@ -58,26 +59,26 @@ def parse_prompt(prompt: str, syntax: str = "seed") -> list[SubPrompt]:
 
 
 def parse_weights(prompt: str) -> list[SubPrompt]:
-    r"""Sub-prompts in the origin's syntax: `text:weight`, text after the last weight counting 1.
+    r"""Parse tiny-stable-diffusion's syntax: `text:weight`; text after the last weight has weight 1.
 
-    A colon is text where no number follows, after a backslash, in a URL, and in times and ratios (`12:30`, `16:9`).
+    A colon is text if no number follows, after a backslash, in a URL, and in times and ratios (`12:30`, `16:9`).
     """
-    pieces, end = [], 0
+    weighted_texts, end = [], 0
     for match in WEIGHT_PATTERN.finditer(prompt):
         if not is_time_or_url(prompt[end : match.start()], match[1]):
-            pieces.append((prompt[end : match.start()], float(match[1])))
+            weighted_texts.append((prompt[end : match.start()], float(match[1])))
             end = match.end()
-    if not pieces:
+    if not weighted_texts:
         return [SubPrompt(1.0, (EmphasisSpan(unescape_colons(prompt)),))]
     if rest := prompt[end:]:
-        pieces.append((rest, 1.0))
-    total = sum(weight for _, weight in pieces)
+        weighted_texts.append((rest, 1.0))
+    total = sum(weight for _, weight in weighted_texts)
     if not math.isfinite(total) or total < MIN_WEIGHT_SUM:
         raise UsageError(
             f"the prompt's weights sum to {total:g}; give weights with a sum above zero, "
             f"or write \\: for a colon that is text"
         )
-    return [SubPrompt(weight / total, (EmphasisSpan(unescape_colons(text)),)) for text, weight in pieces]
+    return [SubPrompt(weight / total, (EmphasisSpan(unescape_colons(text)),)) for text, weight in weighted_texts]
 
 
 def is_time_or_url(before: str, number: str) -> bool:
@@ -91,30 +92,32 @@ def unescape_colons(text: str) -> str:
 
 
 def parse_brackets(prompt: str) -> list[EmphasisSpan]:
-    r"""Runs in the web UI's syntax: (word) counts 1.1, [word] 1/1.1, (word:1.3) 1.3, nested ones multiply.
+    r"""Parse the web UI's syntax: (word) has emphasis 1.1, [word] 1/1.1, (word:1.3) 1.3; nested brackets multiply.
 
-    `\(` is a bracket that is text. Brackets left open close at the end; closing ones without a partner are text.
+    `\(` is a bracket that is text. Open brackets are closed at the end; closing brackets without a partner are text.
     """
-    reader = BracketParser()
+    parser = BracketParser()
     for match in BRACKET_PATTERN.finditer(prompt):
-        reader.read(match[0], match[1])
+        parser.feed(match[0], match[1])
     for bracket, factor in CLOSING_BRACKETS.values():
-        while reader.open_brackets[bracket]:
-            reader.close(bracket, factor)
-    if not all(math.isfinite(factor) for factor in reader.factors):
+        while parser.open_brackets[bracket]:
+            parser.close(bracket, factor)
+    if not all(math.isfinite(factor) for factor in parser.factors):
         raise UsageError("an emphasis in the prompt is not finite; give a smaller number")
-    return merge_spans(reader.texts, reader.factors) or [EmphasisSpan("")]
+    return merge_spans(parser.texts, parser.factors) or [EmphasisSpan("")]
 
 
 class BracketParser:
-    """Collects bits of text and their emphasis."""
+    """Collects pieces of text and their emphasis."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.factors: list[float] = []
-        self.open_brackets: dict[str, list[int]] = {"(": [], "[": []}  # where brackets that are still open began
+        # Of each bracket that is still open: the index of the first text in it.
+        self.open_brackets: dict[str, list[int]] = {"(": [], "[": []}
 
-    def read(self, mark: str, weight: str | None) -> None:
+    def feed(self, mark: str, weight: str | None) -> None:
+        """Process the next match of `BRACKET_PATTERN`: a bracket, an escape or text, and the weight if it has one."""
         if mark in self.open_brackets:
             self.open_brackets[mark].append(len(self.texts))
         elif weight is not None and self.open_brackets["("]:
@@ -131,11 +134,11 @@ class BracketParser:
 
 
 def merge_spans(texts: list[str], factors: list[float]) -> list[EmphasisSpan]:
-    """Neighbours of equal emphasis as one: a word must not be cut in two."""
-    runs: list[EmphasisSpan] = []
+    """Merge neighbours of equal emphasis, so that no word is tokenized in two halves."""
+    spans: list[EmphasisSpan] = []
     for text, factor in zip(texts, factors, strict=True):
-        if runs and runs[-1].emphasis == factor:
-            runs[-1] = EmphasisSpan(runs[-1].text + text, factor)
+        if spans and spans[-1].emphasis == factor:
+            spans[-1] = EmphasisSpan(spans[-1].text + text, factor)
         else:
-            runs.append(EmphasisSpan(text, factor))
-    return runs
+            spans.append(EmphasisSpan(text, factor))
+    return spans

@@ -1,6 +1,6 @@
-"""Prompts as the text encoder takes them: pieces of token ids, each between a begin and an end token.
+"""Tokenize prompts into windows for the text encoder, each between a begin and an end token.
 
-Without torch: `plan` counts tokens with it.
+Does not import torch: `plan` counts tokens with it.
 """
 
 import re
@@ -23,7 +23,7 @@ MAX_BATCH_CHARACTERS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class TokenWindow:
-    """As many tokens as the text encoder takes at once; emphasis 1 for all that are no words."""
+    """As many tokens as the text encoder takes at once; begin, end and padding tokens have emphasis 1."""
 
     ids: tuple[int, ...]
     emphasis: tuple[float, ...]
@@ -31,46 +31,53 @@ class TokenWindow:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSubPrompt:
-    """A sub-prompt in pieces."""
+    """A sub-prompt, split into windows."""
 
     weight: float
     windows: tuple[TokenWindow, ...]
-    n_tokens: int  # of the text, kept or not
-    truncated: str | None  # what did not fit
+    n_tokens: int  # of the text, truncated tokens included
+    truncated: str | None  # the text that did not fit
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt as the text encoder takes it: parts that are encoded apart and averaged by weight."""
+    """A tokenized prompt: sub-prompts that are encoded separately and averaged by weight."""
 
     sub_prompts: tuple[TokenizedSubPrompt, ...]
 
     @property
     def n_windows(self) -> int:
-        """Of the longest part; the others are filled up."""
-        return max(len(part.windows) for part in self.sub_prompts)
+        """Windows of the longest sub-prompt; the others are padded."""
+        return max(len(sub.windows) for sub in self.sub_prompts)
 
     @property
     def n_tokens(self) -> int:
-        """Over all parts, without begin and end tokens, kept or not."""
-        return sum(part.n_tokens for part in self.sub_prompts)
+        """Tokens of all sub-prompts, truncated tokens included, begin and end tokens not."""
+        return sum(sub.n_tokens for sub in self.sub_prompts)
 
     @property
     def truncated(self) -> str | None:
-        """The tails that the text encoder does not see."""
-        return " … ".join(part.truncated for part in self.sub_prompts if part.truncated) or None
+        """The ends of sub-prompts that the text encoder does not see."""
+        return " … ".join(sub.truncated for sub in self.sub_prompts if sub.truncated) or None
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Raises ModelError. Without its files the library would quietly make do with a vocabulary of three."""
+    """Read the tokenizer of a model folder.
+
+    The files are checked first: without them the library silently builds a vocabulary of three tokens.
+
+    Raises:
+        ModelError: a file is missing or not readable, or added tokens would get other ids.
+    """
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder / name}: missing; the model folder is not complete")
     try:
         with without_byte_order_marks(folder) as readable:
             tokenizer = CLIPTokenizer.from_pretrained(readable, local_files_only=True)
-        tokenize_sub_prompt(tokenizer, SubPrompt(1.0, (EmphasisSpan("a"),)), 3, long_prompts=True)  # does it work?
-    except Exception as error:  # noqa: BLE001 - from Rust they come as no class but this
+        # Check that it works.
+        tokenize_sub_prompt(tokenizer, SubPrompt(1.0, (EmphasisSpan("a"),)), 3, long_prompts=True)
+    except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: {reason}") from None
     check_added_tokens(tokenizer, folder)
@@ -78,35 +85,35 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def check_added_tokens(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Raise ModelError where an added token was read as another number than its file states: that of another word."""
-    known = tokenizer.get_vocab()
+    """Raise ModelError if the library gave an added token another id than its file states: that of another word."""
+    vocabulary = tokenizer.get_vocab()
     try:
-        stated = list(read_added_tokens(folder))
+        added_tokens = list(read_added_tokens(folder))
     except (AttributeError, LookupError, TypeError) as error:
         raise ModelError(f"{folder}: not a readable CLIP tokenizer: its added tokens: {error}") from None
-    for file, token, number in stated:
-        if known.get(token) != number:
+    for file_name, token, token_id in added_tokens:
+        if vocabulary.get(token) != token_id:
             raise ModelError(
-                f"{folder / file}: token {excerpt(token)} is number {excerpt(number)}, and would be read as "
-                f"{known.get(token)}; numbers of added tokens must follow the vocabulary's without a gap"
+                f"{folder / file_name}: token {excerpt(token)} is number {excerpt(token_id)}, and would be read as "
+                f"{vocabulary.get(token)}; numbers of added tokens must follow the vocabulary's without a gap"
             )
 
 
 def read_added_tokens(folder: Path) -> Iterator[tuple[str, str, object]]:
-    """Added tokens with their numbers, as the files have them: by token, and in newer ones by number."""
+    """Yield file name, token and id of each added token: old files map tokens to ids, newer ones ids to tokens."""
     name = "added_tokens.json"
-    added = read_json_object(folder / name) if (folder / name).is_file() else {}
-    yield from ((name, token, number) for token, number in added.items())
+    ids_by_token = read_json_object(folder / name) if (folder / name).is_file() else {}
+    yield from ((name, token, token_id) for token, token_id in ids_by_token.items())
     name = "tokenizer_config.json"
     config = read_json_object(folder / name) if (folder / name).is_file() else {}
-    for text, entry in (config.get("added_tokens_decoder") or {}).items():
-        number = int(text) if text.isdecimal() else text
-        yield name, entry["content"] if isinstance(entry, dict) else str(entry), number
+    for key, entry in (config.get("added_tokens_decoder") or {}).items():
+        token_id = int(key) if key.isdecimal() else key
+        yield name, entry["content"] if isinstance(entry, dict) else str(entry), token_id
 
 
 @contextmanager
 def without_byte_order_marks(folder: Path) -> Iterator[Path]:
-    """The folder, or for the time of a `with` a copy of its files where one begins with a byte-order mark."""
+    """Yield the folder, or a temporary copy without byte-order marks if a file has one."""
     files = [file for file in folder.iterdir() if file.suffix in (".json", ".txt") and file.is_file()]
     if not any(has_byte_order_mark(file) for file in files):
         yield folder
@@ -122,68 +129,71 @@ def has_byte_order_mark(file: Path) -> bool:
         return stream.read(len(BOM_UTF8)) == BOM_UTF8
 
 
-def check_vocabulary(tokenizer: CLIPTokenizer, known: int, folder: Path) -> None:
-    """Raises ModelError where there are tokens that the text encoder has no embedding for."""
-    token, number = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if number >= known:
-        raise ModelError(f"{folder}: token {excerpt(token)} is number {number}, the text encoder knows {known}")
+def check_vocabulary(tokenizer: CLIPTokenizer, vocabulary_size: int, folder: Path) -> None:
+    """Raise ModelError if the text encoder has no embedding for some of the tokens."""
+    token, token_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if token_id >= vocabulary_size:
+        raise ModelError(
+            f"{folder}: token {excerpt(token)} is number {token_id}, the text encoder has only {vocabulary_size} tokens"
+        )
 
 
 def tokenize_prompt(
     tokenizer: CLIPTokenizer, prompt: Sequence[SubPrompt], max_tokens: int, *, long_prompts: bool
 ) -> TokenizedPrompt:
-    """Each part cut to the encoder's limit, or with `long_prompts` into as many pieces as it needs."""
+    """Tokenize each sub-prompt: truncated to one window, or with `long_prompts` split into as many as it needs."""
     return TokenizedPrompt(
         tuple(tokenize_sub_prompt(tokenizer, sub, max_tokens, long_prompts=long_prompts) for sub in prompt)
     )
 
 
 def tokenize_sub_prompt(
-    tokenizer: CLIPTokenizer, sub: SubPrompt, max_tokens: int, *, long_prompts: bool
+    tokenizer: CLIPTokenizer, sub_prompt: SubPrompt, max_tokens: int, *, long_prompts: bool
 ) -> TokenizedSubPrompt:
     ids: list[int] = []
     emphasis: list[float] = []
-    for run in sub.spans:
-        found = tokenizer(
-            fold_prompt_widths(tokenizer, run.text), add_special_tokens=False, truncation=False, verbose=False
+    for span in sub_prompt.spans:
+        span_ids = tokenizer(
+            fold_prompt_widths(tokenizer, span.text), add_special_tokens=False, truncation=False, verbose=False
         ).input_ids
-        ids += found
-        emphasis += [run.emphasis] * len(found)
-    room = max_tokens - 2
+        ids += span_ids
+        emphasis += [span.emphasis] * len(span_ids)
+    size = max_tokens - 2  # without begin and end token
     end = max(len(ids), 1) if long_prompts else 1
-    pieces = tuple(
-        build_window(tokenizer, ids[start : start + room], emphasis[start : start + room], max_tokens)
-        for start in range(0, end, room)
+    windows = tuple(
+        build_window(tokenizer, ids[start : start + size], emphasis[start : start + size], max_tokens)
+        for start in range(0, end, size)
     )
-    rest = [] if long_prompts else ids[room:]
-    return TokenizedSubPrompt(sub.weight, pieces, len(ids), (tokenizer.decode(rest).strip() or None) if rest else None)
+    cut_off = [] if long_prompts else ids[size:]
+    truncated = (tokenizer.decode(cut_off).strip() or None) if cut_off else None
+    return TokenizedSubPrompt(sub_prompt.weight, windows, len(ids), truncated)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[int]:
-    """How many tokens each text has, without begin and end tokens: many at once, on all cores."""
-    # Tokenizers keep each token's text and place beside its number: what is encoded together has a bound.
+    """Count the tokens of each text, without begin and end tokens, on all cores."""
+    # The library keeps text and position of every token, so batches are bounded to limit memory.
     counts: list[int] = []
     texts = [fold_prompt_widths(tokenizer, text) for text in texts]
     for start, end in split_by_characters([len(text) for text in texts], MAX_BATCH_CHARACTERS):
-        found = tokenizer.backend_tokenizer.encode_batch_fast(texts[start:end], add_special_tokens=False)
-        counts += [len(encoding) for encoding in found]
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts[start:end], add_special_tokens=False)
+        counts += [len(encoding) for encoding in encodings]
     return counts
 
 
-def split_by_characters(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbours that together have up to `most` characters, as (start, end); a longer text goes alone."""
+def split_by_characters(lengths: Sequence[int], max_characters: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of consecutive texts with up to `max_characters` in total; a longer text is alone."""
     start = total = 0
-    for at, length in enumerate(lengths):
-        if at > start and total + length > most:
-            yield start, at
-            start, total = at, 0
+    for position, length in enumerate(lengths):
+        if position > start and total + length > max_characters:
+            yield start, position
+            start, total = position, 0
         total += length
     if start < len(lengths):
         yield start, len(lengths)
 
 
 def fold_prompt_widths(tokenizer: CLIPTokenizer, text: str) -> str:
-    """Text as tiny-stable-diffusion's tokenizer reads it: in usual width, all but the tokens that a model added."""
+    """Fold full-width and half-width characters as tiny-stable-diffusion's tokenizer does, except in added tokens."""
     if fold_widths(text) == text:
         return text
     wide = [token for token in tokenizer.get_added_vocab() if fold_widths(token) != token]
@@ -194,6 +204,7 @@ def fold_prompt_widths(tokenizer: CLIPTokenizer, text: str) -> str:
 
 
 def build_window(tokenizer: CLIPTokenizer, ids: list[int], emphasis: list[float], max_tokens: int) -> TokenWindow:
+    """Return a window of these tokens, with begin, end and padding tokens."""
     padding = max_tokens - 2 - len(ids)
     return TokenWindow(
         (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding),
@@ -202,5 +213,5 @@ def build_window(tokenizer: CLIPTokenizer, ids: list[int], emphasis: list[float]
 
 
 def build_empty_window(tokenizer: CLIPTokenizer, max_tokens: int) -> TokenWindow:
-    """What stands for no text, and fills up shorter prompts beside longer ones."""
+    """Return the window of an empty prompt; it also pads shorter prompts."""
     return build_window(tokenizer, [], [], max_tokens)

@@ -1,4 +1,4 @@
-"""Record the inputs of layers while a part of the UNet runs."""
+"""Record inputs and outputs of modules while one segment of the UNet runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -8,32 +8,46 @@ from torch import Tensor, nn
 
 from tinysd_batch.quantize.calibration.unet_segments import ForwardState, Segment
 
+ForwardHook = Callable[[nn.Module, Any, Tensor], None]
 
-class StopForward(Exception):  # noqa: N818 - no error: the walk has seen enough
-    """The last layer that was asked for has worked."""
+
+class StopForward(Exception):  # noqa: N818 - not an error: everything requested has been recorded
+    """Raised by a hook once the last requested module has run."""
 
 
 def record_activations(
-    unet: nn.Module, unit: Segment, state: ForwardState, names: set[str], last: str
+    unet: nn.Module, segment: Segment, state: ForwardState, names: set[str], last: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of the named modules while a unit works on a copy of `state`, as far as the module `last`."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    """Run a segment on a copy of `state` and record what passes through some of its modules.
 
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            seen[name] = (args[0], output)
+    Args:
+        unet: The UNet that the segment belongs to.
+        segment: The segment to run.
+        state: The state before the segment; it is not changed.
+        names: Full names of the modules to record.
+        last: The segment stops after this module. An empty string runs it to its end.
+
+    Returns:
+        Input and output of each named module.
+    """
+    recorded: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def make_hook(name: str) -> ForwardHook:
+        def record(_: nn.Module, args: Any, output: Tensor) -> None:
+            recorded[name] = (args[0], output)
             if name == last:
                 raise StopForward
 
-        return hook
+        return record
 
-    with forward_hooks({name: note(name) for name in names}, unet), contextlib.suppress(StopForward):
-        unit.run_for_module(unet, state.copy(), last)
-    return seen
+    with forward_hooks(unet, {name: make_hook(name) for name in names}), contextlib.suppress(StopForward):
+        segment.run_for_module(unet, state.copy(), last)
+    return recorded
 
 
 @contextlib.contextmanager
-def forward_hooks(hooks: Mapping[str, Callable[[nn.Module, Any, Tensor], None]], unet: nn.Module) -> Iterator[None]:
+def forward_hooks(unet: nn.Module, hooks: Mapping[str, ForwardHook]) -> Iterator[None]:
+    """Register a forward hook on each named module, and remove all of them on exit."""
     handles = [unet.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
     try:
         yield

@@ -1,7 +1,7 @@
-"""Level `distill`: with the codes as they are, tune what surrounds them to say what the float UNet says.
+"""Distill: keep the codes of a calibrated UNet, and train everything else to reproduce the float UNet's predictions.
 
-Scales, offsets, biases and norms are trained by gradient on the float model's own trajectories, conditional and
-unconditional predictions alike. The target carries no noise of its own, so a few hundred small steps are enough.
+Scales, offsets, biases and norms are trained by gradient descent on the float model's own trajectories, with and
+without the prompt. The targets are predictions, which contain no random noise, so a few hundred small steps are enough.
 """
 
 import math
@@ -21,9 +21,10 @@ from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.solve.coordinate_descent import AffineGrid
 from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, StatusCallback
 
-WARMUP_STEPS = 20  # steps
+WARMUP_STEPS = 20
 LOG_INTERVAL_STEPS = 25
-AFFINE_LR, OTHER_LR = 1e-3, 5e-4  # of group parameters as shares of their scale; of biases and norms
+AFFINE_LR = 1e-3  # of scales and offsets, relative to their scale
+OTHER_LR = 5e-4  # of biases and norms
 ADAM_BETAS = (0.9, 0.99)
 
 
@@ -32,14 +33,14 @@ class DistilledUNet:
     """What distillation changed."""
 
     layers: dict[str, CalibratedLayer]
-    norms: dict[str, Tensor]  # other tensors of one dimension, float16
-    error_before: float  # error on the tuning prompts, mean square of weighted noise
+    norms: dict[str, Tensor]  # all other one-dimensional tensors, float16
+    error_before: float  # weighted mean squared error of the predicted noise on the tuning prompts
     error_after: float
 
 
 @dataclass(frozen=True, slots=True)
 class DistillationExamples:
-    """Calls of the UNet and what the float one said."""
+    """Inputs of N UNet calls, and the float model's predictions for them."""
 
     latents: Tensor  # [N, 4, h, w]
     times: Tensor  # [N]
@@ -48,156 +49,182 @@ class DistillationExamples:
     loss_weights: Tensor  # [N]
 
     @classmethod
-    def of(cls, drawn: Trajectories, prompts: Tensor, sigmas: Tensor) -> "DistillationExamples":
-        """All calls of these prompts, both with text and without."""
-        calls = len(drawn.times)
-        count = len(prompts)
-        times = drawn.times.repeat_interleave(count)
-        latents = drawn.latents[:, prompts].flatten(0, 1)
-        contexts = (drawn.context[prompts].repeat(calls, 1, 1), drawn.context_without[prompts].repeat(calls, 1, 1))
-        noises = (drawn.noise[:, prompts].flatten(0, 1), drawn.noise_without[:, prompts].flatten(0, 1))
+    def from_trajectories(cls, trajectories: Trajectories, prompts: Tensor, sigmas: Tensor) -> "DistillationExamples":
+        """Take all UNet calls of these prompts, with and without the prompt.
+
+        `sigmas` [1000] are the noise levels of all timesteps.
+        """
+        calls, count = len(trajectories.times), len(prompts)
+        times = trajectories.times.repeat_interleave(count)
+        latents = trajectories.latents[:, prompts].flatten(0, 1)
+        contexts = [
+            tensor[prompts].repeat(calls, 1, 1) for tensor in (trajectories.context, trajectories.context_without)
+        ]
+        noises = [tensor[:, prompts].flatten(0, 1) for tensor in (trajectories.noise, trajectories.noise_without)]
         weights = compute_timestep_weights(sigmas)[times.long()]
         return cls(
             latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat(contexts), torch.cat(noises), weights.repeat(2)
         )
 
-    def select(self, rows: Tensor) -> "DistillationExamples":
-        return DistillationExamples(
-            self.latents[rows], self.times[rows], self.context[rows], self.noise[rows], self.loss_weights[rows]
-        )
+    def select(self, chosen: Tensor) -> "DistillationExamples":
+        """Return the examples at these indexes."""
+        return DistillationExamples(*(getattr(self, name)[chosen] for name in DistillationExamples.__slots__))
+
+    def to(self, device: torch.device) -> "DistillationExamples":
+        return DistillationExamples(*(getattr(self, name).to(device) for name in DistillationExamples.__slots__))
 
 
 def compute_timestep_weights(sigmas: Tensor) -> Tensor:
-    """How much an error counts at each of the 1000 times: more where noise is strong, since all later steps inherit it.
+    """Return the weight of an error at each of the 1000 timesteps, with mean 1.
 
-    Between all alike and by the step's own length in sigma, which would leave the last steps to themselves.
+    Errors weigh more where noise is strong, because all later steps inherit them. This is a compromise between equal
+    weights and weights by the step's length in sigma, under which the last steps would hardly be trained.
     """
     weights = 1 + sigmas
     return weights / weights.mean()
 
 
 class StudentUNet:
-    """The packed UNet with gradients to everything but codes and large float tensors."""
+    """The calibrated UNet, with gradients for everything but the codes and the float tensors of two or more dimensions.
 
-    def __init__(self, part: SourceComponent, solved: Mapping[str, CalibratedLayer], device: torch.device) -> None:
-        self.unet = UNet2DConditionModel.from_config(dict(part.config)).to(device).eval()
-        self.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass on CPU
-        self.shapes = {name: part.tensors[f"{name}.weight"].shape for name in solved}
-        self.calibrated_layers = solved
+    Scales and offsets are trained as differences from their initial values, in units of the group's scale.
+    """
+
+    def __init__(self, component: SourceComponent, layers: Mapping[str, CalibratedLayer], device: torch.device) -> None:
+        self.unet = UNet2DConditionModel.from_config(dict(component.config)).to(device).eval()
+        self.unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass on the CPU
+        self.shapes = {name: component.tensors[f"{name}.weight"].shape for name in layers}
+        self.calibrated_layers = layers
         self.codes: dict[str, Tensor] = {}
         self.initial_affine: dict[str, tuple[Tensor, Tensor]] = {}
         self.affine_deltas: dict[str, tuple[Tensor, Tensor]] = {}
         self.frozen_tensors: dict[str, Tensor] = {}
         self.trained_tensors: dict[str, Tensor] = {}
-        for name, one in solved.items():
-            scale, offset = (each.float().to(device) for each in get_scales_and_offsets(one.weight))
-            self.codes[name] = unpack_codes(one.weight.qweight, one.weight.bits).to(device)
+        for name, layer in layers.items():
+            scale, offset = (tensor.float().to(device) for tensor in get_scales_and_offsets(layer.weight))
+            self.codes[name] = unpack_codes(layer.weight.qweight, layer.weight.bits).to(device)
             self.initial_affine[name] = scale, offset
-            self.affine_deltas[name] = (
-                torch.zeros_like(scale).requires_grad_(),
-                torch.zeros_like(offset).requires_grad_(),
-            )
-        biases = {f"{name}.bias": one.bias for name, one in solved.items() if one.bias is not None}
-        for name, tensor in part.tensors.items():
-            if name.removesuffix(".weight") in solved:
+            deltas = torch.zeros_like(scale), torch.zeros_like(offset)
+            self.affine_deltas[name] = deltas[0].requires_grad_(), deltas[1].requires_grad_()
+        biases = {f"{name}.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
+        for name, tensor in component.tensors.items():
+            if name.removesuffix(".weight") in layers:
                 continue
             value = biases.get(name, tensor).half().float().to(device)
-            (self.trained_tensors if value.dim() == 1 else self.frozen_tensors)[name] = value.requires_grad_(
-                value.dim() == 1
-            )
+            if value.dim() == 1:
+                self.trained_tensors[name] = value.requires_grad_()
+            else:
+                self.frozen_tensors[name] = value
 
     def current_affine(self, name: str) -> tuple[Tensor, Tensor]:
-        """Scales and offsets [O, G] as they are now."""
-        (scale, offset), (scale_by, offset_by) = self.initial_affine[name], self.affine_deltas[name]
+        """Return the current scales and offsets [O, G] of a layer."""
+        (scale, offset), (scale_delta, offset_delta) = self.initial_affine[name], self.affine_deltas[name]
         unit = scale.abs().clamp(min=1e-6)
-        return scale + unit * scale_by, offset + unit * offset_by
+        return scale + unit * scale_delta, offset + unit * offset_delta
 
     def dequantize_layer(self, name: str) -> Tensor:
-        """A layer's weight [O, K]."""
+        """Return the current weight [O, K] of a layer."""
         scale, offset = self.current_affine(name)
         codes = self.codes[name].view(*scale.shape, -1)
         return (codes * scale.unsqueeze(-1) + offset.unsqueeze(-1)).flatten(1)
 
     def predict(self, examples: DistillationExamples) -> Tensor:
+        """Predict the noise [N, 4, h, w] in the examples' latents."""
         weights = {f"{name}.weight": from_matrix(self.dequantize_layer(name), self.shapes[name]) for name in self.codes}
-        given = (examples.latents, examples.times, examples.context)
-        said: Tensor = functional_call(
-            self.unet, {**self.frozen_tensors, **self.trained_tensors, **weights}, given
-        ).sample
-        return said
+        parameters = {**self.frozen_tensors, **self.trained_tensors, **weights}
+        inputs = (examples.latents, examples.times, examples.context)
+        predicted: Tensor = functional_call(self.unet, parameters, inputs).sample
+        return predicted
 
     def weighted_error(self, examples: DistillationExamples) -> Tensor:
-        square = (self.predict(examples) - examples.noise).square().mean(dim=(1, 2, 3))
-        return (square * examples.loss_weights).mean()
+        """Return the weighted mean squared error against the float model's predictions."""
+        squared_error = (self.predict(examples) - examples.noise).square().mean(dim=(1, 2, 3))
+        return (squared_error * examples.loss_weights).mean()
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        groups = [one for pair in self.affine_deltas.values() for one in pair]
+        """Return the optimizer's parameter groups; `base` is a group's highest learning rate."""
+        deltas = [delta for pair in self.affine_deltas.values() for delta in pair]
         return [
-            {"params": groups, "base": AFFINE_LR},
+            {"params": deltas, "base": AFFINE_LR},
             {"params": list(self.trained_tensors.values()), "base": OTHER_LR},
         ]
 
     @torch.no_grad()
     def round_and_export(self) -> tuple[dict[str, CalibratedLayer], dict[str, Tensor]]:
-        """The layers and norms as files hold them; what is computed from here on is computed with these."""
+        """Round everything to what files can store, and return the layers and the norms.
+
+        The student itself computes with the rounded values from then on.
+        """
         norms = {name: value.half() for name, value in self.trained_tensors.items()}
         for name, value in self.trained_tensors.items():
             value.copy_(norms[name].float())
         layers = {}
-        for name, one in self.calibrated_layers.items():
+        for name, layer in self.calibrated_layers.items():
             scale, offset = self.current_affine(name)
-            grid = AffineGrid.of(scale, offset)
+            grid = AffineGrid.from_affine(scale, offset)
             scale, offset = grid.snap_values(scale), grid.snap_values(offset, 2)
             self.initial_affine[name] = scale, offset
-            for each in self.affine_deltas[name]:
-                each.zero_()
-            weight = grid.pack(self.codes[name], scale, offset, one.weight.bits).to("cpu")
+            for delta in self.affine_deltas[name]:
+                delta.zero_()
+            weight = grid.pack(self.codes[name], scale, offset, layer.weight.bits).to("cpu")
             bias = norms.pop(f"{name}.bias", None)
-            layers[name] = CalibratedLayer(weight, None if bias is None else bias.cpu(), one.sqnr_db)
+            layers[name] = CalibratedLayer(weight, None if bias is None else bias.cpu(), layer.sqnr_db)
         return layers, {name: value.cpu() for name, value in norms.items()}
 
 
 def distill_unet(
-    part: SourceComponent, solved: Mapping[str, CalibratedLayer], examples: DistillationExamples, tuning: DistillationExamples, recipe: Recipe,
-    device: torch.device, say: StatusCallback,
+    component: SourceComponent, layers: Mapping[str, CalibratedLayer], training: DistillationExamples,
+    tuning: DistillationExamples, recipe: Recipe, device: torch.device, on_status: StatusCallback,
 ) -> DistilledUNet | None:  # fmt: skip
-    """Tune a calibrated UNet; None where that did not lower the error on the tuning prompts."""
-    student = StudentUNet(part, solved, device)
-    before = measure_weighted_error(student, tuning, recipe.batch, device)
+    """Distill a calibrated UNet.
+
+    Args:
+        component: The float UNet.
+        layers: Its calibrated layers.
+        training: Examples to train on.
+        tuning: Other examples, on which the error is measured before and after.
+        recipe: Steps, batch size and seed.
+        device: Where to compute.
+        on_status: Called with one line of text from time to time.
+
+    Returns:
+        What changed; None if the error on the tuning examples did not decrease.
+    """
+    student = StudentUNet(component, layers, device)
+    error_before = measure_weighted_error(student, tuning, recipe.batch, device)
     optimizer = torch.optim.Adam(student.parameter_groups(), lr=0.0, betas=ADAM_BETAS)
-    for step, batch in enumerate(iter_training_batches(examples, recipe, device)):
-        warm = min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.tune_steps))
+    for step, batch in enumerate(iter_training_batches(training, recipe, device)):
+        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / recipe.tune_steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * warm
+            group["lr"] = group["base"] * (warmup * cosine)
         loss = student.weighted_error(batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % LOG_INTERVAL_STEPS == 0:
-            say(f"tuning, step {step + 1:,} of {recipe.tune_steps:,}: error {loss.item():.5f}")
-    layers, norms = student.round_and_export()
-    after = measure_weighted_error(student, tuning, recipe.batch, device)
-    say(f"error on prompts set apart: {before:.5f} before tuning, {after:.5f} after")
-    return DistilledUNet(layers, norms, before, after) if after < before else None
+            on_status(f"distilling, step {step + 1:,} of {recipe.tune_steps:,}: error {loss.item():.5f}")
+    distilled_layers, norms = student.round_and_export()
+    error_after = measure_weighted_error(student, tuning, recipe.batch, device)
+    on_status(f"error on the tuning prompts: {error_before:.5f} before distillation, {error_after:.5f} after")
+    return DistilledUNet(distilled_layers, norms, error_before, error_after) if error_after < error_before else None
 
 
 def iter_training_batches(
     examples: DistillationExamples, recipe: Recipe, device: torch.device
 ) -> Iterator[DistillationExamples]:
-    draw = torch.Generator().manual_seed(recipe.seed)
+    """Yield a random batch on `device` for each step of the recipe."""
+    generator = torch.Generator().manual_seed(recipe.seed)
     for _ in range(recipe.tune_steps):
-        rows = torch.randint(len(examples.times), (recipe.batch,), generator=draw)
-        yield move_examples(examples.select(rows), device)
+        chosen = torch.randint(len(examples.times), (recipe.batch,), generator=generator)
+        yield examples.select(chosen).to(device)
 
 
 @torch.no_grad()
 def measure_weighted_error(
-    student: StudentUNet, examples: DistillationExamples, batch: int, device: torch.device
+    student: StudentUNet, examples: DistillationExamples, batch_size: int, device: torch.device
 ) -> float:
-    rows = torch.split(torch.arange(len(examples.times)), batch)
-    errors = [student.weighted_error(move_examples(examples.select(some), device)) * len(some) for some in rows]
+    """Return the student's error over all examples."""
+    batches = torch.split(torch.arange(len(examples.times)), batch_size)
+    errors = [student.weighted_error(examples.select(batch).to(device)) * len(batch) for batch in batches]
     return float(torch.stack(errors).sum() / len(examples.times))
-
-
-def move_examples(examples: DistillationExamples, device: torch.device) -> DistillationExamples:
-    return DistillationExamples(*(getattr(examples, name).to(device) for name in DistillationExamples.__slots__))

@@ -1,9 +1,9 @@
-"""Level `calib`: layers in forward order, each fitted to what the layers before it, already packed, give it.
+"""Quantize the layers of a UNet in forward order, each fitted to the inputs that earlier quantized layers produce.
 
-Two UNets walk side by side over the calibration rows, the float one and the packed one. Of layers with the same
-input the second moments of that input are gathered, and how far the output is from the float model's; then the
-layer is solved: its weights are moved to make up for what earlier layers got wrong, brought to few bits by GPTQ, and
-refined by coordinate descent; its bias takes up what is left of the mean.
+Two UNets run side by side over the calibration inputs: the float one and the one quantized so far. For layers that
+share an input, this module accumulates the second moments of that input and the difference between the layer's output
+and the float model's. Then each layer is solved: its weights are shifted to compensate for the errors of earlier
+layers, rounded to few bits by GPTQ, and refined by coordinate descent. Its bias absorbs the error of the output's mean.
 """
 
 from collections import Counter
@@ -33,225 +33,248 @@ from tinysd_batch.quantize.solve.hessian import (
     split_columns,
 )
 
-LAYER_INPUT_TOKENS = 512  # of each layer, where only their sort matters
-EVALUATION_TOKENS = 1024  # of the rows that tune and of those that are held out
-# Layers that close a residual connection, and the module whose input is the stream that they are added to. That of
-# `proj_out` passes by the other units of its attention block.
+LAYER_INPUT_TOKENS = 512  # of each layer, to compare the errors of different bit widths
+EVALUATION_TOKENS = 1024  # of each layer, from the tuning inputs and from the held-out inputs
+# Suffixes of transformer layers whose output is added to a residual stream, and the module whose input is that stream.
+# The stream that `proj_out` adds to is in the state of its attention block.
 RESIDUAL_SOURCES = {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"}
 
-
+# What UNet inputs are for: moments of the layers' inputs, the choice of a ridge, or measuring finished layers.
 DataSplit = Literal["moments", "tuning", "held out"]
 
 
 @dataclass(frozen=True, slots=True)
 class CalibratedLayer:
-    """A packed layer."""
+    """A quantized layer."""
 
     weight: GroupWeight
     bias: Tensor | None  # float16 [O]
-    sqnr_db: float  # of its output on held-out rows, against the float model's
+    sqnr_db: float  # of its output on held-out inputs, against the float model's output
 
 
 @dataclass(slots=True)
 class StatePair:
-    """The same rows in both UNets."""
+    """The same UNet inputs on their way through both UNets."""
 
     float_state: ForwardState
     quantized_state: ForwardState
     split: DataSplit
-    dtype: torch.dtype = torch.float32  # in which they wait between two units
+    dtype: torch.dtype = torch.float32  # of the feature maps that are kept between two segments
 
 
 class LayerwiseCalibration:
-    """One run over a UNet. `known` holds layers that were solved before a stop; `keep` is told each new one."""
+    """One calibration of a UNet.
+
+    Args:
+        float_unet: The float model.
+        quantized_unet: A second copy of it, whose layers are replaced as they are quantized.
+        layouts: How to store each layer.
+        recipe: Effort and seed.
+        calibrated_layers: Layers that an earlier, interrupted run has finished.
+        on_layer_done: Called with the name of each newly finished layer, and the layer.
+    """
 
     def __init__(
-        self, source: SegmentedUNet, target: SegmentedUNet, layouts: Mapping[str, Layout], recipe: Recipe,
-        known: dict[str, CalibratedLayer], keep: Callable[[str, CalibratedLayer], None],
+        self, float_unet: SegmentedUNet, quantized_unet: SegmentedUNet, layouts: Mapping[str, Layout], recipe: Recipe,
+        calibrated_layers: dict[str, CalibratedLayer], on_layer_done: Callable[[str, CalibratedLayer], None],
     ) -> None:  # fmt: skip
-        self.source = source
-        self.target = target
+        self.float_unet = float_unet
+        self.quantized_unet = quantized_unet
         self.layouts = layouts
         self.recipe = recipe
-        self.calibrated_layers = known
-        self.on_layer_done = keep
+        self.calibrated_layers = calibrated_layers
+        self.on_layer_done = on_layer_done
 
     @torch.no_grad()
     def run(self, pairs: list[StatePair]) -> None:
-        """All units. Afterwards the pairs hold the predictions of both."""
-        for unit in self.source.segments:
-            self.source.load(unit)
-            self.target.load(unit)
-            for names in group_layers_by_input(self.target, unit, pairs[0].quantized_state, self.layouts):
-                self.quantize_group(unit, names, pairs)
+        """Calibrate all segments. Afterwards the pairs hold the noise predictions of both UNets."""
+        for segment in self.float_unet.segments:
+            self.float_unet.load(segment)
+            self.quantized_unet.load(segment)
+            first_state = pairs[0].quantized_state
+            for names in group_layers_by_input(self.quantized_unet, segment, first_state, self.layouts):
+                self.quantize_group(segment, names, pairs)
             for pair in pairs:
-                pair.float_state = run_segment(unit, self.source.unet, pair.float_state, pair.dtype)
-                pair.quantized_state = run_segment(unit, self.target.unet, pair.quantized_state, pair.dtype)
-            self.source.unload(unit)
-            self.target.unload(unit)
+                pair.float_state = run_segment(segment, self.float_unet.unet, pair.float_state, pair.dtype)
+                pair.quantized_state = run_segment(segment, self.quantized_unet.unet, pair.quantized_state, pair.dtype)
+            self.float_unet.unload(segment)
+            self.quantized_unet.unload(segment)
 
-    def quantize_group(self, unit: Segment, names: list[str], pairs: list[StatePair]) -> None:
+    def quantize_group(self, segment: Segment, names: list[str], pairs: list[StatePair]) -> None:
+        """Quantize layers with the same input, except those that are done, and install all of them."""
         missing = [name for name in names if name not in self.calibrated_layers]
         if missing:
-            gathered = self.collect_statistics(unit, missing, pairs)
+            statistics = self.collect_statistics(segment, missing, pairs)
             for name in missing:
-                self.calibrated_layers[name] = self.quantize_layer(name, gathered.pop(name))
+                self.calibrated_layers[name] = self.quantize_layer(name, statistics.pop(name))
                 self.on_layer_done(name, self.calibrated_layers[name])
         for name in names:
             self.install_layer(name)
 
     def install_layer(self, name: str) -> None:
-        """Give the target UNet the layer as it was solved."""
-        layer, solved = get_layer(self.target.unet, name), self.calibrated_layers[name]
-        matrix = dequantize(solved.weight, torch.empty(solved.weight.shape)).to(self.target.device)
+        """Replace a layer of the quantized UNet by its quantized form."""
+        layer, calibrated = get_layer(self.quantized_unet.unet, name), self.calibrated_layers[name]
+        matrix = dequantize(calibrated.weight, torch.empty(calibrated.weight.shape)).to(self.quantized_unet.device)
         layer.weight = nn.Parameter(from_matrix(matrix, layer.weight.shape), requires_grad=False)
-        if solved.bias is not None:
-            layer.bias = nn.Parameter(solved.bias.float().to(self.target.device), requires_grad=False)
+        if calibrated.bias is not None:
+            bias = calibrated.bias.float().to(self.quantized_unet.device)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
 
     def collect_statistics(
-        self, unit: Segment, names: list[str], pairs: list[StatePair]
+        self, segment: Segment, names: list[str], pairs: list[StatePair]
     ) -> dict[str, "LayerStatistics"]:
-        """InputMoments and held-out tokens of layers with the same input."""
-        found = {
-            name: LayerStatistics.of(get_layer(self.source.unet, name), self.layouts[name], self.recipe)
+        """Collect input moments and tokens of layers with the same input."""
+        statistics = {
+            name: LayerStatistics.for_layer(get_layer(self.float_unet.unet, name), self.layouts[name], self.recipe)
             for name in names
         }
-        shares = Counter(pair.split for pair in pairs)
-        draw = torch.Generator().manual_seed(self.recipe.seed)
+        pairs_of_split = Counter(pair.split for pair in pairs)
+        generator = torch.Generator().manual_seed(self.recipe.seed)
         for pair in pairs:
-            if not any(one.can_use(pair.split) for one in found.values()):
+            if not any(layer.can_use(pair.split) for layer in statistics.values()):
                 continue
-            limit = (self.recipe.tokens if pair.split == "moments" else EVALUATION_TOKENS) // shares[pair.split]
-            for name, x, gap in self.tokens(unit, names, pair, max(limit, 1), draw):
-                found[name].add(x, gap, pair.split)
-        return found
+            limit = self.recipe.tokens if pair.split == "moments" else EVALUATION_TOKENS
+            count = max(limit // pairs_of_split[pair.split], 1)
+            for name, x, gap in self.iter_layer_tokens(segment, names, pair, count, generator):
+                statistics[name].add(x, gap, pair.split)
+        return statistics
 
-    def tokens(
-        self, unit: Segment, names: list[str], pair: StatePair, count: int, draw: torch.Generator
+    def iter_layer_tokens(
+        self, segment: Segment, names: list[str], pair: StatePair, count: int, generator: torch.Generator
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """So many of each layer's inputs [N, K] in the target UNet, and gaps [N, O] to what it should make of them."""
-        streams = {name: find_residual_source(name) for name in names}
-        wanted = {*names, *(stream for stream in streams.values() if stream)}
-        outputs = record_activations(self.source.unet, unit, pair.float_state, wanted, names[-1])
-        inputs = record_activations(self.target.unet, unit, pair.quantized_state, wanted, names[-1])
+        """Yield the name of each layer, `count` of its inputs x [N, K] in the quantized UNet, and their gaps [N, O].
+
+        A gap is what the layer should add to the float layer's output for x, see `InputMoments`.
+        """
+        sources = {name: find_residual_source(name) for name in names}
+        recorded_names = {*names, *(source for source in sources.values() if source)}
+        float_records = record_activations(self.float_unet.unet, segment, pair.float_state, recorded_names, names[-1])
+        quantized_records = record_activations(
+            self.quantized_unet.unet, segment, pair.quantized_state, recorded_names, names[-1]
+        )
         for name in names:
-            layer, said = get_layer(self.source.unet, name), flatten_output_tokens(outputs[name][1])
-            some = torch.randperm(len(said), generator=draw)[:count].to(said.device)
-            x = gather_input_tokens(layer, inputs[name][0], some)
-            gap = said[some] - F.linear(x, to_matrix(layer.weight), layer.bias)
+            layer, output = get_layer(self.float_unet.unet, name), flatten_output_tokens(float_records[name][1])
+            chosen = torch.randperm(len(output), generator=generator)[:count].to(output.device)
+            x = gather_input_tokens(layer, quantized_records[name][0], chosen)
+            gap = output[chosen] - F.linear(x, to_matrix(layer.weight), layer.bias)
             if name.endswith(".proj_out"):
-                gap += (
-                    attention_residual_tokens(pair.float_state)[some]
-                    - attention_residual_tokens(pair.quantized_state)[some]
-                )
-            if stream := streams[name]:
-                gap += flatten_output_tokens(self.residual_input(self.source, name, outputs[stream][0]))[some]
-                gap -= flatten_output_tokens(self.residual_input(self.target, name, inputs[stream][0]))[some]
+                float_residual = attention_residual_tokens(pair.float_state)[chosen]
+                gap += float_residual - attention_residual_tokens(pair.quantized_state)[chosen]
+            if source := sources[name]:
+                stream = self.residual_input(self.float_unet, name, float_records[source][0])
+                gap += flatten_output_tokens(stream)[chosen]
+                stream = self.residual_input(self.quantized_unet, name, quantized_records[source][0])
+                gap -= flatten_output_tokens(stream)[chosen]
             yield name, x, gap
 
-    def residual_input(self, walker: SegmentedUNet, name: str, x: Tensor) -> Tensor:
-        """What a closing layer's output is added to: a resnet's may pass a convolution first."""
-        holder = walker.unet.get_submodule(name.rpartition(".")[0])
-        shortcut = getattr(holder, "conv_shortcut", None) if name.endswith(".conv2") else None
+    def residual_input(self, unet: SegmentedUNet, name: str, x: Tensor) -> Tensor:
+        """Return what the output of layer `name` is added to: x, in some resnets after the shortcut convolution."""
+        parent = unet.unet.get_submodule(name.rpartition(".")[0])
+        shortcut = getattr(parent, "conv_shortcut", None) if name.endswith(".conv2") else None
         return x if shortcut is None else shortcut(x)
 
-    def quantize_layer(self, name: str, gathered: "LayerStatistics") -> CalibratedLayer:
-        layer = get_layer(self.source.unet, name)
+    def quantize_layer(self, name: str, statistics: "LayerStatistics") -> CalibratedLayer:
+        """Quantize one layer. Consumes its statistics, to free memory early."""
+        layer = get_layer(self.float_unet.unet, name)
         weight, bits = to_matrix(layer.weight), self.layouts[name].bits
-        size = self.layouts[name].group_size_in(weight.shape[1])
-        parts, means = [], torch.zeros(weight.shape[1], device=weight.device)
-        tuning = gathered.tokens("tuning") if gathered.can_use("tuning") else None
-        while gathered.column_blocks:  # of a part that is solved only the Hessian stays
-            groups, columns, moments = gathered.column_blocks.pop(0)
+        group_size = self.layouts[name].group_size_in(weight.shape[1])
+        blocks, mean_x = [], torch.zeros(weight.shape[1], device=weight.device)
+        tuning = statistics.tokens_of_split("tuning") if statistics.can_use("tuning") else None
+        while statistics.column_blocks:  # of a solved block only the Hessian stays in memory
+            groups, columns, moments = statistics.column_blocks.pop(0)
             problem = moments.build_problem(
                 weight[:, columns], tuning, has_bias=layer.bias is not None, damping=self.recipe.damping
             )
             del moments
-            means[columns], gap = problem.mean_x, problem.mean_gap
-            fit = quantize_gptq(problem.target, problem.hessian, size, bits)
-            parts.append(ColumnBlock(groups, problem.target, problem.hessian, fit))
-        packed = refine_and_pack(parts, self.recipe.sweeps).to("cpu")
-        del parts
-        changed = dequantize(packed, torch.empty(packed.shape)).to(weight.device) - weight
-        # The output's mean is the float model's again.
+            mean_x[columns], mean_gap = problem.mean_x, problem.mean_gap
+            fit = quantize_gptq(problem.target, problem.hessian, group_size, bits)
+            blocks.append(ColumnBlock(groups, problem.target, problem.hessian, fit))
+        packed = refine_and_pack(blocks, self.recipe.sweeps).to("cpu")
+        del blocks
+        change = dequantize(packed, torch.empty(packed.shape)).to(weight.device) - weight
         if layer.bias is None:
-            return CalibratedLayer(packed, None, gathered.sqnr_db(weight, changed, torch.zeros_like(gap)))
-        bias = (layer.bias + gap - changed @ means).half()
-        return CalibratedLayer(packed, bias.cpu(), gathered.sqnr_db(weight, changed, bias.float() - layer.bias))
+            sqnr_db = statistics.held_out_sqnr_db(weight, change, torch.zeros_like(mean_gap))
+            return CalibratedLayer(packed, None, sqnr_db)
+        # Restore the mean of the float model's output.
+        bias = (layer.bias + mean_gap - change @ mean_x).half()
+        sqnr_db = statistics.held_out_sqnr_db(weight, change, bias.float() - layer.bias)
+        return CalibratedLayer(packed, bias.cpu(), sqnr_db)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What is known of a layer's inputs: moments of its columns' parts, and some tokens for other uses."""
+    """What calibration needs of a layer's inputs: moments for each block of columns, and tokens of the other splits."""
 
-    column_blocks: list[tuple[Tensor, Tensor, InputMoments]]  # groups, columns, moments
+    column_blocks: list[tuple[Tensor, Tensor, InputMoments]]  # numbers of groups, numbers of columns, moments
     token_batches: dict[DataSplit, list[TokensAndGaps]]
 
     @classmethod
-    def of(cls, layer: LinearOrConv, layout: Layout, recipe: Recipe) -> Self:
+    def for_layer(cls, layer: LinearOrConv, layout: Layout, recipe: Recipe) -> Self:
+        """Return empty statistics for a layer to be stored in `layout`."""
         rows, device = len(layer.weight), layer.weight.device
-        group_size, parts = layout.group_size_in(layer.weight[0].numel()), []
+        group_size, blocks = layout.group_size_in(layer.weight[0].numel()), []
         for groups in split_columns(layer, group_size, recipe.block):
             columns = (groups[:, None] * group_size + torch.arange(group_size)).flatten().to(device)
-            parts.append((groups.to(device), columns, InputMoments(len(columns), rows, device)))
-        return cls(parts, {})
+            blocks.append((groups.to(device), columns, InputMoments(len(columns), rows, device)))
+        return cls(blocks, {})
 
-    def can_use(self, use: DataSplit) -> bool:
-        """Whether tokens of this use say anything: a part of the columns cannot tell its own share of the gap."""
-        return use != "tuning" or len(self.column_blocks) == 1
+    def can_use(self, split: DataSplit) -> bool:
+        """Return whether tokens of this split help: a block of some columns cannot know its own share of the gap."""
+        return split != "tuning" or len(self.column_blocks) == 1
 
-    def add(self, x: Tensor, gap: Tensor, use: DataSplit) -> None:
-        if use != "moments":
-            self.token_batches.setdefault(use, []).append((x, gap))
+    def add(self, x: Tensor, gap: Tensor, split: DataSplit) -> None:
+        """Add inputs [N, K] and their gaps [N, O]."""
+        if split != "moments":
+            self.token_batches.setdefault(split, []).append((x, gap))
             return
         for _, columns, moments in self.column_blocks:
             moments.add(x if len(self.column_blocks) == 1 else x[:, columns], gap)
 
-    def tokens(self, use: DataSplit) -> TokensAndGaps | None:
-        """All of them; None where there are none."""
-        if use not in self.token_batches:
+    def tokens_of_split(self, split: DataSplit) -> TokensAndGaps | None:
+        """Return all tokens of a split; None if there are none."""
+        if split not in self.token_batches:
             return None
-        x, gap = zip(*self.token_batches[use], strict=True)
+        x, gap = zip(*self.token_batches[split], strict=True)
         return torch.cat(x), torch.cat(gap)
 
-    def sqnr_db(self, weight: Tensor, changed: Tensor, bias_changed: Tensor) -> float:
-        """Of held-out rows: what the layer should say, around its mean, over what it says wrongly."""
-        tokens = self.tokens("held out")
+    def held_out_sqnr_db(self, weight: Tensor, change: Tensor, bias_change: Tensor) -> float:
+        """Compute the layer's SQNR on held-out inputs: variance of the wanted output over power of the error, in dB."""
+        tokens = self.tokens_of_split("held out")
         assert tokens is not None, "a recipe has held-out prompts"
         x, gap = tokens
-        wrong = x @ changed.T + bias_changed - gap
-        should = x @ weight.T + gap
-        power = (should - should.mean(dim=0)).square().sum() / wrong.square().sum().clamp(min=1e-20)
-        return float(10 * power.clamp(min=1e-20).log10())
+        error = x @ change.T + bias_change - gap
+        wanted = x @ weight.T + gap
+        ratio = (wanted - wanted.mean(dim=0)).square().sum() / error.square().sum().clamp(min=1e-20)
+        return float(10 * ratio.clamp(min=1e-20).log10())
 
 
 def group_layers_by_input(
-    walker: SegmentedUNet, unit: Segment, state: ForwardState, layouts: Mapping[str, Layout]
+    unet: SegmentedUNet, segment: Segment, state: ForwardState, layouts: Mapping[str, Layout]
 ) -> list[list[str]]:
-    """The unit's layers to be packed, in the order in which they work; those with the same input together."""
-    names = [name for name in layouts if unit.contains(name)]
+    """Return the segment's layers in the order in which they run, those with the same input grouped together."""
+    names = [name for name in layouts if segment.contains(name)]
     inputs: list[tuple[str, Tensor]] = []
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
+    def make_hook(name: str) -> Callable[[nn.Module, Any], None]:
         return lambda _, args: inputs.append((name, args[0]))
 
-    hooks = [walker.unet.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-    unit.run(walker.unet, state.copy())
+    hooks = [unet.unet.get_submodule(name).register_forward_pre_hook(make_hook(name)) for name in names]
+    segment.run(unet.unet, state.copy())
     for hook in hooks:
         hook.remove()
-    # A shortcut works last, but the layer that is added to it is to make up for its error.
-    inputs.sort(key=lambda one: not one[0].endswith(".conv_shortcut"))
-    found: list[tuple[Tensor, list[str]]] = []
+    # A shortcut runs last in its resnet, but conv2, which is added to it, has to compensate for its error.
+    inputs.sort(key=lambda name_and_input: not name_and_input[0].endswith(".conv_shortcut"))
+    groups: list[tuple[Tensor, list[str]]] = []
     for name, x in inputs:
-        if found and found[-1][0] is x:
-            found[-1][1].append(name)
+        if groups and groups[-1][0] is x:
+            groups[-1][1].append(name)
         else:
-            found.append((x, [name]))
-    return [group for _, group in found]
+            groups.append((x, [name]))
+    return [group for _, group in groups]
 
 
 def find_residual_source(name: str) -> str | None:
-    """The module whose input is the residual stream that a layer's output is added to; None for inner layers."""
+    """Return the module whose input is the residual stream that a layer's output is added to; None for other layers."""
     if name.endswith(".conv2"):
         return f"{name.removesuffix('.conv2')}.norm1"
     for suffix, norm in RESIDUAL_SOURCES.items():
@@ -261,38 +284,39 @@ def find_residual_source(name: str) -> str | None:
 
 
 def attention_residual_tokens(state: ForwardState) -> Tensor:
-    """What an attention block's output is added to, [R L, C]."""
+    """Return what the current attention block's output is added to, [R L, C]."""
     assert state.attention_residual is not None
     return flatten_output_tokens(state.attention_residual.float())
 
 
-def run_segment(unit: Segment, unet: UNet2DConditionModel, state: ForwardState, dtype: torch.dtype) -> ForwardState:
-    """A state one unit further, its maps in another type."""
-    moved = state.copy()
-    unit.run(unet, moved)
-    moved.store_as(dtype)
-    return moved
+def run_segment(segment: Segment, unet: UNet2DConditionModel, state: ForwardState, dtype: torch.dtype) -> ForwardState:
+    """Return the state after a segment, its feature maps stored as `dtype`."""
+    next_state = state.copy()
+    segment.run(unet, next_state)
+    next_state.store_as(dtype)
+    return next_state
 
 
 @torch.no_grad()
 def iter_layer_inputs(
-    walker: SegmentedUNet, rows: UNetInputs, names: list[str], tokens: int = LAYER_INPUT_TOKENS
+    unet: SegmentedUNet, inputs: UNetInputs, names: list[str], tokens: int = LAYER_INPUT_TOKENS
 ) -> Iterator[tuple[str, Tensor]]:
-    """Some tokens [N, K] that each layer is given in the float model, a unit at a time."""
-    splits = (torch.split(one, segment_batch_size(rows.latents)) for one in (rows.latents, rows.times, rows.context))
-    states = [ForwardState.of(*(one.to(walker.device) for one in part)) for part in zip(*splits, strict=True)]
-    draw = torch.Generator().manual_seed(0)
-    for unit in walker.segments:
-        walker.load(unit)
-        mine = [name for name in names if unit.contains(name)]
-        found: dict[str, list[Tensor]] = {name: [] for name in mine}
-        for state in states if mine else []:
-            seen = record_activations(walker.unet, unit, state, set(mine), "")
-            for name in mine:
-                x, count = seen[name][0], len(flatten_output_tokens(seen[name][1]))
-                some = torch.randperm(count, generator=draw)[: max(1, tokens // len(states))].to(x.device)
-                found[name].append(gather_input_tokens(get_layer(walker.unet, name), x, some))
-        yield from ((name, torch.cat(x)) for name, x in found.items())
+    """Yield the name of each layer and some of its inputs [N, K] in the float model, segment by segment."""
+    batch_size = segment_batch_size(inputs.latents)
+    batches = zip(*(torch.split(x, batch_size) for x in (inputs.latents, inputs.times, inputs.context)), strict=True)
+    states = [ForwardState.from_inputs(*(tensor.to(unet.device) for tensor in batch)) for batch in batches]
+    generator = torch.Generator().manual_seed(0)
+    for segment in unet.segments:
+        unet.load(segment)
+        segment_names = [name for name in names if segment.contains(name)]
+        chosen: dict[str, list[Tensor]] = {name: [] for name in segment_names}
+        for state in states if segment_names else []:
+            records = record_activations(unet.unet, segment, state, set(segment_names), "")
+            for name in segment_names:
+                x, count = records[name][0], len(flatten_output_tokens(records[name][1]))
+                rows = torch.randperm(count, generator=generator)[: max(1, tokens // len(states))].to(x.device)
+                chosen[name].append(gather_input_tokens(get_layer(unet.unet, name), x, rows))
+        yield from ((name, torch.cat(x)) for name, x in chosen.items())
         for state in states:
-            unit.run(walker.unet, state)
-        walker.unload(unit)
+            segment.run(unet.unet, state)
+        unet.unload(segment)

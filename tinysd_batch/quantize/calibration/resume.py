@@ -1,4 +1,4 @@
-"""What calibration has finished, on disk beside the folder to be written, so that a stopped run goes on."""
+"""The work folder `OUT.work`: what calibration has finished, so that an interrupted run can be continued."""
 
 import hashlib
 import json
@@ -21,57 +21,57 @@ from tinysd_batch.quantize.calibration.trajectories import Trajectories
 from tinysd_batch.storage.atomic import remove_temporaries, write_atomically
 from tinysd_batch.storage.lock import hold_lock
 
-WORK_VERSION = 1  # of the method: what another one left is not gone on with
+WORK_VERSION = 1  # of the method: work left by another version is not continued
 INDEX_FILE = "work.json"
 LEVEL_FILE = "level.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkFolder:
-    """The folder `OUT.work`."""
+    """The folder `OUT.work`. Every file is written atomically."""
 
     path: Path
 
-    def trajectories(self, name: str, make: Callable[[], Trajectories]) -> Trajectories:
-        """Read what was drawn before, or draw it now and keep it."""
+    def load_or_generate_trajectories(self, name: str, generate: Callable[[], Trajectories]) -> Trajectories:
+        """Read the trajectories called `name`, which are generated and saved first if they are missing."""
         path = self.path / f"{name}.safetensors"
         if not path.exists():
-            drawn = make()
-            tensors = {each.name: getattr(drawn, each.name).contiguous() for each in fields(drawn)}
+            trajectories = generate()
+            tensors = {field.name: getattr(trajectories, field.name).contiguous() for field in fields(trajectories)}
             write_atomically(to_safetensors(tensors), path)
         return Trajectories(**MappedTensors.read(path))
 
-    def load_or_choose_layouts(self, make: Callable[[], dict[str, Layout]]) -> dict[str, Layout]:
-        """How the layers are stored, as chosen before, or choose it now and keep it."""
+    def load_or_choose_layouts(self, choose: Callable[[], dict[str, Layout]]) -> dict[str, Layout]:
+        """Read the layouts of all layers, which are chosen and saved first if they are missing."""
         path = self.path / "layouts.json"
         if not path.exists():
-            chosen = {name: [one.bits, one.group_size] for name, one in make().items()}
-            write_atomically(json.dumps(chosen).encode(), path)
-        return {name: Layout(*one) for name, one in json.loads(path.read_text()).items()}
+            content = {name: [layout.bits, layout.group_size] for name, layout in choose().items()}
+            write_atomically(json.dumps(content).encode(), path)
+        return {name: Layout(*entry) for name, entry in json.loads(path.read_text()).items()}
 
-    def save_layer(self, name: str, solved: CalibratedLayer) -> None:
-        tensors = dict(solved.weight.tensors())
-        tensors["sqnr_db"] = torch.tensor(solved.sqnr_db)
-        if solved.bias is not None:
-            tensors["bias"] = solved.bias
+    def save_layer(self, name: str, layer: CalibratedLayer) -> None:
+        tensors = dict(layer.weight.tensors())
+        tensors["sqnr_db"] = torch.tensor(layer.sqnr_db)
+        if layer.bias is not None:
+            tensors["bias"] = layer.bias
         write_atomically(to_safetensors(tensors), self.path / "layers" / f"{name}.safetensors")
 
-    def layers(self, layouts: Mapping[str, Layout]) -> dict[str, CalibratedLayer]:
-        """The layers that are finished, as `layouts` has them."""
-        found = {}
+    def load_layers(self, layouts: Mapping[str, Layout]) -> dict[str, CalibratedLayer]:
+        """Read all layers that are finished."""
+        layers = {}
         for path in sorted((self.path / "layers").glob("*.safetensors")):
             tensors = {name: value.clone() for name, value in MappedTensors.read(path).items()}
             sqnr_db, bias = float(tensors.pop("sqnr_db")), tensors.pop("bias", None)
-            found[path.stem] = CalibratedLayer(GroupWeight(**tensors, bits=layouts[path.stem].bits), bias, sqnr_db)
-        return found
+            layers[path.stem] = CalibratedLayer(GroupWeight(**tensors, bits=layouts[path.stem].bits), bias, sqnr_db)
+        return layers
 
-    def seconds(self) -> float:
-        """What earlier runs took."""
+    def load_elapsed_s(self) -> float:
+        """Read how many seconds earlier runs took together."""
         path = self.path / "seconds.json"
         return float(json.loads(path.read_text())) if path.exists() else 0.0
 
-    def save_elapsed_s(self, seconds: float) -> None:
-        write_atomically(json.dumps(seconds).encode(), self.path / "seconds.json")
+    def save_elapsed_s(self, elapsed_s: float) -> None:
+        write_atomically(json.dumps(elapsed_s).encode(), self.path / "seconds.json")
 
     def save_level(self, level: str) -> None:
         write_atomically(level.encode(), self.path / LEVEL_FILE)
@@ -81,37 +81,47 @@ class WorkFolder:
 
 
 def resolve_work_path(out: Path) -> Path:
+    """Return the path of `OUT.work`, which lies beside `out`."""
     return out.absolute().parent / f"{out.name}.work"
 
 
 def read_started_level(out: Path) -> str | None:
-    """The level that a stopped run was at; None where there is none."""
+    """Return the level of an interrupted run for `out`; None if there was none."""
     path = resolve_work_path(out) / LEVEL_FILE
     return path.read_text() if path.exists() else None
 
 
 @contextmanager
 def open_work_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[WorkFolder]:
-    """The work folder beside `out`, for one process at a time. `identity` says what is being made of what.
+    """Open the work folder of `out` for this process alone.
 
-    Raises ModelError where it was begun with something else, and JobLockedError where another process has it.
+    Args:
+        out: The folder that calibration will write.
+        identity: What is quantized, and how. An interrupted run is continued only with the same identity.
+
+    Raises:
+        ModelError: The folder was started with another identity.
+        JobLockedError: Another process holds it.
     """
     work = WorkFolder(resolve_work_path(out))
     with hold_lock(work.path / "state" / "lock"):
         path = work.path / INDEX_FILE
-        wanted = {"version": WORK_VERSION, **identity}
-        if path.exists() and (found := json.loads(path.read_text())) != wanted:
-            other = next(name for name in wanted if found.get(name) != wanted[name])
+        expected = {"version": WORK_VERSION, **identity}
+        if path.exists() and (recorded := json.loads(path.read_text())) != expected:
+            difference = next(key for key in expected if recorded.get(key) != expected[key])
             raise ModelError(
-                f"{work.path}: was begun with another {other}; delete it to begin anew, or name another OUT"
+                f"{work.path}: was started with another {difference}; delete it to start over, or choose another OUT"
             )
         remove_temporaries(work.path, work.path / "layers")
-        write_atomically(json.dumps(wanted).encode(), path)
+        write_atomically(json.dumps(expected).encode(), path)
         yield work
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], release: Callable[[], None]) -> str:
-    """BLAKE2b of names and numbers; `release` takes what was read out of memory again."""
+    """Return the BLAKE2b hash of all names, types, shapes and numbers.
+
+    `release` is called after each tensor, to drop the pages that were read from memory.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())

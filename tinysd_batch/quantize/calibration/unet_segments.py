@@ -1,8 +1,11 @@
-"""The UNet as units in forward order (a resnet, a part of an attention block, a resampler), one in memory at a time.
+"""Run the UNet segment by segment, with the weights of one segment in memory at a time.
 
-What passes between units is a `State`. An attention block is cut at its residual connections, so that attention over
-all pixels is not computed anew for each layer that comes after it. So calibration can walk a UNet of any size with the
-floats of one unit, and keep the states of all calibration rows between two units.
+A segment is a resnet, one residual of a transformer block, a projection of an attention block, or a resampler. Between
+two segments everything that the forward pass needs later is in a `ForwardState`. Calibration can therefore walk a UNet
+of any size with the float weights of one segment, and keep the states of all calibration inputs between segments.
+
+Attention blocks are cut at their residual connections: attention over all pixels is then not recomputed for each of the
+layers that follow it in the same block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,63 +19,54 @@ from torch import Tensor, nn
 from tinysd_batch.model.checkpoint.folder import META_DEVICE
 from tinysd_batch.model.offload.components import named_tensors
 
-SegmentType = Literal["start", "resnet", "proj_in", "inner", "proj_out", "resampler", "end"]
-TRANSFORMER_RESIDUALS = (
-    ("norm1", "attn1"),
-    ("norm2", "attn2"),
-    ("norm3", "ff"),
-)  # of a transformer block: each adds to its input
+SegmentType = Literal["start", "resnet", "proj_in", "residual", "proj_out", "resampler", "end"]
+# Norm and module of each residual of a transformer block: hidden states += module(norm(hidden states)).
+TRANSFORMER_RESIDUALS = (("norm1", "attn1"), ("norm2", "attn2"), ("norm3", "ff"))
 
 
 @dataclass(slots=True)
 class ForwardState:
-    """Some rows on their way through the UNet."""
+    """The forward pass of R UNet inputs between two segments."""
 
-    hidden_states: Tensor  # [R, C, h, w]; at first the latents, at last the predicted noise
+    hidden_states: Tensor  # [R, C, h, w]: the latents before the first segment, the predicted noise after the last
     timesteps: Tensor  # [R]
-    context: Tensor  # [R, T, D]
-    skips: list[Tensor]
-    time_embedding: Tensor | None = None  # [R, 4 C0], of the times
-    attention_residual: Tensor | None = (
-        None  # within an attention block: its input [R, C, h, w], to be added in the end
-    )
+    context: Tensor  # [R, T, D], text embeddings
+    skips: list[Tensor]  # outputs of the down blocks that up blocks concatenate
+    time_embedding: Tensor | None = None  # [R, 4 C0]
+    attention_residual: Tensor | None = None  # [R, C, h, w], input of the current attention block, added at its end
 
     @classmethod
-    def of(cls, latents: Tensor, times: Tensor, context: Tensor) -> Self:
-        return cls(latents, times, context, [])
+    def from_inputs(cls, latents: Tensor, timesteps: Tensor, context: Tensor) -> Self:
+        """Start a forward pass with latents [R, 4, h, w], timesteps [R] and context [R, T, D]."""
+        return cls(latents, timesteps, context, [])
 
     def copy(self) -> "ForwardState":
-        """The same, ready to work: hidden as float32, in a list of skips of its own."""
+        """Return a state to run a segment on: hidden states as float32, and a list of skips of its own."""
         return ForwardState(
-            self.hidden_states.float(),
-            self.timesteps,
-            self.context,
-            list(self.skips),
-            self.time_embedding,
+            self.hidden_states.float(), self.timesteps, self.context, list(self.skips), self.time_embedding,
             self.attention_residual,
-        )
+        )  # fmt: skip
 
     def store_as(self, dtype: torch.dtype) -> None:
-        """Keep the maps in another type until they are worked on."""
-        shared = bool(self.skips) and self.skips[-1] is self.hidden_states
+        """Convert the feature maps to `dtype` until the next segment runs."""
+        is_also_skip = bool(self.skips) and self.skips[-1] is self.hidden_states
         self.hidden_states = self.hidden_states.to(dtype)
-        if shared:
+        if is_also_skip:
             self.skips[-1] = self.hidden_states
         if self.attention_residual is not None:
             self.attention_residual = self.attention_residual.to(dtype)
 
     def nbytes(self) -> int:
-        maps = (
-            self.hidden_states,
-            *self.skips,
-            *(() if self.attention_residual is None else (self.attention_residual,)),
-        )
-        return sum(one.numel() * one.element_size() for one in maps)
+        """Return the bytes of all feature maps."""
+        maps = [self.hidden_states, *self.skips]
+        if self.attention_residual is not None:
+            maps.append(self.attention_residual)
+        return sum(tensor.numel() * tensor.element_size() for tensor in maps)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A step of the walk. Its modules are those of `paths`, and those within."""
+    """One step of the walk through the UNet. Its modules are those at `paths`, with their submodules."""
 
     type: SegmentType
     paths: tuple[str, ...]
@@ -84,25 +78,24 @@ class Segment:
         return self.paths[0]
 
     def contains(self, name: str) -> bool:
-        """Whether a module is one of the unit's."""
+        """Return whether the module called `name` belongs to the segment."""
         return any(name == path or name.startswith(f"{path}.") for path in self.paths)
 
     def concat_skip(self, state: ForwardState) -> None:
-        """Take a skip along, where the unit does."""
+        """Concatenate the last skip to the hidden states, if the segment is one of an up block's resnets."""
         if self.pops_skip:
-            state.hidden_states = torch.cat(
-                [state.hidden_states, state.skips.pop().to(state.hidden_states.dtype)], dim=1
-            )
+            skip = state.skips.pop().to(state.hidden_states.dtype)
+            state.hidden_states = torch.cat([state.hidden_states, skip], dim=1)
 
     def run(self, unet: UNet2DConditionModel, state: ForwardState) -> None:
-        """Bring a state one unit further."""
+        """Advance a state by this segment, in place."""
         self.concat_skip(state)
         RUNNERS[self.type](unet, [unet.get_submodule(path) for path in self.paths], state)
         if self.pushes_skip:
             state.skips.append(state.hidden_states)
 
     def run_for_module(self, unet: UNet2DConditionModel, state: ForwardState, name: str) -> None:
-        """The same, for the sake of one module: a resnet's shortcut needs nothing else of it."""
+        """Run what one module needs, in place: a resnet's shortcut needs nothing else of its resnet."""
         if name.endswith(".conv_shortcut"):
             self.concat_skip(state)
             unet.get_submodule(name)(state.hidden_states)
@@ -120,17 +113,17 @@ def run_resnet(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: For
 
 
 def run_proj_in(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
-    norm, layer = modules
+    norm, projection = modules
     state.attention_residual = state.hidden_states
-    state.hidden_states = apply_projection(layer, norm(state.hidden_states))
+    state.hidden_states = apply_projection(projection, norm(state.hidden_states))
 
 
 def run_transformer_residual(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
     norm, module = modules
     tokens = state.hidden_states.flatten(2).transpose(1, 2)
     context = {"encoder_hidden_states": state.context} if getattr(module, "is_cross_attention", False) else {}
-    added = module(norm(tokens), **context)
-    state.hidden_states = (added + tokens).transpose(1, 2).reshape(state.hidden_states.shape)
+    residual = module(norm(tokens), **context)
+    state.hidden_states = (residual + tokens).transpose(1, 2).reshape(state.hidden_states.shape)
 
 
 def run_proj_out(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
@@ -140,9 +133,10 @@ def run_proj_out(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: F
 
 
 def apply_projection(layer: nn.Module, x: Tensor) -> Tensor:
-    """A map [R, C, h, w] by a 1x1 convolution, or by a linear layer as some models have it."""
-    of_map = isinstance(layer, nn.Conv2d)
-    return torch.as_tensor(layer(x) if of_map else layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    """Project feature maps [R, C, h, w] by a 1x1 convolution, or by a linear layer (`use_linear_projection`)."""
+    if isinstance(layer, nn.Conv2d):
+        return torch.as_tensor(layer(x))
+    return torch.as_tensor(layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 def run_resampler(_: UNet2DConditionModel, modules: Sequence[nn.Module], state: ForwardState) -> None:
@@ -154,35 +148,40 @@ def run_end(unet: UNet2DConditionModel, _: Sequence[nn.Module], state: ForwardSt
 
 
 RUNNERS: dict[SegmentType, Callable[[UNet2DConditionModel, Sequence[nn.Module], ForwardState], None]] = {
-    "start": run_start, "resnet": run_resnet, "proj_in": run_proj_in, "inner": run_transformer_residual, "proj_out": run_proj_out,
-    "resampler": run_resampler, "end": run_end,
-}  # fmt: skip
+    "start": run_start,
+    "resnet": run_resnet,
+    "proj_in": run_proj_in,
+    "residual": run_transformer_residual,
+    "proj_out": run_proj_out,
+    "resampler": run_resampler,
+    "end": run_end,
+}
 
 
 def split_into_segments(unet: UNet2DConditionModel) -> list[Segment]:
-    """All units, in forward order."""
-    found = [Segment("start", ("conv_in", "time_embedding"), pushes_skip=True)]
+    """Return all segments of a UNet, in forward order."""
+    segments = [Segment("start", ("conv_in", "time_embedding"), pushes_skip=True)]
     for number, block in enumerate(unet.down_blocks):
-        found += iter_block_segments(f"down_blocks.{number}", block)
+        segments += iter_block_segments(f"down_blocks.{number}", block)
     if unet.mid_block is not None:
-        found += iter_mid_block_segments(unet.mid_block)
+        segments += iter_mid_block_segments(unet.mid_block)
     for number, block in enumerate(unet.up_blocks):
-        found += iter_block_segments(f"up_blocks.{number}", block)
-    return [*found, Segment("end", ("conv_norm_out", "conv_out"))]
+        segments += iter_block_segments(f"up_blocks.{number}", block)
+    return [*segments, Segment("end", ("conv_norm_out", "conv_out"))]
 
 
 def iter_block_segments(path: str, block: Any) -> Iterator[Segment]:
-    goes_up = path.startswith("up")
+    """Yield the segments of a down block or an up block."""
+    is_up = path.startswith("up")
     attentions = getattr(block, "attentions", None)
     for number, _ in enumerate(block.resnets):
-        yield Segment("resnet", (f"{path}.resnets.{number}",), goes_up, not goes_up and not attentions)
+        yield Segment("resnet", (f"{path}.resnets.{number}",), is_up, not is_up and not attentions)
         if attentions:
-            yield from iter_attention_segments(
-                f"{path}.attentions.{number}", attentions[number], pushes_skip=not goes_up
-            )
-    kind = "upsamplers" if goes_up else "downsamplers"
-    for number in range(len(getattr(block, kind, None) or ())):
-        yield Segment("resampler", (f"{path}.{kind}.{number}",), pushes_skip=not goes_up)
+            attention_path = f"{path}.attentions.{number}"
+            yield from iter_attention_segments(attention_path, attentions[number], pushes_skip=not is_up)
+    resamplers = "upsamplers" if is_up else "downsamplers"
+    for number in range(len(getattr(block, resamplers, None) or ())):
+        yield Segment("resampler", (f"{path}.{resamplers}.{number}",), pushes_skip=not is_up)
 
 
 def iter_mid_block_segments(block: Any) -> Iterator[Segment]:
@@ -196,14 +195,19 @@ def iter_attention_segments(path: str, attention: Any, *, pushes_skip: bool) -> 
     yield Segment("proj_in", (f"{path}.norm", f"{path}.proj_in"))
     for number, _ in enumerate(attention.transformer_blocks):
         block = f"{path}.transformer_blocks.{number}"
-        yield from (Segment("inner", (f"{block}.{norm}", f"{block}.{inner}")) for norm, inner in TRANSFORMER_RESIDUALS)
+        for norm, module in TRANSFORMER_RESIDUALS:
+            yield Segment("residual", (f"{block}.{norm}", f"{block}.{module}"))
     yield Segment("proj_out", (f"{path}.proj_out",), pushes_skip=pushes_skip)
 
 
 class SegmentedUNet:
-    """A UNet with the weights of one unit at a time, as float32 on a device, from mapped tensors.
+    """A UNet that holds the weights of one segment at a time, as float32 on a device.
 
-    `release` takes what was read of them out of memory again; it is called when a unit leaves.
+    Args:
+        config: The UNet's configuration, in diffusers' keys.
+        tensors: Its weights, memory-mapped.
+        device: Where segments run.
+        release: Drops the pages of `tensors` that were read from this process's memory; called after each segment.
     """
 
     def __init__(
@@ -217,38 +221,39 @@ class SegmentedUNet:
         self.release = release
         self.segments = split_into_segments(self.unet)
 
-    def load(self, unit: Segment) -> None:
-        for name, module, leaf, _ in self.list_parameters(unit):
+    def load(self, segment: Segment) -> None:
+        """Read a segment's weights onto the device."""
+        for name, module, leaf, _ in self.list_parameters(segment):
             value = self.tensors[name].to(self.device, torch.float32)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    def unload(self, unit: Segment) -> None:
-        for _, module, leaf, value in self.list_parameters(unit):
+    def unload(self, segment: Segment) -> None:
+        """Drop a segment's weights."""
+        for _, module, leaf, value in self.list_parameters(segment):
             module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
         self.release()
 
-    def list_parameters(self, unit: Segment) -> list[tuple[str, nn.Module, str, Tensor]]:
+    def list_parameters(self, segment: Segment) -> list[tuple[str, nn.Module, str, Tensor]]:
+        """Return full name, owning module, name in that module, and tensor of each parameter of a segment."""
         return [
             (f"{path}.{name}", module, leaf, value)
-            for path in unit.paths
+            for path in segment.paths
             for name, module, leaf, value in named_tensors(self.unet.get_submodule(path))
         ]
 
     @torch.no_grad()
-    def predict(self, latents: Tensor, times: Tensor, context: Tensor, rows: int) -> Tensor:
-        """The noise in latents [R, 4, h, w] at times [R], on the host; `rows` go through a unit at once."""
-        states = [
-            ForwardState.of(*(part.to(self.device) for part in parts))
-            for parts in zip(*(torch.split(one, rows) for one in (latents, times, context)), strict=True)
-        ]
-        for unit in self.segments:
-            self.load(unit)
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, batch_size: int) -> Tensor:
+        """Predict the noise in latents [R, 4, h, w] at timesteps [R], `batch_size` inputs at a time; on the host."""
+        batches = zip(*(torch.split(tensor, batch_size) for tensor in (latents, timesteps, context)), strict=True)
+        states = [ForwardState.from_inputs(*(tensor.to(self.device) for tensor in batch)) for batch in batches]
+        for segment in self.segments:
+            self.load(segment)
             for state in states:
-                unit.run(self.unet, state)
-            self.unload(unit)
+                segment.run(self.unet, state)
+            self.unload(segment)
         return torch.cat([state.hidden_states.cpu() for state in states])
 
 
 def segment_batch_size(latents: Tensor) -> int:
-    """How many rows [R, 4, h, w] go through a unit together: few of large pictures."""
+    """Return how many inputs of this size [R, 4, h, w] run through a segment together: fewer for larger images."""
     return max(2, 2**14 // (latents.shape[-1] * latents.shape[-2]))

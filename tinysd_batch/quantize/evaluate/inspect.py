@@ -1,4 +1,4 @@
-"""What is in a model: parts, weights, bits and bytes, told from headers without reading the weights."""
+"""Inspect a model: components, weights, bits and bytes, from file headers without reading the weights."""
 
 import hashlib
 import math
@@ -40,9 +40,11 @@ OTHERS = "others"
 LAYER_TYPE_BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution", 4: "convolution"}
 POSITION_IDS = "position_ids"
 WEIGHT_FORMATS = (GroupWeight, AffineRowWeight, ZeroPointRowWeight)
-PACKED_TENSOR_NAMES = {each.name for kind in WEIGHT_FORMATS for each in fields(kind) if each.name != "bits"}
+PACKED_TENSOR_NAMES = {
+    each.name for weight_format in WEIGHT_FORMATS for each in fields(weight_format) if each.name != "bits"
+}
 CODES_TENSOR = "qweight"
-DEFAULT_LATENT_CHANNELS = 4  # where a configuration does not say
+DEFAULT_LATENT_CHANNELS = 4  # if a configuration has no entry
 USABLE_TYPES = (SD_V1, TINY_STABLE_DIFFUSION)
 PACKED_MODEL, PACKED_REASON = "a packed model", "it is quantized already; a float model is needed"
 CPU = torch.device("cpu")
@@ -51,74 +53,85 @@ EMBEDDED_NAME = "embedded"
 
 @dataclass(slots=True)
 class LayerGroup:
-    """Layers of one sort in a part."""
+    """Layers of one type in a component."""
 
-    name: str  # linear, convolution, embedding, norms and biases; of packed layers their sort and bits
+    name: str  # linear, convolution, embedding, norms and biases; for packed layers their type and bits
     weights: int = 0
     bytes: int = 0
 
     @property
     def bits(self) -> float:
-        """Per weight, with what quantization stores beside it."""
+        """Bits per weight, including scales and offsets."""
         return 8 * self.bytes / self.weights if self.weights else 0.0
 
 
 @dataclass(slots=True)
 class ComponentContents:
-    """A part of a model."""
+    """What a component of a model holds."""
 
     name: str
     tensors: int = 0
-    dtypes: dict[str, int] = field(default_factory=dict)  # tensors of each
+    dtypes: dict[str, int] = field(default_factory=dict)  # number of tensors by dtype
     layer_groups: dict[str, LayerGroup] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
-        return sum(each.weights for each in self.layer_groups.values())
+        return sum(group.weights for group in self.layer_groups.values())
 
     @property
     def bytes(self) -> int:
-        return sum(each.bytes for each in self.layer_groups.values())
+        return sum(group.bytes for group in self.layer_groups.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` says of a model."""
+    """What `inspect` reports about a model."""
 
     path: str
     name: str
     model_type: str
-    refusal_reason: str | None  # why neither convert nor quantize takes it
-    digest: str  # of a folder as jobs record it; of a file its SHA-256
+    refusal_reason: str | None  # why convert and quantize refuse it
+    digest: str  # of a folder the one that jobs record, of a file its SHA-256
     components: list[ComponentContents]
     noise_correction: NoiseCorrection | None = None
     notes: list[str] = field(default_factory=list)
-    unusable_reason: str | None = None  # of a file: why no command takes it
+    unusable_reason: str | None = None  # of a file: why every command refuses it
 
 
 def inspect_model(path: Path, *, allow_pickle: bool = False) -> Inspection:
-    """Look into a model folder or a checkpoint file. Raises ModelError where that cannot be read.
+    """Inspect a model folder or a checkpoint file.
 
-    A folder must pass the checks of the command that takes it: `submit` and `txt2img` of a packed one, `convert` and
-    `quantize` of one with floats. What is wrong with a file stands in `fault`.
+    A folder must pass the checks of the commands that take it: `submit` and `txt2img` for a packed model, `convert`
+    and `quantize` for a float model. What is wrong with a file is returned in `unusable_reason`.
+
+    Raises:
+        ModelError: the file cannot be read, or a check of the folder failed.
     """
     options = SourceOptions(allow_pickle=allow_pickle)
     if path.is_dir():
         return inspect_folder(path, options)
     contents = open_tensors(path, allow_pickle=allow_pickle)
-    kind = detect_model_type(contents)
-    fault = None if kind.name in USABLE_TYPES else f"{path}: this is {kind.name}: {kind.reason}"
-    if kind.name == SD_V1:
-        fault = find_unusable_reason(path, options)
+    model_type = detect_model_type(contents)
+    unusable_reason = None
+    if model_type.name not in USABLE_TYPES:
+        unusable_reason = f"{path}: this is {model_type.name}: {model_type.reason}"
+    elif model_type.name == SD_V1:
+        unusable_reason = find_unusable_reason(path, options)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Inspection(
-        str(path), path.stem, kind.name, kind.reason, digest, count_file_components(contents), unusable_reason=fault
+        str(path),
+        path.stem,
+        model_type.name,
+        model_type.reason,
+        digest,
+        count_file_components(contents),
+        unusable_reason=unusable_reason,
     )
 
 
 def find_unusable_reason(path: Path, options: SourceOptions) -> str | None:
-    """Why `convert` and `quantize` refuse a file."""
+    """Return why `convert` and `quantize` refuse a file; None if they accept it."""
     try:
         check_source(SingleFileSource(path, options))
     except ModelError as error:
@@ -127,13 +140,13 @@ def find_unusable_reason(path: Path, options: SourceOptions) -> str | None:
 
 
 def check_source(source: CheckpointSource) -> None:
-    """Raise ModelError where a part of a float model is missing or wrong."""
-    unet, vae, text = source.unet(), source.vae(), source.text_encoder()
-    check_components_fit(unet.config, vae, text)
+    """Raise ModelError if a component of a float model is missing or wrong."""
+    unet, vae, text_encoder = source.unet(), source.vae(), source.text_encoder()
+    check_components_fit(unet.config, vae, text_encoder)
 
 
 def check_loadable(path: Path) -> None:
-    """Raise ModelError where a model folder cannot be generated with: it is loaded, and walked through by shapes."""
+    """Raise ModelError if the engine cannot generate with a model folder: load it, and plan an image from shapes."""
     name = str(path if str(path) != EMBEDDED_NAME else path.absolute())  # a folder of that name is not the model
     model = TinySD(read_model_info(name), CPU, torch.float32)
     info = model.info
@@ -142,73 +155,75 @@ def check_loadable(path: Path) -> None:
 
 
 def count_file_components(contents: CheckpointContents) -> list[ComponentContents]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in contents.tensors.items():
-        part = next((part for prefix, part in COMPONENT_PREFIXES.items() if name.startswith(prefix)), OTHERS)
-        parts.setdefault(part, {})[name] = value
+    """Count the contents of a single file by component."""
+    components: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in contents.tensors.items():
+        component = next(
+            (component for prefix, component in COMPONENT_PREFIXES.items() if name.startswith(prefix)), OTHERS
+        )
+        components.setdefault(component, {})[name] = tensor
     order = [*COMPONENT_PREFIXES.values(), OTHERS]
-    return [count_component(name, parts[name], {}) for name in order if name in parts]
+    return [count_component(name, components[name], {}) for name in order if name in components]
 
 
 def inspect_folder(path: Path, options: SourceOptions) -> Inspection:
+    """Inspect a model folder, packed or float. Raises ModelError as `inspect_model` does."""
     if not (path / "unet" / "config.json").exists():
         raise ModelError(f"{path}: not a model folder, it has no unet/config.json")
-    unet = read_json_object(path / "unet" / "config.json")
-    notes, name = [], read_model_defaults(path).name
-    if is_packed := "quantization_config" in unet:
+    unet_config = read_json_object(path / "unet" / "config.json")
+    name = read_model_defaults(path).name
+    if is_packed := "quantization_config" in unet_config:
         check_loadable(path)
         notes = list_sampler_differences(read_json_object(path / "scheduler" / "scheduler_config.json"))
     else:
         source = DiffusersFolderSource(path, options)
         check_source(source)
         notes = source.report.notes
-    packed = get_packed_layers(unet)
-    parts = []
-    for part in WEIGHTS_FILE_STEMS:
-        if (path / part).is_dir():
-            tensors = open_tensors(find_weights_file(path / part, part), allow_pickle=options.allow_pickle).tensors
-            parts.append(count_component(part, tensors, packed if part == "unet" else {}))
-    correction = read_correction(path / "unet", unet.get("out_channels", DEFAULT_LATENT_CHANNELS))
-    kind, reason = (PACKED_MODEL, PACKED_REASON) if is_packed else (f"{SD_V1}'s architecture, float folder", None)
-    return Inspection(str(path), name, kind, reason, read_model_digest(path), parts, correction, notes)
+    packed_layers = get_packed_layers(unet_config)
+    components = []
+    for component in WEIGHTS_FILE_STEMS:
+        if (path / component).is_dir():
+            weights_path = find_weights_file(path / component, component)
+            tensors = open_tensors(weights_path, allow_pickle=options.allow_pickle).tensors
+            components.append(count_component(component, tensors, packed_layers if component == "unet" else {}))
+    correction = read_correction(path / "unet", unet_config.get("out_channels", DEFAULT_LATENT_CHANNELS))
+    model_type, reason = (PACKED_MODEL, PACKED_REASON) if is_packed else (f"{SD_V1}'s architecture, float folder", None)
+    return Inspection(str(path), name, model_type, reason, read_model_digest(path), components, correction, notes)
 
 
-def get_packed_layers(unet: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The packed layers that a UNet's configuration lists."""
-    layers: Mapping[str, Any] = (unet.get("quantization_config") or {}).get("layers", {})
+def get_packed_layers(unet_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the packed layers that a UNet's configuration lists."""
+    layers: Mapping[str, Any] = (unet_config.get("quantization_config") or {}).get("layers", {})
     return layers
 
 
 def read_model_digest(path: Path) -> str:
-    """As jobs record it; empty where the folder is not complete."""
+    """Return the digest that jobs record; empty if the folder is incomplete."""
     try:
         return compute_model_digest(path)
     except FileNotFoundError:
         return ""
 
 
-def count_component(name: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Any]) -> ComponentContents:
-    """Count a part's tensors. `packed` lists the packed layers with their shapes."""
-    found = ComponentContents(
-        name, len(tensors), dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values()))
-    )
-    for tensor_name, value in tensors.items():
+def count_component(name: str, tensors: Mapping[str, Tensor], packed_layers: Mapping[str, Any]) -> ComponentContents:
+    """Count a component's weights and bytes by layer group; `packed_layers` has an entry for each packed layer."""
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    contents = ComponentContents(name, len(tensors), dict(dtypes))
+    for tensor_name, tensor in tensors.items():
         layer, _, leaf = tensor_name.rpartition(".")
-        shape = list(value.shape)
-        is_packed = leaf in PACKED_TENSOR_NAMES and layer in packed
+        is_packed = leaf in PACKED_TENSOR_NAMES and layer in packed_layers
         if is_packed:
-            shape = packed[layer]["shape"]
-        title = (
-            f"{get_layer_type(layer)}, {packed[layer]['bits']} bits"
-            if is_packed
-            else classify_float_tensor(tensor_name, len(shape))
-        )
-        each = found.layer_groups.setdefault(title, LayerGroup(title))
-        each.bytes += value.numel() * value.element_size()
-        # Scales and offsets cost bytes, but are no weights.
+            shape = packed_layers[layer]["shape"]
+            group_name = f"{get_layer_type(layer)}, {packed_layers[layer]['bits']} bits"
+        else:
+            shape = list(tensor.shape)
+            group_name = classify_float_tensor(tensor_name, len(shape))
+        group = contents.layer_groups.setdefault(group_name, LayerGroup(group_name))
+        group.bytes += tensor.numel() * tensor.element_size()
+        # Scales and offsets of packed layers take bytes but are not weights.
         if leaf != POSITION_IDS and (leaf == CODES_TENSOR or not is_packed):
-            each.weights += math.prod(shape)
-    return found
+            group.weights += math.prod(shape)
+    return contents
 
 
 def classify_float_tensor(name: str, dimensions: int) -> str:

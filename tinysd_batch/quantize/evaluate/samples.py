@@ -1,4 +1,4 @@
-"""Four images by the float model and by the packed one, to look at what quantizing did without calibration data."""
+"""Generate four sample images with the float and with the packed model, to show what data-free quantization changed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,37 +37,45 @@ class ImagePairs:
 
 
 def build_sample_recipe() -> Recipe:
-    """The first held-out prompts of the recipe that ships, in few steps."""
+    """Return the recipe that ships, with its first held-out prompts only and few steps."""
     shipped = read_recipe(None)
     return shipped.model_copy(update={"held_out": shipped.held_out[:N_PAIRS], "steps": STEPS})
 
 
-def estimate_generation_s(part: SourceComponent, vae: SourceComponent, device: torch.device) -> float:
-    """For both models: text guidance calls the UNet twice a step."""
-    row = sum(unit.total for unit in count_segment_costs(part, {}).values())
-    images = ComputeCost(2 * N_PAIRS * (2 * STEPS * row + count_decoder_macs(vae, make_meta_latents(part))))
-    return images.seconds(measure_device_speed(device))
+def estimate_generation_s(unet: SourceComponent, vae: SourceComponent, device: torch.device) -> float:
+    """Estimate how long both models take to generate the samples; guidance calls the UNet twice per step."""
+    macs_per_call = sum(segment.total for segment in count_segment_costs(unet, {}).values())
+    decoder_macs = count_decoder_macs(vae, make_meta_latents(unet))
+    cost = ComputeCost(2 * N_PAIRS * (2 * STEPS * macs_per_call + decoder_macs))
+    return cost.duration_s(measure_device_speed(device))
 
 
 def estimate_samples_s(source: Path, options: SourceOptions, device: torch.device) -> float:
-    """How long `generate_pairs` will take. Raises TinySDError where the device has too little memory for it."""
+    """Estimate how long `generate_image_pairs` will take.
+
+    Raises:
+        TinySDError: the device has too little memory.
+    """
     model = open_source(source, options)
-    part = model.unet()
-    needed, there = (
-        estimate_generation_resources(part, build_sample_recipe()).memory_bytes,
-        get_available_memory_bytes(device),
-    )
-    if there is not None and there < needed:
-        raise TinySDError(f"they take {needed / 1e6:,.0f} MB of memory, {there / 1e6:,.0f} MB are available")
-    return estimate_generation_s(part, model.vae(), device)
+    unet = model.unet()
+    needed_bytes = estimate_generation_resources(unet, build_sample_recipe()).memory_bytes
+    available_bytes = get_available_memory_bytes(device)
+    if available_bytes is not None and available_bytes < needed_bytes:
+        raise TinySDError(
+            f"they take {needed_bytes / 1e6:,.0f} MB of memory, {available_bytes / 1e6:,.0f} MB are available"
+        )
+    return estimate_generation_s(unet, model.vae(), device)
 
 
 @torch.no_grad()
 def generate_image_pairs(source: Path, out: Path, options: SourceOptions, device: torch.device) -> ImagePairs:
-    """The float model is read from `source`, the packed one from `out`, whose other parts both use."""
-    recipe, part = build_sample_recipe(), open_source(source, options).unet()
-    held = generate_held_out_trajectories(SegmentedUNet(part.config, part.tensors, device, part.release), out, recipe)
+    """Generate with the float UNet of `source` and with the packed model `out`, whose other components both use."""
+    recipe, component = build_sample_recipe(), open_source(source, options).unet()
+    float_unet = SegmentedUNet(component.config, component.tensors, device, component.release)
+    held_out = generate_held_out_trajectories(float_unet, out, recipe)
     model = TinySD.from_pretrained(out, device=device, dtype="full")
-    latents = generate_latents(model, held, recipe.seed + HELD_OUT_SEED_OFFSET, recipe.scale)[-1]
-    floats, packed = (model.decode_pixels(each.to(model.device)).numpy() for each in (held.final, latents))
-    return ImagePairs(list(recipe.held_out), floats, packed)
+    packed_latents = generate_latents(model, held_out, recipe.seed + HELD_OUT_SEED_OFFSET, recipe.scale)[-1]
+    float_images, packed_images = (
+        model.decode_pixels(latents.to(model.device)).numpy() for latents in (held_out.final, packed_latents)
+    )
+    return ImagePairs(list(recipe.held_out), float_images, packed_images)

@@ -1,4 +1,4 @@
-"""Fit codes, scales and offsets of groups to a weight matrix, without data."""
+"""Fit codes, scales and offsets to a weight matrix without data: weight = code * scale + offset, group by group."""
 
 import math
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from tinysd_batch.threads import limit_threads
 
 Result = TypeVar("Result")
 LLOYD_ITERATIONS = 20
-ROW_BLOCK_WEIGHTS = 2**18  # weights: what is worked on stays in the processor's cache
+ROW_BLOCK_WEIGHTS = 2**18  # few enough for a block of rows to stay in the CPU's cache
 MAX_BYTE = 255
-MIN_POWER = 1e-20  # stands for none, in ratios
+MIN_POWER = 1e-20  # replaces zero in ratios
 
 
 def fit_affine_groups(groups: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
-    """Scale and offset, [N, 1] each, for which code * scale + offset is close to `groups` [N, g].
+    """Fit scales and offsets, [N, 1] each, for which code * scale + offset is close to `groups` [N, g].
 
     Alternating least squares, which is Lloyd's algorithm (1982) on affine levels: codes are the nearest levels, then
-    scale and offset are the regression of the weights on their codes. Starts from the groups' range, which alone would
-    be a poor fit at 2 bits.
+    scale and offset are the regression of the weights on their codes. It starts from each group's range, which alone
+    would be a poor fit at 2 bits.
     """
     low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
     scale, offset = (high - low) / max_code(bits), low
@@ -41,33 +41,37 @@ def fit_affine_groups(groups: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def max_code(bits: int) -> int:
-    """3, 15 or 255."""
+    """Return the largest code of 2, 4 or 8 bits: 3, 15 or 255."""
     return int(2**bits - 1)
 
 
 def round_to_codes(groups: Tensor, scale: Tensor, offset: Tensor, bits: int = 2) -> Tensor:
-    """The code of the nearest level, as floats; zero scales give zero codes."""
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((groups - offset) / safe).round().clamp(0, max_code(bits)) * (scale != 0)
+    """Return the codes of the nearest levels, as floats. Where the scale is zero, codes are zero."""
+    nonzero_scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((groups - offset) / nonzero_scale).round().clamp(0, max_code(bits)) * (scale != 0)
 
 
 def quantize_to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers [O, G] as bytes between each row's least and largest: uint8 [O, G] and float16 (least, step) [O, 2]."""
-    least = values.amin(dim=1, keepdim=True).half()
-    step = ((values.amax(dim=1, keepdim=True) - least.float()) / MAX_BYTE).clamp(min=0).half()
-    codes = ((values - least.float()) / step.float().clamp(min=1e-12)).round().clamp(0, MAX_BYTE)
-    return codes.to(torch.uint8), torch.cat([least, step], dim=1)
+    """Quantize values [O, G] to bytes between each row's minimum and maximum.
+
+    Returns:
+        The bytes, uint8 [O, G], and each row's minimum and step, float16 [O, 2].
+    """
+    minimum = values.amin(dim=1, keepdim=True).half()
+    step = ((values.amax(dim=1, keepdim=True) - minimum.float()) / MAX_BYTE).clamp(min=0).half()
+    codes = ((values - minimum.float()) / step.float().clamp(min=1e-12)).round().clamp(0, MAX_BYTE)
+    return codes.to(torch.uint8), torch.cat([minimum, step], dim=1)
 
 
 def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor, bits: int = 2) -> GroupWeight:
-    """Pack a matrix [O, K] with scales and offsets [O, G]; codes are chosen for these as they are stored."""
+    """Pack a matrix [O, K] with scales and offsets [O, G]. Codes are rounded for scales and offsets as stored."""
     rows, columns = matrix.shape
     groups = scale.shape[1]
     qscale, scale_meta = quantize_to_bytes(scale)
     qoff, offset_meta = quantize_to_bytes(offset)
     qmeta = torch.cat([scale_meta, offset_meta], dim=1).contiguous().view(torch.int16)
-    empty = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
-    stored_scale, stored_offset = get_scales_and_offsets(GroupWeight(empty, qscale, qoff, qmeta, bits=bits))
+    no_codes = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
+    stored_scale, stored_offset = get_scales_and_offsets(GroupWeight(no_codes, qscale, qoff, qmeta, bits=bits))
     codes = round_to_codes(
         matrix.view(rows, groups, -1), stored_scale.float().unsqueeze(-1), stored_offset.float().unsqueeze(-1), bits
     )
@@ -75,28 +79,28 @@ def pack_matrix(matrix: Tensor, scale: Tensor, offset: Tensor, bits: int = 2) ->
 
 
 def quantize_matrix(matrix: Tensor, group_size: int, bits: int = 2) -> GroupWeight:
-    """A float matrix [O, K] in groups of `group_size` along K, some rows at a time to need little memory."""
-    parts = map_row_blocks(lambda rows: quantize_rows(matrix[rows].float(), group_size, bits).tensors(), matrix)
-    return GroupWeight(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, bits=bits)
+    """Quantize a float matrix [O, K] in groups of `group_size` along K, in blocks of rows to save memory."""
+    blocks = map_row_blocks(lambda rows: quantize_rows(matrix[rows].float(), group_size, bits).tensors(), matrix)
+    return GroupWeight(**{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}, bits=bits)
 
 
 def measure_weight_sqnr_db(matrix: Tensor, packed: GroupWeight) -> float:
-    """Power of a float matrix [O, K] over power of what packing changed; some rows at a time."""
+    """Compute the SQNR in dB of a packed matrix: power of the weights [O, K] over power of their quantization error."""
 
     def measure(rows: slice) -> tuple[float, float]:
-        floats, part = matrix[rows].float(), packed.cut(rows)
-        wrong = dequantize(part, torch.empty(part.shape)) - floats
-        return float(floats.square().sum()), float(wrong.square().sum())
+        floats, block = matrix[rows].float(), packed.select_rows(rows)
+        error = dequantize(block, torch.empty(block.shape)) - floats
+        return float(floats.square().sum()), float(error.square().sum())
 
     powers, errors = zip(*map_row_blocks(measure, matrix), strict=True)
     return 10 * math.log10((MIN_POWER + sum(powers)) / (MIN_POWER + sum(errors)))
 
 
 def map_row_blocks(work: Callable[[slice], Result], matrix: Tensor) -> list[Result]:
-    """Results of `work` on blocks of rows, in their order; the blocks go to as many threads as torch would use.
+    """Apply `work` to blocks of rows in as many threads as torch would use, and return the results in row order.
 
-    Each operation then runs on one thread and waits for no other. Within torch all threads would meet at the end of
-    each of some 200 short operations a block, which beside another busy program takes several times as long.
+    Each torch operation then runs on a single thread. With torch's own threads, all of them would synchronize after
+    each of about 200 short operations per block, which takes several times longer beside another busy program.
     """
     step = max(ROW_BLOCK_WEIGHTS // matrix.shape[1], 1)
     blocks = [slice(start, start + step) for start in range(0, len(matrix), step)]
@@ -108,5 +112,6 @@ def map_row_blocks(work: Callable[[slice], Result], matrix: Tensor) -> list[Resu
 
 
 def quantize_rows(rows: Tensor, group_size: int, bits: int) -> GroupWeight:
+    """Quantize rows [O, K] of a matrix, all at once."""
     scale, offset = fit_affine_groups(rows.reshape(-1, group_size), bits)
     return pack_matrix(rows, scale.view(len(rows), -1), offset.view(len(rows), -1), bits)

@@ -1,4 +1,8 @@
-"""A float model as quantizer and converter take it: three parts in diffusers' names, opened one at a time."""
+"""What the quantizer and the converter read: a float model as three components in diffusers' names.
+
+Components (UNet, VAE, text encoder) are opened one at a time and memory-mapped, so that models larger than memory can
+be converted.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,46 +22,46 @@ from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 
 LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
-StatusCallback = Callable[[str], None]
+StatusCallback = Callable[[str], None]  # receives one line about what is being done
 
 
 @dataclass(frozen=True, slots=True)
 class SourceComponent:
-    """UNet, autoencoder or text encoder. Tensors are memory-mapped; names are diffusers' (text: transformers')."""
+    """A UNet, VAE or text encoder, with memory-mapped tensors under diffusers' names (text encoder: transformers')."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    path: Path
-    mapped_file: Mapping[str, Tensor] | None = None  # as it was opened
+    path: Path  # named in error messages
+    mapped_file: Mapping[str, Tensor] | None = None  # all tensors of the file, as opened
 
     def release(self) -> None:
-        """Take what has been read of a safetensors file out of this process's memory. It can be read again."""
+        """Drop the pages of a safetensors file that were read from this process's memory. They can be read again."""
         if isinstance(self.mapped_file, MappedTensors):
             self.mapped_file.release()
 
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """How a source is to be read."""
+    """How to read a source."""
 
     allow_pickle: bool = False
-    ema: bool = False  # take the averaged copies of the UNet
-    vae: Path | None = None  # take the autoencoder from there
+    ema: bool = False  # use the EMA copies of the UNet's weights
+    vae: Path | None = None  # read the VAE from this file or folder instead
 
 
 @dataclass(slots=True)
 class SourceReport:
-    """What was left out of a source, and how much of it; and what else is worth knowing of it."""
+    """What was ignored in a source, and notes for the user."""
 
-    ignored: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)  # number of tensors or entries by category
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.ignored.items()))
+        return ", ".join(f"{count:,} {category}" for category, count in sorted(self.ignored.items()))
 
 
 class CheckpointSource(Protocol):
-    """A model to be converted or quantized. Each part is opened when it is asked for, and raises ModelError."""
+    """A model to convert or quantize. Each method opens and checks one component and raises ModelError."""
 
     name: str
     report: SourceReport
@@ -69,7 +73,7 @@ class CheckpointSource(Protocol):
     def text_encoder(self) -> SourceComponent: ...
 
     def write_scheduler_and_tokenizer(self, folder: Path) -> None:
-        """Write scheduler, tokenizer and `tinysd.json`."""
+        """Write the scheduler's configuration, the tokenizer and `tinysd.json`."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -77,68 +81,83 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-# What the tensors must be
+# Checks of configurations and tensors
 
 
-def check_unet_tensors(part: SourceComponent) -> UNet2DConditionModel:
-    """The empty UNet that the tensors fit; raise ModelError naming one that does not."""
-    config_checks.check_unet_config(part.config, part.path)
-    unet = build_empty_module(part, lambda: UNet2DConditionModel.from_config(part.config))
-    check_tensors_fit(part, unet)
+def check_unet_tensors(component: SourceComponent) -> UNet2DConditionModel:
+    """Check configuration and tensors, and return the empty UNet that they fit.
+
+    Raises:
+        ModelError: names the first entry or tensor that does not fit.
+    """
+    config_checks.check_unet_config(component.config, component.path)
+    unet = build_empty_module(component, lambda: UNet2DConditionModel.from_config(component.config))
+    check_tensors_fit(component, unet)
     return unet
 
 
-def check_vae_tensors(part: SourceComponent) -> None:
-    config_checks.check_vae_config(part.config, part.path)
-    vae = build_empty_module(part, lambda: AutoencoderKL.from_config(part.config))
-    if not has_encoder(part):
+def check_vae_tensors(component: SourceComponent) -> None:
+    """Check configuration and tensors. Raises ModelError as `check_unet_tensors` does."""
+    config_checks.check_vae_config(component.config, component.path)
+    vae = build_empty_module(component, lambda: AutoencoderKL.from_config(component.config))
+    if not has_encoder(component):
         vae.encoder = vae.quant_conv = None
-    check_tensors_fit(part, vae)
+    check_tensors_fit(component, vae)
 
 
-def check_text_encoder_tensors(part: SourceComponent) -> None:
-    config_checks.check_text_encoder_config(part.config, part.path)
-    check_tensors_fit(part, build_empty_module(part, lambda: CLIPTextModel(CLIPTextConfig(**part.config))))
+def check_text_encoder_tensors(component: SourceComponent) -> None:
+    """Check configuration and tensors. Raises ModelError as `check_unet_tensors` does."""
+    config_checks.check_text_encoder_config(component.config, component.path)
+    check_tensors_fit(
+        component, build_empty_module(component, lambda: CLIPTextModel(CLIPTextConfig(**component.config)))
+    )
 
 
-def has_encoder(part: SourceComponent) -> bool:
-    """Whether an autoencoder can also encode, which drawing from text never needs."""
-    return any(name.startswith("encoder.") for name in part.tensors)
+def has_encoder(vae: SourceComponent) -> bool:
+    """Whether a VAE can also encode; generating from text needs only its decoder."""
+    return any(name.startswith("encoder.") for name in vae.tensors)
 
 
-def build_empty_module(part: SourceComponent, make: Callable[[], nn.Module]) -> Any:
-    """An empty module by the part's configuration. Raises ModelError."""
-    with wrap_as_model_error(part.path, "its config.json does not fit"), META_DEVICE:
-        return make()
+def build_empty_module(component: SourceComponent, construct: Callable[[], nn.Module]) -> Any:
+    """Build a module on the meta device from the component's configuration. Raises ModelError if that fails."""
+    with wrap_as_model_error(component.path, "its config.json does not fit"), META_DEVICE:
+        return construct()
 
 
-def check_tensors_fit(part: SourceComponent, module: nn.Module) -> None:
-    """Raise ModelError unless these are the module's tensors, by name, shape and being floats."""
-    check_tensor_names(module, part.tensors, part.path)
+def check_tensors_fit(component: SourceComponent, module: nn.Module) -> None:
+    """Raise ModelError unless the component has exactly the module's tensors: same names, same shapes, floats."""
+    check_tensor_names(module, component.tensors, component.path)
     for name, expected in module.state_dict().items():
-        tensor = part.tensors[name]
+        tensor = component.tensors[name]
         if tensor.shape != expected.shape:
             raise ModelError(
-                f"{part.path}: tensor {name} has shape {list(tensor.shape)}, {list(expected.shape)} was expected"
+                f"{component.path}: tensor {name} has shape {list(tensor.shape)}, {list(expected.shape)} was expected"
             )
         if not tensor.is_floating_point():
-            raise ModelError(f"{part.path}: tensor {name} is {tensor.dtype}; floats were expected")
+            raise ModelError(f"{component.path}: tensor {name} is {tensor.dtype}; floats were expected")
 
 
-def choose_storage_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """In which type to write what is stored in another: float16 and float32 stay, smaller types become float16."""
-    if wanted is not None:
-        return wanted
-    if stored in LOW_PRECISION_DTYPES:
+def choose_storage_dtype(dtype: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    """Return the dtype to write a tensor in: the requested one, else float16 for bfloat16 and float8.
+
+    Float16 and float32 stay as they are; anything else becomes float32.
+    """
+    if requested is not None:
+        return requested
+    if dtype in LOW_PRECISION_DTYPES:
         return torch.float16
-    return stored if stored == torch.float16 else torch.float32
+    return dtype if dtype == torch.float16 else torch.float32
 
 
-def convert_for_storage(name: str, tensor: Tensor, wanted: torch.dtype | None, where: Path) -> Tensor:
-    """A tensor in the type it is written in, contiguous; raise ModelError where it is not finite, then or now."""
-    value = tensor.to(choose_storage_dtype(tensor.dtype, wanted)).contiguous()
-    if not value.isfinite().all():
+def convert_for_storage(name: str, tensor: Tensor, requested: torch.dtype | None, path: Path) -> Tensor:
+    """Return a contiguous tensor of the dtype to write it in.
+
+    Raises:
+        ModelError: the tensor is not finite, before or after the conversion.
+    """
+    converted = tensor.to(choose_storage_dtype(tensor.dtype, requested)).contiguous()
+    if not converted.isfinite().all():
         if tensor.float().isfinite().all():
-            raise ModelError(f"{where}: tensor {name} has numbers too large for float16; say --dtype fp32")
-        raise ModelError(f"{where}: tensor {name} is not finite")
-    return value
+            raise ModelError(f"{path}: tensor {name} has numbers too large for float16; use --dtype fp32")
+        raise ModelError(f"{path}: tensor {name} is not finite")
+    return converted

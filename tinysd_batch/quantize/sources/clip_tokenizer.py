@@ -1,7 +1,8 @@
-"""CLIP's tokenizer, which no SD v1 checkpoint holds: its merges ship with the package, the rest follows from them.
+"""Write CLIP's tokenizer, which no SD v1 checkpoint contains.
 
-`clip_merges.txt.gz` has the 48,894 merges of openai/clip-vit-large-patch14, one a line, in order. A token is a byte, a
-byte at a word's end, a merge, or one of two marks; its id is its place in that order.
+Its merges ship with the package, and everything else follows from them: `clip_merges.txt.gz` has the 48,894 merges of
+openai/clip-vit-large-patch14, one per line, in order. A token is a byte, a byte at the end of a word, a merge, or one
+of two special tokens; its id is its position in that order.
 """
 
 import gzip
@@ -13,18 +14,18 @@ VOCAB_SIZE = 49_408
 BOS_TOKEN, EOS_TOKEN = "<|startoftext|>", "<|endoftext|>"
 MERGES_HEADER = "#version: 0.2"
 END_OF_WORD = "</w>"
-# A character for each byte: printable ones stand for themselves, the others are moved behind Latin-1.
+# One character per byte: printable bytes are themselves, the others are mapped behind Latin-1 (as in GPT-2).
 BYTE_CHARACTERS = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]
 
 
 def read_merges() -> list[str]:
-    """The merges, each two tokens with a space between, most frequent first."""
+    """Return the merges, each two tokens separated by a space, most frequent first."""
     packed = (files("tinysd_batch.quantize.sources") / "clip_merges.txt.gz").read_bytes()
     return gzip.decompress(packed).decode("utf-8").splitlines()
 
 
 def build_vocabulary(merges: list[str]) -> dict[str, int]:
-    """Each token's id."""
+    """Map each token to its id."""
     tokens = [
         *BYTE_CHARACTERS,
         *(character + END_OF_WORD for character in BYTE_CHARACTERS),
@@ -32,16 +33,20 @@ def build_vocabulary(merges: list[str]) -> dict[str, int]:
         BOS_TOKEN,
         EOS_TOKEN,
     ]
-    return {token: number for number, token in enumerate(tokens)}
+    return {token: token_id for token_id, token in enumerate(tokens)}
 
 
 def write_clip_tokenizer(folder: Path, max_tokens: int) -> None:
-    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, as transformers' CLIPTokenizer reads them."""
+    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json` for transformers' CLIPTokenizer."""
     merges = read_merges()
     config = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN,
-        "pad_token": EOS_TOKEN, "unk_token": EOS_TOKEN,
-    }  # fmt: skip
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_tokens,
+        "bos_token": BOS_TOKEN,
+        "eos_token": EOS_TOKEN,
+        "pad_token": EOS_TOKEN,
+        "unk_token": EOS_TOKEN,
+    }
     folder.mkdir(parents=True)
     content = {
         "vocab.json": json.dumps(build_vocabulary(merges), ensure_ascii=False),

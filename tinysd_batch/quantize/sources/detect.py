@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from the names and shapes of its tensors, and why some are not read."""
+"""Detect what model a checkpoint file holds, from the names and shapes of its tensors, and why it is not supported."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -17,31 +17,31 @@ from tinysd_batch.quantize.sources.tensor_files import CheckpointContents
 
 SD_V1 = "Stable Diffusion v1"
 AUTOENCODER = "autoencoder"
-TINY_STABLE_DIFFUSION = "the origin's 2-bit checkpoint"
+TINY_STABLE_DIFFUSION = "tiny-stable-diffusion's 2-bit checkpoint"
 
 SD_V1_LATENT_CHANNELS = 4
 ADDITION_REASON = "it is an addition to a model, not a model; merge it into one with another program first"
 
 
-def contains_any(*marks: str) -> Callable[[str], bool]:
-    return lambda name: any(mark in name for mark in marks)
+def contains_any(*parts: str) -> Callable[[str], bool]:
+    return lambda name: any(part in name for part in parts)
 
 
-def starts_with_any(*marks: str) -> Callable[[str], bool]:
-    return lambda name: name.startswith(marks)
+def starts_with_any(*prefixes: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefixes)
 
 
-# LoRA as kohya's scripts, diffusers (`processor.to_q_lora.down`), peft (`lora_A`) and others spell it, and LyCORIS:
+# Names of LoRA in kohya's scripts, diffusers (`processor.to_q_lora.down`), peft (`lora_A`) and others, and of LyCORIS:
 # LoHa, LoKr, OFT, IA3, DoRA and plain differences.
 LORA_PATTERN = re.compile(
     r"lora|lycoris|loha_|hada_[wt]|lokr_|\b(b?oft|ia3)_|dora_scale|\.on_input$|\.diff(_b)?$", re.IGNORECASE
 )
 
-# The first rule that one of the names fits decides.
+# The first rule that any of the names matches decides.
 DETECTION_RULES: tuple[tuple[Callable[[str], bool], ModelType], ...] = (
     (
         contains_any(".weight_quantizer.delta"),
-        ModelType(TINY_STABLE_DIFFUSION, "it is at 2 bits already; `tinysd-batch convert` takes it over as it is"),
+        ModelType(TINY_STABLE_DIFFUSION, "it is at 2 bits already; `tinysd-batch convert` copies it as it is"),
     ),
     (
         contains_any("control_model.", "input_hint_block", "controlnet_", "lora_controlnet"),
@@ -51,7 +51,7 @@ DETECTION_RULES: tuple[tuple[Callable[[str], bool], ModelType], ...] = (
     (starts_with_any("ip_adapter.", "image_proj."), ModelType("IP-Adapter", ADDITION_REASON)),
     (starts_with_any("adapter.body.", "body.0.in_conv.", "body.0.resnets."), ModelType("T2I-Adapter", ADDITION_REASON)),
     (lambda name: name == "layer_structure", ModelType("hypernetwork", ADDITION_REASON)),
-    (contains_any("position_net."), ModelType("GLIGEN", "it needs boxes beside the prompt")),
+    (contains_any("position_net."), ModelType("GLIGEN", "it needs boxes in addition to the prompt")),
     (contains_any("time_embed.cond_proj.", "time_embedding.cond_proj."), ModelType(*LCM)),
     (contains_any("motion_modules."), ModelType("AnimateDiff", ADDITION_REASON)),
     (
@@ -69,29 +69,32 @@ DETECTION_RULES: tuple[tuple[Callable[[str], bool], ModelType], ...] = (
     ),
     (lambda name: name in ("v_pred", "ztsnr", "edm_vpred.sigma_max"), ModelType("a model that predicts v", NOT_SD_V1)),
     (lambda name: name in ("edm_mean", "edm_std"), ModelType("a model with EDM's noise levels", NOT_SD_V1)),
-    (starts_with_any("down_blocks.", "text_model."), ModelType("a part of a model folder", "name the whole folder")),
+    (
+        starts_with_any("down_blocks.", "text_model."),
+        ModelType("a component of a model folder", "name the whole folder"),
+    ),
 )
 
 
 def detect_model_type(contents: CheckpointContents) -> ModelType:
-    """What a single file is."""
+    """Detect what model a single file holds."""
     names = [*contents.tensors, *contents.other_names]
-    for fits, kind in DETECTION_RULES:
-        if any(fits(name) for name in names):
-            return kind
+    for matches, model_type in DETECTION_RULES:
+        if any(matches(name) for name in names):
+            return model_type
     if any(name.startswith(UNET_PREFIX) for name in contents.tensors):
         return detect_type_from_unet({name: tuple(value.shape) for name, value in contents.tensors.items()})
     return detect_type_without_unet(contents, names)
 
 
 def detect_type_without_unet(contents: CheckpointContents, names: Collection[str]) -> ModelType:
-    """What a file without a UNet is."""
+    """Detect what a file without a UNet holds."""
     if any(name.startswith(EMA_PREFIX) and name not in EMA_COUNTERS for name in names):
         return ModelType(
             "averaged copies of a UNet (EMA) alone", "the UNet itself is missing; take the full checkpoint"
         )
     if is_autoencoder(names):
-        return ModelType(AUTOENCODER, "it holds no UNet; `--vae` takes it beside a checkpoint that lacks one")
+        return ModelType(AUTOENCODER, "it holds no UNet; use it with `--vae` for a checkpoint that has no VAE")
     if is_hypernetwork(contents):
         return ModelType("hypernetwork", ADDITION_REASON)
     if is_textual_inversion(contents.tensors):
@@ -99,38 +102,43 @@ def detect_type_without_unet(contents: CheckpointContents, names: Collection[str
     if any(name.startswith(TEXT_ENCODER_PREFIX) for name in names):
         return ModelType("text encoder", "it holds no UNet")
     first = f"; the first of {len(names)} names is {next(iter(names))!r}" if names else "; it is empty"
-    return ModelType("unknown", f"no UNet of Stable Diffusion v1 is in it{first}")
+    return ModelType("unknown", f"it contains no UNet of Stable Diffusion v1{first}")
 
 
 def detect_type_from_unet(shapes: Mapping[str, tuple[int, ...]]) -> ModelType:
-    """By the UNet's shapes; names that are missing are found later."""
+    """Detect the model type from the UNet's shapes. Missing tensors are reported later."""
     channels = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", (0, SD_V1_LATENT_CHANNELS))[1:2]
-    context = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2]
+    context_widths = [
+        shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2
+    ]
     if channels and channels[0] in MODELS_BY_INPUT_CHANNELS:
         return ModelType(*MODELS_BY_INPUT_CHANNELS[channels[0]])
     if any(name.startswith(f"{UNET_PREFIX}label_emb.") for name in shapes):
         return ModelType("unCLIP or Stable Diffusion XL", NOT_SD_V1)
-    linear = any(name.startswith(UNET_PREFIX) and name.endswith(".1.proj_in.weight") and len(shape) == 2
-                 for name, shape in shapes.items())  # fmt: skip
-    if linear or (context and context[0] >= SD2_CONTEXT):
+    has_linear_projections = any(
+        name.startswith(UNET_PREFIX) and name.endswith(".1.proj_in.weight") and len(shape) == 2
+        for name, shape in shapes.items()
+    )
+    if has_linear_projections or (context_widths and context_widths[0] >= SD2_CONTEXT):
         return ModelType(
-            "Stable Diffusion v2", f"its cross attention is {context[0] if context else '?'} wide; {NOT_SD_V1}"
+            "Stable Diffusion v2",
+            f"its cross attention is {context_widths[0] if context_widths else '?'} wide; {NOT_SD_V1}",
         )
     return ModelType(SD_V1)
 
 
 def is_autoencoder(names: Collection[str]) -> bool:
-    bare = {name.removeprefix(VAE_PREFIX) for name in names}
-    return {"post_quant_conv.weight", "decoder.conv_in.weight"} <= bare
+    vae_names = {name.removeprefix(VAE_PREFIX) for name in names}
+    return {"post_quant_conv.weight", "decoder.conv_in.weight"} <= vae_names
 
 
 def is_hypernetwork(contents: CheckpointContents) -> bool:
-    """Whether it holds layers for texts and maps of these widths and no tensor beside them, as the web UI writes it."""
+    """Whether it has the web UI's format: entries named after the widths that they modify, and no tensors."""
     return not contents.tensors and {"320", "640", "768", "1280"} & set(contents.other_names) != set()
 
 
 def is_textual_inversion(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the vectors of a few words for CLIP."""
+    """Whether these are embeddings of a few words for CLIP."""
     return 0 < len(tensors) <= 4 and all(
         value.dim() in (1, 2) and value.shape[-1] in (768, 1024, 1280) for value in tensors.values()
     )

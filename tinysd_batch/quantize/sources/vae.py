@@ -1,11 +1,9 @@
-"""Read a VAE from a file or folder of its own."""
+"""Read a VAE from a folder, from a file of its own or out of a checkpoint, under LDM's or diffusers' names."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_vae_checkpoint,
-)
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from tinysd_batch.errors import ModelError
@@ -17,76 +15,71 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
 )
 from tinysd_batch.quantize.sources.component_files import read_component
 from tinysd_batch.quantize.sources.detect import AUTOENCODER, SD_V1, detect_model_type
-from tinysd_batch.quantize.sources.ldm_config import (
-    VAE_CONVERTER_CONFIG,
-    VAE_SCALING_FACTOR,
-    infer_vae_config,
-)
+from tinysd_batch.quantize.sources.ldm_config import VAE_CONVERTER_CONFIG, VAE_SCALING_FACTOR, infer_vae_config
 from tinysd_batch.quantize.sources.ldm_names import VAE_PREFIX, convert_to_diffusers_names, find_ignored_category
 from tinysd_batch.quantize.sources.tensor_files import open_tensors
 
-# diffusers' names of an autoencoder's attention before 0.18.
+# What diffusers called the layers of a VAE's attention before version 0.18.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def rename_old_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's tensors with its attention called as today; weights of 1x1 convolutions become matrices."""
+    """Give a VAE's attention layers today's names; weights of 1x1 convolutions become matrices."""
     renamed = {}
-    for name, value in tensors.items():
-        *path, layer, leaf = name.split(".") if name.count(".") else ("", name)
-        if layer in OLD_ATTENTION_NAMES and "attentions" in path:
-            name = ".".join([*path, OLD_ATTENTION_NAMES[layer], leaf])
-            value = value[:, :, 0, 0] if value.dim() == 4 else value
-        renamed[name] = value
+    for name, tensor in tensors.items():
+        *parents, layer, leaf = name.split(".") if name.count(".") else ("", name)
+        if layer in OLD_ATTENTION_NAMES and "attentions" in parents:
+            name = ".".join([*parents, OLD_ATTENTION_NAMES[layer], leaf])
+            tensor = tensor[:, :, 0, 0] if tensor.dim() == 4 else tensor
+        renamed[name] = tensor
     return renamed
 
 
 def read_vae_folder(path: Path, options: SourceOptions) -> SourceComponent:
-    """An autoencoder's own folder, or that of a model folder."""
+    """Read a VAE's own folder, or the `vae` folder of a model."""
     folder = path / "vae" if (path / "vae").is_dir() else path
-    part = read_component(folder, "vae", options)
-    part = SourceComponent(part.config, rename_old_attention(part.tensors), part.path)
-    if (scale := part.config.get("scaling_factor", VAE_SCALING_FACTOR)) != VAE_SCALING_FACTOR:
-        raise ModelError(
-            f"{folder}: its scaling_factor is {scale}; that of SD v1's autoencoder is {VAE_SCALING_FACTOR}"
-        )
-    check_vae_tensors(part)
-    return part
+    vae = read_component(folder, "vae", options)
+    vae = SourceComponent(vae.config, rename_old_attention(vae.tensors), vae.path)
+    if (scale := vae.config.get("scaling_factor", VAE_SCALING_FACTOR)) != VAE_SCALING_FACTOR:
+        raise ModelError(f"{folder}: its scaling_factor is {scale}; that of SD v1's VAE is {VAE_SCALING_FACTOR}")
+    check_vae_tensors(vae)
+    return vae
 
 
-def convert_ldm_vae(tensors: Mapping[str, Tensor], where: Path) -> SourceComponent:
-    """The autoencoder among tensors in LDM's names."""
-    mine = {
-        name: value
-        for name, value in tensors.items()
+def convert_ldm_vae(tensors: Mapping[str, Tensor], path: Path) -> SourceComponent:
+    """Select the VAE among tensors under LDM's names, and rename it."""
+    selected = {
+        name: tensor
+        for name, tensor in tensors.items()
         if name.startswith(VAE_PREFIX) and find_ignored_category(name) is None
     }
     converted = convert_to_diffusers_names(
-        mine, lambda named: convert_ldm_vae_checkpoint(named, VAE_CONVERTER_CONFIG), where
+        selected, lambda ldm_tensors: convert_ldm_vae_checkpoint(ldm_tensors, VAE_CONVERTER_CONFIG), path
     )
-    return build_vae_component(converted, where)
+    return build_vae_component(converted, path)
 
 
-def build_vae_component(tensors: dict[str, Tensor], where: Path) -> SourceComponent:
-    part = SourceComponent(infer_vae_config(tensors, where), tensors, where)
-    if not has_encoder(part):
-        raise ModelError(f"{where}: the autoencoder has no encoder")
-    check_vae_tensors(part)
-    return part
+def build_vae_component(tensors: dict[str, Tensor], path: Path) -> SourceComponent:
+    """Build a checked component from a VAE's tensors under diffusers' names. Raises ModelError."""
+    vae = SourceComponent(infer_vae_config(tensors, path), tensors, path)
+    if not has_encoder(vae):
+        raise ModelError(f"{path}: the VAE has no encoder")
+    check_vae_tensors(vae)
+    return vae
 
 
 def read_vae(path: Path, options: SourceOptions) -> SourceComponent:
-    """The autoencoder that `--vae` names: a folder, a file of its own, or a checkpoint that has one."""
+    """Read the VAE that `--vae` names: a folder, a file of its own, or a checkpoint that contains one."""
     if path.is_dir():
         return read_vae_folder(path, options)
     contents = open_tensors(path, allow_pickle=options.allow_pickle)
     if any(name.startswith("decoder.up_blocks.") for name in contents.tensors):
         return build_vae_component(rename_old_attention(contents.tensors), path)
-    kind = detect_model_type(contents)
-    if kind.name not in (SD_V1, AUTOENCODER):
-        raise ModelError(f"{path}: no autoencoder: this is {kind.name}")
-    if kind.name == AUTOENCODER and "decoder.conv_in.weight" in contents.tensors:
-        return convert_ldm_vae({f"{VAE_PREFIX}{name}": value for name, value in contents.tensors.items()}, path)
+    model_type = detect_model_type(contents)
+    if model_type.name not in (SD_V1, AUTOENCODER):
+        raise ModelError(f"{path}: no VAE: this is {model_type.name}")
+    if model_type.name == AUTOENCODER and "decoder.conv_in.weight" in contents.tensors:
+        return convert_ldm_vae({f"{VAE_PREFIX}{name}": tensor for name, tensor in contents.tensors.items()}, path)
     if not any(name.startswith(VAE_PREFIX) for name in contents.tensors):
-        raise ModelError(f"{path}: no autoencoder is in it")
+        raise ModelError(f"{path}: it contains no VAE")
     return convert_ldm_vae(contents.tensors, path)

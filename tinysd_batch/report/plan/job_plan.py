@@ -10,15 +10,14 @@ from typing import Any
 
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.driver import MAX_EXTRA_COLUMNS, read_finished_images
-from tinysd_batch.job.manifest.columns import near_misses
+from tinysd_batch.job.manifest.columns import find_near_misses
 from tinysd_batch.job.manifest.readers import is_json_manifest
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.plan.batches import RowImages, plan_batch_ranges, plan_images
 from tinysd_batch.job.results.compare import find_differences
 from tinysd_batch.job.results.rows import format_invalid_reason
 from tinysd_batch.job.results.table import ResultsTable
-from tinysd_batch.job.state.job import Job
-from tinysd_batch.job.state.open_job import JOB_FILE
+from tinysd_batch.job.state.job import JOB_FILE, Job
 from tinysd_batch.job.state.reuse import count_reusable_images
 from tinysd_batch.records import InvalidRow, Row
 from tinysd_batch.report.formatting import format_count
@@ -100,7 +99,7 @@ def make_plan(
     progress.stop()
     if plan.largest is not None:
         plan.memory = estimate_memory_in_subprocess(job.settings, plan.largest, job.precision_file)
-    plan.near_misses = near_misses(plan.carried_columns)
+    plan.near_misses = find_near_misses(plan.carried_columns)
     plan.summary = summarize_plan(job, plan.memory, plan.work, plan.reusable)
     return plan
 

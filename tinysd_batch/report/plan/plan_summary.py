@@ -14,8 +14,8 @@ from typing import Any
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.results.table import ResultsTable, read_table
-from tinysd_batch.job.state.job import Job
-from tinysd_batch.job.state.open_job import JOB_FILE, read_job_json
+from tinysd_batch.job.state.job import JOB_FILE, Job
+from tinysd_batch.job.state.job_json import read_job_json
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.model.checkpoint.json_file import MAX_JSON_BYTES, read_json_object
 from tinysd_batch.records import Row, Status

@@ -72,7 +72,7 @@ def test_words_for_nothing_are_text_in_a_prompt_and_are_noted(tmp_path: Path) ->
     rows, notes = read(tmp_path / "m.csv", "prompt,negative_prompt\ncat,\nnan,\nNone,\ndog,NULL\nnan apple,\n")
     assert [row.prompt for row in rows] == ["cat", "nan", "None", "dog", "nan apple"]
     assert notes == [
-        "prompts that are a word for a missing value (nan, None, NULL), taken as text: 3 (first: row 2)"
+        "prompts that look like a missing value (nan, None, NULL), read as text: 3 (first: row 2)"
     ]  # fmt: skip
 
 
@@ -92,14 +92,14 @@ def test_a_column_without_a_name_is_carried_where_it_holds_something(tmp_path: P
     rows, _ = read(tmp_path / "m.csv", ",prompt\n5,cat\n")
     assert rows[0].extra == {"": "5"}
     assert [field.name for field in read_extra_fields(tmp_path / "m.csv", [""])] == [""]
-    with pytest.raises(ManifestError, match="line 2: '5' stands in a column without a name"):
+    with pytest.raises(ManifestError, match="line 2: '5' is in a column without a name"):
         read(tmp_path / "m.csv", ",prompt\n5,cat\n", strict=True)
 
 
 def test_several_columns_without_a_name_cost_no_row(tmp_path: Path) -> None:
     rows, notes = read(tmp_path / "m.csv", "prompt,,\ncat,a,b\n")
     assert prompts_and_seeds(rows) == [(1, "cat", None)]
-    assert notes == ["column '': not carried into the results, several columns have no name"]
+    assert notes == ["column '': not copied to the results, several columns have no name"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_long_value_that_nobody_reads_is_left_out(tmp_path: Path, name: str) -
     content = json.dumps(objects, indent=1) if name == "m.json" else "\n".join(lines)
     rows, notes = read(tmp_path / name, content)
     assert [(row.prompt, row.extra) for row in rows] == [("cat", {"n": "1"}), ("dog", {"image": "y", "n": "2"})]
-    limit = "some values are not carried into the results: 300,000 characters, at most 131,072"
+    limit = "some values are not copied to the results: 300,000 characters, at most 131,072"
     assert notes == [f"column 'image': {limit}"]
 
 
@@ -142,12 +142,12 @@ def test_a_long_value_that_nobody_reads_is_left_out(tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
-        ("m.csv", 'prompt;seed;scale\n"red; apple";7;7,5\n', "semicolons between cells"),
-        ("m.csv", '"prompt";"seed";"scale"\n"red; apple";"7";"7,5"\n', "semicolons between cells"),
-        ("m.csv", '\ufeffsep=;\r\nprompt;seed;scale\r\n"red; apple";7;7.5\r\n', "semicolons between cells"),
-        ("m.csv", "prompt\tseed\tscale\nred; apple\t7\t7,5\n", "tabs between cells"),
-        ("m.tsv", '"prompt";"seed";"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
-        ("m.csv", '\n\n"pro\u200bmpt" ;seed;"scale"\n"red; apple";7;7,5\n', "semicolons between cells"),
+        ("m.csv", 'prompt;seed;scale\n"red; apple";7;7,5\n', "cells are separated by semicolons"),
+        ("m.csv", '"prompt";"seed";"scale"\n"red; apple";"7";"7,5"\n', "cells are separated by semicolons"),
+        ("m.csv", '\ufeffsep=;\r\nprompt;seed;scale\r\n"red; apple";7;7.5\r\n', "cells are separated by semicolons"),
+        ("m.csv", "prompt\tseed\tscale\nred; apple\t7\t7,5\n", "cells are separated by tabs"),
+        ("m.tsv", '"prompt";"seed";"scale"\n"red; apple";7;7,5\n', "cells are separated by semicolons"),
+        ("m.csv", '\n\n"pro\u200bmpt" ;seed;"scale"\n"red; apple";7;7,5\n', "cells are separated by semicolons"),
         ("m.csv", 'prompt, seed, "scale"\n"red; apple" , 7, "7.5"\n', None),
         ("m.csv", ',,\n"",,\nprompt,seed,scale\nred; apple,7,7.5\n', None),
     ],
@@ -177,7 +177,7 @@ def test_no_separator_is_seen_where_there_is_none(tmp_path: Path, content: str, 
 @pytest.mark.parametrize("cell", ["1.000", "1,000", "12.000"])
 def test_a_separator_of_thousands_is_no_decimal_point(tmp_path: Path, cell: str) -> None:
     (row,), _ = read(tmp_path / "m.csv", f"prompt;seed\ncat;{cell}\n")
-    assert f"column seed = '{cell}': a separator of thousands?" in reason(row)
+    assert f"column seed = '{cell}': ambiguous thousands separator" in reason(row)
     assert row.prompt == "cat"
 
 
@@ -235,9 +235,9 @@ def test_a_fault_knows_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "where"),
     [
-        ('cat,1\n"red apple,2\nblue heart,3\nowl,4\n', "opens in line 3 is not closed and takes in the 2 lines after"),
-        ('"a\nb","red apple\nblue heart,3\n', "opens in line 3 is not closed and takes in the line after it"),
-        ('"red apple\nblue "heart,3\n', "opens in line 2 is not closed and takes in the line after it"),
+        ('cat,1\n"red apple,2\nblue heart,3\nowl,4\n', "opens in line 3 is not closed and includes the 2 lines after"),
+        ('"a\nb","red apple\nblue heart,3\n', "opens in line 3 is not closed and includes the line after it"),
+        ('"red apple\nblue "heart,3\n', "opens in line 2 is not closed and includes the line after it"),
         ('cat,1\n"red apple', "opens in line 3 is not closed; check the quotes there"),
         ('"' + f"{'x' * 1000}\n" * 300, "over 262,144 characters: the quote that opens in line 2 is not closed"),
     ],
@@ -292,7 +292,7 @@ def test_joiners_stay(tmp_path: Path) -> None:
 
 
 def test_names_that_become_the_same_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="column 'note' stands there twice"):
+    with pytest.raises(ManifestError, match="column 'note' appears twice"):
         read(tmp_path / "m.csv", "prompt,note,no\u200bte\ncat,a,b\n")
 
 
@@ -306,7 +306,7 @@ def test_samplers_in_a_column(tmp_path: Path) -> None:
     assert isinstance(rows[0], Row)
     assert isinstance(rows[2], Row)
     assert (rows[0].params.sampler, rows[2].params.sampler) == ("euler_a", "ddim")
-    assert "dpmpp_2m is known, but its Karras schedule is missing" in reason(rows[1])
+    assert "dpmpp_2m is supported, but its Karras schedule is not" in reason(rows[1])
 
 
 CELLS = st.text(st.sampled_from('ab ,;"\n\t='), min_size=1, max_size=12).filter(lambda cell: bool(cell.strip()))

@@ -21,7 +21,7 @@ def test_nan_is_a_missing_value_and_infinity_is_not(tmp_path: Path) -> None:
     apple, cat, dog = read(tmp_path / "m.jsonl", lines)[0]
     assert isinstance(apple, Row)
     assert (apple.seed, apple.extra) == (None, {})
-    assert (reason(cat), cat.prompt) == ("Infinity is no JSON number", "cat")
+    assert (reason(cat), cat.prompt) == ("Infinity is not a JSON number", "cat")
     assert dog.extra == {"tags": "[NaN, 1]"}
 
 
@@ -39,7 +39,7 @@ def test_no_message_about_prompts_where_rows_were_lost_otherwise(tmp_path: Path,
 def test_too_many_keys_are_counted(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "cat", **{f"k{n}": 1 for n in range(1200)}})
     (row,), _ = read(tmp_path / "m.jsonl", f"{line}\n")
-    assert reason(row) == "1,201 keys, at most 1,000; leave out what is not needed"
+    assert reason(row) == "1,201 keys, at most 1,000; remove those that are not needed"
 
 
 def test_doubled_keys_take_time_by_their_number(tmp_path: Path) -> None:
@@ -47,9 +47,9 @@ def test_doubled_keys_take_time_by_their_number(tmp_path: Path) -> None:
     started = time.process_time()
     (row,), _ = read(tmp_path / "m.jsonl", f'{{"prompt": "cat", {pairs}, "k7": 2}}\n')
     assert time.process_time() - started < 1  # comparing all with all takes five seconds
-    assert reason(row) == "20,001 keys, at most 1,000; leave out what is not needed"
+    assert reason(row) == "20,001 keys, at most 1,000; remove those that are not needed"
     (row,), _ = read(tmp_path / "m.jsonl", '{"prompt": "cat", "k7": 1, "k7": 2}\n')
-    assert reason(row) == "key 'k7' stands there twice"
+    assert reason(row) == "key 'k7' appears twice"
 
 
 # Arrays (case 10)
@@ -82,23 +82,23 @@ def test_what_is_no_good_in_an_array_costs_its_row(tmp_path: Path) -> None:
     content = '[3, {"prompt": "cat", "x": {"a": 1, "a": 2}}, "text", {"prompt": "\\ud800"}, [1], {"prompt": "dog"}]'
     rows, _ = read(tmp_path / "m.json", content)
     assert [getattr(row, "reason", "") for row in rows] == [
-        "not a JSON object", "key 'a' stands there twice", "not a JSON object",
-        "half a character: a \\u escape of a surrogate pair without its other half", "not a JSON object", "",
+        "not a JSON object", "key 'a' appears twice", "not a JSON object",
+        "half a character: a \\u escape of a surrogate without the other one of its pair", "not a JSON object", "",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"prompt": "cat"}\n {"prompt": "dog"}]', "line 2: ',' or ']' was expected behind an object"),
+        ('[{"prompt": "cat"}\n {"prompt": "dog"}]', "line 2: ',' or ']' was expected after an object"),
         ('[{"prompt": "cat"},\n{"prompt" "dog"}]', "line 2: not a JSON object: Expecting ':' delimiter"),
         ('[{"prompt": "cat"},\n', "line 2: the array is not closed"),
         ('[{"prompt": "cat"}', "line 1: the array is not closed"),
-        ('[{"prompt": "cat"}] more', "line 1: text behind the end of the array"),
+        ('[{"prompt": "cat"}] more', "line 1: text after the end of the array"),
         ('[{"prompt": "cat", "x": "' + "x" * 9_000_000 + '"}]', "over 8,388,608 characters in one object"),
         ('[{"prompt": "cat", "x": ' + "[" * 100_000, "nested too deep"),
         ("[]", "no rows"),
-        ("[{}, {}]", "no rows besides 2 blank ones"),
+        ("[{}, {}]", "no rows except 2 blank ones"),
     ],
 )
 def test_text_that_is_no_json(tmp_path: Path, content: str, message: str) -> None:

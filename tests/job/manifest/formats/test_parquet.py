@@ -15,7 +15,7 @@ from tests.support.manifests import DEFAULTS, reason, rows_of
 from tests.support.program import Capture, call
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.export.table import export_table
-from tinysd_batch.job.manifest.files import fingerprint
+from tinysd_batch.job.manifest.files import compute_fingerprint
 from tinysd_batch.job.manifest.formats.parquet_footer import read_column_sizes
 from tinysd_batch.job.manifest.readers import read_extra_fields
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
@@ -42,8 +42,8 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 @pytest.mark.parametrize(
     ("kind", "note"),
     [
-        (IMAGE, "bytes within structures are not carried into the results"),
-        (pa.list_(IMAGE), "bytes within structures are not carried into the results"),
+        (IMAGE, "bytes within structs or lists are not copied to the results"),
+        (pa.list_(IMAGE), "bytes within structs or lists are not copied to the results"),
         (pa.binary(), "its values are too long for the results"),
         (pa.string(), "its values are too long for the results"),
         (pa.list_(pa.string()), "its values are too long for the results"),
@@ -86,7 +86,7 @@ def test_a_long_value_is_left_out_of_its_row(tmp_path: Path) -> None:
     assert (cat.prompt, cat.extra) == ("cat", {"few": ["a"]})
     assert dog.extra == {"note": "y", "tags": ["y"]}
     assert (
-        notes[0] == "column 'note': some values are not carried into the results: some 131,073 bytes, at most 131,072"
+        notes[0] == "column 'note': some values are not copied to the results: some 131,073 bytes, at most 131,072"
     )
 
 
@@ -220,15 +220,15 @@ def test_a_folder_of_parts_is_one_table(tmp_path: Path, name: str) -> None:
 
 def test_the_fingerprint_of_a_folder_is_that_of_its_parts(tmp_path: Path) -> None:
     folder = write_parts(tmp_path / "m.parquet", 0, 1)
-    seen = {fingerprint(folder)}
+    seen = {compute_fingerprint(folder)}
     (folder / "_SUCCESS").unlink()
-    assert fingerprint(folder) in seen
+    assert compute_fingerprint(folder) in seen
     write(folder / "part.1.parquet", {"prompt": ["owl"]})
-    seen.add(fingerprint(folder))
+    seen.add(compute_fingerprint(folder))
     (folder / "part.1.parquet").rename(folder / "part.2.parquet")
-    seen.add(fingerprint(folder))
+    seen.add(compute_fingerprint(folder))
     (folder / "part.2.parquet").unlink()
-    assert len(seen | {fingerprint(folder)}) == 4
+    assert len(seen | {compute_fingerprint(folder)}) == 4
 
 
 def test_parts_whose_columns_differ(tmp_path: Path) -> None:
@@ -240,14 +240,14 @@ def test_parts_whose_columns_differ(tmp_path: Path) -> None:
     assert [(row.prompt, row.extra) for row in rows] == [
         ("cat", {"n": 1}), ("dog", {"n": 1.5, "e": ["y"], "more": "z"}),
     ]  # fmt: skip
-    assert notes == ["column 't': not carried into the results, its type differs between the parts"]
+    assert notes == ["column 't': not copied to the results, its type differs between the files"]
     kinds = {field.name: str(field.type) for field in read_extra_fields(folder, [])}
     assert kinds == {"n": "double", "e": "list<item: string>", "more": "string"}
 
 
 def test_folders_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "m.parquet" / "year=2024").mkdir(parents=True)
-    with pytest.raises(ManifestError, match=r"its tables are in folders below it \(year=2024\)"):
+    with pytest.raises(ManifestError, match=r"its tables are in subfolders \(year=2024\)"):
         rows_of(tmp_path / "m.parquet")
     (tmp_path / "m.parquet" / "year=2024").rmdir()
     with pytest.raises(ManifestError, match="is a directory without Parquet files"):

@@ -50,14 +50,14 @@ def settings_of(row: Row | InvalidRow) -> dict[str, Any]:
 def test_the_web_uis_lines(tmp_path: Path, line: str, expected: dict[str, Any]) -> None:
     rows, notes = read(tmp_path / "m.txt", f"cat\n{line}\n")
     assert [settings_of(row) for row in rows] == [{"prompt": "cat"}, expected]
-    assert notes == ["lines with the web UI's options, read as it reads them: 1 (first: row 2)"]
+    assert notes == ["lines with options of the web UI, parsed as it does: 1 (first: row 2)"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('--prompt "x', "No closing quotation"),
-        ("--prompt x --styles a", "'--styles' is not known; remove it"),
+        ("--prompt x --styles a", "unknown option '--styles'; remove it"),
         ("--prompt x --steps", "'--steps' has no value"),
         ("--prompt x --steps many", "column steps = 'many': a whole number was expected"),
         ("--prompt x --prompt y", "prompt is given twice"),
@@ -78,7 +78,7 @@ def test_other_lines_are_text_and_noted(tmp_path: Path) -> None:
     rows, notes = read(tmp_path / "m.txt", FOREIGN)
     assert [row.prompt for row in rows] == [line for line in FOREIGN.splitlines() if line]
     assert notes == [
-        "lines that look like another program's, options read as text: 2 (first: row 1); --interpret-lines reads them",
+        "lines with options of another program, read as text: 2 (first: row 1); --interpret-lines parses them",
         "lines that look like comments, read as prompts: 2 (first: row 2); --interpret-lines skips them",
     ]
 
@@ -87,7 +87,7 @@ def test_other_lines_are_interpreted_where_that_is_asked_for(tmp_path: Path) -> 
     more = "an owl -s 9 -C 7.5 -A k_euler_a -W 32\n"
     rows, notes = read(tmp_path / "m.txt", FOREIGN + more, interpret_lines=True)
     assert settings_of(rows[0]) == {"prompt": "a unicorn", "seed": 1234, "size": (64, 512), "images": (4, 1)}
-    assert "'--ar' is not known" in reason(rows[1])
+    assert "unknown option '--ar'" in reason(rows[1])
     assert settings_of(rows[2]) == {"prompt": "a cat - 5 mice, x-5 -- dash"}
     expected = {"prompt": "an owl", "steps": 9, "scale": 7.5, "sampler": "euler_a", "size": (32, 64)}
     assert settings_of(rows[3]) == expected
@@ -98,7 +98,7 @@ def test_other_lines_are_interpreted_where_that_is_asked_for(tmp_path: Path) -> 
 def test_a_table_that_a_spreadsheet_saved_as_text(tmp_path: Path) -> None:
     (row,), notes = read(tmp_path / "m.txt", "Prompt\tSeed\tNote\r\ncat\t7\tx\r\n".encode("utf-16"))
     assert (settings_of(row), row.extra) == ({"prompt": "cat", "seed": 7}, {"Note": "x"})
-    assert notes == ["read as UTF-16", "tabs between cells", "read as a table, since the first line is a header"]
+    assert notes == ["read as UTF-16", "cells are separated by tabs", "read as a table, since the first line is a header"]
     rows, _ = read(tmp_path / "m.txt", "a prompt\twith tabs\nprompt\n")
     assert [row.prompt for row in rows] == ["a prompt\twith tabs", "prompt"]
 

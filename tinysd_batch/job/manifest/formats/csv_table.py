@@ -1,4 +1,4 @@
-"""Read CSV and TSV as spreadsheets write them: other separators, UTF-16, padding, blanks before quotes."""
+"""Read CSV and TSV as spreadsheets write them: other separators, UTF-16, empty columns, blanks before quotes."""
 
 import csv
 import io
@@ -29,27 +29,27 @@ from tinysd_batch.values import is_missing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 SEPARATOR_LINE = re.compile(r'"?sep=([,;|:\t])"?\s*', re.IGNORECASE)  # Excel's, before the header
-BLANK_LINE_CHARACTERS = ' ,;\t|"\r\n'  # a line of these is blank
+BLANK_LINE_CHARACTERS = ' ,;\t|"\r\n'  # a line of only these is blank
 DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+\s*", re.ASCII)
 THOUSANDS_SEPARATED = re.compile(r"\s*[+-]?\d{1,3}([.,]\d{3})+\s*", re.ASCII)
-# A cell: blanks, a quoted part (that may be open at the end of the line), and whatever follows up to the separator.
 REST_OF_OPEN_CELL = re.compile(r'[^"]*(?:""[^"]*)*"?')
 QUOTED = r'"[^"]*(?:""[^"]*)*(?:"|\Z)'
 
 
 class CsvLineReader(BoundedLineReader):
-    """Lines for `csv.reader`: remembers where a quote opened, and drops blanks around quoted cells."""
+    """Lines for `csv.reader`. Records where a quote was opened, and removes blanks around quoted cells."""
 
-    def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
-        super().__init__(file, as_0_1_0=as_0_1_0)
-        self.open_quote_line = 0  # the line of the last quote that was not closed on its line
+    def __init__(self, file: io.TextIOWrapper, *, compat_0_1_0: bool = False) -> None:
+        super().__init__(file, compat_0_1_0=compat_0_1_0)
+        self.open_quote_line = 0  # where the last quote opened that was not closed on its line; 0: none
         self.previous_line = ""
-        self.separator = ""  # not known yet
+        self.separator = ""  # until the header is read
         self.cell = re.compile("")
 
     def set_separator(self, separator: str) -> None:
         self.separator = separator
         mark = re.escape(separator)
+        # blanks, a quoted part (which may still be open at the end of the line), the rest up to the separator
         self.cell = re.compile(rf"( *)({QUOTED})?([^{mark}]*)({mark}|\Z)", re.DOTALL)
 
     def start_record(self) -> None:
@@ -57,22 +57,22 @@ class CsvLineReader(BoundedLineReader):
         self.open_quote_line = 0
 
     def __next__(self) -> str:
-        goes_on = not self.starts_record  # `csv.reader` asks for more of a row only within quotes
-        if goes_on and (not self.open_quote_line or self.previous_line.replace('""', "").count('"') > 1):
+        is_continuation = not self.starts_record  # `csv.reader` reads on within a row only inside quotes
+        if is_continuation and (not self.open_quote_line or self.previous_line.replace('""', "").count('"') > 1):
             self.open_quote_line = self.number
         line = super().__next__()
         if (' "' in line or '" ' in line) and self.separator:
-            line = self.strip_blanks_around_quotes(line, goes_on)
+            line = self.strip_blanks_around_quotes(line, is_continuation)
         self.previous_line = line
         return line
 
-    def strip_blanks_around_quotes(self, line: str, goes_on: bool) -> str:
-        """The line without blanks between separators and quotes, where they are no part of a cell."""
-        if self.as_0_1_0:  # to which such a quote opened nothing
+    def strip_blanks_around_quotes(self, line: str, is_continuation: bool) -> str:
+        """Remove blanks between separators and quotes, which are not part of a cell."""
+        if self.compat_0_1_0:  # a quote after blanks was an ordinary character there
             return line
         start = 0
-        if goes_on:
-            start = len(REST_OF_OPEN_CELL.match(line)[0])  # type: ignore[index] # it matches anything
+        if is_continuation:
+            start = len(REST_OF_OPEN_CELL.match(line)[0])  # type: ignore[index] # matches any text
             after = line[start:].lstrip(" ")
             if after[:1] in (self.separator, "\r", "\n", ""):
                 line = line[:start] + after
@@ -82,14 +82,16 @@ class CsvLineReader(BoundedLineReader):
         if not self.open_quote_line:
             hint = "; write a quote within a quoted cell twice" if "expected after" in str(error) else ""
             return f"{error}{hint}"
-        swallowed = self.number - self.open_quote_line
-        lines = f"the {swallowed:,} lines" if swallowed > 1 else "the line"
-        took_in = f" and takes in {lines} after it" if swallowed else ""
+        more_lines = self.number - self.open_quote_line
+        lines = f"the {more_lines:,} lines" if more_lines > 1 else "the line"
+        extent = f" and includes {lines} after it" if more_lines else ""
         reason = "" if "unexpected end" in str(error) else f"{error}: "
-        return f"{reason}the quote that opens in line {self.open_quote_line} is not closed{took_in}; check the quotes there"
+        quote = f"the quote that opens in line {self.open_quote_line} is not closed{extent}"
+        return f"{reason}{quote}; check the quotes there"
 
 
 def drop_blanks(match: re.Match[str]) -> str:
+    """Return a matched cell without blanks around its quotes, unless there is text outside them."""
     quoted, rest, mark = match.group(2) or "", match[3], match[4]
     if not quoted or rest.strip(" \r\n"):
         return match[0]
@@ -97,66 +99,72 @@ def drop_blanks(match: re.Match[str]) -> str:
 
 
 def read_csv_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
+    """Yield the rows of a CSV or TSV file, whose first row is the header. Raises ManifestError."""
     with open_text(path, options.notes) as file:
-        lines = CsvLineReader(file, as_0_1_0=options.as_0_1_0)
+        lines = CsvLineReader(file, compat_0_1_0=options.compat_0_1_0)
         separator, header = read_header(path, lines)
         if separator != get_default_separator(path):
             options.notes.separator = SEPARATORS.get(separator, f"{separator!r}")
         columns = match_table_columns(path, header, options.strict)
         reader = csv.reader(lines, delimiter=separator, strict=True)
-        table = CsvRowConverter(path, columns, separator, options, lines)
-        for first, cells in read_records(reader, lines):
+        converter = CsvRowConverter(path, columns, separator, options, lines)
+        for line, cells in read_records(reader, lines):
             if isinstance(cells, UnreadableRow):
                 yield cells
-            elif cells:  # a line without anything is no row
-                yield table.read_row(cells, first)
+            elif cells:  # an empty line is not a row
+                yield converter.convert(cells, line)
 
 
 class CsvRowConverter:
-    """Turns the cells of a row into values."""
+    """Convert the cells of a row to values."""
 
     def __init__(
         self, path: Path, columns: ColumnMapping, separator: str, options: ReadingOptions, lines: BoundedLineReader
     ) -> None:
         self.path, self.columns, self.options, self.lines = path, columns, options, lines
         self.width = len(columns.names)
-        self.unnamed = columns.names.count("")
-        # Where a comma stands within numbers, something else stands between cells.
+        self.unnamed_count = columns.names.count("")
+        # Numbers can have a decimal comma only where another character separates the cells.
         numbers = (*FLOAT_COLUMNS, *INTEGER_COLUMNS) if separator != "," else ()
-        self.numbers = tuple(name for name in numbers if name in columns.source_names)
+        self.decimal_comma_columns = tuple(name for name in numbers if name in columns.source_names)
 
-    def read_row(self, cells: list[str], line: int) -> RawRow | UnreadableRow:
-        """Cells that a short row lacks are empty. Raises ManifestError for unnamed cells where that is strict."""
+    def convert(self, cells: list[str], line: int) -> RawRow | UnreadableRow:
+        """Return the row's values. Missing cells of a short row are empty.
+
+        Raises ManifestError for a value in a column without a name if unknown columns are an error.
+        """
         names = self.columns.names
         if len(cells) > self.width and not all(map(is_missing, cells[self.width :])):
             return self.report_cell_count(cells, line)
-        if self.options.as_0_1_0 and len(cells) < self.width and any('"' in cell for cell in cells):
-            return self.report_cell_count(cells, line)  # part of a row that 0.1.0 cut into several
+        if self.options.compat_0_1_0 and len(cells) < self.width and any('"' in cell for cell in cells):
+            return self.report_cell_count(cells, line)  # part of a row that 0.1.0 split into several
         values = {
             name: cell
             for name, cell in zip(names, cells, strict=False)
-            if cell and ("!" <= cell[0] <= "~" or not is_missing(cell))  # most cells need no closer look
+            if cell
+            and ("!" <= cell[0] <= "~" or not is_missing(cell))  # the first test is fast and enough for most cells
         }
         if self.lines.length > MAX_CELL_CHARACTERS:
             drop_long_values(values, self.columns.source_names, self.options.notes)
-        if self.unnamed and "" in values:
-            self.read_unnamed(values, line)
+        if self.unnamed_count and "" in values:
+            self.check_unnamed(values, line)
         try:
-            for name in self.numbers:
+            for name in self.decimal_comma_columns:
                 if name in values:
                     values[name] = replace_decimal_comma(values[name], name in INTEGER_COLUMNS)
         except ValueError as error:
             return UnreadableRow(f"column {self.columns.source_names[name]} = {error}", values.get("prompt"), line)
         return RawRow(values, self.columns.source_names, line)
 
-    def read_unnamed(self, values: dict[str, str], line: int) -> None:
+    def check_unnamed(self, values: dict[str, str], line: int) -> None:
+        """Drop values of unnamed columns if there are several. Raises ManifestError if unknown columns are an error."""
         if self.options.strict:
             raise ManifestError(
-                f"{self.path}: line {line}: {excerpt(values[''])} stands in a column without a name; name or remove it"
+                f"{self.path}: line {line}: {excerpt(values[''])} is in a column without a name; name or remove it"
             )
-        if self.unnamed > 1:
+        if self.unnamed_count > 1:
             del values[""]
-            self.options.notes.record_dropped_column("", "not carried into the results, several columns have no name")
+            self.options.notes.record_dropped_column("", "not copied to the results, several columns have no name")
 
     def report_cell_count(self, cells: list[str], line: int) -> UnreadableRow:
         reason = f"{len(cells)} cells where the header has {self.width} columns"
@@ -164,33 +172,30 @@ class CsvRowConverter:
         return UnreadableRow(f"{reason}; quote cells that hold commas, tabs or line ends", prompt, line)
 
 
-def replace_decimal_comma(cell: str, is_whole: bool) -> str:
-    """`7,5` as `7.5`. Raises ValueError where a whole number's `1.000` may be one or a thousand."""
-    if is_whole and THOUSANDS_SEPARATED.fullmatch(cell):
-        raise ValueError(f"{excerpt(cell)}: a separator of thousands? write the number with digits only")
+def replace_decimal_comma(cell: str, is_integer: bool) -> str:
+    """Return `7,5` as `7.5`. Raises ValueError for an integer such as `1.000`, which may mean 1 or 1000."""
+    if is_integer and THOUSANDS_SEPARATED.fullmatch(cell):
+        raise ValueError(f"{excerpt(cell)}: ambiguous thousands separator; write the number with digits only")
     return cell.replace(",", ".") if DECIMAL_COMMA.fullmatch(cell) else cell
 
 
-# The header
-
-
 def get_default_separator(path: Path) -> str:
-    """What the file's suffix says."""
+    """Return the separator that the file's suffix implies."""
     return "\t" if Path(remove_gz_suffix(path)).suffix.lower() == ".tsv" else ","
 
 
 def read_header(path: Path, lines: CsvLineReader) -> tuple[str, tuple[str, ...]]:
-    """What separates the cells, and the names of the columns. Raises ManifestError."""
-    # An open quote takes in lines up to the limit.
-    csv.field_size_limit(MAX_CELL_CHARACTERS if lines.as_0_1_0 else MAX_LINE_CHARACTERS)
+    """Return the separator and the column names. Raises ManifestError."""
+    # A cell with an unclosed quote grows up to this limit.
+    csv.field_size_limit(MAX_CELL_CHARACTERS if lines.compat_0_1_0 else MAX_LINE_CHARACTERS)
     try:
         record = read_first_record(lines)
         if match := SEPARATOR_LINE.fullmatch("".join(record)):
             separators = [match[1]]
             record = read_first_record(lines)
         else:
-            own = get_default_separator(path)
-            separators = [own, *(each for each in SEPARATORS if each != own)]
+            default = get_default_separator(path)
+            separators = [default, *(separator for separator in SEPARATORS if separator != default)]
         separator, header = detect_separator(record, separators, lines)
     except csv.Error as error:
         raise ManifestError(f"{path}: header: {lines.describe_error(error)}") from None
@@ -199,7 +204,7 @@ def read_header(path: Path, lines: CsvLineReader) -> tuple[str, tuple[str, ...]]
 
 
 def read_first_record(lines: CsvLineReader) -> list[str]:
-    """The lines of the first row that is not blank: several where a quoted name holds line ends."""
+    """Return the lines of the first row that is not blank: several if a quoted name contains line ends."""
     record: list[str] = []
     quotes = 0
     lines.start_record()
@@ -215,37 +220,38 @@ def read_first_record(lines: CsvLineReader) -> list[str]:
 
 
 def detect_separator(record: list[str], separators: list[str], lines: CsvLineReader) -> tuple[str, tuple[str, ...]]:
-    """The separator that gives a prompt and most names that are known; the first where several do.
+    """Return the separator that yields a prompt column and the most known columns, and the header's names.
 
-    Raises csv.Error where none gives a prompt and the first gives nothing at all.
+    Of several such separators the first one wins. Raises csv.Error if none yields a prompt column and the first one
+    fails.
     """
     best: tuple[tuple[bool, int], str, tuple[str, ...]] | None = None
-    failure: csv.Error | None = None
+    first_error: csv.Error | None = None
     for separator in separators:
         try:
             names = parse_header(record, separator, lines)
         except csv.Error as error:
-            failure = error if separator == separators[0] else failure
+            first_error = error if separator == separators[0] else first_error
             continue
         known = [column for name in names if (column := find_column(name))]
         score = ("prompt" in known, len(known))
         if best is None or score > best[0]:
             best = score, separator, names
-    if best is None or (failure is not None and not best[0][0]):
-        raise failure or csv.Error("cannot be read")
+    if best is None or (first_error is not None and not best[0][0]):
+        raise first_error or csv.Error("cannot be read")
     return best[1:]
 
 
 def parse_header(record: list[str], separator: str, lines: CsvLineReader) -> tuple[str, ...]:
     lines.set_separator(separator)
-    tidied = [lines.strip_blanks_around_quotes(line, number > 0) for number, line in enumerate(record)]
-    names = next(csv.reader(tidied, delimiter=separator, strict=True), [])
+    stripped = [lines.strip_blanks_around_quotes(line, number > 0) for number, line in enumerate(record)]
+    names = next(csv.reader(stripped, delimiter=separator, strict=True), [])
     return tuple(normalize_text(name).strip() for name in names)
 
 
-def read_csv_extra_names(path: Path, seen: set[str], *, as_0_1_0: bool = False) -> tuple[str, ...]:
-    """The header's names that are not ours; one without any only where `seen` says that its column is not empty."""
+def read_csv_extra_names(path: Path, names_with_values: set[str], *, compat_0_1_0: bool = False) -> tuple[str, ...]:
+    """Return the header's unknown names, and "" if `names_with_values` says that an unnamed column has values."""
     with open_text(path, ReadingNotes()) as file:
-        _, header = read_header(path, CsvLineReader(file, as_0_1_0=as_0_1_0))
+        _, header = read_header(path, CsvLineReader(file, compat_0_1_0=compat_0_1_0))
     unknown = match_table_columns(path, header, strict=False).unknown
-    return (*unknown, *([""] if "" in seen else []))
+    return (*unknown, *([""] if "" in names_with_values else []))

@@ -1,4 +1,4 @@
-"""Read objects: one on each line (.jsonl), or in a JSON array (.json, and .jsonl that begins with a bracket)."""
+"""Read JSON objects: one per line (.jsonl), or in an array (.json, and a .jsonl that starts with a bracket)."""
 
 import io
 import json
@@ -39,17 +39,19 @@ BLANK_RUN = re.compile(r"[ \t\r\n\ufeff]*")
 
 
 def read_jsonl_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
-    if is_json_array(path) and not options.as_0_1_0:
-        return require_prompt_key(path, read_array(path, options))
+    """Yield the rows of a .jsonl file. Raises ManifestError."""
+    if is_json_array(path) and not options.compat_0_1_0:
+        return require_prompt_key(path, read_array_rows(path, options))
     return require_prompt_key(path, read_object_lines(path, options))
 
 
 def read_json_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
-    return require_prompt_key(path, read_array(path, options))
+    """Yield the rows of a .json file. Raises ManifestError."""
+    return require_prompt_key(path, read_array_rows(path, options))
 
 
 def is_json_array(path: Path) -> bool:
-    """Whether the file begins as an array does that is more than a line among others."""
+    """Whether a .jsonl file is one array, rather than lines of which the first is an array."""
     start = read_leading_text(path)
     line, _, rest = start.partition("\n")
     try:
@@ -60,82 +62,89 @@ def is_json_array(path: Path) -> bool:
 
 
 def starts_with_bracket(path: Path) -> bool:
-    """Whether the file is an array, or was one before lines were put behind it."""
+    """Whether the file is an array, or was one before lines were appended to it."""
     return read_leading_text(path).startswith("[")
 
 
 def read_leading_text(path: Path) -> str:
+    """Return the start of the file's text, without leading blanks."""
     return read_first_bytes(path).decode(detect_encoding(path), "replace").lstrip("\ufeff \t\r\n")
 
 
 def require_prompt_key(path: Path, rows: Iterator[RawRow | UnreadableRow]) -> Iterator[RawRow | UnreadableRow]:
-    """The same rows. Raises ManifestError at their end where every row could be read, and none has a prompt's key."""
-    names: dict[str, None] = {}  # met so far
-    all_read, empty, prompts = True, True, False
+    """Yield the same rows. At the end, raise ManifestError if all were readable and none has a key for the prompt."""
+    names: dict[str, None] = {}  # the first keys, for the message
+    all_readable, all_blank, has_prompt_key = True, True, False
     for row in rows:
         if isinstance(row, UnreadableRow):
-            all_read = False
-        elif not prompts:
-            prompts = "prompt" in row.source_names
-            empty = empty and not row.values
+            all_readable = False
+        elif not has_prompt_key:
+            has_prompt_key = "prompt" in row.source_names
+            all_blank = all_blank and not row.values
             names |= dict.fromkeys(list(row.values)[:8]) if len(names) < 8 else {}
         yield row
-    if all_read and not (empty or prompts):
+    if all_readable and not (all_blank or has_prompt_key):
         raise ManifestError(f"{path}: no object with a key named prompt; found {format_names(names)}")
 
 
 def read_object_lines(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
     decoder = ObjectDecoder()
     with open_text(path, options.notes) as file:
-        lines = BoundedLineReader(file, as_0_1_0=options.as_0_1_0)
-        for number, text in read_records(lines, lines):
+        lines = BoundedLineReader(file, compat_0_1_0=options.compat_0_1_0)
+        for line, text in read_records(lines, lines):
             if isinstance(text, UnreadableRow):
                 yield text
             elif text.strip():
-                yield parse_object_line(text, number, decoder, options)
+                yield parse_object_line(text, line, decoder, options)
 
 
 def parse_object_line(
-    text: str, number: int, decoder: "ObjectDecoder", options: ReadingOptions
+    text: str, line: int, decoder: "ObjectDecoder", options: ReadingOptions
 ) -> RawRow | UnreadableRow:
-    """The object of one line, or what is wrong with it."""
+    """Return the row of one line, or an UnreadableRow that says what is wrong with it."""
     text = text.rstrip("\ufeff \t\r\n")
     try:
         if has_surrogates(text):
             raise ValueError("not UTF-8; save the file as UTF-8")
-        value, end = decoder.decode_at(text, BLANK_RUN.match(text).end())  # type: ignore[union-attr] # it matches anything
+        start = BLANK_RUN.match(text).end()  # type: ignore[union-attr] # matches any text
+        value, end = decoder.decode_at(text, start)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
-        return UnreadableRow(describe_json_error(error), line=number)
-    return convert_object(value, decoder.fault, text, number, options)
+        return UnreadableRow(describe_json_error(error), line=line)
+    return convert_object(value, decoder.error, text, line, options)
 
 
 def convert_object(
-    value: Any, fault: str | None, text: str, number: int, options: ReadingOptions
+    value: Any, decoding_error: str | None, text: str, line: int, options: ReadingOptions
 ) -> RawRow | UnreadableRow:
-    """A decoded object as a row, or what is wrong with it."""
+    """Return a decoded object as a row, or an UnreadableRow that says what is wrong with it.
+
+    Args:
+        decoding_error: What is wrong with the object although it could be decoded.
+        text: The object's text.
+    """
     prompt = None
     try:
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         if len(value) > MAX_COLUMNS:
-            raise ValueError(f"{len(value):,} keys, at most {MAX_COLUMNS:,}; leave out what is not needed")
+            raise ValueError(f"{len(value):,} keys, at most {MAX_COLUMNS:,}; remove those that are not needed")
         if "\\u" in text and "\\ud" in text.lower() and has_surrogates(json.dumps(value, ensure_ascii=False)):
-            raise ValueError("half a character: a \\u escape of a surrogate pair without its other half")
+            raise ValueError("half a character: a \\u escape of a surrogate without the other one of its pair")
         columns = match_columns(tuple(value))
         named = dict(zip(columns.names, value.values(), strict=True))
         prompt = named.get("prompt")
-        if fault:
-            raise ValueError(fault)
+        if decoding_error:
+            raise ValueError(decoding_error)
         if options.strict:
             reject_unknown_columns(columns)
         values = {name: convert_cell(name, cell, columns) for name, cell in named.items() if not is_missing(cell)}
     except (ValueError, RecursionError) as error:
-        return UnreadableRow(describe_json_error(error), prompt if isinstance(prompt, str) else None, number)
+        return UnreadableRow(describe_json_error(error), prompt if isinstance(prompt, str) else None, line)
     if len(text) > MAX_CELL_CHARACTERS:
         drop_long_values(values, columns.source_names, options.notes)
-    return RawRow(values, columns.source_names, number)
+    return RawRow(values, columns.source_names, line)
 
 
 def describe_json_error(error: Exception) -> str:
@@ -148,7 +157,7 @@ def describe_json_error(error: Exception) -> str:
 
 
 def convert_cell(name: str, value: Any, columns: ColumnMapping) -> Any:
-    """Known keys hold single values; what unknown ones hold is kept as text, as JSON where it is none."""
+    """Return a known column's value, which must be a single one, or an extra column's as text: JSON unless a string."""
     if name not in columns.source_names:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | dict):
@@ -157,69 +166,81 @@ def convert_cell(name: str, value: Any, columns: ColumnMapping) -> Any:
 
 
 class ObjectDecoder:
-    """Decodes values, and remembers what Python's decoder would let pass, so that one can go on behind the value."""
+    """Decode JSON values. Record errors that Python's decoder accepts, so that reading can continue after the value."""
 
     def __init__(self) -> None:
-        self.fault: str | None = None  # the first one in the last value
-        self.decoder = json.JSONDecoder(object_pairs_hook=self.as_dict, parse_constant=self.read_constant)
+        self.error: str | None = None  # the first one in the last value
+        self.decoder = json.JSONDecoder(object_pairs_hook=self.build_dict, parse_constant=self.read_constant)
 
     def decode_at(self, text: str, start: int) -> tuple[Any, int]:
-        """The value, and where it ends. Raises ValueError or RecursionError."""
-        self.fault = None
+        """Return the value and the position after it. Raises ValueError or RecursionError."""
+        self.error = None
         return self.decoder.raw_decode(text, start)
 
-    def as_dict(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def build_dict(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            doubled = min(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            self.fault = self.fault or f"key {excerpt(doubled)} stands there twice"
+            duplicate = min(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            self.error = self.error or f"key {excerpt(duplicate)} appears twice"
         return values
 
     def read_constant(self, name: str) -> float:
-        """NaN, which pandas and others write for a missing value, is one; Infinity is a fault."""
+        """Accept NaN as a missing value, which pandas and others write. Infinity is an error."""
         if name != "NaN":
-            self.fault = self.fault or f"{name} is no JSON number"
+            self.error = self.error or f"{name} is not a JSON number"
         return float("nan")
 
 
-# Arrays
+def read_array_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
+    """Yield the objects of an array, or of a file that contains several values one after the other.
 
-
-def read_array(path: Path, options: ReadingOptions) -> Iterator[RawRow | UnreadableRow]:
-    """The objects of an array, or of a file that holds several one after the other.
-
-    Raises ManifestError where the text is not JSON: nobody can say where the next object would begin.
+    Raises ManifestError for text that is not JSON: the start of the next object is unknown then.
     """
     with open_text(path, options.notes) as file:
         stream = JsonValueStream(path, file)
-        in_array = stream.skip_mark("[")
+        stream.skip_blanks()
         decoder = ObjectDecoder()
-        while not stream.at_end() and not (in_array and stream.skip_mark("]")):
-            value, text, number = stream.next_value(decoder)
-            fault = "not UTF-8; save the file as UTF-8" if has_surrogates(text) else decoder.fault
-            yield convert_object(value, fault, text, number, options)
-            if in_array and not (stream.skip_mark(",") or stream.peek("]") or stream.at_end()):
-                raise stream.fault("',' or ']' was expected behind an object")
-        if in_array and not stream.ended_array:
-            raise stream.fault("the array is not closed; the file is cut off")
-        if not stream.at_end():
-            raise stream.fault("text behind the end of the array")
+        is_array, is_closed = stream.skip_if_next("["), False
+        while not (stream.is_at_end or is_closed):
+            if is_array and stream.skip_if_next("]"):
+                is_closed = True
+                continue
+            value, text, line = stream.read_value(decoder)
+            error = "not UTF-8; save the file as UTF-8" if has_surrogates(text) else decoder.error
+            yield convert_object(value, error, text, line, options)
+            stream.skip_blanks()
+            if is_array and not (stream.skip_if_next(",") or stream.is_next("]") or stream.is_at_end):
+                raise stream.make_error("',' or ']' was expected after an object")
+        if is_array and not is_closed:
+            raise stream.make_error("the array is not closed; the file is truncated")
+        if not stream.is_at_end:
+            raise stream.make_error("text after the end of the array")
 
 
 class JsonValueStream:
-    """Takes values off a file's text, of which only a bounded piece is in memory."""
+    """Read JSON values one by one from a file, keeping a bounded part of its text in memory."""
 
     def __init__(self, path: Path, file: io.TextIOWrapper) -> None:
         self.path, self.file = path, file
-        self.text, self.start = "", 0
+        self.text, self.start = "", 0  # the text in memory, and the position of what is read next
         self.line = 1  # of `start`
-        self.ended = self.ended_array = False
+        self.is_exhausted = False
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether no text is left. Valid after `skip_blanks`."""
+        return self.start >= len(self.text)
+
+    def is_next(self, mark: str) -> bool:
+        """Whether the next character is `mark`. Valid after `skip_blanks`."""
+        return self.text[self.start : self.start + 1] == mark
 
     def read_more(self) -> bool:
-        if self.ended:
+        """Read another block, twice as long each time a value does not fit. Return False at the end of the file."""
+        if self.is_exhausted:
             return False
-        block = self.file.read(max(BLOCK_CHARACTERS, len(self.text) - self.start))  # twice as much each time
-        self.ended = not block
+        block = self.file.read(max(BLOCK_CHARACTERS, len(self.text) - self.start))
+        self.is_exhausted = not block
         self.text = self.text[self.start :] + block
         self.start = 0
         return bool(block)
@@ -228,53 +249,49 @@ class JsonValueStream:
         self.line += self.text.count("\n", self.start, position)
         self.start = position
 
-    def at_end(self) -> bool:
-        """Whether nothing but blanks is left; skips these."""
+    def skip_blanks(self) -> None:
+        """Move to the next visible character, or to the end of the file."""
         while True:
             match = BLANK_RUN.match(self.text, self.start)
             assert match is not None
             self.move_to(match.end())
-            if self.start < len(self.text):
-                return False
-            if not self.read_more():
-                return True
+            if self.start < len(self.text) or not self.read_more():
+                return
 
-    def peek(self, mark: str) -> bool:
-        return not self.at_end() and self.text[self.start] == mark
-
-    def skip_mark(self, mark: str) -> bool:
-        if not self.peek(mark):
+    def skip_if_next(self, mark: str) -> bool:
+        """Skip `mark` and the blanks after it if it is the next character. Return whether it was."""
+        if not self.is_next(mark):
             return False
         self.move_to(self.start + 1)
-        self.ended_array = self.ended_array or mark == "]"
+        self.skip_blanks()
         return True
 
-    def next_value(self, decoder: ObjectDecoder) -> tuple[Any, str, int]:
-        """The value that begins here, its text, and its line. Raises ManifestError."""
-        number = self.line
+    def read_value(self, decoder: ObjectDecoder) -> tuple[Any, str, int]:
+        """Return the value that starts here, its text, and its line. Raises ManifestError."""
+        line = self.line
         while True:
             try:
                 value, end = decoder.decode_at(self.text, self.start)
-                is_whole = isinstance(value, dict | list | str) or end < len(self.text)
+                is_complete = isinstance(value, dict | list | str) or end < len(self.text)
                 error: Exception | None = None
-            except (ValueError, RecursionError) as problem:
-                is_whole, error, end = False, problem, self.start
+            except (ValueError, RecursionError) as decoding_error:
+                is_complete, error, end = False, decoding_error, self.start
             size = max(end, len(self.text)) - self.start if error else end - self.start
             if size > MAX_LINE_CHARACTERS:
-                raise self.fault(f"over {MAX_LINE_CHARACTERS:,} characters in one object; it may not be closed")
-            if not is_whole and self.read_more():
+                raise self.make_error(f"over {MAX_LINE_CHARACTERS:,} characters in one object; it may not be closed")
+            if not is_complete and self.read_more():
                 continue
             if error is not None:
                 if isinstance(error, json.JSONDecodeError):
                     self.move_to(error.pos)
-                raise self.fault(describe_json_error(error))
+                raise self.make_error(describe_json_error(error))
             text = self.text[self.start : end]
             self.move_to(end)
-            return value, text, number
+            return value, text, line
 
-    def fault(self, reason: str) -> ManifestError:
+    def make_error(self, reason: str) -> ManifestError:
         reason = re.sub(r" at character \d+$", "", reason)
         return ManifestError(
-            f"{self.path}: line {self.line}: {reason}; correct it, or write one object on each line (.jsonl), where a "
-            f"fault costs its own row only"
+            f"{self.path}: line {self.line}: {reason}; correct it, or write one object per line (.jsonl), where an "
+            f"error affects only its own row"
         )

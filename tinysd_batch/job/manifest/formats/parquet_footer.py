@@ -1,7 +1,7 @@
-"""How large each column of a Parquet file is, read from its footer without pyarrow.
+"""Read the sizes of a Parquet file's columns from its footer, without pyarrow.
 
-pyarrow has the same numbers, but asking it for those of a damaged file ends the process: the C++ exception is not
-caught. The footer is a Thrift structure in the compact protocol
+pyarrow offers the same numbers, but a damaged file makes it throw a C++ exception that nothing catches, which ends the
+process. The footer is a Thrift struct in the compact protocol
 (https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md,
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift).
 """
@@ -19,14 +19,11 @@ PATH, UNCOMPRESSED_SIZE = 3, 6  # of ColumnMetaData
 
 
 def read_column_sizes(file: Any) -> list[Counter[str]]:
-    """Bytes of each column of the table, nested ones with all their parts, for each row group.
-
-    Raises ValueError for a footer that is damaged.
-    """
+    """Return the uncompressed bytes of each top-level column, for each row group. Raises ValueError if damaged."""
     file.seek(-8, 2)
-    length, mark = int.from_bytes(file.read(4), "little"), file.read(4)
+    length, magic = int.from_bytes(file.read(4), "little"), file.read(4)
     end = file.seek(0, 2)
-    if mark != MAGIC or length + 8 > end:
+    if magic != MAGIC or length + 8 > end:
         raise ValueError("the footer is damaged")
     file.seek(end - 8 - length)
     try:
@@ -39,13 +36,14 @@ def read_column_sizes(file: Any) -> list[Counter[str]]:
 def sum_column_sizes(group: dict[int, Any]) -> Counter[str]:
     sizes: Counter[str] = Counter()
     for chunk in group.get(COLUMNS, []):
-        found = chunk[META_DATA]
-        sizes[found[PATH][0].decode("utf-8", "surrogateescape")] += max(0, found[UNCOMPRESSED_SIZE])
+        metadata = chunk[META_DATA]
+        name = metadata[PATH][0].decode("utf-8", "surrogateescape")
+        sizes[name] += max(0, metadata[UNCOMPRESSED_SIZE])
     return sizes
 
 
 class ThriftCompactReader:
-    """Structures as dictionaries from field numbers to values."""
+    """Read structs of the Thrift compact protocol as dictionaries from field numbers to values."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -61,10 +59,10 @@ class ThriftCompactReader:
             fields[number] = self.read_value(head & 15, depth, is_field=True)
         return fields
 
-    def read_value(self, kind: int, depth: int, is_field: bool = False) -> Any:
-        match kind:
-            case 1 | 2:  # a field's truth is in its kind
-                return kind == 1 if is_field else self.read_byte() == 1
+    def read_value(self, type_id: int, depth: int, is_field: bool = False) -> Any:
+        match type_id:
+            case 1 | 2:  # a boolean field stores its value in the type id
+                return type_id == 1 if is_field else self.read_byte() == 1
             case 3:
                 return self.read_byte()
             case 4 | 5 | 6:

@@ -1,4 +1,4 @@
-"""The lines of a text manifest, each bounded: a few kilobytes, packed, can hold gigabytes without a line end."""
+"""Read the lines of a text manifest within bounds: a small compressed file can hold gigabytes without a line end."""
 
 import codecs
 import csv
@@ -13,8 +13,8 @@ from tinysd_batch.job.manifest.files import open_decompressed
 from tinysd_batch.job.manifest.raw_rows import UnreadableRow
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 
-MAX_LINE_CHARACTERS = 8 << 20  # images as text are in some; they are left out, and the row stays
-MAX_RECORD_CHARACTERS = 262_144  # of a CSV row over several lines, which mostly is a quote that is not closed
+MAX_LINE_CHARACTERS = 8 << 20  # leaves room for images as text: the column is dropped and the row stays
+MAX_RECORD_CHARACTERS = 262_144  # of a CSV row that spans several lines; most often a quote is not closed
 DETECTION_BYTES = 4096
 UTF_16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF_32_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
@@ -22,7 +22,7 @@ UTF_32_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 @contextmanager
 def open_text(path: Path, notes: ReadingNotes) -> Iterator[io.TextIOWrapper]:
-    """The file's text. Bytes that are no UTF-8 arrive as lone surrogates, so that only their row is lost."""
+    """Open the file as text. Bytes that are not UTF-8 become lone surrogates, so that only their row is invalid."""
     encoding = detect_encoding(path)
     notes.encoding = "" if encoding == "utf-8" else encoding.upper()
     with open_decompressed(path) as file:
@@ -34,15 +34,15 @@ def open_text(path: Path, notes: ReadingNotes) -> Iterator[io.TextIOWrapper]:
 
 
 def detect_encoding(path: Path) -> str:
-    """Raises ManifestError for a file that is empty, or in an encoding that is not read."""
+    """Return "utf-8" or "utf-16". Raises ManifestError for an empty file and for other encodings."""
     start = read_first_bytes(path)
     if not start.strip() and len(start) < DETECTION_BYTES:
         raise ManifestError(f"{path}: the file is empty; it needs a prompt for each row")
     if start[:2] in UTF_16_BOMS and start[:4] not in UTF_32_BOMS:
         return "utf-16"
     if start[:4] in UTF_32_BOMS or b"\0" in start.split(b"\n", 1)[0]:
-        kind = "UTF-32" if start[:4] in UTF_32_BOMS else "UTF-16 without a byte-order mark"
-        raise ManifestError(f"{path}: not UTF-8 (it looks like {kind}); save the file as UTF-8")
+        encoding = "UTF-32" if start[:4] in UTF_32_BOMS else "UTF-16 without a byte-order mark"
+        raise ManifestError(f"{path}: not UTF-8 (it looks like {encoding}); save the file as UTF-8")
     return "utf-8"
 
 
@@ -53,14 +53,14 @@ def read_first_bytes(path: Path) -> bytes:
 
 
 class BoundedLineReader:
-    """Lines with their ends. One that is too long raises csv.Error; the next call goes on behind it."""
+    """Iterate over lines with their line ends. A too long line raises csv.Error; the next call continues after it."""
 
-    def __init__(self, file: io.TextIOWrapper, *, as_0_1_0: bool = False) -> None:
+    def __init__(self, file: io.TextIOWrapper, *, compat_0_1_0: bool = False) -> None:
         self.readline = file.readline
-        self.as_0_1_0 = as_0_1_0
-        self.number = 0  # of the last line read
-        self.starts_record = True  # the next line does
-        self.length = 0  # of the record so far
+        self.compat_0_1_0 = compat_0_1_0
+        self.number = 0  # of the last line read, from 1
+        self.starts_record = True  # whether the next line starts a row
+        self.length = 0  # characters of the current row
 
     def start_record(self) -> None:
         self.starts_record = True
@@ -82,8 +82,8 @@ class BoundedLineReader:
         self.length += len(line)
         if self.starts_record:
             self.starts_record = False
-            # At the start of any line: somebody put files together. A line of it alone was a row of 0.1.0.
-            if line[0] == "\ufeff" and (self.number == 1 or not self.as_0_1_0):
+            # Concatenated files have byte-order marks at the start of later lines. For 0.1.0 a mark alone was a row.
+            if line[0] == "\ufeff" and (self.number == 1 or not self.compat_0_1_0):
                 return line.lstrip("\ufeff")
         return line
 
@@ -92,7 +92,7 @@ class BoundedLineReader:
 
 
 def read_records(reader: Iterator[Any], lines: BoundedLineReader) -> Iterator[tuple[int, Any]]:
-    """What `reader` makes of each row's lines, or what is wrong with them, after the number of the first line."""
+    """Yield the first line number of each row, and what `reader` returns for its lines or an UnreadableRow."""
     while True:
         lines.start_record()
         first = lines.number + 1

@@ -1,0 +1,62 @@
+"""Every input that determines the pixels changes the image_id, and nothing else does."""
+
+from typing import Any
+
+from tests.support.planning import PARAMS
+from tinysd_batch.job.plan.image_id import compute_image_id
+from tinysd_batch.records import SamplingParams
+
+INPUTS: dict[str, Any] = {
+    "model_digest": "00" * 16,
+    "prompt": "red apple",
+    "negative_prompt": "",
+    "seed": 7,
+    "scale": 7.5,
+    "precision": "auto",
+}
+
+
+def image_id(params: SamplingParams = PARAMS, **changes: Any) -> str:
+    return compute_image_id(params=params, **{**INPUTS, **changes})
+
+
+def test_golden_image_ids() -> None:
+    """These must never change: they are in every results table and image file."""
+    assert image_id() == "b5ef3a2132275a4ebf6c2e442a15bda6"
+    assert image_id(prompt="Zu\u0308rich \N{RED APPLE}") == "f30aad90e19cb13871b28851bcb043cd"
+
+
+def test_image_ids_ignore_unicode_form_and_number_type() -> None:
+    assert image_id(prompt="Z\u00fcrich") == image_id(prompt="Zu\u0308rich")
+    assert image_id(noise_seed=7) == image_id()
+    assert image_id(scale=7) == image_id(scale=7.0)
+
+
+def test_full_width_characters_have_their_own_image_ids() -> None:
+    """Since 0.2.0 they are read as half-width, so their pixels changed; full-width blanks never made a difference."""
+    full_width = "a:1 b\uff1a1\uff0cc"
+    id_before_0_2_0 = "84a2a8e3690706a86e95aabdba640383"
+    assert image_id(prompt=full_width) not in (id_before_0_2_0, image_id(prompt="a:1 b:1,c"))
+    assert image_id(prompt=full_width) == "3d64b692351ceaac3f7574b42ea1fc7c"
+    assert image_id(negative_prompt="red\u3000apple") == "2534ebed171e442325d73f0236928910"
+
+
+def test_everything_that_determines_pixels_changes_the_image_id() -> None:
+    variants: list[dict[str, Any]] = [
+        {},
+        {"model_digest": "11" * 16},
+        {"prompt": "x"},
+        {"negative_prompt": "x"},
+        {"seed": 8},
+        {"scale": 7.0},
+        {"precision": "full"},
+        {"prompt_syntax": "none"},
+        {"long_prompts": True},
+        {"noise_seed": 8},
+        {"params": SamplingParams(256, 512, 50, "plms", 0.0)},
+        {"params": SamplingParams(512, 256, 50, "plms", 0.0)},
+        {"params": SamplingParams(512, 512, 51, "plms", 0.0)},
+        {"params": SamplingParams(512, 512, 50, "ddim", 0.0)},
+        {"params": SamplingParams(512, 512, 50, "plms", 0.1)},
+    ]
+    assert len({image_id(**variant) for variant in variants}) == len(variants)
