@@ -1,4 +1,4 @@
-"""README, ARCHITECTURE and CHANGELOG speak of the program that is here."""
+"""README, ARCHITECTURE and CHANGELOG match the program."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands() -> dict[str, Any]:
-    """Typer carries a click of its own, so its classes are not click's."""
+    """Return the commands by name. Typer bundles its own click, so their classes are not click's."""
     group: Any = typer.main.get_command(app)
     return dict(group.commands)
 
@@ -62,16 +62,16 @@ def test_every_format_is_in_the_readme(suffix: str) -> None:
 
 
 def test_every_exit_code_is_in_the_readme() -> None:
-    def kinds(kind: type[TinySDError]) -> Iterator[type[TinySDError]]:
-        yield kind
-        for below in kind.__subclasses__():
-            yield from kinds(below)
+    def error_types(base: type[TinySDError]) -> Iterator[type[TinySDError]]:
+        yield base
+        for subclass in base.__subclasses__():
+            yield from error_types(subclass)
 
-    for code in {kind.exit_code for kind in kinds(TinySDError)} | {0, 3, 129, 130, 143}:
+    for code in {kind.exit_code for kind in error_types(TinySDError)} | {0, 3, 129, 130, 143}:
         assert re.search(rf"\| {code} \|", README), code
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_targets() -> None:
     for document in (
         "README.md",
         "ARCHITECTURE.md",
@@ -84,23 +84,23 @@ def test_links_lead_somewhere() -> None:
             assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
 
 
-def test_the_changelog_knows_this_version() -> None:
+def test_changelog_has_this_version() -> None:
     assert f"## {__version__.partition('.dev')[0]} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_the_tests_that_the_architecture_names_exist() -> None:
-    """The table of what became of the origin's promises and defects."""
+def test_tests_named_in_the_architecture_exist() -> None:
+    """It has a table of the features and defects of tiny-stable-diffusion, with the test of each."""
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")))
-    there = {
+    existing = {
         name
         for file in (ROOT / "tests").rglob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert len(named) > 25
-    assert named <= there
+    assert named <= existing
 
 
-def test_the_package_imports_only_what_it_declares() -> None:
+def test_package_imports_only_declared_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {
         re.split(r"[<>=]", name)[0] for name in [*project["dependencies"], *project["optional-dependencies"]["report"]]
