@@ -226,7 +226,7 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert done.returncode == 1
     message, location = done.stderr.splitlines()
     assert message.startswith(f"port {cluster.port} is taken")
-    assert location == "ssh.sh: 127.0.0.1: not ready, nothing was started on any box"
+    assert location == "ssh.sh: 127.0.0.1: not ready, nothing was started on any machine"
     assert not cluster.processes()
     assert not list((tmp_path / "homes").rglob("auth_token"))
 
