@@ -153,7 +153,10 @@ def measure_generation(given: argparse.Namespace) -> dict[str, Any]:
 
     model.offloader.stream_all_weights = given.streams
     plan = model.planner.plan_stages(MicroBatchShape(2, given.size, given.size, model.info.max_tokens))
-    foretold = {phase.name: phase.peak_bytes - phase.fragmentation_bytes - model.planner.overhead.context_bytes for phase in plan}
+    foretold = {
+        phase.name: phase.peak_bytes - phase.fragmentation_bytes - model.planner.overhead.context_bytes
+        for phase in plan
+    }
     phases: dict[str, Any] = {}
     with watch.sampling(), record_stage_memory(model, watch, phases):
         picture()

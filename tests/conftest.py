@@ -1,6 +1,6 @@
-"""Fixtures: a model that loads and generates in milliseconds (SD's classes, random weights, packed), a folder, a GPU.
+"""Fixtures: tiny models with SD's classes and random weights, a folder to work in, and CUDA devices.
 
-The GPU is a fake CUDA device; with `pytest -m gpu` a real one, too.
+The CUDA device is a fake one, or with `pytest -m gpu` a real one.
 """
 
 import gc
@@ -16,15 +16,15 @@ import pytest
 from tests.support.session import DEFAULT_EXAMPLES, made_once
 from tests.support.tiny_models import write_float_model
 
-# Heavy libraries are imported in fixtures: the process that only hands out tests to its workers has no use for them.
+# Heavy libraries are imported in fixtures: the process that distributes tests to its workers does not need them.
 if TYPE_CHECKING:
     from tests.support.fake_cuda.device import FakeCudaDevice
     from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
 AnyFakeGpu = TypeVar("AnyFakeGpu", bound="FakeCudaDevice")
 
-# A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
-# tries the same examples, ten times as many with HYPOTHESIS_PROFILE=thorough.
+# No deadlines and no check for slow generation, because machines may be busy. Every run tries the same examples, ten
+# times as many with HYPOTHESIS_PROFILE=thorough.
 hypothesis.settings.register_profile(
     "patient", max_examples=DEFAULT_EXAMPLES, derandomize=True, deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
@@ -36,7 +36,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "patient")
 
 
 def pytest_collection_finish() -> None:
-    """Keep what was imported out of each garbage collection, which takes half a second with it and is called a lot."""
+    """Exclude imported modules from garbage collection, which would take half a second each time."""
     gc.collect()
     gc.freeze()
 
@@ -50,13 +50,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float model folder: 16x16 pixels, four blocks a side named as SD v1's, random weights."""
+    """A float model folder: 16x16 pixels, blocks named as in SD v1, random weights."""
     return made_once(tmp_path_factory, "models/float", write_float_model)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model packed to 2, 4 and 8 bits."""
+    """The float model, packed to 2, 4 and 8 bits."""
     from tinysd_batch.quantize.data_free import quantize_folder
 
     return made_once(tmp_path_factory, "models/packed", lambda out: quantize_folder(float_model, out, "quality"))
@@ -64,7 +64,7 @@ def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, besides a good manifest."""
+    """The current folder, empty except for a valid manifest."""
     (tmp_path / "m.csv").write_text("prompt\ncat\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -97,13 +97,13 @@ def checked_fake_gpu(gpu: AnyFakeGpu) -> Iterator[AnyFakeGpu]:
     from tests.support.fake_cuda.race_detector import DataRaceError
 
     if COMPILER is None:
-        pytest.skip("no g++ here to compile the kernels with")
+        pytest.skip("no g++ to compile the kernels with")
     if torch.cuda.is_available():
         pytest.skip("there is a real GPU")
     with use_fake_cuda(gpu):
         yield gpu
     assert not DataRaceError.raised
-    assert not gpu.allocator.capturing_pools, "a capture was begun and not ended"
+    assert not gpu.allocator.capturing_pools, "a graph capture was not ended"
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-"""How much a picture depends on its company: the same images in other batches, workers and orders.
+"""How much an image depends on what it is generated with: the same images in other micro-batches, workers and orders.
 
 Run: python -m benchmarks.engine.batch_independence [--model FOLDER] [--steps N]
 
-Every sampler, and eta 0.5 where it has an effect; prompts, negatives and scales mixed. Each layout draws the same
-144 images, and is compared with the first, picture by picture: the largest difference of any channel, in levels of 255,
-and how many pictures differ at all.
+All samplers, with eta 0.5 where it has an effect; prompts, negative prompts and scales are mixed. Each batch layout
+generates the same 144 images and is compared with the first: the largest difference of any channel, in levels of 255,
+and how many images differ at all.
 """
 
 import argparse
@@ -24,13 +24,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         first: ImagesById = {}
         for number, layout in enumerate(LAYOUTS):
-            pictures = generate_with_layout(layout, settings, Path(scratch) / str(number))
+            images = generate_with_layout(layout, settings, Path(scratch) / str(number))
             if not first:
-                first = pictures
+                first = images
                 print(f"{len(first)} images, {arguments.steps} steps, {len(SAMPLERS)} samplers, eta 0 and 0.5")
                 continue
-            largest, many = compare_images(first, pictures)
-            print(f"{layout.name:<40} largest difference {largest} of 255, in {many} of {len(first)} pictures")
+            largest, differing = compare_images(first, images)
+            print(f"{layout.name:<40} largest difference {largest} of 255, in {differing} of {len(first)} images")
 
 
 if __name__ == "__main__":

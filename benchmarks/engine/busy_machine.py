@@ -1,15 +1,18 @@
-"""What another busy program costs: wall seconds beside a single-threaded loop and alone, in rounds that alternate.
+"""What another busy program costs: wall time beside a busy loop and without it, in alternating rounds.
 
-    python -m benchmarks.engine.busy_machine  the embedded model, a worker at SD v1's size, quantizing at that size
-    python -m benchmarks.engine.busy_machine --only generate    one of generate, worker and quantize
+    python -m benchmarks.engine.busy_machine
+        the embedded model, a worker at SD v1's size, and quantizing at that size
+    python -m benchmarks.engine.busy_machine --only generate
+        one of generate, worker and quantize
     python -m benchmarks.engine.busy_machine --before CHECKOUT
-        alone, also by an earlier version, right after each measurement of ours
-    python -m benchmarks.engine.busy_machine --spins 4000  with another GOMP_SPINCOUNT than the one of `threads.WAIT_POLICY`
+        also an earlier version, without the busy loop, right after each of our measurements
+    python -m benchmarks.engine.busy_machine --spins 4000
+        with another GOMP_SPINCOUNT than that of `threads.WAIT_POLICY`
 
-Prints the median of busy / alone over the rounds, and of alone now / alone before. Models are made on the first run:
-random weights, 0.6 GB for the worker, 4.3 GB for quantizing (--source FOLDER: a smaller model). Each measurement is a
-process of its own, in which importing and loading do not count, but for quantizing. Variables that choose how threads
-wait, and OMP_NUM_THREADS, are taken out of the environment first.
+Prints the median over the rounds of busy / alone, and of alone now / alone before. Models are written on the first run:
+random weights, 0.6 GB for the worker, 4.3 GB for quantizing (--source FOLDER: a smaller model). Each measurement runs
+in a process of its own; imports and loading count for quantizing only. Variables that decide how threads wait, and
+OMP_NUM_THREADS, are removed from the environment first.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.paths import ROOT
+from tests.support.random_sd_v1 import make_float_model, make_random_model
 from tinysd_batch.threads import WAIT_POLICY, WAIT_POLICY_VARIABLES
 
 ROUNDS = 9
@@ -31,7 +35,6 @@ SIZE_PX = 256
 STEPS = 2
 IMAGES = 4  # by the embedded model
 BUSY_PROGRAM = "while True: pass"
-
 GENERATE_PROGRAM = f"""
 import sys, time
 from tinysd_batch import TinySD
@@ -42,29 +45,29 @@ for seed in range({IMAGES}):
     model.generate("red apple", seed)
 print(time.monotonic() - started)
 """
-# As a worker does: threads by `cpu_workers`, the precision that `auto` chooses, text and decoding included.
+# As in a worker: threads by `choose_cpu_workers`, precision `auto`; text encoding and decoding count.
 WORKER_PROGRAM = f"""
 import sys, time
 from pathlib import Path
-from tinysd_batch.job.workers.inline_pool import cpu_workers
+from tinysd_batch.job.workers.pool import choose_cpu_workers
 from tinysd_batch.job.workers.worker import WorkerSetup, load_model
 from tinysd_batch.model.checkpoint.info import read_model_info
 info = read_model_info(sys.argv[1])
-_, threads = cpu_workers(1, 1, info.is_small)
+_, threads = choose_cpu_workers(1, 1, info.is_small)
 here = Path()
 setup = WorkerSetup(here, here, info.path, info.name, info.digest, "cpu", "auto", threads=threads)
 model = load_model(setup)
-how = dict(height={SIZE_PX}, width={SIZE_PX}, sampler="ddim", guidance_scale=7.5)
-model.generate("a lake", 1, num_inference_steps=1, **how)
+options = dict(height={SIZE_PX}, width={SIZE_PX}, sampler="ddim", guidance_scale=7.5)
+model.generate("a lake", 1, num_inference_steps=1, **options)
 started = time.monotonic()
-model.generate("a lake", 1, num_inference_steps={STEPS}, **how)
+model.generate("a lake", 1, num_inference_steps={STEPS}, **options)
 print(time.monotonic() - started)
 """
 
 
 @contextmanager
 def busy_loop() -> Iterator[None]:
-    """One core is busy meanwhile, as far as others let it."""
+    """Keep one core busy with an endless loop."""
     process = subprocess.Popen([sys.executable, "-c", BUSY_PROGRAM])
     try:
         time.sleep(0.2)
@@ -74,72 +77,72 @@ def busy_loop() -> Iterator[None]:
         process.wait()
 
 
-def clean_environment(checkout: Path, given: argparse.Namespace) -> dict[str, str]:
-    """As a user has it who sets nothing, with the package of that checkout."""
-    ours = {
-        name: value for name, value in os.environ.items() if name not in {*WAIT_POLICY_VARIABLES, "OMP_NUM_THREADS"}
-    }
-    if given.spins is not None and checkout == ROOT:
-        ours |= {**WAIT_POLICY, "GOMP_SPINCOUNT": str(given.spins)}
-    return {**ours, "PYTHONPATH": str(checkout)}
+def clean_environment(checkout: Path, arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the environment of a user who sets none of the variables, with the package of `checkout`."""
+    removed = {*WAIT_POLICY_VARIABLES, "OMP_NUM_THREADS"}
+    variables = {name: value for name, value in os.environ.items() if name not in removed}
+    if arguments.spins is not None and checkout == ROOT:
+        variables |= {**WAIT_POLICY, "GOMP_SPINCOUNT": str(arguments.spins)}
+    return {**variables, "PYTHONPATH": str(checkout)}
 
 
-def run_timed_program(code: str, checkout: Path, given: argparse.Namespace) -> float:
-    words = [sys.executable, "-c", code, str(given.model.resolve())]
-    done = subprocess.run(
-        words, cwd=checkout, env=clean_environment(checkout, given), stdout=subprocess.PIPE, text=True, check=True
-    )
+def run_timed_program(code: str, checkout: Path, arguments: argparse.Namespace) -> float:
+    """Run a program that prints its seconds in its last line, and return them."""
+    command = [sys.executable, "-c", code, str(arguments.model.resolve())]
+    variables = clean_environment(checkout, arguments)
+    done = subprocess.run(command, cwd=checkout, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def measure_generate(checkout: Path, given: argparse.Namespace) -> float:
-    return run_timed_program(GENERATE_PROGRAM, checkout, given)
+def measure_generate(checkout: Path, arguments: argparse.Namespace) -> float:
+    return run_timed_program(GENERATE_PROGRAM, checkout, arguments)
 
 
-def measure_worker(checkout: Path, given: argparse.Namespace) -> float:
-    return run_timed_program(WORKER_PROGRAM, checkout, given)
+def measure_worker(checkout: Path, arguments: argparse.Namespace) -> float:
+    return run_timed_program(WORKER_PROGRAM, checkout, arguments)
 
 
-def measure_quantize(checkout: Path, given: argparse.Namespace) -> float:
-    out = given.out.resolve()
+def measure_quantize(checkout: Path, arguments: argparse.Namespace) -> float:
+    out = arguments.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
-    words = [sys.executable, "-m", "tinysd_batch", "quantize", str(given.source.resolve()), str(out), "--level", "fast"]
-    words += ["--no-samples"] if checkout == ROOT else []  # 0.1.0 generated none
+    command = [sys.executable, "-m", "tinysd_batch", "quantize", str(arguments.source.resolve()), str(out)]
+    command += ["--level", "fast"]
+    command += ["--no-samples"] if checkout == ROOT else []  # 0.1.0 generated none
+    variables = clean_environment(checkout, arguments)
     started = time.monotonic()
-    subprocess.run(words, cwd=checkout, env=clean_environment(checkout, given), stdout=subprocess.DEVNULL, check=True)
-    took = time.monotonic() - started
+    subprocess.run(command, cwd=checkout, env=variables, stdout=subprocess.DEVNULL, check=True)
+    elapsed_s = time.monotonic() - started
     shutil.rmtree(out)
-    return took
+    return elapsed_s
 
 
 MEASUREMENTS = {"generate": measure_generate, "worker": measure_worker, "quantize": measure_quantize}
 
 
-def make_models(given: argparse.Namespace) -> None:
-    from tests.support.random_sd_v1 import make_float_model, make_random_model
-
+def make_models(arguments: argparse.Namespace) -> None:
+    """Write the models that are missing."""
     for name, folder, make in (
-        ("worker", given.model, make_random_model),
-        ("quantize", given.source, make_float_model),
+        ("worker", arguments.model, make_random_model),
+        ("quantize", arguments.source, make_float_model),
     ):
-        if name in given.only and not folder.exists():
+        if name in arguments.only and not folder.exists():
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             make(partial)
             partial.rename(folder)
 
 
-def compare_busy_with_idle(name: str, given: argparse.Namespace) -> None:
+def compare_busy_with_idle(name: str, arguments: argparse.Namespace) -> None:
     measure = MEASUREMENTS[name]
     alone: list[float] = []
     busy: list[float] = []
     before: list[float] = []
-    for number in range(1, given.rounds + 1):
-        alone.append(measure(ROOT, given))
-        if given.before is not None:
-            before.append(measure(given.before.resolve(), given))
+    for number in range(1, arguments.rounds + 1):
+        alone.append(measure(ROOT, arguments))
+        if arguments.before is not None:
+            before.append(measure(arguments.before.resolve(), arguments))
         with busy_loop():
-            busy.append(measure(ROOT, given))
+            busy.append(measure(ROOT, arguments))
         earlier = f", before {before[-1]:.2f} s" if before else ""
         print(f"{name:<10} round {number}: alone {alone[-1]:.2f} s{earlier}, busy {busy[-1]:.2f} s", flush=True)
     print_ratios(name, "busy / alone", busy, alone)
@@ -147,10 +150,10 @@ def compare_busy_with_idle(name: str, given: argparse.Namespace) -> None:
         print_ratios(name, "now / before, alone", alone, before)
 
 
-def print_ratios(name: str, what: str, ones: list[float], others: list[float]) -> None:
-    ratios = [one / other for one, other in zip(ones, others, strict=True)]
+def print_ratios(name: str, label: str, numerators: list[float], denominators: list[float]) -> None:
+    ratios = [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
     print(
-        f"{name:<10} {what:<20} median of {len(ratios)} rounds {statistics.median(ratios):.3f}, "
+        f"{name:<10} {label:<20} median of {len(ratios)} rounds {statistics.median(ratios):.3f}, "
         f"{min(ratios):.3f} to {max(ratios):.3f}",
         flush=True,
     )
@@ -165,12 +168,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("outputs/random-sd-v1"))
     parser.add_argument("--source", type=Path, default=Path("outputs/random-sd-v1-float"))
     parser.add_argument("--out", type=Path, default=Path("outputs/random-sd-v1-busy"))
-    given = parser.parse_args()
-    given.only = given.only or list(MEASUREMENTS)
-    make_models(given)
-    print(f"load average before: {os.getloadavg()[0]:.2f}; numbers are only good on a machine that does nothing else")
-    for name in given.only:
-        compare_busy_with_idle(name, given)
+    arguments = parser.parse_args()
+    arguments.only = arguments.only or list(MEASUREMENTS)
+    make_models(arguments)
+    print(f"load average before: {os.getloadavg()[0]:.2f}; figures are only valid on an otherwise idle machine")
+    for name in arguments.only:
+        compare_busy_with_idle(name, arguments)
 
 
 if __name__ == "__main__":

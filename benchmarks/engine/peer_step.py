@@ -1,11 +1,10 @@
-"""A guided step of Stable Diffusion v1's UNet at 2 bits by another program, in an environment of its own.
+"""Measure a guided step of SD v1's UNet at 2 bits by another program, in an environment of its own.
 
     PYTHON benchmarks/engine/peer_step.py METHOD CONFIG PRECISION SIZE STEPS
 
-Run by `benchmarks.engine.full_size_cpu`, never imported. METHOD is quanto (int2) or sdnq (uint2, convolutions too,
-both as they
-come), CONFIG the UNet's configuration as JSON, PRECISION that of activations and arithmetic. Weights are random; the
-last line is JSON.
+`benchmarks.engine.full_size_cpu` runs this file as a script and never imports it. METHOD is quanto (int2) or sdnq
+(uint2, convolutions included), both with their default settings. CONFIG is the UNet's configuration as JSON, PRECISION
+the type of activations and arithmetic. Weights are random. The last line printed is JSON.
 """
 
 import json
@@ -37,8 +36,8 @@ METHODS = {"quanto": quanto, "sdnq": sdnq}
 
 
 def read_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -47,19 +46,19 @@ def main() -> None:
     dtype = getattr(torch, precision)
     unet = UNet2DConditionModel(**config).to(dtype).eval().requires_grad_(False)
     unet = METHODS[method](unet)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     latents = torch.randn(2, 4, size // 8, size // 8, dtype=dtype)
     context = torch.randn(2, 77, config["cross_attention_dim"], dtype=dtype)
-    times = []
+    cpu_times = []
     with torch.no_grad():
         for step in range(steps):
             before = read_cpu_s()
             unet(latents, 999 - step, context)
-            times.append(read_cpu_s() - before)
+            cpu_times.append(read_cpu_s() - before)
     peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
     print(
         json.dumps(
-            {"step_processor_s": statistics.median(times[1:]), "peak_gib": int(peak) / 2**20, "precision": precision}
+            {"step_cpu_s": statistics.median(cpu_times[1:]), "peak_gib": int(peak) / 2**20, "precision": precision}
         )
     )
 

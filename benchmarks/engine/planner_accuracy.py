@@ -1,11 +1,13 @@
-"""The planner's word kept? The memory that it foretells of each phase beside what live tensors and weights then take.
+"""Compare the memory that the planner estimates for each stage with what live tensors and weights take.
 
-    python -m benchmarks.engine.planner_accuracy  Stable Diffusion v1's size, random weights: 256 to 768, 1 to 4 images
-    python -m benchmarks.engine.planner_accuracy --half          the same in half precision (on most processors: slow)
+    python -m benchmarks.engine.planner_accuracy
+        SD v1's size, random weights, 256 to 768 pixels, 1 to 4 images
+    python -m benchmarks.engine.planner_accuracy --half
+        the same in half precision, which is slow on most CPUs
     python -m benchmarks.engine.planner_accuracy --share 0.5
-        in a budget so far between the least and what would stream nothing
+        with a budget half-way between the smallest that works and the smallest without streaming
 
-One step of denoising is drawn, and decoded. Bytes are counted tensor by tensor, on the processor.
+One denoising step is run, and the result decoded. Bytes are counted tensor by tensor, on the CPU.
 """
 
 import argparse
@@ -22,6 +24,25 @@ SIZES = (256, 512, 768)
 IMAGES = (1, 2, 4)
 
 
+def compare(size: int, images: int, arguments: argparse.Namespace) -> None:
+    """Print a line for each stage of generating `images` images of `size` pixels."""
+    dtype = torch.bfloat16 if arguments.half else "full"
+    model = TinySD.from_pretrained(arguments.model, device="cpu", dtype=dtype, vram_budget="20GB")
+    shape = MicroBatchShape(2 * images, size, size, model.info.max_tokens, images + 1)
+    budget = None if arguments.share is None else interpolate_budget(arguments.share, model, shape)
+    if budget is not None:
+        model = TinySD.from_pretrained(arguments.model, device="cpu", dtype=dtype, vram_budget=budget)
+    estimates = {plan.name: plan.peak_bytes for plan in model.planner.plan_stages(shape)}
+    budget_mb = "none" if budget is None else f"{budget / 1e6:.0f}"
+    for name, measured in measure_stage_peaks(model, images, size, size).items():
+        estimated = estimates[name]
+        print(
+            f"{f'{size}x{size}':<10}{images:>6}{budget_mb:>11}  {name:<14}{estimated / 1e6:>13.1f}"
+            f"{measured / 1e6:>13.1f}{measured / estimated:>8.3f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -29,29 +50,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--share", type=float)
-    given = parser.parse_args()
-    if not given.model.exists():
-        make_random_model(given.model)
-    dtype = torch.bfloat16 if given.half else "full"
+    arguments = parser.parse_args()
+    if not arguments.model.exists():
+        make_random_model(arguments.model)
     print(
-        f"{'size':<10}{'images':>6}{'budget MB':>11}  {'phase':<14}{'foretold MB':>12}{'measured MB':>12}{'ratio':>8}"
+        f"{'size':<10}{'images':>6}{'budget MB':>11}  {'stage':<14}{'estimated MB':>13}{'measured MB':>13}{'ratio':>8}"
     )
-    for size in given.sizes:
-        for images in given.images:
-            model = TinySD.from_pretrained(given.model, device="cpu", dtype=dtype, vram_budget="20GB")
-            shape = MicroBatchShape(2 * images, size, size, model.info.max_tokens, images + 1)
-            budget = None if given.share is None else interpolate_budget(given.share, model, shape)
-            if budget is not None:
-                model = TinySD.from_pretrained(given.model, device="cpu", dtype=dtype, vram_budget=budget)
-            foretold = {phase.name: phase.peak_bytes for phase in model.planner.plan_stages(shape)}
-            allowed = "none" if budget is None else f"{budget / 1e6:.0f}"
-            for name, peak in measure_stage_peaks(model, images, size, size).items():
-                told = foretold[name]
-                print(
-                    f"{f'{size}x{size}':<10}{images:>6}{allowed:>11}  {name:<14}{told / 1e6:>12.1f}{peak / 1e6:>12.1f}"
-                    f"{peak / told:>8.3f}",
-                    flush=True,
-                )
+    for size in arguments.sizes:
+        for images in arguments.images:
+            compare(size, images, arguments)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Which layers suffer from few bits: the embedded model's float UNet with one sort of layers of one level at 2 bits.
+"""Which layers suffer most from few bits: the embedded model's float UNet with only some layers at 2 bits.
 
-    python -m benchmarks.quantize.layer_sensitivity  a line for each sort and level, then one for each preset
-        --model MINE --recipe FILE                a float folder of your own, and prompts for it
-        --prompts N                               of the recipe's held-out prompts (default 8)
+    python -m benchmarks.quantize.layer_sensitivity
+        a line for each layer type and level, then one for each preset
+    --model MINE --recipe FILE    a float folder of your own, and prompts for it
+    --prompts N                   of the recipe's held-out prompts (default 8)
 
-Levels count from the largest maps. Errors are those of the guided noise prediction along the float model's
-trajectories, without calibration. `weighs` is that error over the layers' own relative errors: what
-`quantize --target-size` takes to be the harm of an error in such a layer (`quantize/bit_allocation.py`).
+Level 0 has the largest feature maps. Errors are those of the guided noise prediction along the float model's
+trajectories, without calibration. `sensitivity` is that error over the sum of the layers' own relative errors: the
+weight that `quantize --target-size` gives an error in such a layer (`quantize/bit_allocation.py`).
 """
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.quantize.compare_quantizers import held_out
+from benchmarks.quantize.compare_quantizers import load_held_out_trajectories
 from tests.support.paths import ROOT
 from tinysd_batch.model.packed.dequantize import dequantize
 from tinysd_batch.model.packed.format import Layout, from_matrix, to_matrix
@@ -37,41 +39,42 @@ from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, Sou
 from tinysd_batch.quantize.sources.open import open_source
 from training.repack import float_folder
 
-TIMESTEP_INTERVAL = 3  # of the trajectory's times
+TIMESTEP_INTERVAL = 3  # evaluate on every third step of a trajectory
 
 
 class SensitivityBenchmark:
-    """A float UNet whose weights change places."""
+    """A float UNet in which the weights of some layers are replaced."""
 
-    def __init__(self, part: SourceComponent, held: Trajectories, scale: float) -> None:
-        self.tensors = {name: value.float() for name, value in part.tensors.items()}
-        self.unet = UNet2DConditionModel.from_config(dict(part.config)).eval()
-        self.held = held
+    def __init__(self, component: SourceComponent, held_out: Trajectories, scale: float) -> None:
+        self.tensors = {name: value.float() for name, value in component.tensors.items()}
+        self.unet = UNet2DConditionModel.from_config(dict(component.config)).eval()
+        self.held_out = held_out
         self.scale = scale
 
-    def noise_db(self, weights: Mapping[str, Tensor]) -> float:
-        """Of the guided noise prediction, with these weights in place of the layers' own."""
-        changed = {f"{name}.weight": value for name, value in weights.items()}
-        self.unet.load_state_dict(self.tensors | changed, assign=True)
-        context = torch.cat([self.held.context_without, self.held.context])
-        found = []
+    def measure_noise_db(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean SQNR of the guided noise prediction with these layers' weights replaced."""
+        replaced = {f"{name}.weight": value for name, value in weights.items()}
+        self.unet.load_state_dict(self.tensors | replaced, assign=True)
+        held_out = self.held_out
+        context = torch.cat([held_out.context_without, held_out.context])
+        sqnr_db = []
         for latents, time, wanted in zip(
-            self.held.latents, self.held.times, self.held.guided_noise(self.scale), strict=True
+            held_out.latents, held_out.times, held_out.guided_noise(self.scale), strict=True
         ):
-            without, with_text = self.unet(torch.cat([latents, latents]), time, context).sample.chunk(2)
-            found.append(compute_sqnr_db(wanted, without + self.scale * (with_text - without)))
-        return float(np.mean(found))
+            noise_without, noise = self.unet(torch.cat([latents, latents]), time, context).sample.chunk(2)
+            sqnr_db.append(compute_sqnr_db(wanted, noise_without + self.scale * (noise - noise_without)))
+        return float(np.mean(sqnr_db))
 
 
 def quantize_and_unpack(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
-    """What the layers' weights become at level fast."""
-    found = {}
+    """Return the layers' weights after data-free quantization."""
+    weights = {}
     for name, layout in layouts.items():
         weight = tensors[f"{name}.weight"].float()
         matrix = to_matrix(weight)
         packed = quantize_matrix(matrix, layout.group_size_in(matrix.shape[1]), layout.bits)
-        found[name] = from_matrix(dequantize(packed, torch.empty(packed.shape)), weight.shape)
-    return found
+        weights[name] = from_matrix(dequantize(packed, torch.empty(packed.shape)), weight.shape)
+    return weights
 
 
 def relative_error(weight: Tensor, other: Tensor) -> float:
@@ -90,38 +93,39 @@ def main() -> None:
     floats = arguments.model or float_folder(arguments.out / "embedded-floats")
     recipe = read_recipe(arguments.recipe)
     recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
-    held = held_out(floats, recipe, arguments.out)
-    some = {name: getattr(held, name)[::TIMESTEP_INTERVAL] for name in ("latents", "times", "noise", "noise_without")}
-    part = open_source(floats, SourceOptions()).unet()
-    bench = SensitivityBenchmark(
-        part, Trajectories(**some, final=held.final, context=held.context, context_without=held.context_without),
-        recipe.scale,
-    )  # fmt: skip
+    held_out = load_held_out_trajectories(floats, recipe, arguments.out)
+    every_third = {
+        name: getattr(held_out, name)[::TIMESTEP_INTERVAL] for name in ("latents", "times", "noise", "noise_without")
+    }
+    component = open_source(floats, SourceOptions()).unet()
+    bench = SensitivityBenchmark(component, replace(held_out, **every_third), recipe.scale)
     print_groups(bench)
     print_presets(bench)
 
 
 def print_groups(bench: SensitivityBenchmark) -> None:
+    """Print a line for each layer type at each level."""
     layouts, tensors = get_preset_layouts(bench.unet, "tiny"), bench.tensors
     levels = len(bench.unet.down_blocks)
     groups: dict[tuple[str, int], list[str]] = {}
     for name in layouts:
         groups.setdefault((get_layer_type(name), get_block_level(name, levels)), []).append(name)
-    print(f"{'alone at 2 bits':<24}{'level':>6}{'layers':>8}{'weights':>10}{'noise dB':>10}{'weighs':>10}")
-    for (sort, level), names in sorted(groups.items()):
+    print(f"{'only these at 2 bits':<24}{'level':>6}{'layers':>8}{'weights':>10}{'noise dB':>10}{'sensitivity':>13}")
+    for (layer_type, level), names in sorted(groups.items()):
         weights = quantize_and_unpack(tensors, {name: layouts[name] for name in names})
-        own = sum(relative_error(tensors[f"{name}.weight"], value) for name, value in weights.items())
-        found = bench.noise_db(weights)
+        layer_error = sum(relative_error(tensors[f"{name}.weight"], value) for name, value in weights.items())
+        noise_db = bench.measure_noise_db(weights)
+        sensitivity = 10 ** (-noise_db / 10) / layer_error
         count = sum(value.numel() for value in weights.values())
-        print(f"{sort:<24}{level:>6}{len(names):>8}{count:>10,}{found:>10.2f}{10 ** (-found / 10) / own:>10.5f}")
+        print(f"{layer_type:<24}{level:>6}{len(names):>8}{count:>10,}{noise_db:>10.2f}{sensitivity:>13.5f}")
 
 
 def print_presets(bench: SensitivityBenchmark) -> None:
     print(f"\n{'preset':<24}{'MB':>10}{'noise dB':>10}")
     for preset in PRESETS:
         layouts = get_preset_layouts(bench.unet, preset)
-        found = bench.noise_db(quantize_and_unpack(bench.tensors, layouts))
-        print(f"{preset:<24}{compute_unet_bytes(bench.unet, layouts) / 1e6:>10.2f}{found:>10.2f}")
+        noise_db = bench.measure_noise_db(quantize_and_unpack(bench.tensors, layouts))
+        print(f"{preset:<24}{compute_unet_bytes(bench.unet, layouts) / 1e6:>10.2f}{noise_db:>10.2f}")
 
 
 if __name__ == "__main__":

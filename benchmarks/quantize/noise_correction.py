@@ -1,14 +1,15 @@
-"""What correcting a packed model's noise predictions saves, with the program's own measuring and drawing.
+"""What a noise correction gains on packed models, and how much fresh noise samplers should then add.
 
-    python -m benchmarks.quantize.noise_correction MODEL...      packed folders of the embedded model
-        --prompts N       held-out prompts that measure (default 24)
-        --scales A,B      of guidance (default 1,2,4)
+    python -m benchmarks.quantize.noise_correction MODEL...
+        packed folders of the embedded model
+    --prompts N       held-out prompts to evaluate on (default 24)
+    --scales A,B      guidance scales (default 1,2,4)
 
-The correction is fitted as `quantize --level calib` fits it, at the recipe's scale, on the prompts that it sets apart.
-The first table says in decibels how close the final latents of held-out prompts come to the float model's of the same
-seed and scale: without correction, with slopes, with slopes and biases, and with slopes fitted at the table's scale.
-The second asks how much fresh noise a sampler should draw: beside the decibels it prints the drawings' spread, which is
-the standard deviation of their latents over the float model's. A correction that a folder holds already is left out.
+The correction is fitted as `quantize --level calib` does it, at the recipe's guidance scale, on the tuning prompts. The
+first table has the SQNR in dB of the final latents of held-out prompts against the float model's with the same seed and
+scale: without correction, with slopes, with slopes and biases, and with slopes fitted at the table's scale. The second
+table is about stochastic samplers: beside the SQNR it has the spread, which is the standard deviation of the latents
+over that of the float model's. A correction that a folder already contains is not used.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.quantize.compare_quantizers import CPU, held_out, log
+from benchmarks.quantize.compare_quantizers import CPU, load_held_out_trajectories, log
 from tests.support.paths import ROOT
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import NoiseCorrection
@@ -36,7 +37,7 @@ from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 from tinysd_batch.quantize.sources.open import open_source
 from training.repack import float_folder
 
-STOCHASTIC = {"euler_a": 0.0, "ddim": 1.0}  # and eta
+STOCHASTIC = {"euler_a": 0.0, "ddim": 1.0}  # samplers that add noise, and their eta
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,57 +45,59 @@ class CorrectionBenchmark:
     """What all models share."""
 
     recipe: Recipe
-    held: Trajectories
-    apart: Trajectories
-    floats: TinySD
+    held_out: Trajectories
+    tuning: Trajectories
+    float_model: TinySD
 
-    def draw(self, model: TinySD, scale: float, sampler: str = "ddim", eta: float = 0.0) -> Tensor:
-        """Final latents of the held-out prompts."""
-        first = self.recipe.seed + HELD_OUT_SEED_OFFSET
-        found: Tensor = model.generate(
-            None, list(range(first, first + len(self.held.context))), sampler=sampler, eta=eta, guidance_scale=scale,
-            num_inference_steps=self.recipe.steps, prompt_embeds=self.held.context, output_type="latent",
-            negative_prompt_embeds=self.held.context_without,
+    def generate(self, model: TinySD, scale: float, sampler: str = "ddim", eta: float = 0.0) -> Tensor:
+        """Return the final latents of the held-out prompts, [P, 4, h, w]."""
+        first_seed = self.recipe.seed + HELD_OUT_SEED_OFFSET
+        latents: Tensor = model.generate(
+            None, list(range(first_seed, first_seed + len(self.held_out.context))), sampler=sampler, eta=eta,
+            guidance_scale=scale, num_inference_steps=self.recipe.steps, prompt_embeds=self.held_out.context,
+            output_type="latent", negative_prompt_embeds=self.held_out.context_without,
         ).images  # fmt: skip
-        return found
+        return latents
 
 
-def load_tuning_trajectories(floats: Path, recipe: Recipe) -> Trajectories:
-    """The float model's drawings of the prompts that calibration sets apart."""
-    part = open_source(floats, SourceOptions()).unet()
+def generate_tuning_trajectories(floats: Path, recipe: Recipe) -> Trajectories:
+    """Generate the trajectories of the tuning prompts with the float model."""
+    component = open_source(floats, SourceOptions()).unet()
+    unet = SegmentedUNet(component.config, component.tensors, CPU)
     prompts = recipe.prompts[TUNING_PROMPT_INTERVAL // 2 :: TUNING_PROMPT_INTERVAL]
-    return generate_trajectories(SegmentedUNet(part.config, part.tensors, CPU), floats, recipe, prompts, recipe.seed)
+    return generate_trajectories(unet, floats, recipe, prompts, recipe.seed)
 
 
 def print_scales(bench: CorrectionBenchmark, model: TinySD, name: str, wanted: Mapping[float, Tensor]) -> None:
-    fitted = fit_correction(model, bench.apart, bench.recipe.scale)
-    ways: dict[str, NoiseCorrection | None] = {
+    """Print the first table's lines of one model; `wanted` has the float model's latents by scale."""
+    fitted = fit_correction(model, bench.tuning, bench.recipe.scale)
+    corrections: dict[str, NoiseCorrection | None] = {
         "none": None,
         "slopes": fitted.without_bias(),
         "slopes and biases": fitted,
     }
-    for scale, latents in wanted.items():
-        ways.pop("slopes fitted there", None)
+    for scale, wanted_latents in wanted.items():
+        corrections.pop("slopes of this scale", None)
         if scale != bench.recipe.scale:
-            ways["slopes fitted there"] = fit_correction(model, bench.apart, scale).without_bias()
-        for way, correction in ways.items():
+            corrections["slopes of this scale"] = fit_correction(model, bench.tuning, scale).without_bias()
+        for label, correction in corrections.items():
             model.correction = correction
-            print(
-                f"{name:<16}{scale:>6g}  {way:<22}{compute_sqnr_db(latents, bench.draw(model, scale)):>10.2f}",
-                flush=True,
-            )
+            sqnr_db = compute_sqnr_db(wanted_latents, bench.generate(model, scale))
+            print(f"{name:<16}{scale:>6g}  {label:<22}{sqnr_db:>10.2f}", flush=True)
 
 
 def print_noise(bench: CorrectionBenchmark, model: TinySD, name: str, wanted: Mapping[str, Tensor]) -> None:
+    """Print the second table's lines of one model; `wanted` has the float model's latents by sampler."""
     scale = bench.recipe.scale
-    slopes = fit_correction(model, bench.apart, scale).without_bias()
+    slopes = fit_correction(model, bench.tuning, scale).without_bias()
+    corrections = {"none": None, "slopes": slopes, "and less noise": slopes.with_absorbs(True)}
     for sampler, eta in STOCHASTIC.items():
-        for way, correction in {"none": None, "slopes": slopes, "and less noise": slopes.with_absorbs(True)}.items():
+        for label, correction in corrections.items():
             model.correction = correction
-            found = bench.draw(model, scale, sampler, eta)
+            latents = bench.generate(model, scale, sampler, eta)
             print(
-                f"{name:<16}{sampler:<8}{way:<18}{compute_sqnr_db(wanted[sampler], found):>8.2f}"
-                f"{float(found.std() / wanted[sampler].std()):>10.3f}",
+                f"{name:<16}{sampler:<8}{label:<18}{compute_sqnr_db(wanted[sampler], latents):>8.2f}"
+                f"{float(latents.std() / wanted[sampler].std()):>10.3f}",
                 flush=True,
             )
 
@@ -110,18 +113,19 @@ def main() -> None:
     folder = float_folder(arguments.out / "embedded-floats")
     recipe = read_recipe(ROOT / "configs" / "quantize" / "embedded.toml")
     recipe = recipe.model_copy(update={"held_out": recipe.held_out[: arguments.prompts]})
-    log("drawing by the float model")
-    floats = TinySD.from_pretrained(folder, device="cpu", dtype="full")
-    bench = CorrectionBenchmark(
-        recipe, held_out(folder, recipe, arguments.out), load_tuning_trajectories(folder, recipe), floats
-    )
+    log("generating with the float model")
+    float_model = TinySD.from_pretrained(folder, device="cpu", dtype="full")
+    held_out = load_held_out_trajectories(folder, recipe, arguments.out)
+    bench = CorrectionBenchmark(recipe, held_out, generate_tuning_trajectories(folder, recipe), float_model)
     models = {path.name: TinySD.from_pretrained(path, device="cpu", dtype="full") for path in arguments.models}
-    print(f"{'model':<16}{'scale':>6}  {'corrected':<22}{'latents dB':>10}")
-    by_scale = {scale: bench.draw(floats, scale) for scale in map(float, arguments.scales.split(","))}
+    print(f"{'model':<16}{'scale':>6}  {'correction':<22}{'latents dB':>10}")
+    by_scale = {scale: bench.generate(float_model, scale) for scale in map(float, arguments.scales.split(","))}
     for name, model in models.items():
         print_scales(bench, model, name, by_scale)
-    print(f"\n{'model':<16}{'sampler':<8}{'corrected':<18}{'dB':>8}{'spread':>10}")
-    by_sampler = {sampler: bench.draw(floats, recipe.scale, sampler, eta) for sampler, eta in STOCHASTIC.items()}
+    print(f"\n{'model':<16}{'sampler':<8}{'correction':<18}{'dB':>8}{'spread':>10}")
+    by_sampler = {
+        sampler: bench.generate(float_model, recipe.scale, sampler, eta) for sampler, eta in STOCHASTIC.items()
+    }
     for name, model in models.items():
         print_noise(bench, model, name, by_sampler)
 

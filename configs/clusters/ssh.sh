@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Start Ray on machines that ssh reaches: a cluster for `tinysd-batch submit --address`.
+# Start Ray on several boxes over ssh: a cluster for `tinysd-batch submit --address`.
 #
-#   configs/clusters/ssh.sh start miner1 miner2 miner3    # the first becomes the head node
+#   configs/clusters/ssh.sh start miner1 miner2 miner3    # the first is the head node
 #   ssh miner1 tinysd-batch submit /farm/m.csv -o /farm/job --model /farm/model --address miner1:6379
-#   configs/clusters/ssh.sh stop miner1 miner2 miner3     # stops only this cluster
+#   configs/clusters/ssh.sh stop miner1 miner2 miner3     # ends this cluster's Ray, and no other
 #
 # Requirements:
 #   - `ssh BOX` works without a password.
-#   - The same version of tinysd-batch is installed at the same path on every machine; BIN is the folder with `ray`.
-#   - Manifest, model and job folder are on storage that all machines mount at the same path (for example NFS).
-#   - Only these machines can reach each other's ports, by a firewall or a VPN such as WireGuard: Ray does not encrypt.
-#     With a firewall between the machines, open PORT on the head node, and the PORTS below on all machines.
+#   - The same version of tinysd-batch is installed at the same path on every box; BIN is the folder that contains `ray`.
+#   - Manifest, model and job folder are on storage that all boxes mount at the same path, such as NFS.
+#   - Only these boxes can reach each other's ports, by a firewall or a VPN such as WireGuard: Ray does not encrypt.
+#     If there is a firewall between the boxes, open PORT on the head node, and the PORTS below on all boxes.
 #
-# Anyone with the token can run code on every machine. It is created on the head node and copied to the others through
-# ssh. Ray's files are in FOLDER, which is closed to other users and removed by `stop`. A second cluster needs another
-# PORT and other PORTS.
+# Anyone who has the token can run code on every box. It is created on the head node and copied to the others over ssh.
+# Ray's files are in FOLDER, which other users cannot access and which `stop` removes. Two clusters need different values
+# of PORT and PORTS.
 set -euo pipefail
 
 BIN=${BIN:-.venv/bin}
@@ -22,14 +22,14 @@ PORT=${PORT:-6379}
 PORTS=${PORTS---node-manager-port=6380 --object-manager-port=6381 --runtime-env-agent-port=6382 \
 --min-worker-port=10002 --max-worker-port=10101}
 FOLDER=${FOLDER:-/tmp/tinysd-ray-$PORT}
-# Each machine offers all its GPUs, unless RAY_OPTIONS sets, for example, `--num-gpus=1`.
+# Each box contributes all its GPUs, unless RAY_OPTIONS has another number, such as `--num-gpus=1`.
 OPTIONS="--disable-usage-stats --object-store-memory=100000000 ${RAY_OPTIONS:-}"
 TOKEN=.ray/auth_token
 MARK=ssh-$PORT
-# Ray runs in FOLDER, so that it cannot import files from another current folder.
+# FOLDER is the current folder of Ray's processes, so that they cannot import files from another one.
 RAY="export RAY_AUTH_MODE=token TINYSD_BATCH_DRIVER=$MARK; ray=\$(cd $BIN && pwd)/ray; cd $FOLDER; \"\$ray\""
 
-on() { # on BOX COMMAND: stdin is passed on
+on() { # on BOX COMMAND: run a command on a box
     ssh -o BatchMode=yes "$1" "$2"
 }
 
@@ -41,23 +41,23 @@ fail() {
 check_ports() { # check_ports BOX PORT...: fail if a port is in use
     local box=$1
     shift
-    on "$box" "$BIN/python -I - $*" << 'PYTHON' || fail "$box: not ready, nothing was started on any machine"
+    on "$box" "$BIN/python -I - $*" << 'PYTHON' || fail "$box: not ready, nothing was started on any box"
 import socket, sys
 
 for port in map(int, sys.argv[1:]):
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind(("", port))
+            server.bind(("", port))
         except OSError:
-            sys.exit(f"port {port} is in use, perhaps by a running Ray (`ssh.sh stop` stops one that "
-                     f"`ssh.sh start` started); set PORT and PORTS to use others")
+            sys.exit(f"port {port} is taken, perhaps by a Ray that is running already (`ssh.sh stop` ends one that "
+                     f"`ssh.sh start` started); set PORT and PORTS to use other ports")
 PYTHON
 }
 
 make_folder() { # make_folder BOX
     on "$1" "umask 077; mkdir -p $FOLDER && test -O $FOLDER && ! test -L $FOLDER && chmod 700 $FOLDER" < /dev/null ||
-        fail "$1: $FOLDER cannot be created, or belongs to another user; set FOLDER to use another one"
+        fail "$1: $FOLDER cannot be created, or belongs to another user; set FOLDER to another path"
 }
 
 start() {
@@ -77,7 +77,7 @@ start() {
         on "$head" "cat $TOKEN" < /dev/null | on "$box" "umask 077; mkdir -p .ray; cat > $TOKEN"
         on "$box" "$RAY start --address=$head:$PORT --temp-dir=$FOLDER/ray $PORTS $OPTIONS" < /dev/null
     done
-    echo "Ray runs on $(($# + 1)) machines. On any of them: tinysd-batch submit ... --address $head:$PORT"
+    echo "Ray runs on $(($# + 1)) boxes. On any of them: tinysd-batch submit ... --address $head:$PORT"
 }
 
 stop() {

@@ -90,7 +90,7 @@ def test_the_size_is_printed_at_the_start(float_model: Path, tmp_path: Path) -> 
     ("options", "message"),
     [
         (("--preset", "best"), "--preset best: one of tiny, default, quality was expected"),
-        (("--preset", "tiny", "--target-size", "1MB"), "give one of them"),
+        (("--preset", "tiny", "--target-size", "1MB"), "use only one of them"),
         (("--target-size", "small"), "--target-size = 'small': give bytes"),
         (("--target-size", "20kB"), r"--target-size 0.0 MB: for this UNet at least 0.\d MB are needed"),
     ],

@@ -13,7 +13,7 @@ from tinysd_batch.quantize.recipe import Recipe, read_recipe
     ("text", "message"),
     [
         ("prompts = ['a', 'b']", "held_out"),
-        ("prompts = ['a', 'b']\nheld_out = ['b', 'c']", "'b' is both among prompts and held_out"),
+        ("prompts = ['a', 'b']\nheld_out = ['b', 'c']", "'b' is in both prompts and held_out"),
         ("prompts = ['a', 'b']\nheld_out = ['c', 'd']\nstep = 3", "step = '3'"),
         ("prompts = ['a', 'b']\nheld_out = ['c', 'd']\ndamping = 0.0", "damping = '0.0'"),
         ("prompts = [", "not valid TOML"),

@@ -22,15 +22,13 @@ from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.records import MicroBatch, Row, Status
 
 IMAGES_PER_ROW = 4
-
-PROMPTS = (("red apple", "", 3.0), ("panda", "red", 5.0), ("ghost:1 skull:2", "", 1.0))
-
-ImagesById = dict[str, npt.NDArray[np.int16]]  # by image_id
+PROMPTS = (("red apple", "", 3.0), ("panda", "red", 5.0), ("ghost:1 skull:2", "", 1.0))  # prompt, negative, scale
+ImagesById = dict[str, npt.NDArray[np.int16]]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
-    """A way to draw the same images."""
+    """One way to divide the same images into micro-batches, workers and an order."""
 
     name: str
     n_samples: int
@@ -49,6 +47,7 @@ LAYOUTS = (
 
 
 def iter_rows(settings: Settings, n_samples: int) -> Iterator[Row]:
+    """Yield rows with all samplers and prompts; `n_samples` images of a row share a micro-batch."""
     model = read_model_info(settings.model)
     defaults = derive_row_defaults(fill_in_model_defaults(settings, model), model)
     variants = [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.5), ("plms", 0.5)]
@@ -66,10 +65,10 @@ def iter_rows(settings: Settings, n_samples: int) -> Iterator[Row]:
 
 
 def generate_with_layout(layout: BatchLayout, settings: Settings, folder: Path) -> ImagesById:
-    """All images, drawn in this layout, read back from their files."""
+    """Generate all images in this layout, and read them back from their files."""
     model = read_model_info(settings.model)
-    common = derive_shared_settings(settings, model, seed=1)
-    batches = list(cut_batches(plan_images(iter_rows(settings, layout.n_samples), common), (), layout.max_batch))
+    shared = derive_shared_settings(settings, model, seed=1)
+    batches = list(cut_batches(plan_images(iter_rows(settings, layout.n_samples), shared), (), layout.max_batch))
     if layout.shuffled:
         random.Random(7).shuffle(batches)
     setup = WorkerSetup.from_settings(settings, model, job_folder=folder, scratch=folder / "_tinysd" / "tmp")
@@ -79,6 +78,7 @@ def generate_with_layout(layout: BatchLayout, settings: Settings, folder: Path) 
 
 
 def run_batches(pool: WorkerPool, batches: Sequence[MicroBatch]) -> None:
+    """Run the micro-batches one by one on whichever worker is idle."""
     waiting, busy = list(batches), 0
     while waiting or busy:
         for worker in pool.idle_workers():
@@ -96,8 +96,8 @@ def read_image(path: Path) -> npt.NDArray[np.int16]:
         return np.asarray(image).astype(np.int16)
 
 
-def compare_images(one: ImagesById, other: ImagesById) -> tuple[int, int]:
-    """The largest difference of a channel, and how many pictures differ."""
-    assert one.keys() == other.keys()
-    differences = [int(np.abs(one[name] - other[name]).max()) for name in one]
+def compare_images(first: ImagesById, second: ImagesById) -> tuple[int, int]:
+    """Return the largest difference of any channel, and how many images differ."""
+    assert first.keys() == second.keys()
+    differences = [int(np.abs(first[image_id] - second[image_id]).max()) for image_id in first]
     return max(differences), sum(difference > 0 for difference in differences)

@@ -9,36 +9,39 @@ from tinysd_batch.model.pipeline import TinySD
 
 
 def measure_stage_peaks(model: TinySD, images: int, height: int, width: int) -> dict[str, int]:
-    """Of each phase: the most bytes that live tensors and weights on the device take together while images are drawn.
+    """Generate images, each with a prompt of its own, and return the peak memory of each stage.
 
-    Every image has a prompt of its own.
+    Counted are the bytes of live tensors and of weights on the device.
     """
     peaks: dict[str, int] = {}
-    working = model.planner.executing
+    executing = model.planner.executing
 
     @contextlib.contextmanager
-    def watched(plan: StagePlan) -> Iterator[ExecutionStrategy]:
-        with PeakMemoryTracker() as live, working(plan) as strategy:
-            # Weights in the file's own pages are not made here, nor is what was computed before the loop.
-            places = [one.module_tensor for part in model.fragments for one in part.host_tensors if one.is_onloaded]
-            base = sum(one.nbytes for one in places if id(one.untyped_storage()) not in live.sizes)
-            live.exclude(places)
+    def executing_and_tracking(plan: StagePlan) -> Iterator[ExecutionStrategy]:
+        with PeakMemoryTracker() as tracker, executing(plan) as strategy:
+            # The tracker does not see weights in the pages of their file, nor tensors precomputed before the loop.
+            weights = [
+                tensor.module_tensor
+                for component in model.fragments
+                for tensor in component.host_tensors
+                if tensor.is_onloaded
+            ]
+            untracked = sum(weight.nbytes for weight in weights if id(weight.untyped_storage()) not in tracker.sizes)
+            tracker.exclude(weights)
             yield strategy
-            known = [layer.value for _, layer in model.precomputed.context_layers]
-            base += sum(value.nbytes for value in known if value is not None)
-        peaks[plan.name] = live.peak_bytes + base
+            precomputed = [layer.value for _, layer in model.precomputed.context_layers]
+            untracked += sum(value.nbytes for value in precomputed if value is not None)
+        peaks[plan.name] = tracker.peak_bytes + untracked
 
-    model.planner.executing = watched  # type: ignore[method-assign]
+    model.planner.executing = executing_and_tracking  # type: ignore[method-assign]
     prompts = [f"cat {number}" for number in range(images)]
     model.generate(prompts, 1, num_inference_steps=1, sampler="ddim", height=height, width=width)
-    model.planner.executing = working  # type: ignore[method-assign]
+    model.planner.executing = executing  # type: ignore[method-assign]
     return peaks
 
 
 def interpolate_budget(share: float, model: TinySD, shape: MicroBatchShape) -> int:
-    """Bytes: at 0 the least in which the batch can be drawn, at 1 what needs no streaming."""
-    least, whole = (
-        model.planner.estimate_min_budget(shape),
-        max(phase.peak_bytes for phase in model.planner.plan_stages(shape)),
-    )
-    return int(least + share * (whole - least))
+    """Return a budget in bytes: at share 0 the smallest that works, at share 1 the smallest without streaming."""
+    smallest = model.planner.estimate_min_budget(shape)
+    without_streaming = max(plan.peak_bytes for plan in model.planner.plan_stages(shape))
+    return int(smallest + share * (without_streaming - smallest))

@@ -1,6 +1,6 @@
-"""A stand-in for the model that takes as long as it is told, so that the job layer around it can be measured and hurt.
+"""A stub model that takes a given time per image, to measure and to break the job layer around it.
 
-Everything else is real: workers, pictures with their settings inside, their files, the table.
+Everything else is real: workers, image files with their metadata, the results table.
 """
 
 import time
@@ -19,11 +19,11 @@ from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult
 
 STUB_IMAGE_PX = 64
-STUB_MODEL_PREFIX = "trivial:"  # in `WorkerSetup.model_name`: how long an image takes
+STUB_MODEL_PREFIX = "trivial:"  # of `WorkerSetup.model_name`; the seconds per image follow
 
 
 class StubModel:
-    """Draws one flat colour per seed, in so many seconds."""
+    """Generates one flat colour per seed, in `seconds` per image."""
 
     device_name = "none"
     device = SimpleNamespace(type="none")
@@ -35,21 +35,21 @@ class StubModel:
 
     def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: Any) -> Any:
         end = time.perf_counter() + self.seconds * len(prompt)
-        pictures = [
+        images = [
             Image.new("RGB", (STUB_IMAGE_PX, STUB_IMAGE_PX), tuple(number.to_bytes(8, "big")[-3:])) for number in seed
         ]
         nones: list[str | None] = [None] * len(prompt)
-        if (left := end - time.perf_counter()) > 0:
-            time.sleep(left)
+        if (remaining_s := end - time.perf_counter()) > 0:
+            time.sleep(remaining_s)
         return SimpleNamespace(
-            images=pictures, n_tokens=[1] * len(prompt), truncated=nones, negative_truncated=nones,
+            images=images, n_tokens=[1] * len(prompt), truncated=nones, negative_truncated=nones,
             degraded=[[] for _ in prompt], precision=["float32"] * len(prompt), text_s=0.0, denoise_s=self.seconds,
             decode_s=0.0, peak_memory_bytes=0,
         )  # fmt: skip
 
 
 class StubWorkerProcess(WorkerProcess):
-    """A worker process with the stand-in."""
+    """A worker process with the stub model."""
 
     model_class: type[StubModel] = StubModel
 
@@ -59,7 +59,7 @@ class StubWorkerProcess(WorkerProcess):
 
 
 class StubRayPool(RayPool):
-    """Ray's real actors, with the stand-in in them; an image takes them `seconds`."""
+    """Real Ray actors with the stub model, which takes `seconds` per image."""
 
     worker_class = StubWorkerProcess
 
@@ -68,7 +68,7 @@ class StubRayPool(RayPool):
 
 
 class SilentProgress:
-    """A progress that nobody sees."""
+    """Ignores all progress."""
 
     def report_start(self, total: int, finished: int, invalid: InvalidRows) -> None: ...
     def report_worker(self, event: WorkerReady | WorkerLost) -> None: ...
