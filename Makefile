@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Another wheel index for torch, such as $(TORCH_WHEELS)/cpu; if not given, configs/torch_build.sh looks for the GPU.
+# Another wheel index for torch, such as $(TORCH_WHEELS)/cpu; by default configs/torch_build.sh detects the GPU.
 TORCH_INDEX ?=
 TORCH_WHEELS := https://download.pytorch.org/whl
 
@@ -22,9 +22,9 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py tinysd_batch/mo
 	$(PYTHON) -m venv $(VENV)
 	@index="$(TORCH_INDEX)"; \
 	if [ -z "$$index" ]; then build=$$(sh configs/torch_build.sh); index="$${build:+$(TORCH_WHEELS)/$$build}"; fi; \
-	echo "Installing torch: some 200 MB as a CPU build, 3 GB with CUDA. TORCH_INDEX=... names another wheel index."; \
+	echo "Installing torch: about 200 MB for the CPU, 3 GB with CUDA. TORCH_INDEX=... chooses another wheel index."; \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch $${index:+--index-url "$$index"}
-	@echo "Installing tinysd-batch and what it needs: some 250 MB."
+	@echo "Installing tinysd-batch and its dependencies: about 250 MB."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
