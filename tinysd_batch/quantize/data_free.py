@@ -101,6 +101,7 @@ def quantize_model(
     Raises:
         ModelError: as `convert.convert_model` does.
         UsageError: the size cannot be met, or memory does not suffice.
+        StorageError: the disk has too little space.
     """
     started_at = time.monotonic()
     check_not_existing(out)

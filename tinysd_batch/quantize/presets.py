@@ -80,7 +80,7 @@ class SizeTarget:
 
 
 def get_layer_type(name: str) -> str:
-    """Return the layer type that the name of a layer says."""
+    """Derive a layer's type from its name."""
     return next((layer_type for part, layer_type in LAYER_TYPES if part in name), "others")
 
 
