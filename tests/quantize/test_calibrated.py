@@ -72,7 +72,7 @@ def test_data_free_report_has_weight_sqnr_and_four_images(source: Path, tmp_path
     (sqnr_db,) = (layer["sqnr_db"] for layer in report["layers"] if layer["name"] == name)
     assert sqnr_db == pytest.approx(expected, abs=0.01)
     page = (folder / "index.html").read_text()
-    assert "Of each layer's weights" in page
+    assert "Error of each layer's weights" in page
     assert "<code>--recipe</code>" in page
     assert sentence.removeprefix("images: ") in html.unescape(page)
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import full_size_gpu
-from tests.support import random_sd_v1
+from tests.support import gpu_measurements, random_sd_v1
 from tests.support.fake_cuda import graphs
 from tests.support.fake_cuda.allocator import DEFAULT_POOL, FakeCachingAllocator
 from tests.support.fake_cuda.device import CONTEXT_BYTES, FakeCudaDevice
@@ -391,14 +390,14 @@ def test_the_benchmark_for_cards_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The time on a real one is dear."""
-    monkeypatch.setattr(full_size_gpu, "IMAGES", 2)
+    monkeypatch.setattr(gpu_measurements, "IMAGES", 2)
     dtype = "autocast"
-    given = full_size_gpu.new_parser().parse_args(
+    given = gpu_measurements.new_parser().parse_args(
         ["--model", str(sd_v1_size), "--steps", "6", "--dtype", dtype, "--budget", "1000MB"]
     )
-    found = full_size_gpu.measure_generation(given)
+    found = gpu_measurements.measure_generation(given)
     assert CONTEXT_BYTES + found["whole"] <= 1000 * 10**6
-    full_size_gpu.print_generation("budget 1000MB", dtype, found)
-    full_size_gpu.print_diffusers(dtype, full_size_gpu.measure_diffusers_step(given))
-    full_size_gpu.print_dequantize(dtype, full_size_gpu.measure_dequantize(given))
+    gpu_measurements.print_generation("budget 1000MB", dtype, found)
+    gpu_measurements.print_diffusers(dtype, gpu_measurements.measure_diffusers_step(given))
+    gpu_measurements.print_dequantize(dtype, gpu_measurements.measure_dequantize(given))
     assert "a step replayed" in capsys.readouterr().out
