@@ -52,7 +52,7 @@ lint: $(VENV)/installed-dev ## Style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-benchmark: $(VENV)/installed ## Measure the embedded model, the job layer beside Ray Data, and how alike pictures of a seed are
+benchmark: $(VENV)/installed ## Measure the embedded model, the job layer beside Ray Data, and how much batches change images
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python -m benchmarks.engine.quick
 	$(BIN)/python -m benchmarks.job.overhead

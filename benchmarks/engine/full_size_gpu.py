@@ -7,9 +7,9 @@
     python -m benchmarks.engine.full_size_gpu --fake-device
         without a GPU: memory only, as torch's allocator would hand it out
 
-Each line comes from a process of its own. All of them import at once, which takes about 10 GB of memory (--ways selects
-fewer). What the whole process takes is the GPU's own count (NVML, by nvidia-ml-py) minus what was in use before; nothing
-else may use the GPU meanwhile. Torch's own peak is its allocator's. Durations are those of the last images, when kernels
+Each line comes from a process of its own. All of them import at once, which takes about 10 GB of memory (--ways: less).
+What the whole process takes is the GPU's own count (NVML, by nvidia-ml-py) minus what was in use before; nothing else
+may use the GPU meanwhile. Torch's own peak is its allocator's. Durations are those of the last images, when all kernels
 are loaded. The time of a step is the mean over all steps of an image, including the first two, which run eagerly, and
 the capture of the graph.
 """
