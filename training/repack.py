@@ -22,7 +22,7 @@ from tinysd_batch.quantize.evaluate.sensitivity import measure_sensitivity
 from tinysd_batch.quantize.presets import SizeTarget
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 from tinysd_batch.report.quantization.report import update_measurements
 
 HERE = Path(__file__).parent

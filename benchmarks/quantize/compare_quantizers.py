@@ -55,7 +55,7 @@ from tinysd_batch.quantize.layers import get_layer
 from tinysd_batch.quantize.presets import SizeTarget, compute_unet_bytes, get_preset_layouts
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 from tinysd_batch.report.quantization.similarity import mean_ssim
 from training.repack import EMBEDDED as SHIPPED_MODEL
 from training.repack import float_folder

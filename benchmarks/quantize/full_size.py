@@ -28,7 +28,7 @@ from tinysd_batch.quantize.estimate.duration import estimate_calibration_cost, m
 from tinysd_batch.quantize.presets import DEFAULT_PRESET, get_preset_layouts
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions, check_unet_tensors
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 
 # The parts of the work, and the status line with which each begins.
 PARTS = {"generation": r"generating ", "layers": r"calibrating [\d,]+ layers", "evaluation": r"measuring "}

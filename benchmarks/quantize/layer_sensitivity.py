@@ -36,7 +36,7 @@ from tinysd_batch.quantize.presets import (
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.quantize.solve.affine import quantize_matrix
 from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, SourceOptions
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 from training.repack import float_folder
 
 TIMESTEP_INTERVAL = 3  # evaluate on every third step of a trajectory

@@ -34,7 +34,7 @@ from tinysd_batch.quantize.evaluate.compare import compute_sqnr_db
 from tinysd_batch.quantize.evaluate.fit_noise_correction import fit_correction
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 from training.repack import float_folder
 
 STOCHASTIC = {"euler_a": 0.0, "ddim": 1.0}  # samplers that add noise, and their eta

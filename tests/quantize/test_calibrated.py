@@ -29,7 +29,7 @@ from tinysd_batch.quantize.evaluate.sensitivity import ALL_LAYERS
 from tinysd_batch.quantize.presets import SizeTarget, compute_unet_bytes, get_layer_type, get_preset_layouts
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def quantize_and_report(
     from tinysd_batch.quantize.evaluate.compare import compare_models
     from tinysd_batch.quantize.evaluate.sensitivity import measure_sensitivity
     from tinysd_batch.quantize.evaluate.summary import summarize
-    from tinysd_batch.quantize.sources.open import open_source
+    from tinysd_batch.quantize.sources.formats import open_source
     from tinysd_batch.report.console import make_console
     from tinysd_batch.report.quality_text import describe_quality
     from tinysd_batch.report.quantization.layer_progress import LayerProgressBar

@@ -35,7 +35,7 @@ from tinysd_batch.model.offload.components import Component, check_tensor_shapes
 from tinysd_batch.model.offload.dry_run import dry_run
 from tinysd_batch.model.offload.host_embedding import keep_vocabulary_on_host
 from tinysd_batch.model.offload.offloader import Offloader
-from tinysd_batch.model.offload.oom_retry import retry_if_out_of_memory
+from tinysd_batch.model.offload.replan_on_oom import retry_if_out_of_memory
 from tinysd_batch.model.offload.planner import Planner
 from tinysd_batch.model.offload.precompute import CrossAttentionKV, PrecomputedLayers
 from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBatchShape, StagePlan, feature_map_dtype

@@ -19,7 +19,7 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     SourceOptions,
     check_unet_tensors,
 )
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 
 MAX_CALIBRATION_S = 3600.0  # calibrations estimated to take longer run only on request
 

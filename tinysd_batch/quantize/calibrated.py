@@ -60,7 +60,7 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     convert_for_storage,
     write_json,
 )
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
 
 PROGRESS_INTERVAL_S = 10.0
@@ -69,9 +69,17 @@ DEFAULT_SIZE = SizeTarget()
 
 
 def quantize_with_calibration(
-    source: Path, out: Path, options: SourceOptions, recipe: Recipe, device: torch.device, on_status: StatusCallback, *,
-    size: SizeTarget = DEFAULT_SIZE, distill: bool = False, noise_correction: bool = True,
-) -> QuantizationResult:  # fmt: skip
+    source: Path,
+    out: Path,
+    options: SourceOptions,
+    recipe: Recipe,
+    device: torch.device,
+    on_status: StatusCallback,
+    *,
+    size: SizeTarget = DEFAULT_SIZE,
+    distill: bool = False,
+    noise_correction: bool = True,
+) -> QuantizationResult:
     """Write `out`, a packed model folder of the float model `source`, calibrated by `recipe`.
 
     Each layer is saved in `OUT.work` as soon as it is finished. After an interruption of any kind the same call
@@ -143,9 +151,13 @@ def quantize_with_calibration(
 
 
 def load_or_generate_trajectories(
-    component: SourceComponent, folder: Path, recipe: Recipe, device: torch.device, work: WorkFolder,
+    component: SourceComponent,
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    work: WorkFolder,
     on_status: StatusCallback,
-) -> tuple[Trajectories, Trajectories]:  # fmt: skip
+) -> tuple[Trajectories, Trajectories]:
     """Return the float model's trajectories for the calibration prompts, and for the held-out prompts."""
     unet = SegmentedUNet(component.config, component.tensors, device, component.release)
 
@@ -163,9 +175,13 @@ def load_or_generate_trajectories(
 
 
 def choose_layouts(
-    unet: nn.Module, component: SourceComponent, size: SizeTarget, recipe: Recipe, device: torch.device,
+    unet: nn.Module,
+    component: SourceComponent,
+    size: SizeTarget,
+    recipe: Recipe,
+    device: torch.device,
     calibration: Trajectories,
-) -> dict[str, Layout]:  # fmt: skip
+) -> dict[str, Layout]:
     """Choose how to store each layer: by the preset, or, to meet a size, by layer errors on some calibration inputs."""
     if size.max_bytes is None:
         return get_preset_layouts(unet, size.preset)
@@ -180,9 +196,15 @@ def choose_layouts(
 
 
 def calibrate_layers(
-    component: SourceComponent, layouts: Mapping[str, Layout], recipe: Recipe, device: torch.device,
-    calibration: Trajectories, held_out: Trajectories, work: WorkFolder, on_status: StatusCallback,
-) -> dict[str, CalibratedLayer]:  # fmt: skip
+    component: SourceComponent,
+    layouts: Mapping[str, Layout],
+    recipe: Recipe,
+    device: torch.device,
+    calibration: Trajectories,
+    held_out: Trajectories,
+    work: WorkFolder,
+    on_status: StatusCallback,
+) -> dict[str, CalibratedLayer]:
     """Calibrate all layers, except those that an earlier run has finished."""
     float_unet, quantized_unet = (
         SegmentedUNet(component.config, component.tensors, device, component.release) for _ in range(2)
@@ -229,9 +251,14 @@ def make_state_pairs(
 
 
 def run_distillation(
-    component: SourceComponent, folder: Path, recipe: Recipe, device: torch.device, calibration: Trajectories,
-    layers: Mapping[str, CalibratedLayer], on_status: StatusCallback,
-) -> DistilledUNet | None:  # fmt: skip
+    component: SourceComponent,
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    calibration: Trajectories,
+    layers: Mapping[str, CalibratedLayer],
+    on_status: StatusCallback,
+) -> DistilledUNet | None:
     """Distill on the trajectories of the calibration prompts; return None, and report it, if that does not help."""
     alphas = compute_alphas_cumprod(read_noise_schedule(folder / "scheduler" / "scheduler_config.json"))
     sigmas = torch.tensor(((1 - alphas) / alphas) ** 0.5, dtype=torch.float32)
@@ -251,9 +278,13 @@ def run_distillation(
 
 
 def try_noise_correction(
-    folder: Path, recipe: Recipe, device: torch.device, calibration: Trajectories, held_out: Trajectories,
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device,
+    calibration: Trajectories,
+    held_out: Trajectories,
     on_status: StatusCallback,
-) -> CorrectionEvaluation:  # fmt: skip
+) -> CorrectionEvaluation:
     """Fit a noise correction to the finished folder, and add it there if it helps on the held-out prompts.
 
     It is fitted on the tuning prompts, whose inputs did not calibrate layers; without any, on all calibration prompts.
@@ -269,9 +300,13 @@ def try_noise_correction(
 
 
 def write_calibrated_unet(
-    component: SourceComponent, folder: Path, layouts: Mapping[str, Layout], layers: Mapping[str, CalibratedLayer],
-    norms: Mapping[str, Tensor], notes: Mapping[str, Any],
-) -> None:  # fmt: skip
+    component: SourceComponent,
+    folder: Path,
+    layouts: Mapping[str, Layout],
+    layers: Mapping[str, CalibratedLayer],
+    norms: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+) -> None:
     """Write the packed UNet: calibrated layers, distilled `norms`, and all other tensors of the source as float16."""
     shapes = {name: tuple(component.tensors[f"{name}.weight"].shape) for name in layers}
     others = {

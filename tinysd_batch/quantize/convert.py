@@ -23,7 +23,7 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     write_json,
 )
 from tinysd_batch.quantize.sources.diffusers_folder import DECODER_ONLY_VAE
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 from tinysd_batch.quantize.sources.tiny_stable_diffusion import TinyStableDiffusionSource
 from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
 

@@ -33,7 +33,7 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     check_unet_tensors,
     convert_for_storage,
 )
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
 
 DEFAULT_SIZE = SizeTarget()

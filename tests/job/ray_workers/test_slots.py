@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinysd_batch.job.ray_workers.slots import (
+from tinysd_batch.job.ray_workers.worker_slots import (
     MAX_BACKOFF_S,
     MAX_HOST_OOM_LOSSES,
     MAX_START_ATTEMPTS,

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import full_size_gpu
-from tests.support import random_sd_v1
+from tests.support import gpu_measurements, random_sd_v1
 from tests.support.fake_cuda import graphs
 from tests.support.fake_cuda.allocator import DEFAULT_POOL, FakeCachingAllocator
 from tests.support.fake_cuda.device import CONTEXT_BYTES, FakeCudaDevice
@@ -390,14 +389,14 @@ def test_gpu_benchmark_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Time on a real GPU is too expensive to find mistakes in it."""
-    monkeypatch.setattr(full_size_gpu, "IMAGES", 2)
+    monkeypatch.setattr(gpu_measurements, "IMAGES", 2)
     dtype = "autocast"
-    options = full_size_gpu.new_parser().parse_args(
+    options = gpu_measurements.new_parser().parse_args(
         ["--model", str(sd_v1_size), "--steps", "6", "--dtype", dtype, "--budget", "1000MB"]
     )
-    measured = full_size_gpu.measure_generation(options)
+    measured = gpu_measurements.measure_generation(options)
     assert CONTEXT_BYTES + measured["whole"] <= 1000 * 10**6
-    full_size_gpu.print_generation("budget 1000MB", dtype, measured)
-    full_size_gpu.print_diffusers(dtype, full_size_gpu.measure_diffusers_step(options))
-    full_size_gpu.print_dequantize(dtype, full_size_gpu.measure_dequantize(options))
+    gpu_measurements.print_generation("budget 1000MB", dtype, measured)
+    gpu_measurements.print_diffusers(dtype, gpu_measurements.measure_diffusers_step(options))
+    gpu_measurements.print_dequantize(dtype, gpu_measurements.measure_dequantize(options))
     assert "a step replayed" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from tinysd_batch.quantize.evaluate.compare import generate_latents, predict_gui
 from tinysd_batch.quantize.evaluate.fit_noise_correction import add_noise_correction, evaluate_correction, fit_knot
 from tinysd_batch.quantize.recipe import Recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 
 SCALE = 2.0
 SEED = 100

@@ -16,7 +16,7 @@ from tinysd_batch.job.results.rows import make_image_row
 from tinysd_batch.job.results.writer import ResultsWriter
 from tinysd_batch.job.state.job import Job
 from tinysd_batch.job.state.precision_record import update_precision_record
-from tinysd_batch.job.workers.adopt import adopt_image
+from tinysd_batch.job.workers.adopt_images import adopt_image
 from tinysd_batch.job.workers.faults import FAULT_POLICIES, FaultAction, FaultType
 from tinysd_batch.job.workers.oom_fallback import ImageShape, get_image_shape
 from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerEvent, WorkerLost, WorkerPool, WorkerReady

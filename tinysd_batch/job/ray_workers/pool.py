@@ -13,7 +13,7 @@ from tinysd_batch.job.ray_workers.bounded_calls import CALL_TIMEOUT_S, RayLostEr
 from tinysd_batch.job.ray_workers.cluster import RaySession, find_user_error, summarize_ray_error
 from tinysd_batch.job.ray_workers.local_ray import INLINE_HINT
 from tinysd_batch.job.ray_workers.result_batches import ResultBatch
-from tinysd_batch.job.ray_workers.slots import (
+from tinysd_batch.job.ray_workers.worker_slots import (
     Placement,
     WorkerSlot,
     choose_worker_name,

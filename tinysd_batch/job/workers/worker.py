@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
 from tinysd_batch.job.state.precision_record import choose_recorded_precision, describe_precision
-from tinysd_batch.job.workers.adopt import (
+from tinysd_batch.job.workers.adopt_images import (
     EMBEDDED_COLUMNS,
     METADATA_SCHEMA_VERSION,
     add_file_columns,

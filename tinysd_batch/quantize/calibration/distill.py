@@ -173,9 +173,14 @@ class StudentUNet:
 
 
 def distill_unet(
-    component: SourceComponent, layers: Mapping[str, CalibratedLayer], training: DistillationExamples,
-    tuning: DistillationExamples, recipe: Recipe, device: torch.device, on_status: StatusCallback,
-) -> DistilledUNet | None:  # fmt: skip
+    component: SourceComponent,
+    layers: Mapping[str, CalibratedLayer],
+    training: DistillationExamples,
+    tuning: DistillationExamples,
+    recipe: Recipe,
+    device: torch.device,
+    on_status: StatusCallback,
+) -> DistilledUNet | None:
     """Distill a calibrated UNet.
 
     Args:

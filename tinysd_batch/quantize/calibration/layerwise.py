@@ -75,9 +75,14 @@ class LayerwiseCalibration:
     """
 
     def __init__(
-        self, float_unet: SegmentedUNet, quantized_unet: SegmentedUNet, layouts: Mapping[str, Layout], recipe: Recipe,
-        calibrated_layers: dict[str, CalibratedLayer], on_layer_done: Callable[[str, CalibratedLayer], None],
-    ) -> None:  # fmt: skip
+        self,
+        float_unet: SegmentedUNet,
+        quantized_unet: SegmentedUNet,
+        layouts: Mapping[str, Layout],
+        recipe: Recipe,
+        calibrated_layers: dict[str, CalibratedLayer],
+        on_layer_done: Callable[[str, CalibratedLayer], None],
+    ) -> None:
         self.float_unet = float_unet
         self.quantized_unet = quantized_unet
         self.layouts = layouts

@@ -211,9 +211,12 @@ class SegmentedUNet:
     """
 
     def __init__(
-        self, config: Mapping[str, object], tensors: Mapping[str, Tensor], device: torch.device,
+        self,
+        config: Mapping[str, object],
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
         release: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         with META_DEVICE:
             self.unet = UNet2DConditionModel.from_config(dict(config)).eval().requires_grad_(False)
         self.tensors = tensors

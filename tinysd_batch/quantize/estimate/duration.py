@@ -155,9 +155,13 @@ class CalibrationCost:
 
 
 def estimate_calibration_cost(
-    component: SourceComponent, vae: SourceComponent, layouts: Mapping[str, Layout], recipe: Recipe, *,
+    component: SourceComponent,
+    vae: SourceComponent,
+    layouts: Mapping[str, Layout],
+    recipe: Recipe,
+    *,
     noise_correction: bool = True,
-) -> CalibrationCost:  # fmt: skip
+) -> CalibrationCost:
     """Count the work of level `calib`."""
     segment_costs = count_segment_costs(component, layouts)
     weights = sum(tensor.numel() for tensor in component.tensors.values())
@@ -185,9 +189,11 @@ def estimate_calibration_cost(
 
 
 def estimate_layer_costs(
-    component: SourceComponent, layouts: Mapping[str, Layout], recipe: Recipe,
+    component: SourceComponent,
+    layouts: Mapping[str, Layout],
+    recipe: Recipe,
     segment_costs: Mapping[str, SegmentCost] | None = None,
-) -> dict[str, ComputeCost]:  # fmt: skip
+) -> dict[str, ComputeCost]:
     """Count the work of calibrating each layer.
 
     That is running both UNets up to the layer for all inputs, and solving it. The first layer of a segment also carries

@@ -208,9 +208,14 @@ def estimate_distillation_bytes(component: SourceComponent, recipe: Recipe) -> i
 
 
 def estimate_calibration_resources(
-    component: SourceComponent, unet: nn.Module, source: CheckpointSource, size: SizeTarget, recipe: Recipe, *,
+    component: SourceComponent,
+    unet: nn.Module,
+    source: CheckpointSource,
+    size: SizeTarget,
+    recipe: Recipe,
+    *,
     distill: bool = False,
-) -> ResourceEstimate:  # fmt: skip
+) -> ResourceEstimate:
     """Estimate levels `calib` and, with `distill`, `distill`.
 
     Memory is the largest of three: generating all prompts; calibrating; with `distill`, a training step. Packed layers

@@ -22,7 +22,7 @@ from tinysd_batch.quantize.estimate.memory import estimate_generation_resources,
 from tinysd_batch.quantize.evaluate.compare import generate_latents
 from tinysd_batch.quantize.recipe import Recipe, read_recipe
 from tinysd_batch.quantize.sources.checkpoint_source import SourceComponent, SourceOptions
-from tinysd_batch.quantize.sources.open import open_source
+from tinysd_batch.quantize.sources.formats import open_source
 
 N_PAIRS, STEPS = 4, 8
 
