@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 import hypothesis
 import pytest
 
+from tests.support.models.tiny_models import write_float_model
 from tests.support.session import DEFAULT_EXAMPLES, made_once
-from tests.support.tiny_models import write_float_model
 
 # Heavy libraries are imported in fixtures: the process that distributes tests to its workers does not need them.
 if TYPE_CHECKING:

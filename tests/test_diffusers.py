@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 import tinysd_batch.diffusers
-from tests.support.packed_files import LAYER, damage, drop, put
+from tests.support.models.packed_files import LAYER, damage, drop, put
 from tests.support.paths import ROOT
 from tests.support.program import environment
 from tinysd_batch import TinySD

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from tests.support.batch_layouts import LAYOUTS, ImagesById, compare_images, generate_with_layout
+from tests.support.models.batch_layouts import LAYOUTS, ImagesById, compare_images, generate_with_layout
 from tinysd_batch.config import SAMPLERS, Settings
 
 

@@ -26,8 +26,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.models.random_sd_v1 import make_float_model, make_random_model
 from tests.support.paths import ROOT
-from tests.support.random_sd_v1 import make_float_model, make_random_model
 from tinysd_batch.threads import WAIT_POLICY, WAIT_POLICY_VARIABLES
 
 ROUNDS = 9

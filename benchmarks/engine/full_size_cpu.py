@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.support.random_sd_v1 import MODEL, SD_V1_UNET, make_random_model
+from tests.support.models.random_sd_v1 import MODEL, SD_V1_UNET, make_random_model
 
 STEPS = 4
 ROUNDS = 9

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tests.support.gpu_measurements import (
+from tests.support.models.gpu_measurements import (
     CHILDREN,
     CONFIGURATIONS,
     MB,
@@ -34,7 +34,7 @@ from tests.support.gpu_measurements import (
     print_diffusers,
     print_generation,
 )
-from tests.support.random_sd_v1 import make_random_model
+from tests.support.models.random_sd_v1 import make_random_model
 from tinysd_batch.model.device.cuda_graph import MIN_STEPS_TO_CAPTURE
 
 FAKE_DEVICE_BYTES = 8 * 2**30

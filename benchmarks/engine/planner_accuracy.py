@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from tests.support.random_sd_v1 import MODEL, make_random_model
-from tests.support.stage_peaks import interpolate_budget, measure_stage_peaks
+from tests.support.models.random_sd_v1 import MODEL, make_random_model
+from tests.support.models.stage_peaks import interpolate_budget, measure_stage_peaks
 from tinysd_batch.model.offload.stage_estimate import MicroBatchShape
 from tinysd_batch.model.pipeline import TinySD
 

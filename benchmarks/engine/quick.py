@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.stub_model import SilentProgress, StubModel
+from tests.support.models.stub_model import SilentProgress, StubModel
 from tinysd_batch import TinySD
 from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.stub_model import STUB_IMAGE_PX, SilentProgress, StubModel, StubRayPool, StubWorkerProcess
+from tests.support.models.stub_model import STUB_IMAGE_PX, SilentProgress, StubModel, StubRayPool, StubWorkerProcess
 from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.ray_workers.cluster import start_ray

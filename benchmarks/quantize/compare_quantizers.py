@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support import adaround
+from tests.support.models import adaround
 from tests.support.paths import ROOT
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.model.packed.format import from_matrix, to_matrix

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.random_sd_v1 import make_float_model
+from tests.support.models.random_sd_v1 import make_float_model
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.quantize.estimate.duration import estimate_calibration_cost, measure_device_speed, sum_costs
 from tinysd_batch.quantize.presets import DEFAULT_PRESET, get_preset_layouts

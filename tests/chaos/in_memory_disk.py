@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from tests.chaos.simulator import DriverKilledError, FaultPlan, SimPool, Simulation, make_result
-from tests.support.stub_model import SilentProgress
+from tests.support.models.stub_model import SilentProgress
 from tinysd_batch.job import driver
 from tinysd_batch.job.dispatch.job_progress import InvalidRows, RunSummary
 from tinysd_batch.job.plan.batches import RowImages, cut_batches, plan_images

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.stub_model import StubModel, StubRayPool, StubWorkerProcess
+from tests.support.models.stub_model import StubModel, StubRayPool, StubWorkerProcess
 from tinysd_batch.cli.terminal.signals import stop_on_signals
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError

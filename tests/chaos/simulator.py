@@ -22,7 +22,7 @@ import pytest
 
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole
-from tests.support.stub_model import SilentProgress
+from tests.support.models.stub_model import SilentProgress
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.job import driver

@@ -23,7 +23,7 @@ PRELUDE = """
 
     from ray.cluster_utils import Cluster
 
-    from tests.support.stub_model import SilentProgress, StubRayPool
+    from tests.support.models.stub_model import SilentProgress, StubRayPool
     from tinysd_batch.config import Settings
     from tinysd_batch.errors import NoWorkerError
     from tinysd_batch.job.driver import run_job

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.models.small_unet import EMBEDDED, small_unet
 from tests.support.program import command, environment, run
-from tests.support.small_unet import EMBEDDED, small_unet
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.storage.atomic import TEMPORARY_PREFIX
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.batch_layouts import LAYOUTS, BatchLayout, ImagesById, compare_images, generate_with_layout
+from tests.support.models.batch_layouts import LAYOUTS, BatchLayout, ImagesById, compare_images, generate_with_layout
 from tinysd_batch.config import Settings
 
 MAX_DIFFERENCE = 1  # of 255, as the README states

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support import ldm_checkpoint
+from tests.support.models import ldm_checkpoint
 from tests.support.session import made_once
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model

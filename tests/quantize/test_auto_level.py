@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from tests.support.models.small_unet import RECIPE, small_unet
 from tests.support.paths import ROOT
 from tests.support.program import run_here
-from tests.support.small_unet import RECIPE, small_unet
 from tinysd_batch.quantize import auto_level
 from tinysd_batch.quantize.auto_level import format_duration
 from tinysd_batch.quantize.calibration.resume import open_work_folder

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.support.models.small_unet import CPU, EMBEDDED, RECIPE, small_unet
 from tests.support.program import run_here
-from tests.support.small_unet import CPU, EMBEDDED, RECIPE, small_unet
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, read_model_info

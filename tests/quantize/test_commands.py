@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import ldm_checkpoint
+from tests.support.models import ldm_checkpoint
 from tests.support.program import command, environment, run_here
 from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE

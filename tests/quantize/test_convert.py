@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.quantize.conftest import Save
-from tests.support import ldm_checkpoint, tiny_stable_diffusion
-from tests.support.conversion import Tensors, check_same, convert
 from tests.support.files import write_json
+from tests.support.models import ldm_checkpoint, tiny_stable_diffusion
+from tests.support.models.conversion import Tensors, check_same, convert
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, read_model_info

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import ldm_checkpoint
-from tests.support.conversion import WEIGHTS_STEMS, check_same, convert
 from tests.support.files import write_json
+from tests.support.models import ldm_checkpoint
+from tests.support.models.conversion import WEIGHTS_STEMS, check_same, convert
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE

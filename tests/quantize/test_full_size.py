@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from tests.support import ldm_checkpoint, tiny_stable_diffusion
+from tests.support.models import ldm_checkpoint, tiny_stable_diffusion
 from tests.support.program import command, environment
 from tinysd_batch import TinySD
 

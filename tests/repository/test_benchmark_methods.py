@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.support.adaround import adaround, fit_clipped_rows
+from tests.support.models.adaround import adaround, fit_clipped_rows
 
 
 def test_adaround_keeps_outputs_better_than_rounding() -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from tests.support.jobs import check_whole
 from tests.support.paths import ROOT
 from tests.support.program import run
+from tests.support.stored_pixels import assert_pixels_as_stored
 from tinysd_batch.config import SAMPLERS, merge_settings, read_job_file, read_preset
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.job.state.open_job import open_job
@@ -93,6 +94,7 @@ def test_weighted_job_turns_an_apple_into_a_lemon(tmp_path: Path) -> None:
         with Image.open(tmp_path / "weighted" / row["file_name"]) as image:
             greens.append(image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))[1])  # type: ignore[index]
     assert greens == sorted(greens)
+    assert_pixels_as_stored("weighted", tmp_path / "weighted", rows)
 
 
 @pytest.mark.alone
@@ -101,6 +103,7 @@ def test_samplers_job_uses_every_sampler(tmp_path: Path) -> None:
     rows = run_job("samplers", tmp_path, 33)
     assert {row["sampler"] for row in rows} == set(SAMPLERS)
     assert len({bytes_of(tmp_path / "samplers", row) for row in rows}) == 33
+    assert_pixels_as_stored("samplers", tmp_path / "samplers", rows)
 
 
 @pytest.mark.alone
@@ -113,6 +116,7 @@ def test_two_runs_of_the_demo_are_identical(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         rows = check_whole(tmp_path / name, 24)
         assert (tmp_path / name / "contact_sheet.png").exists()
+        assert_pixels_as_stored("demo", tmp_path / name, rows)
         pixels = [Image.open(tmp_path / name / row["file_name"]).tobytes() for row in rows]
         runs.append([(row["image_id"], row["seed"], image) for row, image in zip(rows, pixels, strict=True)])
     assert runs[0] == runs[1]

@@ -35,9 +35,9 @@ from tinysd_batch.model.offload.components import Component, check_tensor_shapes
 from tinysd_batch.model.offload.dry_run import dry_run
 from tinysd_batch.model.offload.host_embedding import keep_vocabulary_on_host
 from tinysd_batch.model.offload.offloader import Offloader
-from tinysd_batch.model.offload.replan_on_oom import retry_if_out_of_memory
 from tinysd_batch.model.offload.planner import Planner
 from tinysd_batch.model.offload.precompute import CrossAttentionKV, PrecomputedLayers
+from tinysd_batch.model.offload.replan_on_oom import retry_if_out_of_memory
 from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBatchShape, StagePlan, feature_map_dtype
 from tinysd_batch.model.packed.dequantize import has_working_kernels
 from tinysd_batch.model.packed.layers import count_dequantized_bytes, keep_dequantized
@@ -51,6 +51,7 @@ from tinysd_batch.model.sampling.batch import (
     rows_where,
     token_columns,
 )
+from tinysd_batch.model.sampling.guidance import apply_guidance
 from tinysd_batch.model.sampling.noise_correction import read_correction
 from tinysd_batch.model.sampling.samplers import get_timesteps, sample
 from tinysd_batch.model.sampling.schedule import NoiseGenerator, SamplingRun, StepCallback, zero_deviation
@@ -317,11 +318,10 @@ class TinySD:
         plan = self.planner.plan(self.planner.denoise_stage(shape))
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            """Predict the guided, corrected noise [B, 4, h, w]: e = e_negative + scale (e_text - e_negative)."""
+            """Predict the guided, corrected noise [B, 4, h, w]."""
             self.precomputed.set_timestep(float(timestep), self.device, self.dtype)
             if is_guided:
-                negative_noise, text_noise = step_unet(torch.cat([latents, latents])).chunk(2)
-                noise = negative_noise + scale * (text_noise - negative_noise)
+                noise = apply_guidance(*step_unet(torch.cat([latents, latents])).chunk(2), scale)
             else:
                 noise = step_unet(latents)
             return noise if self.correction is None else self.correction.apply(noise, float(timestep))

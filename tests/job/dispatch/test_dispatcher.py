@@ -8,7 +8,7 @@ import pytest
 from tests.chaos.simulator import FaultPlan, SimPool, Simulation, SimWorker
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole
-from tests.support.stub_model import SilentProgress
+from tests.support.models.stub_model import SilentProgress
 from tinysd_batch.errors import NoWorkerError
 from tinysd_batch.job import driver
 from tinysd_batch.job.workers.faults import FaultType

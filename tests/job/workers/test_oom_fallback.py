@@ -13,8 +13,8 @@ from tests.support.files import write_csv
 from tests.support.jobs import check_whole, draw, setup_for
 from tinysd_batch.config import Settings
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
-from tinysd_batch.job.ray_workers.worker_slots import WorkerSlot
 from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
+from tinysd_batch.job.ray_workers.worker_slots import WorkerSlot
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.oom_fallback import OOM_FALLBACKS, MemoryLimits, split_evenly
 from tinysd_batch.model import pipeline

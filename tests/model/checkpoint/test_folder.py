@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.packed_files import LAYER, Tensors, damage, drop, put
+from tests.support.models.packed_files import LAYER, Tensors, damage, drop, put
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, compute_model_digest, read_model_info

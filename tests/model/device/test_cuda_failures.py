@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import gpu_measurements, random_sd_v1
 from tests.support.fake_cuda import graphs
 from tests.support.fake_cuda.allocator import DEFAULT_POOL, FakeCachingAllocator
 from tests.support.fake_cuda.device import CONTEXT_BYTES, FakeCudaDevice
@@ -20,6 +19,7 @@ from tests.support.fake_cuda.driver import FakeCudaRuntime
 from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 from tests.support.files import write_csv
 from tests.support.jobs import Quiet, check_whole, setup_for
+from tests.support.models import gpu_measurements, random_sd_v1
 from tinysd_batch import TinySD
 from tinysd_batch.config import Settings
 from tinysd_batch.errors import UsageError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from tests.support.tiny_models import TEXT_WIDTH
+from tests.support.models.tiny_models import TEXT_WIDTH
 from tinysd_batch.model.chunking import DEFAULT_CHUNK_BYTES, items_per_chunk, limit_chunk_bytes
 from tinysd_batch.model.nn.chunked_attention import use_chunked_layers
 from tinysd_batch.model.pipeline import TinySD

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.support import ldm_checkpoint
+from tests.support.models import ldm_checkpoint
 from tests.support.session import examples
 from tinysd_batch.model.chunking import limit_chunk_bytes
 from tinysd_batch.model.nn import vae_decoder

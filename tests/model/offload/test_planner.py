@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import ldm_checkpoint
-from tests.support.stage_peaks import interpolate_budget, measure_stage_peaks
+from tests.support.models import ldm_checkpoint
+from tests.support.models.stage_peaks import interpolate_budget, measure_stage_peaks
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.nn.chunked_attention import ChunkedAttnProcessor
 from tinysd_batch.model.nn.vae_decoder import decode_single, use_strip_layers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from tests.support.tiny_models import TEXT_WIDTH
+from tests.support.models.tiny_models import TEXT_WIDTH
 from tinysd_batch.config import SAMPLERS
 from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.samplers import get_timesteps

@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 import tinysd_batch.diffusers  # noqa: F401 - registers the format with diffusers
 from tests.support.files import write_csv
 from tests.support.jobs import read_results
+from tests.support.models.schedules import ALPHAS, SD_V1
 from tests.support.program import run_here
-from tests.support.schedules import ALPHAS, SD_V1
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.json_file import read_json_object

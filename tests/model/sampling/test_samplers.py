@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Generator, Tensor
 
-from tests.support.schedules import ALPHAS, SD_V1
-from tests.support.tiny_stable_diffusion import CONTEXT, dequantized, unet_checkpoint
+from tests.support.models.schedules import ALPHAS, SD_V1
+from tests.support.models.tiny_stable_diffusion import CONTEXT, dequantized, unet_checkpoint
 from tinysd_batch.config import SAMPLERS, find_sampler
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.sampling.ddim_plms import iter_ddim_steps

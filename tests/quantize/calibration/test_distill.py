@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.small_unet import CPU, small_unet
+from tests.support.models.small_unet import CPU, small_unet
 from tinysd_batch.model.packed.format import GroupWeight
 from tinysd_batch.quantize.calibration.distill import DistillationExamples, StudentUNet, distill_unet
 from tinysd_batch.quantize.calibration.layerwise import CalibratedLayer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.small_unet import CPU, small_unet
+from tests.support.models.small_unet import CPU, small_unet
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.model.checkpoint.safetensors_mmap import MappedTensors
 from tinysd_batch.quantize.calibration.layerwise import run_segment

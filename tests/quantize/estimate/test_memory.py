@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from tests.support.models.small_unet import CPU, RECIPE, small_unet
 from tests.support.paths import ROOT
 from tests.support.program import run_here
-from tests.support.small_unet import CPU, RECIPE, small_unet
 from tinysd_batch.model.offload.peak_memory import PeakMemoryTracker
 from tinysd_batch.quantize.calibrated import make_state_pairs
 from tinysd_batch.quantize.calibration.layerwise import DataSplit, LayerwiseCalibration, StatePair

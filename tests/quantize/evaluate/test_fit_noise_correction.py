@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator
 
+from tests.support.models.small_unet import CPU, RECIPE
 from tests.support.program import run_here
-from tests.support.small_unet import CPU, RECIPE
 from tinysd_batch import TinySD
 from tinysd_batch.model.checkpoint.json_file import read_json_object
 from tinysd_batch.model.sampling.noise_correction import CONFIG_KEY, Knot, NoiseCorrection, read_correction

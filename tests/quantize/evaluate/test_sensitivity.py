@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.small_unet import small_unet
+from tests.support.models.small_unet import small_unet
 from tinysd_batch.model.checkpoint.folder import write_packed_unet
 from tinysd_batch.model.packed.dequantize import dequantize
 from tinysd_batch.model.packed.format import Layout, from_matrix

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.models.small_unet import CPU
 from tests.support.session import examples
-from tests.support.small_unet import CPU
 from tinysd_batch.model.packed.dequantize import dequantize
 from tinysd_batch.model.packed.format import to_matrix
 from tinysd_batch.quantize.solve.affine import quantize_matrix

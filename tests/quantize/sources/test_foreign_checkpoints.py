@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tests.quantize.conftest import Save
-from tests.support import ldm_checkpoint
+from tests.support.models import ldm_checkpoint
 from tests.support.program import run_here
 from tinysd_batch.errors import ModelError
 from tinysd_batch.quantize.convert import convert_model

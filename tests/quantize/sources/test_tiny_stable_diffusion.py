@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Tensor
 
-from tests.support.tiny_stable_diffusion import CONTEXT, PREFIX, dequantized, unet_checkpoint
+from tests.support.models.tiny_stable_diffusion import CONTEXT, PREFIX, dequantized, unet_checkpoint
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.folder import read_unet, write_packed_unet
 from tinysd_batch.model.nn.unet import decode_half, encode_half

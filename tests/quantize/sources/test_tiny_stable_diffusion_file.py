@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Tensor
 
-from tests.support import ldm_checkpoint, tiny_stable_diffusion
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole
+from tests.support.models import ldm_checkpoint, tiny_stable_diffusion
 from tests.support.program import run_here
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError

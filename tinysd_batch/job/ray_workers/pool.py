@@ -13,6 +13,7 @@ from tinysd_batch.job.ray_workers.bounded_calls import CALL_TIMEOUT_S, RayLostEr
 from tinysd_batch.job.ray_workers.cluster import RaySession, find_user_error, summarize_ray_error
 from tinysd_batch.job.ray_workers.local_ray import INLINE_HINT
 from tinysd_batch.job.ray_workers.result_batches import ResultBatch
+from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
 from tinysd_batch.job.ray_workers.worker_slots import (
     Placement,
     WorkerSlot,
@@ -23,7 +24,6 @@ from tinysd_batch.job.ray_workers.worker_slots import (
     list_cpu_placements,
     list_gpu_placements,
 )
-from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
 from tinysd_batch.job.workers.faults import FaultType, classify_worker_loss
 from tinysd_batch.job.workers.pool import BatchDone, Chunk, ChunkDone, WorkerEvent, WorkerLost, WorkerReady
 from tinysd_batch.job.workers.worker import WorkerSetup

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from tinysd_batch.model.checkpoint.folder import read_noise_schedule, read_text_encoder
 from tinysd_batch.model.offload.components import Component
 from tinysd_batch.model.sampling.ddim_plms import sample_ddim
+from tinysd_batch.model.sampling.guidance import apply_guidance
 from tinysd_batch.model.sampling.schedule import SamplingRun, sample_noise
 from tinysd_batch.model.text.encoder import Conditioning, PromptEncoder
 from tinysd_batch.model.text.tokenizer import read_tokenizer
@@ -36,7 +37,7 @@ class Trajectories:
 
     def guided_noise(self, scale: float) -> Tensor:
         """Return the noise predictions under classifier-free guidance, [S, P, 4, h, w]."""
-        return self.noise_without + scale * (self.noise - self.noise_without)
+        return apply_guidance(self.noise_without, self.noise, scale)
 
     def select(self, prompts: Tensor) -> "Trajectories":
         """Return the trajectories of these prompts only."""
@@ -98,7 +99,7 @@ def generate_trajectories(
         predicted = unet.predict(both_latents, times, both_contexts, segment_batch_size(both_latents))
         noise_without, noise = predicted.chunk(2)
         calls.append((latents.clone(), float(time), noise, noise_without))
-        return noise_without + recipe.scale * (noise - noise_without)
+        return apply_guidance(noise_without, noise, recipe.scale)
 
     config = unet.unet.config
     generators = [Generator("cpu").manual_seed(first_seed + number) for number in range(len(prompts))]

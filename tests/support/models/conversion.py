@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support import ldm_checkpoint
+from tests.support.models import ldm_checkpoint
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from tests.support.random_sd_v1 import MODEL, SD_V1_UNET
+from tests.support.models.random_sd_v1 import MODEL, SD_V1_UNET
 from tinysd_batch.model.device.cuda_graph import CapturedStep
 from tinysd_batch.model.device.cuda_overhead import measure_cuda_overhead
 from tinysd_batch.model.offload.planner import CUBLAS_WORKSPACE_VARIABLE, SMALL_CUBLAS_WORKSPACE
