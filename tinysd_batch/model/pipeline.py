@@ -308,7 +308,6 @@ class TinySD:
         sampler, steps = batch.request.sampler, batch.request.steps
         scale = torch.tensor([cond.scale for cond in conditionings], device=self.device).view(-1, 1, 1, 1)
         negatives = [cond.negative_embedding for cond in conditionings if cond.negative_embedding is not None]
-        is_guided = bool(negatives)
         self.precomputed.prepare_timesteps(get_timesteps(sampler, steps, self.schedule))
         context = torch.stack([*negatives, *(cond.embedding for cond in conditionings)])
         context_kv = self.precomputed.compute_context_kv(context, self.device, self.dtype)
@@ -320,8 +319,9 @@ class TinySD:
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             """Predict the guided, corrected noise [B, 4, h, w]."""
             self.precomputed.set_timestep(float(timestep), self.device, self.dtype)
-            if is_guided:
-                noise = apply_guidance(*step_unet(torch.cat([latents, latents])).chunk(2), scale)
+            if negatives:
+                negative_noise, text_noise = step_unet(torch.cat([latents, latents])).chunk(2)
+                noise = apply_guidance(negative_noise, text_noise, scale)
             else:
                 noise = step_unet(latents)
             return noise if self.correction is None else self.correction.apply(noise, float(timestep))
