@@ -168,20 +168,20 @@ def get_shared_options() -> list[str]:
 
 
 def option_row(option: Any) -> list[str]:
-    names = ", ".join(
-        f"`{name}`" for name in sorted([*option.opts, *option.secondary_opts], key=lambda name: (len(name) == 2, name))
-    )
-    return [names, option.help]
+    """Return the names of an option, short ones last, and its help."""
+    names = sorted([*option.opts, *option.secondary_opts], key=lambda name: len(name) == len("-o"))
+    return [", ".join(f"`{name}`" for name in names), option.help]
+
+
+def get_arguments(command: Any) -> list[Any]:
+    """Return the arguments of a command that its help shows."""
+    return [p for p in command.params if p.param_type_name == "argument" and p.help and p.metavar != ""]
 
 
 def commands() -> str:
     rows = []
     for name, command in get_commands().items():
-        arguments = " ".join(
-            argument.metavar or argument.name.upper()
-            for argument in command.params
-            if argument.param_type_name == "argument" and argument.help and not argument.hidden
-        )
+        arguments = " ".join(argument.name.upper() for argument in get_arguments(command))
         rows.append([f"[`tinysd-batch {name} {arguments}`](#{name})", inspect.cleandoc(command.help).split("\n\n")[0]])
     return format_table(["command", "what it does"], rows)
 
@@ -191,9 +191,13 @@ def options() -> str:
     parts = []
     for name, command in get_commands().items():
         paragraphs = inspect.cleandoc(command.help).split("\n\n")
-        arguments = [p for p in command.params if p.param_type_name == "argument" and p.help]
-        own = [option for key, option in get_options(command).items() if key not in shared]
-        rows = [[f"`{argument.name.upper()}`", argument.help] for argument in arguments]
+        elsewhere = [*shared, *(get_options(get_commands()["submit"]) if name == "plan" else ())]
+        own = [
+            option
+            for key, option in get_options(command).items()
+            if key not in elsewhere or option.opts[0] == "--verbose"
+        ]
+        rows = [[f"`{argument.name.upper()}`", argument.help] for argument in get_arguments(command)]
         rows += [option_row(option) for option in own]
         also = " The [settings](#settings) apply, too." if set(shared) <= set(get_options(command)) else ""
         parts.append(f"## {name}\n\n{' '.join(paragraphs)}{also}\n\n{format_table(['option', 'meaning'], rows)}")

@@ -28,7 +28,7 @@ def convert_command(
         typer.Option("--dtype", help="Store weights as fp16 or fp32; unchanged if not given.", show_default=False),
     ] = None,
 ) -> None:
-    """Convert an SD v1 checkpoint to a float model folder, without loss of quality or size."""
+    """Convert an SD v1 checkpoint to a float model folder, unchanged in quality and size."""
     if dtype not in (None, "fp16", "fp32"):
         raise UsageError(f"--dtype {dtype}: fp16 or fp32 was expected")
     from tinysd_batch.quantize.convert import convert_model
