@@ -2,19 +2,19 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Another wheel index for torch, such as $(TORCH_WHEELS)/cpu; if not given, configs/torch_build.sh looks for the GPU.
+# Another wheel index for torch, such as $(TORCH_WHEELS)/cpu; by default configs/torch_build.sh detects the GPU.
 TORCH_INDEX ?=
 TORCH_WHEELS := https://download.pytorch.org/whl
 
 BIN := $(VENV)/bin
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help gpu install demo test test-rest test-all lint benchmark train clean
+.PHONY: help gpu install demo test test-rest test-all lint docs screenshots benchmark release train clean
 
-help: ## Show what can be made
+help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-gpu: ## Say which build of torch suits this machine
+gpu: ## Show which build of torch suits this machine, and why
 	@build=$$(sh configs/torch_build.sh); echo "TORCH_INDEX=$${build:+$(TORCH_WHEELS)/$$build}"
 
 $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py tinysd_batch/model/packed/unpack.c tinysd_batch/model/packed/cpu_build.py
@@ -22,9 +22,9 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py tinysd_batch/mo
 	$(PYTHON) -m venv $(VENV)
 	@index="$(TORCH_INDEX)"; \
 	if [ -z "$$index" ]; then build=$$(sh configs/torch_build.sh); index="$${build:+$(TORCH_WHEELS)/$$build}"; fi; \
-	echo "Installing torch: some 200 MB as a CPU build, 3 GB with CUDA. TORCH_INDEX=... names another wheel index."; \
+	echo "Installing torch: about 200 MB for the CPU, 3 GB with CUDA. TORCH_INDEX=... chooses another wheel index."; \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch $${index:+--index-url "$$index"}
-	@echo "Installing tinysd-batch and what it needs: some 250 MB."
+	@echo "Installing tinysd-batch and its dependencies: about 250 MB."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
@@ -32,33 +32,47 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-install: $(VENV)/installed ## Make .venv with the program in it
+install: $(VENV)/installed ## Create .venv and install the program in it
 
-demo: $(VENV)/installed ## Draw the twelve prompts of jobs/demo with the embedded model
+demo: $(VENV)/installed ## Generate the images of jobs/demo with the embedded model
 	$(BIN)/tinysd-batch submit jobs/demo/job.toml --verbose
 
-test: $(VENV)/installed-dev ## The default tests, in under 4 minutes on two cores
+test: $(VENV)/installed-dev ## Run the default tests (less than 4 minutes on two cores)
 	$(BIN)/pytest $(PARALLEL)
 
-test-rest: $(VENV)/installed-dev ## The slow tests; then, one at a time, those that start Ray, measure or kill processes
+test-rest: $(VENV)/installed-dev ## Run the slow tests; then, one at a time, those that start Ray, measure or kill processes
 	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest $(PARALLEL) -m '(slow or hypothesis) and not (chaos or alone)'
 	$(BIN)/pytest -m 'chaos or alone'
 
-test-all: test test-rest ## All tests that need no GPU, in under 40 minutes
+test-all: test test-rest ## Run all tests that need no GPU (less than 40 minutes)
 
-lint: $(VENV)/installed-dev ## Style, types and import contracts
+lint: $(VENV)/installed-dev ## Check style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-benchmark: $(VENV)/installed ## Measure the embedded model, the job layer beside Ray Data, and how much batches change images
+docs: $(VENV)/installed-dev ## Rewrite the tables of docs/ that are generated from the program
+	$(BIN)/python -m docs.tables
+
+screenshots: $(VENV)/installed ## Make the images of the README from a run of jobs/demo
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m docs.screenshots
+
+release: $(VENV)/installed ## Build sdist and wheel into dist/ and check them in clean environments; upload nothing
+	@$(BIN)/pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	sh configs/check_release.sh $(BIN)/python
+
+benchmark: $(VENV)/installed ## Run the short benchmarks: the embedded model, the job layer beside Ray Data, one seed in many batches
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python -m benchmarks.engine.quick
 	$(BIN)/python -m benchmarks.job.overhead
 	$(BIN)/python -m benchmarks.engine.batch_independence
 
-train: $(VENV)/installed ## Make the embedded model anew (hours)
+train: $(VENV)/installed ## Train the embedded model again (hours)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
 	$(BIN)/python -m training.run
 

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Print the build of torch that suits this machine's NVIDIA GPUs, as the last part of a wheel index's address: cu126, or
-# nothing for the usual build. Why is said on stderr.
+# Print which build of torch supports this machine's NVIDIA GPUs, as the last part of a wheel index's URL: cu126, or
+# nothing for the default build. The reason is printed on stderr.
 #
-# Usual builds (CUDA 13) have no code for GPUs before Turing (compute capability 7.5), which are Maxwell, Pascal (GTX 10xx)
-# and Volta, and need driver 580. Builds for CUDA 12.6 have code for 5.0 to 9.0 and need driver 525. PyTorch has announced
-# 2.14 as the last release with them: github.com/pytorch/pytorch/issues/190385.
+# Default builds (CUDA 13) have no code for GPUs before Turing (compute capability 7.5), that is, for Maxwell, Pascal
+# (GTX 10xx) and Volta, and need driver 580. Builds for CUDA 12.6 have code for 5.0 to 9.0 and need driver 525. PyTorch
+# announced 2.14 as the last release with them: github.com/pytorch/pytorch/issues/190385.
 
 export PATH="$PATH:/usr/lib/wsl/lib"
 
@@ -17,17 +17,17 @@ fi
 
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null; }
 
-if ! found=$(query name,compute_cap,driver_version); then
-    if found=$(query name,driver_version); then # too old to know of compute_cap
-        say "The NVIDIA driver is too old for torch ($(echo "$found" | head -n 1)): update it to 525 or later, 580 if you can."
+if ! gpus=$(query name,compute_cap,driver_version); then
+    if gpus=$(query name,driver_version); then # too old for compute_cap
+        say "The NVIDIA driver is too old for torch ($(echo "$gpus" | head -n 1)): update it to 525 or later, 580 if you can."
     else
         say "nvidia-smi finds no GPU or no driver. The CPU build of torch is smaller by 3 GB: TORCH_INDEX=.../cpu, see README."
     fi
     exit 0
 fi
 
-# Lowest and highest compute capability, and the driver's major version; GPUs of which nothing is known do not count.
-echo "$found" | awk -F', *' '
+# Lowest and highest compute capability, and the driver's major version; GPUs with unknown values are ignored.
+echo "$gpus" | awk -F', *' '
     function say(text) { print text > "/dev/stderr" }
     NF >= 3 && $(NF - 1) + 0 > 0 {
         able = $(NF - 1) + 0
@@ -38,21 +38,21 @@ echo "$found" | awk -F', *' '
     }
     END {
         old = low < 7.5
-        if (!seen) say("nvidia-smi names no GPU that torch could use; the usual build is installed.")
-        else if (high < 5) say(newest ": too old for any build of torch; work on the CPU, TORCH_INDEX=.../cpu, see README.")
+        if (!seen) say("nvidia-smi reports no GPU that torch can use; the default build is installed.")
+        else if (high < 5) say(newest ": too old for any build of torch; use the CPU, TORCH_INDEX=.../cpu, see README.")
         else if (driver && driver < 525) say("NVIDIA driver " version ": too old for torch; update it to 525 or later, 580 if you can.")
         else if (old && high >= 10) {
-            say(oldest " and " newest ": no build of torch has code for both. The usual one is installed, which leaves out the older.")
+            say(oldest " and " newest ": no build of torch has code for both. The default one is installed, which does not support the older.")
             say("For the older one: TORCH_INDEX=.../cu126, see README.")
         }
         else if (old) {
-            say(oldest ": needs torch for CUDA 12.6; usual builds have no code for it. torch 2.14 is announced as the last with such a build.")
+            say(oldest ": needs torch for CUDA 12.6; default builds have no code for it. torch 2.14 is announced as the last with such a build.")
             print "cu126"
         }
         else if (driver && driver < 580 && high >= 10) say(newest ": needs NVIDIA driver 580 or later, this is " version ".")
         else if (driver && driver < 580) {
-            say("NVIDIA driver " version ": too old for CUDA 13, so torch for CUDA 12.6 is taken; with driver 580 the usual build works.")
+            say("NVIDIA driver " version ": too old for CUDA 13, so torch for CUDA 12.6 is installed; with driver 580 the default build works.")
             print "cu126"
         }
-        else say(newest ": the usual build of torch has code for it.")
+        else say(newest ": the default build of torch has code for it.")
     }'

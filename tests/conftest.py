@@ -1,6 +1,6 @@
-"""A real model, small enough to load and draw in milliseconds: SD's classes with random weights, packed.
+"""Fixtures: tiny models with SD's classes and random weights, a folder to work in, and CUDA devices.
 
-And a folder to work in, and a card to work on: one that is pretended always, a real one with `pytest -m gpu`.
+The CUDA device is a fake one, or with `pytest -m gpu` a real one.
 """
 
 import gc
@@ -16,15 +16,15 @@ import pytest
 from tests.support.session import DEFAULT_EXAMPLES, made_once
 from tests.support.tiny_models import write_float_model
 
-# Heavy libraries are imported in fixtures: the process that only hands out tests to its workers has no use for them.
+# Heavy libraries are imported in fixtures: the process that distributes tests to its workers does not need them.
 if TYPE_CHECKING:
     from tests.support.fake_cuda.device import FakeCudaDevice
     from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
-AnyCard = TypeVar("AnyCard", bound="FakeCudaDevice")
+AnyFakeGpu = TypeVar("AnyFakeGpu", bound="FakeCudaDevice")
 
-# A busy machine is not the code's fault: no deadlines, and no complaint about slow generation of examples. Every run
-# tries the same examples, ten times as many with HYPOTHESIS_PROFILE=thorough.
+# No deadlines and no check for slow generation, because machines may be busy. Every run tries the same examples, ten
+# times as many with HYPOTHESIS_PROFILE=thorough.
 hypothesis.settings.register_profile(
     "patient", max_examples=DEFAULT_EXAMPLES, derandomize=True, deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
@@ -36,7 +36,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "patient")
 
 
 def pytest_collection_finish() -> None:
-    """Keep what was imported out of each garbage collection, which takes half a second with it and is called a lot."""
+    """Exclude imported modules from garbage collection, which would take half a second each time."""
     gc.collect()
     gc.freeze()
 
@@ -50,13 +50,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float model folder: 16x16 pixels, four blocks a side named as SD v1's, random weights."""
+    """A float model folder: 16x16 pixels, blocks named as in SD v1, random weights."""
     return made_once(tmp_path_factory, "models/float", write_float_model)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model packed to 2, 4 and 8 bits."""
+    """The float model, packed to 2, 4 and 8 bits."""
     from tinysd_batch.quantize.data_free import quantize_folder
 
     return made_once(tmp_path_factory, "models/packed", lambda out: quantize_folder(float_model, out, "quality"))
@@ -64,32 +64,32 @@ def tiny_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, besides a good manifest."""
+    """The current folder, empty except for a valid manifest."""
     (tmp_path / "m.csv").write_text("prompt\ncat\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def pretended_card() -> "Iterator[FakeCudaDevice]":
-    """A card of 4 GiB; all work on it was in good order."""
+def fake_gpu() -> "Iterator[FakeCudaDevice]":
+    """A fake CUDA device with 4 GiB; fails the test if its rules were violated."""
     from tests.support.fake_cuda.device import FakeCudaDevice
 
-    with in_good_order(FakeCudaDevice()) as card:
-        yield card
+    with checked_fake_gpu(FakeCudaDevice()) as gpu:
+        yield gpu
 
 
 @pytest.fixture
-def idle_card() -> "Iterator[ShapeOnlyCudaDevice]":
-    """The same, which computes nothing."""
+def shape_only_gpu() -> "Iterator[ShapeOnlyCudaDevice]":
+    """The same, but it computes shapes only."""
     from tests.support.fake_cuda.shape_only import ShapeOnlyCudaDevice
 
-    with in_good_order(ShapeOnlyCudaDevice()) as card:
-        yield card
+    with checked_fake_gpu(ShapeOnlyCudaDevice()) as gpu:
+        yield gpu
 
 
 @contextmanager
-def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
+def checked_fake_gpu(gpu: AnyFakeGpu) -> Iterator[AnyFakeGpu]:
     import torch
 
     from tests.support.fake_cuda.driver import COMPILER
@@ -97,25 +97,25 @@ def in_good_order(card: AnyCard) -> Iterator[AnyCard]:
     from tests.support.fake_cuda.race_detector import DataRaceError
 
     if COMPILER is None:
-        pytest.skip("no g++ here to compile the kernels with")
+        pytest.skip("no g++ to compile the kernels with")
     if torch.cuda.is_available():
-        pytest.skip("there is a real card")
-    with use_fake_cuda(card):
-        yield card
+        pytest.skip("there is a real GPU")
+    with use_fake_cuda(gpu):
+        yield gpu
     assert not DataRaceError.raised
-    assert not card.allocator.capturing_pools, "a capture that was begun and not ended"
+    assert not gpu.allocator.capturing_pools, "a graph capture was not ended"
 
 
 @pytest.fixture
-def real_card() -> None:
+def real_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
 
-@pytest.fixture(params=["pretended_card", pytest.param("real_card", marks=pytest.mark.gpu)])
-def card(request: pytest.FixtureRequest) -> "FakeCudaDevice | None":
-    """The pretended card, or None for a real one: what can be told of both is tested on both."""
-    found: FakeCudaDevice | None = request.getfixturevalue(request.param)
-    return found
+@pytest.fixture(params=["fake_gpu", pytest.param("real_gpu", marks=pytest.mark.gpu)])
+def cuda_device(request: pytest.FixtureRequest) -> "FakeCudaDevice | None":
+    """The fake CUDA device, or None for a real GPU: what holds for both is tested on both."""
+    device: FakeCudaDevice | None = request.getfixturevalue(request.param)
+    return device

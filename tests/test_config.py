@@ -1,4 +1,4 @@
-"""Settings from job files, presets and flags are read as manifests are: one notion of text, number and nothing."""
+"""Settings of job files, presets and options are read like manifests: the same rules for text, numbers and gaps."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ from tinysd_batch.errors import UsageError
         ({"format": "\u200bjpg", "prompt_syntax": "a1111\u2060"}, {"format": "jpg", "prompt_syntax": "a1111"}),
     ],
 )
-def test_settings_in_every_spelling(values: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_every_spelling_of_settings(values: dict[str, Any], expected: dict[str, Any]) -> None:
     settings = merge_settings(values)
     assert {name: getattr(settings, name) for name in expected} == expected
 
@@ -34,12 +34,12 @@ def test_settings_in_every_spelling(values: dict[str, Any], expected: dict[str, 
     "values",
     [{"steps": 2.5}, {"steps": 1e30}, {"seed": -2}, {"steps": True}, {"scale": math.inf}, {"scale": True}, {"f": "x"}],
 )
-def test_what_stays_a_fault(values: dict[str, Any]) -> None:
+def test_invalid_settings(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"settings: {next(iter(values))} = "):
         merge_settings(values)
 
 
-def test_a_missing_value_says_nothing_and_minus_one_takes_a_seed_back() -> None:
+def test_missing_value_is_unset_and_minus_one_unsets_a_seed() -> None:
     settings = merge_settings({"scale": 3.0, "seed": 5}, {"scale": math.nan, "seed": -1})
     assert (settings.scale, settings.seed) == (3.0, None)
 
@@ -48,9 +48,9 @@ def test_a_missing_value_says_nothing_and_minus_one_takes_a_seed_back() -> None:
     "encode",
     [lambda text: f"\ufeff{text}".encode(), lambda text: text.encode("utf-16"),
      lambda text: text.replace("steps", "\ufeffsteps").encode()],
-    ids=["utf-8-sig", "utf-16", "two files put together"],
+    ids=["utf-8-sig", "utf-16", "concatenated files"],
 )  # fmt: skip
-def test_byte_order_marks_before_toml(tmp_path: Path, encode: Any) -> None:
+def test_toml_with_byte_order_marks(tmp_path: Path, encode: Any) -> None:
     (tmp_path / "preset.toml").write_bytes(encode('scale = 5\nsteps = 3.0\nnegative_prompt = "größe"\n'))
     expected = {"scale": 5, "steps": 3.0, "negative_prompt": "größe"}
     assert read_preset(tmp_path / "preset.toml") == expected
@@ -58,7 +58,7 @@ def test_byte_order_marks_before_toml(tmp_path: Path, encode: Any) -> None:
     assert read_job_file(tmp_path / "job.toml") == (expected, tmp_path / "m.csv", None)
 
 
-def test_flags_and_job_file_of_a_plan(here: Path, capfd: Capture, tiny_model: Path) -> None:
+def test_options_and_job_file_of_plan(here: Path, capfd: Capture, tiny_model: Path) -> None:
     (here / "job.toml").write_bytes(b'\xef\xbb\xbfmanifest = "m.csv"\nsteps = 3.0\nseed = -1\nscale = nan\n')
     code, stdout, stderr = call(capfd, "plan", "job.toml", "--model", tiny_model, "--sampler", "k_dpm_2_ancestral")
     assert (code, stderr) == (0, "")
@@ -84,10 +84,10 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("own", SAMPLERS)
-def test_samplers_by_the_names_of_others(own: str) -> None:
-    assert {name: find_sampler(name) for name in SAMPLERS[own].split(" ")} == dict.fromkeys(
-        SAMPLERS[own].split(" "), own
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampler_names_of_other_programs(sampler: str) -> None:
+    assert {name: find_sampler(name) for name in SAMPLERS[sampler].split(" ")} == dict.fromkeys(
+        SAMPLERS[sampler].split(" "), sampler
     )
 
 
@@ -108,6 +108,6 @@ def test_samplers_by_the_names_of_others(own: str) -> None:
         ("Karras", "no such sampler"),
     ],
 )
-def test_samplers_that_are_not_there(name: str, message: str) -> None:
+def test_unsupported_samplers(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_sampler(name)

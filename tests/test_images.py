@@ -1,3 +1,5 @@
+"""Image files and the metadata inside them."""
+
 import io
 from pathlib import Path
 
@@ -17,7 +19,7 @@ def request(prompt: str, negative: str = "") -> ImageRequest:
     return ImageRequest(1, 1, 1, prompt, negative, 42, 7.5, params, "ab" * 16, "images/00000/seed_42_00001.png")
 
 
-def test_parameters_as_other_tools_read_them() -> None:
+def test_webui_parameters() -> None:
     text = format_webui_parameters(request("a cat\non a mat", "blurry"), "sd, v1", "0123456789abcdef", "0.1.0")
     assert text.splitlines() == [
         "a cat on a mat",
@@ -28,34 +30,34 @@ def test_parameters_as_other_tools_read_them() -> None:
 
 
 def pixels(size: int = 32) -> npt.NDArray[np.uint8]:
-    """Smooth, so that lossy formats can hold it."""
+    """Return a smooth gradient, which lossy formats preserve."""
     ramp = np.linspace(0, 255, size).astype(np.uint8)
     return np.stack([np.broadcast_to(ramp, (size, size)), np.broadcast_to(ramp[:, None], (size, size))] * 2, axis=2)[
         ..., :3
     ].copy()
 
 
-OURS = {"image_id": "ab", "prompt": "\N{SNOWMAN}\0", "made": {"degraded": []}}
+METADATA = {"image_id": "ab", "prompt": "\N{SNOWMAN}\0", "made": {"degraded": []}}
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
 def test_pixels_and_metadata_survive(name: str) -> None:
-    data = encode_image(Image.fromarray(pixels()), FileFormat(name, quality=95), "p\N{SNOWMAN}", OURS)
+    data = encode_image(Image.fromarray(pixels()), FileFormat(name, quality=95), "p\N{SNOWMAN}", METADATA)
     with Image.open(io.BytesIO(data)) as image:
         difference = np.abs(np.asarray(image).astype(int) - pixels())
     assert difference.max() <= (0 if name == "png" else 12)
-    assert read_metadata(data) == ("p\N{SNOWMAN}", OURS)
+    assert read_metadata(data) == ("p\N{SNOWMAN}", METADATA)
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
-def test_metadata_may_hold_names_that_are_no_text(name: str) -> None:
+def test_metadata_with_names_that_are_not_unicode(name: str) -> None:
     odd = {"model": "mod\udce9", "made": {"device_name": "\ud800", "degraded": ["\udce9"]}}
-    parameters, ours = read_metadata(encode_image(Image.fromarray(pixels()), FileFormat(name), "mod\udce9", odd))
-    assert (parameters, ours["model"], ours["made"]["degraded"]) == ("mod\\xe9", "mod\\xe9", ["\\xe9"])
+    parameters, stored = read_metadata(encode_image(Image.fromarray(pixels()), FileFormat(name), "mod\udce9", odd))
+    assert (parameters, stored["model"], stored["made"]["degraded"]) == ("mod\\xe9", "mod\\xe9", ["\\xe9"])
 
 
 @pytest.mark.parametrize("name", ["jpg", "webp"])
-def test_quality_costs_bytes(name: str) -> None:
+def test_higher_quality_gives_larger_files(name: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     sizes = [len(encode_image(noise, FileFormat(name, quality), "", {})) for quality in (10, 50, 95)]
     assert sizes == sorted(sizes)
@@ -63,8 +65,8 @@ def test_quality_costs_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
-def test_without_metadata_nothing_is_told(name: str) -> None:
-    data = encode_image(Image.fromarray(pixels()), FileFormat(name, with_metadata=False), "secret prompt", OURS)
+def test_file_without_metadata(name: str) -> None:
+    data = encode_image(Image.fromarray(pixels()), FileFormat(name, with_metadata=False), "secret prompt", METADATA)
     assert read_metadata(data) == ("", {})
     with Image.open(io.BytesIO(data)) as image:
         assert not image.getexif()
@@ -73,36 +75,40 @@ def test_without_metadata_nothing_is_told(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["jpg", "webp"])
 @pytest.mark.parametrize("characters", [10, 5_000, 10_000])
-def test_prompts_too_long_for_exif_leave_the_identity(name: str, characters: int) -> None:
+def test_prompts_too_long_for_exif_are_omitted(name: str, characters: int) -> None:
     prompt = "\N{SNOWMAN}" * characters
-    ours = {"image_id": "ab", "prompt": prompt, "negative_prompt": prompt, "seed": 3}
-    _, found = read_metadata(encode_image(Image.fromarray(pixels()), FileFormat(name), prompt + prompt, ours))
-    assert (found["image_id"], found["seed"]) == ("ab", 3)
-    assert found.get("prompt", prompt) == prompt
+    stored = {"image_id": "ab", "prompt": prompt, "negative_prompt": prompt, "seed": 3}
+    _, metadata = read_metadata(encode_image(Image.fromarray(pixels()), FileFormat(name), prompt + prompt, stored))
+    assert (metadata["image_id"], metadata["seed"]) == ("ab", 3)
+    assert metadata.get("prompt", prompt) == prompt
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_other_programs_read_what_made_the_picture(
+def test_other_programs_read_the_parameters(
     name: str, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # sd-parsers 0.6 knows a picture again by its address in memory, which the next picture may have, too.
+    # sd-parsers 0.6 caches by the image's memory address, which the next image may have, too.
     monkeypatch.setattr("sd_parsers.extractors._jpeg_usercomment._image_id", None)
     params = SamplingParams(width=512, height=768, steps=50, sampler=sampler, eta=0.5)
-    made = ImageRequest(1, 1, 1, "a cat, (big:1.2), 16:9", "blurry: yes", 42, 7.5, params, "ab" * 16, "x.png")
-    parameters = format_webui_parameters(made, "sd, v1", "0123456789abcdef", "0.1.0")
-    path = tmp_path / f"picture.{name}"
-    path.write_bytes(encode_image(Image.fromarray(pixels()), FileFormat(name), parameters, OURS))
-    found = sd_parsers.ParserManager().parse(path)
-    assert found is not None
-    (read,) = found.samplers
-    assert [prompt.value for prompt in found.prompts] == ["a cat, (big:1.2), 16:9"]
-    assert [prompt.value for prompt in found.negative_prompts] == ["blurry: yes"]
-    assert read.name == SAMPLER_LABELS[sampler]
-    assert (read.parameters["seed"], read.parameters["steps"], read.parameters["cfg_scale"]) == ("42", "50", "7.5")
+    image_request = ImageRequest(1, 1, 1, "a cat, (big:1.2), 16:9", "blurry: yes", 42, 7.5, params, "ab" * 16, "x.png")
+    parameters = format_webui_parameters(image_request, "sd, v1", "0123456789abcdef", "0.1.0")
+    path = tmp_path / f"image.{name}"
+    path.write_bytes(encode_image(Image.fromarray(pixels()), FileFormat(name), parameters, METADATA))
+    parsed = sd_parsers.ParserManager().parse(path)
+    assert parsed is not None
+    (parsed_sampler,) = parsed.samplers
+    assert [prompt.value for prompt in parsed.prompts] == ["a cat, (big:1.2), 16:9"]
+    assert [prompt.value for prompt in parsed.negative_prompts] == ["blurry: yes"]
+    assert parsed_sampler.name == SAMPLER_LABELS[sampler]
+    assert (
+        parsed_sampler.parameters["seed"],
+        parsed_sampler.parameters["steps"],
+        parsed_sampler.parameters["cfg_scale"],
+    ) == ("42", "50", "7.5")
 
 
-def test_files_that_are_not_ours_have_no_metadata() -> None:
+def test_foreign_and_damaged_files_have_no_metadata() -> None:
     data = encode_image(Image.new("RGB", (8, 8)), FileFormat(), "", {"image_id": "ab"})
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")

@@ -35,9 +35,13 @@ def assert_nothing_imported(trap: Path) -> None:
 
 def run_in(trap: Path, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tinysd_batch", *map(str, arguments)], cwd=trap, env=environment(**env),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "tinysd_batch", *map(str, arguments)],
+        cwd=trap,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_status_imports_nothing_from_the_current_folder(trap: Path) -> None:
@@ -99,8 +103,12 @@ def test_a_deleted_current_folder_is_reported_in_one_line(tmp_path: Path, argume
     folder.mkdir()
     submit = " ".join([sys.executable, "-m", "tinysd_batch", *arguments])
     done = subprocess.run(
-        ["sh", "-c", f"rmdir ../gone && exec {submit}"], cwd=folder, env=environment(), capture_output=True, text=True,
+        ["sh", "-c", f"rmdir ../gone && exec {submit}"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert done.stderr == "tinysd-batch: the current folder was deleted; change to another one and try again\n"

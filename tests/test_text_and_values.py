@@ -1,4 +1,4 @@
-"""The normal form of text, and what counts as missing and as a whole number: what every reader builds on."""
+"""The normal form of text, missing values and integers, on which all readers rely."""
 
 import math
 from decimal import Decimal
@@ -29,12 +29,12 @@ ANY_TEXT = st.text(st.characters())  # lone surrogates included
         ("é café 苹果", "é café 苹果"),
     ],
 )
-def test_one_normal_form(text: str, normal: str) -> None:
+def test_normal_form(text: str, normal: str) -> None:
     assert normalize_text(text) == normal
 
 
 @given(ANY_TEXT)
-def test_normalizing_twice_changes_nothing_and_leaves_nothing_invisible(text: str) -> None:
+def test_normalizing_is_idempotent_and_removes_invisible_characters(text: str) -> None:
     normal = normalize_text(text)
     assert normalize_text(normal) == normal
     assert not INVISIBLE_CHARACTERS & set(normal)
@@ -55,19 +55,19 @@ def test_bytes_of_another_encoding_stay_readable() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", " ", "\t\n", "\u200b", "\u00a0", math.nan, Decimal("nan")])
-def test_missing(value: object) -> None:
+def test_missing_values(value: object) -> None:
     assert is_missing(value)
     assert is_missing_number(value)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", math.inf, Decimal("inf"), "x", 10**400])
-def test_not_missing(value: object) -> None:
+def test_values_that_are_not_missing(value: object) -> None:
     assert not is_missing(value)
     assert not is_missing_number(value)
 
 
 @pytest.mark.parametrize("word", ["None", "nan", "NULL", "NaN", " null ", "<NA>", "N/A"])
-def test_words_for_nothing_are_missing_numbers_but_text_in_text(word: str) -> None:
+def test_missing_value_words_are_missing_numbers_but_text_elsewhere(word: str) -> None:
     assert is_missing_number(word)
     assert not is_missing(word)
 
@@ -79,14 +79,14 @@ def test_words_for_nothing_are_missing_numbers_but_text_in_text(word: str) -> No
         (Decimal("42.00"), 42), ("-1", -1), (-1.0, -1), ("9223372036854775807", 2**63 - 1),
     ],
 )  # fmt: skip
-def test_whole_numbers(value: object, number: int) -> None:
+def test_integers(value: object, number: int) -> None:
     assert parse_integer(value) == number
 
 
 @pytest.mark.parametrize(
     "value", [42.5, "42.5", "1e30", "forty", math.inf, math.nan, True, False, [1], None, "4.0.0", "4 2", Decimal("1.5")]
 )
-def test_no_whole_numbers(value: object) -> None:
+def test_values_that_are_not_integers(value: object) -> None:
     with pytest.raises(ValueError, match="a whole number was expected"):
         parse_integer(value)
 
@@ -100,5 +100,5 @@ def test_no_whole_numbers(value: object) -> None:
         ("\ufb01 \u201cx\u201d \u00e9 \u3000", "\ufb01 \u201cx\u201d \u00e9 \u3000"),
     ],
 )
-def test_widths_are_folded(text: str, expected: str) -> None:
+def test_full_and_half_width_characters_are_folded(text: str, expected: str) -> None:
     assert fold_widths(text) == expected

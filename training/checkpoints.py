@@ -1,4 +1,4 @@
-"""Training state on disk: written whole or not at all, so that a stop at any moment loses only minutes."""
+"""Training state on disk, written atomically, so that a stop at any moment loses only minutes."""
 
 from pathlib import Path
 from typing import Any
@@ -14,5 +14,5 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The saved state, or None where nothing has been saved yet."""
+    """Load the saved state; None if nothing has been saved yet."""
     return torch.load(path, weights_only=True) if path.exists() else None

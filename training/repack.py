@@ -1,9 +1,9 @@
 """Calibrate the embedded model's UNet from its float weights: the file that ships, and the report on it.
 
     python -m training.repack [--build FOLDER]
-    python -m training.repack --measure           only measure what ships anew, for the report
+    python -m training.repack --measure           only update the measurements in the report
 
-Needs what is in the repository, no art, and some ten minutes. Stopped at any point, the same command goes on.
+Needs only files of the repository and about ten minutes, no art. After a stop the same command resumes.
 """
 
 import argparse
@@ -29,11 +29,11 @@ HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "tinysd_batch" / "embedded" / "model"
 WEIGHTS, REPORT = HERE / "weights", HERE / "report"
 RECIPE = HERE.parent / "configs" / "quantize" / "embedded.toml"
-MOST = 4_721_920  # bytes of the UNet's file: what all layers at 2 bits take in preset tiny's groups
+MAX_UNET_BYTES = 4_721_920  # size of the UNet's file with all layers at 2 bits and preset tiny's group sizes
 
 
 def float_folder(folder: Path) -> Path:
-    """The embedded model with the float UNet it is made from, in a folder; as it is if it is there."""
+    """Write the embedded model with its float UNet to a folder, unless the folder exists."""
     if not folder.exists():
         shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("unet", "README.md"))
         shutil.copytree(WEIGHTS / "unet", folder / "unet")
@@ -41,32 +41,41 @@ def float_folder(folder: Path) -> Path:
 
 
 def repack(build: Path) -> None:
-    """Replace the UNet that ships, its report and the digests."""
+    """Replace the UNet that ships, the report on it and the digests."""
     calibrated, floats = build / "calibrated", build / "floats"
     shutil.rmtree(calibrated, ignore_errors=True)
     shutil.rmtree(floats, ignore_errors=True)
     float_folder(floats)
     quantize_and_report(
-        floats, calibrated, SourceOptions(), "calib", RECIPE, "cpu", SizeTarget(max_bytes=MOST), noise_correction=True
+        floats,
+        calibrated,
+        SourceOptions(),
+        "calib",
+        RECIPE,
+        "cpu",
+        SizeTarget(max_bytes=MAX_UNET_BYTES),
+        noise_correction=True,
     )
-    for made, place in ((calibrated / "unet", EMBEDDED / "unet"), (calibrated / "report", REPORT)):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(made, place)
+    for source, target in ((calibrated / "unet", EMBEDDED / "unet"), (calibrated / "report", REPORT)):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
     write_digests()
 
 
-def measure_shipped(build: Path) -> None:
-    """Bring the report's errors, pictures and sensitivity up to what is measured now."""
+def update_shipped_report(build: Path) -> None:
+    """Measure the model that ships, and update errors, images and sensitivity in its report."""
     recipe, cpu = read_recipe(RECIPE), torch.device("cpu")
-    floats = float_folder(build / "floats")
-    part = open_source(floats, SourceOptions()).unet()
-    held = generate_held_out_trajectories(SegmentedUNet(part.config, part.tensors, cpu, part.release), floats, recipe)
-    errors = compare_models(EMBEDDED, held, recipe.seed + HELD_OUT_SEED_OFFSET, recipe.scale, cpu)
-    update_measurements(REPORT, errors, measure_sensitivity(part, EMBEDDED / "unet", held, recipe.scale, cpu))
+    folder = float_folder(build / "floats")
+    component = open_source(folder, SourceOptions()).unet()
+    unet = SegmentedUNet(component.config, component.tensors, cpu, component.release)
+    held_out = generate_held_out_trajectories(unet, folder, recipe)
+    comparison = compare_models(EMBEDDED, held_out, recipe.seed + HELD_OUT_SEED_OFFSET, recipe.scale, cpu)
+    sensitivities = measure_sensitivity(component, EMBEDDED / "unet", held_out, recipe.scale, cpu)
+    update_measurements(REPORT, comparison, sensitivities)
 
 
 def write_digests() -> None:
-    """The sha256 of all weight files, here and in the package."""
+    """Write the SHA-256 of all weight files, here and in the package."""
     digests = {
         str(path.relative_to(HERE.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in (EMBEDDED, WEIGHTS)
@@ -77,10 +86,10 @@ def write_digests() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, default=HERE / "build", help="where the work is kept")
+    parser.add_argument("--build", type=Path, default=HERE / "build", help="folder for intermediate results")
     parser.add_argument("--measure", action="store_true")
-    given = parser.parse_args()
-    (measure_shipped if given.measure else repack)(given.build)
+    arguments = parser.parse_args()
+    (update_shipped_report if arguments.measure else repack)(arguments.build)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Whether packed models' pictures are as recognisable as the float model's: pairs of the same prompts and seeds.
+"""Check whether a packed model's images are as recognizable as the float model's: pairs of the same prompts and seeds.
 
     python -m training.retrieval FLOAT_FOLDER PACKED_FOLDER... [--seeds 2] [--steps 10] [--build FOLDER] [--out FOLDER]
 
-Two judges, neither of which has seen what a model drew: the classifier of `training.judge`, trained on the real
-drawings, and the nearest of all real drawings by the features of `training.score`. A picture is recognised when the
-judge says the name that was asked for. Printed for each packed model are both rates and their difference with a 95 %
-interval of the paired differences (normal approximation). Pictures are kept in --out, and drawn once only.
+Two classifiers decide, neither of which has seen a generated image: that of `training.judge`, trained on the real
+images, and the nearest real image by the features of `training.score`. An image is recognized if the classifier returns
+the name in its prompt. For each packed model both rates are printed, and their difference with a 95 % interval of the
+paired differences (normal approximation). Images are kept in --out and generated only once.
 """
 
 import argparse
@@ -18,54 +18,55 @@ import torch
 
 from tinysd_batch import TinySD
 from training import data, judge
-from training.score import HERE, features
+from training.score import HERE, compute_features
 
 BATCH = 32
 SEED = 5000
-Pictures = npt.NDArray[np.float32]  # [N, 64, 64, 3] in 0..1
-NamesOf = Callable[[Pictures], list[str]]
+Images = npt.NDArray[np.float32]  # [N, 64, 64, 3] in 0..1
+Recognize = Callable[[Images], list[str]]
 
 
-def draw(model: TinySD, asked: list[data.Picture], seed: int, steps: int) -> Pictures:
-    """A picture of each name in its style; the first has this seed, the others those that follow."""
-    drawn = []
-    for start in range(0, len(asked), BATCH):
-        part = asked[start : start + BATCH]
-        prompts = [f"{picture.concept}, {picture.style} style" for picture in part]
-        seeds = list(range(seed + start, seed + start + len(part)))
-        made = model.generate(prompts, seeds, sampler="ddim", num_inference_steps=steps, output_type="np")
-        drawn.append(made.images)
-    return np.concatenate(drawn)
+def generate_images(model: TinySD, emojis: list[data.Emoji], seed: int, steps: int) -> Images:
+    """Generate an image of each emoji; the first has this seed, the others those that follow."""
+    batches = []
+    for start in range(0, len(emojis), BATCH):
+        batch = emojis[start : start + BATCH]
+        prompts = [f"{emoji.concept}, {emoji.style} style" for emoji in batch]
+        seeds = list(range(seed + start, seed + start + len(batch)))
+        output = model.generate(prompts, seeds, sampler="ddim", num_inference_steps=steps, output_type="np")
+        batches.append(output.images)
+    return np.concatenate(batches)
 
 
-def drawn_once(folder: Path, asked: list[data.Picture], seed: int, steps: int, out: Path) -> Pictures:
-    """The same, or what an earlier call drew with this very model."""
+def generate_or_load(folder: Path, emojis: list[data.Emoji], seed: int, steps: int, out: Path) -> Images:
+    """Generate the images, or load what an earlier call generated with the same model."""
     model = TinySD.from_pretrained(folder, device="cpu")
-    file = out / f"{model.info.digest}-{seed}-{steps}-{len(asked)}.npz"
+    file = out / f"{model.info.digest}-{seed}-{steps}-{len(emojis)}.npz"
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(file, pictures=(draw(model, asked, seed, steps) * 255).round().astype(np.uint8))
+        images = (generate_images(model, emojis, seed, steps) * 255).round().astype(np.uint8)
+        np.savez_compressed(file, pictures=images)
     return np.load(file)["pictures"].astype(np.float32) / 255
 
 
-def nearest_drawing(images: npt.NDArray[np.uint8], pictures: list[data.Picture]) -> NamesOf:
-    """The judge that says the name of the real drawing that is nearest."""
-    real = features(images.astype(np.float32) / 255)
+def make_nearest_classifier(real_images: npt.NDArray[np.uint8], emojis: list[data.Emoji]) -> Recognize:
+    """Make a classifier that returns the name of the nearest real image."""
+    real_features = compute_features(real_images.astype(np.float32) / 255)
 
-    def names_of(drawn: Pictures) -> list[str]:
-        distances = ((row - real) ** 2 for row in features(drawn))
-        return [pictures[int(one.sum(axis=1).argmin())].concept for one in distances]
+    def recognize(images: Images) -> list[str]:
+        distances = ((features - real_features) ** 2 for features in compute_features(images))
+        return [emojis[int(distance.sum(axis=1).argmin())].concept for distance in distances]
 
-    return names_of
+    return recognize
 
 
-def compare(floats: npt.NDArray[np.bool_], packed: npt.NDArray[np.bool_]) -> str:
-    """Both rates, and what was lost, of pairs [N] that were recognised or not."""
-    lost = floats.astype(float) - packed
-    spread = 1.96 * lost.std(ddof=1) / len(lost) ** 0.5
+def format_comparison(float_hits: npt.NDArray[np.bool_], packed_hits: npt.NDArray[np.bool_]) -> str:
+    """Format both rates and their difference; hits [N] say which images were recognized."""
+    lost = float_hits.astype(float) - packed_hits
+    interval = 1.96 * lost.std(ddof=1) / len(lost) ** 0.5
     return (
-        f"{len(lost):,} pairs: float {floats.mean():.1%}, packed {packed.mean():.1%}; "
-        f"lost {lost.mean():.1%} ({lost.mean() - spread:.1%} to {lost.mean() + spread:.1%})"
+        f"{len(lost):,} pairs: float {float_hits.mean():.1%}, packed {packed_hits.mean():.1%}; "
+        f"lost {lost.mean():.1%} ({lost.mean() - interval:.1%} to {lost.mean() + interval:.1%})"
     )
 
 
@@ -73,28 +74,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("floats", type=Path)
     parser.add_argument("packed", type=Path, nargs="+")
-    parser.add_argument("--build", type=Path, default=HERE / "build", help="where training kept the drawings")
-    parser.add_argument("--out", type=Path, default=Path("outputs/retrieval"), help="where pictures are kept")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures of each name and style")
+    parser.add_argument("--build", type=Path, default=HERE / "build", help="folder with the images of training")
+    parser.add_argument("--out", type=Path, default=Path("outputs/retrieval"), help="folder for generated images")
+    parser.add_argument("--seeds", type=int, default=2, help="images of each name and style")
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    images, pictures = data.read(arguments.build)
-    judges: dict[str, NamesOf] = {
-        "classifier": judge.read(arguments.build).names_of,
-        "nearest drawing": nearest_drawing(images, pictures),
+    real_images, emojis = data.read_dataset(arguments.build)
+    classifiers: dict[str, Recognize] = {
+        "classifier": judge.read_classifier(arguments.build).recognize,
+        "nearest image": make_nearest_classifier(real_images, emojis),
     }
-    asked = np.array([picture.concept for picture in pictures])
+    concepts = np.array([emoji.concept for emoji in emojis])
     seeds = [SEED + 10_000 * number for number in range(arguments.seeds)]
-    found: dict[Path, dict[str, npt.NDArray[np.bool_]]] = {}
+    hits: dict[Path, dict[str, npt.NDArray[np.bool_]]] = {}
     for folder in (arguments.floats, *arguments.packed):
-        drawn = [drawn_once(folder, pictures, seed, arguments.steps, arguments.out) for seed in seeds]
-        found[folder] = {
-            name: np.concatenate([np.array(names_of(some)) == asked for some in drawn])
-            for name, names_of in judges.items()
+        image_sets = [generate_or_load(folder, emojis, seed, arguments.steps, arguments.out) for seed in seeds]
+        hits[folder] = {
+            name: np.concatenate([np.array(recognize(images)) == concepts for images in image_sets])
+            for name, recognize in classifiers.items()
         }
-        for name in judges if folder != arguments.floats else ():
-            line = compare(found[arguments.floats][name], found[folder][name])
+        for name in classifiers if folder != arguments.floats else ():
+            line = format_comparison(hits[arguments.floats][name], hits[folder][name])
             print(f"{folder.name}, {name}: {line}", flush=True)
 
 

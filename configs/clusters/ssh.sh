@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Ray on a few boxes that ssh reaches: a cluster for `tinysd-batch submit --address`.
+# Start Ray on several boxes over ssh: a cluster for `tinysd-batch submit --address`.
 #
-#   configs/clusters/ssh.sh start miner1 miner2 miner3    # the first becomes the head
+#   configs/clusters/ssh.sh start miner1 miner2 miner3    # the first is the head node
 #   ssh miner1 tinysd-batch submit /farm/m.csv -o /farm/job --model /farm/model --address miner1:6379
 #   configs/clusters/ssh.sh stop miner1 miner2 miner3     # ends this cluster's Ray, and no other
 #
-# What must be so:
-#   - `ssh BOX` asks for no password.
-#   - tinysd-batch, in the same version, lies at the same path on every box; BIN names the folder that has `ray` in it.
-#   - Manifest, model and job folder lie on storage that all boxes see at the same path (NFS, say).
-#   - Only these boxes reach each other's ports, through a firewall or a VPN such as WireGuard: Ray does not encrypt.
-#     With a firewall between the boxes, open PORT on the head, and on all boxes the PORTS below.
+# Requirements:
+#   - `ssh BOX` works without a password.
+#   - The same version of tinysd-batch is installed at the same path on every box; BIN is the folder that contains `ray`.
+#   - Manifest, model and job folder are on storage that all boxes mount at the same path, such as NFS.
+#   - Only these boxes can reach each other's ports, by a firewall or a VPN such as WireGuard: Ray does not encrypt.
+#     If there is a firewall between the boxes, open PORT on the head node, and the PORTS below on all boxes.
 #
-# Who has the token may run code on every box. It is made on the head and copied to the others through ssh. Ray's files
-# lie in FOLDER, closed to other users, which `stop` removes. Two clusters need two PORTs, and other PORTS.
+# Anyone who has the token can run code on every box. It is created on the head node and copied to the others over ssh.
+# Ray's files are in FOLDER, which other users cannot access and which `stop` removes. Two clusters need different values
+# of PORT and PORTS.
 set -euo pipefail
 
 BIN=${BIN:-.venv/bin}
@@ -21,14 +22,14 @@ PORT=${PORT:-6379}
 PORTS=${PORTS---node-manager-port=6380 --object-manager-port=6381 --runtime-env-agent-port=6382 \
 --min-worker-port=10002 --max-worker-port=10101}
 FOLDER=${FOLDER:-/tmp/tinysd-ray-$PORT}
-# A box gives all its GPUs; RAY_OPTIONS may say otherwise, such as `--num-gpus=1`.
+# Each box contributes all its GPUs, unless RAY_OPTIONS has another number, such as `--num-gpus=1`.
 OPTIONS="--disable-usage-stats --object-store-memory=100000000 ${RAY_OPTIONS:-}"
 TOKEN=.ray/auth_token
 MARK=ssh-$PORT
-# Ray's processes stand in the folder, so that nothing else in a current folder can be imported.
+# FOLDER is the current folder of Ray's processes, so that they cannot import files from another one.
 RAY="export RAY_AUTH_MODE=token TINYSD_BATCH_DRIVER=$MARK; ray=\$(cd $BIN && pwd)/ray; cd $FOLDER; \"\$ray\""
 
-on() { # on BOX COMMAND: what is read stays ours
+on() { # on BOX COMMAND: run a command on a box
     ssh -o BatchMode=yes "$1" "$2"
 }
 
@@ -37,26 +38,26 @@ fail() {
     exit 1
 }
 
-check_ports() { # check_ports BOX PORT...: whether nobody listens on them yet
+check_ports() { # check_ports BOX PORT...: fail if a port is in use
     local box=$1
     shift
     on "$box" "$BIN/python -I - $*" << 'PYTHON' || fail "$box: not ready, nothing was started on any box"
 import socket, sys
 
 for port in map(int, sys.argv[1:]):
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind(("", port))
+            server.bind(("", port))
         except OSError:
-            sys.exit(f"port {port} is taken, by a Ray that runs already perhaps (`ssh.sh stop` ends one that "
-                     f"`ssh.sh start` began); PORT and PORTS name others")
+            sys.exit(f"port {port} is taken, perhaps by a Ray that is running already (`ssh.sh stop` ends one that "
+                     f"`ssh.sh start` started); set PORT and PORTS to use other ports")
 PYTHON
 }
 
 make_folder() { # make_folder BOX
     on "$1" "umask 077; mkdir -p $FOLDER && test -O $FOLDER && ! test -L $FOLDER && chmod 700 $FOLDER" < /dev/null ||
-        fail "$1: $FOLDER cannot be made, or belongs to somebody else; FOLDER names another one"
+        fail "$1: $FOLDER cannot be created, or belongs to another user; set FOLDER to another path"
 }
 
 start() {

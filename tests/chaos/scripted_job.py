@@ -90,15 +90,21 @@ def main() -> int:
     setattr(dispatcher, "HangTimeout", functools.partial(HangTimeout, options.hang_timeout, 10.0, options.hang_timeout))  # noqa: B010
     job = open_job(options.manifest, options.job, Settings(height=64, width=64, seed=1))
     setup = WorkerSetup.from_settings(
-        job.settings, job.model, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
+        job.settings,
+        job.model,
+        job_folder=job.folder.resolve(),
+        scratch=job.scratch.resolve(),
         stop_file=job.stop_file.resolve(),
-    )  # fmt: skip
+    )
     with stop_on_signals() as stop, RunProgressBar(Console(highlight=False), verbose=False) as progress:
         try:
             summary = run_job(
-                job, lambda _: ScriptedPool(setup, options.workers, options.seconds), progress, lambda: bool(stop),
+                job,
+                lambda _: ScriptedPool(setup, options.workers, options.seconds),
+                progress,
+                lambda: bool(stop),
                 take_over=options.take_over,
-            )  # fmt: skip
+            )
         except TinySDError as error:
             print(error, file=sys.stderr)
             return error.exit_code

@@ -104,10 +104,9 @@ class Simulation:
 
     def job(self) -> Job:
         settings = Settings(model="none", height=64, width=64, steps=2, scale=2.0)
-        return Job(
-            self.folder, self.manifest, settings, MODEL, 1, uuid.UUID(int=self.rng.getrandbits(128)).hex[:12],
-            compute_fingerprint(self.manifest), read_manifest_stamp(self.manifest),
-        )  # fmt: skip
+        run_id = uuid.UUID(int=self.rng.getrandbits(128)).hex[:12]
+        manifest_state = compute_fingerprint(self.manifest), read_manifest_stamp(self.manifest)
+        return Job(self.folder, self.manifest, settings, MODEL, 1, run_id, *manifest_state)
 
     def run(self) -> None:
         """Submit until the job is finished."""
@@ -139,9 +138,7 @@ class Simulation:
 
     def rows(self, images: int) -> list[dict[str, Any]]:
         """Return the results, after checking all that a finished job guarantees."""
-        return check_whole(
-            self.folder, images, lambda job: table.read_table(job / "results.parquet").to_pylist()
-        )  # fmt: skip
+        return check_whole(self.folder, images, lambda job: table.read_table(job / "results.parquet").to_pylist())
 
     def orphan_workers(self) -> None:
         """Let some workers continue with their current batch after their driver died."""
@@ -171,11 +168,10 @@ class Simulation:
         if not self.adopt(self.folder, image):
             self.generations += 1
             self.wasted += self.fault_of_run is not None and self.writes + 1 == self.fault_of_run[1]
-        data = atomic.publish(
-            b"%s generated as number %d" % (marker, self.generations), path, self.folder / "_tinysd" / "tmp",
-            lambda existing: existing.startswith(marker),
-        )  # fmt: skip
-        return make_result(image, data)
+        data = b"%s generated as number %d" % (marker, self.generations)
+        scratch = self.folder / "_tinysd" / "tmp"
+        published = atomic.publish(data, path, scratch, lambda existing: existing.startswith(marker))
+        return make_result(image, published)
 
     def adopt(self, job_folder: Path, image: ImageRequest) -> ImageResult | None:
         path = job_folder / image.file_name
@@ -368,10 +364,11 @@ def make_result(image: ImageRequest, data: bytes) -> ImageResult:
 
 def write_manifest(path: Path, rows: int, rng: random.Random) -> Path:
     """Write rows of 1 to 3 images, one in eight of them large."""
-    return write_csv(path, [
+    contents = [
         {"prompt": f"p{row}", "n_samples": rng.choice([1, 1, 2, 3]), "width": rng.choice([64] * 7 + [LARGE_PX])}
         for row in range(rows)
-    ])  # fmt: skip
+    ]
+    return write_csv(path, contents)
 
 
 def make_random_simulation(

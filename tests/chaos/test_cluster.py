@@ -100,9 +100,14 @@ NO_GPU = """
 def run_on_cluster(folder: Path, script: str) -> str:
     (folder / "script.py").write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(script))
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=350, check=False,
+        [sys.executable, "script.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=350,
+        check=False,
         env=environment(PYTHONPATH=str(ROOT), RAY_AUTH_MODE="token"),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -25,17 +25,26 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
 def run_scripted_job(folder: Path, *options: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.chaos.scripted_job", "m.csv", "job", *map(str, options)], cwd=folder,
-        env=environment(PYTHONPATH=str(ROOT), **env), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.chaos.scripted_job", "m.csv", "job", *map(str, options)],
+        cwd=folder,
+        env=environment(PYTHONPATH=str(ROOT), **env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def start_scripted_job(folder: Path, *options: object, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos.scripted_job", "m.csv", "job", *map(str, options)], cwd=folder,
-        env=environment(PYTHONPATH=str(ROOT), **env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "tests.chaos.scripted_job", "m.csv", "job", *map(str, options)],
+        cwd=folder,
+        env=environment(PYTHONPATH=str(ROOT), **env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def write_manifest(folder: Path, prompts: list[str]) -> None:
@@ -246,8 +255,10 @@ def test_a_worker_that_writes_late_changes_no_file(tmp_path: Path) -> None:
     def write(data: str, behaviour: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, tmp_path / "write.py", data, *map(str, paths), behaviour],
-            env=environment(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=environment(PYTHONPATH=str(ROOT)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     late = write("same, late", "stops")
     while psutil.Process(late.pid).status() != psutil.STATUS_STOPPED:

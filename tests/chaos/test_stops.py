@@ -91,9 +91,14 @@ def start_in_terminal(folder: Path, model: Path, mode: str) -> tuple[subprocess.
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
-        command("submit", "m.csv", "--model", model, "-o", "job", mode), cwd=folder, env=environment(), stdin=slave,
-        stdout=slave, stderr=slave, preexec_fn=take_terminal,
-    )  # fmt: skip
+        command("submit", "m.csv", "--model", model, "-o", "job", mode),
+        cwd=folder,
+        env=environment(),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        preexec_fn=take_terminal,
+    )
     os.close(slave)
     return process, master
 
@@ -116,9 +121,14 @@ def test_a_closed_terminal_is_a_clean_stop(manifest: Path, tmp_path: Path, tiny_
 
 def test_under_nohup_a_closed_terminal_does_not_stop_the_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     process = subprocess.Popen(
-        ["nohup", *command("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline")], cwd=tmp_path,
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        ["nohup", *command("submit", "m.csv", "--model", tiny_model, "-o", "job", "--inline")],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     wait_for_images(tmp_path / "job", 1, process)
     os.killpg(process.pid, signal.SIGHUP)
     out, _ = process.communicate()

@@ -1,6 +1,7 @@
-"""Whatever is wrong with its input, the program says so in a line and by its exit code, and leaves nothing behind.
+"""Invalid input: the program reports it in one line and by its exit code, and writes no files.
 
-Options, arguments, manifests, job files and presets here; models and job folders in `test_damaged_folders.py`.
+Options, arguments, manifests, job files and presets are tested here; models and job folders in
+`test_damaged_folders.py`.
 """
 
 import gzip
@@ -89,7 +90,7 @@ def test_settings(here: Path, capfd: Capture, command: str, options: str, messag
         ("submit m.csv --inline -o m.csv/below", 5, "Not a directory"),
         ("submit m.csv --inline -o /dev/full/job", 5, "/dev/full/job"),
         ("submit m.csv --inline -o /proc/job", 5, "/proc/job"),
-        ("txt2img cat -o /proc/pictures", 5, "/proc/pictures"),
+        ("txt2img cat -o /proc/images", 5, "/proc/images"),
         (f"submit m.csv -o {'x' * 300}", 5, "File name too long"),
         (f"plan m.csv -o {'x' * 300}", 5, "File name too long"),
         (f"txt2img cat -o {'x' * 300}", 5, "File name too long"),
@@ -104,22 +105,20 @@ def test_settings(here: Path, capfd: Capture, command: str, options: str, messag
         ("draw cat", 2, "No such command 'draw'"),
     ],
 )
-def test_arguments_and_places(here: Path, capfd: Capture, arguments: str, code: int, message: str) -> None:
+def test_arguments_and_paths(here: Path, capfd: Capture, arguments: str, code: int, message: str) -> None:
     check_refused(capfd, here, list(arguments.split()), code, message)
 
 
-@pytest.mark.parametrize("command", ["submit m.csv --inline", "txt2img cat -o outputs/pictures"])
-def test_a_file_where_the_folder_of_folders_would_be(
-    here: Path, capfd: Capture, tiny_model: Path, command: str
-) -> None:
+@pytest.mark.parametrize("command", ["submit m.csv --inline", "txt2img cat -o outputs/images"])
+def test_file_at_the_path_of_the_output_folder(here: Path, capfd: Capture, tiny_model: Path, command: str) -> None:
     (here / "outputs").touch()
     check_refused(capfd, here, [*command.split(), "--model", tiny_model], 5, "outputs")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 3000])
-def test_a_disk_without_room(here: Path, tiny_model: Path, limit: int) -> None:
-    """The lock meets it, or the picture; the job goes on when there is room."""
+def test_full_disk(here: Path, tiny_model: Path, limit: int) -> None:
+    """The lock or the image cannot be written; the job can be resumed when there is space."""
     arguments = ["m.csv", "--inline", "-o", "job", "--model", str(tiny_model), "--height", "64", "--width", "64"]
     done = subprocess.run(
         command("submit", *arguments), env=environment(), capture_output=True, text=True, check=False,
@@ -127,8 +126,8 @@ def test_a_disk_without_room(here: Path, tiny_model: Path, limit: int) -> None:
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (5, 1), done.stderr
     assert "File too large; make room or choose another folder" in done.stderr
-    left = {path.name for path in (here / "job").rglob("*") if path.is_file()}
-    assert left <= {"lock", "job.json", ROWS_FILE, PRECISION_FILE}
+    files = {path.name for path in (here / "job").rglob("*") if path.is_file()}
+    assert files <= {"lock", "job.json", ROWS_FILE, PRECISION_FILE}
     draw(here / "m.csv", here / "job", tiny_model, height=64, width=64)
     check_whole(here / "job", 1)
 
@@ -136,7 +135,7 @@ def test_a_disk_without_room(here: Path, tiny_model: Path, limit: int) -> None:
 # Manifests
 
 
-def packed(data: bytes) -> bytes:
+def compress(data: bytes) -> bytes:
     return gzip.compress(data)
 
 
@@ -163,13 +162,13 @@ MANIFESTS: list[tuple[str, bytes | Change | None, str]] = [
     ("empty.jsonl", b"", "empty.jsonl: the file is empty"),
     ("empty.txt", b" \n", "empty.txt: the file is empty"),
     ("empty.parquet", b"", "empty.parquet: not a readable Parquet file"),
-    ("empty.csv.gz", packed(b""), "empty.csv.gz: the file is empty"),
+    ("empty.csv.gz", compress(b""), "empty.csv.gz: the file is empty"),
     ("header.csv", b"prompt,seed\n", "header.csv: no rows"),
     ("header.parquet", parquet_bytes(prompt=[]), "header.parquet: no rows"),
     ("utf16.csv", "prompt\ncat\n".encode("utf-16-le"), "utf16.csv: not UTF-8"),
     ("utf32.csv", "prompt\ncat\n".encode("utf-32"), "utf32.csv: not UTF-8 (it looks like UTF-32)"),
     ("latin.csv", "größe,prompt\n1,cat\n".encode("latin-1"), "latin.csv: header: not UTF-8"),
-    ("cut.csv.gz", packed(b"prompt\ncat\n")[:-4], "cut.csv.gz: damaged or truncated gzip"),
+    ("cut.csv.gz", compress(b"prompt\ncat\n")[:-4], "cut.csv.gz: damaged or truncated gzip"),
     ("cut.parquet", parquet_bytes(prompt=["cat"])[:-9], "cut.parquet: not a readable Parquet file"),
     ("plain.jsonl.gz", b'{"prompt": "cat"}\n', "plain.jsonl.gz: damaged or truncated gzip"),
     ("text.parquet", b"prompt\ncat\n", "text.parquet: not a readable Parquet file"),
@@ -209,36 +208,36 @@ def test_manifests(
     check_refused(capfd, here, [*command.split(), name], 2, message)
 
 
-def test_a_manifest_that_may_not_be_read(here: Path, capfd: Capture) -> None:
+def test_manifest_without_read_permission(here: Path, capfd: Capture) -> None:
     (here / "m.csv").chmod(0)
     if os.access("m.csv", os.R_OK):
-        pytest.skip("this user may read everything")
+        pytest.skip("this user can read all files")
     check_refused(capfd, here, ["submit", "m.csv"], 2, "m.csv: cannot be read: permission denied")
 
 
 @pytest.mark.parametrize("command", ["submit", "plan"])
-def test_unknown_columns_where_that_is_strict(here: Path, capfd: Capture, command: str) -> None:
+def test_strict_rejects_unknown_columns(here: Path, capfd: Capture, command: str) -> None:
     (here / "typo.csv").write_text("prompt,negatve_prompt\ncat,dog\n")
     message = "unknown column 'negatve_prompt' (did you mean negative_prompt?)"
     check_refused(capfd, here, [command, "typo.csv", "--strict"], 2, message)
 
 
-def test_columns_that_meet_in_the_results(here: Path, capfd: Capture, tiny_model: Path) -> None:
-    """Found once the folder is locked, and still nothing of it stays."""
+def test_columns_that_collide_in_the_results(here: Path, capfd: Capture, tiny_model: Path) -> None:
+    """This is detected after the folder was locked, and it is still removed."""
     (here / "clash.csv").write_text("prompt,status,manifest_status\ncat,1,2\n")
     arguments: list[object] = ["submit", "clash.csv", "--inline", "--model", tiny_model, "-o", "new/job"]
     check_refused(capfd, here, arguments, 2, "becomes manifest_status in the results, which is taken")
 
 
 @pytest.mark.parametrize("name", ["..csv", "...csv", "-x.csv"])
-def test_names_that_no_folder_can_bear(here: Path, capfd: Capture, name: str) -> None:
+def test_manifest_names_that_cannot_name_a_folder(here: Path, capfd: Capture, name: str) -> None:
     (here / name).write_text("prompt\ncat\n")
     check_refused(capfd, here, ["submit", "--", name], 2, f"{name}: no folder can be named after it")
 
 
 @pytest.mark.parametrize("command", ["plan m.csv", "txt2img --from-file m.csv", "submit m.csv --inline"])
-def test_only_bad_rows(here: Path, capfd: Capture, tiny_model: Path, command: str) -> None:
-    """Submit's table names them, so there it is written."""
+def test_manifest_with_only_invalid_rows(here: Path, capfd: Capture, tiny_model: Path, command: str) -> None:
+    """submit writes a table, which lists the invalid rows."""
     (here / "m.csv").write_text("prompt,seed\n,1\ncat,x\n")
     code, stdout, stderr = call(capfd, *command.split(), "--model", tiny_model)
     assert code == (2 if command.startswith("txt2img") else 3)
@@ -287,7 +286,7 @@ def test_job_files(here: Path, capfd: Capture, content: str, message: str) -> No
     check_refused(capfd, here, ["submit", "job.toml"], 2, message)
 
 
-def test_job_files_that_are_no_text(here: Path, capfd: Capture) -> None:
+def test_job_files_that_are_not_text(here: Path, capfd: Capture) -> None:
     (here / "binary.toml").write_bytes(b"\xff\xfe\x00")
     os.mkfifo(here / "pipe.toml")
     check_refused(capfd, here, ["submit", "binary.toml"], 2, "binary.toml: not valid TOML")
@@ -295,6 +294,6 @@ def test_job_files_that_are_no_text(here: Path, capfd: Capture) -> None:
     check_refused(capfd, here, ["submit", "none.toml"], 2, "none.toml: no such file")
 
 
-def test_a_job_file_is_no_list_of_prompts(here: Path, capfd: Capture) -> None:
+def test_job_file_is_not_a_manifest(here: Path, capfd: Capture) -> None:
     (here / "job.toml").write_text('manifest = "m.csv"\n')
     check_refused(capfd, here, ["txt2img", "--from-file", "job.toml"], 2, "job.toml: manifests are .csv")

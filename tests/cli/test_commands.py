@@ -1,4 +1,4 @@
-"""The program as a user meets it: real processes, exit codes, messages."""
+"""The commands as users run them: real processes, exit codes, messages."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "PIL", "numpy")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"], ["--version"]])
-def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
     code = (
         "import sys, tinysd_batch.cli as cli\n"
         f"sys.argv = ['tinysd-batch', *{arguments!r}]\n"
@@ -32,23 +32,23 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert "HEAVY: []" in out
 
 
-def test_importing_the_package_loads_no_torch() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, tinysd_batch; assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
-def test_plan_takes_what_submit_takes() -> None:
-    """Its own are `verbose`, which says more there, and `--json`."""
-    taken = {
-        name: {each.name: (*each.opts, *each.secondary_opts) for each in COMMANDS[name].params}
+def test_plan_accepts_the_options_of_submit() -> None:
+    """plan has its own `--json`, and a `--verbose` of the same name."""
+    options = {
+        name: {parameter.name: (*parameter.opts, *parameter.secondary_opts) for parameter in COMMANDS[name].params}
         for name in ("submit", "plan")
     }
-    assert taken["plan"].pop("as_json") == ("--json",)
-    assert taken["plan"] == taken["submit"]
+    assert options["plan"].pop("as_json") == ("--json",)
+    assert options["plan"] == options["submit"]
 
 
 @pytest.mark.parametrize("name", ["", *(str(command.name) for command in COMMANDS.values())])
-def test_h_is_help(name: str, capsys: Capture) -> None:
+def test_short_help_option(name: str, capsys: Capture) -> None:
     code, out, _ = call(capsys, *name.split(), "-h")
     assert code == 0
     assert out.startswith("Usage: ")
@@ -56,7 +56,7 @@ def test_h_is_help(name: str, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["txt2img"], "tinysd-batch txt2img red apple"),
         (["txt2img", "--prompt", " "], "tinysd-batch txt2img red apple"),
@@ -71,30 +71,32 @@ def test_h_is_help(name: str, capsys: Capture) -> None:
         (["submit"], "name a manifest"),
     ],
 )
-def test_a_command_that_got_the_wrong_thing_says_what_to_type(
-    arguments: list[str], told: str, here: Path, capsys: Capture
+def test_misunderstood_command_line_gets_a_hint(
+    arguments: list[str], message: str, here: Path, capsys: Capture
 ) -> None:
-    check_refused(capsys, here, list(arguments), 2, told)
+    check_refused(capsys, here, list(arguments), 2, message)
 
 
-def test_completion_is_installed_and_answers(tmp_path: Path) -> None:
+def test_shell_completion(tmp_path: Path) -> None:
     code = "import sys; sys.argv[0] = 'tinysd-batch'; from tinysd_batch.cli import main; main()"
 
-    def ask(*words: str, **env: str) -> str:
+    def run_program(*words: str, **env: str) -> str:
         arguments = [sys.executable, "-c", code, *words]
         return subprocess.run(
             arguments, capture_output=True, text=True, env=environment(HOME=str(tmp_path), **env), check=True
         ).stdout
 
-    ask("--install-completion", "bash")
+    run_program("--install-completion", "bash")
     script = (tmp_path / ".bash_completions" / "tinysd-batch.sh").read_text()
     assert "_TINYSD_BATCH_COMPLETE=complete_bash" in script
-    found = ask(COMP_WORDS="tinysd-batch submit --num", COMP_CWORD="2", _TINYSD_BATCH_COMPLETE="complete_bash")
-    assert found.split() == ["--num-inference-steps"]
+    completions = run_program(
+        COMP_WORDS="tinysd-batch submit --num", COMP_CWORD="2", _TINYSD_BATCH_COMPLETE="complete_bash"
+    )
+    assert completions.split() == ["--num-inference-steps"]
 
 
 @pytest.mark.slow
-def test_the_package_loads_torch_when_it_is_asked_for() -> None:
+def test_tinysd_attribute_imports_torch() -> None:
     code = "import sys, tinysd_batch; tinysd_batch.TinySD; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
@@ -110,16 +112,16 @@ def test_submit_with_ray_then_status_then_again(tmp_path: Path, tiny_model: Path
     check_whole(tmp_path / "outputs" / "m", 3)
     for row in read_results(tmp_path / "outputs" / "m"):
         assert f"{row['file_name']}  seed {row['seed']}" in first.stdout
-    told = run("status", "outputs/m", cwd=tmp_path)
-    assert told.returncode == 0
-    assert "finished" in told.stdout
-    assert "ok  3" in told.stdout
+    status = run("status", "outputs/m", cwd=tmp_path)
+    assert status.returncode == 0
+    assert "finished" in status.stdout
+    assert "ok  3" in status.stdout
     again = run("submit", "m.csv", "--model", tiny_model, cwd=tmp_path)
     assert again.returncode == 0
     assert "3 of 3 images are already generated" in again.stdout
 
 
-def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: Path) -> None:
+def test_invalid_rows_end_in_exit_code_3_and_are_listed(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "red apple", "seed": 1}, {"prompt": "cat", "seed": "x"}])
     done = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "job", cwd=tmp_path)
     assert done.returncode == 3
@@ -130,7 +132,7 @@ def test_bad_rows_end_in_exit_code_3_and_are_named(tmp_path: Path, tiny_model: P
     assert "row 2 (line 3): invalid: column seed" in run("status", "job", cwd=tmp_path).stdout
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> None:
+def test_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     done = run("submit", "m.csv", "--model", tiny_model, "--inline", "-o", "/proc/job", cwd=tmp_path)
     assert done.returncode == 5
@@ -138,7 +140,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_model: Path) -> No
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_txt2img_numbers_on(tmp_path: Path, tiny_model: Path) -> None:
+def test_txt2img_continues_file_numbers(tmp_path: Path, tiny_model: Path) -> None:
     first = run_here(
         "txt2img",
         "red",
@@ -150,20 +152,20 @@ def test_txt2img_numbers_on(tmp_path: Path, tiny_model: Path) -> None:
         "--n_samples",
         "2",
         "-o",
-        "pictures",
+        "images",
         cwd=tmp_path,
     )
     assert first.returncode == 0, first.stderr
     second = run_here(
-        "txt2img", "--prompt", "red apple", "--model", tiny_model, "--seed", "27", "-o", "pictures", cwd=tmp_path
+        "txt2img", "--prompt", "red apple", "--model", tiny_model, "--seed", "27", "-o", "images", cwd=tmp_path
     )
     assert second.returncode == 0
-    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == ["grid_00001.png", "seed_27_00001.png", "seed_27_00003.png", "seed_28_00002.png"]
-    assert "pictures/seed_27_00003.png  seed 27" in second.stdout
+    assert "images/seed_27_00003.png  seed 27" in second.stdout
 
 
-def test_flags_win_over_the_job_file_and_it_over_presets(tmp_path: Path, tiny_model: Path) -> None:
+def test_flags_override_the_job_file_which_overrides_presets(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "preset.toml").write_text(f'model = "{tiny_model}"\nsteps = 3\nscale = 3.0\ninline = true\n')
     (tmp_path / "mine.toml").write_text('manifest = "m.csv"\npreset = ["preset.toml"]\nsteps = 4\nsampler = "ddim"\n')
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
@@ -174,7 +176,7 @@ def test_flags_win_over_the_job_file_and_it_over_presets(tmp_path: Path, tiny_mo
     assert (row["steps"], row["sampler"], row["scale"]) == (4, "euler", 3.0)
 
 
-def test_many_images_by_the_embedded_model_are_told_before_they_start(tmp_path: Path) -> None:
+def test_warning_before_many_images_by_the_embedded_model(tmp_path: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_iter": 101}])
     process = subprocess.Popen(
         command("submit", "m.csv", "--inline"),

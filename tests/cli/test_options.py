@@ -1,4 +1,4 @@
-"""Every option of the origin's script, and of ours, does what it says."""
+"""Every option of tiny-stable-diffusion's script, and of ours, has its effect."""
 
 import json
 import os
@@ -22,16 +22,16 @@ FOLDER = Path("outputs/txt2img-samples")
 
 
 @pytest.fixture
-def draw(tmp_path: Path, tiny_model: Path) -> Any:
-    """`txt2img` with the tiny model: the pictures' metadata by file name, and what was printed."""
+def txt2img(tmp_path: Path, tiny_model: Path) -> Any:
+    """Run `txt2img` with the tiny model. Return the images' metadata by file name, and the output."""
 
-    def txt2img(*arguments: object, expect: int = 0) -> tuple[dict[str, dict[str, Any]], str]:
+    def run(*arguments: object, expect: int = 0) -> tuple[dict[str, dict[str, Any]], str]:
         done = run_here("txt2img", "--ckpt", tiny_model, *arguments, cwd=tmp_path)
         assert done.returncode == expect, done.stderr
-        pictures = sorted((tmp_path / FOLDER).glob("seed_*"))
-        return {path.name: read_metadata(path.read_bytes())[1] for path in pictures}, done.stdout + done.stderr
+        images = sorted((tmp_path / FOLDER).glob("seed_*"))
+        return {path.name: read_metadata(path.read_bytes())[1] for path in images}, done.stdout + done.stderr
 
-    return txt2img
+    return run
 
 
 def pixels(path: Path) -> npt.NDArray[np.uint8]:
@@ -39,67 +39,67 @@ def pixels(path: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
-# The origin's own commands and options
+# Commands and options of tiny-stable-diffusion
 
 
-def test_the_origins_command(draw: Any) -> None:
+def test_command_line_of_tiny_stable_diffusion(txt2img: Any) -> None:
     prompt = "A peaceful lakeside cabin with a dock, surrounded by tall pine trees and a clear blue sky"
-    pictures, _ = draw("--prompt", prompt, "--H", 64, "--W", 32, "--seed", 27)
-    (made,) = pictures.values()
-    assert list(pictures) == ["seed_27_00001.png"]
-    assert (made["prompt"], made["height"], made["width"], made["seed"]) == (prompt, 64, 32, 27)
+    images, _ = txt2img("--prompt", prompt, "--H", 64, "--W", 32, "--seed", 27)
+    (settings,) = images.values()
+    assert list(images) == ["seed_27_00001.png"]
+    assert (settings["prompt"], settings["height"], settings["width"], settings["seed"]) == (prompt, 64, 32, 27)
 
 
-def test_nothing_is_written_beside_the_pictures(draw: Any, tmp_path: Path) -> None:
-    draw("cat", "--seed", 1)
+def test_txt2img_writes_only_images(txt2img: Any, tmp_path: Path) -> None:
+    txt2img("cat", "--seed", 1)
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == [
         (FOLDER / "seed_1_00001.png").as_posix()
     ]
 
 
-def test_the_users_choice_of_cards_stands(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_visible_devices_is_not_changed(txt2img: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    draw("cat")
+    txt2img("cat")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-def test_weighted_prompts_need_no_quotes(draw: Any) -> None:
-    pictures, _ = draw("--prompt", "tabby", "cat:0.25", "white", "duck:0.75", "hybrid", "--seed", 1)
-    (made,) = pictures.values()
-    assert made["prompt"] == "tabby cat:0.25 white duck:0.75 hybrid"
-    assert made["made"]["n_tokens"] > 5  # the weights are none
+def test_weighted_prompts_need_no_quotes(txt2img: Any) -> None:
+    images, _ = txt2img("--prompt", "tabby", "cat:0.25", "white", "duck:0.75", "hybrid", "--seed", 1)
+    (settings,) = images.values()
+    assert settings["prompt"] == "tabby cat:0.25 white duck:0.75 hybrid"
+    assert settings["made"]["n_tokens"] > 5  # the weights are not tokens
 
 
-def test_the_seed_is_random_printed_and_kept(draw: Any) -> None:
-    draw("cat")
-    pictures, told = draw("cat")
-    seeds = [made["seed"] for made in pictures.values()]
+def test_random_seed_is_printed_and_stored(txt2img: Any) -> None:
+    txt2img("cat")
+    images, output = txt2img("cat")
+    seeds = [settings["seed"] for settings in images.values()]
     assert len(set(seeds)) == 2
-    assert f"seed {seeds[0]}" in told or f"seed {seeds[1]}" in told
+    assert f"seed {seeds[0]}" in output or f"seed {seeds[1]}" in output
 
 
-def test_a_second_run_numbers_on_even_after_deletions(draw: Any, tmp_path: Path) -> None:
-    draw("cat", "--seed", 5, "--n_samples", 3)
+def test_second_run_continues_numbers_after_deletions(txt2img: Any, tmp_path: Path) -> None:
+    txt2img("cat", "--seed", 5, "--n_samples", 3)
     (tmp_path / FOLDER / "seed_5_00001.png").unlink()
-    pictures, _ = draw("cat", "--seed", 5)
-    assert list(pictures) == ["seed_5_00004.png", "seed_6_00002.png", "seed_7_00003.png"]
+    images, _ = txt2img("cat", "--seed", 5)
+    assert list(images) == ["seed_5_00004.png", "seed_6_00002.png", "seed_7_00003.png"]
 
 
-def test_the_55th_picture_is_called_as_the_origin_says(draw: Any, tmp_path: Path) -> None:
+def test_file_name_of_the_55th_image(txt2img: Any, tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir(parents=True)
     (tmp_path / FOLDER / "seed_9_00054.jpg").touch()
-    pictures, _ = draw("cat", "--seed", 1234)
-    assert "seed_1234_00055.png" in pictures
+    images, _ = txt2img("cat", "--seed", 1234)
+    assert "seed_1234_00055.png" in images
 
 
-def test_n_iter_times_n_samples(draw: Any) -> None:
-    pictures, _ = draw("cat", "--n_iter", 2, "--n_samples", 3, "--seed", 10)
-    assert [made["seed"] for made in pictures.values()] == [10, 11, 12, 13, 14, 15]
+def test_n_iter_times_n_samples(txt2img: Any) -> None:
+    images, _ = txt2img("cat", "--n_iter", 2, "--n_samples", 3, "--seed", 10)
+    assert [settings["seed"] for settings in images.values()] == [10, 11, 12, 13, 14, 15]
 
 
-def test_what_decides_the_picture(draw: Any, tmp_path: Path) -> None:
-    plain, _ = draw("cat (dog)", "--seed", 1)
-    for number, (option, value, name, kept) in enumerate(
+def test_options_that_change_the_image(txt2img: Any, tmp_path: Path) -> None:
+    plain, _ = txt2img("cat (dog)", "--seed", 1)
+    for number, (option, value, name, stored) in enumerate(
         [
             ("--ddim_steps", 3, "steps", 3),
             ("--scale", 3.5, "scale", 3.5),
@@ -110,24 +110,24 @@ def test_what_decides_the_picture(draw: Any, tmp_path: Path) -> None:
         ],
         start=2,
     ):
-        pictures, _ = draw("cat (dog)", "--seed", 1, option, value)
+        images, _ = txt2img("cat (dog)", "--seed", 1, option, value)
         file = f"seed_1_{number:05d}.png"
-        assert pictures[file][name] == kept
-        one, other = (pixels(tmp_path / FOLDER / each) for each in (*plain, file))
-        assert not np.array_equal(one, other), option
+        assert images[file][name] == stored
+        default, changed = (pixels(tmp_path / FOLDER / image) for image in (*plain, file))
+        assert not np.array_equal(default, changed), option
 
 
-def test_ddim_eta(draw: Any, tmp_path: Path) -> None:
+def test_ddim_eta(txt2img: Any, tmp_path: Path) -> None:
     for eta in (0, 0.9):
-        pictures, _ = draw("cat", "--seed", 1, "--sampler", "ddim", "--ddim_eta", eta, "--steps", 4)
-    assert [made["eta"] for made in pictures.values()] == [0, 0.9]
-    one, other = (pixels(tmp_path / FOLDER / name) for name in pictures)
-    assert not np.array_equal(one, other)
+        images, _ = txt2img("cat", "--seed", 1, "--sampler", "ddim", "--ddim_eta", eta, "--steps", 4)
+    assert [settings["eta"] for settings in images.values()] == [0, 0.9]
+    without_noise, with_noise = (pixels(tmp_path / FOLDER / name) for name in images)
+    assert not np.array_equal(without_noise, with_noise)
 
 
-def test_fixed_code_starts_all_pictures_alike(draw: Any, tmp_path: Path) -> None:
-    free, _ = draw("cat", "--seed", 1, "--n_samples", 2)
-    fixed, _ = draw("cat", "--seed", 1, "--n_samples", 2, "--fixed_code")
+def test_fixed_code_starts_all_images_from_the_same_noise(txt2img: Any, tmp_path: Path) -> None:
+    free, _ = txt2img("cat", "--seed", 1, "--n_samples", 2)
+    fixed, _ = txt2img("cat", "--seed", 1, "--n_samples", 2, "--fixed_code")
     first, second = (pixels(tmp_path / FOLDER / name) for name in free)
     assert not np.array_equal(first, second)
     third, fourth = (pixels(tmp_path / FOLDER / name) for name in ("seed_1_00003.png", "seed_2_00004.png"))
@@ -136,90 +136,97 @@ def test_fixed_code_starts_all_pictures_alike(draw: Any, tmp_path: Path) -> None
     assert fixed["seed_1_00003.png"]["image_id"] == free["seed_1_00001.png"]["image_id"]
 
 
-def test_a_grid_its_rows_and_none(draw: Any, tmp_path: Path) -> None:
-    _, told = draw("cat", "--seed", 1, "--n_samples", 4, "--n_rows", 4)
-    assert "grid_00001.png" in told
+def test_grid_and_its_number_of_rows(txt2img: Any, tmp_path: Path) -> None:
+    _, output = txt2img("cat", "--seed", 1, "--n_samples", 4, "--n_rows", 4)
+    assert "grid_00001.png" in output
     with Image.open(tmp_path / FOLDER / "grid_00001.png") as grid:
         tall = grid.size
-    draw("cat", "--seed", 1, "--n_samples", 4, "--n_rows", 1)
+    txt2img("cat", "--seed", 1, "--n_samples", 4, "--n_rows", 1)
     with Image.open(tmp_path / FOLDER / "grid_00005.png") as grid:
         assert grid.width > 3 * tall[0]
         assert grid.height < tall[1] / 3
-    draw("cat", "--seed", 1, "--n_samples", 4, "--skip_grid")
-    draw("cat", "--seed", 1)
+    txt2img("cat", "--seed", 1, "--n_samples", 4, "--skip_grid")
+    txt2img("cat", "--seed", 1)
     assert len(list((tmp_path / FOLDER).glob("grid_*"))) == 2
 
 
-def test_skip_save_writes_nothing_and_says_how_long_it_took(draw: Any, tmp_path: Path) -> None:
-    _, told = draw("cat", "--seed", 1, "--n_samples", 2, "--skip_save")
-    assert "2 images in" in told
+def test_skip_save_writes_nothing_and_prints_the_time(txt2img: Any, tmp_path: Path) -> None:
+    _, output = txt2img("cat", "--seed", 1, "--n_samples", 2, "--skip_save")
+    assert "2 images in" in output
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
-def test_formats(draw: Any, tmp_path: Path, name: str, kind: str) -> None:
-    pictures, _ = draw("cat", "--seed", 1, "--format", name)
-    (file,) = pictures
+@pytest.mark.parametrize(("name", "pillow_format"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
+def test_formats(txt2img: Any, tmp_path: Path, name: str, pillow_format: str) -> None:
+    images, _ = txt2img("cat", "--seed", 1, "--format", name)
+    (file,) = images
     with Image.open(tmp_path / FOLDER / file) as image:
-        assert (image.format, image.size) == (kind, (16, 16))
-    assert pictures[file]["prompt"] == "cat"
+        assert (image.format, image.size) == (pillow_format, (16, 16))
+    assert images[file]["prompt"] == "cat"
 
 
-def test_no_metadata(draw: Any) -> None:
+def test_no_metadata(txt2img: Any) -> None:
     for name in ("png", "jpg", "webp"):
-        pictures, _ = draw("cat", "--seed", 1, "--format", name, "--no-metadata")
-    assert list(pictures.values()) == [{}, {}, {}]
+        images, _ = txt2img("cat", "--seed", 1, "--format", name, "--no-metadata")
+    assert list(images.values()) == [{}, {}, {}]
 
 
-def test_prompts_from_a_file_in_its_order(draw: Any, tmp_path: Path) -> None:
+def test_prompts_from_a_file_keep_their_order(txt2img: Any, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("zebra\n\napple\nmango\n")
-    pictures, _ = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--seed", 1)
-    assert [made["prompt"] for made in pictures.values()] == ["zebra", "zebra", "apple", "apple", "mango", "mango"]
-    assert [made["seed"] for made in pictures.values()] == [1, 2, 3, 4, 5, 6]
+    images, _ = txt2img("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--seed", 1)
+    assert [settings["prompt"] for settings in images.values()] == [
+        "zebra",
+        "zebra",
+        "apple",
+        "apple",
+        "mango",
+        "mango",
+    ]
+    assert [settings["seed"] for settings in images.values()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_bad_line_of_the_file_costs_that_line(draw: Any, tmp_path: Path) -> None:
+def test_invalid_line_of_a_file_is_skipped(txt2img: Any, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("cat\na:0 b:0\ndog\n")
-    pictures, told = draw("--from-file", tmp_path / "prompts.txt", "--seed", 1, expect=3)
-    assert [made["prompt"] for made in pictures.values()] == ["cat", "dog"]
-    assert "row 2 (line 2) cannot be generated: column prompt = 'a:0 b:0': the prompt's weights sum to 0" in told
+    images, output = txt2img("--from-file", tmp_path / "prompts.txt", "--seed", 1, expect=3)
+    assert [settings["prompt"] for settings in images.values()] == ["cat", "dog"]
+    assert "row 2 (line 2) cannot be generated: column prompt = 'a:0 b:0': the prompt's weights sum to 0" in output
 
 
-def test_how_the_work_is_done_changes_no_picture(draw: Any, tmp_path: Path) -> None:
-    (plain,), _ = draw("cat", "--seed", 1)
+def test_execution_options_do_not_change_the_image(txt2img: Any, tmp_path: Path) -> None:
+    (plain,), _ = txt2img("cat", "--seed", 1)
     for arguments in (["--turbo"], ["--unet_bs", "1"], ["--precision", "full"], ["--device", "cpu"]):
-        pictures, _ = draw("cat", "--seed", 1, *arguments)
-        one, other = (pixels(tmp_path / FOLDER / name).astype(int) for name in (plain, max(pictures)))
-        assert np.abs(one - other).max() <= 1, arguments
+        images, _ = txt2img("cat", "--seed", 1, *arguments)
+        expected, actual = (pixels(tmp_path / FOLDER / name).astype(int) for name in (plain, max(images)))
+        assert np.abs(expected - actual).max() <= 1, arguments
 
 
-def test_latent_channels_and_factor_are_the_models(draw: Any) -> None:
-    draw("cat", "--C", 4, "--f", 2)
-    assert "f = 8: with the model random 16 it is 2, and cannot be chosen" in draw("cat", "--f", 8, expect=2)[1]
-    assert "C = 3: with the model random 16 it is 4" in draw("cat", "--C", 3, expect=2)[1]
+def test_latent_channels_and_factor_must_match_the_model(txt2img: Any) -> None:
+    txt2img("cat", "--C", 4, "--f", 2)
+    assert "f = 8: with the model random 16 it is 2, and cannot be chosen" in txt2img("cat", "--f", 8, expect=2)[1]
+    assert "C = 3: with the model random 16 it is 4" in txt2img("cat", "--C", 3, expect=2)[1]
 
 
-def test_long_prompts_are_read_to_the_end(draw: Any, tmp_path: Path) -> None:
+def test_long_prompts_are_encoded_in_full(txt2img: Any, tmp_path: Path) -> None:
     long = " ".join(["apple"] * 30)
-    draw(long, "--seed", 1)
-    pictures, _ = draw(long, "--seed", 1, "--long-prompts")
-    cut, whole = pictures.values()
-    assert (cut["made"]["n_tokens"], cut["made"]["truncated"]) == (30, " ".join(["apple"] * 8))
-    assert (whole["made"]["n_tokens"], whole["made"]["truncated"]) == (30, None)
-    assert cut["image_id"] != whole["image_id"]
+    txt2img(long, "--seed", 1)
+    images, _ = txt2img(long, "--seed", 1, "--long-prompts")
+    truncated, full = images.values()
+    assert (truncated["made"]["n_tokens"], truncated["made"]["truncated"]) == (30, " ".join(["apple"] * 8))
+    assert (full["made"]["n_tokens"], full["made"]["truncated"]) == (30, None)
+    assert truncated["image_id"] != full["image_id"]
 
 
-def test_every_setting_can_be_set_by_an_option() -> None:
-    """Some are submit's own."""
-    own = {"workers", "inline", "address", "worker_wait", "strict"}
-    assert set(SETTING_OPTIONS) | own == set(Settings.model_fields)
-    assert not set(SETTING_OPTIONS) & own
+def test_every_setting_has_an_option() -> None:
+    """Some settings are options of submit only."""
+    submit_only = {"workers", "inline", "address", "worker_wait", "strict"}
+    assert set(SETTING_OPTIONS) | submit_only == set(Settings.model_fields)
+    assert not set(SETTING_OPTIONS) & submit_only
 
 
 # submit, plan, status and export
 
 
-def test_rows_share_batches_when_told_to(tmp_path: Path, tiny_model: Path) -> None:
+def test_max_batch_combines_rows(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"prompt": f"p{number}", "seed": number, "scale": 2 + number} for number in range(5)]
     write_csv(tmp_path / "m.csv", rows)
     jobs = []
@@ -230,14 +237,14 @@ def test_rows_share_batches_when_told_to(tmp_path: Path, tiny_model: Path) -> No
     assert [row["image_id"] for row in jobs[0]] == [row["image_id"] for row in jobs[1]]
     started = [row["started_at"] for row in jobs[1]]
     assert len(set(started[:3])) == len(set(started[3:])) == 1
-    for one, other in zip(*jobs, strict=True):
-        difference = pixels(tmp_path / "alone" / one["file_name"]).astype(int) - pixels(
-            tmp_path / "mixed" / other["file_name"]
+    for alone, mixed in zip(*jobs, strict=True):
+        difference = pixels(tmp_path / "alone" / alone["file_name"]).astype(int) - pixels(
+            tmp_path / "mixed" / mixed["file_name"]
         )
         assert np.abs(difference).max() <= 1
 
 
-def test_submit_in_another_format_resumes_and_does_not_mix(tmp_path: Path, tiny_model: Path) -> None:
+def test_resumed_job_keeps_its_image_format(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 3}])
     common = ["submit", "m.csv", "--model", tiny_model, "--inline", "--seed", 1]
     assert run_here(*common, "--format", "webp", "--limit", 1, cwd=tmp_path).returncode == 0
@@ -250,9 +257,7 @@ def test_submit_in_another_format_resumes_and_does_not_mix(tmp_path: Path, tiny_
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
-def test_pictures_without_a_row_are_adopted_by_what_is_written_inside(
-    tmp_path: Path, tiny_model: Path, name: str
-) -> None:
+def test_images_without_a_row_are_adopted_by_their_metadata(tmp_path: Path, tiny_model: Path, name: str) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 2}])
     common = ["submit", "m.csv", "--model", tiny_model, "--inline", "--seed", 1, "--format", name]
     run_here(*common, cwd=tmp_path)
@@ -262,7 +267,7 @@ def test_pictures_without_a_row_are_adopted_by_what_is_written_inside(
     run_here(*common, cwd=tmp_path)
     after = check_whole(job, 2)
     assert [row["sha256"] for row in before] == [row["sha256"] for row in after]
-    assert [row["denoise_s"] for row in after] == [None, None]  # adopted: the files do not hold it
+    assert [row["denoise_s"] for row in after] == [None, None]  # adopted: files do not store times
 
 
 def test_skip_save_in_a_job(tmp_path: Path, tiny_model: Path) -> None:
@@ -275,7 +280,7 @@ def test_skip_save_in_a_job(tmp_path: Path, tiny_model: Path) -> None:
     assert not (tmp_path / "outputs" / "m" / "images").exists()
 
 
-def test_a_job_without_contact_sheet(tmp_path: Path, tiny_model: Path) -> None:
+def test_job_without_contact_sheet(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "prompts.txt").write_text("cat\n")
     common = ["submit", "--from-file", "prompts.txt", "--model", tiny_model, "--inline"]
     run_here(*common, "--skip_grid", cwd=tmp_path)
@@ -284,13 +289,13 @@ def test_a_job_without_contact_sheet(tmp_path: Path, tiny_model: Path) -> None:
     assert (tmp_path / "outputs" / "prompts" / "contact_sheet.png").exists()
 
 
-def test_status_of_a_picture(draw: Any, tmp_path: Path) -> None:
-    pictures, _ = draw("--prompt", "red apple", "--seed", 7, "--format", "jpg", "--sampler", "heun")
-    done = run_here("status", "--image", FOLDER / next(iter(pictures)), cwd=tmp_path)
+def test_status_of_an_image(txt2img: Any, tmp_path: Path) -> None:
+    images, _ = txt2img("--prompt", "red apple", "--seed", 7, "--format", "jpg", "--sampler", "heun")
+    done = run_here("status", "--image", FOLDER / next(iter(images)), cwd=tmp_path)
     assert done.returncode == 0
-    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert (told["prompt"], told["seed"], told["sampler"]) == ("red apple", "7", "heun")
-    assert told["image_id"] == pictures["seed_7_00001.jpg"]["image_id"]
+    shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert (shown["prompt"], shown["seed"], shown["sampler"]) == ("red apple", "7", "heun")
+    assert shown["image_id"] == images["seed_7_00001.jpg"]["image_id"]
 
 
 @pytest.fixture
@@ -303,7 +308,7 @@ def manifest(tmp_path: Path) -> Path:
     ])  # fmt: skip
 
 
-def test_plan_says_what_submit_would_do(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_reports_rows_tokens_and_batches(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     done = run_here("plan", "m.csv", "--model", tiny_model, cwd=tmp_path)
     assert done.returncode == 3
     assert "tabby cat (0.125) + white duck (0.375) + hybrid (0.5)" in done.stdout
@@ -314,43 +319,38 @@ def test_plan_says_what_submit_would_do(manifest: Path, tmp_path: Path, tiny_mod
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv"]
 
 
-def test_plan_for_machines(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_as_json(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     done = run_here("plan", "m.csv", "--model", tiny_model, "--json", cwd=tmp_path)
-    told = json.loads(done.stdout)
-    assert (told["rows"], told["invalid_rows"], told["images"], told["weighted_rows"], told["cut_rows"]) == (
-        4,
-        1,
-        4,
-        1,
-        1,
-    )
-    assert told["faults"] == {"3": "line 4: column seed = 'x': a whole number was expected"}
-    assert told["carried_columns"] == ["artst"]
-    assert 0 < told["disk_bytes"] < told["free_bytes"]
+    plan = json.loads(done.stdout)
+    counts = [plan[key] for key in ("rows", "invalid_rows", "images", "weighted_rows", "cut_rows")]
+    assert counts == [4, 1, 4, 1, 1]
+    assert plan["faults"] == {"3": "line 4: column seed = 'x': a whole number was expected"}
+    assert plan["carried_columns"] == ["artst"]
+    assert 0 < plan["disk_bytes"] < plan["free_bytes"]
 
 
-def test_plan_counts_what_is_there_already(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_counts_generated_images(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     run_here("submit", "m.csv", "--model", tiny_model, "--inline", "--limit", 1, cwd=tmp_path)
     done = run_here("plan", "m.csv", "--model", tiny_model, cwd=tmp_path)
     assert "4 in 3 batches; 1 are already generated" in done.stdout
 
 
-def test_plan_and_a_dry_run_tell_the_memory_of_each_phase(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_and_dry_run_report_memory_of_each_stage(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     planned = run_here("plan", "m.csv", "--model", tiny_model, "--device", "cpu", cwd=tmp_path).stdout
     assert "for 2 images of 16x16 at a time (float32 on cpu)" in " ".join(planned.split())
-    rehearsal = "txt2img", "cat", "--dry-run", "--model", tiny_model, "--device"
-    tight = run_here(*rehearsal, "cpu", "--vram-budget", "1MB", cwd=tmp_path).stdout
+    dry_run = "txt2img", "cat", "--dry-run", "--model", tiny_model, "--device"
+    tight = run_here(*dry_run, "cpu", "--vram-budget", "1MB", cwd=tmp_path).stdout
     assert re.search(r"UNet +\d+ kB: .+ of weights resident, the rest streamed through \d+ kB", tight)
-    card = run_here(*rehearsal, "cuda", "--vram-budget", "900MB", cwd=tmp_path).stdout
-    assert "float16 on cuda" in card
-    assert "359 MB assumed for CUDA and its libraries" in card
-    none = run_here(*rehearsal, "cpu", "--vram-budget", "300kB", cwd=tmp_path)
-    assert none.returncode == 2
-    assert "vram_budget = 0.3 MB: generating 16x16 takes at least" in none.stderr
+    gpu = run_here(*dry_run, "cuda", "--vram-budget", "900MB", cwd=tmp_path).stdout
+    assert "float16 on cuda" in gpu
+    assert "359 MB assumed for CUDA and its libraries" in gpu
+    too_small = run_here(*dry_run, "cpu", "--vram-budget", "300kB", cwd=tmp_path)
+    assert too_small.returncode == 2
+    assert "vram_budget = 0.3 MB: generating 16x16 takes at least" in too_small.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv"]
 
 
-def test_plan_warns_of_a_full_disk(
+def test_plan_warns_about_a_full_disk(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinysd_batch.report.plan.job_plan.BYTES_PER_PIXEL", {"png": 1e15})

@@ -1,4 +1,4 @@
-"""Standard output or error that cannot be written, as when a log file fills the disk."""
+"""Standard streams that cannot be written, for example because a log file fills the disk."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ QUICK = ("--inline", "--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_gr
 
 
 class Full(io.StringIO):
-    """A log on a disk that is full after some lines."""
+    """A log file on a disk that is full after some lines."""
 
     def __init__(self, lines: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Full(io.StringIO):
 
 
 @pytest.mark.parametrize("lines", [0, 3, 5])
-def test_a_log_that_fills_the_disk_ends_a_job_resumable(
+def test_log_that_fills_the_disk_ends_the_job_resumable(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, lines: int
 ) -> None:
     (tmp_path / "m.csv").write_text("prompt\napple\npear\nowl\n")
@@ -43,7 +43,7 @@ def test_a_log_that_fills_the_disk_ends_a_job_resumable(
     check_whole(tmp_path / "job", 3)
 
 
-def test_errors_keep_the_name_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_carry_the_name_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Full(0))
     with name_standard_streams(), pytest.raises(OSError, match="No space left") as error:
         print("x", file=sys.stderr, flush=True)
@@ -54,7 +54,7 @@ def test_errors_keep_the_name_of_their_stream(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("words", "code"), [(["status", "job"], 5), (["--version"], 5), (["--help"], 5), (["status", "nothing"], 2)]
 )
-def test_every_command_says_which_stream_is_full(
+def test_every_command_names_the_full_stream(
     tmp_path: Path, tiny_model: Path, words: list[str], code: int
 ) -> None:  # fmt: skip
     (tmp_path / "m.csv").write_text("prompt\napple\n")

@@ -26,22 +26,22 @@ from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 
 
-def test_a_job_makes_every_image_and_tells_of_bad_rows(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_job_generates_every_image_and_records_invalid_rows(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     summary, _ = draw(manifest, tmp_path / "job", tiny_model, seed=100)
     assert (summary.counts[Status.OK], summary.invalid_rows, summary.left, summary.stopped) == (6, 1, 0, False)
     rows = check_whole(tmp_path / "job", 6)
     assert [row["seed"] for row in rows if row["index"]] == [7, 8, 9, 103, 9, 10]
     assert [row["note"] for row in rows] == ["a", "a", "a", "b", "c", "d", "d"]
-    (bad,) = (row for row in rows if row["status"] == "invalid")
-    assert (bad["row"], bad["prompt"]) == (3, "dog")
-    assert "column seed = 'oops'" in bad["error_message"]
+    (invalid,) = (row for row in rows if row["status"] == "invalid")
+    assert (invalid["row"], invalid["prompt"]) == (3, "dog")
+    assert "column seed = 'oops'" in invalid["error_message"]
     first = rows[0]
     assert first["n_tokens"] == 2
     assert first["precision"] == "float32"
     assert first["finished_at"] >= first["started_at"]
 
 
-def test_the_results_have_every_unknown_key_of_a_jsonl(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_results_have_every_unknown_key_of_a_jsonl_manifest(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"prompt": "cat", "z": [1]}\n{"Text": "dog", "a": 2, "status": "x"}\n{"prompt": "", "b": true}\n')
     draw(path, tmp_path / "job", tiny_model)
@@ -61,8 +61,8 @@ def test_too_many_different_keys_are_refused(tmp_path: Path, tiny_model: Path) -
         draw(path, tmp_path / "job", tiny_model)
 
 
-def test_numbers_and_odd_types_of_a_parquet_file_reach_the_results(tmp_path: Path, tiny_model: Path) -> None:
-    kinds = {
+def test_the_results_keep_numbers_and_unusual_types_of_a_parquet_manifest(tmp_path: Path, tiny_model: Path) -> None:
+    typed_columns = {
         "half": pa.array([1.5], pa.float16()),
         "tag": pa.array([3]).dictionary_encode(),
         "when": pa.array([1], pa.timestamp("us")),
@@ -70,18 +70,18 @@ def test_numbers_and_odd_types_of_a_parquet_file_reach_the_results(tmp_path: Pat
         "price": pa.array([Decimal("1.50")]),
         "nested": pa.array([{"a": [1, None]}]),
     }
-    pq.write_table(pa.table({"prompt": ["cat"], **kinds}), tmp_path / "m.parquet")
+    pq.write_table(pa.table({"prompt": ["cat"], **typed_columns}), tmp_path / "m.parquet")
     draw(tmp_path / "m.parquet", tmp_path / "job", tiny_model)
     (row,) = check_whole(tmp_path / "job", 1)
-    assert [row[name] for name in kinds] == [
+    assert [row[name] for name in typed_columns] == [
         1.5, 3, "1970-01-01 00:00:00.000001", "\\xffa", Decimal("1.50"), {"a": [1, None]},
     ]  # fmt: skip
     types = pq.read_schema(tmp_path / "job" / "results.parquet")
     assert types.field("when").type == pa.timestamp("us")
-    assert types.field("nested").type == kinds["nested"].type
+    assert types.field("nested").type == typed_columns["nested"].type
 
 
-def test_the_picture_carries_its_settings(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_an_image_file_contains_its_settings(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     draw(manifest, tmp_path / "job", tiny_model)
     row = read_results(tmp_path / "job")[0]
     with Image.open(tmp_path / "job" / row["file_name"]) as image:
@@ -90,29 +90,29 @@ def test_the_picture_carries_its_settings(manifest: Path, tmp_path: Path, tiny_m
     assert json.loads(text["tinysd"])["image_id"] == row["image_id"]
 
 
-def test_an_image_that_fails_costs_only_itself(
+def test_an_image_that_fails_does_not_affect_others(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Worker.generate_and_publish
 
-    def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
+    def fail_for_one_seed(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
         if any(image.seed == 8 for image in images):
-            raise RuntimeError("this seed is cursed\nand more")
+            raise RuntimeError("this seed fails\nand more")
         return original(self, images, wanted)
 
-    monkeypatch.setattr(Worker, "generate_and_publish", poisoned)
+    monkeypatch.setattr(Worker, "generate_and_publish", fail_for_one_seed)
     summary, _ = draw(manifest, tmp_path / "job", tiny_model)
     assert (summary.counts[Status.OK], summary.failed) == (5, 1)
     rows = {row["index"]: row for row in check_whole(tmp_path / "job", 6) if row["index"]}
     assert (rows[2]["status"], rows[2]["error_class"], rows[2]["error_message"]) == (
         "failed",
         "RuntimeError",
-        "this seed is cursed",
+        "this seed fails",
     )
     assert rows[1]["degraded"] == ["batch_split"]
 
 
-def test_a_full_disk_stops_the_job_and_keeps_what_is_done(
+def test_a_full_disk_stops_the_job_and_keeps_finished_images(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Worker.publish
@@ -131,7 +131,7 @@ def test_a_full_disk_stops_the_job_and_keeps_what_is_done(
     check_whole(tmp_path / "job", 6)
 
 
-def test_job_folders_that_cannot_be_used(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_unusable_job_folders_are_refused(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "images").symlink_to(tmp_path)
@@ -143,7 +143,7 @@ def test_job_folders_that_cannot_be_used(manifest: Path, tmp_path: Path, tiny_mo
 
 
 class DyingPool:
-    """A real worker behind a pool that loses it whenever it meets a deadly seed."""
+    """A pool with a real worker, which it reports as lost whenever a batch has a deadly seed."""
 
     def __init__(self, setup: WorkerSetup, deadly_seeds: Container[int]) -> None:
         self.worker = Worker(setup, "w")
@@ -168,15 +168,15 @@ class DyingPool:
             self.queue = None
             return [ChunkDone("w")]
         batch = self.queue.pop(0)
-        alone = not batch.wanted
-        if any(image.seed in self.deadly_seeds and (alone or image.index in batch.wanted) for image in batch.images):
+        is_probe = not batch.wanted
+        if any(image.seed in self.deadly_seeds and (is_probe or image.index in batch.wanted) for image in batch.images):
             self.queue = None
             self.losses += 1
             return [WorkerLost("w", "killed")]
         return [BatchDone("w", self.worker.generate_batch(batch))]
 
 
-def test_an_image_that_kills_three_workers_is_quarantined_and_no_other(
+def test_only_an_image_that_kills_three_workers_is_quarantined(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
@@ -188,7 +188,7 @@ def test_an_image_that_kills_three_workers_is_quarantined_and_no_other(
     assert rows[1]["attempts"] == 2
 
 
-def test_a_card_on_which_everything_dies_is_retired_and_no_image_blamed(
+def test_a_gpu_that_kills_every_worker_is_retired_and_no_image_quarantined(
     manifest: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
@@ -201,39 +201,37 @@ def test_a_card_on_which_everything_dies_is_retired_and_no_image_blamed(
     assert all(row["status"] == "ok" for row in check_whole(tmp_path / "job", 6) if row["index"])
 
 
-def test_a_manifest_that_changes_while_the_job_runs_changes_nothing_in_the_run(
-    tmp_path: Path, tiny_model: Path
-) -> None:
-    """Rows come from the job's snapshot; the next run sees what was appended."""
+def test_changing_the_manifest_does_not_affect_a_run(tmp_path: Path, tiny_model: Path) -> None:
+    """A run reads rows from the snapshot of the job; the next run finds those that were appended."""
     manifest = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}", "steps": 1} for number in range(70)])
     content = manifest.read_bytes()
 
-    class Meddler(Quiet):
+    class ManifestChanger(Quiet):
         def report_image(self, request: ImageRequest, result: ImageResult) -> None:
             manifest.write_bytes(content + b"fox,1\n")
 
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), sampler="ddim"))
-    run_job(job, lambda _: InlinePool(setup_for(job)), Meddler(), lambda: False)
+    run_job(job, lambda _: InlinePool(setup_for(job)), ManifestChanger(), lambda: False)
     check_whole(tmp_path / "job", 70)
     _, progress = draw(manifest, tmp_path / "job", tiny_model, sampler="ddim")
     assert progress.made == [71]
     check_whole(tmp_path / "job", 71)
 
 
-def test_drawing_in_this_process_leaves_its_environment_alone(tmp_path: Path, tiny_model: Path) -> None:
+def test_generating_in_this_process_does_not_change_its_environment(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "m.csv").write_text("prompt\nfox\n")
     before = dict(os.environ)
     draw(tmp_path / "m.csv", tmp_path / "job", tiny_model, device="cpu")
     assert dict(os.environ) == before
 
 
-def test_blank_negative_prompts_mean_the_jobs_own(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_blank_negative_prompt_stands_for_that_of_the_job(tmp_path: Path, tiny_model: Path) -> None:
     path = write_csv(tmp_path / "blank.csv", [{"prompt": "cat", "negative_prompt": " "}])
     draw(path, tmp_path / "job", tiny_model, negative_prompt="worm")
     assert read_results(tmp_path / "job")[0]["negative_prompt"] == "worm"
 
 
-def test_settings_that_contradict_each_other_start_no_job(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_contradicting_settings_leave_no_folder(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     for settings in ({"C": 3}, {"f": 16}, {"negative_prompt": "a:0 b:0"}, {"n_iter": 100_000, "n_samples": 2}):
         with pytest.raises(UsageError):
             draw(manifest, tmp_path / "job", tiny_model, **settings)
@@ -242,7 +240,7 @@ def test_settings_that_contradict_each_other_start_no_job(manifest: Path, tmp_pa
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_chunks_grow_with_speed_and_shrink_at_the_end(
+def test_chunks_grow_with_measured_speed_and_shrink_at_the_end(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}"} for number in range(40)])
@@ -250,11 +248,11 @@ def test_chunks_grow_with_speed_and_shrink_at_the_end(
     sizes: list[int] = []
     original = Dispatcher.submit_chunk
 
-    def counted(self: Dispatcher, worker: str, chunk: Any) -> None:
+    def record_chunk_size(self: Dispatcher, worker: str, chunk: Any) -> None:
         sizes.append(len(chunk))
         original(self, worker, chunk)
 
-    monkeypatch.setattr(Dispatcher, "submit_chunk", counted)
+    monkeypatch.setattr(Dispatcher, "submit", record_chunk_size)
     run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)
     assert sizes[0] == 1
     assert max(sizes) > 4

@@ -1,7 +1,6 @@
-"""SD v1 single files and folders become model folders, to the bit."""
+"""Convert SD v1 single files to model folders without changing a weight."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,83 +8,65 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.quantize.conftest import Save
 from tests.support import ldm_checkpoint, tiny_stable_diffusion
+from tests.support.conversion import Tensors, check_same, convert
 from tests.support.files import write_json
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE, read_model_info
-from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
 
-Tensors = dict[str, Tensor]
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
-
-def convert(source: Path, out: Path, dtype: str | None = None, **options: Any) -> list[str]:
-    """Convert and return what was said."""
-    said: list[str] = []
-    convert_model(source, out, SourceOptions(**options), dtype, said.append)
-    return said
-
-
-def text_tensors(out: Path) -> Tensors:
-    loaded = load_file(out / "text_encoder" / "model.safetensors")
-    return {name.removeprefix("text_model."): value for name, value in loaded.items()}
-
-
-def check_same(out: Path, models: ldm_checkpoint.Models, dtype: torch.dtype = torch.float32) -> None:
-    """Assert that a converted folder holds the models' weights, to the bit."""
-    assert ldm_checkpoint.same_tensors(models.unet, load_file(out / "unet" / WEIGHTS_FILE), dtype)
-    assert ldm_checkpoint.same_tensors(models.vae, load_file(out / "vae" / WEIGHTS_FILE), dtype)
-    assert ldm_checkpoint.same_tensors(models.text_encoder, text_tensors(out), dtype)
-
-
-def test_the_names_of_these_tests_are_the_origins(tensors: Tensors) -> None:
+def test_the_names_in_these_tests_are_those_of_tiny_stable_diffusion(tensors: Tensors) -> None:
     named = {
         name.removeprefix(ldm_checkpoint.UNET).rpartition(".")[0]
         for name in tensors
         if name.startswith(ldm_checkpoint.UNET)
     }
     assert named == {layer.name for layer in tiny_stable_diffusion.unet_layers(32, tiny_stable_diffusion.CONTEXT)}
-    # SD v1's own file: 686 tensors of the UNet, 248 of the autoencoder.
+    # SD v1's own file has 686 tensors in the UNet and 248 in the VAE.
     assert [
         sum(name.startswith(prefix) for name in tensors) for prefix in (ldm_checkpoint.UNET, ldm_checkpoint.VAE)
     ] == [686, 248]
 
 
-def test_a_single_file_becomes_a_folder_that_draws(
+def test_a_single_file_becomes_a_folder_that_generates(
     checkpoint: Path, models: ldm_checkpoint.Models, tmp_path: Path, no_network: None
 ) -> None:
     out = tmp_path / "new" / "model"
-    said = convert(checkpoint, out)
-    assert said[0] == "unet: 686 tensors, 8.5 M weights"
+    lines = convert(checkpoint, out)
+    assert lines[0] == "unet: 686 tensors, 8.5 M weights"
     check_same(out, models)
     info = read_model_info(str(out))
     assert (info.name, info.native_px, info.size_multiple_px, info.max_tokens) == ("mine", 512, 64, 77)
-    drawn = TinySD.from_pretrained(out).generate(
+    output = TinySD.from_pretrained(out).generate(
         "a cat", 1, height=64, width=64, num_inference_steps=2, output_type="latent"
     )
-    assert drawn.images.isfinite().all()
-    assert drawn.n_tokens == [2]
+    assert output.images.isfinite().all()
+    assert output.n_tokens == [2]
 
 
-def test_diffusers_draws_the_same(floats: Path, no_network: None) -> None:
-    theirs = StableDiffusionPipeline.from_pretrained(floats, local_files_only=True)
-    theirs.set_progress_bar_config(disable=True)
+def test_diffusers_generates_the_same(floats: Path, no_network: None) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(floats, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
     model = TinySD.from_pretrained(floats, device="cpu")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     settings: dict[str, Any] = {
-        "height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent",
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 5,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
         "latents": noise,
-    }  # fmt: skip
-    expected = theirs("a red apple, 4k", **settings).images
-    drawn = model.generate("a red apple, 4k", 1, **settings).images
-    assert torch.allclose(torch.as_tensor(drawn), expected, atol=1e-4)
+    }
+    expected = pipeline("a red apple, 4k", **settings).images
+    output = model.generate("a red apple, 4k", 1, **settings).images
+    assert torch.allclose(torch.as_tensor(output), expected, atol=1e-4)
 
 
 def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm_checkpoint.Models) -> None:
@@ -94,18 +75,20 @@ def test_the_converted_unet_predicts_the_same_noise(floats: Path, models: ldm_ch
     noisy = torch.randn(2, 4, 8, 8, generator=generator)
     text = torch.randn(2, 77, ldm_checkpoint.TEXT_WIDTH, generator=generator)
     with torch.no_grad():
-        mine, theirs = (model(noisy, 500, text).sample for model in (unet.eval(), models.unet.eval()))
-    assert torch.allclose(mine, theirs, atol=1e-5)
+        converted, expected = (model(noisy, 500, text).sample for model in (unet.eval(), models.unet.eval()))
+    assert torch.allclose(converted, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "dtype",
     [
-        torch.float16, torch.float8_e4m3fn, pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        torch.float16,
+        torch.float8_e4m3fn,
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(torch.float64, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
-def test_types_of_numbers(
+)
+def test_stored_dtypes(
     tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     path = save({name: value.to(dtype) for name, value in tensors.items()})
@@ -120,7 +103,7 @@ def test_types_of_numbers(
     ("word", "dtype"),
     [("fp16", torch.float16), pytest.param("fp32", torch.float32, marks=pytest.mark.slow)],
 )
-def test_the_type_can_be_chosen(
+def test_the_dtype_can_be_chosen(
     checkpoint: Path, models: ldm_checkpoint.Models, tmp_path: Path, word: str, dtype: torch.dtype
 ) -> None:
     convert(checkpoint, tmp_path / "model", word)
@@ -152,18 +135,18 @@ def test_pickles(
     path = save(tensors, name, beside)
     with pytest.raises(ModelError, match=r"a pickle, which can run code; .* --allow-pickle"):
         convert(path, tmp_path / "model")
-    said = convert(path, tmp_path / "model", allow_pickle=True)
+    lines = convert(path, tmp_path / "model", allow_pickle=True)
     check_same(tmp_path / "model", models)
-    assert said[3:] == ([] if beside is None else ["left out: 3 of training"])
+    assert lines[3:] == ([] if beside is None else ["left out: 3 training entries"])
 
 
-def test_averaged_copies(tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path) -> None:
+def test_ema_copies(tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path) -> None:
     copies = ldm_checkpoint.ema_copies(tensors, change=1.0)
     path = save(tensors | copies | ldm_checkpoint.schedule_buffers())
-    said = convert(path, tmp_path / "plain")
-    assert said[-1] == "left out: 688 EMA copies, 5 of the noise schedule"
+    lines = convert(path, tmp_path / "plain")
+    assert lines[-1] == "left out: 688 EMA copies, 5 noise schedule tensors"
     check_same(tmp_path / "plain", models)
-    assert convert(path, tmp_path / "ema", ema=True)[-1] == "left out: 5 of the noise schedule"
+    assert convert(path, tmp_path / "ema", ema=True)[-1] == "left out: 5 noise schedule tensors"
     converted = load_file(tmp_path / "ema" / "unet" / WEIGHTS_FILE)
     for name, value in models.unet.state_dict().items():
         assert torch.equal(converted[name], value + 1.0), name
@@ -180,7 +163,7 @@ def test_averaged_copies(tensors: Tensors, models: ldm_checkpoint.Models, save: 
         ("cond_stage_model.transformer.text_model.", torch.arange(77)[None]),
     ],
 )
-def test_names_of_clip(
+def test_names_of_clip_tensors(
     tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path, prefix: str, positions: Tensor | None
 ) -> None:
     renamed = {name.replace(ldm_checkpoint.CLIP, prefix): value for name, value in tensors.items()}
@@ -190,56 +173,58 @@ def test_names_of_clip(
     check_same(tmp_path / "model", models)
 
 
-def test_old_autoencoders_have_matrices_for_attention(
+def test_old_vaes_with_matrices_in_attention(
     tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path
 ) -> None:
-    flat = {name: value[:, :, 0, 0] if "attn_1" in name and value.dim() == 4 else value
-            for name, value in tensors.items()}  # fmt: skip
+    flat = {
+        name: value[:, :, 0, 0] if "attn_1" in name and value.dim() == 4 else value for name, value in tensors.items()
+    }
     convert(save({name: value.contiguous() for name, value in flat.items()}), tmp_path / "model")
     check_same(tmp_path / "model", models)
 
 
-def without_autoencoder(tensors: Tensors) -> Tensors:
+def remove_vae(tensors: Tensors) -> Tensors:
     return {name: value for name, value in tensors.items() if not name.startswith(ldm_checkpoint.VAE)}
 
 
-def test_without_an_autoencoder_one_has_to_be_named(tensors: Tensors, save: Save, tmp_path: Path) -> None:
+def test_a_checkpoint_without_vae_needs_the_option(tensors: Tensors, save: Save, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="it contains no VAE; name one with --vae"):
-        convert(save(without_autoencoder(tensors)), tmp_path / "model")
+        convert(save(remove_vae(tensors)), tmp_path / "model")
 
 
-SELDOM = ("prefixed", "diffusers", "folder", "checkpoint")
+SLOW_VAE_SOURCES = ("prefixed", "diffusers", "folder", "checkpoint")
 
 
 @pytest.mark.parametrize(
-    "kind", ["ldm", "pickle", "model", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SELDOM)]
+    "vae_source",
+    ["ldm", "pickle", "model", *(pytest.param(source, marks=pytest.mark.slow) for source in SLOW_VAE_SOURCES)],
 )
-def test_an_autoencoder_from_elsewhere(
-    tensors: Tensors, models: ldm_checkpoint.Models, checkpoint: Path, save: Save, tmp_path: Path, kind: str
+def test_a_vae_from_another_file_or_folder(
+    tensors: Tensors, models: ldm_checkpoint.Models, checkpoint: Path, save: Save, tmp_path: Path, vae_source: str
 ) -> None:
-    mine = save(without_autoencoder(tensors))
-    part = {
+    checkpoint_without_vae = save(remove_vae(tensors))
+    vae_tensors = {
         name.removeprefix(ldm_checkpoint.VAE): value
         for name, value in tensors.items()
         if name.startswith(ldm_checkpoint.VAE)
     }
-    if kind in ("folder", "model"):
+    if vae_source in ("folder", "model"):
         vae = tmp_path / "other"
-        models.vae.save_pretrained(vae / "vae" if kind == "model" else vae)
-    elif kind == "checkpoint":
+        models.vae.save_pretrained(vae / "vae" if vae_source == "model" else vae)
+    elif vae_source == "checkpoint":
         vae = checkpoint
-    elif kind == "prefixed":
-        vae = save({ldm_checkpoint.VAE + name: value for name, value in part.items()}, "vae.safetensors")
-    elif kind == "diffusers":
+    elif vae_source == "prefixed":
+        vae = save({ldm_checkpoint.VAE + name: value for name, value in vae_tensors.items()}, "vae.safetensors")
+    elif vae_source == "diffusers":
         vae = save({name: value.contiguous() for name, value in models.vae.state_dict().items()}, "vae.safetensors")
     else:
         beside = {"epoch": 1}
-        vae = save(part, "vae.ckpt", beside) if kind == "pickle" else save(part, "vae.safetensors")
-    convert(mine, tmp_path / "model", vae=vae, allow_pickle=kind == "pickle")
+        vae = save(vae_tensors, "vae.ckpt", beside) if vae_source == "pickle" else save(vae_tensors, "vae.safetensors")
+    convert(checkpoint_without_vae, tmp_path / "model", vae=vae, allow_pickle=vae_source == "pickle")
     check_same(tmp_path / "model", models)
 
 
-def test_parts_that_do_not_go_together(
+def test_components_that_do_not_fit(
     tensors: Tensors, models: ldm_checkpoint.Models, save: Save, tmp_path: Path
 ) -> None:
     text = ldm_checkpoint.new_text_encoder(replace(ldm_checkpoint.SMALL, text=64)).state_dict()
@@ -253,8 +238,8 @@ def test_parts_that_do_not_go_together(
         convert(save(tensors), tmp_path / "model", vae=tmp_path / "xl")
 
 
-def change(tensors: Tensors, name: str, value: Tensor | None) -> Tensors:
-    return {each: other for each, other in {**tensors, name: value}.items() if other is not None}
+def replace_tensor(tensors: Tensors, name: str, value: Tensor | None) -> Tensors:
+    return {key: tensor for key, tensor in {**tensors, name: value}.items() if tensor is not None}
 
 
 @pytest.mark.parametrize(
@@ -317,118 +302,17 @@ def change(tensors: Tensors, name: str, value: Tensor | None) -> Tensors:
         ("betas", torch.linspace(0.0001, 0.02, 1000), "noise schedule .* is not SD v1's"),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_stays(
+def test_invalid_tensors_are_named_and_nothing_is_left(
     tensors: Tensors, save: Save, tmp_path: Path, name: str, value: Tensor | None, message: str
 ) -> None:
-    path = save(change(tensors, name, value))
+    path = save(replace_tensor(tensors, name, value))
     with pytest.raises(ModelError, match=message):
         convert(path, tmp_path / "model")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_an_existing_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_touched(checkpoint: Path, tmp_path: Path) -> None:
     for work in (convert, lambda source, out: quantize_model(source, out, SourceOptions(), lambda _: None)):
         with pytest.raises(ModelError, match="exists; name a folder that does not"):
             work(checkpoint, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-# Folders
-
-
-@pytest.fixture
-def folder(published: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
-    return Path(shutil.copytree(published, tmp_path / "folder"))
-
-
-@pytest.fixture(scope="module")
-def published(models: ldm_checkpoint.Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As people published them in 2022: old names in the text encoder, no `model_index.json`."""
-    folder = tmp_path_factory.mktemp("published") / "folder"
-    models.unet.save_pretrained(folder / "unet")
-    models.vae.save_pretrained(folder / "vae")
-    (folder / "text_encoder").mkdir()
-    write_json(folder / "text_encoder" / "config.json", models.text_encoder.config.to_dict())
-    text = {f"text_model.{name}": value.contiguous() for name, value in models.text_encoder.state_dict().items()}
-    text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    save_file(text, folder / "text_encoder" / "model.safetensors")
-    return folder
-
-
-def test_a_folder(folder: Path, models: ldm_checkpoint.Models, tmp_path: Path, no_network: None) -> None:
-    assert convert(folder, tmp_path / "model")[-1] == "left out: 1 position ids"
-    check_same(tmp_path / "model", models)
-    assert TinySD.from_pretrained(tmp_path / "model").info.name == "folder"
-    convert(tmp_path / "model", tmp_path / "again", "fp16")
-    check_same(tmp_path / "again", models, torch.float16)
-
-
-def test_a_folder_of_half_precision(folder: Path, models: ldm_checkpoint.Models, tmp_path: Path) -> None:
-    for part, stem in (
-        ("unet", "diffusion_pytorch_model"),
-        ("vae", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-    ):
-        file = folder / part / f"{stem}.safetensors"
-        halves = {name: value.half() if value.is_floating_point() else value for name, value in load_file(file).items()}
-        save_file(halves, folder / part / f"{stem}.fp16.safetensors")
-        file.unlink()
-    convert(folder, tmp_path / "model")
-    check_same(tmp_path / "model", models, torch.float16)
-
-
-def test_a_folder_of_pickles_and_old_attention(folder: Path, models: ldm_checkpoint.Models, tmp_path: Path) -> None:
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for part, stem in (
-        ("unet", "diffusion_pytorch_model"),
-        ("vae", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-    ):
-        file = folder / part / f"{stem}.safetensors"
-        tensors = load_file(file)
-        if part == "vae":
-            for new, name in old.items():
-                tensors = {each.replace(f".{new}.", f".{name}."): value for each, value in tensors.items()}
-        torch.save(tensors, folder / part / f"{'pytorch_' if stem == 'model' else ''}{stem}.bin")
-        file.unlink()
-    with pytest.raises(ModelError, match="--allow-pickle"):
-        convert(folder, tmp_path / "model")
-    convert(folder, tmp_path / "model", allow_pickle=True)
-    check_same(tmp_path / "model", models)
-
-
-@pytest.mark.parametrize(
-    ("part", "entry", "message"),
-    [
-        ("unet", {"in_channels": 9}, "Stable Diffusion for inpainting"),
-        ("unet", {"cross_attention_dim": 1024}, "Stable Diffusion v2"),
-        ("unet", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
-        ("unet", {"_class_name": "ControlNetModel"}, "ControlNet"),
-        ("unet", {"quantization_config": {}}, "a packed model: it is quantized already"),
-        ("unet", {"layers_per_block": 10**9}, "layers_per_block = 1000000000: at most 100"),
-        ("unet", {"block_out_channels": "wide"}, "layers|does not fit|expected"),
-        ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: at most 100"),
-        ("scheduler", {"prediction_type": "v_prediction"}, "a model that predicts v"),
-        ("scheduler", {"prediction_type": "sample"}, "a model that predicts the image: prediction_type is 'sample'"),
-        ("text_encoder", {"hidden_size": None}, "its config.json does not fit: .* expected int, got NoneType"),
-        ("text_encoder", {"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
-    ],
-)
-def test_folders_of_other_models(folder: Path, tmp_path: Path, part: str, entry: dict[str, Any], message: str) -> None:
-    config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    config.parent.mkdir(exist_ok=True)
-    write_json(config, {**(json.loads(config.read_text()) if config.exists() else {}), **entry})
-    with pytest.raises(ModelError, match=message):
-        convert(folder, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for path, message in [(tmp_path / "empty", "it has no unet"), (tmp_path / "nowhere", "no such file or folder")]:
-        with pytest.raises(ModelError, match=message):
-            convert(path, tmp_path / "model")
-    shutil.move(folder / "unet" / WEIGHTS_FILE, folder / "unet" / "x.safetensors")
-    with pytest.raises(ModelError, match=r"unet: no weights; diffusion_pytorch_model\.safetensors was expected"):
-        convert(folder, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What is believed of a terminal: case 24, Docker and CI set COLUMNS=0."""
+"""Console sizes and colours; Docker and CI runners set COLUMNS=0."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from tinysd_batch.report.formatting import print_line
     [("0", 80), ("5", 80), ("19", 80), ("20", 20), ("132", 132), ("abc", 80), ("-3", 80), ("", 80), ("²", 80),
      ("٣٠", 80), ("1e3", 80), ("999999999999", 80)],
 )  # fmt: skip
-def test_columns_that_are_no_width_are_unknown(
+def test_invalid_columns_variable_is_ignored(
     columns: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def no_terminal(_: int) -> os.terminal_size:
@@ -33,21 +33,19 @@ def test_columns_that_are_no_width_are_unknown(
 
 
 @pytest.mark.parametrize("columns", ["0", "7"])
-def test_status_and_inspect_print_whatever_the_width(
-    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_inspect_prints_at_any_width(columns: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     code, out, _ = call(capsys, "inspect", "embedded")
     assert code == 0
     assert "tinysd emoji 64" in out
 
 
-def test_a_terminal_that_reports_no_or_little_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `docker run -t` does until the terminal is resized."""
+def test_terminal_that_reports_no_or_little_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`docker run -t` reports no size until the terminal is resized."""
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.delenv("LINES", raising=False)
-    for found in ((0, 0), (1, 1), (12, 3)):
-        monkeypatch.setattr(os, "get_terminal_size", lambda _, found=found: os.terminal_size(found))
+    for size in ((0, 0), (1, 1), (12, 3)):
+        monkeypatch.setattr(os, "get_terminal_size", lambda _, size=size: os.terminal_size(size))
         assert (make_console().width, make_console().height) == (80, 25)
 
 
@@ -60,6 +58,6 @@ def test_colours_and_live_lines_are_for_terminals_only(monkeypatch: pytest.Monke
         assert has_live_display(console) is live
 
 
-def test_other_variables_stay() -> None:
-    given = {"COLUMNS": "0", "LINES": "24", "NO_COLOR": "1"}
-    assert drop_invalid_sizes(given) == {"LINES": "24", "NO_COLOR": "1"}
+def test_other_variables_are_kept() -> None:
+    environment = {"COLUMNS": "0", "LINES": "24", "NO_COLOR": "1"}
+    assert drop_invalid_sizes(environment) == {"LINES": "24", "NO_COLOR": "1"}

@@ -1,4 +1,4 @@
-"""Structural similarity in the report on a packed model."""
+"""Structural similarity (SSIM), and image errors in the report on a packed model."""
 
 import sys
 from itertools import pairwise
@@ -18,21 +18,21 @@ from tinysd_batch.report.quantization.similarity import ImageArray, mean_ssim, t
 
 @pytest.fixture
 def summary() -> QuantizationSummary:
-    """Of a model without layers."""
+    """The summary of a model without layers."""
     return QuantizationSummary("mine", "calib", "preset tiny", [], [], 10**6, 60.0, 10**9, "cpu", None, None)
 
 
-def pictures(noise: float = 0.0) -> ImageArray:
-    """Three smooth ones, with noise."""
-    draw = torch.Generator().manual_seed(0)
-    smooth = F.interpolate(torch.rand(3, 3, 6, 6, generator=draw), (40, 48), mode="bicubic").clamp(0, 1)
-    noisy = smooth + noise * torch.randn(smooth.shape, generator=draw)
-    found: ImageArray = noisy.clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    return found
+def make_images(noise: float = 0.0) -> ImageArray:
+    """Return three smooth images with noise, [3, 40, 48, 3]."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.rand(3, 3, 6, 6, generator=generator), (40, 48), mode="bicubic").clamp(0, 1)
+    noisy = smooth + noise * torch.randn(smooth.shape, generator=generator)
+    images: ImageArray = noisy.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return images
 
 
-def by_the_paper(x: Tensor, y: Tensor) -> float:
-    """Wang et al. 2004, equation 13, over pictures [N, 1, H, W] in 0..255: a Gaussian window of 11x11, sigma 1.5."""
+def ssim_of_the_paper(x: Tensor, y: Tensor) -> float:
+    """Wang et al. 2004, equation 13, over images [N, 1, H, W] in 0..255: a Gaussian window of 11x11, sigma 1.5."""
     line = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
 
@@ -46,41 +46,41 @@ def by_the_paper(x: Tensor, y: Tensor) -> float:
     return float((top / below).mean())
 
 
-def test_it_is_the_papers() -> None:
-    wanted, found = pictures(), pictures(0.1)
-    x, y = (to_8_bit(one).flatten(0, 1)[:, None] for one in (wanted, found))
-    assert mean_ssim(wanted, found) == pytest.approx(by_the_paper(x, y), abs=1e-4)
+def test_ssim_matches_the_paper() -> None:
+    expected, actual = make_images(), make_images(0.1)
+    x, y = (to_8_bit(images).flatten(0, 1)[:, None] for images in (expected, actual))
+    assert mean_ssim(expected, actual) == pytest.approx(ssim_of_the_paper(x, y), abs=1e-4)
 
 
-def test_equal_pictures_have_one_and_noise_lowers_it() -> None:
-    values = [mean_ssim(pictures(), pictures(noise)) or 0.0 for noise in (0.0, 0.02, 0.1, 0.3)]
+def test_equal_images_have_ssim_1_and_noise_lowers_it() -> None:
+    values = [mean_ssim(make_images(), make_images(noise)) or 0.0 for noise in (0.0, 0.02, 0.1, 0.3)]
     assert values[0] == 1
-    assert all(one > other > 0 for one, other in pairwise(values))
+    assert all(higher > lower > 0 for higher, lower in pairwise(values))
 
 
-def test_without_the_library_the_report_says_how_to_get_it(
+def test_report_without_torchmetrics_shows_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, summary: QuantizationSummary
 ) -> None:
-    errors = ModelComparison([1.0], [20.0], [20.0], 20.0, 30.0, pictures(), pictures(0.1))
-    content = report_as_dict(summary, errors, ["a", "b", "c"])
+    comparison = ModelComparison([1.0], [20.0], [20.0], 20.0, 30.0, make_images(), make_images(0.1))
+    content = report_as_dict(summary, comparison, ["a", "b", "c"])
     assert 0 < content["pictures_ssim"] < 1
     assert f"{content['pictures_ssim']:.4f}" in render_page(content)
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    content = report_as_dict(summary, errors, ["a", "b", "c"])
+    content = report_as_dict(summary, comparison, ["a", "b", "c"])
     assert content["pictures_ssim"] is None
     assert "pip install &#x27;tinysd-batch[report]&#x27;" in render_page(content)
     assert np.isfinite(content["pictures_psnr_db"])
 
 
-def test_one_picture_that_became_another_does_not_hide_what_the_others_are(summary: QuantizationSummary) -> None:
-    floats, packed = pictures(), pictures(0.01)
-    packed[1] = 1 - floats[1]
+def test_one_different_image_does_not_change_the_median_psnr(summary: QuantizationSummary) -> None:
+    float_images, packed_images = make_images(), make_images(0.01)
+    packed_images[1] = 1 - float_images[1]
     content = report_as_dict(
-        summary, ModelComparison([1.0], [20.0], [20.0], 20.0, 9.0, floats, packed), ["a", "b", "c"]
+        summary, ModelComparison([1.0], [20.0], [20.0], 20.0, 9.0, float_images, packed_images), ["a", "b", "c"]
     )
     assert content["median_picture_psnr_db"] == pytest.approx(40, abs=1)
     assert f"{content['median_picture_psnr_db']:.2f} dB" in render_page(content)
 
 
-def test_pictures_smaller_than_the_window_have_none() -> None:
-    assert mean_ssim(pictures()[:, :8], pictures()[:, :8]) is None
+def test_images_smaller_than_the_window_have_no_ssim() -> None:
+    assert mean_ssim(make_images()[:, :8], make_images()[:, :8]) is None

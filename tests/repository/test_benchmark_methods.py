@@ -12,7 +12,7 @@ def test_adaround_keeps_outputs_better_than_rounding() -> None:
     step, zero = fit_clipped_rows(matrix)
     assert torch.equal(zero, zero.round())
     nearest = (((matrix / step).round() + zero).clamp(0, 3) - zero) * step
-    learnt = adaround(matrix, x)
-    assert torch.allclose((learnt / step).round(), learnt / step, atol=1e-4)  # on the rows' levels
-    errors = [float((x @ (one - matrix).T).square().mean()) for one in (nearest, learnt)]
+    rounded = adaround(matrix, x)
+    assert torch.allclose((rounded / step).round(), rounded / step, atol=1e-4)  # on the rows' levels
+    errors = [float((x @ (weight - matrix).T).square().mean()) for weight in (nearest, rounded)]
     assert errors[1] < 0.4 * errors[0]

@@ -1,4 +1,4 @@
-"""The example jobs and presets are valid, used, and do what they say."""
+"""The example jobs and presets are valid, mentioned in the documentation, and show what they promise."""
 
 import shutil
 from pathlib import Path
@@ -26,12 +26,12 @@ def test_every_job_opens(path: Path, tmp_path: Path) -> None:
     settings, manifest, _ = read_job_file(path)
     job = open_job(manifest, tmp_path / "job", merge_settings(settings))
     rows = list(read_rows(job.manifest, job.row_defaults()))
-    bad = [row for row in rows if isinstance(row, InvalidRow)]
-    assert bool(bad) == (path.parent.name == "broken")
+    invalid = [row for row in rows if isinstance(row, InvalidRow)]
+    assert bool(invalid) == (path.parent.name == "broken")
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_every_preset_is_valid_and_named_somewhere(path: Path) -> None:
+def test_every_preset_is_valid_and_mentioned(path: Path) -> None:
     read_preset(path)
     name = path.relative_to(ROOT).as_posix()
     assert any(name in text.read_text(encoding="utf-8") for text in [*JOBS, ROOT / "README.md"])
@@ -42,7 +42,7 @@ def test_every_recipe_is_valid(path: Path) -> None:
     assert read_recipe(path).prompts
 
 
-def test_the_demo_has_twelve_rows() -> None:
+def test_demo_has_twelve_rows() -> None:
     settings, manifest, _ = read_job_file(ROOT / "jobs" / "demo" / "job.toml")
     job = open_job(manifest, Path("nowhere"), merge_settings(settings))
     rows = list(read_rows(manifest, job.row_defaults()))
@@ -50,7 +50,7 @@ def test_the_demo_has_twelve_rows() -> None:
     assert all(isinstance(row, Row) for row in rows)
 
 
-def test_the_broken_job_draws_what_is_right_and_names_the_rest(tmp_path: Path) -> None:
+def test_broken_job_generates_valid_rows_and_lists_the_others(tmp_path: Path) -> None:
     for folder in ("jobs", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     done = run("submit", "jobs/broken/job.toml", cwd=tmp_path)
@@ -76,15 +76,17 @@ def bytes_of(job: Path, row: dict[str, Any]) -> bytes:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_long_prompts_job_reads_to_the_end(tmp_path: Path) -> None:
+def test_long_prompts_job_encodes_prompts_in_full(tmp_path: Path) -> None:
     rows = run_job("long-prompts", tmp_path, 6)
     assert all(row["n_tokens"] > 40 and row["truncated"] is None for row in rows)
-    assert len({bytes_of(tmp_path / "long-prompts", row) for row in rows}) == 6  # they differ in their last words only
+    assert (
+        len({bytes_of(tmp_path / "long-prompts", row) for row in rows}) == 6
+    )  # the prompts differ only in their last words
 
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_weighted_job_turns_an_apple_into_a_lemon(tmp_path: Path) -> None:
+def test_weighted_job_turns_an_apple_into_a_lemon(tmp_path: Path) -> None:
     rows = run_job("weighted", tmp_path, 12)
     greens = []
     for row in rows[2:7]:
@@ -95,7 +97,7 @@ def test_the_weighted_job_turns_an_apple_into_a_lemon(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_samplers_job_draws_with_each(tmp_path: Path) -> None:
+def test_samplers_job_uses_every_sampler(tmp_path: Path) -> None:
     rows = run_job("samplers", tmp_path, 33)
     assert {row["sampler"] for row in rows} == set(SAMPLERS)
     assert len({bytes_of(tmp_path / "samplers", row) for row in rows}) == 33
@@ -103,8 +105,8 @@ def test_the_samplers_job_draws_with_each(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_two_runs_of_the_demo_are_the_same(tmp_path: Path) -> None:
-    """With Ray and in process: same identities, same seeds, same pixels."""
+def test_two_runs_of_the_demo_are_identical(tmp_path: Path) -> None:
+    """With Ray and inline: same ids, same seeds, same pixels."""
     runs = []
     for name, options in (("ray", []), ("inline", ["--inline"])):
         done = run("submit", ROOT / "jobs" / "demo" / "job.toml", "-o", tmp_path / name, *options)
@@ -112,5 +114,5 @@ def test_two_runs_of_the_demo_are_the_same(tmp_path: Path) -> None:
         rows = check_whole(tmp_path / name, 24)
         assert (tmp_path / name / "contact_sheet.png").exists()
         pixels = [Image.open(tmp_path / name / row["file_name"]).tobytes() for row in rows]
-        runs.append([(row["image_id"], row["seed"], picture) for row, picture in zip(rows, pixels, strict=True)])
+        runs.append([(row["image_id"], row["seed"], image) for row, image in zip(rows, pixels, strict=True)])
     assert runs[0] == runs[1]

@@ -48,7 +48,7 @@ def make_pattern(words: list[str]) -> re.Pattern[str]:
     return re.compile(rf"(?<![a-z])(?:{'|'.join(alternatives)})", re.IGNORECASE)
 
 
-BANNED = make_pattern(WORDS["banned"])
+BANNED = make_pattern([*WORDS["banned"]])
 ALLOWED_PHRASES = make_pattern(WORDS["allowed_phrases"])
 
 

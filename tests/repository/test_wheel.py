@@ -1,4 +1,4 @@
-"""The wheel alone, in an environment of its own, from another folder."""
+"""The wheel, installed into a separate environment and run from another folder."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from tinysd_batch.model.packed import cpu_build
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
+def test_installed_wheel_generates_images(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("tinysd_batch-*.whl")
     assert wheel.stat().st_size < 15_000_000
@@ -31,12 +31,13 @@ def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
     (site,) = (venv / "lib").glob("python*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     code = (
-        "import torch; from tinysd_batch.model import unpacking; "
-        "print(unpacking.__file__, unpacking.has_kernels(torch.device('cpu')))"
+        "import torch; from tinysd_batch.model.packed import dequantize; "
+        "print(dequantize.__file__, dequantize.has_working_kernels(torch.device('cpu')))"
     )
-    told = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    assert told[0].startswith(str(venv))
-    assert told[1] == str(cpu_build.find_compiler() is not None)
+    output = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    path, has_kernels = output.split()
+    assert path.startswith(str(venv))
+    assert has_kernels == str(cpu_build.find_compiler() is not None)
     (tmp_path / "m.csv").write_text("prompt,steps\nred apple,5\n")
     command = [str(venv / "bin" / "tinysd-batch"), "submit", "m.csv"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
@@ -45,8 +46,8 @@ def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_is_built_without_a_compiler(tmp_path: Path) -> None:
-    """Of a copy, without what was compiled in the folder itself. Warned of; torch's operators unpack then."""
+def test_wheel_is_built_without_a_compiler(tmp_path: Path) -> None:
+    """Build a copy without compiled libraries. The build warns, and torch's operators dequantize then."""
     source = tmp_path / "source"
     shutil.copytree(ROOT / "tinysd_batch", source / "tinysd_batch", ignore=shutil.ignore_patterns("unpack-*"))
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "NOTICE"):

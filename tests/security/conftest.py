@@ -1,7 +1,7 @@
-"""Manifests, models, pictures and job folders may come from anybody: none may do more than cost itself.
+"""Manifests, models, images and job folders may come from untrusted sources: none may affect anything but itself.
 
-What broken files of each kind are told is in `test_bad_inputs.py` and `test_damaged_folders.py`; bombs in manifests are
-in `job/test_formats.py`.
+Messages for broken files are tested in `tests/cli/test_bad_inputs.py` and `tests/cli/test_damaged_folders.py`,
+decompression bombs in manifests in `tests/job/manifest/test_readers.py`.
 """
 
 from pathlib import Path
@@ -14,13 +14,13 @@ ESCAPES = "\x1b[31m\x1b]0;evil\x07\x9b2J\r\b\u202e\u2066\x85"
 
 
 def is_harmless(text: str) -> bool:
-    """No control characters but line ends, nothing that turns the direction of text."""
+    """Whether text has no control characters except line ends, and none that change its direction."""
     return all(character.isprintable() or character == "\n" for character in text)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Path:
-    """A folder to work in, a model beside it, and outside of it what nobody may touch."""
+    """A working folder, with a model next to it and files outside of it that must not change."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "precious").write_text("precious")
     (tmp_path / "outside" / ".tmp-not-ours").write_text("precious")
@@ -31,5 +31,5 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> P
     return tmp_path / "here"
 
 
-def submit(capture: Capture, *more: object) -> tuple[int, str, str]:
-    return call(capture, "submit", *(more or ["m.csv"]), "--inline", "--model", "../model", "--seed", 5)
+def submit(capture: Capture, *arguments: object) -> tuple[int, str, str]:
+    return call(capture, "submit", *(arguments or ["m.csv"]), "--inline", "--model", "../model", "--seed", 5)

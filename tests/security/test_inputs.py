@@ -1,4 +1,4 @@
-"""Names, links, text and models from anybody lead nowhere else, and nothing of them is executed."""
+"""Untrusted names, links, text and models do not lead outside the job folder, and none of their code is executed."""
 
 import csv
 import json
@@ -24,13 +24,13 @@ from tinysd_batch.text import normalize_text
 pytestmark = pytest.mark.timeout(60)
 
 
-# Names and places
+# File names
 
 
 @pytest.mark.parametrize(
     "name", ["../x.csv", "./a/../../x.csv", "new\nline.csv", f"{ESCAPES}.csv", " .csv", "a\\b.csv"]
 )
-def test_a_manifests_name_leads_nowhere_else(here: Path, capfd: Capture, name: str) -> None:
+def test_the_name_of_a_manifest_does_not_lead_outside_the_outputs_folder(here: Path, capfd: Capture, name: str) -> None:
     (here / "a").mkdir()
     (here / name).write_text("prompt\ncat\n")
     outside = snapshot(here.parent / "outside")
@@ -43,7 +43,7 @@ def test_a_manifests_name_leads_nowhere_else(here: Path, capfd: Capture, name: s
 
 
 @pytest.mark.parametrize("name", ["...toml", "..toml", "-x.toml"])
-def test_a_job_files_name_leads_nowhere_else(here: Path, capfd: Capture, name: str) -> None:
+def test_the_name_of_a_job_file_does_not_lead_outside_the_outputs_folder(here: Path, capfd: Capture, name: str) -> None:
     (here / name).write_text('manifest = "m.csv"\n')
     check_refused(capfd, here, ["submit", "--", name], 2, "no folder can be named after it")
 
@@ -62,37 +62,37 @@ HOSTILE_CELLS = [
 
 
 @pytest.mark.parametrize("cell", HOSTILE_CELLS)
-def test_prompts_and_ids_are_no_names(here: Path, capfd: Capture, cell: str) -> None:
+def test_prompts_and_ids_are_not_used_as_file_names(here: Path, capfd: Capture, cell: str) -> None:
     with (here / "m.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["prompt", "id", cell], [cell, cell, cell]])
     code, stdout, stderr = submit(capfd, "m.csv", "--verbose", "--prompt-syntax", "none")
     assert code == 0, stderr
     assert is_harmless(stdout + stderr)
     (row,) = check_whole(here / "outputs" / "m", 1)
-    told = normalize_text(cell)
-    assert (row["id"], row["prompt"], row["file_name"]) == (told, told, "images/00000/seed_5_00001.png")
+    expected = normalize_text(cell)
+    assert (row["id"], row["prompt"], row["file_name"]) == (expected, expected, "images/00000/seed_5_00001.png")
 
 
-# Links
+# Symbolic links
 
 
-@pytest.mark.parametrize("place", ["images", "_tinysd", "_tinysd/tmp", "_tinysd/journal", "results"])
-def test_folders_that_are_links_are_refused(here: Path, capfd: Capture, place: str) -> None:
+@pytest.mark.parametrize("path_in_job", ["images", "_tinysd", "_tinysd/tmp", "_tinysd/journal", "results"])
+def test_folders_that_are_symbolic_links_are_refused(here: Path, capfd: Capture, path_in_job: str) -> None:
     assert submit(capfd)[0] == 0
     job = here / "outputs" / "m"
-    instead(place, lambda path: path.symlink_to(here.parent / "outside"))(job)
+    instead(path_in_job, lambda path: path.symlink_to(here.parent / "outside"))(job)
     check_refused(capfd, here.parent, ["submit", "m.csv", "--inline", "--model", "../model"], 2, "is a symbolic link")
 
 
 @pytest.mark.parametrize(
-    ("place", "code"),
+    ("path_in_job", "code"),
     [("images/00000", 5), ("_tinysd/lock", 5), ("_tinysd/stop", 0), ("contact_sheet.png", 0),
      ("images/00000/seed_5_00001.png", 0)],
 )  # fmt: skip
-def test_nothing_is_written_through_a_link(here: Path, capfd: Capture, place: str, code: int) -> None:
-    (here / "outputs" / "m" / place).parent.mkdir(parents=True)
-    target = here.parent / "outside" / ("" if place == "images/00000" else "precious")
-    (here / "outputs" / "m" / place).symlink_to(target)
+def test_nothing_is_written_through_a_symbolic_link(here: Path, capfd: Capture, path_in_job: str, code: int) -> None:
+    (here / "outputs" / "m" / path_in_job).parent.mkdir(parents=True)
+    target = here.parent / "outside" / ("" if path_in_job == "images/00000" else "precious")
+    (here / "outputs" / "m" / path_in_job).symlink_to(target)
     outside = snapshot(here.parent / "outside")
     assert submit(capfd)[0] == code
     assert snapshot(here.parent / "outside") == outside
@@ -100,17 +100,17 @@ def test_nothing_is_written_through_a_link(here: Path, capfd: Capture, place: st
         check_whole(here / "outputs" / "m", 1)
 
 
-@pytest.mark.parametrize("place", ["job.json", "results.parquet"])
-def test_files_of_a_job_may_be_links_that_are_replaced(here: Path, capfd: Capture, place: str) -> None:
+@pytest.mark.parametrize("path_in_job", ["job.json", "results.parquet"])
+def test_files_of_a_job_that_are_symbolic_links_are_replaced(here: Path, capfd: Capture, path_in_job: str) -> None:
     (here / "m.csv").write_text("prompt\ncat\ndog\n")
     assert submit(capfd, "m.csv", "--limit", 1)[0] == 0
     job = here / "outputs" / "m"
-    shutil.move(job / place, here.parent / "outside" / place)
-    (job / place).symlink_to(here.parent / "outside" / place)
+    shutil.move(job / path_in_job, here.parent / "outside" / path_in_job)
+    (job / path_in_job).symlink_to(here.parent / "outside" / path_in_job)
     outside = snapshot(here.parent / "outside")
     assert submit(capfd)[0] == 0
     assert snapshot(here.parent / "outside") == outside
-    assert not (job / place).is_symlink()
+    assert not (job / path_in_job).is_symlink()
     check_whole(job, 2)
 
 
@@ -125,11 +125,11 @@ def test_a_job_folder_may_be_a_link_to_a_larger_disk(here: Path, capfd: Capture)
     assert call(capfd, "status", "outputs/m")[0] == 0
 
 
-def test_txt2img_follows_no_link_to_a_picture(here: Path, capfd: Capture) -> None:
+def test_txt2img_replaces_symbolic_links_and_not_their_targets(here: Path, capfd: Capture) -> None:
     (here / "out").mkdir()
     for name in ("seed_5_00001.png", "grid_00002.png"):
         (here / "out" / name).symlink_to(here.parent / "outside" / "precious")
-    (here / "out" / f"seed_1_{'9' * 200}.png").touch()  # no number to go on from
+    (here / "out" / f"seed_1_{'9' * 200}.png").touch()  # its number is too large to continue from
     outside = snapshot(here.parent / "outside")
     code, _, stderr = call(capfd, "txt2img", "cat", "--model", "../model", "--seed", 5, "--n_samples", 2, "-o", "out")
     assert code == 0, stderr
@@ -140,7 +140,7 @@ def test_txt2img_follows_no_link_to_a_picture(here: Path, capfd: Capture) -> Non
 # Spreadsheets
 
 
-def test_exported_text_is_no_formula(here: Path, capfd: Capture) -> None:
+def test_exported_text_is_not_read_as_a_formula(here: Path, capfd: Capture) -> None:
     formulas = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "\n=1", "＝1", '=HYPERLINK("http://x","y")']  # noqa: RUF001
     pq.write_table(
         pa.table({"prompt": formulas, "id": formulas, "=cmd|' /C calc'!A0": formulas, "loss": [-1.5] * len(formulas)}),
@@ -165,7 +165,7 @@ def test_exported_text_is_no_formula(here: Path, capfd: Capture) -> None:
 # Terminals
 
 
-def test_no_command_passes_escapes_on(here: Path, capfd: Capture) -> None:
+def test_no_command_prints_escape_sequences(here: Path, capfd: Capture) -> None:
     name = f"m{ESCAPES}.jsonl"
     good = {"prompt": f"cat {ESCAPES} {'dog ' * 40}", "id": ESCAPES, f"note{ESCAPES}": ESCAPES}
     weighted = {"prompt": f"cat{ESCAPES}:0.5 dog:0.5"}
@@ -210,7 +210,7 @@ def test_no_command_passes_escapes_on(here: Path, capfd: Capture) -> None:
     ],
     ids=lambda words: " ".join(words).encode("unicode_escape").decode()[:40],
 )
-def test_error_messages_pass_no_escapes_on(here: Path, capfd: Capture, arguments: tuple[str, ...]) -> None:
+def test_error_messages_contain_no_escape_sequences(here: Path, capfd: Capture, arguments: tuple[str, ...]) -> None:
     (here / "keys.toml").write_text(f"{json.dumps(ESCAPES)} = {json.dumps(ESCAPES)}\n")
     (here / "header.csv").write_bytes(f'"prompt","{ESCAPES}"\ncat,x\n'.encode())
     code, stdout, stderr = call(capfd, *arguments)
@@ -220,9 +220,9 @@ def test_error_messages_pass_no_escapes_on(here: Path, capfd: Capture, arguments
 
 
 @pytest.mark.slow
-def test_a_terminal_that_cannot_show_a_prompt_ends_no_job(here: Path) -> None:
+def test_a_terminal_that_cannot_display_a_prompt_does_not_end_the_job(here: Path) -> None:
     (here / "m.csv").write_text("prompt\ncat \N{SNOWMAN}\n", encoding="utf-8")
-    name = os.fsdecode(b"m\xff.csv")  # no UTF-8
+    name = os.fsdecode(b"m\xff.csv")  # not UTF-8
     (here / "m.csv").rename(here / name)
     done = subprocess.run(
         [*command("submit"), name, "--inline", "--verbose", "--model", "../model"],
@@ -234,40 +234,40 @@ def test_a_terminal_that_cannot_show_a_prompt_ends_no_job(here: Path) -> None:
 
 # Models
 
-MARKER = "executed"
-CODE = f"import pathlib; pathlib.Path({MARKER!r}).touch()"
+MARKER_FILE = "executed"
+MARKER_CODE = f"import pathlib; pathlib.Path({MARKER_FILE!r}).touch()"
 
 
 def plant_code(model: Path) -> None:
-    """Every way known to have a model folder run code: pickles, modules, and configurations that name them."""
-    pickle = b"cpathlib\nPath\n(S'" + MARKER.encode() + b"'\ntR(dS'x'\nS'y'\nsb."
-    for part, stem in (
+    """Add everything that could run code from a model folder: pickles, modules, and configurations that name them."""
+    pickle = b"cpathlib\nPath\n(S'" + MARKER_FILE.encode() + b"'\ntR(dS'x'\nS'y'\nsb."
+    for component, stem in (
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
         ("text_encoder", "model"),
     ):
         for name in (f"{stem}.bin", f"{stem}.ckpt", "pytorch_model.bin", f"{stem}.pt"):
-            (model / part / name).write_bytes(pickle)
+            (model / component / name).write_bytes(pickle)
     for folder in (model, *(path for path in model.iterdir() if path.is_dir())):
         for name in ("modeling.py", "pipeline.py", "__init__.py", "conftest.py", "kernel.py"):
-            (folder / name).write_text(CODE)
+            (folder / name).write_text(MARKER_CODE)
     classes = {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config", "AutoTokenizer": ["modeling.T", None]}
-    strange = {"auto_map": classes, "custom_pipeline": "pipeline", "trust_remote_code": True}
-    set_json("unet/config.json", **strange)(model)  # another class than theirs is refused in both
-    set_json("vae/config.json", **strange)(model)
-    strange["_class_name"] = "os"
+    code_settings = {"auto_map": classes, "custom_pipeline": "pipeline", "trust_remote_code": True}
+    set_json("unet/config.json", **code_settings)(model)  # a different class is refused in both files
+    set_json("vae/config.json", **code_settings)(model)
+    code_settings["_class_name"] = "os"
     set_json(
-        "text_encoder/config.json", **strange, _attn_implementation="somebody/kernel", attn_implementation="a/b",
+        "text_encoder/config.json", **code_settings, _attn_implementation="somebody/kernel", attn_implementation="a/b",
         architectures=["modeling.Model"], quantization_config={"quant_method": "bitsandbytes"},
     )(model)  # fmt: skip
-    set_json("tokenizer/tokenizer_config.json", **strange, chat_template="{{ 1.__class__.__mro__ }}")(model)
-    set_json("scheduler/scheduler_config.json", **strange)(model)
+    set_json("tokenizer/tokenizer_config.json", **code_settings, chat_template="{{ 1.__class__.__mro__ }}")(model)
+    set_json("scheduler/scheduler_config.json", **code_settings)(model)
     put("model_index.json", json.dumps({"_class_name": ["pipeline", "P"], "unet": ["os", "system"]}).encode())(model)
 
 
 @pytest.mark.slow
-def test_nothing_of_a_model_folder_is_executed(here: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """In a process of its own, that imports afresh, and that opens no connection."""
+def test_no_code_in_a_model_folder_is_executed(here: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Runs in a new process, which must import nothing from the folder and open no connection."""
     shutil.copytree(tiny_model, here / "planted")
     plant_code(here / "planted")
     code = (
@@ -285,10 +285,10 @@ def test_nothing_of_a_model_folder_is_executed(here: Path, tiny_model: Path, tmp
     )  # fmt: skip
     assert "code 0" in done.stdout, done.stdout + done.stderr
     assert "planted []" in done.stdout
-    assert not list(tmp_path.rglob(MARKER))
+    assert not list(tmp_path.rglob(MARKER_FILE))
     draw(here / "m.csv", here / "plain", tiny_model, seed=5)
-    drawn = [Image.open(next((here / job).rglob("seed_*.png"))) for job in ("job", "plain")]
-    assert drawn[0].tobytes() == drawn[1].tobytes()
+    images = [Image.open(next((here / job).rglob("seed_*.png"))) for job in ("job", "plain")]
+    assert images[0].tobytes() == images[1].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -310,11 +310,13 @@ def test_nothing_of_a_model_folder_is_executed(here: Path, tiny_model: Path, tmp
         put("tinysd.json", json.dumps({"name": "x" * 10_000_000}).encode()),
     ],
 )
-def test_a_model_that_asks_for_much_gets_nothing(here: Path, capfd: Capture, tiny_model: Path, change: Change) -> None:
-    shutil.copytree(tiny_model, here / "greedy")
-    change(here / "greedy")
+def test_a_model_with_huge_sizes_is_refused_without_allocating_memory(
+    here: Path, capfd: Capture, tiny_model: Path, change: Change
+) -> None:
+    shutil.copytree(tiny_model, here / "huge")
+    change(here / "huge")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    code, stdout, stderr = call(capfd, "submit", "m.csv", "--inline", "--model", "greedy")
+    code, stdout, stderr = call(capfd, "submit", "m.csv", "--inline", "--model", "huge")
     assert code in (0, 2), stderr
     assert len(stdout + stderr) < 5000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000

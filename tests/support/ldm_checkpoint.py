@@ -1,7 +1,7 @@
-"""Create SD v1 checkpoints with their original (LDM) tensor names from random diffusers models.
+"""SD v1 checkpoints under LDM's names, built from random diffusers models.
 
-The program uses diffusers' converters from LDM names. This is an independent implementation of the other direction, and
-tests compare its UNet names with the layer list in `tiny_stable_diffusion.py`.
+The program renames tensors with diffusers' converters. Here the names are derived independently and in the other
+direction, and those of the UNet are compared with the layer list in `tiny_stable_diffusion.py`.
 """
 
 import re
@@ -35,49 +35,58 @@ SMALL = Sizes(unet=32, vae=32, text=TEXT_WIDTH, text_layers=2)
 
 def new_unet(sizes: Sizes) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=64, block_out_channels=tuple(sizes.unet * factor for factor in (1, 2, 4, 4)), attention_head_dim=8,
+        sample_size=64,
+        block_out_channels=tuple(sizes.unet * factor for factor in (1, 2, 4, 4)),
+        attention_head_dim=8,
         cross_attention_dim=sizes.text,
-    )  # fmt: skip
+    )
 
 
 def new_vae(sizes: Sizes) -> AutoencoderKL:
     return AutoencoderKL(
-        latent_channels=4, block_out_channels=tuple(sizes.vae * factor for factor in (1, 2, 4, 4)), layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
-    )  # fmt: skip
+        latent_channels=4,
+        block_out_channels=tuple(sizes.vae * factor for factor in (1, 2, 4, 4)),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=512,
+    )
 
 
 def new_text_encoder(sizes: Sizes) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=sizes.vocabulary, hidden_size=sizes.text, intermediate_size=4 * sizes.text,
-            num_hidden_layers=sizes.text_layers, num_attention_heads=max(sizes.text // 64, 1),
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.text,
+            intermediate_size=4 * sizes.text,
+            num_hidden_layers=sizes.text_layers,
+            num_attention_heads=max(sizes.text // 64, 1),
         )
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
 class Models:
-    """The components of a model, as modules of diffusers and transformers."""
+    """The three components of a model, as modules of diffusers and transformers."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
 
     def ldm_tensors(self) -> dict[str, Tensor]:
-        """Return all tensors with the names and shapes of a single file."""
+        """Return all tensors under the names and in the shapes of a single file."""
         tensors = {UNET + unet_name(name): value for name, value in self.unet.state_dict().items()}
         for name, value in self.vae.state_dict().items():
-            ldm_name = vae_name(name)
-            is_kernel = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", ldm_name)
-            tensors[VAE + ldm_name] = value[:, :, None, None] if is_kernel else value
+            old = vae_name(name)
+            is_kernel = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", old)
+            tensors[VAE + old] = value[:, :, None, None] if is_kernel else value
         return tensors | {CLIP + name: value for name, value in self.text_encoder.state_dict().items()}
 
 
 def random_models(sizes: Sizes = SMALL, seed: int = 0) -> Models:
     torch.manual_seed(seed)
     models = Models(new_unet(sizes), new_vae(sizes), new_text_encoder(sizes))
-    with torch.no_grad():  # otherwise all norms and biases would be equal, and tests could not detect a mix-up
+    with torch.no_grad():  # initial norms and biases are all equal, which would hide mixed-up tensors
         for module in (models.unet, models.vae, models.text_encoder):
             for parameter in module.parameters():
                 if parameter.dim() == 1:
@@ -92,25 +101,35 @@ def replace_all(name: str, rules: Mapping[str, str]) -> str:
 
 
 RESIDUAL = {
-    r"\.norm1\.": ".in_layers.0.", r"\.conv1\.": ".in_layers.2.", r"\.time_emb_proj\.": ".emb_layers.1.",
-    r"\.norm2\.": ".out_layers.0.", r"\.conv2\.": ".out_layers.3.", r"\.conv_shortcut\.": ".skip_connection.",
-}  # fmt: skip
+    r"\.norm1\.": ".in_layers.0.",
+    r"\.conv1\.": ".in_layers.2.",
+    r"\.time_emb_proj\.": ".emb_layers.1.",
+    r"\.norm2\.": ".out_layers.0.",
+    r"\.conv2\.": ".out_layers.3.",
+    r"\.conv_shortcut\.": ".skip_connection.",
+}
 ENDS = {
-    r"^conv_in\.": "input_blocks.0.0.", r"^time_embedding\.linear_1\.": "time_embed.0.",
-    r"^time_embedding\.linear_2\.": "time_embed.2.", r"^conv_norm_out\.": "out.0.", r"^conv_out\.": "out.2.",
-}  # fmt: skip
+    r"^conv_in\.": "input_blocks.0.0.",
+    r"^time_embedding\.linear_1\.": "time_embed.0.",
+    r"^time_embedding\.linear_2\.": "time_embed.2.",
+    r"^conv_norm_out\.": "out.0.",
+    r"^conv_out\.": "out.2.",
+}
 
 
 def unet_name(name: str) -> str:
-    """Return the LDM name of a UNet tensor."""
-    if match := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name):
-        side, stage, module, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        if module == "downsamplers":
+    """Return LDM's name of a UNet tensor."""
+    pattern = r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)"
+    if match := re.match(pattern, name):
+        side, stage, modules, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        if modules == "downsamplers":
             return f"input_blocks.{3 * stage + 3}.0.op.{rest.removeprefix('conv.')}"
-        if module == "upsamplers":
+        if modules == "upsamplers":
             return f"output_blocks.{3 * stage + 2}.{2 if stage else 1}.{rest}"
         block = f"input_blocks.{3 * stage + layer + 1}" if side == "down" else f"output_blocks.{3 * stage + layer}"
-        return f"{block}.0{replace_all('.' + rest, RESIDUAL)}" if module == "resnets" else f"{block}.1.{rest}"
+        if modules == "attentions":
+            return f"{block}.1.{rest}"
+        return f"{block}.0{replace_all('.' + rest, RESIDUAL)}"
     if match := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
         if match[1] == "attentions":
             return f"middle_block.1.{match[3]}"
@@ -118,13 +137,11 @@ def unet_name(name: str) -> str:
     return replace_all(name, ENDS)
 
 
-ATTENTION = {
-    r"group_norm\.": "norm.", r"to_q\.": "q.", r"to_k\.": "k.", r"to_v\.": "v.", r"to_out\.0\.": "proj_out."
-}  # fmt: skip
+ATTENTION = {r"group_norm\.": "norm.", r"to_q\.": "q.", r"to_k\.": "k.", r"to_v\.": "v.", r"to_out\.0\.": "proj_out."}
 
 
 def vae_name(name: str) -> str:
-    """Return the LDM name of a VAE tensor."""
+    """Return LDM's name of a VAE tensor."""
     name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
     if match := re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
         if match[2] == "attentions":
@@ -147,17 +164,20 @@ def full_size_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def schedule_buffers() -> dict[str, Tensor]:
-    """Return some of the training buffers in SD v1's files."""
+    """Return some of the noise schedule's tensors that SD v1's checkpoints contain."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = (1 - betas).cumprod(0)
     return {
-        "betas": betas, "alphas_cumprod": alphas, "sqrt_alphas_cumprod": alphas.sqrt(), "logvar": torch.zeros(1000),
+        "betas": betas,
+        "alphas_cumprod": alphas,
+        "sqrt_alphas_cumprod": alphas.sqrt(),
+        "logvar": torch.zeros(1000),
         "posterior_mean_coef1": torch.zeros(1000),
-    }  # fmt: skip
+    }
 
 
 def ema_copies(tensors: Mapping[str, Tensor], change: float = 0.0) -> dict[str, Tensor]:
-    """Return the entries of `model_ema`: the UNet's tensors, with names without dots, and two counters."""
+    """Return the contents of `model_ema`: the UNet's tensors under names without dots, and two counters."""
     copies = {
         "model_ema." + name.removeprefix("model.").replace(".", ""): value + change
         for name, value in tensors.items()
@@ -167,7 +187,7 @@ def ema_copies(tensors: Mapping[str, Tensor], change: float = 0.0) -> dict[str, 
 
 
 def same_tensors(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bool:
-    """Whether these are bit-identical to the module's tensors."""
+    """Whether these are exactly the module's tensors in this dtype."""
     expected = module.state_dict()
     return expected.keys() == tensors.keys() and all(
         value.dtype == dtype and torch.equal(value, expected[name].to(dtype)) for name, value in tensors.items()

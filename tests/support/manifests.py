@@ -1,4 +1,4 @@
-"""Check rows and read manifests in tests."""
+"""Read manifests and check rows in tests."""
 
 import gzip
 from pathlib import Path
@@ -23,17 +23,17 @@ DEFAULTS = RowDefaults(
 )
 
 
-def rows_of(path: Path) -> list[Row | InvalidRow]:
+def read_all_rows(path: Path) -> list[Row | InvalidRow]:
     return list(read_rows(path, DEFAULTS))
 
 
-def reason(row: Row | InvalidRow) -> str:
+def get_reason(row: Row | InvalidRow) -> str:
     assert isinstance(row, InvalidRow), row
     return row.reason
 
 
-def read(path: Path, content: str | bytes, **options: Any) -> tuple[list[Row | InvalidRow], list[str]]:
-    """The rows of a file with that content, and what was noticed about it."""
+def write_and_read(path: Path, content: str | bytes, **options: Any) -> tuple[list[Row | InvalidRow], list[str]]:
+    """Write a file with that content; return its rows and the reader's notes."""
     data = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     notes = ReadingNotes()

@@ -1,4 +1,4 @@
-"""Rows and images to plan with."""
+"""Make rows, and plan their images, in tests."""
 
 from typing import Any
 
@@ -8,13 +8,15 @@ from tinysd_batch.records import ImageRequest, InvalidRow, Row, SamplingParams
 PARAMS = SamplingParams(width=512, height=512, steps=50, sampler="plms", eta=0.0)
 
 
-def row(number: int, seed: int | None, n_iter: int, n_samples: int) -> Row:
+def make_row(number: int, seed: int | None, n_iter: int, n_samples: int) -> Row:
+    """Return a valid row with this number of images and size 512x512."""
     return Row(number, f"prompt {number}", "", seed, 7.5, n_iter, n_samples, PARAMS)
 
 
-def common(seed: int, **more: Any) -> SharedSettings:
-    return SharedSettings(seed=seed, model_digest="00" * 16, **more)
+def make_shared_settings(seed: int, **settings: Any) -> SharedSettings:
+    return SharedSettings(seed=seed, model_digest="00" * 16, **settings)
 
 
-def images_of(rows: list[Row | InvalidRow], job_seed: int = 100, **more: Any) -> list[ImageRequest]:
-    return [image for _, images in plan_images(rows, common(job_seed, **more)) for image in images]
+def plan_requests(rows: list[Row | InvalidRow], job_seed: int = 100, **settings: Any) -> list[ImageRequest]:
+    """Plan all images of the rows; `settings` are shared settings."""
+    return [image for _, images in plan_images(rows, make_shared_settings(job_seed, **settings)) for image in images]

@@ -14,9 +14,14 @@ IMAGES = 24
 
 def start_submit(folder: Path, model: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("submit", "m.csv", "--model", model, "-o", "job", "--seed", "1", *more), cwd=folder, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        command("submit", "m.csv", "--model", model, "-o", "job", "--seed", "1", *more),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def count_images(job: Path) -> int:

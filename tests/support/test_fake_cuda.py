@@ -1,4 +1,4 @@
-"""That the pretended card does not forgive: of a card that does, nothing could be learnt."""
+"""The fake CUDA device reports violations of CUDA's rules. If it accepted them, tests on it would prove nothing."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.fake_cuda import device as card_module
 from tests.support.fake_cuda.allocator import DEFAULT_POOL, FakeCachingAllocator
-from tests.support.fake_cuda.device import FakeCudaDevice, FakeEvent, FakeStream
+from tests.support.fake_cuda.device import CONTEXT_BYTES, FakeCudaDevice, FakeEvent, FakeStream
 from tests.support.fake_cuda.graphs import CaptureError
 from tests.support.fake_cuda.patch import use_fake_cuda
 from tests.support.fake_cuda.race_detector import DataRaceError, StreamTimeline
@@ -17,58 +16,59 @@ MIB = 2**20
 
 
 @pytest.fixture
-def card() -> Iterator[FakeCudaDevice]:
+def gpu() -> Iterator[FakeCudaDevice]:
     if torch.cuda.is_available():
-        pytest.skip("there is a real card")
-    with use_fake_cuda(FakeCudaDevice()) as made:
-        yield made
+        pytest.skip("there is a real GPU")
+    with use_fake_cuda(FakeCudaDevice()) as device:
+        yield device
 
 
-def on_card(card: FakeCudaDevice, values: list[float]) -> Tensor:
-    return torch.tensor(values, device=card.device)
+def on_gpu(gpu: FakeCudaDevice, values: list[float]) -> Tensor:
+    return torch.tensor(values, device=gpu.device)
 
 
-# Where tensors are
+# Devices of tensors
 
 
-def test_numbers_come_to_the_card_and_back(card: FakeCudaDevice) -> None:
-    x = torch.arange(6.0, device=card.device).view(2, 3)
-    assert (x.device, x.is_cuda) == (card.device, True)
+def test_data_is_copied_to_the_gpu_and_back(gpu: FakeCudaDevice) -> None:
+    x = torch.arange(6.0, device=gpu.device).view(2, 3)
+    assert (x.device, x.is_cuda) == (gpu.device, True)
     x[0] += 1
     assert torch.equal((x @ x.T).cpu(), torch.tensor([[14.0, 26.0], [26.0, 50.0]]))
     assert x.sum().item() == 18
     assert torch.equal(torch.nn.Parameter(x, requires_grad=False).cpu(), x.cpu())
 
 
-def test_tensors_must_be_together(card: FakeCudaDevice) -> None:
-    x = on_card(card, [1.0, 2.0])
+def test_tensors_must_be_on_the_same_device(gpu: FakeCudaDevice) -> None:
+    x = on_gpu(gpu, [1.0, 2.0])
     with pytest.raises(RuntimeError, match="on the same device"):
         x + torch.ones(2)
-    assert (x * torch.tensor(2.0)).tolist() == [2.0, 4.0]  # a single number may be elsewhere
-    assert x[torch.tensor([1])].tolist() == [2.0]  # and indices may
-    here = torch.tensor([1], device=card.device)
-    mixed: list[Callable[[], object]] = [
-        lambda: torch.ones(2)[here], lambda: torch.stack([x[0], torch.tensor(1.0)])
-    ]  # fmt: skip
-    for odd in mixed:
+    assert (x * torch.tensor(2.0)).tolist() == [2.0, 4.0]  # scalars may be on the host
+    assert x[torch.tensor([1])].tolist() == [2.0]  # and so may indices
+    index = torch.tensor([1], device=gpu.device)
+    operations: list[Callable[[], object]] = [
+        lambda: torch.ones(2)[index],
+        lambda: torch.stack([x[0], torch.tensor(1.0)]),
+    ]
+    for operation in operations:
         with pytest.raises(RuntimeError, match="on the same device"):
-            odd()
+            operation()
 
 
-def test_a_type_that_is_changed_on_the_way_takes_memory_of_its_own(card: FakeCudaDevice) -> None:
-    """Where the program does not wait torch changes it on the card."""
-    half, place = torch.ones(MIB, dtype=torch.float16), torch.empty(MIB, device=card.device)
-    place.copy_(half)
-    assert card.allocator.max_allocated == 4 * MIB
-    place.copy_(half, non_blocking=True)
-    assert card.allocator.max_allocated == 6 * MIB
-    assert card.allocator.allocated == 4 * MIB
+def test_asynchronous_copy_with_dtype_conversion_allocates_memory(gpu: FakeCudaDevice) -> None:
+    """Torch converts the dtype on the GPU if the program does not wait for the copy."""
+    half, target = torch.ones(MIB, dtype=torch.float16), torch.empty(MIB, device=gpu.device)
+    target.copy_(half)
+    assert gpu.allocator.max_allocated == 4 * MIB
+    target.copy_(half, non_blocking=True)
+    assert gpu.allocator.max_allocated == 6 * MIB
+    assert gpu.allocator.allocated == 4 * MIB
 
 
 # Memory
 
 
-def test_memory_is_handed_out_as_torch_does() -> None:
+def test_memory_is_allocated_as_torch_does() -> None:
     allocator, timeline = FakeCachingAllocator(64 * MIB, 4 * MIB, 60 * MIB), StreamTimeline(1)
     small = allocator.allocate(1, timeline, DEFAULT_POOL)
     assert (small.nbytes, allocator.reserved) == (512, 2 * MIB)
@@ -85,19 +85,19 @@ def test_memory_is_handed_out_as_torch_does() -> None:
     allocator.free(large)
     assert (
         allocator.allocate(25 * MIB, timeline, DEFAULT_POOL).nbytes == 26 * MIB
-    )  # for which the free segment went back
+    )  # the free segment was released first
     assert (allocator.max_reserved, allocator.allocated) == (48 * MIB, 46 * MIB + 512)
 
 
-def test_a_stream_is_not_given_what_another_had() -> None:
+def test_streams_do_not_share_free_blocks() -> None:
     allocator = FakeCachingAllocator(64 * MIB, 0, 64 * MIB)
     allocator.free(allocator.allocate(MIB, StreamTimeline(1), DEFAULT_POOL))
     allocator.allocate(MIB, StreamTimeline(2), DEFAULT_POOL)
     assert allocator.reserved == 4 * MIB
 
 
-def test_memory_is_free_when_the_last_view_is_gone(card: FakeCudaDevice) -> None:
-    x = torch.empty(2, 3 * MIB, dtype=torch.uint8, device=card.device)
+def test_memory_is_freed_with_the_last_view(gpu: FakeCudaDevice) -> None:
+    x = torch.empty(2, 3 * MIB, dtype=torch.uint8, device=gpu.device)
     row = x[1]
     assert torch.cuda.memory_allocated() == 6 * MIB
     del x
@@ -109,8 +109,8 @@ def test_memory_is_free_when_the_last_view_is_gone(card: FakeCudaDevice) -> None
 # Streams
 
 
-def test_two_streams_may_not_meet_unless_one_waits(card: FakeCudaDevice) -> None:
-    x, other, done = on_card(card, [1.0]), torch.cuda.Stream(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+def test_streams_must_wait_before_they_access_the_same_memory(gpu: FakeCudaDevice) -> None:
+    x, other, done = on_gpu(gpu, [1.0]), torch.cuda.Stream(), torch.cuda.Event()  # type: ignore[no-untyped-call]
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):
         x += 1
@@ -121,13 +121,13 @@ def test_two_streams_may_not_meet_unless_one_waits(card: FakeCudaDevice) -> None
     assert (x * 2).tolist() == [4.0]
 
 
-def test_memory_may_not_be_handed_on_while_another_stream_is_at_it(card: FakeCudaDevice) -> None:
-    x, other = torch.empty(MIB, device=card.device), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def test_memory_in_use_by_another_stream_must_not_be_reused(gpu: FakeCudaDevice) -> None:
+    x, other = torch.empty(MIB, device=gpu.device), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(other):
         x.zero_()
     del x
-    with pytest.raises(DataRaceError, match="handed on"):
-        torch.empty(MIB, device=card.device)
+    with pytest.raises(DataRaceError, match="allocated again"):
+        torch.empty(MIB, device=gpu.device)
 
 
 # Graphs
@@ -144,46 +144,46 @@ def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def test_what_is_captured_is_done_when_it_is_replayed(card: FakeCudaDevice) -> None:
-    x, said = on_card(card, [1.0, 2.0]), []
+def test_captured_operations_run_when_the_graph_is_replayed(gpu: FakeCudaDevice) -> None:
+    x, outputs = on_gpu(gpu, [1.0, 2.0]), []
     torch.cuda.synchronize()
-    graph = capture(lambda: said.append((x + 1).mul_(3)))
-    assert said[0].isnan().all()
+    graph = capture(lambda: outputs.append((x + 1).mul_(3)))
+    assert outputs[0].isnan().all()
     graph.replay()
-    assert said[0].tolist() == [6.0, 9.0]
+    assert outputs[0].tolist() == [6.0, 9.0]
     x += 1
     graph.replay()
-    assert said[0].tolist() == [9.0, 12.0]
+    assert outputs[0].tolist() == [9.0, 12.0]
 
 
-def test_what_cannot_be_captured_ends_the_capture(card: FakeCudaDevice) -> None:
-    x, recorded = on_card(card, [1.0]), torch.cuda.Event()  # type: ignore[no-untyped-call]
-    recorded.record()
-    refused: list[Callable[[], object]] = [
+def test_operations_that_cannot_be_captured_abort_the_capture(gpu: FakeCudaDevice) -> None:
+    x, event = on_gpu(gpu, [1.0]), torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    operations: list[Callable[[], object]] = [
         x.item, lambda: x.copy_(torch.ones(1)), torch.cuda.synchronize, lambda: torch.equal(x, x),
-        lambda: torch.cuda.current_stream().wait_event(recorded), lambda: x[torch.tensor([0])], lambda: x[x > 0],
-        lambda: x.masked_select(x > 0), lambda: card.lock(4096, 4096),
+        lambda: torch.cuda.current_stream().wait_event(event), lambda: x[torch.tensor([0])], lambda: x[x > 0],
+        lambda: x.masked_select(x > 0), lambda: gpu.lock(4096, 4096),
     ]  # fmt: skip
-    for number, work in enumerate(refused):
+    for number, operation in enumerate(operations):
         with pytest.raises(CaptureError, match="previous error"):
-            capture(work)
-        assert len(card.allocator.capturing_pools) == number + 1  # torch forgets them, and so must be told
+            capture(operation)
+        assert len(gpu.allocator.capturing_pools) == number + 1  # torch does not end them itself
 
 
-def test_a_stream_that_joins_a_capture_must_come_back(card: FakeCudaDevice) -> None:
-    x, other = on_card(card, [1.0]), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def test_stream_that_joins_a_capture_must_be_joined_again(gpu: FakeCudaDevice) -> None:
+    x, other = on_gpu(gpu, [1.0]), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def stray() -> None:
+    def use_other_stream() -> None:
         other.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(other):
             x + 1
 
     with pytest.raises(CaptureError, match="unjoined"):
-        capture(stray)
+        capture(use_other_stream)
 
 
-def test_a_graph_may_not_outlive_what_it_reads(card: FakeCudaDevice) -> None:
-    x = on_card(card, [1.0])
+def test_graph_must_not_outlive_its_inputs(gpu: FakeCudaDevice) -> None:
+    x = on_gpu(gpu, [1.0])
     kept = [x]
     graph = capture(lambda: kept[0] + 1)
     graph.replay()
@@ -193,29 +193,29 @@ def test_a_graph_may_not_outlive_what_it_reads(card: FakeCudaDevice) -> None:
         graph.replay()
 
 
-def test_a_graph_takes_memory_until_it_is_reset(card: FakeCudaDevice) -> None:
-    x = torch.ones(MIB, device=card.device)
+def test_graph_takes_memory_until_it_is_reset(gpu: FakeCudaDevice) -> None:
+    x = torch.ones(MIB, device=gpu.device)
     torch.cuda.synchronize()
     graph = capture(lambda: (x + 1) * 2)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() == 40 * MIB
-    assert card.allocator.non_torch_bytes > card_module.CONTEXT_BYTES
+    assert gpu.allocator.non_torch_bytes > CONTEXT_BYTES
     graph.reset()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() == 20 * MIB
-    assert card.allocator.non_torch_bytes == card_module.CONTEXT_BYTES
+    assert gpu.allocator.non_torch_bytes == CONTEXT_BYTES
 
 
-# The engine on it
+# The engine on the fake device
 
 
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(FakeStream, "wait_event"), (FakeEvent, "record"), (FakeStream, "wait_stream")],
-    ids=lambda one: str(one),
+    ids=["wait_event", "record", "wait_stream"],
 )
-def test_no_wait_of_the_engine_is_for_nothing(
-    card: FakeCudaDevice, tiny_model: object, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+def test_every_wait_of_the_engine_is_necessary(
+    gpu: FakeCudaDevice, tiny_model: object, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
     from tinysd_batch import TinySD
 

@@ -1,4 +1,4 @@
-"""A forked command behaves as a fresh process does: words, exit codes, streams, signals, folder, session."""
+"""A forked command behaves as a fresh process does: output, exit code, streams, signals, folder, session."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ from tests.support.program import command, environment, run, start
 
 
 @pytest.mark.parametrize("arguments", ["--version", "plan nothing.csv", "draw", "submit m.csv --address nowhere:1"])
-def test_a_forked_command_says_what_a_fresh_one_says(here: Path, arguments: str) -> None:
+def test_forked_and_fresh_commands_have_the_same_output(here: Path, arguments: str) -> None:
     forked, fresh = (run(*arguments.split(), cwd=here, fresh=fresh) for fresh in (False, True))
     assert (forked.returncode, forked.stdout, forked.stderr) == (fresh.returncode, fresh.stdout, fresh.stderr)
 
 
-def test_a_forked_process_is_a_child_with_its_own_streams_folder_and_session(here: Path, tiny_model: Path) -> None:
+def test_forked_process_is_a_child_with_its_own_streams_folder_and_session(here: Path, tiny_model: Path) -> None:
     (here / "m.csv").write_text("prompt,n_iter\ncat,100000\n")
     with start(
         "submit", "m.csv", "--model", tiny_model, "--inline", cwd=here, stdin=subprocess.DEVNULL,
@@ -40,7 +40,7 @@ def test_a_forked_process_is_a_child_with_its_own_streams_folder_and_session(her
         assert process.wait() == -signal.SIGKILL
 
 
-def test_what_is_read_when_libraries_load_asks_for_a_fresh_process() -> None:
+def test_variables_read_at_import_need_a_fresh_process() -> None:
     assert is_forkable(environment(COLUMNS="40"))
     assert not is_forkable(environment(OMP_NUM_THREADS="3"))
     assert not is_forkable(environment(PYTHONIOENCODING="ascii"))
@@ -48,7 +48,7 @@ def test_what_is_read_when_libraries_load_asks_for_a_fresh_process() -> None:
         assert not isinstance(process, ForkedProcess)
 
 
-def test_only_the_program_is_forked() -> None:
+def test_only_the_program_can_be_forked() -> None:
     with pytest.raises(ValueError, match="can be forked"):
         ForkedProcess(["true"])
     with pytest.raises(ValueError, match="preexec_fn"):

@@ -1,7 +1,7 @@
-"""Create a small synthetic checkpoint in the format of tiny-stable-diffusion: SD v1's UNet with random packed weights.
+"""A synthetic checkpoint in tiny-stable-diffusion's format: a small SD v1 UNet with random packed weights.
 
-The real file is not available here, but its layout is known. Four consecutive output channels share a byte, the first
-in the lowest bits, and every output channel has a float32 `delta` and `zero_point`.
+The real file is not available to tests, but its layout is known. Four consecutive output channels share a byte, the
+first in the lowest bits, and every output channel has a float32 `delta` and `zero_point`.
 """
 
 import math
@@ -51,7 +51,12 @@ def transformer(prefix: str, width: int, context: int) -> Iterator[Layer]:
 
 
 def unet_layers(base: int, context: int) -> Iterator[Layer]:
-    """Yield every layer of SD v1's UNet with `base` channels (SD v1: 320) and text width `context` (SD v1: 768)."""
+    """Yield every layer of SD v1's UNet.
+
+    Args:
+        base: channels of the first level (SD v1: 320).
+        context: width of a token's text embedding (SD v1: 768).
+    """
     time = 4 * base
     widths = [base * factor for factor in MULTIPLIERS]
     yield Layer("time_embed.0", "q8", (time, base))
@@ -86,7 +91,7 @@ def unet_layers(base: int, context: int) -> Iterator[Layer]:
 
 
 def unet_checkpoint(base: int = 32, seed: int = 0, context: int = CONTEXT) -> dict[str, Tensor]:
-    """Return the UNet's tensors with the names of tiny-stable-diffusion's file."""
+    """Return the UNet's tensors under the names of tiny-stable-diffusion's file."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for layer in unet_layers(base, context):
@@ -112,8 +117,8 @@ def unet_checkpoint(base: int = 32, seed: int = 0, context: int = CONTEXT) -> di
 
 
 def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same UNet as floats, with the names of SD v1's own files."""
-    float_tensors: dict[str, Tensor] = {}
+    """Return the same UNet as floats, under the names of SD v1's own files."""
+    floats: dict[str, Tensor] = {}
     for name, value in tensors.items():
         layer, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias"):
@@ -127,5 +132,5 @@ def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             else:
                 codes = ((value / delta).round() + zero).clamp(0, 255)
             weight = (codes - zero) * delta
-        float_tensors[name.replace(PREFIX, "model.diffusion_model.")] = weight
-    return float_tensors
+        floats[name.replace(PREFIX, "model.diffusion_model.")] = weight
+    return floats

@@ -147,6 +147,7 @@ def run_and_report(
     job: "Job", has_named_model: bool, run_options: dict[str, Any], verbose: bool, console: "Console"
 ) -> int:
     """Run the job, print its summary and return the exit code. `run_options` are keyword arguments of `run_job`."""
+    from tinysd_batch.cli.terminal.log_records import show_log_records
     from tinysd_batch.cli.terminal.signals import stop_on_signals
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.job.open_pool import make_pool_factory
@@ -154,7 +155,7 @@ def run_and_report(
     from tinysd_batch.report.progress_bar import RunProgressBar
 
     print_header(job, console)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, show_log_records(verbose):
         try:
             with RunProgressBar(console, verbose) as progress:
                 if not has_named_model:

@@ -1,4 +1,4 @@
-"""From a manifest to a folder of pictures and a table of what happened. Knows no torch.
+"""From a manifest to a folder of images and a table of results. Imports no torch.
 
 manifest -> plan -> driver -> pool -> worker -> results
 """

@@ -1,5 +1,6 @@
 """Run a job: dispatch chunks of micro-batches to workers and record the result of every image."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from itertools import takewhile
 from tinysd_batch.errors import ManifestError, UsageError
 from tinysd_batch.job.dispatch.dispatcher import Dispatcher
 from tinysd_batch.job.dispatch.job_progress import InvalidRows, JobProgress, RunSummary
+from tinysd_batch.job.dispatch.logged_progress import LoggedProgress
+from tinysd_batch.job.job_log import write_job_log
 from tinysd_batch.job.manifest.files import read_manifest_stamp
 from tinysd_batch.job.manifest.readers import is_json_manifest, read_extra_fields
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
@@ -28,7 +31,9 @@ from tinysd_batch.job.workers.pool import PoolFactory
 from tinysd_batch.records import InvalidRow, MicroBatch, Status
 from tinysd_batch.storage.atomic import remove_temporaries
 from tinysd_batch.storage.lock import FileLock, hold_lock
+from tinysd_batch.version import __version__
 
+logger = logging.getLogger(__name__)
 __all__ = ["JobProgress", "PoolFactory", "RunSummary", "run_job"]
 
 MAX_EXTRA_COLUMNS = 500  # in a JSONL manifest, where each different key becomes a column
@@ -103,9 +108,16 @@ def read_recorded_invalid_rows(job: Job) -> Iterator[InvalidRow]:
 
 
 def run_job(
-    job: Job, open_pool: PoolFactory, progress: JobProgress, should_stop: Callable[[], bool], limit: int | None = None,
-    *, retry_failed: bool = False, take_over: bool = False, redo_missing: bool = False,
-) -> RunSummary:  # fmt: skip
+    job: Job,
+    open_pool: PoolFactory,
+    progress: JobProgress,
+    should_stop: Callable[[], bool],
+    limit: int | None = None,
+    *,
+    retry_failed: bool = False,
+    take_over: bool = False,
+    redo_missing: bool = False,
+) -> RunSummary:
     """Generate every image of the job that is not finished.
 
     Args:
@@ -133,9 +145,12 @@ def run_job(
             with job_lock.guard():
                 remove_job_state(job)
         scan = scan or restore_manifest_scan(job) or scan_manifest(job)
-        run = JobRun(job, scan, job_lock, progress, should_stop)
+        run = JobRun(job, scan, job_lock, LoggedProgress(progress), should_stop)
         try:
-            summary = run.execute(open_pool, limit, retry_failed, redo_missing)
+            with write_job_log(job.state_folder):
+                logger.debug("run %s of tinysd-batch %s", job.run_id, __version__)
+                summary = run.execute(open_pool, limit, retry_failed, redo_missing)
+                logger.debug("%d images left, %d failed", summary.left, summary.failed)
         except UsageError:
             if is_new and not read_finished_images(job).images:
                 with job_lock.guard():

@@ -128,7 +128,7 @@ def check_rows(table: pa.Table, verification: Verification) -> list[tuple[int, s
     names: Counter[str] = Counter()
     for row, index, status, name, sha256, size in zip(
         *(table[column].to_pylist() for column in VERIFIED_COLUMNS), strict=True
-    ):  # fmt: skip
+    ):
         label = f"row {row}" if index is None else f"image {index}"
         if status not in set(Status):
             verification.problems[VerificationProblem.UNKNOWN_STATUS].append(f"{label}: {status}")

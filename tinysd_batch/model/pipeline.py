@@ -72,6 +72,7 @@ class TinySD:
         self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None = None, *,
         turbo: bool = False, unet_bs: int | None = None,
     ) -> None:  # fmt: skip
+        """Load the components of a model folder; see `from_pretrained`, which also chooses device and precision."""
         self.info = info
         self.device = device
         self.dtype = dtype
@@ -232,6 +233,7 @@ class TinySD:
     def generate_batch(
         self, request: GenerationRequest, output_type: OutputType, callback: StepCallback | None
     ) -> GenerationOutput:
+        """Encode, denoise and decode a batch, and measure times and peak memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with on_compute_stream(self.device):

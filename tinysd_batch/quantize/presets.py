@@ -19,11 +19,18 @@ from tinysd_batch.quantize.layers import get_layer
 UNPACKED_PREFIXES = ("conv_in", "conv_out", "time_embedding.")
 # Layer types by a part of the name; the first match decides. The types are stored in reports.
 LAYER_TYPES = (
-    ("time_emb", "time projections"), ("conv_in", "first and last"), ("conv_out", "first and last"),
-    ("conv_shortcut", "shortcuts"), (".resnets.", "resnet convolutions"), ("samplers.", "resampling"),
-    ("attn2.to_k", "text keys and values"), ("attn2.to_v", "text keys and values"), ("attn", "attention"),
-    (".ff.", "feed-forward"), ("proj_", "block projections"),
-)  # fmt: skip
+    ("time_emb", "time projections"),
+    ("conv_in", "first and last"),
+    ("conv_out", "first and last"),
+    ("conv_shortcut", "shortcuts"),
+    (".resnets.", "resnet convolutions"),
+    ("samplers.", "resampling"),
+    ("attn2.to_k", "text keys and values"),
+    ("attn2.to_v", "text keys and values"),
+    ("attn", "attention"),
+    (".ff.", "feed-forward"),
+    ("proj_", "block projections"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ class Preset:
     """How many bits a UNet's layers get: 2, unless their type or their block level gets more."""
 
     bits_by_layer_type: dict[str, int]
-    outer_levels: int  # so many levels, from the largest feature maps on, get at least OUTER_LEVEL_BITS
+    outer_levels: int  # number of levels, from the largest feature maps on, that get at least OUTER_LEVEL_BITS
 
     def bits(self, name: str, levels: int) -> int:
         """Return the bits of a layer in a UNet with this number of block levels."""

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.images import read_metadata
+from tinysd_batch.job.job_log import LOG_FILE_NAME
 from tinysd_batch.job.results.compare import FileDifferences, find_differences
 from tinysd_batch.job.results.rows import parse_invalid_reason
 from tinysd_batch.job.results.table import ResultsTable
@@ -101,6 +102,7 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
     console.print(table)
     if status.differences.indexes:
         print_line(console, f"Files: {status.differences}; {status.differences.advice}")
+    print_log_path(job_folder, console)
     for worker, images in sorted(status.by_worker.items()):
         image_s = status.seconds_by_worker[worker] / images
         images_per_hour = 3600 / max(image_s, 1e-9)
@@ -112,6 +114,12 @@ def print_status(job_folder: Path, status: JobStatus, console: Console) -> None:
         print_line(console, to_one_line(fault, 300))
     if len(status.faults) > MAX_SHOWN_FAULTS:
         console.print(f"and {len(status.faults) - MAX_SHOWN_FAULTS:,} more; the results table lists all of them")
+
+
+def print_log_path(job_folder: Path, console: Console) -> None:
+    log = job_folder / STATE_FOLDER / LOG_FILE_NAME
+    if log.is_file():
+        print_line(console, f"Log: {log}")
 
 
 def print_image_settings(path: Path, console: Console) -> None:

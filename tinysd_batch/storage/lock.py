@@ -121,7 +121,7 @@ def hold_lock(path: Path, take_over: bool = False) -> Iterator[FileLock]:
     """Hold the lock file `path`, which is created if it does not exist.
 
     Args:
-        path: Lock file, two folders below the job's folder.
+        path: The lock file, in a subfolder of the folder that messages name.
         take_over: Take the lock from a process that holds it; that process notices before its next write.
 
     Raises:

@@ -101,9 +101,12 @@ def test_an_image_too_large_for_one_worker_is_generated_by_another(
 def test_an_image_too_large_for_all_workers_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": "a", "width": 64}, {"prompt": "b", "width": 128}]
     simulation = Simulation(
-        tmp_path / "job", write_csv(tmp_path / "m.csv", rows), 1,
-        [SimWorker(f"w{number}", 1.0, is_small=True) for number in range(3)], FaultPlan(),
-    )  # fmt: skip
+        tmp_path / "job",
+        write_csv(tmp_path / "m.csv", rows),
+        1,
+        [SimWorker(f"w{number}", 1.0, is_small=True) for number in range(3)],
+        FaultPlan(),
+    )
     run_simulation(simulation, monkeypatch)
     results = read_rows_by_index(simulation, 2)
     assert (results[2]["status"], results[2]["error_class"]) == ("failed", "out_of_memory")

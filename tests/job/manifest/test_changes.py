@@ -1,4 +1,4 @@
-"""A manifest that grows, one that changes, and images that failed: what submit does, as its user sees it."""
+"""What submit does with a manifest that grows or changes, and with images that failed, as a user sees it."""
 
 import functools
 import gzip
@@ -25,12 +25,12 @@ PROMPTS = ("apple", "cta", "owl", "apple")
 Program = Callable[..., CompletedProcess[str]]
 
 
-loaded = functools.cache(TinySD.from_pretrained)  # each run would load the model anew, which is not what is tested
+load_model_once = functools.cache(TinySD.from_pretrained)  # loading is not under test here, so it happens once
 
 
 @pytest.fixture
 def submit(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    monkeypatch.setattr(TinySD, "from_pretrained", loaded)
+    monkeypatch.setattr(TinySD, "from_pretrained", load_model_once)
 
     def program(*arguments: object, command: str = "submit") -> CompletedProcess[str]:
         inline = ("--inline",) if command == "submit" else ()
@@ -49,12 +49,12 @@ def manifest(tmp_path: Path) -> Path:
     return write(tmp_path / "m.csv", *PROMPTS)
 
 
-def seeds(job: Path) -> list[int]:
+def get_seeds(job: Path) -> list[int]:
     return [row["seed"] for row in read_results(job)]
 
 
-def drawn(job: Path) -> list[int]:
-    """Indexes of the images that the newest run of the job drew."""
+def get_generated_indexes(job: Path) -> list[int]:
+    """Return the indexes of the images that the last run of the job generated."""
     newest = json.loads((job / "job.json").read_text())["last_run"]["run_id"]
     return [row["index"] for row in read_results(job) if row["run_id"] == newest and row["reused"] is None]
 
@@ -65,9 +65,9 @@ def test_appended_rows_extend_the_job(manifest: Path, tmp_path: Path, submit: Pr
     done = submit(manifest, "-o", "job")
     assert done.returncode == 0, done.stderr
     assert "The manifest has grown by 2 rows" in done.stdout
-    assert drawn(tmp_path / "job") == [5, 6]
+    assert get_generated_indexes(tmp_path / "job") == [5, 6]
     check_whole(tmp_path / "job", 6)
-    assert seeds(tmp_path / "job") == [5, 6, 7, 8, 9, 10]
+    assert get_seeds(tmp_path / "job") == [5, 6, 7, 8, 9, 10]
     assert "grown" not in submit(manifest, "-o", "job").stdout
 
 
@@ -76,7 +76,7 @@ def test_appended_rows_extend_the_job(manifest: Path, tmp_path: Path, submit: Pr
     ("m.txt", "a", "a\nb\n"),
     ("m.csv", "prompt,seed\na,\n", 'seed,prompt,artist\n"",a,\n,b,me\n'),
 ])  # fmt: skip
-def test_every_format_may_grow_and_gain_columns(tmp_path: Path, submit: Program, name: str, old: str, new: str) -> None:
+def test_every_format_can_gain_rows_and_columns(tmp_path: Path, submit: Program, name: str, old: str, new: str) -> None:
     (tmp_path / name).write_text(old)
     submit(name, "-o", "job")
     (tmp_path / name).write_text(new)
@@ -86,15 +86,15 @@ def test_every_format_may_grow_and_gain_columns(tmp_path: Path, submit: Program,
     assert [row.get("artist") for row in rows] == ([None, "me"] if "artist" in new else [None, None])
 
 
-def test_an_interrupted_job_may_grow(manifest: Path, tmp_path: Path, submit: Program) -> None:
+def test_interrupted_job_can_grow(manifest: Path, tmp_path: Path, submit: Program) -> None:
     submit(manifest, "-o", "job", "--limit", 2)
     write(manifest, *PROMPTS, "fox")
     assert submit(manifest, "-o", "job").returncode == 0
     check_whole(tmp_path / "job", 5)
 
 
-def test_growing_that_was_cut_short_is_no_change(manifest: Path, tmp_path: Path, submit: Program) -> None:
-    """Killed between writing the rows and job.json: the folder then holds more rows than job.json counts."""
+def test_interrupted_growth_is_not_a_change(manifest: Path, tmp_path: Path, submit: Program) -> None:
+    """If killed between writing the rows and job.json, the folder holds more rows than job.json counts."""
     submit(manifest, "-o", "job")
     before = (tmp_path / "job" / "job.json").read_bytes()
     write(manifest, *PROMPTS, "fox")
@@ -106,7 +106,7 @@ def test_growing_that_was_cut_short_is_no_change(manifest: Path, tmp_path: Path,
     assert rows[-1]["prompt"] == "ant"
 
 
-def test_any_other_change_is_refused_with_the_difference(manifest: Path, tmp_path: Path, submit: Program) -> None:
+def test_other_changes_are_rejected_with_the_difference(manifest: Path, tmp_path: Path, submit: Program) -> None:
     submit(manifest, "-o", "job", "--limit", 1)
     before = read_results(tmp_path / "job")
     write(manifest, "apple", "cat", "owl", "apple", "fox")
@@ -121,7 +121,7 @@ def test_any_other_change_is_refused_with_the_difference(manifest: Path, tmp_pat
     assert submit(manifest, "-o", "job").returncode == 0
 
 
-def test_without_the_kept_rows_the_old_manifest_still_goes_on(manifest: Path, tmp_path: Path, submit: Program) -> None:
+def test_unchanged_manifest_resumes_without_the_snapshot(manifest: Path, tmp_path: Path, submit: Program) -> None:
     submit(manifest, "-o", "job", "--limit", 1)
     (tmp_path / "job" / "_tinysd" / "rows.jsonl.gz").unlink()
     write(tmp_path / "grown.csv", *PROMPTS, "fox")
@@ -130,7 +130,7 @@ def test_without_the_kept_rows_the_old_manifest_still_goes_on(manifest: Path, tm
 
 
 @pytest.mark.parametrize("rows", [b"no gzip", None])
-def test_images_are_taken_over_from_a_job_that_has_lost_its_rows(
+def test_images_are_reused_from_a_job_without_its_snapshot(
     manifest: Path, tmp_path: Path, submit: Program, rows: bytes | None
 ) -> None:
     submit(manifest, "-o", "job")
@@ -143,12 +143,12 @@ def test_images_are_taken_over_from_a_job_that_has_lost_its_rows(
     assert refused.returncode == 5
     assert "--reuse job" in refused.stderr
     assert submit("grown.csv", "-o", "new", "--reuse", "job").returncode == 0
-    assert drawn(tmp_path / "new") == [5]
-    assert seeds(tmp_path / "new")[:4] == seeds(tmp_path / "job")
+    assert get_generated_indexes(tmp_path / "new") == [5]
+    assert get_seeds(tmp_path / "new")[:4] == get_seeds(tmp_path / "job")
 
 
-def test_a_line_behind_an_array_is_not_lost(tmp_path: Path, submit: Program) -> None:
-    """It is read as a line of its own then, and the array is one, too, which is no object."""
+def test_line_after_an_array_is_not_ignored(tmp_path: Path, submit: Program) -> None:
+    """The file is then read line by line, and the array is a line that is not an object."""
     file = tmp_path / "m.jsonl"
     file.write_text('[{"prompt": "a"}, {"prompt": "b"}]\n')
     submit(file, "-o", "job")
@@ -158,7 +158,7 @@ def test_a_line_behind_an_array_is_not_lost(tmp_path: Path, submit: Program) -> 
     assert (refused.returncode, "row 1: is invalid now" in refused.stderr) == (2, True)
 
 
-def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Program) -> None:
+def test_fixed_typo_regenerates_one_row(manifest: Path, tmp_path: Path, submit: Program) -> None:
     submit(manifest, "-o", "job")
     fixed = write(tmp_path / "fixed.csv", "new", "apple", "cat", "owl", "apple")
     planned = submit(fixed, "-o", "new", "--reuse", "job", command="plan")
@@ -167,9 +167,9 @@ def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Pro
     assert not (tmp_path / "new").exists()
     done = submit(fixed, "-o", "new", "--reuse", "job")
     assert done.returncode == 0, done.stderr
-    assert "2 images made" in done.stdout
+    assert "2 images generated" in done.stdout
     assert "3 reused" in done.stdout
-    assert drawn(tmp_path / "new") == [1, 3]
+    assert get_generated_indexes(tmp_path / "new") == [1, 3]
     rows, old = check_whole(tmp_path / "new", 5), read_results(tmp_path / "job")
     assert [rows[at]["seed"] for at in (1, 3, 4)] == [old[at]["seed"] for at in (0, 2, 3)]
     kept = ("sha256", "image_id", "denoise_s", "device_name", "started_at", "prompt")
@@ -180,7 +180,7 @@ def test_a_fixed_typo_redoes_one_row(manifest: Path, tmp_path: Path, submit: Pro
     assert rows[4]["file_name"].endswith("_00005.png")
 
 
-def test_pictures_are_copied_where_they_cannot_be_linked(manifest: Path, tmp_path: Path, submit: Program) -> None:
+def test_reused_images_are_copied_if_they_cannot_be_linked(manifest: Path, tmp_path: Path, submit: Program) -> None:
     shared_memory = Path("/dev/shm")
     if not shared_memory.exists() or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs two file systems")
@@ -188,37 +188,37 @@ def test_pictures_are_copied_where_they_cannot_be_linked(manifest: Path, tmp_pat
         submit(manifest, "-o", f"{elsewhere}/job", "--limit", 2)
         submit(manifest, "-o", "new", "--reuse", f"{elsewhere}/job", "--limit", 2)
     check_whole(tmp_path / "new", 2)
-    assert drawn(tmp_path / "new") == []
+    assert get_generated_indexes(tmp_path / "new") == []
 
 
-def test_the_new_job_stands_on_its_own(manifest: Path, tmp_path: Path, submit: Program) -> None:
-    """Its seeds are kept with it: it goes on, grows, and is itself reused, when the old job is long gone."""
+def test_new_job_does_not_need_the_old_one(manifest: Path, tmp_path: Path, submit: Program) -> None:
+    """Its seeds are stored with it, so it can be resumed, grow and be reused after the old job was deleted."""
     submit(manifest, "-o", "job", "--limit", 3)
     fixed = write(tmp_path / "fixed.csv", "apple", "cat", "owl", "apple")
     submit(fixed, "-o", "new", "--reuse", "job", "--limit", 2)
-    there = seeds(tmp_path / "new")
+    new_seeds = get_seeds(tmp_path / "new")
     shutil.rmtree(tmp_path / "job")
     write(fixed, "apple", "cat", "owl", "apple", "fox")
     done = submit(fixed, "-o", "new")
     assert "not a job folder" in done.stdout  # no more images are reused
     check_whole(tmp_path / "new", 5)
-    assert seeds(tmp_path / "new")[:2] == there
+    assert get_seeds(tmp_path / "new")[:2] == new_seeds
     submit(write(tmp_path / "third.csv", "owl", "apple"), "-o", "third", "--reuse", "new")
-    assert drawn(tmp_path / "third") == []
-    assert seeds(tmp_path / "third") == [seeds(tmp_path / "new")[2], there[0]]
+    assert get_generated_indexes(tmp_path / "third") == []
+    assert get_seeds(tmp_path / "third") == [get_seeds(tmp_path / "new")[2], new_seeds[0]]
 
 
-def test_ids_keep_seeds_where_prompts_change(tmp_path: Path, submit: Program) -> None:
+def test_rows_with_the_same_id_keep_their_seeds(tmp_path: Path, submit: Program) -> None:
     old = write(tmp_path / "old.csv", "a,apple,2", "b,cta,2", columns="id,prompt,n_samples")
     submit(old, "-o", "job")
     submit(write(tmp_path / "new.csv", "b,cat,2", "a,apple,3", columns=old.read_text().split()[0]), "-o", "new",
            "--reuse", "job")  # fmt: skip
-    first = seeds(tmp_path / "job")[0]
-    assert seeds(tmp_path / "new") == [first + 2, first + 3, first, first + 1, first + 2]
-    assert drawn(tmp_path / "new") == [1, 2, 5]
+    first = get_seeds(tmp_path / "job")[0]
+    assert get_seeds(tmp_path / "new") == [first + 2, first + 3, first, first + 1, first + 2]
+    assert get_generated_indexes(tmp_path / "new") == [1, 2, 5]
 
 
-def test_pictures_that_are_gone_or_changed_are_drawn_again(manifest: Path, tmp_path: Path, submit: Program) -> None:
+def test_missing_or_changed_images_are_generated_again(manifest: Path, tmp_path: Path, submit: Program) -> None:
     submit(manifest, "-o", "job")
     files = sorted((tmp_path / "job" / "images").rglob("*.png"))
     files[0].unlink()
@@ -227,11 +227,11 @@ def test_pictures_that_are_gone_or_changed_are_drawn_again(manifest: Path, tmp_p
     files[3].symlink_to(tmp_path / "elsewhere.png")
     done = submit(manifest, "-o", "new", "--reuse", "job")
     assert "Generating again: 3 whose file" in done.stdout
-    assert sorted(drawn(tmp_path / "new")) == [1, 2, 4]
+    assert sorted(get_generated_indexes(tmp_path / "new")) == [1, 2, 4]
     check_whole(tmp_path / "new", 4)
 
 
-def test_what_was_drawn_otherwise_is_not_taken_over(tmp_path: Path, submit: Program, tiny_model: Path) -> None:
+def test_images_of_other_settings_or_models_are_not_reused(tmp_path: Path, submit: Program, tiny_model: Path) -> None:
     manifest = write(tmp_path / "m.csv", "apple", "owl")
     submit(manifest, "-o", "job")
     done = submit(manifest, "-o", "steps", "--reuse", "job", "--steps", 3)
@@ -244,8 +244,8 @@ def test_what_was_drawn_otherwise_is_not_taken_over(tmp_path: Path, submit: Prog
     done = submit(manifest, "-o", "model", "--reuse", "job", "--model", other)
     assert "has other weights" in done.stdout
     for name in ("jpg", "model"):
-        assert seeds(tmp_path / name) == seeds(tmp_path / "job")
-        assert drawn(tmp_path / name) == [1, 2]
+        assert get_seeds(tmp_path / name) == get_seeds(tmp_path / "job")
+        assert get_generated_indexes(tmp_path / name) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_what_was_drawn_otherwise_is_not_taken_over(tmp_path: Path, submit: Prog
         (["-o", "fresh/../job", "--reuse", "job"], "started without --reuse"),
     ],
 )
-def test_a_reuse_that_cannot_be(
+def test_invalid_reuse_is_rejected(
     manifest: Path, tmp_path: Path, submit: Program, options: list[str], message: str
 ) -> None:
     (tmp_path / "fresh").mkdir()
@@ -270,33 +270,33 @@ def test_a_reuse_that_cannot_be(
 
 
 @pytest.fixture
-def cursed(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Seeds whose images fail; the test may lift the curse."""
-    bad = {6, 8}
+def failing_seeds(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Seeds whose images fail. The test can remove seeds from the set."""
+    seeds = {6, 8}
     original = Worker.generate_and_publish
 
-    def poisoned(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
-        if any(image.seed in bad for image in images):
-            raise RuntimeError("cursed")
+    def fail_for_seeds(self: Worker, images: Any, wanted: Any) -> list[ImageResult]:
+        if any(image.seed in seeds for image in images):
+            raise RuntimeError("this seed fails")
         return original(self, images, wanted)
 
-    monkeypatch.setattr(Worker, "generate_and_publish", poisoned)
-    return bad
+    monkeypatch.setattr(Worker, "generate_and_publish", fail_for_seeds)
+    return seeds
 
 
 @pytest.mark.parametrize("rows_of_a_small_job", [100_000, 2])
-def test_failed_images_are_tried_again(
-    manifest: Path, tmp_path: Path, submit: Program, cursed: set[int], monkeypatch: pytest.MonkeyPatch,
+def test_failed_images_are_retried(
+    manifest: Path, tmp_path: Path, submit: Program, failing_seeds: set[int], monkeypatch: pytest.MonkeyPatch,
     rows_of_a_small_job: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(writer, "MAX_SINGLE_FILE_ROWS", rows_of_a_small_job)
     assert submit(manifest, "-o", "job", "--seed", 5).returncode == 3
     assert submit(manifest, "-o", "job").returncode == 3
-    cursed.remove(6)
+    failing_seeds.remove(6)
     done = submit(manifest, "-o", "job", "--retry-failed")
     assert done.returncode == 3
     assert "Trying 2 failed images again" in done.stdout
-    cursed.clear()
+    failing_seeds.clear()
     assert submit(manifest, "-o", "job", "--retry-failed").returncode == 0
     assert "No failed image to try again" in submit(manifest, "-o", "job", "--retry-failed").stdout
     job = tmp_path / "job"
@@ -307,7 +307,7 @@ def test_failed_images_are_tried_again(
         assert all(row["status"] == "ok" for row in check_whole(job, 4))
 
 
-def test_a_job_that_grows_big_goes_on_in_parts(
+def test_job_that_exceeds_one_results_file_continues_in_parts(
     manifest: Path, tmp_path: Path, submit: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(manifest, "-o", "job")
@@ -328,7 +328,7 @@ def test_a_job_that_grows_big_goes_on_in_parts(
     ]
 
 
-def test_kept_rows_are_plain_to_read(manifest: Path, tmp_path: Path, submit: Program) -> None:
+def test_snapshot_is_readable_json_lines(manifest: Path, tmp_path: Path, submit: Program) -> None:
     submit(manifest, "-o", "job", "--limit", 1)
     with gzip.open(tmp_path / "job" / "_tinysd" / "rows.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]

@@ -1,4 +1,4 @@
-"""Millions of rows that cannot be generated: they cost no memory, and a manifest of nothing else is refused early."""
+"""Millions of invalid rows take no memory, and a manifest with only invalid rows is rejected early."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tinysd_batch.job.manifest import validate
 from tinysd_batch.job.manifest.validate import read_rows
 
 
-def test_a_small_file_of_millions_of_nulls_is_refused(tmp_path: Path) -> None:
+def test_small_file_with_millions_of_nulls_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
     pq.write_table(pa.table({"prompt": pa.nulls(3_000_000, pa.string())}), path, row_group_size=3_000_000)
     assert path.stat().st_size < 20_000
@@ -22,7 +22,7 @@ def test_a_small_file_of_millions_of_nulls_is_refused(tmp_path: Path) -> None:
         list(read_rows(path, DEFAULTS))
 
 
-def test_faults_alone_are_refused_with_the_first_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_invalid_rows_are_rejected_with_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate, "MAX_ROWS_BEFORE_FIRST_VALID", 100)
     path = tmp_path / "m.csv"
     path.write_text("prompt,seed\n" + "cat,oops\n" * 150)
@@ -34,7 +34,7 @@ def test_faults_alone_are_refused_with_the_first_of_them(tmp_path: Path, monkeyp
     assert len(list(read_rows(path, DEFAULTS))) == 250
 
 
-def test_faults_beyond_those_in_memory_are_all_in_the_table(
+def test_invalid_rows_beyond_those_in_memory_are_in_the_results(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_progress, "MAX_INVALID_ROWS_IN_MEMORY", 5)

@@ -1,4 +1,4 @@
-"""Rows that had a fault and are good now: by newer rules, or corrected in place. No other row of the job moves."""
+"""Rows that were invalid and are valid now, by newer rules or a correction. No other row of the job changes."""
 
 import json
 import shutil
@@ -27,13 +27,13 @@ MODEL = FIXTURES / "model"
 QUICK: dict[str, Any] = {"sampler": "ddim", "steps": 1, "scale": 1.0, "skip_grid": True}
 
 
-def brief(job: Path) -> list[tuple[Any, ...]]:
+def summarize_results(job: Path) -> list[tuple[Any, ...]]:
     return [(row["row"], row["index"], row["seed"], row["status"]) for row in read_results(job)]
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """Six rows of which 2 and 5 have a fault, generated with the job's seed 100."""
+    """A job of six rows, of which 2 and 5 are invalid, generated with the job seed 100."""
     write(tmp_path, "cat,-7", "bee,oops")
     draw(tmp_path / "m.csv", tmp_path / "job", MODEL, seed=100, **QUICK)
     return tmp_path / "job"
@@ -45,25 +45,25 @@ def write(folder: Path, second: str, fifth: str, *more: str) -> Path:
     return folder / "m.csv"
 
 
-def test_a_row_corrected_in_place_comes_last(job: Path, tmp_path: Path) -> None:
-    assert brief(job)[1] == (2, None, None, "invalid")
+def test_image_of_a_corrected_row_comes_last(job: Path, tmp_path: Path) -> None:
+    assert summarize_results(job)[1] == (2, None, None, "invalid")
     before = [row for row in read_results(job) if row["index"]]
     _, progress = draw(write(tmp_path, "cat,8", "bee,oops"), job, MODEL, **QUICK)
     assert progress.made == [5]
     assert [row for row in read_results(job) if row["index"] and row["index"] < 5] == before
-    assert brief(job) == [
+    assert summarize_results(job) == [
         (1, 1, 7, "ok"), (2, 5, 8, "ok"), (3, 2, 101, "ok"), (4, 3, 102, "ok"), (5, None, None, "invalid"),
         (6, 4, 103, "ok"),
     ]  # fmt: skip
     check_whole(job, 5)
 
 
-def test_its_empty_seed_is_that_of_its_index_and_later_rows_follow_it(job: Path, tmp_path: Path) -> None:
+def test_corrected_row_without_seed_gets_the_seed_of_its_index(job: Path, tmp_path: Path) -> None:
     draw(write(tmp_path, "cat,", "bee,oops"), job, MODEL, **QUICK)
     draw(write(tmp_path, "cat,", "bee,oops", "emu,", "yak,-4"), job, MODEL, **QUICK)
     _, progress = draw(write(tmp_path, "cat,", "bee,", "emu,", "yak,-4"), job, MODEL, **QUICK)
     assert progress.made == [7]
-    assert brief(job) == [
+    assert summarize_results(job) == [
         (1, 1, 7, "ok"), (2, 5, 104, "ok"), (3, 2, 101, "ok"), (4, 3, 102, "ok"), (5, 7, 106, "ok"), (6, 4, 103, "ok"),
         (7, 6, 105, "ok"), (8, None, None, "invalid"),
     ]  # fmt: skip
@@ -72,16 +72,16 @@ def test_its_empty_seed_is_that_of_its_index_and_later_rows_follow_it(job: Path,
     check_whole(job, 7)
 
 
-def test_corrected_and_appended_at_once(job: Path, tmp_path: Path) -> None:
+def test_corrected_and_appended_rows_at_once(job: Path, tmp_path: Path) -> None:
     notes = draw(write(tmp_path, "cat,", "bee,3", "emu,"), job, MODEL, **QUICK)[1].notes
     assert notes == [
         "The manifest has grown by 1 row",
         "2 rows of the manifest, faulty or blank before, can be generated now; their images come last",
     ]
-    assert [entry[:2] for entry in brief(job)] == [(1, 1), (2, 5), (3, 2), (4, 3), (5, 6), (6, 4), (7, 7)]
+    assert [entry[:2] for entry in summarize_results(job)] == [(1, 1), (2, 5), (3, 2), (4, 3), (5, 6), (6, 4), (7, 7)]
 
 
-def test_a_good_row_may_not_change_beside_a_corrected_one(job: Path, tmp_path: Path) -> None:
+def test_valid_row_cannot_change_together_with_a_corrected_one(job: Path, tmp_path: Path) -> None:
     write(tmp_path, "cat,", "bee,oops")
     (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace("owl", "eel"))
     with pytest.raises(JobMismatchError, match="row 3: prompt 'owl' is now 'eel'"):
@@ -93,55 +93,62 @@ def test_a_good_row_may_not_change_beside_a_corrected_one(job: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4])
-def test_an_interrupted_job_keeps_its_order_too(tmp_path: Path, limit: int) -> None:
+def test_interrupted_job_keeps_its_order(tmp_path: Path, limit: int) -> None:
     write(tmp_path, "cat,-7", "bee,oops")
     draw(tmp_path / "m.csv", tmp_path / "job", MODEL, seed=100, limit=limit, **QUICK)
     draw(write(tmp_path, "cat,", "bee,"), tmp_path / "job", MODEL, limit=limit, **QUICK)
     draw(tmp_path / "m.csv", tmp_path / "job", MODEL, **QUICK)
-    assert [entry[:3] for entry in brief(tmp_path / "job")] == [
+    assert [entry[:3] for entry in summarize_results(tmp_path / "job")] == [
         (1, 1, 7), (2, 5, 104), (3, 2, 101), (4, 3, 102), (5, 6, 105), (6, 4, 103),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("more", [(), ("emu,", "yak,-4")])
-def test_a_kill_between_the_rows_and_job_json_moves_nothing(job: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_kill_between_rows_and_job_json_changes_no_order(job: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     before = (job / "job.json").read_bytes()
     manifest = write(tmp_path, "cat,", "bee,", *more)
     draw(manifest, job, MODEL, limit=4, **QUICK)
     (job / "job.json").write_bytes(before)
     draw(manifest, job, MODEL, **QUICK)
-    assert [entry[:3] for entry in brief(job)] == [
+    assert [entry[:3] for entry in summarize_results(job)] == [
         (1, 1, 7), (2, 5, 104), (3, 2, 101), (4, 3, 102), (5, 6, 105), (6, 4, 103),
         *[(7, 7, 106), (8, None, None)][: len(more)],
     ]  # fmt: skip
 
 
-def test_a_blank_row_may_be_spoilt_and_corrected(tmp_path: Path) -> None:
+def test_blank_row_can_become_invalid_and_be_corrected(tmp_path: Path) -> None:
     for second in (",", "cat,x", "cat,y", "cat,"):
         draw(write(tmp_path, second, "bee,"), tmp_path / "job", MODEL, seed=100, **QUICK)
-    assert [entry[:2] for entry in brief(tmp_path / "job")] == [(1, 1), (2, 6), (3, 2), (4, 3), (5, 4), (6, 5)]
+    assert [entry[:2] for entry in summarize_results(tmp_path / "job")] == [
+        (1, 1),
+        (2, 6),
+        (3, 2),
+        (4, 3),
+        (5, 4),
+        (6, 5),
+    ]
     _, progress = draw(tmp_path / "m.csv", tmp_path / "job", MODEL, **QUICK)
     assert (progress.made, progress.notes) == ([], [])
 
 
-def test_a_row_made_blank_is_told_though_another_was_appended(job: Path, tmp_path: Path) -> None:
+def test_blanked_row_is_reported_even_if_another_is_appended(job: Path, tmp_path: Path) -> None:
     write(tmp_path, "cat,-7", "bee,oops", "emu,")
     (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace("owl,", ","))
     with pytest.raises(JobMismatchError, match="row 3 is missing"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 
-def test_the_fault_of_a_corrected_row_is_gone_before_its_image_is_there(job: Path, tmp_path: Path) -> None:
+def test_error_of_a_corrected_row_is_removed_before_its_image_exists(job: Path, tmp_path: Path) -> None:
     draw(write(tmp_path, "cat,", "bee,oops"), job, MODEL, limit=4, **QUICK)
     assert [(row["row"], row["status"]) for row in read_results(job)] == [
         (1, "ok"), (3, "ok"), (4, "ok"), (5, "invalid"), (6, "ok"),
     ]  # fmt: skip
 
 
-def test_a_big_job_drops_the_fault_of_a_corrected_row(
+def test_big_job_removes_the_error_of_a_corrected_row(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though as many rows have a fault as before."""
+    """The number of invalid rows stays the same."""
     monkeypatch.setattr(writer, "MAX_SINGLE_FILE_ROWS", 2)
     draw(write(tmp_path, "cat,", "bee,oops", "yak,-4"), job, MODEL, **QUICK)
     rows = [row for part in ResultsTable(job).sealed_files() for row in read_table(part).to_pylist()]
@@ -150,10 +157,8 @@ def test_a_big_job_drops_the_fault_of_a_corrected_row(
     ]  # fmt: skip
 
 
-def test_a_correction_that_was_cut_short_costs_nothing(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between writing the rows and job.json, in which the order of the rows changes."""
+def test_interrupted_correction_loses_nothing(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between writing the rows and job.json, which has the new order of the rows."""
     write(tmp_path, "cat,", "bee,oops", "emu,")
     for _ in range(2):
         with monkeypatch.context() as patch:
@@ -161,13 +166,13 @@ def test_a_correction_that_was_cut_short_costs_nothing(
             with pytest.raises(SystemExit):
                 draw(tmp_path / "m.csv", job, MODEL, **QUICK)
     draw(tmp_path / "m.csv", job, MODEL, **QUICK)
-    assert [entry[:3] for entry in brief(job)] == [
+    assert [entry[:3] for entry in summarize_results(job)] == [
         (1, 1, 7), (2, 5, 104), (3, 2, 101), (4, 3, 102), (5, None, None), (6, 4, 103), (7, 6, 105),
     ]  # fmt: skip
     check_whole(job, 6)
 
 
-def test_reuse_gives_each_row_the_seed_it_had(job: Path, tmp_path: Path) -> None:
+def test_reuse_keeps_the_seed_of_each_row(job: Path, tmp_path: Path) -> None:
     draw(write(tmp_path, "cat,", "bee,oops"), job, MODEL, **QUICK)
     fixed = tmp_path / "fixed.csv"
     fixed.write_text("prompt,seed\nant,\ncat,\nowl,\n")
@@ -176,15 +181,15 @@ def test_reuse_gives_each_row_the_seed_it_had(job: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["invalid_rows", "invalid_rows_limited"])
-def test_a_job_of_0_1_0_gets_the_rows_that_only_newer_rules_read(name: str, tmp_path: Path) -> None:
-    """Rows 2 (seed 42.0, steps 1.0) and 4 (seed -1) had a fault then."""
+def test_job_of_0_1_0_gains_rows_that_only_newer_rules_accept(name: str, tmp_path: Path) -> None:
+    """Rows 2 (seed 42.0, steps 1.0) and 4 (seed -1) were invalid in 0.1.0."""
     shutil.copytree(FIXTURES / name, tmp_path / name)
     job = tmp_path / name / "job"
     _, progress = draw(tmp_path / name / "m.csv", job, MODEL, **QUICK)
     assert (
         "2 rows of the manifest, faulty or blank before, can be generated now; their images come last" in progress.notes
     )
-    assert brief(job) == [
+    assert summarize_results(job) == [
         (1, 1, 7, "ok"), (2, 4, 42, "ok"), (3, 2, 6, "ok"), (4, 5, 9, "ok"), (5, None, None, "invalid"),
         (6, 3, 7, "ok"),
     ]  # fmt: skip
@@ -194,8 +199,8 @@ def test_a_job_of_0_1_0_gets_the_rows_that_only_newer_rules_read(name: str, tmp_
     check_whole(job, 5)
 
 
-def test_a_job_of_0_1_0_may_grow_whatever_is_read_otherwise_now(tmp_path: Path) -> None:
-    """Its prompts keep the characters that are dropped today."""
+def test_job_of_0_1_0_can_grow_although_rules_changed(tmp_path: Path) -> None:
+    """Its prompts keep characters that newer versions remove."""
     shutil.copytree(FIXTURES / "invisible", tmp_path / "old")
     with (tmp_path / "old" / "m.csv").open("a", encoding="utf-8") as file:
         file.write("fo\u200bx\n")
@@ -204,18 +209,18 @@ def test_a_job_of_0_1_0_may_grow_whatever_is_read_otherwise_now(tmp_path: Path) 
     assert [row["prompt"] for row in rows] == ["red\u200b apple", "blue\u00a0heart", "owl", "fox"]
     expected = json.loads((FIXTURES / "invisible" / "expected.json").read_text(encoding="utf-8"))
     assert [row["image_id"] for row in rows[:3]] == [row["image_id"] for row in expected]
-    # The same rows in another order of bytes: each is still the row that it was.
+    # The same rows in other bytes: they still count as unchanged.
     text = (tmp_path / "old" / "m.csv").read_text(encoding="utf-8").replace("prompt\n", '"prompt"\n') + "emu\n"
     (tmp_path / "old" / "m.csv").write_text(text, encoding="utf-8")
     _, progress = draw(tmp_path / "old" / "m.csv", tmp_path / "old" / "job", MODEL, **QUICK)
     assert progress.made == [5]
 
 
-def begin_in_0_1_0(manifest: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job as 0.1.0 left it, of a manifest whose rows it found elsewhere."""
+def start_in_0_1_0(manifest: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Create a job as 0.1.0 wrote it, for a manifest that 0.1.0 splits into other rows."""
     with monkeypatch.context() as patch:
-        as_then = lambda *given, **named: read_rows(*given, **(named | {"compat_0_1_0": True}))  # noqa: E731
-        patch.setattr(job_module, "read_rows", as_then)
+        read_as_0_1_0 = lambda *args, **kwargs: read_rows(*args, **(kwargs | {"compat_0_1_0": True}))  # noqa: E731
+        patch.setattr(job_module, "read_rows", read_as_0_1_0)
         draw(manifest, job, MODEL, seed=100, **QUICK)
     saved = json.loads((job / "job.json").read_text())
     del saved["reader"], saved["manifest"]["bytes"], saved["manifest"]["columns_as_text"]
@@ -223,7 +228,7 @@ def begin_in_0_1_0(manifest: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "more", "begun", "grown"),
+    ("name", "text", "more", "indexes", "new_indexes"),
     [
         pytest.param("m.txt", "prompt\tseed\ncat\t7\n", "owl\t\n", {1: 1, 2: 2}, {3: 3}, id="table in a .txt"),
         pytest.param("m.txt", "cat\n\ufeff\nowl\n", "fox\n", {1: 1, 3: 2}, {4: 3}, id="mark alone"),
@@ -241,23 +246,23 @@ def begin_in_0_1_0(manifest: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -
         ),
     ],
 )  # fmt: skip
-def test_a_job_of_0_1_0_counts_rows_as_it_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, more: str, begun: dict[int, int | None],
-    grown: dict[int, int | None],
+def test_job_of_0_1_0_counts_rows_as_0_1_0_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, more: str, indexes: dict[int, int | None],
+    new_indexes: dict[int, int | None],
 ) -> None:  # fmt: skip
     manifest, job = tmp_path / name, tmp_path / "job"
     manifest.write_text(text, encoding="utf-8")
-    begin_in_0_1_0(manifest, job, monkeypatch)
+    start_in_0_1_0(manifest, job, monkeypatch)
     _, progress = draw(manifest, job, MODEL, **QUICK)
     assert progress.made == []
-    assert {row["row"]: row["index"] for row in read_results(job)} == begun
+    assert {row["row"]: row["index"] for row in read_results(job)} == indexes
     with manifest.open("a", encoding="utf-8") as file:
         file.write(more)
     draw(manifest, job, MODEL, **QUICK)
-    assert {row["row"]: row["index"] for row in read_results(job)} == begun | grown
+    assert {row["row"]: row["index"] for row in read_results(job)} == indexes | new_indexes
 
 
-def test_a_job_of_0_1_0_carries_times_and_lists_as_text(tmp_path: Path) -> None:
+def test_job_of_0_1_0_stores_times_and_lists_as_text(tmp_path: Path) -> None:
     table = {"prompt": ["cat"], "when": [datetime(2024, 1, 1)], "sizes": [[1, 2]], "price": [1.5]}
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
     job = open_job(tmp_path / "m.parquet", tmp_path / "job", Settings(model=str(MODEL), **QUICK))
@@ -265,17 +270,17 @@ def test_a_job_of_0_1_0_carries_times_and_lists_as_text(tmp_path: Path) -> None:
     assert row.extra == {"when": "2024-01-01 00:00:00.000000", "sizes": "[1, 2]", "price": 1.5}
 
 
-def test_a_job_of_a_newer_version_is_refused(job: Path, tmp_path: Path) -> None:
+def test_job_of_a_newer_version_is_rejected(job: Path, tmp_path: Path) -> None:
     saved = json.loads((job / "job.json").read_text())
     (job / "job.json").write_text(json.dumps({**saved, "reader": READER_VERSION + 1, "version": "9.9"}))
     with pytest.raises(UsageError, match=r"written by tinysd-batch 9\.9"):
         draw(tmp_path / "m.csv", job, MODEL, **QUICK)
 
 
-# Until the first image nothing is settled
+# Before the first image, settings can change
 
 
-def test_no_settings_are_locked_before_the_first_image(tmp_path: Path) -> None:
+def test_settings_can_change_before_the_first_image(tmp_path: Path) -> None:
     write(tmp_path, "cat,-7", "bee,oops")
     draw(tmp_path / "m.csv", tmp_path / "job", MODEL, seed=100, stop_after=0, **QUICK)
     assert (tmp_path / "job" / "job.json").exists()
@@ -285,7 +290,7 @@ def test_no_settings_are_locked_before_the_first_image(tmp_path: Path) -> None:
     assert [(row["prompt"], row["steps"], row["seed"]) for row in check_whole(tmp_path / "job", 1)] == [("gnu", 2, 100)]
 
 
-def test_from_the_first_image_on_they_are(tmp_path: Path) -> None:
+def test_settings_are_fixed_after_the_first_image(tmp_path: Path) -> None:
     write(tmp_path, "cat,-7", "bee,oops")
     draw(tmp_path / "m.csv", tmp_path / "job", MODEL, limit=1, **QUICK)
     with pytest.raises(JobMismatchError, match="steps: 1 in the job, 2 now"):

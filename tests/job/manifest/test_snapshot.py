@@ -1,4 +1,4 @@
-"""Rows kept, and how a changed manifest is told from one that has grown."""
+"""Rows in a snapshot, and how a changed manifest is distinguished from one with appended rows."""
 
 import gzip
 from itertools import zip_longest
@@ -38,7 +38,7 @@ def pairs(old: list[str], new: list[str]) -> list[LinePair]:
 
 
 @pytest.mark.parametrize(
-    ("now", "told"),
+    ("prompts", "description"),
     [
         ("a x c d e", "row 2: prompt 'b' is now 'x'"),
         ("a x c y e", "row 2: prompt 'b' is now 'x'; row 4: prompt 'd' is now 'y'"),
@@ -55,84 +55,84 @@ def pairs(old: list[str], new: list[str]) -> list[LinePair]:
         ("a x y z c d e", "from row 2 on, 1 row became 3; row 2: prompt 'b' is now 'x'"),
     ],
 )  # fmt: skip
-def test_what_is_told_of_a_change(now: str, told: str) -> None:
-    change = ManifestDiff.from_pairs(pairs(lines(*"abcde"), lines(*now.split())))
-    assert not change.is_append_only
-    assert str(change) == told
+def test_description_of_a_change(prompts: str, description: str) -> None:
+    diff = ManifestDiff.from_pairs(pairs(lines(*"abcde"), lines(*prompts.split())))
+    assert not diff.is_append_only
+    assert str(diff) == description
 
 
 PROMPTS = st.lists(st.sampled_from("abc"), max_size=8)
 
 
 @given(PROMPTS, PROMPTS)
-def test_only_rows_behind_the_old_ones_are_appended(old: list[str], new: list[str]) -> None:
-    change = ManifestDiff.from_pairs(pairs(lines(*old), lines(*new)))
-    grown = new[: len(old)] == old
-    assert change.is_append_only == grown
-    assert grown or str(change)
+def test_only_rows_after_the_old_ones_count_as_appended(old: list[str], new: list[str]) -> None:
+    diff = ManifestDiff.from_pairs(pairs(lines(*old), lines(*new)))
+    is_append_only = new[: len(old)] == old
+    assert diff.is_append_only == is_append_only
+    assert is_append_only or str(diff)
 
 
-def test_a_difference_names_columns_with_both_values() -> None:
-    faulty = InvalidRow(1, "column seed = 'x': a whole number was expected", prompt="a")
-    for new, told in (
+def test_difference_names_columns_with_both_values() -> None:
+    invalid_row = InvalidRow(1, "column seed = 'x': a whole number was expected", prompt="a")
+    for new, description in (
         (row(1, "a", 7), "row 1: seed (empty) is now 7"),
         (row(1, "a", artist="\x1b[2J"), "row 1: artist (empty) is now '\\x1b[2J'"),
-        (faulty, "row 1: is invalid now: prompt 'a'"),
+        (invalid_row, "row 1: is invalid now: prompt 'a'"),
     ):
-        assert str(ManifestDiff.from_pairs(pairs(lines("a"), [row_to_line(new)]))) == told
+        assert str(ManifestDiff.from_pairs(pairs(lines("a"), [row_to_line(new)]))) == description
 
 
-def test_rows_are_read_as_they_were_kept_and_no_further_than_asked(tmp_path: Path) -> None:
-    keeper = SnapshotWriter()
-    kept = [row(1, "a\nb\u2028c", 2**63 - 1, artist="é", price=1.5), row(2, "b")]
-    for one in kept:
-        keeper.add(one)
-    keeper.save(tmp_path)
-    assert list(read_snapshot_lines(tmp_path, 2)) == [row_to_line(one) for one in kept]
-    assert list(read_snapshot_lines(tmp_path, 1)) == [row_to_line(kept[0])]
-    assert [one.to_row() for one in Snapshot(tmp_path, 2).rows()] == kept
+def test_rows_are_read_back_up_to_the_count(tmp_path: Path) -> None:
+    writer = SnapshotWriter()
+    rows = [row(1, "a\nb\u2028c", 2**63 - 1, artist="é", price=1.5), row(2, "b")]
+    for each in rows:
+        writer.add(each)
+    writer.save(tmp_path)
+    assert list(read_snapshot_lines(tmp_path, 2)) == [row_to_line(each) for each in rows]
+    assert list(read_snapshot_lines(tmp_path, 1)) == [row_to_line(rows[0])]
+    assert [snapshot_row.to_row() for snapshot_row in Snapshot(tmp_path, 2).rows()] == rows
 
 
 NUMBERS = st.integers(1, 10**9)
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 EXTRA = st.dictionaries(st.text(max_size=3), st.text() | st.floats(allow_nan=False))
 SEEDS = st.none() | st.integers(0, 2**63 - 1)
-GOOD_ROWS = st.builds(
+VALID_ROWS = st.builds(
     lambda number, prompt, seed, extra: row(number, prompt, seed, **extra), NUMBERS, TEXT, SEEDS, EXTRA
 )
-BAD_ROWS = st.builds(InvalidRow, NUMBERS, TEXT.filter(bool), st.none() | TEXT, st.none() | TEXT)
+INVALID_ROWS = st.builds(InvalidRow, NUMBERS, TEXT.filter(bool), st.none() | TEXT, st.none() | TEXT)
 
 
-@given(st.lists(GOOD_ROWS | BAD_ROWS, max_size=6))
-def test_every_row_comes_back_with_its_number(rows: list[Row | InvalidRow]) -> None:
-    keeper = SnapshotWriter()
-    for one in rows:
-        keeper.add(one)
-    assert keeper.highest_row_number == max((one.number for one in rows), default=0)
-    assert list(keeper.rows()) == rows
+@given(st.lists(VALID_ROWS | INVALID_ROWS, max_size=6))
+def test_every_row_is_restored_with_its_number(rows: list[Row | InvalidRow]) -> None:
+    writer = SnapshotWriter()
+    for each in rows:
+        writer.add(each)
+    assert writer.highest_row_number == max((each.number for each in rows), default=0)
+    assert list(writer.read_back()) == rows
 
 
 @pytest.mark.parametrize("size", [True, False])
 @pytest.mark.parametrize(
-    ("old", "new", "grows"),
+    ("old", "new", "is_append"),
     [
         ("prompt\ncat\n", "prompt\ncat\ndog\n", True),
         ("prompt\ncat", "prompt\ncat\ndog", True),
         ("prompt\r\ncat", "prompt\r\ncat\r\ndog\r\n", True),
-        ("prompt\ncat", "prompt\ncats\n", False),  # the same bytes at its start, and another row
+        ("prompt\ncat", "prompt\ncats\n", False),  # starts with the same bytes, but the row is another one
         ("prompt\ncat\n", "prompt\ndog\ncat\n", False),
         ("prompt\ncat\n", "prompt\ncat\n", True),
         ("prompt\ncat\ndog\n", "prompt\ncat\n", False),
     ],
 )
-def test_a_file_that_only_grew_is_known_by_its_bytes(
-    tmp_path: Path, old: str, new: str, grows: bool, size: bool
+def test_fingerprint_recognizes_a_file_with_appended_lines(
+    tmp_path: Path, old: str, new: str, is_append: bool, size: bool
 ) -> None:
     file = tmp_path / "m.csv"
     file.write_bytes(old.encode())
     digest = compute_fingerprint(file)
     file.write_bytes(new.encode())
-    assert starts_with_fingerprint(file, digest, len(old) if size else None) == grows
+    assert starts_with_fingerprint(file, digest, len(old) if size else None) == is_append
 
 
 VALID = parse_snapshot_line(row_to_line(row(1, "a", 7)))
@@ -147,7 +147,7 @@ VALID = parse_snapshot_line(row_to_line(row(1, "a", 7)))
         ("id", 7), ("negative_prompt", None),
     ],
 )  # fmt: skip
-def test_a_row_that_no_manifest_gives_is_refused(name: str, value: object) -> None:
+def test_values_that_no_manifest_allows_are_rejected(name: str, value: object) -> None:
     import json
 
     with pytest.raises(StorageError, match="not a row of a job"):
@@ -158,15 +158,15 @@ def test_a_row_that_no_manifest_gives_is_refused(name: str, value: object) -> No
     "line",
     ["", "[]", "{}", "7", '{"id": 1, "extra": {}}', '{"id": null, "extra": {}, "seed": 1, "n_iter": "x"}', "[" * 9999],
 )
-def test_what_is_no_row_is_named(line: str) -> None:
+def test_line_that_is_not_a_row_is_rejected(line: str) -> None:
     with pytest.raises(StorageError, match="not a row of a job"):
         parse_snapshot_line(line)
 
 
-def test_damaged_rows_are_named(tmp_path: Path) -> None:
+def test_damaged_snapshot_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / ROWS_FILE
     whole = gzip.compress("".join(f"{line}\n" for line in lines("a", "b")).encode())
-    for content in (whole, whole[:-12], b"no gzip", gzip.compress(b"{}\n{}"), gzip.compress(b"\xff\n" * 3)):
+    for content in (whole, whole[:-12], b"not gzip", gzip.compress(b"{}\n{}"), gzip.compress(b"\xff\n" * 3)):
         file.write_bytes(content)
         with pytest.raises(StorageError, match="restore it from a backup"):
             list(read_snapshot_lines(tmp_path, 3))

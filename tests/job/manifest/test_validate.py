@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.files import write_csv
-from tests.support.manifests import DEFAULTS, reason, rows_of
+from tests.support.manifests import DEFAULTS, get_reason, read_all_rows
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.validate import build_row
 from tinysd_batch.records import InvalidRow, Row
@@ -39,11 +39,11 @@ from tinysd_batch.records import InvalidRow, Row
         ({"n_iter": "100000", "n_samples": "1000"}, "at most 100000 images a row"),
     ],
 )
-def test_a_fault_names_column_value_and_rule(values: dict[str, object], message: str) -> None:
-    assert message in reason(build_row(1, {"prompt": "cat", **values}, DEFAULTS))
+def test_error_names_column_value_and_rule(values: dict[str, object], message: str) -> None:
+    assert message in get_reason(build_row(1, {"prompt": "cat", **values}, DEFAULTS))
 
 
-def test_eta_is_kept_where_it_has_an_effect() -> None:
+def test_eta_is_zero_for_samplers_without_eta() -> None:
     rows = [build_row(1, {"prompt": "cat", "eta": "0.5", "sampler": name}, DEFAULTS) for name in ("ddim", "Euler a")]
     assert [(row.params.sampler, row.params.eta) for row in rows if isinstance(row, Row)] == [
         ("ddim", 0.5),
@@ -51,17 +51,17 @@ def test_eta_is_kept_where_it_has_an_effect() -> None:
     ]
 
 
-def test_all_faults_of_a_row_are_told() -> None:
-    told = reason(build_row(1, {"prompt": "cat", "seed": "x", "steps": "0", "scale": "inf"}, DEFAULTS))
-    assert all(f"column {name}" in told for name in ("seed", "steps", "scale"))
+def test_all_errors_of_a_row_are_reported() -> None:
+    reason = get_reason(build_row(1, {"prompt": "cat", "seed": "x", "steps": "0", "scale": "inf"}, DEFAULTS))
+    assert all(f"column {name}" in reason for name in ("seed", "steps", "scale"))
 
 
-def test_csv_defaults_extras_and_empty_cells(tmp_path: Path) -> None:
+def test_csv_with_defaults_extra_columns_and_empty_cells(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "m.csv", [
         {"prompt": "cat", "seed": "7", "n_samples": "2", "id": "a", "artist": "me"},
         {"prompt": "dog, \"sitting\"", "seed": "", "n_samples": "", "id": "", "artist": ""},
     ])  # fmt: skip
-    cat, dog = rows_of(path)
+    cat, dog = read_all_rows(path)
     assert isinstance(cat, Row)
     assert isinstance(dog, Row)
     assert (cat.prompt, cat.seed, cat.n_samples, cat.id, cat.extra) == ("cat", 7, 2, "a", {"artist": "me"})
@@ -69,57 +69,57 @@ def test_csv_defaults_extras_and_empty_cells(tmp_path: Path) -> None:
     assert dog.params.steps == 25
 
 
-def test_csv_and_parquet_read_the_same(tmp_path: Path) -> None:
+def test_csv_and_parquet_yield_the_same_rows(tmp_path: Path) -> None:
     columns = {"prompt": ["cat", "dog"], "seed": [1, 2**40], "scale": [2.5, 3.0], "height": [32, 64]}
     pq.write_table(pa.table(columns), tmp_path / "m.parquet")
     with (tmp_path / "m.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-    assert rows_of(tmp_path / "m.csv") == rows_of(tmp_path / "m.parquet")
+    assert read_all_rows(tmp_path / "m.csv") == read_all_rows(tmp_path / "m.parquet")
 
 
-def test_parquet_keeps_the_types_of_other_columns(tmp_path: Path) -> None:
+def test_parquet_keeps_types_of_extra_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["cat", None], "rank": [3, 4], "tags": [["a"], ["b"]]}), tmp_path / "m.parquet")
-    cat, empty = rows_of(tmp_path / "m.parquet")
+    cat, empty = read_all_rows(tmp_path / "m.parquet")
     assert cat.extra == {"rank": 3, "tags": ["a"]}
-    assert "column prompt is empty" in reason(empty)
+    assert "column prompt is empty" in get_reason(empty)
 
 
-def test_a_byte_order_mark_windows_lines_and_blank_lines(tmp_path: Path) -> None:
+def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_bytes('\ufeffprompt,seed\r\ncat,1\r\n\r\n"two\r\nlines",2\r\n'.encode())
-    assert [(row.number, row.prompt) for row in rows_of(path)] == [(1, "cat"), (2, "two\r\nlines")]
+    assert [(row.number, row.prompt) for row in read_all_rows(path)] == [(1, "cat"), (2, "two\r\nlines")]
 
 
-def test_one_bad_line_costs_one_row(tmp_path: Path) -> None:
+def test_bad_line_invalidates_only_its_row(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_bytes(b"prompt,seed\ncat,1\ndog\nowl,2,3\n\xff\xfe,4\nfox,5\n")
-    rows = rows_of(path)
+    rows = read_all_rows(path)
     assert [type(row) for row in rows] == [Row, Row, InvalidRow, InvalidRow, Row]
-    assert "3 cells where the header has 2 columns" in reason(rows[2])
-    assert "not UTF-8" in reason(rows[3])
+    assert "3 cells where the header has 2 columns" in get_reason(rows[2])
+    assert "not UTF-8" in get_reason(rows[3])
 
 
-def test_an_unclosed_quote_is_told_not_swallowed(tmp_path: Path) -> None:
+def test_unclosed_quote_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text('prompt\ncat\n"red apple\nblue heart\n')
-    cat, rest = rows_of(path)
+    cat, rest = read_all_rows(path)
     assert isinstance(cat, Row)
-    assert "check the quotes" in reason(rest)
+    assert "check the quotes" in get_reason(rest)
 
 
-def test_the_prompt_of_a_ragged_row_is_its_prompt(tmp_path: Path) -> None:
+def test_row_with_too_many_cells_keeps_its_prompt(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text("id,prompt\n7,cat,dog\n")
-    (row,) = rows_of(path)
+    (row,) = read_all_rows(path)
     assert row.prompt == "cat"
 
 
-def test_a_cell_over_the_limit_costs_one_row(tmp_path: Path) -> None:
+def test_too_long_cell_invalidates_only_its_row(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text(f"prompt\ncat\n{'x' * 200_000}\nfox\n")
-    assert [type(row) for row in rows_of(path)] == [Row, InvalidRow, Row]
+    assert [type(row) for row in read_all_rows(path)] == [Row, InvalidRow, Row]
 
 
 @pytest.mark.parametrize(
@@ -138,11 +138,11 @@ def test_a_cell_over_the_limit_costs_one_row(tmp_path: Path) -> None:
         (b"\xe9t\xe9,prompt\nx,cat\n", "header: not UTF-8"),
     ],
 )
-def test_faults_of_the_whole_file(tmp_path: Path, content: bytes, message: str) -> None:
+def test_errors_of_the_whole_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "m.csv"
     path.write_bytes(content)
     with pytest.raises(ManifestError, match=message):
-        rows_of(path)
+        read_all_rows(path)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_faults_of_the_whole_file(tmp_path: Path, content: bytes, message: str) 
         ("bad.parquet", "not a readable Parquet"),
     ],
 )
-def test_files_that_are_no_manifest(tmp_path: Path, name: str, message: str) -> None:
+def test_files_that_are_not_manifests(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really PAR1")
     (tmp_path / "m.xlsx").write_bytes(b"PK")
     with pytest.raises(ManifestError, match=message):
-        rows_of(tmp_path / name)
+        read_all_rows(tmp_path / name)
 
 
 CELL = st.one_of(st.none(), st.text(max_size=30), st.integers(), st.floats(), st.booleans())
@@ -171,7 +171,7 @@ CELL = st.one_of(st.none(), st.text(max_size=30), st.integers(), st.floats(), st
         CELL,
     )
 )
-def test_any_row_is_either_whole_or_told_off(values: dict[str, object]) -> None:
+def test_any_row_is_valid_or_has_a_reason(values: dict[str, object]) -> None:
     row = build_row(1, {"prompt": None, **values}, DEFAULTS)
     if isinstance(row, Row):
         assert row.prompt.strip()

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.planning import PARAMS, common, images_of, row
+from tests.support.planning import PARAMS, make_row, make_shared_settings, plan_requests
 from tinysd_batch.job.plan.batches import (
     count_batches,
     cut_batches,
@@ -23,8 +23,8 @@ SPECS = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 9)), st.integers(
 def test_batches_hold_every_unfinished_image_once_in_order(
     specs: list[tuple[int | None, int, int]], finished: set[int]
 ) -> None:
-    rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
-    planned = list(plan_images(rows, common(5)))
+    rows: list[Row | InvalidRow] = [make_row(number, *spec) for number, spec in enumerate(specs, start=1)]
+    planned = list(plan_images(rows, make_shared_settings(5)))
     total = sum(len(images) for _, images in planned)
     batches = list(cut_batches(planned, finished))
     wanted = [index for batch in batches for index in sorted(batch.wanted)]
@@ -38,21 +38,25 @@ def test_batches_hold_every_unfinished_image_once_in_order(
 def test_finished_images_do_not_change_the_composition_of_batches(
     specs: list[tuple[int | None, int, int]], finished: set[int]
 ) -> None:
-    rows: list[Row | InvalidRow] = [row(number, *spec) for number, spec in enumerate(specs, start=1)]
-    planned = list(plan_images(rows, common(5)))
+    rows: list[Row | InvalidRow] = [make_row(number, *spec) for number, spec in enumerate(specs, start=1)]
+    planned = list(plan_images(rows, make_shared_settings(5)))
     whole = [batch.images for batch in cut_batches(planned, ())]
     assert all(batch.images in whole for batch in cut_batches(planned, finished))
 
 
 def test_seeds_and_indexes() -> None:
-    images = images_of([row(1, 7, 2, 2), InvalidRow(2, "bad"), row(3, None, 1, 2)])
+    images = plan_requests([make_row(1, 7, 2, 2), InvalidRow(2, "bad"), make_row(3, None, 1, 2)])
     assert [(image.index, image.row, image.sample, image.seed) for image in images] == [
         (1, 1, 1, 7), (2, 1, 2, 8), (3, 1, 3, 9), (4, 1, 4, 10), (5, 3, 1, 104), (6, 3, 2, 105),
     ]  # fmt: skip
 
 
 def test_the_seed_of_the_job_wraps_around() -> None:
-    assert [image.seed for image in images_of([row(1, None, 3, 1)], job_seed=2**63 - 2)] == [2**63 - 2, 2**63 - 1, 0]
+    assert [image.seed for image in plan_requests([make_row(1, None, 3, 1)], job_seed=2**63 - 2)] == [
+        2**63 - 2,
+        2**63 - 1,
+        0,
+    ]
 
 
 MIXED = st.lists(
@@ -69,7 +73,7 @@ def test_batches_of_several_rows_are_as_large_as_allowed(
         Row(number, "x", "", None, scale, n_iter, n_samples, replace(PARAMS, steps=steps))
         for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
     ]
-    planned = list(plan_images(rows, common(5)))
+    planned = list(plan_images(rows, make_shared_settings(5)))
     images = [image for _, row_images in planned for image in row_images]
     batches = list(cut_batches(planned, (), max_batch))
     assert [image for batch in batches for image in batch.images] == images
@@ -85,13 +89,13 @@ def test_batches_of_several_rows_are_as_large_as_allowed(
 
 
 def test_rows_share_a_batch_only_with_max_batch() -> None:
-    planned = list(plan_images([row(number, None, 1, 1) for number in range(1, 6)], common(5)))
+    planned = list(plan_images([make_row(number, None, 1, 1) for number in range(1, 6)], make_shared_settings(5)))
     assert [len(batch.images) for batch in cut_batches(planned, ())] == [1, 1, 1, 1, 1]
     assert [len(batch.images) for batch in cut_batches(planned, (), 2)] == [2, 2, 1]
 
 
 def test_fixed_code_uses_the_seed_of_the_job_for_all_starting_noise() -> None:
-    images = images_of([row(1, 7, 1, 2), row(2, None, 1, 1)], fixed_code=True)
+    images = plan_requests([make_row(1, 7, 1, 2), make_row(2, None, 1, 1)], fixed_code=True)
     assert [(image.seed, image.noise_seed) for image in images] == [(7, 100), (8, 100), (102, 100)]
 
 
@@ -115,10 +119,10 @@ def test_counted_batches_equal_cut_batches(
 ) -> None:
     """For equal and different rows, with all, some or no images finished, arithmetic gives what cutting gives."""
     rows: list[Row | InvalidRow] = [
-        replace(row(number, None, n_iter, n_samples), scale=scale, params=replace(PARAMS, steps=steps))
+        replace(make_row(number, None, n_iter, n_samples), scale=scale, params=replace(PARAMS, steps=steps))
         for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
     ]
-    planned = list(plan_images(rows, common(5)))
+    planned = list(plan_images(rows, make_shared_settings(5)))
     cut = list(cut_batches(planned, finished, max_batch))
     assert count_batches(planned, finished, max_batch) == len(cut)
     limited = [batch for batch in cut if any(index <= limit for index in batch.wanted)]
@@ -126,6 +130,6 @@ def test_counted_batches_equal_cut_batches(
 
 
 def test_counting_batches_plans_no_image() -> None:
-    rows: list[Row | InvalidRow] = [row(number, None, 25_000, 4) for number in range(1, 1001)]
-    assert count_batches(plan_images(rows, common(5))) == 25_000_000
-    assert count_batches(plan_images(rows, common(5)), range(1, 9), 8) == 12_499_999
+    rows: list[Row | InvalidRow] = [make_row(number, None, 25_000, 4) for number in range(1, 1001)]
+    assert count_batches(plan_images(rows, make_shared_settings(5))) == 25_000_000
+    assert count_batches(plan_images(rows, make_shared_settings(5)), range(1, 9), 8) == 12_499_999

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.planning import PARAMS, images_of, row
+from tests.support.planning import PARAMS, make_row, plan_requests
 from tinysd_batch.job.plan.cost import estimate_batch_cost
 from tinysd_batch.records import MicroBatch
 
 
 def test_cost_counts_pixels_steps_guidance_and_second_unet_calls() -> None:
-    (image,) = images_of([row(1, 7, 1, 1)])
+    (image,) = plan_requests([make_row(1, 7, 1, 1)])
 
     def cost(**params: object) -> float:
         request = replace(image, params=replace(PARAMS, **params))  # type: ignore[arg-type]

@@ -56,18 +56,27 @@ class Cluster:
     def environment(self, box: str = BOXES[0]) -> dict[str, str]:
         clean = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
         return {
-            **clean, "PATH": f"{self.folder / 'tools'}:{os.environ['PATH']}", "HOMES": str(self.folder / "homes"),
-            "HOME": str(self.folder / "homes" / box), "FOLDER": str(self.folder),
-            "BIN": str(Path(sys.executable).parent), "PORT": str(self.port), "PORTS": "",
+            **clean,
+            "PATH": f"{self.folder / 'tools'}:{os.environ['PATH']}",
+            "HOMES": str(self.folder / "homes"),
+            "HOME": str(self.folder / "homes" / box),
+            "FOLDER": str(self.folder),
+            "BIN": str(Path(sys.executable).parent),
+            "PORT": str(self.port),
+            "PORTS": "",
             "RAY_OPTIONS": "--num-gpus=1 --num-cpus=1",
-        }  # fmt: skip
+        }
 
     def run_script(self, action: str) -> subprocess.CompletedProcess[str]:
         boxes = ["127.0.0.1", *BOXES[1:]]
         return subprocess.run(
-            [ROOT / "configs" / "clusters" / "ssh.sh", action, *boxes], env=self.environment(), capture_output=True,
-            text=True, timeout=150, check=False,
-        )  # fmt: skip
+            [ROOT / "configs" / "clusters" / "ssh.sh", action, *boxes],
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
 
     def start(self) -> None:
         (self.folder / "homes" / "127.0.0.1").symlink_to(self.folder / "homes" / BOXES[0])
@@ -105,9 +114,13 @@ def cluster() -> Iterator[Cluster]:
 
 def submit(cluster: Cluster, cwd: Path, *more: object, box: str = BOXES[0], **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("submit", "m.csv", "-o", "job", "--seed", 1, "--address", f"127.0.0.1:{cluster.port}", *more), cwd=cwd,
-        env=cluster.environment(box) | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        command("submit", "m.csv", "-o", "job", "--seed", 1, "--address", f"127.0.0.1:{cluster.port}", *more),
+        cwd=cwd,
+        env=cluster.environment(box) | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.mark.alone

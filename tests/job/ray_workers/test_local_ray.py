@@ -169,9 +169,18 @@ def test_a_job_leaves_nothing_outside_its_folder(tmp_path: Path, tiny_model: Pat
         folder.mkdir()
     before = read_default_folder_times()
     done = run(
-        "submit", "m.csv", "--model", tiny_model, "-o", "job", "--workers", 1, cwd=tmp_path, TMPDIR=str(long_folder),
+        "submit",
+        "m.csv",
+        "--model",
+        tiny_model,
+        "-o",
+        "job",
+        "--workers",
+        1,
+        cwd=tmp_path,
+        TMPDIR=str(long_folder),
         HOME=str(home),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert read_default_folder_times() == before
     assert not (home / ".ray").exists()
@@ -206,9 +215,13 @@ HANGING_START = """
 @pytest.mark.parametrize("name", ["gcs_server", "raylet"])
 def test_a_start_that_hangs_times_out(tmp_path: Path, name: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HANGING_START)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, cwd=tmp_path, env=environment(),
-    )  # fmt: skip
+        [sys.executable, "-c", textwrap.dedent(HANGING_START)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
     suspended: list[psutil.Process] = []
     while not suspended and process.poll() is None:
         children = psutil.Process(process.pid).children(recursive=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.planning import common, row
+from tests.support.planning import make_row, make_shared_settings
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
 from tinysd_batch.job.ray_workers.result_batches import MAX_DELAY_S, MicroBatchResults, group_results
 from tinysd_batch.records import ImageResult, MicroBatch, Status
@@ -20,7 +20,11 @@ class Clock:
 
 
 def make_batches(count: int) -> list[MicroBatch]:
-    return list(cut_batches(plan_images([row(number, None, 1, 1) for number in range(1, count + 1)], common(5)), ()))
+    return list(
+        cut_batches(
+            plan_images([make_row(number, None, 1, 1) for number in range(1, count + 1)], make_shared_settings(5)), ()
+        )
+    )
 
 
 def generate(clock: Clock, seconds: list[float], statuses: list[Status]) -> Iterator[list[ImageResult]]:
@@ -57,7 +61,7 @@ def test_quick_results_are_sent_together_and_slow_ones_alone(image_s: float, lar
 
 def test_a_slow_batch_does_not_delay_earlier_results() -> None:
     clock = Clock()
-    batches = cut_batches(plan_images([row(1, None, 1, 1), row(2, None, 1, 16)], common(5)), ())
+    batches = cut_batches(plan_images([make_row(1, None, 1, 1), make_row(2, None, 1, 16)], make_shared_settings(5)), ())
     groups = group_results(list(batches), generate(clock, [0.1, 1.6], [Status.OK] * 2), clock=clock)
     assert get_indexes(next(groups)) == [1]
     assert clock.now == pytest.approx(0.1)

@@ -132,7 +132,7 @@ def test_workers_on_one_machine_use_the_same_precision(tmp_path: Path) -> None:
     job: Any = SimpleNamespace(
         settings=SimpleNamespace(precision="auto"), precision_file=tmp_path / "precision.json", folder=tmp_path
     )
-    progress: Any = SimpleNamespace(worker=lambda _: None)
+    progress: Any = SimpleNamespace(report_worker=lambda _: None)
     writer: Any = SimpleNamespace(guard=nullcontext)
     batches: Iterator[Any] = iter(())
     dispatcher = Dispatcher(job, pool, writer, progress, SimpleNamespace(), batches)  # type: ignore[arg-type]

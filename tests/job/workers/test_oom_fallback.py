@@ -60,9 +60,14 @@ def manifest(tmp_path: Path) -> Path:
     ],
 )
 def test_fallbacks_are_found_once_for_each_shape(
-    manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, rows: int, refused: list[int],
+    manifest: Path,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    refused: list[int],
     degraded: list[list[str]],
-) -> None:  # fmt: skip
+) -> None:
     draw(manifest, tmp_path / "large", tiny_model, seed=1, **QUICK)
     with monkeypatch.context() as small_device:
         sizes = limit_unet_rows(rows, small_device)

@@ -1,4 +1,4 @@
-"""What can go wrong on a card, on one that is pretended."""
+"""What can go wrong on a GPU, tested on a fake CUDA device."""
 
 import gc
 import os
@@ -38,147 +38,145 @@ from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBa
 from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 MIB = 2**20
-STEPS = 3  # two before a step is captured, and one that replays it
+STEPS = 3  # two eager steps before a step is captured, and one that replays it
 
 
 def new_model(path: Path, **options: Any) -> TinySD:
     return TinySD.from_pretrained(path, device="cuda", **{"dtype": "full", "vram_budget": "2GB", **options})
 
 
-def pictures(model: TinySD, **options: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    made: np.ndarray[Any, np.dtype[np.float32]] = model.generate(
+def generate(model: TinySD, **options: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    images: np.ndarray[Any, np.dtype[np.float32]] = model.generate(
         "cat", 1, num_inference_steps=STEPS, output_type="np", **options
     ).images
-    return made
+    return images
 
 
 @pytest.fixture(autouse=True)
-def captures_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few steps are captured, too: this GPU's time is dear."""
+def capture_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture a step even if there are few: the fake GPU is slow."""
     monkeypatch.setattr(pipeline, "MIN_STEPS_TO_CAPTURE", STEPS)
 
 
 @contextmanager
-def issued() -> Iterator[None]:
-    """Steps are not captured."""
+def eager_steps() -> Iterator[None]:
+    """Run all steps eagerly."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "MIN_STEPS_TO_CAPTURE", STEPS + 2)
         yield
 
 
-def pools(card: FakeCudaDevice) -> set[tuple[int, int]]:
-    return {segment.pool for segment in card.allocator.segments}
+def pools_in_use(gpu: FakeCudaDevice) -> set[tuple[int, int]]:
+    return {segment.pool for segment in gpu.allocator.segments}
 
 
 @pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_step_that_cannot_be_captured_is_issued_and_leaves_nothing_behind(
-    pretended_card: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
+def test_step_that_cannot_be_captured_runs_eagerly_and_frees_its_memory(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
 ) -> None:
     model = new_model(tiny_model)
     model.offloader.stream_all_weights = streams
-    with issued():
-        expected = pictures(model)
+    with eager_steps():
+        expected = generate(model)
 
-    def looked_at(*given: Any) -> torch.Tensor:
-        said = run_unet(*given)
-        said.sum().item()
-        return said
+    def run_and_read(*args: Any) -> torch.Tensor:
+        noise = run_unet(*args)
+        noise.sum().item()  # the program must not wait in a capture
+        return noise
 
-    monkeypatch.setattr(pipeline, "run_unet", looked_at)
-    assert (pictures(model) == expected).all()
-    assert pretended_card.counts["captured"] == 0
-    assert not pretended_card.allocator.capturing_pools
+    monkeypatch.setattr(pipeline, "run_unet", run_and_read)
+    assert (generate(model) == expected).all()
+    assert fake_gpu.counts["captured"] == 0
+    assert not fake_gpu.allocator.capturing_pools
     torch.cuda.empty_cache()
-    assert pools(pretended_card) <= {DEFAULT_POOL}
-    assert (pictures(model) == expected).all()
-    assert pretended_card.counts["begun"] == 1  # what could not be captured is not tried again
+    assert pools_in_use(fake_gpu) <= {DEFAULT_POOL}
+    assert (generate(model) == expected).all()
+    assert fake_gpu.counts["begun"] == 1  # capturing is not tried again
 
 
-def test_where_a_graph_does_not_fit_steps_are_issued(
-    pretended_card: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_steps_run_eagerly_if_the_graph_does_not_fit(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = new_model(tiny_model, vram_budget=CONTEXT_BYTES + 80 * MIB)
-    expected = pictures(model)
-    assert pretended_card.counts["replayed"] > 1
+    expected = generate(model)
+    assert fake_gpu.counts["replayed"] > 1
     monkeypatch.setattr(graphs, "BYTES_PER_OPERATION", MIB)
-    pretended_card.counts.clear()
-    assert (pictures(model) == expected).all()
-    assert pretended_card.counts["replayed"] == 1  # the one that was compared
-    assert pretended_card.allocator.non_torch_bytes == CONTEXT_BYTES
+    fake_gpu.counts.clear()
+    assert (generate(model) == expected).all()
+    assert fake_gpu.counts["replayed"] == 1  # to compare its output
+    assert fake_gpu.allocator.non_torch_bytes == CONTEXT_BYTES
 
 
-def test_memory_that_runs_out_in_a_capture_costs_the_graph_only(
-    pretended_card: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_out_of_memory_in_a_capture_discards_only_the_graph(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = new_model(tiny_model, vram_budget=None)
-    with issued():
-        expected = pictures(model)
+    with eager_steps():
+        expected = generate(model)
     begin = graphs.FakeCudaGraph.capture_begin
 
-    def without_room(graph: graphs.FakeCudaGraph, *given: Any, **options: Any) -> None:
-        begin(graph, *given, **options)
-        pretended_card.allocator.limit = 0
+    def begin_without_memory(graph: graphs.FakeCudaGraph, *args: Any, **options: Any) -> None:
+        begin(graph, *args, **options)
+        fake_gpu.allocator.limit = 0
 
-    monkeypatch.setattr(graphs.FakeCudaGraph, "capture_begin", without_room)
+    monkeypatch.setattr(graphs.FakeCudaGraph, "capture_begin", begin_without_memory)
     end = graphs.FakeCudaGraph.capture_end
 
-    def with_room(graph: graphs.FakeCudaGraph) -> None:
-        pretended_card.allocator.limit = pretended_card.allocator.total
+    def end_with_memory(graph: graphs.FakeCudaGraph) -> None:
+        fake_gpu.allocator.limit = fake_gpu.allocator.total
         end(graph)
 
-    monkeypatch.setattr(graphs.FakeCudaGraph, "capture_end", with_room)
-    assert (pictures(model) == expected).all()
-    assert pretended_card.counts["replayed"] == 0
+    monkeypatch.setattr(graphs.FakeCudaGraph, "capture_end", end_with_memory)
+    assert (generate(model) == expected).all()
+    assert fake_gpu.counts["replayed"] == 0
     torch.cuda.empty_cache()
-    assert pools(pretended_card) <= {DEFAULT_POOL}
+    assert pools_in_use(fake_gpu) <= {DEFAULT_POOL}
 
 
-def test_a_graph_that_says_something_else_is_not_used(
-    pretended_card: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_graph_with_a_different_output_is_not_used(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = new_model(tiny_model)
-    with issued():
-        expected = pictures(model)
+    with eager_steps():
+        expected = generate(model)
     replay = CapturedStep.replay
     monkeypatch.setattr(CapturedStep, "replay", lambda step, latents: replay(step, latents) + 1e-6)
-    assert (pictures(model) == expected).all()
-    assert pretended_card.counts["replayed"] == 1
+    assert (generate(model) == expected).all()
+    assert fake_gpu.counts["replayed"] == 1
 
 
-def test_page_locked_memory_is_let_go_of_when_nobody_reads_it_any_more(
-    pretended_card: FakeCudaDevice, tiny_model: Path
-) -> None:
+def test_pinned_memory_is_unlocked_when_the_model_is_deleted(fake_gpu: FakeCudaDevice, tiny_model: Path) -> None:
     model = new_model(tiny_model)
     model.offloader.stream_all_weights = True
-    pictures(model)
-    assert len(pretended_card.locked) == 3  # of the text encoder, the UNet, the VAE
+    generate(model)
+    assert len(fake_gpu.pinned) == 3  # of the text encoder, the UNet, the VAE
     del model
     gc.collect()
-    assert not pretended_card.locked
+    assert not fake_gpu.pinned
 
 
-def test_where_pages_cannot_be_locked_torch_does_it(
-    pretended_card: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_torch_allocates_pinned_memory_if_pages_cannot_be_locked(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = new_model(tiny_model)
-    expected = pictures(model)
-    refused: list[int] = []
+    expected = generate(model)
+    refused_bytes: list[int] = []
 
     def refuse(runtime: FakeCudaRuntime, address: int, nbytes: int, flags: int) -> int:
-        refused.append(nbytes)
-        runtime.card.set_pending_error("part or all of the requested memory range is already mapped")
+        refused_bytes.append(nbytes)
+        runtime.gpu.set_pending_error("part or all of the requested memory range is already mapped")
         return 712
 
     monkeypatch.setattr(FakeCudaRuntime, "cudaHostRegister", refuse)
     model.offloader.stream_all_weights = True
-    assert (pictures(model) == expected).all()
-    assert len(refused) == len(pretended_card.locked) == 2  # the prompts are known by now
+    assert (generate(model) == expected).all()
+    assert len(refused_bytes) == len(fake_gpu.pinned) == 2  # the prompt was encoded before
 
 
-def test_a_card_on_which_no_kernel_compiles_draws_the_same(
-    pretended_card: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_are_the_same_if_no_kernel_compiles(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = pictures(new_model(tiny_model))
+    expected = generate(new_model(tiny_model))
     dequantize.has_working_kernels.cache_clear()
     cuda_kernel.get_cuda_kernel.cache_clear()
 
@@ -186,176 +184,177 @@ def test_a_card_on_which_no_kernel_compiles_draws_the_same(
         raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture\nand more")
 
     monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
-    pretended_card.counts.clear()
-    with pytest.warns(UserWarning, match=r"cuda:0: weights are dequantized without a kernel, which is slow: nvrtc.*ture$"):
-        found = pictures(new_model(tiny_model))
-    assert (found == expected).all()
-    assert pretended_card.counts["launched"] == 0
+    fake_gpu.counts.clear()
+    message = r"cuda:0: weights are dequantized without a kernel, which is slow: nvrtc.*ture$"
+    with pytest.warns(UserWarning, match=message):
+        images = generate(new_model(tiny_model))
+    assert (images == expected).all()
+    assert fake_gpu.counts["launched"] == 0
 
 
-def test_a_kernel_that_cannot_be_launched_is_an_error(pretended_card: FakeCudaDevice) -> None:
-    kernel = cuda_kernel.get_cuda_kernel("unpack_rows", torch.float32, pretended_card.device)
+def test_failed_kernel_launch_raises(fake_gpu: FakeCudaDevice) -> None:
+    kernel = cuda_kernel.get_cuda_kernel("unpack_rows", torch.float32, fake_gpu.device)
     with pytest.raises(RuntimeError, match="CUDA error: 1"):
         kernel.launch(0, [0, 0, 0, 0], [0, 0, 2, 0])
 
 
-def test_the_probe_keeps_within_its_own_limit(idle_card: ShapeOnlyCudaDevice) -> None:
-    assert probe_half_precision(idle_card.device, torch.float16).is_accurate
-    allocator = idle_card.allocator
+def test_probe_stays_within_its_memory_limit(shape_only_gpu: ShapeOnlyCudaDevice) -> None:
+    assert probe_half_precision(shape_only_gpu.device, torch.float16).is_accurate
+    allocator = shape_only_gpu.allocator
     assert 0 < allocator.max_allocated <= PROBE_MEMORY_LIMIT_BYTES
     assert (allocator.limit, allocator.reserved) == (allocator.total, 0)
 
 
-def test_the_driver_knows_what_this_process_takes(
-    pretended_card: FakeCudaDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_process_memory_is_read_from_the_driver(
+    fake_gpu: FakeCudaDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it names processes; in containers it does not, and all that is in use counts."""
-    assert measure_process_gpu_bytes(pretended_card.device) == CONTEXT_BYTES
-    for name, said, expected in (("knows", f"1, 900\n{os.getpid()}, 123\n", 123 * MIB), ("not", "", CONTEXT_BYTES)):
+    """If the driver lists processes. In containers it does not, and all memory in use is counted."""
+    assert measure_process_gpu_bytes(fake_gpu.device) == CONTEXT_BYTES
+    for name, output, expected in (
+        ("listed", f"1, 900\n{os.getpid()}, 123\n", 123 * MIB),
+        ("not_listed", "", CONTEXT_BYTES),
+    ):
         (tmp_path / name).mkdir()
         program = tmp_path / name / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+        program.write_text(f"#!/bin/sh\nprintf '{output}'\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-        assert measure_process_gpu_bytes(pretended_card.device) == expected
+        assert measure_process_gpu_bytes(fake_gpu.device) == expected
 
 
-def test_a_card_that_torch_has_no_code_for_is_refused(
-    pretended_card: FakeCudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_without_code_in_this_torch_is_refused(fake_gpu: FakeCudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
-    with pytest.raises(UsageError, match=r"a pretended card has compute capability 8\.6, and torch .* sm_90 only"):
+    with pytest.raises(UsageError, match=r"fake CUDA device has compute capability 8\.6, and torch .* sm_90 only"):
         choose_device(None)
 
 
-def test_copies_have_a_stream_of_their_own_however_many_phases(
-    pretended_card: FakeCudaDevice, tiny_model: Path
-) -> None:
-    """Torch has 32 streams and hands them out in turn."""
+def test_copies_never_use_the_compute_stream(fake_gpu: FakeCudaDevice, tiny_model: Path) -> None:
+    """Torch has 32 streams and hands them out in rotation."""
     model = new_model(tiny_model)
     model.offloader.stream_all_weights = True
-    met = set()
+    copy_streams = set()
     with on_compute_stream(model.device):
-        working = torch.cuda.current_stream().cuda_stream
+        compute_stream = torch.cuda.current_stream().cuda_stream
         for _ in range(40):
             with model.offloader.holding(model.vae_fragment):
                 stream = model.offloader.stream
                 assert stream is not None
                 assert stream.copying is not None
-                met.add(stream.copying.cuda_stream)
-    assert working not in met
+                copy_streams.add(stream.copying.cuda_stream)
+    assert compute_stream not in copy_streams
 
 
-def test_a_job_on_a_small_card_saves_memory_and_draws_everything(
-    pretended_card: FakeCudaDevice, tiny_model: Path, tmp_path: Path
+def test_job_on_a_small_gpu_falls_back_and_generates_all_images(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, tmp_path: Path
 ) -> None:
-    allocator = pretended_card.allocator
+    allocator = fake_gpu.allocator
     manifest = write_csv(tmp_path / "m.csv", [{"prompt": "cat", "seed": 1, "n_samples": 4, "width": 48, "height": 48}])
 
-    def draw(name: str) -> list[dict[str, Any]]:
+    def run(name: str) -> list[dict[str, Any]]:
         torch.cuda.empty_cache()
         allocator.max_allocated = 0
         job = open_job(manifest, tmp_path / name, Settings(model=str(tiny_model), steps=2))
         setup = replace(setup_for(job), device="cuda", precision="full")
         run_job(job, lambda _: InlinePool(setup), Quiet(), lambda: False, None)
         rows = check_whole(tmp_path / name, 4)
-        assert {(row["status"], row["device_name"]) for row in rows} == {("ok", "a pretended card")}
+        assert {(row["status"], row["device_name"]) for row in rows} == {("ok", "fake CUDA device")}
         return rows
 
-    assert not any(row["degraded"] for row in draw("large"))
+    assert not any(row["degraded"] for row in run("large"))
     allocator.total = allocator.limit = CONTEXT_BYTES + allocator.max_allocated - 1
-    assert any(row["degraded"] for row in draw("small"))
+    assert any(row["degraded"] for row in run("small"))
 
 
 @contextmanager
-def watching(allocator: FakeCachingAllocator) -> Iterator[dict[str, tuple[int, int]]]:
-    """Of each phase, by its name: the most bytes that tensors took, and that torch reserved for them."""
+def record_stage_memory(allocator: FakeCachingAllocator) -> Iterator[dict[str, tuple[int, int]]]:
+    """Record for each stage, by name, the peak bytes of tensors, and what torch reserved for them."""
     measured: dict[str, tuple[int, int]] = {}
-    working = Planner.executing
+    executing = Planner.executing
 
     @contextmanager
-    def watched(planner: Planner, phase: StagePlan) -> Iterator[ExecutionStrategy]:
+    def record(planner: Planner, plan: StagePlan) -> Iterator[ExecutionStrategy]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with working(planner, phase) as way:
-            yield way
-        measured[phase.name] = allocator.max_allocated, allocator.max_reserved
+        with executing(planner, plan) as strategy:
+            yield strategy
+        measured[plan.name] = allocator.max_allocated, allocator.max_reserved
 
-    set_aside = Planner.preallocate
+    preallocate = Planner.preallocate
 
-    def unseen(planner: Planner, phase: StagePlan) -> None:  # it takes what was planned, whatever work takes
+    def ignore(planner: Planner, plan: StagePlan) -> None:  # it allocates what was planned, not what is needed
         before = allocator.max_allocated
-        set_aside(planner, phase)
+        preallocate(planner, plan)
         allocator.max_allocated = before
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Planner, "executing", watched)
-        patch.setattr(Planner, "preallocate", unseen)
+        patch.setattr(Planner, "executing", record)
+        patch.setattr(Planner, "preallocate", ignore)
         yield measured
 
 
 def check_plan(model: TinySD, shape: MicroBatchShape, measured: dict[str, tuple[int, int]], slack: int = 0) -> None:
-    """Tensors take what was foretold, and torch reserves no more than it may."""
-    planned = {phase.name: phase for phase in model.planner.plan_stages(shape)}
-    assert measured.keys() == planned.keys()
+    """Check that tensors take what was estimated, and that torch reserves no more than the budget."""
+    plans = {plan.name: plan for plan in model.planner.plan_stages(shape)}
+    assert measured.keys() == plans.keys()
     for name, (allocated, reserved) in measured.items():
-        phase = planned[name]
-        alive = phase.resident_bytes + phase.buffer_bytes + phase.activation_bytes + model.planner.overhead.workspace_bytes
-        assert allocated == pytest.approx(alive, rel=0.1, abs=slack), name
+        plan = plans[name]
+        tensors = plan.resident_bytes + plan.buffer_bytes + plan.activation_bytes
+        estimated = tensors + model.planner.overhead.workspace_bytes
+        assert allocated == pytest.approx(estimated, rel=0.1, abs=slack), name
         assert reserved <= (model.planner.torch_budget_bytes or 0), name
 
 
 @pytest.mark.parametrize("dtype", ["full", pytest.param("autocast", marks=pytest.mark.slow)])
-def test_a_plan_for_the_card_is_what_it_takes(pretended_card: FakeCudaDevice, tiny_model: Path, dtype: str) -> None:
+def test_stages_take_what_was_planned(fake_gpu: FakeCudaDevice, tiny_model: Path, dtype: str) -> None:
     model = new_model(tiny_model, dtype=dtype, vram_budget=CONTEXT_BYTES + 96 * MIB)
-    with watching(pretended_card.allocator) as measured:
+    with record_stage_memory(fake_gpu.allocator) as measured:
         model.generate(["cat", "a dog"], [1, 2], num_inference_steps=3, height=64, width=64)
     check_plan(model, MicroBatchShape(4, 64, 64, model.info.max_tokens, 3), measured, slack=300_000)
 
 
-NO_ROOM = [
+OUT_OF_MEMORY = [
     pytest.param(torch.OutOfMemoryError("CUDA out of memory."), marks=pytest.mark.slow),
     RuntimeError("unable to find an engine to execute this"),
 ]
 
 
-@pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)
-def test_memory_that_lies_in_too_many_pieces_makes_it_leave_larger_gaps(
-    pretended_card: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_within_the_budget_increases_the_fragmentation_reserve(
+    fake_gpu: FakeCudaDevice, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     model = new_model(tiny_model, vram_budget=CONTEXT_BYTES + 80 * MIB)
-    with issued():
-        expected = pictures(model)
-    decode, tried = model.decode_pixels, []
+    with eager_steps():
+        expected = generate(model)
+    decode, shares = model.decode_pixels, []
 
-    def short_of_memory(latents: torch.Tensor) -> torch.Tensor:
-        tried.append(model.planner.fragmentation_share)
-        if len(tried) != 2:
+    def fail_except_second(latents: torch.Tensor) -> torch.Tensor:
+        shares.append(model.planner.fragmentation_share)
+        if len(shares) != 2:
             raise error
         return decode(latents)
 
-    monkeypatch.setattr(model, "decode_pixels", short_of_memory)
-    assert (pictures(model) == expected).all()
-    assert tried == [FRAGMENTATION_SHARE, 2 * FRAGMENTATION_SHARE]
-    with pytest.raises(UsageError, match="generating 512x512 takes at least"):  # as ever
+    monkeypatch.setattr(model, "decode_pixels", fail_except_second)
+    assert (generate(model) == expected).all()
+    assert shares == [FRAGMENTATION_SHARE, 2 * FRAGMENTATION_SHARE]
+    with pytest.raises(UsageError, match="generating 512x512 takes at least"):  # stated with the usual reserve
         model.planner.plan_stages(MicroBatchShape(2, 512, 512, model.info.max_tokens))
     with pytest.raises(type(error)):
-        pictures(model)
-    assert tried[2:] == [2 * FRAGMENTATION_SHARE, MAX_FRAGMENTATION_SHARE]
+        generate(model)
+    assert shares[2:] == [2 * FRAGMENTATION_SHARE, MAX_FRAGMENTATION_SHARE]
 
 
-# At SD v1's size, by a card that computes nothing
+# At SD v1's size, on a device that computes shapes only
 
 
 @pytest.fixture(scope="session")
 def sd_v1_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights at SD v1's sizes, 2 bits in the UNet."""
+    """A model of SD v1's size with random weights, the UNet at 2 bits."""
     folder = tmp_path_factory.mktemp("models") / "sd-v1"
     random_sd_v1.make_random_model(folder)
     return folder
 
 
-BUDGETS = [  # MB besides what CUDA takes; None: the least that can be
+BUDGETS = [  # MB in addition to the CUDA context; None: the smallest possible budget
     (None, "autocast", 512, 1), (256, "autocast", 512, 1), (256, "full", 512, 1), (668, "full", 512, 1),
     (400, "autocast", 768, 1), (165, "autocast", 256, 4),
 ]  # fmt: skip
@@ -363,8 +362,8 @@ BUDGETS = [  # MB besides what CUDA takes; None: the least that can be
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("own_mb", "dtype", "size", "images"), BUDGETS)
-def test_a_budget_is_kept_at_sd_v1s_size(
-    idle_card: ShapeOnlyCudaDevice, sd_v1_size: Path, own_mb: int | None, dtype: str, size: int, images: int
+def test_budget_is_kept_at_the_size_of_sd_v1(
+    shape_only_gpu: ShapeOnlyCudaDevice, sd_v1_size: Path, own_mb: int | None, dtype: str, size: int, images: int
 ) -> None:
     model = new_model(sd_v1_size, dtype=dtype)
     shape = MicroBatchShape(2 * images, size, size, model.info.max_tokens, images + 1)
@@ -373,31 +372,31 @@ def test_a_budget_is_kept_at_sd_v1s_size(
     )
     model = new_model(sd_v1_size, dtype=dtype, vram_budget=budget)
     torch.cuda.empty_cache()
-    idle_card.allocator.max_in_use = 0
-    with watching(idle_card.allocator) as measured:
-        model.generate([f"cat {n}" for n in range(images)], 1, num_inference_steps=6, height=size, width=size)
-    assert idle_card.allocator.max_in_use <= budget
-    assert idle_card.counts["replayed"] > 0
-    if model.planner.fragmentation_share == FRAGMENTATION_SHARE:  # else what was done in the end is not what was planned at first
+    shape_only_gpu.allocator.max_in_use = 0
+    with record_stage_memory(shape_only_gpu.allocator) as measured:
+        model.generate([f"cat {number}" for number in range(images)], 1, num_inference_steps=6, height=size, width=size)
+    assert shape_only_gpu.allocator.max_in_use <= budget
+    assert shape_only_gpu.counts["replayed"] > 0
+    if model.planner.fragmentation_share == FRAGMENTATION_SHARE:  # otherwise stages were planned again meanwhile
         check_plan(model, shape, measured)
 
 
 @pytest.mark.slow
-def test_the_benchmark_for_cards_runs(
-    idle_card: ShapeOnlyCudaDevice,
+def test_gpu_benchmark_runs(
+    shape_only_gpu: ShapeOnlyCudaDevice,
     sd_v1_size: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The time on a real one is dear."""
+    """Time on a real GPU is too expensive to find mistakes in it."""
     monkeypatch.setattr(gpu_measurements, "IMAGES", 2)
     dtype = "autocast"
-    given = gpu_measurements.new_parser().parse_args(
+    options = gpu_measurements.new_parser().parse_args(
         ["--model", str(sd_v1_size), "--steps", "6", "--dtype", dtype, "--budget", "1000MB"]
     )
-    found = gpu_measurements.measure_generation(given)
-    assert CONTEXT_BYTES + found["whole"] <= 1000 * 10**6
-    gpu_measurements.print_generation("budget 1000MB", dtype, found)
-    gpu_measurements.print_diffusers(dtype, gpu_measurements.measure_diffusers_step(given))
-    gpu_measurements.print_dequantize(dtype, gpu_measurements.measure_dequantize(given))
+    measured = gpu_measurements.measure_generation(options)
+    assert CONTEXT_BYTES + measured["whole"] <= 1000 * 10**6
+    gpu_measurements.print_generation("budget 1000MB", dtype, measured)
+    gpu_measurements.print_diffusers(dtype, gpu_measurements.measure_diffusers_step(options))
+    gpu_measurements.print_dequantize(dtype, gpu_measurements.measure_dequantize(options))
     assert "a step replayed" in capsys.readouterr().out

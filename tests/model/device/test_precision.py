@@ -1,3 +1,5 @@
+"""Choose the dtype: by instruction set on CPUs, by measurement on GPUs."""
+
 import logging
 import platform
 import time
@@ -20,29 +22,29 @@ from tinysd_batch.model.device.precision import (
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def dtype_of(asked: precision.Precision, device: torch.device, *, is_small: bool = False) -> torch.dtype:
-    return choose_precision(asked, device, is_small=is_small).dtype
+def dtype_of(requested: precision.Precision, device: torch.device, *, is_small: bool = False) -> torch.dtype:
+    return choose_precision(requested, device, is_small=is_small).dtype
 
 
-def test_a_probe_measures_this_processor() -> None:
-    found = precision.probe_half_precision(CPU, torch.bfloat16)
-    assert found.is_accurate
-    assert found.speedup > 0
+def test_probe_measures_this_cpu() -> None:
+    result = precision.probe_half_precision(CPU, torch.bfloat16)
+    assert result.is_accurate
+    assert result.speedup > 0
 
 
 @pytest.mark.parametrize(
-    ("name", "found", "expected"),
+    ("name", "result", "expected"),
     [
         ("NVIDIA GeForce RTX 3060", ProbeResult(True, 2.1), torch.float16),
-        ("NVIDIA GeForce GTX 1060 6GB", ProbeResult(True, 0.1), torch.float32),  # right, but slow
+        ("NVIDIA GeForce GTX 1060 6GB", ProbeResult(True, 0.1), torch.float32),  # accurate, but slow
         ("NVIDIA GeForce GTX 1650", ProbeResult(True, 1.9), torch.float32),  # known to fail elsewhere
-        ("a card with broken convolutions", ProbeResult(False, 2.0), torch.float32),
+        ("a GPU with broken convolutions", ProbeResult(False, 2.0), torch.float32),
     ],
 )
-def test_half_precision_only_where_it_is_right_and_fast(
-    monkeypatch: pytest.MonkeyPatch, name: str, found: ProbeResult, expected: torch.dtype
+def test_gpus_use_half_precision_only_if_it_is_accurate_and_fast(
+    monkeypatch: pytest.MonkeyPatch, name: str, result: ProbeResult, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr(precision, "probe_half_precision", lambda *_: found)
+    monkeypatch.setattr(precision, "probe_half_precision", lambda *_: result)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert dtype_of(None, GPU) is expected
     assert dtype_of("autocast", GPU) is torch.float16
@@ -61,10 +63,10 @@ def test_half_precision_only_where_it_is_right_and_fast(
         ("aarch64", "fp asimd", torch.float32, "would emulate"),
     ],
 )
-def test_the_instruction_set_decides_on_a_cpu_whatever_a_measurement_says(
+def test_instruction_set_decides_on_a_cpu_without_a_measurement(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, expected: torch.dtype, reason: str
 ) -> None:
-    """Beside a busy program a measurement chose float32 on CPUs with AMX."""
+    """On a busy machine a measurement chose float32 on CPUs with AMX."""
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(precision, "read_cpu_flags", lambda: frozenset(flags.split()))
     monkeypatch.setattr(precision, "probe_half_precision", lambda *_: pytest.fail("was measured"))
@@ -76,7 +78,7 @@ def test_the_instruction_set_decides_on_a_cpu_whatever_a_measurement_says(
     assert dtype_of("autocast", CPU) is torch.float32
 
 
-def test_every_core_must_have_an_instruction(tmp_path: Path) -> None:
+def test_all_cores_must_have_the_instructions(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text(
         "processor\t: 0\nflags\t\t: avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t\t: avx2\nvmx flags\t: ept\n"
@@ -90,7 +92,7 @@ def test_every_core_must_have_an_instruction(tmp_path: Path) -> None:
     ("machine", "flags", "limit"),
     [("arm64", "", ""), ("x86_64", "", ""), ("ppc64le", "altivec", ""), ("x86_64", "avx512_bf16", "AVX2")],
 )
-def test_what_instructions_do_not_tell_is_measured(
+def test_unknown_instruction_sets_are_measured(
     monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype, machine: str, flags: str, limit: str
 ) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
@@ -101,8 +103,8 @@ def test_what_instructions_do_not_tell_is_measured(
     assert f"{speedup} times as fast" in choose_precision(None, CPU).reason
 
 
-def test_a_busy_machine_does_not_decide_a_measurement() -> None:
-    """The one that is slowed down most of the time, but once not, counts by that once."""
+def test_best_time_decides_on_a_busy_machine() -> None:
+    """A function that is slowed down in all trials but one is judged by that one."""
     calls = 0
 
     def disturbed() -> torch.Tensor:
@@ -119,7 +121,7 @@ def test_a_busy_machine_does_not_decide_a_measurement() -> None:
     assert slow > fast
 
 
-def test_the_choice_and_its_reason_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_and_reason_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tinysd_batch"):
         choose_precision("full", CPU)
     assert "computing in float32 on cpu: precision full was given" in caplog.text
@@ -135,7 +137,7 @@ def test_the_choice_and_its_reason_are_logged(caplog: pytest.LogCaptureFixture) 
         (torch.float16, "avx512_bf16", False),
     ],
 )
-def test_whether_an_earlier_choice_can_be_kept(
+def test_earlier_choice_is_kept_if_this_device_supports_it(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, flags: str, expected: bool
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
@@ -143,12 +145,12 @@ def test_whether_an_earlier_choice_can_be_kept(
     assert can_use_dtype(dtype, CPU) is expected
 
 
-def test_a_choice_is_kept_as_it_is() -> None:
+def test_choice_or_dtype_is_used_as_it_is() -> None:
     choice = PrecisionChoice(torch.bfloat16, "as before")
     assert choose_precision(choice, CPU, is_small=True) == choice
     assert dtype_of(torch.float16, CPU) is torch.float16
 
 
-def test_what_is_no_format() -> None:
+def test_unknown_precision_is_refused() -> None:
     with pytest.raises(UsageError, match="int4"):
         choose_precision("int4", CPU)

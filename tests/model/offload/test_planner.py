@@ -1,4 +1,4 @@
-"""A budget that is kept: what the planner foretells is what is measured, and what it allows is not exceeded."""
+"""Memory budgets: stages take what the planner estimates, and stay within the budget."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("size", "images", "share", "dtype"), CASES)
-def test_what_is_foretold_is_measured(
+def test_stages_take_what_was_estimated(
     tiny_model: Path, size: tuple[int, int], images: int, share: float | None, dtype: torch.dtype | str
 ) -> None:
     model = TinySD.from_pretrained(tiny_model, device="cpu", dtype=dtype, vram_budget="1GB")
@@ -36,77 +36,78 @@ def test_what_is_foretold_is_measured(
     if share is not None:
         budget = interpolate_budget(share, model, shape)
         model = TinySD.from_pretrained(tiny_model, device="cpu", dtype=dtype, vram_budget=budget)
-    foretold = {phase.name: phase.peak_bytes for phase in model.planner.plan_stages(shape)}
+    estimated = {plan.name: plan.peak_bytes for plan in model.planner.plan_stages(shape)}
     measured = measure_stage_peaks(model, images, *size)
-    on_host = 50_000 + images * 3 * size[0] * size[1] * 4  # here the host is the device: embeddings, and the pictures
-    assert measured == pytest.approx(foretold, rel=0.1, abs=on_host)
+    on_host = 50_000 + images * 3 * size[0] * size[1] * 4  # embeddings and images: here the host is the device
+    assert measured == pytest.approx(estimated, rel=0.1, abs=on_host)
     assert budget is None or max(measured.values()) <= 1.02 * budget + on_host
 
 
-def test_what_was_foretold_before_and_is_known_is_measured_all_the_same(tiny_model: Path) -> None:
-    """Only a process's first model works out its plan; the second has nothing left of learning its order of work."""
+def test_stages_take_what_was_estimated_when_the_estimate_is_cached(tiny_model: Path) -> None:
+    """Only the first model of a process traces its stages; the second one must not be affected by the tracing."""
     shape = MicroBatchShape(2, 16, 16, TOKENS, 2)
     for _ in range(2):
         model = TinySD.from_pretrained(tiny_model, device="cpu", dtype="full", vram_budget="1GB")
-        foretold = {phase.name: phase.peak_bytes for phase in model.planner.plan_stages(shape)}
+        estimated = {plan.name: plan.peak_bytes for plan in model.planner.plan_stages(shape)}
         measured = measure_stage_peaks(model, 1, 16, 16)
-        assert measured["text encoder"] == pytest.approx(foretold["text encoder"], rel=0.1)
+        assert measured["text encoder"] == pytest.approx(estimated["text encoder"], rel=0.1)
 
 
 @pytest.mark.slow
-def test_more_room_never_means_more_streaming(tiny_model: Path) -> None:
+def test_larger_budgets_never_stream_more(tiny_model: Path) -> None:
     model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
     shape = MicroBatchShape(4, 32, 32, TOKENS)
-    least, whole = (
-        model.planner.estimate_min_budget(shape),
-        max(phase.peak_bytes for phase in model.planner.plan_stages(shape)),
-    )
-    passing = []
+    minimum = model.planner.estimate_min_budget(shape)
+    whole = max(plan.peak_bytes for plan in model.planner.plan_stages(shape))
+    streamed_bytes = []
     for step in range(6):
-        tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least + step * (whole - least) // 5)
-        passing.append(sum(phase.weight_bytes - phase.resident_bytes for phase in tight.planner.plan_stages(shape)))
-    assert passing == sorted(passing, reverse=True)
-    assert passing[0] > 0 == passing[-1]
+        budget = minimum + step * (whole - minimum) // 5
+        limited = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=budget)
+        plans = limited.planner.plan_stages(shape)
+        streamed_bytes.append(sum(plan.weight_bytes - plan.resident_bytes for plan in plans))
+    assert streamed_bytes == sorted(streamed_bytes, reverse=True)
+    assert streamed_bytes[0] > 0 == streamed_bytes[-1]
 
 
-def test_maps_are_made_anew_only_where_nothing_else_fits(tiny_model: Path) -> None:
+def test_maps_are_recomputed_only_if_nothing_else_fits(tiny_model: Path) -> None:
     model = TinySD.from_pretrained(tiny_model, device="cpu", dtype="full", vram_budget="1GB")
-    usual = model.planner.decode_stage(MicroBatchShape(1, 512, 512, 0))
+    decode_stage = model.planner.decode_stage(MicroBatchShape(1, 512, 512, 0))
     with torch.device("meta"):
-        decoder = ldm_checkpoint.new_vae(
-            ldm_checkpoint.SMALL
-        )  # the tiny model's has so few levels that attention takes most
+        # The tiny model's VAE has so few levels that attention needs most memory.
+        decoder = ldm_checkpoint.new_vae(ldm_checkpoint.SMALL)
     use_strip_layers(decoder)
     decoder.set_attn_processor(ChunkedAttnProcessor(fused=True))
 
-    def run(way: ExecutionStrategy) -> None:
-        decode_single(decoder, torch.empty(1, 4, 64, 64), feature_map_dtype(way), recompute=way.recompute_maps)
+    def run(strategy: ExecutionStrategy) -> None:
+        latents, dtype = torch.empty(1, 4, 64, 64), feature_map_dtype(strategy)
+        decode_single(decoder, latents, dtype, recompute=strategy.recompute_maps)
 
-    task = replace(usual, name="a decoder", run=run)
-    least = {phase.strategy: phase.peak_bytes for phase in model.planner.candidate_plans(task, 0)}
-    others = min(peak for way, peak in least.items() if not way.recompute_maps)
-    assert min(least.values()) < 0.65 * others
-    for budget, makes_anew in ((min(least.values()), True), (others - 1, True), (others, False), (2 * others, False)):
+    stage = replace(decode_stage, name="a decoder", run=run)
+    peaks = {plan.strategy: plan.peak_bytes for plan in model.planner.candidate_plans(stage, 0)}
+    minimum = min(peaks.values())
+    stored = min(peak for strategy, peak in peaks.items() if not strategy.recompute_maps)
+    assert minimum < 0.65 * stored
+    for budget, recomputes in ((minimum, True), (stored - 1, True), (stored, False), (2 * stored, False)):
         model.planner.budget_bytes = budget
         model.planner.plans.clear()
-        phase = model.planner.plan(task)
-        assert phase.strategy.recompute_maps == makes_anew
-        assert phase.peak_bytes <= budget
+        plan = model.planner.plan(stage)
+        assert plan.strategy.recompute_maps == recomputes
+        assert plan.peak_bytes <= budget
 
 
-def test_a_budget_in_which_nothing_can_be_drawn_is_refused_and_the_least_is_said(tiny_model: Path) -> None:
+def test_budget_that_is_too_small_is_refused_with_the_minimum(tiny_model: Path) -> None:
     model = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget="1GB")
     side = model.info.native_px
-    least = model.planner.estimate_min_budget(MicroBatchShape(1, side, side, TOKENS))
+    minimum = model.planner.estimate_min_budget(MicroBatchShape(1, side, side, TOKENS))
     with pytest.raises(ModelError, match=r"generating 16x16 takes at least \d+\.\d MB with this model, in the"):
-        TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least - 1)
-    tight = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=least)
-    tight.generate("cat", 1, num_inference_steps=2, guidance_scale=1.0)
+        TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=minimum - 1)
+    limited = TinySD.from_pretrained(tiny_model, device="cpu", vram_budget=minimum)
+    limited.generate("cat", 1, num_inference_steps=2, guidance_scale=1.0)
     with pytest.raises(UsageError, match=r"generating 128x128 takes at least"):
-        tight.generate("cat", 1, num_inference_steps=2, height=128, width=128)
+        limited.generate("cat", 1, num_inference_steps=2, height=128, width=128)
 
 
-def test_a_share_of_the_device_and_headroom() -> None:
+def test_budgets_as_a_share_or_as_headroom() -> None:
     from tinysd_batch.config import parse_memory_budget
 
     assert parse_memory_budget("0.25", 4000) == 1000

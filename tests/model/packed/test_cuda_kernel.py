@@ -1,4 +1,4 @@
-"""The CUDA kernels' arithmetic and how they are launched: compiled for the processor, and on a real card."""
+"""The arithmetic and launch of the CUDA kernels: compiled for the CPU, and on a real GPU."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from tinysd_batch.model.packed.format import WHOLE_ROW, Layout, PackedWeight
 def random_weight(layout: Layout, columns: int) -> PackedWeight:
     generator = torch.Generator().manual_seed(1)
     tensors = {
-        name: torch.randint(0, 256 if kind == torch.uint8 else 2**14, shape, generator=generator).to(kind)
-        for name, (kind, shape) in layout.tensors(37, columns).items()
+        name: torch.randint(0, 256 if dtype == torch.uint8 else 2**14, shape, generator=generator).to(dtype)
+        for name, (dtype, shape) in layout.tensors(37, columns).items()
     }
     if layout.group_size is None:
         tensors["qdelta"] = torch.rand(37, generator=generator).view(torch.int32)
@@ -27,20 +27,20 @@ CASES = [*((layout, 768) for layout in IN_GROUPS + IN_ROWS), *((layout, 36) for 
 
 @pytest.mark.parametrize("dtype", cuda_kernel.OUTPUT_TYPES, ids=str)
 @pytest.mark.parametrize(("layout", "columns"), CASES, ids=str)
-def test_kernels_unpack_to_the_bit_as_plain_torch_does(
-    card: FakeCudaDevice | None, layout: Layout, columns: int, dtype: torch.dtype
+def test_kernels_are_bit_identical_to_plain_torch(
+    cuda_device: FakeCudaDevice | None, layout: Layout, columns: int, dtype: torch.dtype
 ) -> None:
     device = torch.device("cuda", 0)
     weight = random_weight(layout, columns)
-    found = torch.zeros(weight.shape, dtype=dtype, device=device)
-    dequantize.dequantize_with_kernel(weight.map_tensors(lambda tensor: tensor.to(device)), found)
+    out = torch.zeros(weight.shape, dtype=dtype, device=device)
+    dequantize.dequantize_with_kernel(weight.map_tensors(lambda tensor: tensor.to(device)), out)
     expected = dequantize.dequantize(weight, torch.empty(weight.shape, dtype=dtype), fbgemm.dequantize_rows_torch)
-    assert torch.equal(found.cpu(), expected)
-    assert card is None or card.counts["launched"] == 1
+    assert torch.equal(out.cpu(), expected)
+    assert cuda_device is None or cuda_device.counts["launched"] == 1
 
 
 def test_torch_compiles_without_a_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks for the toolkit's headers before it compiles anything, though our source includes none."""
+    """Torch looks for the toolkit's headers before it compiles anything, although our source includes none."""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     with pytest.raises(OSError, match="CUDA_HOME"):
         cpp_extension.include_paths("cuda")

@@ -107,8 +107,8 @@ def test_layers_with_more_bits_come_last_and_all_layers_are_as_bad_as_the_worst_
     sensitivities = measure_sensitivity(float_unet, folder, held_out, SCALE, CPU)
     assert sensitivities[-1].layer_type == EIGHT_BIT_TYPE
     assert sensitivities[-1].noise_sqnr_db > sensitivities[-2].noise_sqnr_db + 6
-    worst_type = next(each for each in sensitivities if each.layer_type != ALL_LAYERS)
-    all_layers = next(each for each in sensitivities if each.layer_type == ALL_LAYERS)
+    worst_type = next(entry for entry in sensitivities if entry.layer_type != ALL_LAYERS)
+    all_layers = next(entry for entry in sensitivities if entry.layer_type == ALL_LAYERS)
     assert all_layers.noise_sqnr_db < worst_type.noise_sqnr_db + 1
 
 

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer as it ships, against another implementation's ids (see how in clip_tokens.json)."""
+"""CLIP's tokenizer as it ships, compared with another implementation's ids (clip_tokens.json says how)."""
 
 import json
 import shutil
@@ -36,13 +36,13 @@ def test_its_vocabulary(folder: Path, tokenizer: CLIPTokenizer) -> None:
 
 
 def ids_of(tokenizer: CLIPTokenizer, text: str) -> list[int]:
-    """What our reader makes of a text, without begin and end marks."""
+    """Return the token ids of a text, without begin and end tokens."""
     (part,) = tokenize_prompt(tokenizer, parse_prompt(text, "none"), 1000, long_prompts=False).sub_prompts
     return list(part.windows[0].ids[1 : 1 + part.n_tokens])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case["text"][:20]))
-def test_ids_are_those_of_an_independent_tokenizer(tokenizer: CLIPTokenizer, case: dict[str, Any]) -> None:
+def test_ids_equal_those_of_an_independent_tokenizer(tokenizer: CLIPTokenizer, case: dict[str, Any]) -> None:
     assert ids_of(tokenizer, case["text"]) == case.get("ours", case["open_clip"])
     assert ("ours" in case) == ("why" in case)
 
@@ -52,14 +52,14 @@ def test_most_texts_give_the_same_ids() -> None:
     assert sum("ours" not in case for case in CASES) >= 40
 
 
-def test_a_prompt_is_filled_up_with_end_marks(tokenizer: CLIPTokenizer) -> None:
+def test_a_prompt_is_padded_with_end_tokens(tokenizer: CLIPTokenizer) -> None:
     (part,) = tokenize_prompt(tokenizer, parse_prompt("a cat", "none"), 77, long_prompts=False).sub_prompts
     (piece,) = part.windows
     assert piece.ids == (49406, 320, 2368, *[49407] * 74)
 
 
-# What people type on Chinese, Japanese and Korean keyboards, and how ftfy 6.3's fix_text writes it.
-WIDTHS = {
+# Text typed on Chinese, Japanese and Korean keyboards, and the result of ftfy 6.3's fix_text.
+NORMAL_WIDTH = {
     "a:\uff11 b\uff1a1\uff0cc": "a:1 b:1,c",
     "\uff21\uff22\uff23\u3000\uff58\uff59\uff5a": "ABC xyz",
     "\uff08red\uff1a1.2\uff09\uff01\uff1f": "(red:1.2)!?",
@@ -68,12 +68,12 @@ WIDTHS = {
     "\uffa1 \uffe9": "\u1100 \u2190",
     "é e\u0301": "é é",
     "\uff1ccat\uff1e": "<cat>",
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("text", WIDTHS)
-def test_full_width_characters_are_read_in_their_usual_width(tokenizer: CLIPTokenizer, text: str) -> None:
-    assert ids_of(tokenizer, text) == ids_of(tokenizer, WIDTHS[text])
+@pytest.mark.parametrize("text", NORMAL_WIDTH)
+def test_full_width_characters_equal_normal_width(tokenizer: CLIPTokenizer, text: str) -> None:
+    assert ids_of(tokenizer, text) == ids_of(tokenizer, NORMAL_WIDTH[text])
 
 
 def test_weights_are_read_from_the_prompt_as_written(tokenizer: CLIPTokenizer) -> None:
@@ -84,10 +84,10 @@ def test_weights_are_read_from_the_prompt_as_written(tokenizer: CLIPTokenizer) -
     assert len(parts) == 2
 
 
-def test_an_added_token_in_full_width_stays_a_token(folder: Path, tmp_path: Path) -> None:
+def test_an_added_token_in_full_width_stays_one_token(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "added_tokens.json").write_text(
         json.dumps({"\uff1c\u732b\uff1e": VOCAB_SIZE}), encoding="utf-8"
     )
-    added = read_tokenizer(tmp_path / "tokenizer")
-    assert ids_of(added, "\uff41 \uff1c\u732b\uff1e") == [*ids_of(added, "a"), VOCAB_SIZE]
+    tokenizer = read_tokenizer(tmp_path / "tokenizer")
+    assert ids_of(tokenizer, "\uff41 \uff1c\u732b\uff1e") == [*ids_of(tokenizer, "a"), VOCAB_SIZE]

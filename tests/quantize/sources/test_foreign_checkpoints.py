@@ -1,4 +1,4 @@
-"""Files that are no SD v1 model, damaged, or made to do harm: refused in seconds, by name, before memory fills."""
+"""Files that hold no SD v1 model, or are damaged or malicious, are refused quickly, by name and in little memory."""
 
 import io
 import json
@@ -30,7 +30,7 @@ MEGABYTES = 400
 
 
 @pytest.fixture(autouse=True)
-def quickly_and_in_little_memory() -> Iterator[None]:
+def limit_time_and_memory() -> Iterator[None]:
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert time.monotonic() - start < SECONDS
@@ -38,15 +38,15 @@ def quickly_and_in_little_memory() -> Iterator[None]:
 
 
 def check_refused(path: Path, message: str, *, allow_pickle: bool = True) -> None:
-    """Assert that a file is refused with this message, and that nothing is left."""
-    before = sorted(each.name for each in path.parent.iterdir())
+    """Assert that a file is refused with this message, and that no file is left behind."""
+    before = sorted(file.name for file in path.parent.iterdir())
     with pytest.raises(ModelError, match=message) as refused:
         convert_model(path, path.parent / "out", SourceOptions(allow_pickle=allow_pickle), None, lambda _: None)
     assert str(refused.value).startswith(str(path))
-    assert sorted(each.name for each in path.parent.iterdir()) == before
+    assert sorted(file.name for file in path.parent.iterdir()) == before
 
 
-def named(*names: str, shape: tuple[int, ...] = (4, 4)) -> dict[str, Tensor]:
+def make_tensors(*names: str, shape: tuple[int, ...] = (4, 4)) -> dict[str, Tensor]:
     return {name: torch.zeros(shape) for name in names}
 
 
@@ -73,44 +73,46 @@ LORA = [
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_lora_is_refused_by_name_in_every_spelling(save: Save, name: str) -> None:
-    path = save(named(name))
+def test_lora_is_refused_under_every_naming_scheme(save: Save, name: str) -> None:
+    path = save(make_tensors(name))
     check_refused(path, "this is LoRA or LyCORIS: it is an addition to a model")
     assert inspect_model(path).unusable_reason
 
 
 OTHER_MODELS = {
-    "Stable Diffusion XL": named("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", FIRST),
-    "Stable Diffusion v2: its text": named("cond_stage_model.model.token_embedding.weight", FIRST),
-    "Stable Diffusion v2: its cross": named(
+    "Stable Diffusion XL": make_tensors("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", FIRST),
+    "Stable Diffusion v2: its text": make_tensors("cond_stage_model.model.token_embedding.weight", FIRST),
+    "Stable Diffusion v2: its cross": make_tensors(
         f"{ldm_checkpoint.UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", shape=(320, 1024)
     ),
-    "Stable Diffusion 3, Flux or alike": named("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"),
-    "Stable Diffusion for inpainting: it needs an image and a mask": named(FIRST, shape=(320, 9, 3, 3)),
-    "InstructPix2Pix": named(FIRST, shape=(320, 8, 3, 3)),
-    "unCLIP or": named(f"{ldm_checkpoint.UNET}label_emb.0.0.weight", FIRST),
-    "a model that predicts v": named("v_pred", FIRST),
-    "ControlNet": named("control_model.zero_convs.0.0.weight"),
-    "ControlNet:": named("controlnet_mid_block.weight", "down_blocks.0.resnets.0.conv1.weight"),
-    "IP-Adapter": named("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
-    "T2I-Adapter": named("adapter.body.0.resnets.0.block1.weight"),
-    "GLIGEN": named(FIRST, f"{ldm_checkpoint.UNET}position_net.linears.0.weight"),
-    "a latent consistency model .* which is not supported": named(
+    "Stable Diffusion 3, Flux or alike": make_tensors("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"),
+    "Stable Diffusion for inpainting: it needs an image and a mask": make_tensors(FIRST, shape=(320, 9, 3, 3)),
+    "InstructPix2Pix": make_tensors(FIRST, shape=(320, 8, 3, 3)),
+    "unCLIP or": make_tensors(f"{ldm_checkpoint.UNET}label_emb.0.0.weight", FIRST),
+    "a model that predicts v": make_tensors("v_pred", FIRST),
+    "ControlNet": make_tensors("control_model.zero_convs.0.0.weight"),
+    "ControlNet:": make_tensors("controlnet_mid_block.weight", "down_blocks.0.resnets.0.conv1.weight"),
+    "IP-Adapter": make_tensors("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
+    "T2I-Adapter": make_tensors("adapter.body.0.resnets.0.block1.weight"),
+    "GLIGEN": make_tensors(FIRST, f"{ldm_checkpoint.UNET}position_net.linears.0.weight"),
+    "a latent consistency model .* which is not supported": make_tensors(
         FIRST, f"{ldm_checkpoint.UNET}time_embed.cond_proj.weight"
     ),
-    "a model with EDM's noise levels": named(FIRST, "edm_mean"),
-    "averaged copies of a UNet": named(
+    "a model with EDM's noise levels": make_tensors(FIRST, "edm_mean"),
+    "averaged copies of a UNet": make_tensors(
         "model_ema.diffusion_modelout2bias",
         "first_stage_model.decoder.conv_in.weight",
         "first_stage_model.post_quant_conv.weight",
     ),
-    "text encoder: it holds no UNet": named("cond_stage_model.transformer.text_model.final_layer_norm.bias"),
-    "AnimateDiff": named("down_blocks.0.motion_modules.0.temporal_transformer.norm.bias"),
-    "textual inversion": named("emb_params", shape=(4, 768)),
-    "textual inversion: it is an addition": named("<my-cat>", shape=(768,)),
-    "autoencoder: it holds no UNet; use it with `--vae`": named("decoder.conv_in.weight", "post_quant_conv.weight"),
-    "a component of a model folder: name the whole folder": named("down_blocks.0.resnets.0.conv1.weight"),
-    "unknown: it contains no UNet .* the first of 1 names is 'something'": named("something"),
+    "text encoder: it holds no UNet": make_tensors("cond_stage_model.transformer.text_model.final_layer_norm.bias"),
+    "AnimateDiff": make_tensors("down_blocks.0.motion_modules.0.temporal_transformer.norm.bias"),
+    "textual inversion": make_tensors("emb_params", shape=(4, 768)),
+    "textual inversion: it is an addition": make_tensors("<my-cat>", shape=(768,)),
+    "autoencoder: it holds no UNet; use it with `--vae`": make_tensors(
+        "decoder.conv_in.weight", "post_quant_conv.weight"
+    ),
+    "a component of a model folder: name the whole folder": make_tensors("down_blocks.0.resnets.0.conv1.weight"),
+    "unknown: it contains no UNet .* the first of 1 names is 'something'": make_tensors("something"),
     "unknown: .*; it is empty": {},
 }
 
@@ -119,9 +121,9 @@ OTHER_MODELS = {
 def test_other_models_are_refused_by_name(save: Save, message: str) -> None:
     path = save(OTHER_MODELS[message])
     check_refused(path, f"this is {message}")
-    found = inspect_model(path)
-    assert found.refusal_reason
-    assert found.unusable_reason == f"{path}: this is {found.model_type}: {found.refusal_reason}"
+    inspection = inspect_model(path)
+    assert inspection.refusal_reason
+    assert inspection.unusable_reason == f"{path}: this is {inspection.model_type}: {inspection.refusal_reason}"
 
 
 def test_a_pickled_hypernetwork(save: Save) -> None:
@@ -157,7 +159,7 @@ def test_a_pickled_textual_inversion(save: Save) -> None:
         (b"PK\x03\x04" + b"\0" * 100, "not a readable PyTorch checkpoint"),
     ],
 )
-def test_files_that_are_nothing(tmp_path: Path, data: bytes, message: str) -> None:
+def test_files_of_other_formats(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "file"
     path.write_bytes(data)
     check_refused(path, message)
@@ -167,7 +169,7 @@ def test_a_header_bomb(tmp_path: Path) -> None:
     path = tmp_path / "bomb.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 8 * 2**30) + b"{")
-        file.truncate(8 * 2**30 + 8)  # takes no room on the disk
+        file.truncate(8 * 2**30 + 8)  # sparse: takes no disk space
     check_refused(path, "neither a safetensors")
     with path.open("r+b") as file:
         file.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
@@ -192,22 +194,22 @@ def header(entries: dict[str, Any], data: int = 16) -> bytes:
         {"dtype": "F32"},
     ],
 )
-def test_lying_headers(tmp_path: Path, entry: dict[str, Any]) -> None:
-    path = tmp_path / "lie.safetensors"
+def test_invalid_header_entries(tmp_path: Path, entry: dict[str, Any]) -> None:
+    path = tmp_path / "invalid.safetensors"
     path.write_bytes(header({FIRST: entry}))
     check_refused(path, "not a readable safetensors file")
 
 
-def test_renaming_does_not_take_the_square_of_the_names(tensors: dict[str, Tensor], save: Save) -> None:
+def test_many_names_do_not_take_quadratic_time(tensors: dict[str, Tensor], save: Save) -> None:
     many = {f"{ldm_checkpoint.UNET}input_blocks.{number}.0.bias": torch.zeros(1) for number in range(12, 10_000)}
     start = time.process_time()
     check_refused(save(tensors | many), "10,674 tensors in a component of the model; at most 4,000 are read")
     assert time.process_time() - start < 2
 
 
-def test_torn_and_flipped_files(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+def test_truncated_and_extended_files(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     whole = save(tensors)
-    path = tmp_path / "torn.safetensors"
+    path = tmp_path / "truncated.safetensors"
     for length in (4, 12, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         check_refused(path, "not a readable safetensors file|neither a safetensors|before 1.6")
@@ -215,19 +217,21 @@ def test_torn_and_flipped_files(tensors: dict[str, Tensor], tmp_path: Path) -> N
     check_refused(path, "not a readable safetensors file")
 
 
-def test_escapes_in_names_do_not_reach_the_terminal(save: Save, tmp_path: Path) -> None:
-    path = save({**named(FIRST, shape=(32, 4, 3, 3)), f"{ldm_checkpoint.UNET}\x1b[2J\nout.2.bias": torch.zeros(4)})
-    done = run_here("convert", path, "out", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "\x1b" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_escape_sequences_in_names_are_not_printed(save: Save, tmp_path: Path) -> None:
+    path = save(
+        {**make_tensors(FIRST, shape=(32, 4, 3, 3)), f"{ldm_checkpoint.UNET}\x1b[2J\nout.2.bias": torch.zeros(4)}
+    )
+    result = run_here("convert", path, "out", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "\x1b" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 # Pickles
 
 
 class Code:
-    """Unpickles as a call of any function."""
+    """Its pickle calls a function when it is loaded."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -236,10 +240,10 @@ class Code:
         return self.call
 
 
-def zipped(program: bytes, **more: Any) -> bytes:
-    """A PyTorch file around a pickle."""
+def make_pytorch_file(program: bytes, **options: Any) -> bytes:
+    """Return a PyTorch file with this pickle."""
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", **more) as archive:
+    with zipfile.ZipFile(out, "w", **options) as archive:
         archive.writestr("archive/data.pkl", program)
         archive.writestr("archive/byteorder", "little")
         archive.writestr("archive/version", "3\n")
@@ -247,7 +251,7 @@ def zipped(program: bytes, **more: Any) -> bytes:
 
 
 def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
-    """Change the pickle in a PyTorch file that is otherwise whole, checksums included."""
+    """Replace bytes in the pickle of a PyTorch file; everything else, checksums included, stays valid."""
     out = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(out, "w") as changed:
         for record in archive.infolist():
@@ -262,27 +266,29 @@ def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
 def test_code_in_a_pickle_is_named_and_does_not_run(save: Save, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     for name, function, argument in (
-        ("PosixPath", Path.touch, trace), ("system", __import__("os").system, f"touch {trace}"), ("eval", eval, "1")
-    ):  # fmt: skip
+        ("PosixPath", Path.touch, trace),
+        ("system", __import__("os").system, f"touch {trace}"),
+        ("eval", eval, "1"),
+    ):
         path = tmp_path / "evil.ckpt"
-        path.write_bytes(zipped(pickle.dumps({"state_dict": {FIRST: Code(function, argument)}}, protocol=2)))
+        path.write_bytes(make_pytorch_file(pickle.dumps({"state_dict": {FIRST: Code(function, argument)}}, protocol=2)))
         check_refused(path, f"its pickle asks for .*({name}|getattr).*, which is code and not weights; refused")
         path.unlink()
     assert not list(tmp_path.iterdir())
 
 
-def test_code_behind_a_trusted_looking_name(tmp_path: Path) -> None:
+def test_code_under_torchs_own_names(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     for name in ("torch.storage_from_file", "torch.hub.load", "torch._utils._rebuild_qtensor", "torch.Tensor"):
         module, _, leaf = name.rpartition(".")
-        path.write_bytes(zipped(f"\x80\x02c{module}\n{leaf}\n)R.".encode("latin1")))
+        path.write_bytes(make_pytorch_file(f"\x80\x02c{module}\n{leaf}\n)R.".encode("latin1")))
         check_refused(path, f"its pickle asks for {name}, which is code")
-    path.write_bytes(zipped(pickle.dumps({"a": Code(eval, "1")}, protocol=4)))
+    path.write_bytes(make_pytorch_file(pickle.dumps({"a": Code(eval, "1")}, protocol=4)))
     check_refused(path, "its pickle uses STACK_GLOBAL")
 
 
-def test_what_training_left_in_a_pickle_is_ignored(tensors: dict[str, Tensor], save: Save, tmp_path: Path) -> None:
-    """SD v1.4's own file names a class of its training program, which we neither have nor run."""
+def test_training_objects_in_a_pickle_are_ignored(tensors: dict[str, Tensor], save: Save, tmp_path: Path) -> None:
+    """SD v1.4's file names a class of its training program, which is not installed and must not run."""
     path = save(tensors, "left.ckpt", {"callbacks": {"XXXX": {"best": 1}}})
     called = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
     replace_in_pickle(path, b"X\x04\0\0\0XXXX", called)
@@ -309,34 +315,34 @@ BYTES = b"c_codecs\nencode\n"
     ],
     ids=range(9),
 )
-def test_hostile_pickles(tmp_path: Path, program: bytes, message: str) -> None:
+def test_malicious_pickles(tmp_path: Path, program: bytes, message: str) -> None:
     path = tmp_path / "evil.ckpt"
-    path.write_bytes(zipped(program))
+    path.write_bytes(make_pytorch_file(program))
     check_refused(path, message)
 
 
 def test_zip_bombs(tmp_path: Path) -> None:
     path = tmp_path / "bomb.ckpt"
-    path.write_bytes(zipped(b"\0" * 300_000_000, compression=zipfile.ZIP_DEFLATED))
+    path.write_bytes(make_pytorch_file(b"\0" * 300_000_000, compression=zipfile.ZIP_DEFLATED))
     check_refused(path, "compressed, which PyTorch never does")
-    data = zipped(b"\x80\x02}.")
-    at = data.rindex(b"PK\x01\x02", 0, data.index(b"archive/byteorder", data.index(b"PK\x01\x02")))
-    path.write_bytes(data[: at + 20] + struct.pack("<II", 2**31, 2**31) + data[at + 28 :])
+    data = make_pytorch_file(b"\x80\x02}.")
+    entry_start = data.rindex(b"PK\x01\x02", 0, data.index(b"archive/byteorder", data.index(b"PK\x01\x02")))
+    path.write_bytes(data[: entry_start + 20] + struct.pack("<II", 2**31, 2**31) + data[entry_start + 28 :])
     check_refused(path, "records claim more bytes|not a readable PyTorch checkpoint")
-    path.write_bytes(zipped(b"\x80\x02}.")[:-30])
+    path.write_bytes(make_pytorch_file(b"\x80\x02}.")[:-30])
     check_refused(path, "not a readable PyTorch checkpoint")
 
 
-def test_tensors_that_claim_more_than_the_file_holds(save: Save) -> None:
+def test_tensors_larger_than_their_file(save: Save) -> None:
     stretched = torch.zeros(1).expand(2**33, 2**20)
     check_refused(save({FIRST: stretched}, "stretched.ckpt"), "tensors claim more bytes than the file has")
-    one = torch.zeros(1000)
-    repeated = {f"{ldm_checkpoint.UNET}{number}": one for number in range(1000)}
+    tensor = torch.zeros(1000)
+    repeated = {f"{ldm_checkpoint.UNET}{number}": tensor for number in range(1000)}
     check_refused(save(repeated, "repeated.ckpt"), "tensors claim more bytes than the file has")
     check_refused(save({FIRST: torch.zeros(4).to_sparse()}, "sparse.ckpt"), "which is code|sparse")
 
 
-def test_a_tensor_beyond_its_record(tmp_path: Path, save: Save) -> None:
+def test_a_tensor_larger_than_its_record(tmp_path: Path, save: Save) -> None:
     path = save({FIRST: torch.zeros(4)}, "short.ckpt")
     replace_in_pickle(path, b"K\x04\x85", b"M\xff\xff\x85")  # the shape (4,)
     check_refused(path, "not a readable PyTorch checkpoint: .*storage|claim more bytes than the file has")

@@ -1,3 +1,5 @@
+"""Read the UNet of tiny-stable-diffusion's checkpoint without changing a number."""
+
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def checkpoint() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def plain(checkpoint: dict[str, Tensor]) -> UNet2DConditionModel:
+def float_unet(checkpoint: dict[str, Tensor]) -> UNet2DConditionModel:
     """The same UNet as floats, in diffusers."""
     unet = UNet2DConditionModel(
         sample_size=64, block_out_channels=(32, 64, 128, 128), cross_attention_dim=CONTEXT, attention_head_dim=8
@@ -39,9 +41,11 @@ def plain(checkpoint: dict[str, Tensor]) -> UNet2DConditionModel:
     return unet.eval()
 
 
-def test_every_weight_is_the_origins_to_the_bit(checkpoint: dict[str, Tensor], plain: UNet2DConditionModel) -> None:
-    unet = read_tiny_stable_diffusion_unet(checkpoint, "origin.pth")
-    expected = plain.state_dict()
+def test_every_weight_equals_that_of_tiny_stable_diffusion(
+    checkpoint: dict[str, Tensor], float_unet: UNet2DConditionModel
+) -> None:
+    unet = read_tiny_stable_diffusion_unet(checkpoint, "checkpoint.pth")
+    expected = float_unet.state_dict()
     assert (len(unet.packed), sum(weight.layout.bits == 8 for weight, _ in unet.packed.values())) == (265, 4)
     assert {f"{name}.weight" for name in unet.packed} | unet.other_tensors.keys() == expected.keys()
     for name, (weight, shape) in unet.packed.items():
@@ -52,10 +56,15 @@ def test_every_weight_is_the_origins_to_the_bit(checkpoint: dict[str, Tensor], p
 
 
 @pytest.mark.parametrize(("height", "width", "time"), [(8, 8, 981.0), (16, 8, 1.0), (8, 24, 535.955)])
-def test_written_and_read_again_it_predicts_the_same_noise(
-    checkpoint: dict[str, Tensor], plain: UNet2DConditionModel, tmp_path: Path, height: int, width: int, time: float
+def test_the_packed_unet_predicts_the_same_noise_after_a_round_trip(
+    checkpoint: dict[str, Tensor],
+    float_unet: UNet2DConditionModel,
+    tmp_path: Path,
+    height: int,
+    width: int,
+    time: float,
 ) -> None:
-    unet = read_tiny_stable_diffusion_unet(checkpoint, "origin.pth")
+    unet = read_tiny_stable_diffusion_unet(checkpoint, "checkpoint.pth")
     write_packed_unet(tmp_path, unet.config, unet.packed, unet.other_tensors, {})
     model, host = read_unet(tmp_path)
     Component("UNet", {"": model}, host, torch.float32).onload(torch.device("cpu"))
@@ -64,32 +73,32 @@ def test_written_and_read_again_it_predicts_the_same_noise(
     context = torch.randn(3, 77, CONTEXT, generator=generator)
     with torch.no_grad():
         embedding = model.time_embedding(model.time_proj(torch.tensor([time])))
-        ours = decode_half(model, encode_half(model, latents, embedding, context), context)
-        theirs = plain(latents, torch.tensor(time), context).sample
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        noise = decode_half(model, encode_half(model, latents, embedding, context), context)
+        expected = float_unet(latents, torch.tensor(time), context).sample
+    torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_names_without_the_wrapper_are_read_too(checkpoint: dict[str, Tensor]) -> None:
-    bare = {name.replace(PREFIX, "model.diffusion_model."): value for name, value in checkpoint.items()}
-    assert is_tiny_stable_diffusion(bare)
-    one, other = read_tiny_stable_diffusion_unet(checkpoint, "a"), read_tiny_stable_diffusion_unet(bare, "b")
-    assert one.packed.keys() == other.packed.keys()
-    assert all(torch.equal(value, other.other_tensors[name]) for name, value in one.other_tensors.items())
+def test_names_without_the_wrappers_prefix_are_accepted(checkpoint: dict[str, Tensor]) -> None:
+    unwrapped = {name.replace(PREFIX, "model.diffusion_model."): value for name, value in checkpoint.items()}
+    assert is_tiny_stable_diffusion(unwrapped)
+    unet, expected = (read_tiny_stable_diffusion_unet(tensors, "x.pth") for tensors in (unwrapped, checkpoint))
+    assert unet.packed.keys() == expected.packed.keys()
+    assert all(torch.equal(value, unet.other_tensors[name]) for name, value in expected.other_tensors.items())
 
 
-def test_what_a_reader_should_tolerate(checkpoint: dict[str, Tensor]) -> None:
-    """Bytes in another type, half floats, activation quantizers and everything outside the UNet."""
-    odd = dict(checkpoint)
-    odd[f"{PREFIX}{Q2}.weight"] = checkpoint[f"{PREFIX}{Q2}.weight"].float()
-    odd[f"{PREFIX}{FLOAT}.bias"] = checkpoint[f"{PREFIX}{FLOAT}.bias"].half()
-    odd |= {f"{PREFIX}{Q2}{suffix}": torch.tensor(0.5) for suffix in IGNORED_SUFFIXES}
-    odd |= {"betas": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
-    unet = read_tiny_stable_diffusion_unet(odd, "origin.pth", torch.float16)
+def test_harmless_variations_are_accepted(checkpoint: dict[str, Tensor]) -> None:
+    """It accepts codes of another dtype, float16, activation quantizers and tensors outside the UNet."""
+    unusual = dict(checkpoint)
+    unusual[f"{PREFIX}{Q2}.weight"] = checkpoint[f"{PREFIX}{Q2}.weight"].float()
+    unusual[f"{PREFIX}{FLOAT}.bias"] = checkpoint[f"{PREFIX}{FLOAT}.bias"].half()
+    unusual |= {f"{PREFIX}{Q2}{suffix}": torch.tensor(0.5) for suffix in IGNORED_SUFFIXES}
+    unusual |= {"betas": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
+    unet = read_tiny_stable_diffusion_unet(unusual, "checkpoint.pth", torch.float16)
     assert len(unet.packed) == 265
     assert {value.dtype for value in unet.other_tensors.values()} == {torch.float16}
 
 
-def test_it_is_known_by_its_names(checkpoint: dict[str, Tensor]) -> None:
+def test_the_format_is_detected_by_tensor_names(checkpoint: dict[str, Tensor]) -> None:
     assert is_tiny_stable_diffusion(checkpoint)
     assert not is_tiny_stable_diffusion(dequantized(checkpoint))
 
@@ -118,7 +127,7 @@ def test_it_is_known_by_its_names(checkpoint: dict[str, Tensor]) -> None:
         (f"{Q2}.something", torch.zeros(1), "is unexpected"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_invalid_tensors_are_named(
     checkpoint: dict[str, Tensor], name: str, value: Tensor | None, message: str
 ) -> None:
     damaged = dict(checkpoint)
@@ -127,4 +136,4 @@ def test_what_does_not_fit_is_refused_by_name(
     else:
         damaged[PREFIX + name] = value
     with pytest.raises(ModelError, match=message):
-        read_tiny_stable_diffusion_unet(damaged, "origin.pth")
+        read_tiny_stable_diffusion_unet(damaged, "checkpoint.pth")

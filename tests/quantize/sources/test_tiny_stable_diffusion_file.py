@@ -1,4 +1,4 @@
-"""The whole way of the origin's file: `convert full_int2_sd.pth OUT`, then draw."""
+"""Convert tiny-stable-diffusion's file (`convert full_int2_sd.pth OUT`), and generate with the result."""
 
 import functools
 import io
@@ -27,20 +27,22 @@ PICKLES = SourceOptions(allow_pickle=True)
 
 
 @functools.cache
-def parts() -> ldm_checkpoint.Models:
+def random_models() -> ldm_checkpoint.Models:
     return ldm_checkpoint.random_models(
         ldm_checkpoint.Sizes(unet=32, vae=32, text=tiny_stable_diffusion.CONTEXT, text_layers=2)
     )
 
 
 def checkpoint() -> dict[str, Tensor]:
-    others = {name: value for name, value in parts().ldm_tensors().items() if not name.startswith(ldm_checkpoint.UNET)}
-    return {**tiny_stable_diffusion.unet_checkpoint(), **others, "global_step": torch.tensor(470_000)}
+    other_components = {
+        name: value for name, value in random_models().ldm_tensors().items() if not name.startswith(ldm_checkpoint.UNET)
+    }
+    return {**tiny_stable_diffusion.unet_checkpoint(), **other_components, "global_step": torch.tensor(470_000)}
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("origin") / "full_int2_sd.pth"
+    path = tmp_path_factory.mktemp("checkpoint") / "full_int2_sd.pth"
     torch.save(checkpoint(), path)
     return path
 
@@ -51,7 +53,7 @@ def folder(file: Path) -> Path:
     return file.parent / "converted"
 
 
-def test_its_pictures_are_those_of_the_dequantized_model(folder: Path) -> None:
+def test_it_generates_what_the_dequantized_model_generates(folder: Path) -> None:
     model = TinySD.from_pretrained(folder, device="cpu")
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -65,42 +67,51 @@ def test_its_pictures_are_those_of_the_dequantized_model(folder: Path) -> None:
     (condition,) = model.prompt_encoder.encode(["a lake"], ["a boat"], [7.5], ["seed"])
     assert condition.negative_embedding is not None
     context = torch.stack([condition.negative_embedding, condition.embedding])
-    seen: list[Tensor] = []
+    latents_after_steps: list[Tensor] = []
     model.generate(
-        None, 1, prompt_embeds=context[1:], negative_prompt_embeds=context[:1], latents=start[:1], height=64, width=64,
-        num_inference_steps=1, sampler="ddim", guidance_scale=7.5, output_type="latent",
-        callback=lambda _, time, latents: seen.append(latents),
-    )  # fmt: skip
+        None,
+        1,
+        prompt_embeds=context[1:],
+        negative_prompt_embeds=context[:1],
+        latents=start[:1],
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        sampler="ddim",
+        guidance_scale=7.5,
+        output_type="latent",
+        callback=lambda _, time, latents: latents_after_steps.append(latents),
+    )
     with torch.no_grad():
         rows = unet.eval()(start[:1].repeat(2, 1, 1, 1), 1, context).sample
     noise = rows[0] + 7.5 * (rows[1] - rows[0])
     alpha = 1 - 0.00085
     clean = (start[:1] - (1 - model_alpha()) ** 0.5 * noise) / model_alpha() ** 0.5
     expected = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
-    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(latents_after_steps[0], expected, rtol=1e-3, atol=1e-3)
 
 
 def model_alpha() -> float:
-    """What is left of the image at timestep 1 of SD v1's schedule."""
+    """Return alphas_cumprod at timestep 1 of SD v1's schedule."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return float((1 - betas[0]) * (1 - betas[1]))
 
 
-def test_the_autoencoder_is_kept_to_the_bit(folder: Path) -> None:
+def test_the_vae_is_unchanged(folder: Path) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae").state_dict()
-    for name, value in parts().vae.state_dict().items():
+    for name, value in random_models().vae.state_dict().items():
         assert torch.equal(vae[name], value), name
 
 
-def test_its_text_states_and_decoded_latents_are_the_models_own(folder: Path) -> None:
+def test_text_states_and_decoded_latents_equal_those_of_the_source(folder: Path) -> None:
     model = TinySD.from_pretrained(folder, device="cpu")
     (condition,) = model.prompt_encoder.encode(["a lake at dawn"], [""], [1.0], ["none"])
     prompt = "a lake at dawn"
     ids = model.prompt_encoder.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
     latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        text = parts().text_encoder.eval()(ids).last_hidden_state[0]
-        pixels = parts().vae.eval().decode(latents / 0.18215).sample
+        text = random_models().text_encoder.eval()(ids).last_hidden_state[0]
+        pixels = random_models().vae.eval().decode(latents / 0.18215).sample
     torch.testing.assert_close(condition.embedding, text, rtol=1e-3, atol=1e-3)
     expected = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(model.decode_pixels(latents), expected, rtol=1e-3, atol=1e-3)
@@ -114,21 +125,21 @@ def test_its_layers_keep_their_bits(folder: Path) -> None:
 
 
 def test_convert_then_submit(file: Path, tmp_path: Path) -> None:
-    refused = run_here("convert", file, "mine", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "--allow-pickle" in refused.stderr
+    result = run_here("convert", file, "mine", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--allow-pickle" in result.stderr
     assert list(tmp_path.iterdir()) == []
-    done = run_here("convert", file, "mine", "--allow-pickle", "--dtype", "fp16", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run_here("convert", file, "mine", "--allow-pickle", "--dtype", "fp16", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     write_csv(tmp_path / "m.csv", [{"prompt": "a lake", "height": 64, "width": 64, "steps": 2}])
-    drawn = run_here("submit", "m.csv", "--model", "mine", "--inline", cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    result = run_here("submit", "m.csv", "--model", "mine", "--inline", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     check_whole(tmp_path / "outputs" / "m", 1)
-    looked = run_here("inspect", "mine", cwd=tmp_path)
-    assert looked.returncode == 0, looked.stderr
+    result = run_here("inspect", "mine", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
-def test_it_is_not_quantized_again(file: Path, tmp_path: Path) -> None:
+def test_quantize_refuses_it(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="the UNet is at 2 bits already"):
         quantize_model(file, tmp_path / "out", PICKLES, lambda _: None)
     assert list(tmp_path.iterdir()) == []
@@ -142,14 +153,14 @@ def test_it_is_not_quantized_again(file: Path, tmp_path: Path) -> None:
         (f"{tiny_stable_diffusion.PREFIX}out.2.bias", "missing"),
     ],
 )
-def test_a_tensor_that_is_missing_is_named_and_nothing_is_left(tmp_path: Path, name: str, message: str) -> None:
+def test_a_missing_tensor_is_named_and_nothing_is_left(tmp_path: Path, name: str, message: str) -> None:
     torch.save({key: value for key, value in checkpoint().items() if key != name}, tmp_path / "x.pth")
     with pytest.raises(ModelError, match=message):
         convert_model(tmp_path / "x.pth", tmp_path / "out", PICKLES, None, lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
 
 
-def test_code_in_the_pickle_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, ...]:
             return (Path.touch, (tmp_path / "ran",))

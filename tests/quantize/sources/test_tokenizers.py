@@ -1,4 +1,4 @@
-"""A source's tokenizer, of any age, reads texts alike before and after convert and quantize."""
+"""A source's tokenizer, old or new, splits text the same before and after convert and quantize."""
 
 import json
 import shutil
@@ -27,13 +27,19 @@ def ids_of(folder: Path) -> tuple[int, ...]:
 
 def add_to_config(folder: Path, number: int, **entry: Any) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    token = {"content": "<my-cat>", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False,
-             "special": False}  # fmt: skip
+    token = {
+        "content": "<my-cat>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": True,
+        "single_word": False,
+        "special": False,
+    }
     write_json(folder / "tokenizer_config.json", {**config, "added_tokens_decoder": {str(number): token}, **entry})
 
 
 def save_again(folder: Path, number: int, *, only: bool = False) -> None:
-    """As transformers writes it today; `only` without the files of old."""
+    """Save the tokenizer as current transformers does; `only` asserts that the older files are gone."""
     write_json(folder / "added_tokens.json", {"<my-cat>": number})
     tokenizer = read_tokenizer(folder)
     shutil.rmtree(folder)
@@ -42,7 +48,7 @@ def save_again(folder: Path, number: int, *, only: bool = False) -> None:
         assert {file.name for file in folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
 
 
-WAYS: dict[str, Write] = {
+TOKEN_WRITERS: dict[str, Write] = {
     "added_tokens": lambda folder, number: write_json(folder / "added_tokens.json", {"<my-cat>": number}),
     "special_tokens": lambda folder, _: write_json(
         folder / "special_tokens_map.json", {"additional_special_tokens": ["<my-cat>"]}
@@ -54,7 +60,7 @@ WAYS: dict[str, Write] = {
 
 @pytest.fixture
 def model(float_model: Path, here: Path) -> Path:
-    """A model that learnt a word: its text encoder has one embedding more than its tokenizer has tokens."""
+    """A model with a learned word: its text encoder has one more embedding than its tokenizer has tokens."""
     model = here / "model"
     shutil.copytree(float_model, model)
     weights, config = model / "text_encoder" / "model.safetensors", model / "text_encoder" / "config.json"
@@ -67,15 +73,15 @@ def model(float_model: Path, here: Path) -> Path:
     return model
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_added_tokens_stay_tokens(model: Path, here: Path, way: str) -> None:
+@pytest.mark.parametrize("writer", TOKEN_WRITERS)
+def test_added_tokens_stay_tokens(model: Path, here: Path, writer: str) -> None:
     number = len(read_tokenizer(model / "tokenizer"))
-    WAYS[way](model / "tokenizer", number)
+    TOKEN_WRITERS[writer](model / "tokenizer", number)
     expected = ids_of(model / "tokenizer")
     assert number in expected
     assert run_here("convert", "model", "out", cwd=here).returncode == 0
     assert ids_of(here / "out" / "tokenizer") == expected
-    if way == "added_tokens":
+    if writer == "added_tokens":
         check_same_image(here)
 
 
@@ -90,7 +96,7 @@ def check_same_image(here: Path) -> None:
 
 
 def test_a_tokenizer_is_copied_byte_for_byte(float_model: Path, here: Path) -> None:
-    """So that a model without added tokens keeps the digest that earlier versions gave it."""
+    """Otherwise the digest of a model without added tokens would differ from that of earlier versions."""
     assert run_here("convert", float_model, "out", cwd=here).returncode == 0
     files = {file.name: file.read_bytes() for file in (float_model / "tokenizer").iterdir()}
     assert {file.name: file.read_bytes() for file in (here / "out" / "tokenizer").iterdir()} == files
@@ -106,9 +112,7 @@ def test_a_tokenizer_is_copied_byte_for_byte(float_model: Path, here: Path) -> N
         ({"added_tokens.json": {"<my-cat>": "x"}}, "token '<my-cat>' is number 'x', and would be read as"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_taken_over_is_refused(
-    model: Path, here: Path, files: dict[str, Any], message: str
-) -> None:
+def test_an_unsupported_tokenizer_is_refused(model: Path, here: Path, files: dict[str, Any], message: str) -> None:
     for name, content in files.items():
         if content is None:
             (model / "tokenizer" / name).unlink()
@@ -121,6 +125,6 @@ def test_a_tokenizer_that_cannot_be_taken_over_is_refused(
         "inspect model",
         "txt2img cat --model model",
     ):
-        done = run_here(*command.split(), cwd=here)
-        assert (done.returncode, message in done.stderr) == (2, True), f"{command}: {done.stderr}"
+        result = run_here(*command.split(), cwd=here)
+        assert (result.returncode, message in result.stderr) == (2, True), f"{command}: {result.stderr}"
     assert snapshot(here) == before

@@ -1,4 +1,4 @@
-"""What `plan` says of many rows, and of many images a row (case 42), and what it says first (case 35)."""
+"""The plan of many rows and of many images per row, and its summary."""
 
 import io
 import json
@@ -40,11 +40,11 @@ def line_of(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(name))
 
 
-def test_images_are_counted_without_making_one(
+def test_images_are_counted_without_enumerating_them(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_id(**_: object) -> str:
-        raise AssertionError("an id was computed")
+        raise AssertionError("an image id was computed")
 
     monkeypatch.setattr("tinysd_batch.job.plan.batches.compute_image_id", no_id)
     (tmp_path / "m.csv").write_text("prompt,n_samples\n" + "red apple,4\n" * 1000)
@@ -55,7 +55,7 @@ def test_images_are_counted_without_making_one(
     assert image_id.compute_image_id is not no_id
 
 
-def test_ids_are_computed_where_a_job_is_reused(tmp_path: Path, tiny_model: Path) -> None:
+def test_ids_are_computed_when_a_job_is_reused(tmp_path: Path, tiny_model: Path) -> None:
     old = write_csv(tmp_path / "old.csv", [{"prompt": "cat", "seed": 1}, {"prompt": "dog", "seed": 2}])
     draw(old, tmp_path / "old", tiny_model)
     write_csv(tmp_path / "new.csv", [{"prompt": "cat", "seed": 1}, {"prompt": "frog", "seed": 2}])
@@ -63,27 +63,29 @@ def test_ids_are_computed_where_a_job_is_reused(tmp_path: Path, tiny_model: Path
     assert "1 can be reused from" in line_of(done.stdout, "Images")
 
 
-def test_a_prompt_is_counted_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative prompts, too; and more different ones than are remembered give the right numbers."""
+def test_distinct_prompts_are_counted_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also negative prompts. More distinct prompts than the cache holds give the same counts."""
     counted: list[str] = []
 
-    def count_and_note(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    def count_and_record(tokenizer: Any, texts: Sequence[str]) -> list[int]:
         counted.extend(texts)
         return count_tokens(tokenizer, texts)
 
-    monkeypatch.setattr(token_counts, "count_tokens", count_and_note)
+    monkeypatch.setattr(token_counts, "count_tokens", count_and_record)
     rows = [{"prompt": f"cat {number % 700}", "negative_prompt": "blurry, low quality"} for number in range(2100)]
     manifest = write_csv(tmp_path / "m.csv", rows)
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    found = list(PromptTokenCounter(job).count_rows(job.read_rows()))
+    counted_rows = list(PromptTokenCounter(job).count_rows(job.read_rows()))
     assert len(counted) == len(set(counted)) == 701
     monkeypatch.setattr(token_counts, "MAX_CACHED_PROMPTS", 10)
-    assert [row.prompt for row in PromptTokenCounter(job).count_rows(job.read_rows())] == [row.prompt for row in found]
+    assert [row.prompt for row in PromptTokenCounter(job).count_rows(job.read_rows())] == [
+        row.prompt for row in counted_rows
+    ]
 
 
 @pytest.mark.parametrize("syntax", ["seed", "a1111", "none"])
 @pytest.mark.parametrize("long_prompts", [False, True])
-def test_counts_are_what_the_text_encoder_gets(
+def test_token_counts_match_the_text_encoder_input(
     tmp_path: Path, tiny_model: Path, syntax: str, long_prompts: bool
 ) -> None:
     texts = [
@@ -101,27 +103,27 @@ def test_counts_are_what_the_text_encoder_gets(
         assert (row.prompt.n_tokens, row.prompt.is_truncated) == (exact.n_tokens, exact.truncated is not None)
 
 
-def test_a_row_is_a_line_of_the_terminal(tmp_path: Path, tiny_model: Path) -> None:
-    """Case 44: a prompt of thousands of weighted parts was a line of 60 kB."""
+def test_row_fits_one_line_of_the_terminal(tmp_path: Path, tiny_model: Path) -> None:
+    """A prompt with thousands of weighted parts used to print a line of 60 kB."""
     parts = " ".join(f"part {number}:1" for number in range(700))
     manifest = write_csv(tmp_path / "m.csv", [{"prompt": parts}, {"prompt": "cat " * 2000}])
     job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
-    for terminal, most in ((True, 60), (False, 300)):
-        console = Console(file=io.StringIO(), width=60, force_terminal=terminal)
+    for is_terminal, max_characters in ((True, 60), (False, 300)):
+        console = Console(file=io.StringIO(), width=60, force_terminal=is_terminal)
         progress = ReadingProgress(console, "Reading")
         printer = PlanPrinter(console, True, progress)
         make_plan(job, printer.print_row, progress=progress)
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
         assert len(lines) == 2
         assert all(re.match(r"row \d: 1 image, \d,?\d+ tokens, truncated: ", line) for line in lines)
-        assert all(len(line) <= most for line in lines)
+        assert all(len(line) <= max_characters for line in lines)
 
 
-def test_a_long_manifest_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_manifest_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_progress, "SHOW_AFTER_S", 0.02)
     monkeypatch.setattr(reading_progress, "PLAIN_LINE_INTERVAL_S", 0.02)
-    for terminal in (False, True):
-        console = Console(file=io.StringIO(), width=60, force_terminal=terminal, _environ={"TERM": "xterm"})
+    for is_terminal in (False, True):
+        console = Console(file=io.StringIO(), width=60, force_terminal=is_terminal, _environ={"TERM": "xterm"})
         with ReadingProgress(console, "Reading m.csv") as progress:
             progress.rows = 340_000
             time.sleep(0.2)
@@ -129,10 +131,12 @@ def test_a_long_manifest_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None
                 console.print("a row")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert "Reading m.csv: 340,000 rows, elapsed 0:00" in text
-        assert ("\x1b[2K" in text) is terminal  # the line is taken away again
+        assert ("\x1b[2K" in text) is is_terminal  # the line is removed again
 
 
-def test_a_short_one_and_json_show_none(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_manifest_and_json_show_no_progress(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     monkeypatch.setattr(reading_progress, "SHOW_AFTER_S", 0.0)
     done = run_here("plan", "m.csv", "--model", tiny_model, "--json", cwd=tmp_path)
@@ -145,7 +149,7 @@ def test_a_short_one_and_json_show_none(tmp_path: Path, tiny_model: Path, monkey
 # Fits? How long? How good?
 
 
-def test_the_first_lines_answer(tmp_path: Path, tiny_model: Path) -> None:
+def test_first_lines_summarize_the_plan(tmp_path: Path, tiny_model: Path) -> None:
     manifest = write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 4}])
     before = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", cwd=tmp_path).stdout.splitlines()
     assert [line.split("  ")[0] for line in before[:4]] == ["Fits", "", "Takes", "Quality"]
@@ -162,15 +166,15 @@ def test_the_first_lines_answer(tmp_path: Path, tiny_model: Path) -> None:
     assert "not measured" in line_of(other, "Takes")
 
 
-def test_a_gpu_that_is_not_here(tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_for_an_absent_gpu(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat"}])
     options = "--device", "cuda", "--vram-budget", "4GB"
-    told = line_of(run_here("plan", "m.csv", "--model", tiny_model, *options, cwd=tmp_path).stdout, "Fits")
-    assert re.search(r"yes: \d+ MB at most, within --vram-budget 4GB \(float16 on cuda, estimated", told)
+    line = line_of(run_here("plan", "m.csv", "--model", tiny_model, *options, cwd=tmp_path).stdout, "Fits")
+    assert re.search(r"yes: \d+ MB at most, within --vram-budget 4GB \(float16 on cuda, estimated", line)
 
 
 @pytest.mark.parametrize(
-    ("available", "budget", "told"),
+    ("available", "budget", "expected"),
     [
         (8 * 10**9, None, "yes: 5.0 GB at most, 8.0 GB available (float32 on cpu)"),
         (4 * 10**9, None, "no: 5.0 GB at most, 4.0 GB available (float32 on cpu); limit it with --vram-budget"),
@@ -178,14 +182,14 @@ def test_a_gpu_that_is_not_here(tmp_path: Path, tiny_model: Path) -> None:
         (None, "6GB", "yes: 5.0 GB at most, within --vram-budget 6GB (float32 on cpu)"),
     ],
 )
-def test_whether_it_fits(available: int | None, budget: str | None, told: str) -> None:
-    phase = StageMemory("UNet", 5 * 10**9, 1, 1, 0, 1, 0, 0, None, 1, False, False, False)
+def test_memory_fit(available: int | None, budget: str | None, expected: str) -> None:
+    stage = StageMemory("UNet", 5 * 10**9, 1, 1, 0, 1, 0, 0, None, 1, False, False, False)
     batch = PlannedBatch(1, 512, 512, True)
-    memory = MemoryEstimate(batch, "cpu", "float32", budget, [phase], available_bytes=available)
-    assert format_memory_fit(memory) == told
+    memory = MemoryEstimate(batch, "cpu", "float32", budget, [stage], available_bytes=available)
+    assert format_memory_fit(memory) == expected
 
 
-def test_the_embedded_model_says_how_good_it_is() -> None:
+def test_quality_of_the_embedded_model() -> None:
     quality = read_model_quality(read_model_info("embedded"))
     assert str(quality) == f"{describe_quality(30.93)} (PSNR 30.9 dB, level calib, at most 4.7 MB)"
 
@@ -193,7 +197,7 @@ def test_the_embedded_model_says_how_good_it_is() -> None:
 @pytest.mark.parametrize(
     "report", ["", "[]", '{"median_picture_psnr_db": NaN}', '{"median_picture_psnr_db": true}', "{"]
 )
-def test_a_report_that_says_nothing_is_no_measurement(tmp_path: Path, tiny_model: Path, report: str) -> None:
+def test_report_without_a_valid_psnr(tmp_path: Path, tiny_model: Path, report: str) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "report").mkdir(exist_ok=True)
     (folder / "report" / "report.json").write_text(report)
@@ -201,22 +205,22 @@ def test_a_report_that_says_nothing_is_no_measurement(tmp_path: Path, tiny_model
 
 
 @pytest.mark.slow
-def test_memory_is_planned_in_another_process_alike(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `plan` does where torch is not loaded: the same numbers, the same errors."""
+def test_memory_estimate_in_a_subprocess_is_equal(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plan` uses a subprocess if torch is not imported: same numbers, same errors."""
     settings = Settings(model=str(tiny_model), height=16, width=16, steps=2, scale=2.0, device="cpu")
     batch = PlannedBatch(2, 16, 16, True)
-    here = estimate_memory(settings, batch)
+    expected = estimate_memory(settings, batch)
     monkeypatch.delitem(sys.modules, "torch")
-    apart = estimate_memory_in_subprocess(settings, batch)
-    assert replace(apart, available_bytes=None) == replace(here, available_bytes=None)
+    actual = estimate_memory_in_subprocess(settings, batch)
+    assert replace(actual, available_bytes=None) == replace(expected, available_bytes=None)
 
 
-def test_errors_come_through_from_the_other_process() -> None:
+def test_errors_of_the_subprocess_are_raised() -> None:
     with pytest.raises(UsageError, match="vram_budget = 1 MB"):
         read_response({"error": "UsageError", "message": "vram_budget = 1 MB: too little"})
 
 
-def test_judgements_are_in_order() -> None:
+def test_quality_descriptions_are_in_order() -> None:
     assert len({describe_quality(psnr) for psnr in (40, 30, 24, 18, 5)}) == 5
     assert describe_quality(float("-inf")) == describe_quality(-3)
 
@@ -224,13 +228,13 @@ def test_judgements_are_in_order() -> None:
 # The options of submit
 
 
-def test_plan_takes_every_option_of_submit(tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_accepts_every_option_of_submit(tmp_path: Path, tiny_model: Path) -> None:
     write_csv(tmp_path / "m.csv", [{"prompt": "cat", "n_samples": 3}, {"prompt": "dog", "n_samples": 3}])
     done = run_here(
         "plan", "m.csv", "--model", tiny_model, "--workers", 2, "--worker-wait", 5, "--limit", 4, "--retry-failed",
         "--take-over", "--address", "127.0.0.1:6379", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert (found["images"], found["batches"], found["rows"]) == (4, 2, 2)
+    plan: dict[str, Any] = json.loads(done.stdout)
+    assert (plan["images"], plan["batches"], plan["rows"]) == (4, 2, 2)
     assert not (tmp_path / "outputs").exists()

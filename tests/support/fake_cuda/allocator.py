@@ -1,7 +1,7 @@
-"""Memory of the pretended card, handed out in the ways of torch's caching allocator (c10/cuda/CUDACachingAllocator).
+"""Memory of the fake GPU, allocated as torch's caching allocator does (c10/cuda/CUDACachingAllocator).
 
-Segments come from the driver and are split into blocks; free neighbours join again; each stream, and each graph, has
-its own. A block remembers who is at work with it, whoever is given it next.
+Segments come from the driver and are split into blocks. Free neighbours are merged again. Each stream and each graph
+has its own segments. A block keeps the record of its accesses, also when it is allocated again.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ import torch
 
 from tests.support.fake_cuda.race_detector import MemoryAccesses, StreamTimeline
 
-UNIT = 512  # bytes, of which all sizes are multiples
-SMALL = 2**20  # and less comes from small segments
+UNIT = 512  # all sizes are multiples of it
+SMALL = 2**20  # blocks up to this size come from small segments
 SMALL_SEGMENT, LARGE_SEGMENT, LARGE, SEGMENT_UNIT = 2 * 2**20, 20 * 2**20, 10 * 2**20, 2 * 2**20
 Pool = tuple[int, int]
-DEFAULT_POOL: Pool = (0, 0)  # of all who are not captured
+DEFAULT_POOL: Pool = (0, 0)  # of everything that is not captured
 
 
 @dataclass(eq=False, slots=True)
@@ -24,7 +24,7 @@ class Segment:
     is_small: bool
     stream: int
     pool: Pool
-    blocks: "list[Block]" = field(default_factory=list)  # in order of their addresses
+    blocks: "list[Block]" = field(default_factory=list)  # by address
 
     @property
     def is_free(self) -> bool:
@@ -41,25 +41,25 @@ class Block:
 
 @dataclass(slots=True)
 class FakeCachingAllocator:
-    """Bytes of one card."""
+    """The memory of one GPU; all sizes are in bytes."""
 
     total: int
-    non_torch_bytes: int  # bytes that are in use and not torch's
+    non_torch_bytes: int  # in use, but not by torch
     limit: int  # of what torch may reserve
     segments: list[Segment] = field(default_factory=list)
     allocated: int = 0
     max_allocated: int = 0
     max_reserved: int = 0
-    max_in_use: int = 0  # by whomever
-    capturing_pools: list[Pool] = field(default_factory=list)  # pools of graphs that are being captured
-    held: dict[Pool, int] = field(default_factory=dict)  # by how many graphs a pool is held
+    max_in_use: int = 0  # by torch and others together
+    capturing_pools: list[Pool] = field(default_factory=list)  # of graphs that are being captured
+    graphs_of: dict[Pool, int] = field(default_factory=dict)  # how many graphs use a pool
 
     @property
     def reserved(self) -> int:
         return sum(segment.nbytes for segment in self.segments)
 
     def allocate(self, nbytes: int, timeline: StreamTimeline, pool: Pool) -> Block:
-        """Raises OutOfMemoryError as torch does, after it has given back what is free."""
+        """Allocate a block. Raises OutOfMemoryError as torch does, after returning free segments to the driver."""
         size = max(UNIT, round_up(nbytes, UNIT))
         block = self.find(size, timeline.number, pool) or self.new_segment(size, timeline.number, pool)
         if block is None and not self.capturing_pools:
@@ -70,19 +70,19 @@ class FakeCachingAllocator:
                 f"CUDA out of memory. Tried to allocate {size} bytes; {self.reserved} of {self.limit} are reserved."
             )
         self.split(block, size)
-        block.accesses.check(timeline, "handed on", writes=True)
+        block.accesses.check(timeline, "allocated again", writes=True)
         block.is_free = False
         self.allocated += block.nbytes
         self.max_allocated = max(self.max_allocated, self.allocated)
         return block
 
     def find(self, size: int, stream: int, pool: Pool) -> Block | None:
-        """The smallest free block that is large enough."""
-        kind = (stream, pool, size <= SMALL)
+        """Return the smallest free block that is large enough."""
+        key = (stream, pool, size <= SMALL)
         fitting = [
             block
             for segment in self.segments
-            if (segment.stream, segment.pool, segment.is_small) == kind
+            if (segment.stream, segment.pool, segment.is_small) == key
             for block in segment.blocks
             if block.is_free and block.nbytes >= size
         ]
@@ -101,31 +101,34 @@ class FakeCachingAllocator:
         return segment.blocks[0]
 
     def split(self, block: Block, size: int) -> None:
-        left = block.nbytes - size
-        if left < UNIT or (not block.segment.is_small and left <= SMALL):
+        remaining = block.nbytes - size
+        if remaining < UNIT or (not block.segment.is_small and remaining <= SMALL):
             return
         block.nbytes = size
-        place = block.segment.blocks.index(block)
-        block.segment.blocks.insert(place + 1, Block(block.segment, left, accesses=block.accesses.copy()))
+        index = block.segment.blocks.index(block)
+        block.segment.blocks.insert(index + 1, Block(block.segment, remaining, accesses=block.accesses.copy()))
 
     def free(self, block: Block) -> None:
         self.allocated -= block.nbytes
         block.is_free = True
         blocks = block.segment.blocks
-        place = blocks.index(block)
-        for first in (place, place - 1):  # joined with the one after it, then with the one before
+        index = blocks.index(block)
+        for first in (index, index - 1):  # merge with the next block, then with the previous one
             if 0 <= first < len(blocks) - 1 and blocks[first].is_free and blocks[first + 1].is_free:
                 other = blocks.pop(first + 1)
                 blocks[first].nbytes += other.nbytes
                 blocks[first].accesses.include(other.accesses)
 
     def release(self) -> None:
-        """Give free segments back to the driver; those of graphs only when no graph holds them."""
+        """Return free segments to the driver; those of graphs only when no graph uses them."""
         if not self.capturing_pools:
-            self.segments = [one for one in self.segments if not one.is_free or self.held.get(one.pool, 0) > 0]
+            used = (
+                segment for segment in self.segments if not segment.is_free or self.graphs_of.get(segment.pool, 0) > 0
+            )
+            self.segments = list(used)
 
     def add_non_torch_bytes(self, nbytes: int) -> None:
-        """Somebody else, such as the driver, takes memory, or gives it back."""
+        """Let others, such as the driver, take memory or (negative) return it."""
         self.non_torch_bytes += nbytes
         self.max_in_use = max(self.max_in_use, self.reserved + self.non_torch_bytes)
 
@@ -133,9 +136,9 @@ class FakeCachingAllocator:
         return (block for segment in self.segments if segment.pool == pool for block in segment.blocks)
 
     def begin(self, pool: Pool) -> None:
-        """A graph is captured that is to have this pool."""
+        """Begin to capture a graph into this pool."""
         self.capturing_pools.append(pool)
-        self.held[pool] = self.held.get(pool, 0) + 1
+        self.graphs_of[pool] = self.graphs_of.get(pool, 0) + 1
 
     def end(self, pool: Pool) -> None:
         if pool not in self.capturing_pools:
@@ -143,8 +146,8 @@ class FakeCachingAllocator:
         self.capturing_pools.remove(pool)
 
     def release_pool(self, pool: Pool) -> None:
-        assert self.held[pool] > 0, "a pool was released more often than held"
-        self.held[pool] -= 1
+        assert self.graphs_of[pool] > 0, "a pool was released more often than it was used"
+        self.graphs_of[pool] -= 1
 
 
 def round_up(nbytes: int, unit: int) -> int:

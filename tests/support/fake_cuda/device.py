@@ -1,4 +1,4 @@
-"""The pretended card: its memory, its streams, and what is asked of it through `torch.cuda`."""
+"""The fake GPU: its memory, its streams, and what `torch.cuda` reads and does."""
 
 import itertools
 import weakref
@@ -14,41 +14,41 @@ from tests.support.fake_cuda.allocator import DEFAULT_POOL, Block, FakeCachingAl
 from tests.support.fake_cuda.graphs import GraphCapture
 from tests.support.fake_cuda.race_detector import Clock, MemoryAccesses, StreamTimeline
 
-CONTEXT_BYTES = 300 * 2**20  # what CUDA takes for itself on small cards
-STREAM_COUNT = 32  # torch has so many, and hands them out in turn
-CUBLAS_WORKSPACE_BYTES = 8519680  # the workspace of cuBLAS for each stream
+CONTEXT_BYTES = 300 * 2**20  # the CUDA context on small GPUs
+STREAM_COUNT = 32  # torch has so many, and hands them out in rotation
+CUBLAS_WORKSPACE_BYTES = 8519680  # for each stream
 
 
 @dataclass(eq=False, slots=True)
 class DeviceMemory:
-    """Of a tensor and all its views."""
+    """The memory of a tensor and all its views."""
 
     block: Block
     users: int = 0
 
 
 class FakeEvent:
-    """Stands for `torch.cuda.Event`."""
+    """Replaces `torch.cuda.Event`."""
 
-    def __init__(self, card: "FakeCudaDevice", enable_timing: bool = False) -> None:
-        self.card = card
+    def __init__(self, gpu: "FakeCudaDevice", enable_timing: bool = False) -> None:
+        self.gpu = gpu
         self.clock: Clock | None = None  # None: never recorded
         self.capture: GraphCapture | None = None
 
     def record(self, stream: "FakeStream | None" = None) -> None:
-        timeline = stream.timeline if stream else self.card.current
+        timeline = stream.timeline if stream else self.gpu.current
         self.clock, self.capture = dict(timeline.clock), timeline.capture
 
     def elapsed_time(self, _: "FakeEvent") -> float:
-        """Milliseconds: always one, since this card knows no time."""
+        """Return one millisecond: the fake GPU does not measure time."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class FakeStream:
-    """Stands for `torch.cuda.Stream`."""
+    """Replaces `torch.cuda.Stream`."""
 
-    card: "FakeCudaDevice" = field(repr=False)
+    gpu: "FakeCudaDevice" = field(repr=False)
     timeline: StreamTimeline
 
     @property
@@ -56,26 +56,26 @@ class FakeStream:
         return self.timeline.number
 
     def wait_event(self, event: FakeEvent) -> None:
-        if event.clock is None:  # CUDA does not wait for what never was recorded
+        if event.clock is None:  # CUDA does not wait for an event that was never recorded
             return
         if event.capture is not None:
-            if event.capture.origin.capture is not event.capture:
-                raise RuntimeError("CUDA error: an event of a capture that is over was waited for")
+            if event.capture.main_stream.capture is not event.capture:
+                raise RuntimeError("CUDA error: wait for an event of a capture that has ended")
             event.capture.join(self.timeline)
         elif self.timeline.capture is not None:
-            raise self.timeline.capture.refuse("a wait for work that is not captured")
-        self.timeline.learn(event.clock)
+            raise self.timeline.capture.abort("a wait for an operation that is not captured")
+        self.timeline.wait_for(event.clock)
 
     def wait_stream(self, other: "FakeStream") -> None:
-        event = FakeEvent(self.card)
+        event = FakeEvent(self.gpu)
         event.record(other)
         self.wait_event(event)
 
 
 class FakeCudaDevice:
-    """One card of `total` bytes, of which some are taken by CUDA itself."""
+    """A GPU with `total` bytes of memory, some of which CUDA takes for itself."""
 
-    place = torch.device("cpu")  # of the numbers
+    storage_device = torch.device("cpu")  # where the tensors' data really is
 
     def __init__(self, total: int = 4 * 2**30) -> None:
         self.device = torch.device("cuda", 0)
@@ -84,73 +84,74 @@ class FakeCudaDevice:
         self.current = self.timelines[0]
         self.next_stream = itertools.cycle(self.timelines[1:])
         self.next_pool = itertools.count(1)
-        self.host = StreamTimeline(-1)  # what the program has waited for
-        self.memory: dict[int, DeviceMemory] = {}  # of storages on the host, by their identity
+        self.host = StreamTimeline(-1)  # the program itself, and what it has waited for
+        self.memory: dict[int, DeviceMemory] = {}  # by identity of the storage on the host
         self.storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
-        self.locked: dict[
-            int, tuple[int, MemoryAccesses]
-        ] = {}  # page-locked memory of the host: bytes, and who reads it
-        self.workspaces: dict[int, DeviceMemory] = {}  # of cuBLAS, for each stream
-        self.pending_error = ""  # an error that was met, and not yet told
+        self.pinned: dict[int, tuple[int, MemoryAccesses]] = {}  # page-locked host memory by address: size, accesses
+        self.workspaces: dict[int, DeviceMemory] = {}  # of cuBLAS, by stream
+        self.pending_error = ""  # an error that occurred and was not reported yet
         self.counts: Counter[str] = Counter()
 
     # Streams
 
     def begin_work(self) -> StreamTimeline:
-        """On the current stream, after all that the program has waited for. Raises CaptureError once it is broken."""
+        """Start an operation on the current stream, after all that the program has waited for.
+
+        Raises CaptureError in a capture that was aborted.
+        """
         timeline = self.current
         if self.pending_error:
             error, self.pending_error = self.pending_error, ""
             raise RuntimeError(f"CUDA error: {error}")
         if timeline.capture is not None and timeline.capture.is_broken:
-            raise timeline.capture.refuse("a previous error")
+            raise timeline.capture.abort("a previous error")
         if timeline.capture is None:
-            timeline.learn(self.host.clock)
+            timeline.wait_for(self.host.clock)
         timeline.step()
         return timeline
 
     def wait(self, *timelines: StreamTimeline) -> None:
-        """The program waits for these streams. Raises CaptureError where one is being captured."""
+        """Let the program wait for these streams. Raises CaptureError if one is being captured."""
         for timeline in timelines:
             if timeline.capture is not None:
-                raise timeline.capture.refuse("the program waits for it")
-            self.host.learn(timeline.clock)
+                raise timeline.capture.abort("the program waits for it")
+            self.host.wait_for(timeline.clock)
 
-    def finish(self) -> None:
-        """All work that is under way."""
-        self.host.learn({timeline.number: timeline.now for timeline in self.timelines})
+    def synchronize_all(self) -> None:
+        """Wait for all operations in progress."""
+        self.host.wait_for({timeline.number: timeline.now for timeline in self.timelines})
 
     # Memory
 
     def allocate_temporarily(self, nbytes: int) -> None:
-        """As torch does to change a type on the card."""
+        """Allocate and free memory, as torch does to convert a dtype on the GPU."""
         self.allocator.free(self.new_memory(nbytes).block)
 
     def new_memory(self, nbytes: int) -> DeviceMemory:
         capture = self.current.capture
         if capture is None:
-            self.current.learn(self.host.clock)
+            self.current.wait_for(self.host.clock)
         return DeviceMemory(self.allocator.allocate(nbytes, self.current, capture.pool if capture else DEFAULT_POOL))
 
-    def memory_of(self, numbers: Tensor) -> tuple[DeviceMemory | None, bool]:
-        """The card's memory for these numbers of the host's, and whether it is new. None where there are none."""
-        storage = numbers.untyped_storage()
+    def memory_of(self, host_tensor: Tensor) -> tuple[DeviceMemory | None, bool]:
+        """Return the GPU memory that belongs to a host tensor, and whether it is new. None for an empty tensor."""
+        storage = host_tensor.untyped_storage()
         key = storage._cdata
         if not storage.nbytes():
             return None, False
         if key in self.memory:
             return self.memory[key], False
-        made = self.memory[key] = self.new_memory(storage.nbytes())
+        memory = self.memory[key] = self.new_memory(storage.nbytes())
         self.storages[key] = storage
         weakref.finalize(storage, self.memory.pop, key, None)
-        return made, True
+        return memory, True
 
-    def use(self, memory: DeviceMemory, tensor: Tensor) -> None:
-        """As long as the tensor lives."""
+    def add_user(self, memory: DeviceMemory, tensor: Tensor) -> None:
+        """Use the memory as long as the tensor is alive."""
         memory.users += 1
-        weakref.finalize(tensor, self.leave, memory).atexit = False
+        weakref.finalize(tensor, self.remove_user, memory).atexit = False
 
-    def leave(self, memory: DeviceMemory) -> None:
+    def remove_user(self, memory: DeviceMemory) -> None:
         memory.users -= 1
         if not memory.users:
             self.allocator.free(memory.block)
@@ -160,74 +161,76 @@ class FakeCudaDevice:
             before = len(self.allocator.segments)
             self.allocator.release()
             if len(self.allocator.segments) < before:
-                self.finish()  # to free memory waits for all work
+                self.synchronize_all()  # freeing memory waits for all operations
 
     # Work
 
     def compute(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an operation makes of tensors of the host."""
+        """Run an operation on host tensors."""
         return operation(*args, **kwargs)
 
-    def tell(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the program is told, where it waits for numbers."""
+    def read_result(self, operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation whose result the program reads."""
         return operation(*args, **kwargs)
 
     def touch(self, reads: Iterable[DeviceMemory | None], writes: Iterable[DeviceMemory | None]) -> None:
-        """A piece of work on the current stream. Raises Race where it may get in another's way."""
+        """Record the accesses of an operation on the current stream. Raises DataRaceError."""
         timeline = self.begin_work()
         written = {memory for memory in writes if memory is not None}
         for memory in {memory for memory in reads if memory is not None} | written:
-            self.accesses(memory).note(timeline, writes=memory in written)
+            self.accesses(memory).record(timeline, writes=memory in written)
 
     def accesses(self, memory: DeviceMemory) -> MemoryAccesses:
         capture = self.current.capture
         return memory.block.accesses if capture is None else capture.accesses(memory)
 
-    def launched(self, work: Callable[[], None], stream: int, addresses: Sequence[int], writes: Sequence[bool]) -> None:
-        """A kernel by the driver's own door. What it writes must lie as 16 bytes at once can be written."""
-        assert stream == self.current.number, "a kernel went to another stream than torch's work"
-        assert not any(address % 16 for address in addresses), "a kernel was given an odd address"
+    def launch_kernel(
+        self, work: Callable[[], None], stream: int, addresses: Sequence[int], writes: Sequence[bool]
+    ) -> None:
+        """Launch a kernel through the driver. Its memory must be aligned for stores of 16 bytes."""
+        assert stream == self.current.number, "a kernel was launched on another stream than torch's operations"
+        assert not any(address % 16 for address in addresses), "a kernel got an unaligned address"
         storages = [self.storage_at(address) for address in addresses]
         memory = [self.memory[storage._cdata] for storage in storages]
-        self.touch(memory, [one for one, written in zip(memory, writes, strict=True) if written])
+        self.touch(memory, [block for block, is_written in zip(memory, writes, strict=True) if is_written])
         self.counts["launched"] += 1
         capture = self.current.capture
         if capture is None:
             work()
         else:
-            capture.keep(work, storages)
+            capture.add_kernel(work, storages)
 
     def storage_at(self, address: int) -> torch.UntypedStorage:
         for storage in self.storages.values():
             if 0 <= address - storage.data_ptr() < storage.nbytes():
                 return storage
-        raise AssertionError(f"a kernel was given {address:#x}, where no tensor of the card lies")
+        raise AssertionError(f"a kernel got the address {address:#x}, where the GPU has no tensor")
 
-    # Page-locked memory of the host
+    # Page-locked host memory
 
     def find_pinned(self, tensor: Tensor) -> MemoryAccesses | None:
-        """Who reads the page-locked memory that a tensor of the host lies in; None where it lies in other memory."""
+        """Return the accesses to the page-locked memory that a host tensor is in; None if it is in other memory."""
         address = tensor.data_ptr()
-        for start, (nbytes, accesses) in self.locked.items():
+        for start, (nbytes, accesses) in self.pinned.items():
             if start <= address < start + nbytes:
                 return accesses
         return None
 
     def lock(self, address: int, nbytes: int) -> bool:
         if self.current.capture is not None:
-            raise self.current.capture.refuse("memory of the host is locked")
-        if address in self.locked or nbytes <= 0:
+            raise self.current.capture.abort("host memory is locked")
+        if address in self.pinned or nbytes <= 0:
             return False
-        self.locked[address] = nbytes, MemoryAccesses()
+        self.pinned[address] = nbytes, MemoryAccesses()
         return True
 
     def set_pending_error(self, error: str) -> None:
-        """CUDA tells of an error that nobody asked for at the next launch, which is innocent."""
+        """Let the next launch report this error, as CUDA does with errors that were not read."""
         self.pending_error = error
 
     def unlock(self, address: int) -> None:
-        """Raises Race where the card may still read the memory."""
+        """Unlock host memory. Raises DataRaceError if the GPU may still read it."""
         if self.current.capture is not None:
-            raise self.current.capture.refuse("memory of the host is unlocked")
-        _, accesses = self.locked.pop(address)
+            raise self.current.capture.abort("host memory is unlocked")
+        _, accesses = self.pinned.pop(address)
         accesses.check(self.host, "unlocked", writes=True)

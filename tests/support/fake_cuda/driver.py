@@ -1,4 +1,4 @@
-"""The driver of the pretended card: launches the engine's kernels, compiled for the processor, and locks pages."""
+"""The driver of the fake GPU: launches our CUDA kernels, compiled for the CPU, and page-locks host memory."""
 
 import ctypes
 import functools
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tests.support.fake_cuda.device import FakeCudaDevice
 
 COMPILER = shutil.which("g++")
-# The card's instructions spelt in C. A float is widened to double for products and sums: exact there, and rounded once
-# on the way back, as on the card.
+# CUDA's instructions in C. Products and sums are computed in double, where they are exact, and rounded once to float,
+# as on the GPU.
 CPU_CONVERSIONS = """
 #include <cstring>
 #define __device__ static
@@ -37,63 +37,62 @@ NO_ERROR, INVALID_VALUE = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class KernelFunction:
-    """A kernel. Of its parameters those that point to memory come first; what it writes to is not const."""
+    """A kernel. Its pointer parameters come first; those that it writes to are not const."""
 
     name: str
     run: Callable[..., None]
     writes: tuple[bool, ...]  # of each pointer
-    numbers: int
+    scalar_count: int
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """What `torch.cuda._compile_kernel` gives, as far as the engine looks."""
+    """What our code uses of the result of `torch.cuda._compile_kernel`."""
 
     func: KernelFunction
 
 
 @dataclass(frozen=True, slots=True)
 class FakeDriver:
-    """libcuda.so.1. `launched` is told of a launch: the work, its stream, the addresses, which of them it writes to."""
+    """libcuda.so.1. `on_launch` gets the kernel as a function, its stream, the addresses, and which it writes to."""
 
-    launched: Callable[[Callable[[], None], int, Sequence[int], Sequence[bool]], None]
+    on_launch: Callable[[Callable[[], None], int, Sequence[int], Sequence[bool]], None]
 
-    def cuLaunchKernel(  # noqa: N802 - as the driver calls it
+    def cuLaunchKernel(  # noqa: N802 - the driver's name
         self, function: KernelFunction, *sizes_and_stream: Any
     ) -> int:
         (x, y, z, threads, ty, tz, shared, stream, arguments, extra) = sizes_and_stream
         if (y, z, ty, tz, shared, extra) != (1, 1, 1, 1, 0, None) or not 0 < threads <= 1024 or x < 1:
             return INVALID_VALUE
         count = len(function.writes)
-        if len(arguments) != count + function.numbers:
+        if len(arguments) != count + function.scalar_count:
             return INVALID_VALUE
-        pointers = [ctypes.c_void_p.from_address(at).value or 0 for at in arguments[:count]]
-        numbers = [ctypes.c_int.from_address(at).value for at in arguments[count:]]
+        pointers = [ctypes.c_void_p.from_address(address).value or 0 for address in arguments[:count]]
+        scalars = [ctypes.c_int.from_address(address).value for address in arguments[count:]]
 
-        def work() -> None:
-            function.run(x, threads, *map(ctypes.c_void_p, pointers), *numbers)
+        def run_kernel() -> None:
+            function.run(x, threads, *map(ctypes.c_void_p, pointers), *scalars)
 
-        self.launched(work, stream.value or 0, pointers, function.writes)
+        self.on_launch(run_kernel, stream.value or 0, pointers, function.writes)
         return NO_ERROR
 
 
 def compile_kernel(source: str, name: str) -> CompiledKernel:
-    """Stands for torch's door to NVRTC."""
+    """Replaces `torch.cuda._compile_kernel`, which calls NVRTC."""
     parameters = dict(KERNEL_SIGNATURE.findall(source))[name].split(",")
-    pointers = [one for one in parameters if "*" in one]
-    writes = tuple("const" not in one for one in pointers)
-    return CompiledKernel(
-        KernelFunction(name, compile_for_cpu(source)[f"all_{name}"], writes, len(parameters) - len(pointers))
-    )
+    pointers = [parameter for parameter in parameters if "*" in parameter]
+    writes = tuple("const" not in pointer for pointer in pointers)
+    run = compile_for_cpu(source)[f"all_{name}"]
+    return CompiledKernel(KernelFunction(name, run, writes, len(parameters) - len(pointers)))
 
 
 @functools.cache
 def compile_for_cpu(source: str) -> ctypes.CDLL:
-    """The kernels of a source; `all_NAME` does the work of all threads of a launch in turn."""
+    """Compile the kernels of a source; `all_NAME` runs all threads of a launch one after the other."""
     assert COMPILER is not None, "no g++ here to compile kernels with"
     launches = []
     for name, parameters in KERNEL_SIGNATURE.findall(source):
-        names = ", ".join(one.split()[-1].strip("*") for one in parameters.split(","))
+        names = ", ".join(parameter.split()[-1].strip("*") for parameter in parameters.split(","))
         launches.append(
             f'extern "C" void all_{name}(int blocks, int threads, {parameters}) {{\n'
             f"    blockDim.x = threads;\n"
@@ -110,22 +109,22 @@ def compile_for_cpu(source: str) -> ctypes.CDLL:
 
 @dataclass(frozen=True, slots=True)
 class FakeCudaRuntime:
-    """What the engine asks of `torch.cuda.cudart()`."""
+    """What our code uses of `torch.cuda.cudart()`."""
 
-    card: "FakeCudaDevice"
+    gpu: "FakeCudaDevice"
 
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 - as CUDA calls it
-        if self.card.lock(address, nbytes):
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        if self.gpu.lock(address, nbytes):
             return NO_ERROR
-        self.card.set_pending_error("invalid argument")
+        self.gpu.set_pending_error("invalid argument")
         return INVALID_VALUE
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        self.card.unlock(address)
+        self.gpu.unlock(address)
         return NO_ERROR
 
 
 def check_cuda_error(error: int) -> None:
-    """Stands for `torch.cuda._utils._check_cuda`."""
+    """Replaces `torch.cuda._utils._check_cuda`."""
     if error != NO_ERROR:
         raise RuntimeError(f"CUDA error: {error}")

@@ -1,4 +1,4 @@
-"""Graphs of the pretended card: work that is written down while it is captured, and done when it is replayed."""
+"""CUDA graphs of the fake GPU: operations are recorded while they are captured, and run when they are replayed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,33 +10,33 @@ from tests.support.fake_cuda.race_detector import DataRaceError, MemoryAccesses,
 if TYPE_CHECKING:
     from tests.support.fake_cuda.device import DeviceMemory, FakeCudaDevice
 
-BYTES_PER_OPERATION = 6000  # that the driver keeps for an operation of a graph; real ones vary
+BYTES_PER_OPERATION = 6000  # that the driver keeps for each operation of a graph; on real GPUs it varies
 
 
 class CaptureError(RuntimeError):
-    """What CUDA says of work that cannot be captured; at the end of a capture that this broke off, too."""
+    """CUDA's error for an operation that cannot be captured, and again at the end of a capture that this aborted."""
 
 
 @dataclass(eq=False, slots=True)
 class GraphCapture:
-    """A capture under way. `outside` is memory that is not of the graph's own pool, and what is done to it."""
+    """A capture in progress. `outside` has the accesses to memory that is not from the graph's own pool."""
 
-    origin: StreamTimeline
+    main_stream: StreamTimeline
     pool: Pool
     work: list[Callable[[], object]] = field(default_factory=list)
     outside: "dict[DeviceMemory, MemoryAccesses]" = field(default_factory=dict)
     joined: list[StreamTimeline] = field(default_factory=list)
-    kept: list[object] = field(default_factory=list)  # what addresses point to
+    kept: list[object] = field(default_factory=list)  # owners of the memory that kernels access by address
     is_broken: bool = False
 
-    def keep(self, work: Callable[[], object], pointed_to: object) -> None:
+    def add_kernel(self, work: Callable[[], object], memory_owner: object) -> None:
         self.work.append(work)
-        self.kept.append(pointed_to)
+        self.kept.append(memory_owner)
 
-    def refuse(self, what: str) -> CaptureError:
-        """An error to be raised; the capture is not to be saved any more."""
+    def abort(self, reason: str) -> CaptureError:
+        """Abort the capture and return the error to raise."""
         self.is_broken = True
-        return CaptureError(f"CUDA error: operation not permitted when stream is capturing: {what}")
+        return CaptureError(f"CUDA error: operation not permitted when stream is capturing: {reason}")
 
     def accesses(self, memory: "DeviceMemory") -> MemoryAccesses:
         if memory.block.segment.pool == self.pool:
@@ -48,68 +48,68 @@ class GraphCapture:
             timeline.capture = self
             self.joined.append(timeline)
         elif timeline.capture is not self:
-            raise self.refuse("two captures would be one")
+            raise self.abort("two captures would be merged")
 
     def end(self) -> None:
-        """Raises CaptureError where it is broken, or where a stream has not come back to the first."""
-        for timeline in (self.origin, *self.joined):
+        """Raise CaptureError if the capture was aborted, or if a stream has not been joined again."""
+        for timeline in (self.main_stream, *self.joined):
             timeline.capture = None
         if self.is_broken:
             raise CaptureError("CUDA error: operation failed due to a previous error during capture")
-        if not all(self.origin.knows(timeline.number, timeline.now) for timeline in self.joined):
+        if not all(self.main_stream.is_after(timeline.number, timeline.now) for timeline in self.joined):
             raise CaptureError("CUDA error: capturing stream has unjoined work")
 
 
 class FakeCudaGraph:
-    """Stands for `torch.cuda.CUDAGraph`."""
+    """Replaces `torch.cuda.CUDAGraph`."""
 
-    def __init__(self, card: "FakeCudaDevice") -> None:
-        self.card = card
+    def __init__(self, gpu: "FakeCudaDevice") -> None:
+        self.gpu = gpu
         self.captured: GraphCapture | None = None
         self.is_complete = False
 
     @property
     def nbytes(self) -> int:
-        """That the driver keeps for it."""
+        """The memory that the driver keeps for it."""
         return BYTES_PER_OPERATION * len(self.captured.work) if self.captured and self.is_complete else 0
 
     def capture_begin(self, pool: Pool, capture_error_mode: str = "global") -> None:
-        timeline = self.card.current
+        timeline = self.gpu.current
         if timeline.number == 0:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         assert capture_error_mode in ("global", "thread_local", "relaxed")
         assert timeline.capture is None, "a capture within a capture"
         self.captured = timeline.capture = GraphCapture(timeline, pool)
-        self.card.allocator.begin(pool)
-        self.card.counts["begun"] += 1
+        self.gpu.allocator.begin(pool)
+        self.gpu.counts["begun"] += 1
 
     def capture_end(self) -> None:
         assert self.captured is not None
-        self.captured.end()  # where this raises, torch forgets the pool
-        self.card.allocator.end(self.captured.pool)
+        self.captured.end()  # if this raises, torch does not end the pool
+        self.gpu.allocator.end(self.captured.pool)
         self.is_complete = True
-        for block in self.card.allocator.pool_blocks(self.captured.pool):
-            block.accesses = MemoryAccesses()  # nothing was done yet
-        self.card.allocator.add_non_torch_bytes(self.nbytes)
-        self.card.counts["captured"] += 1
+        for block in self.gpu.allocator.pool_blocks(self.captured.pool):
+            block.accesses = MemoryAccesses()  # nothing has run yet
+        self.gpu.allocator.add_non_torch_bytes(self.nbytes)
+        self.gpu.counts["captured"] += 1
 
     def replay(self) -> None:
-        """Raises Race where what it works with was freed, or may still be in use."""
+        """Run the recorded operations. Raises DataRaceError if their memory was freed, or may still be in use."""
         assert self.captured is not None
         assert self.is_complete, "replayed before it was captured"
-        timeline = self.card.begin_work()
+        timeline = self.gpu.begin_work()
         for memory, accesses in self.captured.outside.items():
             if not memory.users:
-                raise DataRaceError("a graph works with memory that was freed")
-            memory.block.accesses.note(timeline, writes=bool(accesses.writes))
-        for block in self.card.allocator.pool_blocks(self.captured.pool):
-            block.accesses.note(timeline, writes=True)
+                raise DataRaceError("a graph accesses memory that was freed")
+            memory.block.accesses.record(timeline, writes=bool(accesses.writes))
+        for block in self.gpu.allocator.pool_blocks(self.captured.pool):
+            block.accesses.record(timeline, writes=True)
         for work in self.captured.work:
             work()
-        self.card.counts["replayed"] += 1
+        self.gpu.counts["replayed"] += 1
 
     def reset(self) -> None:
-        self.card.allocator.add_non_torch_bytes(-self.nbytes)
+        self.gpu.allocator.add_non_torch_bytes(-self.nbytes)
         if self.is_complete and self.captured is not None:
-            self.card.allocator.release_pool(self.captured.pool)
+            self.gpu.allocator.release_pool(self.captured.pool)
         self.captured, self.is_complete = None, False

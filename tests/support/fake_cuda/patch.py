@@ -1,4 +1,4 @@
-"""Have torch say that there is a card, and have it do what is asked of it."""
+"""Let torch report a GPU and use the fake one."""
 
 import contextlib
 import ctypes
@@ -22,46 +22,50 @@ from tinysd_batch.model.packed import cuda_kernel, dequantize
 
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 CACHED_FUNCTIONS = (
-    cuda_overhead.measure_cuda_overhead, streams.get_compute_stream, cuda_kernel.get_cuda_kernel, precision.probe_half_precision, streams.get_copy_stream,
+    cuda_kernel.get_cuda_kernel,
+    cuda_overhead.measure_cuda_overhead,
     dequantize.has_working_kernels,
-)  # fmt: skip
+    precision.probe_half_precision,
+    streams.get_compute_stream,
+    streams.get_copy_stream,
+)
 
 
 @contextlib.contextmanager
-def use_fake_cuda(card: FakeCudaDevice) -> Iterator[FakeCudaDevice]:
-    """Within this there is `card`, and torch can use it; what is remembered of it is forgotten in the end."""
+def use_fake_cuda(gpu: FakeCudaDevice) -> Iterator[FakeCudaDevice]:
+    """Make `gpu` available to torch. What our code caches about it is cleared at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        FakeCudaTensor.card = card
+        FakeCudaTensor.gpu = gpu
         DataRaceError.raised.clear()
-        patch.setattr(cuda_kernel, "ctypes", fake_ctypes(card))
-        for name, answer in fake_torch_functions(card).items():
-            patch.setattr(torch.cuda, name, answer)
+        patch.setattr(cuda_kernel, "ctypes", fake_ctypes(gpu))
+        for name, function in fake_torch_functions(gpu).items():
+            patch.setattr(torch.cuda, name, function)
         for name in ("can_use_flash_attention", "can_use_efficient_attention"):
             patch.setattr(torch.backends.cuda, name, lambda _: True)
         patch.setattr(torch.cuda._utils, "_check_cuda", check_cuda_error)
-        patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: card.allocator.end(pool), raising=False)
-        patch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: card.allocator.release_pool(pool), raising=False)
-        patch.setenv(CUBLAS_WORKSPACE_VARIABLE, "")  # so that it is as before in the end
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: gpu.allocator.end(pool), raising=False)
+        patch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: gpu.allocator.release_pool(pool), raising=False)
+        patch.setenv(CUBLAS_WORKSPACE_VARIABLE, "")  # so that it is restored at the end
         patch.delenv(CUBLAS_WORKSPACE_VARIABLE)
         clear_caches()
         try:
-            with without_device_guards(), FakeCudaMode(card):
-                yield card
+            with without_device_guards(), FakeCudaMode(gpu):
+                yield gpu
         finally:
             clear_caches()
-            card.finish()
+            gpu.synchronize_all()
 
 
 @contextlib.contextmanager
 def without_device_guards() -> Iterator[None]:
-    """Let operations on the card pass where torch would set the current device, and a CPU build has nothing to set."""
+    """Let operations on the GPU run where torch would set the current CUDA device, which a CPU build cannot do."""
     torch._C._ensureCUDADeviceGuardSet()  # in a CUDA build
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * 2).in_dll(library, GUARDS)  # of the processor and of CUDA
+    guards = (ctypes.c_void_p * 2).in_dll(library, GUARDS)  # of CPU and CUDA
     before = guards[1]
     guards[1] = before or guards[0]
     lifted = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # what is made of Python's numbers comes to the card by way of the host
+    torch._C._set_only_lift_cpu_tensors(True)  # tensors from Python numbers are created on the CPU, then copied
     try:
         yield
     finally:
@@ -76,26 +80,26 @@ def clear_caches() -> None:
     dequantize.SCRATCH.release(torch.device("cuda"))
 
 
-def fake_ctypes(card: FakeCudaDevice) -> SimpleNamespace:
-    """The module ctypes, of which libcuda is the card's driver."""
+def fake_ctypes(gpu: FakeCudaDevice) -> SimpleNamespace:
+    """Return a copy of the ctypes module that loads the fake driver as libcuda."""
 
     def library(name: str) -> Any:
-        return FakeDriver(card.launched) if name == "libcuda.so.1" else ctypes.CDLL(name)
+        return FakeDriver(gpu.launch_kernel) if name == "libcuda.so.1" else ctypes.CDLL(name)
 
     return SimpleNamespace(**{**vars(ctypes), "CDLL": library})
 
 
-def fake_torch_functions(card: FakeCudaDevice) -> dict[str, Any]:
-    """What stands for the functions of `torch.cuda` that the engine calls."""
-    allocator = card.allocator
+def fake_torch_functions(gpu: FakeCudaDevice) -> dict[str, Any]:
+    """Return replacements for the functions of `torch.cuda` that our code calls."""
+    allocator = gpu.allocator
 
     @contextlib.contextmanager
     def on_stream(stream: FakeStream) -> Iterator[None]:
-        before, card.current = card.current, stream.timeline
+        outer, gpu.current = gpu.current, stream.timeline
         try:
             yield
         finally:
-            card.current = before
+            gpu.current = outer
 
     def limit(fraction: float, _: object = None) -> None:
         allocator.limit = int(fraction * allocator.total)
@@ -109,10 +113,10 @@ def fake_torch_functions(card: FakeCudaDevice) -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "device": lambda _: contextlib.nullcontext(),
-        "get_device_name": lambda _=None: "a pretended card",
+        "get_device_name": lambda _=None: "fake CUDA device",
         "get_device_capability": lambda _=None: (8, 6),
         "get_arch_list": lambda: ["sm_86"],
-        "get_device_properties": lambda _=None: SimpleNamespace(total_memory=allocator.total, uuid="pretended"),
+        "get_device_properties": lambda _=None: SimpleNamespace(total_memory=allocator.total, uuid="fake"),
         "mem_get_info": lambda _=None: (
             allocator.total - allocator.non_torch_bytes - allocator.reserved,
             allocator.total,
@@ -124,15 +128,15 @@ def fake_torch_functions(card: FakeCudaDevice) -> dict[str, Any]:
         "max_memory_reserved": lambda _=None: allocator.max_reserved,
         "reset_peak_memory_stats": reset_peaks,
         "set_per_process_memory_fraction": limit,
-        "empty_cache": card.empty_cache,
-        "synchronize": lambda _=None: card.wait(*card.timelines),
-        "current_stream": lambda _=None: FakeStream(card, card.current),
+        "empty_cache": gpu.empty_cache,
+        "synchronize": lambda _=None: gpu.wait(*gpu.timelines),
+        "current_stream": lambda _=None: FakeStream(gpu, gpu.current),
         "stream": on_stream,
-        "Stream": lambda _=None: FakeStream(card, next(card.next_stream)),
-        "Event": functools.partial(FakeEvent, card),
-        "CUDAGraph": functools.partial(FakeCudaGraph, card),
-        "graph_pool_handle": lambda: (0, next(card.next_pool)),
+        "Stream": lambda _=None: FakeStream(gpu, next(gpu.next_stream)),
+        "Event": functools.partial(FakeEvent, gpu),
+        "CUDAGraph": functools.partial(FakeCudaGraph, gpu),
+        "graph_pool_handle": lambda: (0, next(gpu.next_pool)),
         "_sleep": lambda _: None,
-        "cudart": functools.partial(FakeCudaRuntime, card),
+        "cudart": functools.partial(FakeCudaRuntime, gpu),
         "_compile_kernel": compile_kernel,
     }

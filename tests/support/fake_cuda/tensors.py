@@ -1,4 +1,4 @@
-"""Tensors of the pretended card, and how operations on them are done: by the processor, under the card's rules."""
+"""Tensors of the fake GPU. Operations on them run on the CPU, but under the rules of a GPU."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ SYNCHRONIZING = {aten._local_scalar_dense.default, aten.equal.default, aten.is_n
 SIZE_DEPENDS_ON_DATA = {
     aten.nonzero.default,
     aten.masked_select.default,
-}  # the program waits for the size of the result
+}  # the program waits for the result's size
 JOINED = {aten.cat.default, aten.stack.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
@@ -38,31 +38,35 @@ EMPTY = {
 
 
 class FakeCudaTensor(Tensor):
-    """Says that it is on the card; its numbers are on the host."""
+    """A tensor that reports to be on the GPU; its data is in `host_tensor`."""
 
-    card: ClassVar[FakeCudaDevice]
-    numbers: Tensor
+    gpu: ClassVar[FakeCudaDevice]
+    host_tensor: Tensor
     memory: DeviceMemory | None
-    is_first: bool  # in its memory; others are views
+    is_first: bool  # the first tensor in its memory; others are views
 
     @staticmethod
-    def __new__(cls, numbers: Tensor) -> "FakeCudaTensor":
-        made: FakeCudaTensor = Tensor._make_wrapper_subclass(
-            cls, numbers.shape, strides=numbers.stride(), storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype, device=cls.card.device,
-        )  # fmt: skip
-        made.numbers = numbers
-        made.memory, made.is_first = cls.card.memory_of(numbers)
-        if made.memory is not None:
-            cls.card.use(made.memory, made)
-        return made
+    def __new__(cls, host_tensor: Tensor) -> "FakeCudaTensor":
+        tensor: FakeCudaTensor = Tensor._make_wrapper_subclass(
+            cls,
+            host_tensor.shape,
+            strides=host_tensor.stride(),
+            storage_offset=host_tensor.storage_offset(),
+            dtype=host_tensor.dtype,
+            device=cls.gpu.device,
+        )
+        tensor.host_tensor = host_tensor
+        tensor.memory, tensor.is_first = cls.gpu.memory_of(host_tensor)
+        if tensor.memory is not None:
+            cls.gpu.add_user(tensor.memory, tensor)
+        return tensor
 
     @classmethod
     def __torch_function__(
         cls, operation: Operation, types: Any, args: Arguments = (), kwargs: Named | None = None
     ) -> Any:
-        if operation is F.scaled_dot_product_attention:  # torch would look for a card's kernels
-            return run(cls.card, operation, args, kwargs or {})
+        if operation is F.scaled_dot_product_attention:  # torch would look for CUDA kernels
+            return run(cls.gpu, operation, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return operation(*args, **(kwargs or {}))
 
@@ -70,265 +74,269 @@ class FakeCudaTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, operation: Operation, types: Any, args: Arguments = (), kwargs: Named | None = None
     ) -> Any:
-        return run(cls.card, operation, args, kwargs or {})
+        return run(cls.gpu, operation, args, kwargs or {})
 
     def data_ptr(self) -> int:
-        return self.numbers.data_ptr()
+        return self.host_tensor.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.numbers.untyped_storage()
+        return self.host_tensor.untyped_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
 
 class FakeCudaMode(TorchDispatchMode):
-    """Has the card do what is asked of it, and the processor all else."""
+    """Run operations that involve the GPU on the fake GPU, and all others as usual."""
 
-    def __init__(self, card: FakeCudaDevice) -> None:
+    def __init__(self, gpu: FakeCudaDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.card = card
+        self.gpu = gpu
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, so that each operation can do without the two wrappers that keep dynamo away."""
+        """Save the two wrappers that disable dynamo for each operation: nothing is compiled here."""
         return False
 
     def __torch_dispatch__(
         self, operation: Operation, types: Any, args: Arguments = (), kwargs: Named | None = None
     ) -> Any:
         if kwargs and kwargs.get("pin_memory"):
-            return pinned(self.card, operation, args, {**kwargs, "pin_memory": False})
-        return run(self.card, operation, args, kwargs or {})
+            return create_pinned(self.gpu, operation, args, {**kwargs, "pin_memory": False})
+        return run(self.gpu, operation, args, kwargs or {})
 
 
-def run(card: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> Any:
-    """Wherever the tensors are. Raises RuntimeError as torch does where they are not together."""
-    on_card = [tensor for tensor in tensors_in(args, kwargs) if isinstance(tensor, FakeCudaTensor)]
-    place = kwargs.get("device")
-    goes_there = place is not None and torch.device(place).type == "cuda"
-    if not on_card and not goes_there:
+def run(gpu: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> Any:
+    """Run an operation wherever its tensors are. Raises RuntimeError as torch does if they are on different devices."""
+    on_gpu = [tensor for tensor in tensors_in(args, kwargs) if isinstance(tensor, FakeCudaTensor)]
+    device = kwargs.get("device")
+    to_gpu = device is not None and torch.device(device).type == "cuda"
+    if not on_gpu and not to_gpu:
         return operation(*args, **kwargs)
-    if place is not None:
-        kwargs = {**kwargs, "device": card.place if goes_there else torch.device("cpu")}
+    if device is not None:
+        kwargs = {**kwargs, "device": gpu.storage_device if to_gpu else torch.device("cpu")}
     if operation in (TO_COPY, COPY):
-        return transfer(card, operation, args, kwargs, goes_there or place is None)
+        return transfer(gpu, operation, args, kwargs, to_gpu or device is None)
     if operation in SYNCHRONIZING:
-        wait_for_result(card, on_card)
-        return card.tell(operation, to_host_tensors(args), to_host_tensors(kwargs))
+        wait_for_result(gpu, on_gpu)
+        return gpu.read_result(operation, to_host_tensors(args), to_host_tensors(kwargs))
     if operation in SIZE_DEPENDS_ON_DATA:
-        wait_for_result(card, on_card)
-    if on_card:
-        check_together(card, operation, args, kwargs)
-    if place is not None and not goes_there:  # as an empty tensor on the host is made like one on the card
+        wait_for_result(gpu, on_gpu)
+    if on_gpu:
+        check_same_device(gpu, operation, args, kwargs)
+    if device is not None and not to_gpu:  # such as an empty host tensor like one on the GPU
         return operation(*to_host_tensors(args), **to_host_tensors(kwargs))
-    return work(card, operation, args, kwargs)
+    return run_on_gpu(gpu, operation, args, kwargs)
 
 
-def pinned(card: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> Tensor:
-    """Memory of the host that torch locks, and keeps for itself until all copies of it are done."""
-    made: Tensor = operation(*args, **kwargs)
-    card.lock(made.data_ptr(), made.untyped_storage().nbytes())
-    weakref.finalize(made.untyped_storage(), card.locked.pop, made.data_ptr())
-    return made
+def create_pinned(gpu: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> Tensor:
+    """Create a page-locked host tensor, whose memory torch keeps until all copies from it are complete."""
+    tensor: Tensor = operation(*args, **kwargs)
+    gpu.lock(tensor.data_ptr(), tensor.untyped_storage().nbytes())
+    weakref.finalize(tensor.untyped_storage(), gpu.pinned.pop, tensor.data_ptr())
+    return tensor
 
 
-def transfer(card: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named, stays: bool) -> Any:
-    """From the host to the card, back, or within the card."""
+def transfer(gpu: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named, to_gpu: bool) -> Any:
+    """Copy from the host to the GPU, back, or within the GPU."""
     source = args[1] if operation is COPY else args[0]
-    goes_there = isinstance(args[0], FakeCudaTensor) if operation is COPY else stays
+    if operation is COPY:
+        to_gpu = isinstance(args[0], FakeCudaTensor)
     if not isinstance(source, FakeCudaTensor):
         non_blocking = bool(kwargs.get("non_blocking") or (args[2:] and args[2]))
-        check_source(card, source, non_blocking)
+        check_source(gpu, source, non_blocking)
         if non_blocking and source.dtype is not (
             args[0].dtype if operation is COPY else kwargs.get("dtype", source.dtype)
         ):
-            card.allocate_temporarily(source.nbytes)  # torch changes the type on the card then
-    elif not goes_there:
-        assert not kwargs.get("non_blocking"), "to the host without waiting: this card cannot"
-        wait_for_result(card, [source])
-        return card.tell(operation, to_host_tensors(args), kwargs)
-    return work(card, operation, args, kwargs)
+            gpu.allocate_temporarily(source.nbytes)  # torch then converts the dtype on the GPU
+    elif not to_gpu:
+        assert not kwargs.get("non_blocking"), "the fake GPU has no asynchronous copies to the host"
+        wait_for_result(gpu, [source])
+        return gpu.read_result(operation, to_host_tensors(args), kwargs)
+    return run_on_gpu(gpu, operation, args, kwargs)
 
 
-def check_source(card: FakeCudaDevice, source: Tensor, non_blocking: bool) -> None:
-    """The card reads memory of the host: of any kind before the program goes on, or by and by where it is locked."""
-    accesses, capture = card.find_pinned(source), card.current.capture
+def check_source(gpu: FakeCudaDevice, source: Tensor, non_blocking: bool) -> None:
+    """Record that the GPU reads host memory: later if it is page-locked, otherwise before the copy returns."""
+    accesses, capture = gpu.find_pinned(source), gpu.current.capture
     if accesses is None or not non_blocking:
         if capture is not None:
-            raise capture.refuse("a copy from pageable memory")
+            raise capture.abort("a copy from pageable memory")
         return
-    reads = partial(note_reading, card, accesses)
+    record = partial(record_read, gpu, accesses)
     if capture is not None:
-        capture.work.append(reads)
+        capture.work.append(record)
     else:
-        card.begin_work()
-        reads()
+        gpu.begin_work()
+        record()
 
 
-def note_reading(card: FakeCudaDevice, accesses: MemoryAccesses) -> None:
-    accesses.reads[card.current.number] = card.current.now
+def record_read(gpu: FakeCudaDevice, accesses: MemoryAccesses) -> None:
+    accesses.reads[gpu.current.number] = gpu.current.now
 
 
-def wait_for_result(card: FakeCudaDevice, tensors: list[FakeCudaTensor]) -> None:
-    """The program looks at numbers of the card's."""
-    card.touch([tensor.memory for tensor in tensors], [])
-    card.wait(card.current)
+def wait_for_result(gpu: FakeCudaDevice, tensors: list[FakeCudaTensor]) -> None:
+    """Let the program wait until it can read tensors of the GPU."""
+    gpu.touch([tensor.memory for tensor in tensors], [])
+    gpu.wait(gpu.current)
 
 
-def check_together(card: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> None:
-    """A single number may be on the host, unless tensors are put together; and so may indices, which are copied."""
-    looked_at = (args[0], args[2:], kwargs) if operation in INDEXED else (args, kwargs)
-    for tensor in tensors_in(*looked_at):
+def check_same_device(gpu: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> None:
+    """Raise RuntimeError if tensors are on different devices.
+
+    Scalars may be on the host unless tensors are joined, and so may indices, which are copied.
+    """
+    checked = (args[0], args[2:], kwargs) if operation in INDEXED else (args, kwargs)
+    for tensor in tensors_in(*checked):
         if not isinstance(tensor, FakeCudaTensor) and (tensor.dim() > 0 or operation in JOINED):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found cuda:0 and cpu in {operation}"
             )
-    if operation not in INDEXED or card.current.capture is None:
+    if operation not in INDEXED or gpu.current.capture is None:
         return
     for index in tensors_in(args[1]):
         if not isinstance(index, FakeCudaTensor) or index.dtype is torch.bool:
-            raise card.current.capture.refuse("indices that have to be copied, or counted")
+            raise gpu.current.capture.abort("indices that have to be copied or counted")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class HostOperation:
-    """An operation on the host's tensors in place of the card's: a graph must not keep those."""
+    """An operation on host tensors: a graph must not keep tensors of the GPU alive."""
 
-    card: FakeCudaDevice
+    gpu: FakeCudaDevice
     operation: Operation
     args: Arguments
     kwargs: Named
 
-    def do(self) -> Any:
-        return self.card.compute(self.operation, self.args, self.kwargs)
+    def run(self) -> Any:
+        return self.gpu.compute(self.operation, self.args, self.kwargs)
 
-    def do_again(self, places: Mapping[int, Tensor]) -> None:
-        """What is new goes to these places."""
-        for number, found in enumerate(tensors_in(self.do())):
-            if number in places:
-                places[number].copy_(found)
+    def run_again(self, outputs: Mapping[int, Tensor]) -> None:
+        """Run it again and copy new results, by their index, into the outputs of the first run."""
+        for index, result in enumerate(tensors_in(self.run())):
+            if index in outputs:
+                outputs[index].copy_(result)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Operands:
-    """The tensors of the card that an operation is given, and those of them that it writes to."""
+    """The tensors of the GPU that an operation gets, and those that it writes to."""
 
-    given: list[FakeCudaTensor]
+    inputs: list[FakeCudaTensor]
     written: list[FakeCudaTensor]
 
-    def wrapped(self, numbers: Tensor) -> FakeCudaTensor:
-        """A tensor of the card: one of the given ones, if it is that."""
-        for one in self.given:
-            if one.numbers is numbers:
-                return one
-        return FakeCudaTensor(numbers)
+    def wrap(self, host_tensor: Tensor) -> FakeCudaTensor:
+        """Return the GPU tensor for a result: an input, if the operation returned it, or a new one."""
+        for tensor in self.inputs:
+            if tensor.host_tensor is host_tensor:
+                return tensor
+        return FakeCudaTensor(host_tensor)
 
-    def touch(self, card: FakeCudaDevice, *new: FakeCudaTensor) -> None:
-        card.touch([one.memory for one in self.given], [one.memory for one in (*self.written, *new)])
-        card.counts["operations"] += 1
+    def touch(self, gpu: FakeCudaDevice, *new: FakeCudaTensor) -> None:
+        gpu.touch([tensor.memory for tensor in self.inputs], [tensor.memory for tensor in (*self.written, *new)])
+        gpu.counts["operations"] += 1
 
 
-def work(card: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> Any:
-    """Done at once; where a graph is captured, written down for it."""
-    given = [tensor for tensor in tensors_in(args, kwargs) if isinstance(tensor, FakeCudaTensor)]
+def run_on_gpu(gpu: FakeCudaDevice, operation: Operation, args: Arguments, kwargs: Named) -> Any:
+    """Run an operation at once; in a capture, record it for the graph."""
+    inputs = [tensor for tensor in tensors_in(args, kwargs) if isinstance(tensor, FakeCudaTensor)]
     written = [tensor for tensor in written_by(operation, args, kwargs) if isinstance(tensor, FakeCudaTensor)]
-    task, operands = (
-        HostOperation(card, operation, to_host_tensors(args), to_host_tensors(kwargs)),
-        Operands(given, written),
-    )
-    capture = card.current.capture
+    host_operation = HostOperation(gpu, operation, to_host_tensors(args), to_host_tensors(kwargs))
+    operands = Operands(inputs, written)
+    capture = gpu.current.capture
     if operation in PRODUCTS:
-        take_workspace(card)
+        allocate_workspace(gpu)
     if capture is not None:
-        return write_down(task, operands, capture)
-    made, new = result_of(task, operands)
-    if written or (new and operation not in EMPTY):  # others look at the same memory in another way
-        operands.touch(card, *new.values())
-    return made
+        return record_for_graph(host_operation, operands, capture)
+    result, new = compute_result(host_operation, operands)
+    if written or (new and operation not in EMPTY):  # other operations only return views
+        operands.touch(gpu, *new.values())
+    return result
 
 
-def write_down(task: HostOperation, operands: Operands, capture: GraphCapture) -> Any:
+def record_for_graph(host_operation: HostOperation, operands: Operands, capture: GraphCapture) -> Any:
     if capture.is_broken:
-        raise capture.refuse("a previous error")
+        raise capture.abort("a previous error")
+    gpu = host_operation.gpu
     if operands.written:
-        assert len(operands.written) == 1, "this card cannot capture what writes to several places"
-        operands.touch(task.card)
-        capture.work.append(task.do)
+        assert len(operands.written) == 1, "the fake GPU cannot capture operations that write to several tensors"
+        operands.touch(gpu)
+        capture.work.append(host_operation.run)
         return operands.written[0]
-    made, new = result_of(task, operands)
-    if new and task.operation not in EMPTY:
-        operands.touch(task.card, *new.values())
-        capture.work.append(partial(task.do_again, {number: one.numbers for number, one in new.items()}))
+    result, new = compute_result(host_operation, operands)
+    if new and host_operation.operation not in EMPTY:
+        operands.touch(gpu, *new.values())
+        outputs = {index: tensor.host_tensor for index, tensor in new.items()}
+        capture.work.append(partial(host_operation.run_again, outputs))
         for tensor in new.values():
-            poison(tensor.numbers)
-    return made
+            poison(tensor.host_tensor)
+    return result
 
 
-def result_of(task: HostOperation, operands: Operands) -> tuple[Any, dict[int, FakeCudaTensor]]:
-    """On the card; and by their places among its tensors those that have memory of their own."""
-    made = map_tensors(operands.wrapped, task.do())
+def compute_result(host_operation: HostOperation, operands: Operands) -> tuple[Any, dict[int, FakeCudaTensor]]:
+    """Return the result on the GPU, and by index those of its tensors that have memory of their own."""
+    result = map_tensors(operands.wrap, host_operation.run())
     new = {
-        number: one
-        for number, one in enumerate(tensors_in(made))
-        if isinstance(one, FakeCudaTensor) and one.is_first and not is_among(one, operands.given)
+        index: tensor
+        for index, tensor in enumerate(tensors_in(result))
+        if isinstance(tensor, FakeCudaTensor) and tensor.is_first and not is_among(tensor, operands.inputs)
     }
-    if task.operation in EMPTY:
+    if host_operation.operation in EMPTY:
         for tensor in new.values():
-            poison(tensor.numbers)
-    return made, new
+            poison(tensor.host_tensor)
+    return result, new
 
 
 def is_among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
     return any(tensor is other for other in others)
 
 
-def take_workspace(card: FakeCudaDevice) -> None:
-    """Once for each stream, for good."""
-    if card.current.number not in card.workspaces:
-        card.workspaces[card.current.number] = memory = card.new_memory(CUBLAS_WORKSPACE_BYTES)
+def allocate_workspace(gpu: FakeCudaDevice) -> None:
+    """Allocate the current stream's cuBLAS workspace once; it is never freed."""
+    if gpu.current.number not in gpu.workspaces:
+        gpu.workspaces[gpu.current.number] = memory = gpu.new_memory(CUBLAS_WORKSPACE_BYTES)
         memory.users = 1
 
 
-def tensors_in(*things: Any) -> list[Tensor]:
-    """In order; what torch's pytrees do, many times faster for what operations are given."""
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Return all tensors in nested arguments in order; many times faster than torch's pytrees."""
     tensors: list[Tensor] = []
-    collect(things, tensors)
+    collect_tensors(values, tensors)
     return tensors
 
 
-def collect(things: Iterable[Any], tensors: list[Tensor]) -> None:
-    for thing in things:
-        if type(thing) in PLAIN:
+def collect_tensors(values: Iterable[Any], tensors: list[Tensor]) -> None:
+    for value in values:
+        if type(value) in PLAIN:
             continue
-        if isinstance(thing, Tensor):
-            tensors.append(thing)
-        elif isinstance(thing, list | tuple):
-            collect(thing, tensors)
-        elif isinstance(thing, dict):
-            collect(thing.values(), tensors)
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            collect_tensors(value, tensors)
+        elif isinstance(value, dict):
+            collect_tensors(value.values(), tensors)
 
 
-def map_tensors(change: Callable[[Tensor], Any], thing: Any) -> Any:
-    """The same with every tensor changed."""
-    if type(thing) in PLAIN:
-        return thing
-    if isinstance(thing, Tensor):
-        return change(thing)
-    if isinstance(thing, list | tuple):
-        return type(thing)([map_tensors(change, one) for one in thing])
-    if isinstance(thing, dict):
-        return {name: map_tensors(change, one) for name, one in thing.items()}
-    return thing
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to every tensor in nested arguments."""
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)([map_tensors(function, item) for item in value])
+    if isinstance(value, dict):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    return value
 
 
-def to_host_tensors(thing: Any) -> Any:
-    """With tensors of the host in place of the card's."""
-    return map_tensors(lambda tensor: tensor.numbers if isinstance(tensor, FakeCudaTensor) else tensor, thing)
+def to_host_tensors(value: Any) -> Any:
+    """Replace tensors of the GPU by their host tensors."""
+    return map_tensors(lambda tensor: tensor.host_tensor if isinstance(tensor, FakeCudaTensor) else tensor, value)
 
 
 def written_by(operation: Operation, args: Arguments, kwargs: Named) -> list[Tensor]:
-    """The arguments that an operation writes to."""
+    """Return the arguments that an operation writes to."""
     written: list[Tensor] = []
     for position, name in written_arguments(operation):
         written += tensors_in(args[position] if position < len(args) else kwargs.get(name))
@@ -337,7 +345,7 @@ def written_by(operation: Operation, args: Arguments, kwargs: Named) -> list[Ten
 
 @functools.cache
 def written_arguments(operation: Operation) -> list[tuple[int, str]]:
-    """Positions and names of the arguments that an operation writes to."""
+    """Return positions and names of the arguments that an operation writes to."""
     schema = getattr(operation, "_schema", None)
     return [
         (position, argument.name)
@@ -347,6 +355,6 @@ def written_arguments(operation: Operation) -> list[tuple[int, str]]:
 
 
 def poison(tensor: Tensor) -> None:
-    """Write what nobody could take for a result."""
+    """Overwrite a tensor with values that cannot be mistaken for a result."""
     with contextlib.suppress(RuntimeError):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 99)

@@ -41,6 +41,7 @@ class ManifestDiff:
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[LinePair]) -> Self:
+        """Compare the lines of each pair. Only hashes of differing rows are kept in memory."""
         diff = cls()
         tails = array("Q"), array("Q")  # hashes of the old and new rows from the first difference on
         for number, old, new in pairs:

@@ -106,7 +106,8 @@ def find_column(name: str) -> str | None:
 def choose_column_name(column: str, spellings: list[str]) -> str:
     """Return the name to use where several mean the same column.
 
-    Tables often have a prompt and a caption column: there the name closer to "prompt" wins, elsewhere two are an error.
+    Tables often have a prompt and a caption column: there the name closest to "prompt" wins. Two names of any other
+    column are an error.
     """
     if column == "prompt":
         priority = ("prompt", *ALIASES["prompt"])

@@ -12,7 +12,7 @@ class RowMerger:
     """Append the manifest's new rows to those of the job, and count them while they are read."""
 
     snapshot: Snapshot
-    last: int  # row number of the job's last row
+    last_row_number: int  # of the job
     appended: int = 0
     corrected: int = 0  # rows that were invalid or blank, and are valid now
 
@@ -51,10 +51,10 @@ class RowMerger:
             else:
                 yield self.choose_line(old, new, added)
                 new = next(new_rows, None)
-        while new is not None and new.number <= self.last:
+        while new is not None and new.number <= self.last_row_number:
             self.add_if_new(new, late, added)
             new = next(new_rows, None)
-        yield from ((row, True) for row in added.rows())
+        yield from ((row, True) for row in added.read_back())
         while new is not None:
             self.appended += 1
             yield new, True

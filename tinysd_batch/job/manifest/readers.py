@@ -55,7 +55,7 @@ def detect_format(path: Path) -> str:
 
 
 def is_json_manifest(path: Path) -> bool:
-    """Whether the manifest is JSON, in which each row names its own columns."""
+    """Whether the manifest is JSON, where each row names its own columns."""
     return READERS_BY_SUFFIX.get(Path(remove_gz_suffix(path)).suffix.lower()) in (read_jsonl_rows, read_json_rows)
 
 

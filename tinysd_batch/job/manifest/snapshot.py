@@ -124,7 +124,7 @@ class SnapshotWriter:
         self.close()
         write_atomically(self.file.read(), state_folder / ROWS_FILE)
 
-    def rows(self) -> Iterator[Row | InvalidRow]:
+    def read_back(self) -> Iterator[Row | InvalidRow]:
         """Close the writer, and read the rows back in the order in which they were added."""
         self.close()
         with gzip.open(self.file) as lines:

@@ -69,16 +69,34 @@ def plan_image(row: Row, sample: int, index: int, shared: SharedSettings) -> Ima
     seed = (row.seed + sample - 1 if row.seed is not None else shared.seed + index - 1) % (MAX_SEED + 1)
     noise_seed = shared.seed if shared.fixed_code else None
     image_id = compute_image_id(
-        model_digest=shared.model_digest, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=seed,
-        scale=row.scale, params=row.params, precision=shared.precision, prompt_syntax=row.prompt_syntax,
-        long_prompts=shared.long_prompts, noise_seed=noise_seed, rng=shared.rng,
-    )  # fmt: skip
+        model_digest=shared.model_digest,
+        prompt=row.prompt,
+        negative_prompt=row.negative_prompt,
+        seed=seed,
+        scale=row.scale,
+        params=row.params,
+        precision=shared.precision,
+        prompt_syntax=row.prompt_syntax,
+        long_prompts=shared.long_prompts,
+        noise_seed=noise_seed,
+        rng=shared.rng,
+    )
     return ImageRequest(
-        index=index, row=row.number, sample=sample, prompt=row.prompt, negative_prompt=row.negative_prompt,
-        seed=seed, scale=row.scale, params=row.params, image_id=image_id,
-        file_name=format_file_name(seed, index, shared.suffix), prompt_syntax=row.prompt_syntax, noise_seed=noise_seed,
-        id=row.id, extra=row.extra,
-    )  # fmt: skip
+        index=index,
+        row=row.number,
+        sample=sample,
+        prompt=row.prompt,
+        negative_prompt=row.negative_prompt,
+        seed=seed,
+        scale=row.scale,
+        params=row.params,
+        image_id=image_id,
+        file_name=format_file_name(seed, index, shared.suffix),
+        prompt_syntax=row.prompt_syntax,
+        noise_seed=noise_seed,
+        id=row.id,
+        extra=row.extra,
+    )
 
 
 def cut_batches(
@@ -163,9 +181,11 @@ def plan_batch_ranges(planned: Iterable[tuple[Row, RowImages]], max_batch: int |
 
 
 def count_batches(
-    planned: Iterable[tuple[Row, RowImages]], finished: Collection[int] = (), max_batch: int | None = None,
+    planned: Iterable[tuple[Row, RowImages]],
+    finished: Collection[int] = (),
+    max_batch: int | None = None,
     last_index: int | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Count the micro-batches of `cut_batches` up to `last_index`, without planning single images."""
     sorted_finished = sorted(set(finished))
     ranges = plan_batch_ranges(planned, max_batch)

@@ -1,11 +1,14 @@
 """The Ray actor that runs one worker."""
 
+import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinysd_batch.errors import BrokenWorkerError
+from tinysd_batch.job.job_log import write_job_log
 from tinysd_batch.job.ray_workers import handshake
 from tinysd_batch.job.ray_workers.result_batches import MAX_DELAY_S, ResultBatch, group_results
 from tinysd_batch.job.workers.oom_fallback import ImageShape, MemoryLimits
@@ -25,6 +28,9 @@ class WorkerProcess(Worker):
     def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
         if setup.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not use any GPU
+        logging.captureWarnings(True)
+        self.log = contextlib.ExitStack()
+        self.log.enter_context(write_job_log(setup.scratch.parent, name))  # until the process ends
         super().__init__(setup, name, model)
 
     def answer_handshake(self, token: str, memory_limits: dict[ImageShape, MemoryLimits]) -> dict[str, Any]:

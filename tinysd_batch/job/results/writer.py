@@ -47,9 +47,12 @@ class ResultsWriter:
     """Collect rows, write them to the journal about once per second, and seal the journal at the end."""
 
     def __init__(
-        self, job_folder: Path, schema: pa.Schema, total_rows: int,
+        self,
+        job_folder: Path,
+        schema: pa.Schema,
+        total_rows: int,
         guard: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Prepare to add rows to the table of a job.
 
         Args:

@@ -41,11 +41,17 @@ class ManifestRecord:
         manifest = saved["manifest"]
         columns = manifest.get("columns")
         return cls(
-            manifest["fingerprint"], manifest["rows"], saved["images"], saved["invalid_rows"],
-            tuple(columns) if columns is not None else None, saved.get("reader", 1),
-            manifest.get("lines", manifest["rows"]), manifest.get("out_of_order", 0), manifest.get("bytes"),
-            manifest.get("columns_as_text", saved.get("reader", 1) == 1),
-        )  # fmt: skip
+            fingerprint=manifest["fingerprint"],
+            last_row_number=manifest["rows"],
+            images=saved["images"],
+            invalid_rows=saved["invalid_rows"],
+            extra_columns=tuple(columns) if columns is not None else None,
+            reader_version=saved.get("reader", 1),
+            snapshot_lines=manifest.get("lines", manifest["rows"]),
+            out_of_order=manifest.get("out_of_order", 0),
+            file_bytes=manifest.get("bytes"),
+            columns_as_text=manifest.get("columns_as_text", saved.get("reader", 1) == 1),
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -164,9 +170,13 @@ class Job:
         """Read the rows of the manifest file by the current rules; each has its row number in the job."""
         settings = self.settings
         return read_rows(
-            self.manifest, self.row_defaults(), settings.strict, notes=notes, interpret_lines=settings.interpret_lines,
+            self.manifest,
+            self.row_defaults(),
+            settings.strict,
+            notes=notes,
+            interpret_lines=settings.interpret_lines,
             compat_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
-        )  # fmt: skip
+        )
 
     def run_columns(self) -> dict[str, Any]:
         """Return the results columns that are equal in all rows of a run."""
@@ -187,6 +197,11 @@ def derive_row_defaults(settings: Settings, model: ModelInfo) -> RowDefaults:
 def derive_shared_settings(settings: Settings, model: ModelInfo, seed: int) -> SharedSettings:
     """Return the settings that all images of a job with this seed share."""
     return SharedSettings(
-        seed=seed, model_digest=model.digest, precision=settings.precision, long_prompts=settings.long_prompts,
-        fixed_code=settings.fixed_code, suffix=settings.format, rng=settings.rng,
-    )  # fmt: skip
+        seed=seed,
+        model_digest=model.digest,
+        precision=settings.precision,
+        long_prompts=settings.long_prompts,
+        fixed_code=settings.fixed_code,
+        suffix=settings.format,
+        rng=settings.rng,
+    )

@@ -54,13 +54,23 @@ def check_job_json(saved: dict[str, Any]) -> None:
     manifest = saved["manifest"]
     columns = manifest.get("columns", [])
     texts = (
-        saved["version"], saved["created_at"], saved["model"]["name"], saved["model"]["digest"], manifest["path"],
+        saved["version"],
+        saved["created_at"],
+        saved["model"]["name"],
+        saved["model"]["digest"],
+        manifest["path"],
         manifest["fingerprint"],
-    )  # fmt: skip
+    )
     numbers = (
-        saved["seed"], saved["images"], saved["invalid_rows"], manifest["rows"], saved.get("reader", 1),
-        manifest.get("lines", 0), manifest.get("out_of_order", 0), manifest.get("bytes") or 0,
-    )  # fmt: skip
+        saved["seed"],
+        saved["images"],
+        saved["invalid_rows"],
+        manifest["rows"],
+        saved.get("reader", 1),
+        manifest.get("lines", 0),
+        manifest.get("out_of_order", 0),
+        manifest.get("bytes") or 0,
+    )
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
         raise TypeError('"columns" must be a list of strings')
     if not isinstance(saved["settings"], dict) or not all(isinstance(text, str) for text in texts):
@@ -114,9 +124,16 @@ def get_immutable_reader_settings(manifest: Path) -> list[str]:
 
 
 def write_job_json(
-    folder: Path, manifest: Path, record: ManifestRecord, settings: Settings, model: ModelInfo, *, seed: int,
-    run_id: str, reuse: Path | None,
-) -> None:  # fmt: skip
+    folder: Path,
+    manifest: Path,
+    record: ManifestRecord,
+    settings: Settings,
+    model: ModelInfo,
+    *,
+    seed: int,
+    run_id: str,
+    reuse: Path | None,
+) -> None:
     """Write `job.json`, with the time of the first run. Raises StorageError."""
     path = folder / JOB_FILE
     now = datetime.now(UTC).isoformat()

@@ -93,10 +93,15 @@ def open_job(manifest: Path, folder: Path, settings: Settings, reuse: Path | Non
     digest = compute_fingerprint(manifest)
     model = read_model_info(settings.model)
     job = Job(
-        folder, manifest, fill_in_model_defaults(settings, model), model, run_id=uuid.uuid4().hex[:12],
-        fingerprint=digest, manifest_stamp=stamp,
+        folder,
+        manifest,
+        fill_in_model_defaults(settings, model),
+        model,
+        run_id=uuid.uuid4().hex[:12],
+        fingerprint=digest,
+        manifest_stamp=stamp,
         seed=settings.seed if settings.seed is not None else secrets.randbelow(2**31),
-    )  # fmt: skip
+    )
     saved = read_job_json(folder) if (folder / JOB_FILE).exists() else None
     job = inherit_seeds(job, reuse) if saved is None else resume_or_replace(job, saved, reuse)
     if read_manifest_stamp(manifest) != stamp:

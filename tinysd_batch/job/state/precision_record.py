@@ -76,8 +76,11 @@ def choose_recorded_precision(path: Path | None, device: "torch.device", *, is_s
     choice = choose_precision(None, device, is_small=is_small)
     logger.warning(
         "%s: the job started with %s, which this device does not support well; continuing with %s: %s",
-        machine_device_key(device), recorded["dtype"], choice.name, choice.reason,
-    )  # fmt: skip
+        machine_device_key(device),
+        recorded["dtype"],
+        choice.name,
+        choice.reason,
+    )
     return replace(choice, replaces=recorded["dtype"])
 
 

@@ -22,9 +22,12 @@ PER_RUN_SETTINGS = ("skip_grid", "n_rows")  # the contact sheet at the end of a 
 
 
 def prepare_job(
-    target: Path, output: Path | None, presets: Sequence[dict[str, Any]], given: dict[str, Any],
+    target: Path,
+    output: Path | None,
+    presets: Sequence[dict[str, Any]],
+    given: dict[str, Any],
     reuse: Path | None = None,
-) -> tuple[Job, bool]:  # fmt: skip
+) -> tuple[Job, bool]:
     """Open the job that the user names.
 
     Args:

@@ -46,9 +46,13 @@ class NoteSink(Protocol):
 
 
 def reuse_images(
-    job: Job, old: Path, wanted: Iterable[ImageRequest], writer: ResultsWriter, notes: NoteSink,
+    job: Job,
+    old: Path,
+    wanted: Iterable[ImageRequest],
+    writer: ResultsWriter,
+    notes: NoteSink,
     should_stop: Callable[[], bool],
-) -> set[int]:  # fmt: skip
+) -> set[int]:
     """Link wanted images of the job `old` into this job and write their rows.
 
     If `old` no longer exists, or was generated differently, a note says so and no image is reused.

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from tinysd_batch.job.job_log import LOG_FILE_NAME
 from tinysd_batch.job.manifest.snapshot import ROWS_FILE
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.inherited_seeds import SEEDS_FILE
@@ -23,7 +24,8 @@ def undo_job_start(job: Job, new_folders: list[Path]) -> None:
         new_folders: Folders that this run created, the innermost first.
     """
     remove_job_state(job)
-    (job.state_folder / "lock").unlink(missing_ok=True)
+    for name in ("lock", LOG_FILE_NAME):
+        (job.state_folder / name).unlink(missing_ok=True)
     results = ResultsTable(job.folder)
     for folder in (results.parts_folder, results.journal, job.scratch, job.state_folder, *new_folders):
         with contextlib.suppress(OSError):  # not empty, or never created

@@ -5,6 +5,7 @@ and published here, and only their records are sent back.
 """
 
 import gc
+import logging
 import os
 import platform
 import time
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from tinysd_batch.model.pipeline import TinySD
     from tinysd_batch.model.sampling.batch import GenerationOutput
 
+logger = logging.getLogger(__name__)
 MAX_MESSAGE_CHARACTERS = 2000
 
 
@@ -171,6 +173,8 @@ class Worker:
         if fault is FaultType.OUT_OF_MEMORY:
             release_memory()
             if limits.next_fallback(len(images), self.model):
+                width, height, _ = get_image_shape(images[0])
+                logger.info("out of memory at %dx%d; from now on %s", width, height, limits)
                 return self.generate_images(images, wanted)
         if len(images) == 1:
             return [self.make_failed_result(images[0], *failure)]
@@ -203,6 +207,7 @@ class Worker:
         )
 
     def generate_and_publish(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
+        """Call the model once for all images, and publish the wanted ones."""
         started = time.time()
         params = images[0].params
         generated = self.model.generate(
@@ -239,6 +244,7 @@ class Worker:
     def publish(
         self, request: ImageRequest, generated: "GenerationOutput", position: int, started: float
     ) -> ImageResult:
+        """Encode one image of a batch with its metadata, publish the file, and return the result."""
         from tinysd_batch.images import FileFormat, encode_image, format_webui_parameters
 
         columns: dict[str, Any] = {
@@ -322,6 +328,7 @@ def load_model(setup: WorkerSetup) -> "TinySD":
 
 
 def first_message_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__)[:MAX_MESSAGE_CHARACTERS]
 

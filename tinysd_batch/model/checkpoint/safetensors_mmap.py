@@ -56,6 +56,7 @@ class MappedTensors(dict[str, Tensor]):
 
     @classmethod
     def map(cls, path: Path) -> Self:
+        """Map a file whose header was checked. Raises ModelError for an unknown dtype or too many tensors."""
         tensors = cls()
         with path.open("rb") as file:
             tensors.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -113,6 +114,7 @@ def too_many_tensors_error(path: Path, count: int) -> ModelError:
 
 
 def view_tensor(mapping: mmap.mmap, start: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """Return a tensor that views the mapping from byte `start` on; a copy if it is not aligned."""
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)

@@ -7,11 +7,14 @@ output is bit-identical to the second step's, the remaining steps replay the gra
 
 import contextlib
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 UNetStep = Callable[[Tensor], Tensor]  # latents [R, 4, h, w] to the predicted noise
 EAGER_STEPS = 2  # before a step is captured
@@ -84,6 +87,7 @@ class CapturedStep:
             torch.cuda.synchronize()
             usable = False
         if not usable:
+            logger.info("the UNet step could not be captured as a CUDA graph; steps run eagerly")
             self.capture_failed = True
             self.close()
 

@@ -119,6 +119,7 @@ class EncodedBatch:
 
 
 def encode_prompts(encoder: PromptEncoder, request: GenerationRequest) -> list[Conditioning]:
+    """Encode the prompts of a request, one conditioning per image."""
     return encoder.encode(
         request.prompts,
         request.negative_prompts,

@@ -150,6 +150,7 @@ def tokenize_prompt(
 def tokenize_sub_prompt(
     tokenizer: CLIPTokenizer, sub_prompt: SubPrompt, max_tokens: int, *, long_prompts: bool
 ) -> TokenizedSubPrompt:
+    """Tokenize one sub-prompt and split it into windows; without `long_prompts` it is truncated to the first."""
     ids: list[int] = []
     emphasis: list[float] = []
     for span in sub_prompt.spans:

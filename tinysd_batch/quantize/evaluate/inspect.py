@@ -41,7 +41,7 @@ LAYER_TYPE_BY_DIMENSIONS = {1: "norms and biases", 2: "linear", 3: "convolution"
 POSITION_IDS = "position_ids"
 WEIGHT_FORMATS = (GroupWeight, AffineRowWeight, ZeroPointRowWeight)
 PACKED_TENSOR_NAMES = {
-    each.name for weight_format in WEIGHT_FORMATS for each in fields(weight_format) if each.name != "bits"
+    tensor.name for weight_format in WEIGHT_FORMATS for tensor in fields(weight_format) if tensor.name != "bits"
 }
 CODES_TENSOR = "qweight"
 DEFAULT_LATENT_CHANNELS = 4  # if a configuration has no entry

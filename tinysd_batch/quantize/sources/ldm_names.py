@@ -27,7 +27,7 @@ TRAINING_ENTRIES = (
     "datamodule_hparams_name", "state_dict", "num_updates",
 )  # fmt: skip
 TRAINING_PREFIXES = ("first_stage_model.loss.", "embedding_manager.")
-# Parts of CLIP that SD v1 does not use: its image encoder, and the projections into the space shared with it.
+# What SD v1 does not use of CLIP: the image encoder, and the projections into the space shared with it.
 UNUSED_CLIP_PREFIXES = (
     f"{CLIP_PREFIX}vision_model.",
     f"{CLIP_PREFIX}visual_projection.",
@@ -42,11 +42,11 @@ EMA_COPIES = "EMA copies"
 # Names that a checkpoint may have beside the model and that are ignored, by category. The first match decides.
 IGNORED_CATEGORIES: dict[str, Callable[[str], bool]] = {
     EMA_COPIES: lambda name: name.startswith(EMA_PREFIX),
-    "of the noise schedule": lambda name: name in SCHEDULE_TENSORS,
-    "of training": lambda name: name in TRAINING_ENTRIES or name.startswith(TRAINING_PREFIXES),
+    "noise schedule tensors": lambda name: name in SCHEDULE_TENSORS,
+    "training entries": lambda name: name in TRAINING_ENTRIES or name.startswith(TRAINING_PREFIXES),
     "position ids": lambda name: name.endswith(".position_ids"),
-    "of CLIP's image encoder": lambda name: name.startswith(UNUSED_CLIP_PREFIXES),
-    "of the VAE's training": lambda name: name.startswith(VAE_TRAINING_PREFIXES),
+    "unused CLIP tensors": lambda name: name.startswith(UNUSED_CLIP_PREFIXES),
+    "VAE training tensors": lambda name: name.startswith(VAE_TRAINING_PREFIXES),
 }
 
 MAX_COMPONENT_TENSORS = 4000  # SD v1's UNet has 686, the one of tiny-stable-diffusion about 1,750

@@ -142,7 +142,7 @@ class TensorReader:
         return floats
 
     def read_integers(self, name: str, shape: tuple[int, ...], maximum: int) -> Tensor:
-        """Read integers from 0 to `maximum` as uint8, whatever dtype they are stored in."""
+        """Read integers from 0 to `maximum` as uint8; they may be stored in any dtype."""
         floats = self.read_floats(name, shape)
         if not torch.equal(floats, floats.round().clamp(0, maximum)):
             raise self.make_error(name, f"has values other than integers from 0 to {maximum}")

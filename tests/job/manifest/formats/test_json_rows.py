@@ -1,4 +1,4 @@
-"""Objects on lines and in arrays: NaN, faults, sizes, and time that grows no faster than the file."""
+"""Objects on lines and in arrays: NaN, errors, limits, and reading in linear time."""
 
 import json
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.manifests import DEFAULTS, read, reason
+from tests.support.manifests import DEFAULTS, get_reason, write_and_read
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.records import InvalidRow, Row
@@ -18,10 +18,10 @@ def test_nan_is_a_missing_value_and_infinity_is_not(tmp_path: Path) -> None:
         '{"prompt": "cat", "aesthetic": Infinity}\n'
         '{"prompt": "dog", "tags": [NaN, 1]}\n'
     )
-    apple, cat, dog = read(tmp_path / "m.jsonl", lines)[0]
+    apple, cat, dog = write_and_read(tmp_path / "m.jsonl", lines)[0]
     assert isinstance(apple, Row)
     assert (apple.seed, apple.extra) == (None, {})
-    assert (reason(cat), cat.prompt) == ("Infinity is not a JSON number", "cat")
+    assert (get_reason(cat), cat.prompt) == ("Infinity is not a JSON number", "cat")
     assert dog.extra == {"tags": "[NaN, 1]"}
 
 
@@ -30,36 +30,36 @@ def test_nan_is_a_missing_value_and_infinity_is_not(tmp_path: Path) -> None:
     ['{"prompt": "cat", "x": Infinity}', "no JSON", '{"prompt": "cat", "prompt": "dog"}', '{"text": "\\ud800"}',
      json.dumps({"prompt": "cat", **{f"k{n}": 1 for n in range(1000)}})],
 )  # fmt: skip
-def test_no_message_about_prompts_where_rows_were_lost_otherwise(tmp_path: Path, line: str) -> None:
-    rows, _ = read(tmp_path / "m.jsonl", f'{line}\n{{"seed": 7}}\n')
+def test_missing_prompt_key_is_not_reported_if_rows_were_unreadable(tmp_path: Path, line: str) -> None:
+    rows, _ = write_and_read(tmp_path / "m.jsonl", f'{line}\n{{"seed": 7}}\n')
     assert [type(row) for row in rows] == [InvalidRow, InvalidRow]
-    assert "column prompt is empty" in reason(rows[1])
+    assert "column prompt is empty" in get_reason(rows[1])
 
 
-def test_too_many_keys_are_counted(tmp_path: Path) -> None:
+def test_too_many_keys(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "cat", **{f"k{n}": 1 for n in range(1200)}})
-    (row,), _ = read(tmp_path / "m.jsonl", f"{line}\n")
-    assert reason(row) == "1,201 keys, at most 1,000; remove those that are not needed"
+    (row,), _ = write_and_read(tmp_path / "m.jsonl", f"{line}\n")
+    assert get_reason(row) == "1,201 keys, at most 1,000; remove those that are not needed"
 
 
-def test_doubled_keys_take_time_by_their_number(tmp_path: Path) -> None:
+def test_duplicate_keys_take_linear_time(tmp_path: Path) -> None:
     pairs = ", ".join(f'"k{n}": 1' for n in range(20_000))
     started = time.process_time()
-    (row,), _ = read(tmp_path / "m.jsonl", f'{{"prompt": "cat", {pairs}, "k7": 2}}\n')
-    assert time.process_time() - started < 1  # comparing all with all takes five seconds
-    assert reason(row) == "20,001 keys, at most 1,000; remove those that are not needed"
-    (row,), _ = read(tmp_path / "m.jsonl", '{"prompt": "cat", "k7": 1, "k7": 2}\n')
-    assert reason(row) == "key 'k7' appears twice"
+    (row,), _ = write_and_read(tmp_path / "m.jsonl", f'{{"prompt": "cat", {pairs}, "k7": 2}}\n')
+    assert time.process_time() - started < 1  # comparing all keys with each other takes five seconds
+    assert get_reason(row) == "20,001 keys, at most 1,000; remove those that are not needed"
+    (row,), _ = write_and_read(tmp_path / "m.jsonl", '{"prompt": "cat", "k7": 1, "k7": 2}\n')
+    assert get_reason(row) == "key 'k7' appears twice"
 
 
-# Arrays (case 10)
+# Arrays
 
 ARRAY = '[\n {"prompt": "cat", "seed": 1},\n {"prompt": "dog",\n  "seed": "x"}, {"prompt": "owl"}\n]\n'
 
 
 @pytest.mark.parametrize("name", ["m.json", "m.jsonl", "m.json.gz", "m.ndjson"])
 def test_an_array_of_objects(tmp_path: Path, name: str) -> None:
-    rows, _ = read(tmp_path / name, ARRAY)
+    rows, _ = write_and_read(tmp_path / name, ARRAY)
     assert [row.prompt for row in rows] == ["cat", "dog", "owl"]
     assert isinstance(rows[1], InvalidRow)
     assert (rows[1].line, rows[1].reason) == (3, "column seed = 'x': a whole number was expected")
@@ -73,14 +73,14 @@ def test_an_array_of_objects(tmp_path: Path, name: str) -> None:
         '[{"prompt":"cat"},{"prompt":"dog"},]',
     ],
 )
-def test_what_else_a_json_file_may_hold(tmp_path: Path, content: str) -> None:
-    rows, _ = read(tmp_path / "m.json", content)
+def test_other_contents_of_a_json_file(tmp_path: Path, content: str) -> None:
+    rows, _ = write_and_read(tmp_path / "m.json", content)
     assert [row.prompt for row in rows] == ["cat", "dog"]
 
 
-def test_what_is_no_good_in_an_array_costs_its_row(tmp_path: Path) -> None:
+def test_bad_value_in_an_array_invalidates_only_its_row(tmp_path: Path) -> None:
     content = '[3, {"prompt": "cat", "x": {"a": 1, "a": 2}}, "text", {"prompt": "\\ud800"}, [1], {"prompt": "dog"}]'
-    rows, _ = read(tmp_path / "m.json", content)
+    rows, _ = write_and_read(tmp_path / "m.json", content)
     assert [getattr(row, "reason", "") for row in rows] == [
         "not a JSON object", "key 'a' appears twice", "not a JSON object",
         "half a character: a \\u escape of a surrogate without the other one of its pair", "not a JSON object", "",
@@ -101,21 +101,21 @@ def test_what_is_no_good_in_an_array_costs_its_row(tmp_path: Path) -> None:
         ("[{}, {}]", "no rows except 2 blank ones"),
     ],
 )
-def test_text_that_is_no_json(tmp_path: Path, content: str, message: str) -> None:
+def test_text_that_is_not_json(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
-        read(tmp_path / "m.json", content)
+        write_and_read(tmp_path / "m.json", content)
 
 
-def test_a_line_that_is_a_list_makes_no_array_of_the_others(tmp_path: Path) -> None:
-    rows, _ = read(tmp_path / "m.jsonl", '[1]\n{"prompt": "cat"}\n')
+def test_line_with_a_list_does_not_make_the_file_an_array(tmp_path: Path) -> None:
+    rows, _ = write_and_read(tmp_path / "m.jsonl", '[1]\n{"prompt": "cat"}\n')
     assert [type(row) for row in rows] == [InvalidRow, Row]
 
 
-def test_a_long_array_is_read_in_pieces(tmp_path: Path) -> None:
-    """Objects lie across the ends of pieces in all ways."""
+def test_long_array_is_read_in_blocks(tmp_path: Path) -> None:
+    """Objects cross the block boundaries at all positions."""
     objects = [{"prompt": f"cat {n} 'ü\"[]{{}},", "seed": n, "x": "y" * (n % 700)} for n in range(3000)]
     (tmp_path / "m.json").write_text(json.dumps(objects, indent=1, ensure_ascii=False), encoding="utf-8")
     rows = list(read_rows(tmp_path / "m.json", DEFAULTS))
     assert [(row.prompt, row.seed) for row in rows if isinstance(row, Row)] == [
-        (o["prompt"], o["seed"]) for o in objects
+        (row["prompt"], row["seed"]) for row in objects
     ]

@@ -32,7 +32,9 @@ SEPARATOR_LINE = re.compile(r'"?sep=([,;|:\t])"?\s*', re.IGNORECASE)  # Excel's,
 BLANK_LINE_CHARACTERS = ' ,;\t|"\r\n'  # a line of only these is blank
 DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+\s*", re.ASCII)
 THOUSANDS_SEPARATED = re.compile(r"\s*[+-]?\d{1,3}([.,]\d{3})+\s*", re.ASCII)
+# The rest of a quoted cell that was opened on an earlier line.
 REST_OF_OPEN_CELL = re.compile(r'[^"]*(?:""[^"]*)*"?')
+# A quoted cell, which may still be open at the end of the line.
 QUOTED = r'"[^"]*(?:""[^"]*)*(?:"|\Z)'
 
 
@@ -49,7 +51,7 @@ class CsvLineReader(BoundedLineReader):
     def set_separator(self, separator: str) -> None:
         self.separator = separator
         mark = re.escape(separator)
-        # blanks, a quoted part (which may still be open at the end of the line), the rest up to the separator
+        # blanks, a quoted part, and the rest up to the separator
         self.cell = re.compile(rf"( *)({QUOTED})?([^{mark}]*)({mark}|\Z)", re.DOTALL)
 
     def start_record(self) -> None:
@@ -147,7 +149,7 @@ class CsvRowConverter:
         if self.lines.length > MAX_CELL_CHARACTERS:
             drop_long_values(values, self.columns.source_names, self.options.notes)
         if self.unnamed_count and "" in values:
-            self.check_unnamed(values, line)
+            self.handle_unnamed_columns(values, line)
         try:
             for name in self.decimal_comma_columns:
                 if name in values:
@@ -156,7 +158,7 @@ class CsvRowConverter:
             return UnreadableRow(f"column {self.columns.source_names[name]} = {error}", values.get("prompt"), line)
         return RawRow(values, self.columns.source_names, line)
 
-    def check_unnamed(self, values: dict[str, str], line: int) -> None:
+    def handle_unnamed_columns(self, values: dict[str, str], line: int) -> None:
         """Drop values of unnamed columns if there are several. Raises ManifestError if unknown columns are an error."""
         if self.options.strict:
             raise ManifestError(

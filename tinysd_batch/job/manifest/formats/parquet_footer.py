@@ -81,7 +81,7 @@ class ThriftCompactReader:
         head = self.read_byte()
         count = head >> 4 if head >> 4 != 15 else self.read_varint()
         if count > len(self.data) - self.position:
-            raise ValueError("the footer is cut off")
+            raise ValueError("the footer is truncated")
         return [self.read_value(head & 15, depth + 1) for _ in range(count)]
 
     def read_byte(self) -> int:
@@ -91,7 +91,7 @@ class ThriftCompactReader:
     def read_bytes(self, count: int) -> bytes:
         self.position += count
         if self.position > len(self.data):
-            raise ValueError("the footer is cut off")
+            raise ValueError("the footer is truncated")
         return self.data[self.position - count : self.position]
 
     def read_varint(self) -> int:

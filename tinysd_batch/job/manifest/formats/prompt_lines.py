@@ -128,6 +128,8 @@ def take_option(words: list[str], short_options: Collection[str]) -> tuple[str, 
     Raises ValueError for an unknown option or a missing value.
     """
     word = words.pop(0)
+    if not is_option(word, short_options):
+        raise ValueError(f"{word} follows the value of an option; quote texts of several words")
     if word.startswith("--"):
         option, equals, value = word[2:].partition("=")
         name = normalize_column_name(option)
