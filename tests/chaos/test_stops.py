@@ -154,7 +154,7 @@ def test_a_second_ctrl_c_leaves_at_once(manifest: Path, tmp_path: Path, tiny_mod
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "a second time leaves at once" in out
+    assert "press Ctrl-C again to exit at once" in out
     assert "Stopped immediately. To resume:\n  tinysd-batch submit " in out
     assert "Traceback" not in out
     _, alive = psutil.wait_procs(children, timeout=20)
