@@ -252,7 +252,7 @@ def test_chunks_grow_with_measured_speed_and_shrink_at_the_end(
         sizes.append(len(chunk))
         original(self, worker, chunk)
 
-    monkeypatch.setattr(Dispatcher, "submit", record_chunk_size)
+    monkeypatch.setattr(Dispatcher, "submit_chunk", record_chunk_size)
     run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)
     assert sizes[0] == 1
     assert max(sizes) > 4

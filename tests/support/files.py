@@ -31,10 +31,14 @@ def names_below(folder: Path) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """Return every path below a folder, files with their bytes. The lock may change: it has the last process id."""
+    """Return every path below a folder, files with their bytes, without the job's log.
+
+    The lock's content may change: it has the last process id.
+    """
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() and path.name != "lock" else None
         for path in folder.rglob("*")
+        if path.name != "job.log"
     }
 
 

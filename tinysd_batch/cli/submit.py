@@ -107,9 +107,13 @@ def submit_command(
     from tinysd_batch.report.reading_progress import ReadingProgress
 
     flags = {
-        **settings, "workers": workers, "inline": inline, "address": address, "worker_wait": worker_wait,
+        **settings,
+        "workers": workers,
+        "inline": inline,
+        "address": address,
+        "worker_wait": worker_wait,
         "strict": strict or None,
-    }  # fmt: skip
+    }
     manifest_path = choose_manifest(manifest, from_file, extra_words)
     with ReadingProgress(make_console(stderr=True), f"Reading {manifest_path}"):
         job, has_named_model = prepare_from_options(manifest_path, output, preset or [], flags, reuse)

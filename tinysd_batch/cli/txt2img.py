@@ -124,8 +124,8 @@ def read_prompts(
         rows = [build_row(1, {"prompt": text}, defaults)]
     invalid = [row for row in rows if isinstance(row, InvalidRow)]
     if len(invalid) == len(rows):
-        where = f"{from_file}: {format_row_label(invalid[0].number, invalid[0].line)}" if from_file else "the prompt"
-        raise UsageError(f"{where} cannot be generated: {invalid[0].reason}")
+        source = f"{from_file}: {format_row_label(invalid[0].number, invalid[0].line)}" if from_file else "the prompt"
+        raise UsageError(f"{source} cannot be generated: {invalid[0].reason}")
     return [row for row in rows if not isinstance(row, InvalidRow)], invalid
 
 

@@ -84,9 +84,9 @@ def test_a_correction_changes_images_and_digest(model: TinySD, tiny_model: Path)
 
 def test_inspect_reports_it(corrected: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert (
-        "corrects its noise, as measured at 2 times and scale 2" in run_here("inspect", corrected, cwd=tmp_path).stdout
+        "noise correction, measured at 2 timesteps with scale 2" in run_here("inspect", corrected, cwd=tmp_path).stdout
     )
-    assert "corrects" not in run_here("inspect", tiny_model, cwd=tmp_path).stdout
+    assert "noise correction" not in run_here("inspect", tiny_model, cwd=tmp_path).stdout
     inspected = json.loads(run_here("inspect", corrected, "--json", cwd=tmp_path).stdout)
     assert NoiseCorrection.model_validate(inspected["noise_correction"]) == CORRECTION
 

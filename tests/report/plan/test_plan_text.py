@@ -162,8 +162,8 @@ def test_first_lines_summarize_the_plan(tmp_path: Path, tiny_model: Path) -> Non
     assert "for 4 images with 1 worker, at the speed of old" in line_of(after, "Takes")
     done = run_here("plan", "m.csv", "--model", tiny_model, "-o", "old", cwd=tmp_path).stdout
     assert "nothing is left to generate" in line_of(done, "Takes")
-    other = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", "--width", "32", cwd=tmp_path).stdout
-    assert "not measured" in line_of(other, "Takes")
+    another_size = run_here("plan", "m.csv", "--model", tiny_model, "-o", "new", "--width", "32", cwd=tmp_path).stdout
+    assert "not measured" in line_of(another_size, "Takes")
 
 
 def test_plan_for_an_absent_gpu(tmp_path: Path, tiny_model: Path) -> None:

@@ -202,7 +202,8 @@ class Planner:
             )  # fmt: skip
 
     def allowed_strategies(self, stage: Stage) -> Sequence[ExecutionStrategy]:
-        return [one for one in stage.strategies if one.chunk_bytes <= self.max_chunk_bytes] or stage.strategies
+        allowed = [strategy for strategy in stage.strategies if strategy.chunk_bytes <= self.max_chunk_bytes]
+        return allowed or stage.strategies
 
     def estimate_activation_bytes(self, stage: Stage, strategy: ExecutionStrategy) -> int:
         """Return the peak of all tensors except weights, from the cache or by tracing."""

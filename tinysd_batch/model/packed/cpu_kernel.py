@@ -41,16 +41,25 @@ def run_cpu_kernel(weight: PackedWeight, out: Tensor, function: ctypes.c_void_p 
     assert out.is_contiguous(), out.stride()
     codes, *parameters = (tensor.contiguous() for tensor in weight.tensors().values())
     rows, columns = out.shape
-    lines, kind = 1, KIND_ZERO_POINT_ROWS
+    lines_per_row, layout_kind = 1, KIND_ZERO_POINT_ROWS
     if isinstance(weight, GroupWeight):
-        lines, kind = columns // weight.group_size, KIND_GROUPS
+        lines_per_row, layout_kind = columns // weight.group_size, KIND_GROUPS
     elif isinstance(weight, AffineRowWeight):
-        kind = KIND_AFFINE_ROWS
+        layout_kind = KIND_AFFINE_ROWS
     pointers = [tensor.data_ptr() for tensor in parameters] + [None] * (3 - len(parameters))
     arguments = KernelArguments(
-        codes.data_ptr(), (ctypes.c_void_p * 3)(*pointers), out.data_ptr(), rows, lines, columns // lines,
-        0, max(1, WEIGHTS_PER_TASK // columns), weight.bits, kind, OUTPUT_DTYPES.index(out.dtype),
-    )  # fmt: skip
+        codes=codes.data_ptr(),
+        parameters=(ctypes.c_void_p * 3)(*pointers),
+        out=out.data_ptr(),
+        rows=rows,
+        row_lines=lines_per_row,
+        columns=columns // lines_per_row,
+        next=0,
+        at_once=max(1, WEIGHTS_PER_TASK // columns),
+        bits=weight.bits,
+        kind=layout_kind,
+        type=OUTPUT_DTYPES.index(out.dtype),
+    )
     threads = 1 if out.numel() < MIN_PARALLEL_WEIGHTS else torch.get_num_threads()
     run_on_threads(function or get_cpu_kernel(), arguments, threads)
 

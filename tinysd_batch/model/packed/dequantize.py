@@ -4,6 +4,7 @@ A kernel, on CUDA or the CPU, is used only after it has dequantized test weights
 """
 
 import contextlib
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from tinysd_batch.model.packed.format import (
     PackedWeight,
     ZeroPointRowWeight,
 )
+
+logger = logging.getLogger(__name__)
 
 ESTIMATED_DEVICE: ContextVar[torch.device | None] = ContextVar("estimated_device", default=None)
 CPU = torch.device("cpu")
@@ -79,8 +82,7 @@ def has_working_kernels(device: torch.device) -> bool:
             for dtype in cuda_kernel.OUTPUT_TYPES
         )
     except Exception as error:  # noqa: BLE001 - NVRTC, a compiler or a library can fail in any way
-        if device.type == "cuda":
-            warn_without_kernel(device, error)
+        report_without_kernel(device, error)
         return False
 
 
@@ -91,8 +93,12 @@ def is_kernel_exact(weight: PackedWeight, dtype: torch.dtype, device: torch.devi
     return torch.equal(result, dequantize_by_rows(weight, expected, dequantize_rows_torch))
 
 
-def warn_without_kernel(device: torch.device, error: Exception) -> None:
+def report_without_kernel(device: torch.device, error: Exception) -> None:
+    """Warn on a GPU. On the CPU only log it: a package that was built without a compiler has no kernel."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if device.type == "cpu":
+        logger.info("cpu: weights are dequantized by torch's operators, without a kernel: %s", reason)
+        return
     warnings.warn(f"{device}: weights are dequantized without a kernel, which is slow: {reason}", stacklevel=3)
 
 
