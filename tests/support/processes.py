@@ -1,8 +1,10 @@
 """Start a job in a process of its own, watch it and kill it."""
 
 import random
+import statistics
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -37,9 +39,13 @@ def wait_for_images(job: Path, goal: int, process: subprocess.Popen[str]) -> Non
 
 
 def sleep_part_of_an_image(job: Path, rng: random.Random) -> None:
-    """Sleep for a random part of the time that the latest images took, so that no machine is too fast for the test."""
+    """Sleep for a random part of the time that the latest images took, so that no machine is too fast for the test.
+
+    The median ignores the pause between two runs.
+    """
     written = sorted(path.stat().st_mtime for path in (job / "images").rglob("seed_*"))[-5:]
-    time.sleep(rng.random() * (written[-1] - written[0]) / (len(written) - 1 or 1))
+    durations_s = [later - earlier for earlier, later in pairwise(written)]
+    time.sleep(rng.random() * statistics.median(durations_s or [0.0]))
 
 
 def list_descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
