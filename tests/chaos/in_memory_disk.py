@@ -25,7 +25,7 @@ from tinysd_batch.job.results import writer
 from tinysd_batch.job.results.schema import RESULT_FIELDS
 from tinysd_batch.job.state.job import Job
 from tinysd_batch.records import ImageRequest, ImageResult, Row, Status
-from tinysd_batch.storage import atomic
+from tinysd_batch.storage.filesystem import storage_errors
 
 # Enough columns to check the table. A row with all columns takes half a millisecond.
 COLUMNS = ("index", "row", "status", "file_name", "sha256", "error_class")
@@ -61,11 +61,11 @@ class InMemorySimulation(Simulation):
 
     def write_table(self, data: Any, path: Path) -> None:
         """Replace `atomic.write_atomically`."""
-        with atomic.storage_errors(path), self.write(data, path.parent):
+        with storage_errors(path), self.write(data, path.parent):
             self.tables[path] = data
 
     def save_job(self, job: Job, *_: Any) -> Job:
-        with atomic.storage_errors(job.folder), self.write(b"", job.folder):
+        with storage_errors(job.folder), self.write(b"", job.folder):
             return job
 
     def publish(self, image: ImageRequest) -> ImageResult:
@@ -73,7 +73,7 @@ class InMemorySimulation(Simulation):
         self.generations += is_new
         self.wasted += is_new and self.fault_of_run is not None and self.writes + 1 == self.fault_of_run[1]
         data = b"%s generated as number %d" % (image.image_id.encode(), self.generations)
-        with atomic.storage_errors(self.folder), self.write(data, self.folder):
+        with storage_errors(self.folder), self.write(data, self.folder):
             return make_result(image, self.image_files.setdefault(image.file_name, data))
 
     def adopt(self, job_folder: Path, image: ImageRequest) -> ImageResult | None:

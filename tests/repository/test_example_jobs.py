@@ -35,7 +35,7 @@ def test_every_job_opens(path: Path, tmp_path: Path) -> None:
 def test_every_preset_is_valid_and_mentioned(path: Path) -> None:
     read_preset(path)
     name = path.relative_to(ROOT).as_posix()
-    assert any(name in text.read_text(encoding="utf-8") for text in [*JOBS, ROOT / "README.md"])
+    assert any(name in text.read_text(encoding="utf-8") for text in [*JOBS, ROOT / "docs" / "manifest.md"])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -30,16 +30,15 @@ def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-CHANGING_FILES = ("lock", "job.log")  # the lock has the last process id; every run appends to the log
-
-
 def snapshot(folder: Path) -> dict[str, object]:
-    """Return every path below a folder, files with their bytes, except for those that change in every run."""
+    """Return every path below a folder, files with their bytes, without the job's log.
+
+    The lock's content may change: it has the last process id.
+    """
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        if path.is_file() and path.name not in CHANGING_FILES
-        else None
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() and path.name != "lock" else None
         for path in folder.rglob("*")
+        if path.name != "job.log"
     }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job_json import read_job_json
-from tinysd_batch.storage.atomic import storage_errors, write_atomically
+from tinysd_batch.storage.atomic import write_atomically
+from tinysd_batch.storage.filesystem import storage_errors
 
 CELL_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 FORMULA_PREFIXES = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - some programs accept full-width ones

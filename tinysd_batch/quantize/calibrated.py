@@ -61,7 +61,8 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     write_json,
 )
 from tinysd_batch.quantize.sources.formats import open_source
-from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
+from tinysd_batch.storage.atomic import create_folder_atomically
+from tinysd_batch.storage.filesystem import storage_errors
 
 PROGRESS_INTERVAL_S = 10.0
 ALLOCATION_INPUTS = 16  # UNet inputs on which to compare layouts

@@ -25,7 +25,8 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
 from tinysd_batch.quantize.sources.diffusers_folder import DECODER_ONLY_VAE
 from tinysd_batch.quantize.sources.formats import open_source
 from tinysd_batch.quantize.sources.tiny_stable_diffusion import TinyStableDiffusionSource
-from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
+from tinysd_batch.storage.atomic import create_folder_atomically
+from tinysd_batch.storage.filesystem import storage_errors
 
 DTYPE_BY_NAME = {"fp16": torch.float16, "fp32": torch.float32}
 

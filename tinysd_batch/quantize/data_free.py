@@ -34,7 +34,8 @@ from tinysd_batch.quantize.sources.checkpoint_source import (
     convert_for_storage,
 )
 from tinysd_batch.quantize.sources.formats import open_source
-from tinysd_batch.storage.atomic import create_folder_atomically, storage_errors
+from tinysd_batch.storage.atomic import create_folder_atomically
+from tinysd_batch.storage.filesystem import storage_errors
 
 DEFAULT_SIZE = SizeTarget()
 CPU = torch.device("cpu")

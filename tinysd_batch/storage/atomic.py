@@ -17,13 +17,12 @@ from tinysd_batch.storage.filesystem import (
     NO_RENAME_ERRNOS,
     NoLocksError,
     retry_transient_errors,
+    storage_errors,
     sync_handle,
     sync_path,
     try_flock,
     try_lock,
 )
-from tinysd_batch.storage.filesystem import is_transient as is_transient
-from tinysd_batch.storage.filesystem import storage_errors as storage_errors
 
 TEMPORARY_PREFIX = ".tmp-"
 MAX_FILE_BYTES = 100_000_000  # a larger image file was not written by this program

@@ -21,7 +21,7 @@ from tinysd_batch.job.workers.faults import FAULT_POLICIES, FaultAction, FaultTy
 from tinysd_batch.job.workers.oom_fallback import ImageShape, get_image_shape
 from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerEvent, WorkerLost, WorkerPool, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
-from tinysd_batch.storage.atomic import storage_errors
+from tinysd_batch.storage.filesystem import storage_errors
 
 STOP_GRACE_S = 30.0  # how long a stop waits for the micro-batches that are being generated
 POLL_TIMEOUT_S = 0.5

@@ -24,7 +24,7 @@ def undo_job_start(job: Job, new_folders: list[Path]) -> None:
         new_folders: Folders that this run created, the innermost first.
     """
     remove_job_state(job)
-    for name in ("lock", LOG_FILE_NAME):
+    for name in ("lock", LOG_FILE_NAME, f"{LOG_FILE_NAME}.1"):
         (job.state_folder / name).unlink(missing_ok=True)
     results = ResultsTable(job.folder)
     for folder in (results.parts_folder, results.journal, job.scratch, job.state_folder, *new_folders):

@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 
 from tinysd_batch.config import MAX_SEED
 from tinysd_batch.records import ImageRequest, ImageResult, Status
-from tinysd_batch.storage.atomic import MAX_FILE_BYTES, storage_errors, sync_existing_file
+from tinysd_batch.storage.atomic import MAX_FILE_BYTES, sync_existing_file
+from tinysd_batch.storage.filesystem import storage_errors
 from tinysd_batch.text import has_surrogates, make_printable
 
 MAX_TOKEN_COUNT = 2**31 - 1  # the largest int32, the column's type

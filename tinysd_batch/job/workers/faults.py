@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
 from tinysd_batch.errors import StorageError, TinySDError, is_out_of_memory
-from tinysd_batch.storage.atomic import is_transient
+from tinysd_batch.storage.filesystem import is_transient
 
 
 class FaultType(StrEnum):

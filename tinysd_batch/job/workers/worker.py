@@ -36,7 +36,8 @@ from tinysd_batch.job.workers.oom_fallback import (
 )
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
-from tinysd_batch.storage.atomic import publish, storage_errors
+from tinysd_batch.storage.atomic import publish
+from tinysd_batch.storage.filesystem import storage_errors
 from tinysd_batch.version import __version__
 
 if TYPE_CHECKING:
