@@ -127,7 +127,7 @@ def test_full_disk(here: Path, tiny_model: Path, limit: int) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (5, 1), done.stderr
     assert "File too large; make room or choose another folder" in done.stderr
     files = {path.name for path in (here / "job").rglob("*") if path.is_file()}
-    assert files <= {"lock", "job.json", ROWS_FILE, PRECISION_FILE}
+    assert files <= {"lock", "job.log", "job.json", ROWS_FILE, PRECISION_FILE}
     draw(here / "m.csv", here / "job", tiny_model, height=64, width=64)
     check_whole(here / "job", 1)
 
