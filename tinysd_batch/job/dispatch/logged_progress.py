@@ -5,6 +5,7 @@ import logging
 from tinysd_batch.job.dispatch.job_progress import InvalidRows, JobProgress
 from tinysd_batch.job.workers.pool import WorkerLost, WorkerReady
 from tinysd_batch.records import ImageRequest, ImageResult, Status
+from tinysd_batch.text import make_text_storable
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +26,14 @@ class LoggedProgress:
 
     def report_image(self, request: ImageRequest, result: ImageResult) -> None:
         if result.status is not Status.OK:
-            logger.debug("row %d, image %d: %s: %s", request.row, request.index, result.status, result.error_message)
+            message = make_text_storable(result.error_message or "")
+            logger.debug("row %d, image %d: %s: %s", request.row, request.index, result.status, message)
         elif result.degraded:
             logger.debug("row %d, image %d: degraded: %s", request.row, request.index, ", ".join(result.degraded))
         self.progress.report_image(request, result)
 
     def note(self, line: str) -> None:
-        logger.debug("%s", line)
+        logger.debug("%s", make_text_storable(line))
         self.progress.note(line)
 
     def report_flush(self) -> None:
