@@ -46,10 +46,8 @@ def new_model(path: Path, **options: Any) -> TinySD:
 
 
 def generate(model: TinySD, **options: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    images: np.ndarray[Any, np.dtype[np.float32]] = model.generate(
-        "cat", 1, num_inference_steps=STEPS, output_type="np", **options
-    ).images
-    return images
+    output = model.generate("cat", 1, num_inference_steps=STEPS, output_type="np", **options)
+    return np.asarray(output.images)
 
 
 @pytest.fixture(autouse=True)
