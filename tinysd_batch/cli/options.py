@@ -112,7 +112,7 @@ ReuseOption = Annotated[
         show_default=False,
     ),
 ]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print seed and path of each image.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print seed and path of each image, and the log.")]
 
 
 def add_options_of(source: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
