@@ -46,7 +46,9 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     with table_errors(file):
         check_regular_file(file)
         with file.open("rb") as opened:  # pyarrow does not accept file names that are not UTF-8
-            parquet = pq.ParquetFile(opened)
+            # Otherwise pyarrow fetches ahead in a thread that needs the GIL to free its buffers, which aborts a process
+            # that exits meanwhile.
+            parquet = pq.ParquetFile(opened, pre_buffer=False)
             check_result_columns(parquet.schema_arrow)
             table = parquet.read(columns=columns, use_threads=parquet.metadata.num_rows > THREADED_READ_MIN_ROWS)
         if any(table[name].null_count for name in ("row", "status") if name in table.column_names):

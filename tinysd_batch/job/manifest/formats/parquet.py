@@ -71,7 +71,7 @@ def read_parquet_file(path: Path, options: ReadingOptions) -> Iterator[ReaderIte
     Text columns are read dictionary-encoded: a small file can repeat one huge value many times.
     """
     with open_seekable(path) as stream, wrap_parquet_errors(path):
-        file = pq.ParquetFile(stream)
+        file = pq.ParquetFile(stream, pre_buffer=False)
         header = file.schema_arrow.names
         columns = match_table_columns(path, header, options.strict)
         skipped = find_skipped_columns(path, stream, file, columns)
@@ -79,7 +79,7 @@ def read_parquet_file(path: Path, options: ReadingOptions) -> Iterator[ReaderIte
             options.notes.record_dropped_column(name, reason)
         wanted = [name for name in header if name not in skipped]
         text_paths = [leaf.path for leaf in map(file.schema.column, range(len(file.schema))) if is_byte_array(leaf)]
-        file = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=text_paths)
+        file = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=text_paths, pre_buffer=False)
         our_names = dict(zip(header, columns.names, strict=True))
         for batch in read_batches(file, wanted):
             if all(array.null_count == len(array) for array in batch.columns):
@@ -285,7 +285,7 @@ def find_extra_column_types(files: list[Path]) -> dict[str, Any]:
     types: dict[str, Any] = {}
     for path in files:
         with open_seekable(path) as stream, wrap_parquet_errors(path):
-            file = pq.ParquetFile(stream)
+            file = pq.ParquetFile(stream, pre_buffer=False)
             columns = match_table_columns(path, file.schema_arrow.names, strict=False)
             skipped = find_skipped_columns(path, stream, file, columns)
         for field, name in zip(file.schema_arrow, columns.names, strict=True):
