@@ -1,12 +1,14 @@
 """Every run writes a log, which `status` names."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.files import write_csv
-from tests.support.program import run_here
+from tests.support.program import environment, run_here
 from tinysd_batch.job import job_log
 from tinysd_batch.job.job_log import write_job_log
 
@@ -49,6 +51,25 @@ def test_warnings_of_worker_and_driver_go_to_one_file(tmp_path: Path) -> None:
     assert [line.split(" ", 2)[2] for line in lines] == [
         "WARNING tinysd_batch.model: no kernel", "WARNING miner2/cuda-0 tinysd_batch.model: no kernel",
     ]  # fmt: skip
+
+
+def test_a_log_that_a_full_disk_does_not_take_costs_nothing(tmp_path: Path) -> None:
+    """The limit of a file's size stands for the disk: writing beyond it is an OSError, too."""
+    script = f"""
+import logging, resource
+from pathlib import Path
+from tinysd_batch.job.job_log import write_job_log
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with write_job_log(Path({str(tmp_path)!r})):
+    for number in range(20):
+        logging.getLogger("tinysd_batch.test").debug("x" * 100)
+print("the run goes on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the run goes on\n", "")
 
 
 def test_links_are_not_followed_and_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:

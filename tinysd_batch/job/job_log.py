@@ -42,6 +42,10 @@ class JobLogHandler(logging.handlers.WatchedFileHandler):
         with contextlib.suppress(OSError):
             super().emit(record)
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk did not take is lost
+            super().close()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Ignore a full disk: the results say what became of the images."""
 
