@@ -20,7 +20,9 @@ import typer
 from tinysd_batch.cli import app
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.manifest.columns import ALIASES, KNOWN_COLUMNS
-from tinysd_batch.job.results.schema import RESULT_FIELDS
+from tinysd_batch.job.results.columns import COLUMNS
+from tinysd_batch.settings.declaration import Panel
+from tinysd_batch.settings.schema import COLUMN_SETTINGS
 
 FOLDER = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,64 +31,7 @@ COMMANDS = ("submit", "plan", "status", "verify", "export", "txt2img", "quantize
 MANIFEST_COLUMNS = {
     "prompt": "the text; `tabby cat:0.25 white duck:0.75 hybrid` mixes its parts by weight ([prompts](prompts.md))",
     "id": "your own name for the row, kept in the results",
-    "negative_prompt": "what the image should not show",
-    "prompt_syntax": "`seed`, `a1111` or `none`: how both prompts are read",
-    "seed": "of the row's first image, the next ones count up; empty: the job's seed + the image's index - 1",
-    "height": "pixels; a multiple of the model's step (16 for the embedded model, 64 for SD v1), at most 2048",
-    "width": "pixels, as `height`",
-    "steps": "sampling steps, 1 to 1000",
-    "scale": "guidance scale, 0 to 100; 1 switches guidance off",
-    "sampler": "`plms`, `ddim`, `euler`, `euler_a`, `heun`, `dpm2`, `dpm2_a`, `lms`, `dpmpp_2m` or `unipc`",
-    "eta": "fresh noise in ddim and plms, 0 to 1; other samplers ignore it, and the results then say 0",
-    "n_iter": "number of batches for the row",
-    "n_samples": "images per batch; a row generates `n_iter` times `n_samples` images",
-}
-RESULT_COLUMNS = {
-    "index": "the image's number in the job, from 1",
-    "row": "its manifest row, from 1",
-    "sample": "its number in the row, from 1",
-    "id": "the row's `id`",
-    "image_id": "128 bits over everything that decides the pixels; equal ids are equal images",
-    "prompt": "as generated",
-    "negative_prompt": "as generated",
-    "prompt_syntax": "as generated",
-    "seed": "as generated",
-    "width": "pixels",
-    "height": "pixels",
-    "steps": "as generated",
-    "sampler": "as generated",
-    "scale": "as generated",
-    "eta": "as generated",
-    "status": "`ok`, `failed`, `invalid` (the row is wrong; no `index`) or `quarantined` (three workers died or hung on"
-    " it)",
-    "file_name": "the image file, relative to the job folder",
-    "sha256": "of the image file",
-    "bytes": "size of the image file",
-    "error_class": "`out_of_memory`, `not_finite`, `refused` (also: a folder is in the image's place), `invalid_row`,"
-    " `worker_died`, `hung`, `device_broken`, or the name of a Python exception",
-    "error_message": "one sentence",
-    "attempts": "how often it was tried",
-    "degraded": "what was done to generate it: [the values](memory.md#limit-it)",
-    "n_tokens": "length of the prompt in tokens",
-    "truncated": "the end of the prompt that the model did not see",
-    "negative_truncated": "the end of the negative prompt that it did not see",
-    "model": "name of the model",
-    "model_digest": "digest of the model folder",
-    "precision": "`float32`, `float16` or `bfloat16`",
-    "device_name": "the device that generated it",
-    "worker": "the worker that generated it",
-    "node": "the machine that generated it",
-    "text_s": "seconds of text encoding, the image's share of its micro-batch; null for an image that was found on"
-    " disk without its row, since files hold no measurements",
-    "denoise_s": "seconds of denoising, likewise",
-    "decode_s": "seconds of decoding, likewise",
-    "peak_memory_bytes": "torch's peak on a GPU (within a budget at least what was planned for a step); the process's"
-    " peak resident size on a CPU; null as `text_s`",
-    "started_at": "when the micro-batch was started",
-    "finished_at": "when it was finished",
-    "run_id": "the run that generated it",
-    "version": "the version of the program",
-    "reused": "the job folder that `--reuse` took the image from",
+    **{name: setting.column for name, setting in COLUMN_SETTINGS.items()},
 }
 EXIT_CODES = {
     0: "all images generated",
@@ -114,7 +59,7 @@ def manifest_columns() -> str:
 
 def column_aliases() -> str:
     rows = (
-        [f"`{name}`", ", ".join(f"`{alias}`" for alias in ALIASES[name])] for name in KNOWN_COLUMNS if name in ALIASES
+        [f"`{name}`", ", ".join(f"`{alias}`" for alias in ALIASES[name])] for name in KNOWN_COLUMNS if ALIASES.get(name)
     )
     return format_table(["column", "also called"], rows)
 
@@ -127,7 +72,7 @@ def describe_type(data_type: pa.DataType) -> str:
 
 
 def result_columns() -> str:
-    rows = ([f"`{field.name}`", describe_type(field.type), RESULT_COLUMNS[field.name]] for field in RESULT_FIELDS)
+    rows = ([f"`{column.name}`", describe_type(column.type), column.meaning] for column in COLUMNS)
     return format_table(["column", "type", "meaning"], rows)
 
 
@@ -201,9 +146,13 @@ def options() -> str:
         rows += [option_row(option) for option in own]
         also = " The [settings](#settings) apply, too." if set(shared) <= set(get_options(command)) else ""
         parts.append(f"## {name}\n\n{' '.join(paragraphs)}{also}\n\n{format_table(['option', 'meaning'], rows)}")
-    settings = [option_row(get_options(get_commands()["submit"])[name]) for name in shared]
     intro = "Options of `submit`, `plan` and `txt2img`; with underscores they are keys of job files and presets, too."
-    parts.append(f"## Settings\n\n{intro}\n\n{format_table(['option', 'meaning'], settings)}")
+    parts.append(f"## Settings\n\n{intro}\n")
+    for panel in (None, *Panel):
+        settings = [get_options(get_commands()["submit"])[name] for name in shared]
+        rows = [option_row(option) for option in settings if option.rich_help_panel == panel]
+        heading = f"### {panel}\n\n" if panel else ""
+        parts.append(heading + format_table(["option", "meaning"], rows))
     return "\n".join(parts)
 
 

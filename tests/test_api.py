@@ -83,20 +83,20 @@ def test_several_images_of_each_prompt(model: TinySD) -> None:
         ({"zzz": 3}, TypeError, "unexpected keyword argument 'zzz'$"),
         ({"steps": 3, "num_inference_steps": 4}, UsageError, "two names of one setting"),
         ({"scale": 3, "cfg_scale": 4}, UsageError, "scale = '3' and cfg_scale = '4'"),
-        ({"steps": 2.5}, UsageError, "num_inference_steps = '2.5': a whole number was expected"),
+        ({"steps": 2.5}, UsageError, "num_inference_steps = 2.5: a whole number was expected"),
         ({"steps": 0}, UsageError, "must be between 1 and 1000"),
-        ({"seed": 42.5}, UsageError, "seed = '42.5': a whole number"),
+        ({"seed": 42.5}, UsageError, "seed = 42.5: a whole number"),
         ({"seed": -2}, UsageError, "seed = -2: must be between"),
         ({"seed": 2**63 - 1, "n_samples": 2}, UsageError, "seed = 9223372036854775808"),
         ({"seed": []}, UsageError, "seed: 0 given"),
         ({"seed": True}, UsageError, "a whole number was expected"),
         ({"sampler": "karras"}, UsageError, "no such sampler"),
         ({"scale": "much"}, UsageError, "guidance_scale = 'much': a number was expected"),
-        ({"scale": float("nan")}, UsageError, "guidance_scale = 'nan': a number"),
+        ({"scale": float("nan")}, UsageError, "guidance_scale = nan: must be finite"),
         ({"eta": 7}, UsageError, "eta = 7: must be between 0 and 1"),
         ({"latents": torch.zeros(1, 4, 8, 8), "n_samples": 2}, UsageError, "latents: 1 given for 2 images"),
         ({"negative_prompt": ["a", None]}, UsageError, "2 given for a batch of 1"),
-        ({"prompt": ["a", float("nan")]}, UsageError, "prompt = 'nan': text was expected"),
+        ({"prompt": ["a", float("nan")]}, UsageError, "prompt = nan: text was expected"),
         ({"prompt": "a\ud800"}, UsageError, "half a character"),
         ({"prompt": None}, UsageError, "prompt: give text"),
     ],
@@ -212,7 +212,7 @@ def test_unknown_settings_are_refused(here: Path) -> None:
         submit("m.csv", stpes=3)
     with pytest.raises(UsageError, match="two names of one setting"):
         submit("m.csv", steps=3, num_inference_steps=4)
-    with pytest.raises(UsageError, match=r"steps = '2\.5'"):
+    with pytest.raises(UsageError, match=r"steps = 2\.5"):
         submit("m.csv", steps=2.5)
     with pytest.raises(ManifestError, match="no such file"):
         submit("none.csv", inline=True)

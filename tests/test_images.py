@@ -9,18 +9,27 @@ import pytest
 import sd_parsers
 from PIL import Image
 
-from tinysd_batch.config import SAMPLERS
-from tinysd_batch.images import SAMPLER_LABELS, FileFormat, encode_image, format_webui_parameters, read_metadata
-from tinysd_batch.records import ImageRequest, SamplingParams
+from tests.support.settings import make_image_settings
+from tinysd_batch.images import (
+    SAMPLER_LABELS,
+    FileFormat,
+    ModelLabel,
+    encode_image,
+    format_webui_parameters,
+    read_metadata,
+)
+from tinysd_batch.records import ImageRequest
+from tinysd_batch.settings.sampler_names import SAMPLERS
+
+LABEL = ModelLabel("sd, v1", "0123456789abcdef", "0.1.0")
 
 
 def request(prompt: str, negative: str = "") -> ImageRequest:
-    params = SamplingParams(width=512, height=768, steps=50, sampler="plms", eta=0.0)
-    return ImageRequest(1, 1, 1, prompt, negative, 42, 7.5, params, "ab" * 16, "images/00000/seed_42_00001.png")
+    return ImageRequest(prompt, 42, make_image_settings(negative_prompt=negative, width=512, height=768, steps=50))
 
 
 def test_webui_parameters() -> None:
-    text = format_webui_parameters(request("a cat\non a mat", "blurry"), "sd, v1", "0123456789abcdef", "0.1.0")
+    text = format_webui_parameters(request("a cat\non a mat", "blurry"), LABEL)
     assert text.splitlines() == [
         "a cat on a mat",
         "Negative prompt: blurry",
@@ -90,9 +99,10 @@ def test_other_programs_read_the_parameters(
 ) -> None:
     # sd-parsers 0.6 caches by the image's memory address, which the next image may have, too.
     monkeypatch.setattr("sd_parsers.extractors._jpeg_usercomment._image_id", None)
-    params = SamplingParams(width=512, height=768, steps=50, sampler=sampler, eta=0.5)
-    image_request = ImageRequest(1, 1, 1, "a cat, (big:1.2), 16:9", "blurry: yes", 42, 7.5, params, "ab" * 16, "x.png")
-    parameters = format_webui_parameters(image_request, "sd, v1", "0123456789abcdef", "0.1.0")
+    settings = make_image_settings(
+        negative_prompt="blurry: yes", width=512, height=768, steps=50, sampler=sampler, eta=0.5
+    )
+    parameters = format_webui_parameters(ImageRequest("a cat, (big:1.2), 16:9", 42, settings), LABEL)
     path = tmp_path / f"image.{name}"
     path.write_bytes(encode_image(Image.fromarray(pixels()), FileFormat(name), parameters, METADATA))
     parsed = sd_parsers.ParserManager().parse(path)

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from tinysd_batch.api import JobResult, read_results, submit
-    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.tiny_sd import TinySD
 
 set_wait_policy()  # before anything imports torch
 
 
 def __getattr__(name: str) -> "Any":
     if name == "TinySD":
-        from tinysd_batch.model.pipeline import TinySD
+        from tinysd_batch.model.tiny_sd import TinySD
 
         return TinySD
     if name in ("JobResult", "read_results", "submit"):

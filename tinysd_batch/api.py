@@ -5,32 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import UsageError
 from tinysd_batch.records import Status
-from tinysd_batch.values import parse_integer
+from tinysd_batch.settings.schema import SETTINGS
+from tinysd_batch.settings.sources import suggest_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SETTING_ALIASES = {
-    "num_inference_steps": "steps",
-    "ddim_steps": "steps",
-    "guidance_scale": "scale",
-    "cfg_scale": "scale",
-    "cfg": "scale",
-    "num_images_per_prompt": "n_samples",
-    "num_images": "n_samples",
-    "batch_size": "n_samples",
-    "sampler_name": "sampler",
-    "negative": "negative_prompt",
-    "H": "height",
-    "W": "width",
-    "ddim_eta": "eta",
-}
-INTEGER_ARGUMENTS = {
-    "seed", "steps", "height", "width", "n_iter", "n_samples", "quality", "n_rows", "unet_bs", "max_batch", "workers",
-}  # fmt: skip
+SETTING_ALIASES = {alias: name for name, setting in SETTINGS.items() for alias in setting.aliases}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,52 +105,24 @@ def submit(
 
 
 def resolve_aliases(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace the names that other libraries use by our own, and values by plain ones.
+    """Replace the names that other libraries use by our own.
 
     Raises:
         TypeError: A setting is unknown.
         UsageError: A setting is given twice, under different names and with different values.
     """
     resolved: dict[str, Any] = {}
-    for alias, original_value in settings.items():
+    for alias, value in settings.items():
         name = SETTING_ALIASES.get(alias, alias)
-        if name not in Settings.model_fields:
-            raise TypeError(f"submit() got an unexpected keyword argument {alias!r}{suggest_setting(alias)}")
-        value = to_plain_value(name, original_value)
+        if name not in SETTINGS:
+            suggestion = suggest_name(alias, [*SETTINGS, *SETTING_ALIASES])
+            raise TypeError(f"submit() got an unexpected keyword argument {alias!r}{suggestion}")
         if name in resolved and resolved[name] != value:
             raise UsageError(
                 f"{name} = {resolved[name]} and {alias} = {value}: two names of one setting; give one of them"
             )
         resolved[name] = value
     return resolved
-
-
-def to_plain_value(name: str, value: Any) -> Any:
-    """Convert a setting to the value that job.toml would have.
-
-    Paths become text, integers of any type become int, and a seed of -1 becomes None.
-    """
-    if isinstance(value, Path):
-        return str(value)
-    if callable(item := getattr(value, "item", None)):  # a number of numpy or torch
-        value = item()
-    if name == "vram_budget" and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if name not in INTEGER_ARGUMENTS or isinstance(value, str | bool) or value is None:
-        return value
-    if name == "seed" and value == -1:
-        return None
-    try:
-        return parse_integer(value)
-    except ValueError:
-        return value  # `Settings` rejects it by name
-
-
-def suggest_setting(name: str) -> str:
-    import difflib
-
-    matches = difflib.get_close_matches(name, [*Settings.model_fields, *SETTING_ALIASES], n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def read_results(folder: str | Path, columns: Sequence[str] | None = None) -> "pa.Table":

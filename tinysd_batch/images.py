@@ -10,12 +10,13 @@ import json
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
 from tinysd_batch.records import ImageRequest
+from tinysd_batch.settings.schema import IMAGE_SETTINGS
 from tinysd_batch.text import make_value_storable
 
 METADATA_KEY = "tinysd"
@@ -29,6 +30,7 @@ SAMPLER_LABELS = {  # as in the web UI
     "plms": "PLMS", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
     "dpm2_a": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC",
 }  # fmt: skip
+RNG_LABELS = {"cpu": "CPU", "cuda": "NV"}  # as in the web UI: the noise of a CPU, of an NVIDIA GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +42,48 @@ class FileFormat:
     with_metadata: bool = True
 
 
-def format_webui_parameters(request: ImageRequest, model_name: str, model_digest: str, version: str) -> str:
-    """Return the `parameters` entry: prompt, negative prompt, then one line of settings."""
-    params = request.params
-    settings = {
-        "Steps": params.steps,
-        "Sampler": SAMPLER_LABELS[params.sampler],
-        "CFG scale": request.scale,
-        "Seed": request.seed,
-        "Size": f"{params.width}x{params.height}",
-        "Model hash": model_digest[:10],
-        "Model": json.dumps(model_name) if any(character in model_name for character in ",:\n") else model_name,
-        "RNG": "CPU",
-        "Version": f"tinysd-batch {version}",
+@dataclass(frozen=True, slots=True)
+class ModelLabel:
+    """What images say about the program that generated them."""
+
+    model: str
+    model_digest: str
+    version: str
+
+
+def describe_request(request: ImageRequest, label: ModelLabel) -> dict[str, Any]:
+    """Return everything that determines the image, under the names of the results table."""
+    return {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "noise_seed": request.initial_noise_seed,
+        **{name: getattr(request.settings, name) for name in IMAGE_SETTINGS},
+        **asdict(label),
     }
-    if params.eta:
-        settings["Eta"] = params.eta
+
+
+def format_webui_parameters(request: ImageRequest, label: ModelLabel) -> str:
+    """Return the `parameters` entry: prompt, negative prompt, then one line of settings."""
+    settings = request.settings
+    name = label.model
+    values = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLER_LABELS[settings.sampler],
+        "CFG scale": settings.scale,
+        "Seed": request.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model hash": label.model_digest[:10],
+        "Model": json.dumps(name) if any(character in name for character in ",:\n") else name,
+        "RNG": RNG_LABELS[settings.rng],
+        "Version": f"tinysd-batch {label.version}",
+    }
+    for name, setting in IMAGE_SETTINGS.items():
+        if setting.webui_label and getattr(settings, name) != setting.default:
+            values[setting.webui_label] = getattr(settings, name)
     lines = [request.prompt.replace("\n", " ")]
-    if request.negative_prompt:
-        lines.append("Negative prompt: " + request.negative_prompt.replace("\n", " "))
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    if settings.negative_prompt:
+        lines.append("Negative prompt: " + settings.negative_prompt.replace("\n", " "))
+    lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
 
 

@@ -1,8 +1,10 @@
-"""Records passed between manifest, plan, workers and results. Plain data without behaviour or dependencies."""
+"""Records passed between manifest, plan, workers, model and results. Plain data."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from tinysd_batch.settings.schema import ImageSettings
 
 
 class Status(StrEnum):
@@ -15,31 +17,21 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """Parameters shared by all images of a micro-batch. They also share whether guidance is used."""
-
-    width: int  # pixels
-    height: int  # pixels
-    steps: int
-    sampler: str
-    eta: float
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
-    """A valid row of the manifest with all settings filled in; `seed` is None if the manifest has none."""
+    """A valid row of the manifest. Its settings are complete; `seed` is None if the manifest has none."""
 
     number: int  # from 1, not counting the header
     prompt: str
-    negative_prompt: str
-    seed: int | None
-    scale: float
-    n_iter: int
-    n_samples: int
-    params: SamplingParams
-    prompt_syntax: str = "seed"
+    settings: ImageSettings
+    seed: int | None = None
+    n_iter: int = 1
+    n_samples: int = 1
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # unknown columns, copied to the results
+
+    @property
+    def n_images(self) -> int:
+        return self.n_iter * self.n_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +48,23 @@ class InvalidRow:
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One prompt with one seed."""
+    """One prompt with one seed: the record of an image from the manifest to its metadata."""
 
-    index: int  # the image's number in the job, from 1
-    row: int
-    sample: int  # the image's number within its row, from 1
     prompt: str
-    negative_prompt: str
     seed: int
-    scale: float
-    params: SamplingParams
-    image_id: str  # 32 hex digits
-    file_name: str  # relative to the job folder, POSIX
-    prompt_syntax: str = "seed"
+    settings: ImageSettings
     noise_seed: int | None = None  # of the initial noise, if it is not `seed`
+    image_id: str = ""  # 32 hex digits
+    index: int = 1  # the image's number in the job, from 1
+    row: int = 1
+    sample: int = 1  # the image's number within its row, from 1
+    file_name: str = ""  # relative to the job folder, POSIX
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def initial_noise_seed(self) -> int:
+        return self.seed if self.noise_seed is None else self.noise_seed
 
 
 @dataclass(frozen=True, slots=True)

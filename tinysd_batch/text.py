@@ -110,3 +110,8 @@ def excerpt(value: object, length: int = 60) -> str:
     """Return the value in quotes for an error message: on one line, without control characters, cut to `length`."""
     text = value if isinstance(value, str) else str(value)
     return repr(text[:length] + ("…" if len(text) > length else ""))
+
+
+def show_value(value: object) -> str:
+    """Return a setting's value for an error message: numbers as they are, anything else as an excerpt."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else excerpt(value)

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 from tests.support.models.batch_layouts import LAYOUTS, ImagesById, compare_images, generate_with_layout
-from tinysd_batch.config import SAMPLERS, Settings
+from tests.support.settings import make_settings
+from tinysd_batch.settings.sampler_names import SAMPLERS
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
-    settings = Settings(model=arguments.model, steps=arguments.steps, device="cpu")
+    settings = make_settings(model=arguments.model, steps=arguments.steps, device="cpu")
     with tempfile.TemporaryDirectory() as scratch:
         first: ImagesById = {}
         for number, layout in enumerate(LAYOUTS):

@@ -49,13 +49,16 @@ print(time.monotonic() - started)
 WORKER_PROGRAM = f"""
 import sys, time
 from pathlib import Path
+from tinysd_batch.job.state.open_job import resolve_settings
 from tinysd_batch.job.workers.pool import choose_cpu_workers
 from tinysd_batch.job.workers.worker import WorkerSetup, load_model
 from tinysd_batch.model.checkpoint.info import read_model_info
 info = read_model_info(sys.argv[1])
 _, threads = choose_cpu_workers(1, 1, info.is_small)
 here = Path()
-setup = WorkerSetup(here, here, info.path, info.name, info.digest, "cpu", "auto", threads=threads)
+setup = WorkerSetup.from_settings(
+    resolve_settings({"device": "cpu"}, info), info, job_folder=here, scratch=here, threads=threads
+)
 model = load_model(setup)
 options = dict(height={SIZE_PX}, width={SIZE_PX}, sampler="ddim", guidance_scale=7.5)
 model.generate("a lake", 1, num_inference_steps=1, **options)

@@ -60,7 +60,7 @@ def read_peak_gib() -> float:
 
 def measure_tinysd(arguments: argparse.Namespace) -> Measurement:
     """Generate with the engine, with decoding or without, in the precision that it chooses on this machine."""
-    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.tiny_sd import TinySD
 
     imports_gib = read_peak_gib()
     started = time.monotonic()
@@ -107,7 +107,7 @@ def measure_diffusers_step(dtype: torch.dtype, steps: int, size: int) -> Measure
 
 def pause_while_denoising(model_folder: Path) -> None:
     """Print a line after the first step, and wait for a line of input before continuing."""
-    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.tiny_sd import TinySD
 
     def callback(step: int, *_: object) -> None:
         if step == 0:

@@ -18,7 +18,7 @@ import torch
 from tests.support.models.random_sd_v1 import MODEL, make_random_model
 from tests.support.models.stage_peaks import interpolate_budget, measure_stage_peaks
 from tinysd_batch.model.offload.stage_estimate import MicroBatchShape
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 
 SIZES = (256, 512, 768)
 IMAGES = (1, 2, 4)

@@ -24,7 +24,6 @@ import torch
 
 from tests.support.models.stub_model import SilentProgress, StubModel
 from tinysd_batch import TinySD
-from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.inline_pool import InlinePool
@@ -98,10 +97,8 @@ def measure_job_layer(images: int = 1000) -> None:
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "m.csv"
         manifest.write_text("prompt\n" + "red apple\n" * images)
-        job = open_job(manifest, Path(folder) / "job", Settings())
-        setup = WorkerSetup(
-            job.folder, job.scratch, job.model.path, job.model.name, job.model.digest, "cpu", "auto", None
-        )
+        job = open_job(manifest, Path(folder) / "job", {})
+        setup = WorkerSetup.from_settings(job.settings, job.model, job_folder=job.folder, scratch=job.scratch)
         pool = InlinePool(setup)
         pool.worker = Worker(setup, "trivial", StubModel())  # type: ignore[arg-type]
         elapsed_s = time_call_s(lambda: run_job(job, lambda _: pool, SilentProgress(), lambda: False))

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from tinysd_batch.job.plan.batches import IMAGES_PER_FOLDER, format_file_name
+from tinysd_batch.job.results.columns import COLUMN_FIELDS
 from tinysd_batch.job.results.compare import find_differences, iterate_saved_images, read_saved_images
-from tinysd_batch.job.results.schema import RESULT_FIELDS
 from tinysd_batch.job.results.table import ResultsTable, conform_to_schema
 from tinysd_batch.job.results.writer import SEAL_ROWS, to_parquet
 from tinysd_batch.storage.atomic import write_atomically
@@ -38,7 +38,7 @@ def make_files(folder: Path, sizes: np.ndarray) -> None:
 
 
 def make_table(folder: Path, sizes: np.ndarray) -> None:
-    schema = pa.schema(RESULT_FIELDS)
+    schema = pa.schema(COLUMN_FIELDS)
     for part, first in enumerate(range(0, len(sizes), SEAL_ROWS)):
         part_sizes = sizes[first : first + SEAL_ROWS]
         indexes = np.arange(first + 1, first + len(part_sizes) + 1)

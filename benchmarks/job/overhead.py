@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.models.stub_model import STUB_IMAGE_PX, SilentProgress, StubModel, StubRayPool, StubWorkerProcess
-from tinysd_batch.config import Settings
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.ray_workers.cluster import start_ray
 from tinysd_batch.job.ray_workers.result_batches import ResultBatch
@@ -91,7 +90,7 @@ def make_job(folder: Path, images: int) -> Job:
 
 
 def reopen_job(manifest: Path, folder: Path) -> Job:
-    return open_job(manifest, folder, Settings(height=STUB_IMAGE_PX, width=STUB_IMAGE_PX, seed=1))
+    return open_job(manifest, folder, {"height": STUB_IMAGE_PX, "width": STUB_IMAGE_PX, "seed": 1})
 
 
 def make_worker_setup(job: Job) -> WorkerSetup:

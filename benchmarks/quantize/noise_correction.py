@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.quantize.compare_quantizers import CPU, load_held_out_trajectories, log
 from tests.support.paths import ROOT
-from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import NoiseCorrection
+from tinysd_batch.model.tiny_sd import TinySD
 from tinysd_batch.quantize.calibration.trajectories import (
     HELD_OUT_SEED_OFFSET,
     TUNING_PROMPT_INTERVAL,

@@ -22,14 +22,14 @@ from tinysd_batch.job.dispatch.job_progress import InvalidRows, RunSummary
 from tinysd_batch.job.plan.batches import RowImages, cut_batches, plan_images
 from tinysd_batch.job.results import table as tables
 from tinysd_batch.job.results import writer
-from tinysd_batch.job.results.schema import RESULT_FIELDS
+from tinysd_batch.job.results.columns import COLUMN_FIELDS
 from tinysd_batch.job.state.job import Job
 from tinysd_batch.records import ImageRequest, ImageResult, Row, Status
 from tinysd_batch.storage.filesystem import storage_errors
 
 # Enough columns to check the table. A row with all columns takes half a millisecond.
 COLUMNS = ("index", "row", "status", "file_name", "sha256", "error_class")
-SCHEMA = pa.schema([field for field in RESULT_FIELDS if field.name in COLUMNS])
+SCHEMA = pa.schema([field for field in COLUMN_FIELDS if field.name in COLUMNS])
 
 
 class InMemorySimulation(Simulation):

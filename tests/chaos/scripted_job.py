@@ -16,13 +16,13 @@ from typing import Any
 
 from tests.support.models.stub_model import StubModel, StubRayPool, StubWorkerProcess
 from tinysd_batch.cli.terminal.signals import stop_on_signals
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.dispatch import dispatcher
 from tinysd_batch.job.dispatch.chunk_size import HangTimeout
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.worker import WorkerSetup
+from tinysd_batch.records import ImageRequest
 from tinysd_batch.report.progress_bar import RunProgressBar
 
 
@@ -42,13 +42,13 @@ def claim_first_time(prompt: str) -> bool:
 class ScriptedModel(StubModel):
     """Does what each prompt says."""
 
-    def generate(self, prompt: Sequence[str], seed: Sequence[int], **more: Any) -> Any:
+    def generate_images(self, requests: Sequence[ImageRequest]) -> list[Any]:
         if count := os.environ.get("SCRIPTED_JOB_COUNT"):  # gets a byte for each image that is started
             with Path(count).open("ab", buffering=0) as file:
-                file.write(b"." * len(prompt))
-        for text in prompt:
-            self.follow_script(text)
-        return super().generate(prompt, seed, **more)
+                file.write(b"." * len(requests))
+        for request in requests:
+            self.follow_script(request.prompt)
+        return super().generate_images(requests)
 
     def follow_script(self, text: str) -> None:
         if text.startswith("poison"):
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--take-over", action="store_true")
     options = parser.parse_args()
     setattr(dispatcher, "HangTimeout", functools.partial(HangTimeout, options.hang_timeout, 10.0, options.hang_timeout))  # noqa: B010
-    job = open_job(options.manifest, options.job, Settings(height=64, width=64, seed=1))
+    job = open_job(options.manifest, options.job, {"height": 64, "width": 64, "seed": 1})
     setup = WorkerSetup.from_settings(
         job.settings,
         job.model,

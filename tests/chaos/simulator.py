@@ -23,7 +23,6 @@ import pytest
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole
 from tests.support.models.stub_model import SilentProgress
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import NoWorkerError, StorageError
 from tinysd_batch.job import driver
 from tinysd_batch.job.dispatch import dispatcher
@@ -37,6 +36,7 @@ from tinysd_batch.job.workers.faults import FAULT_POLICIES, FaultAction, FaultTy
 from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerEvent, WorkerLost, WorkerReady
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
+from tinysd_batch.settings.schema import Settings
 from tinysd_batch.storage import atomic
 
 MODEL = ModelInfo(Path("none"), "none", "00" * 16, 64, 4, 8, 8, 2, 2.0, 75, 1)
@@ -159,7 +159,7 @@ class Simulation:
         """Return the error class with which the image get_failure on this worker, or an empty string."""
         if image.index in self.faults.raising | self.faults.poison:
             return "ValueError"
-        return str(FaultType.OUT_OF_MEMORY) if worker.is_small and image.params.width >= LARGE_PX else ""
+        return str(FaultType.OUT_OF_MEMORY) if worker.is_small and image.settings.width >= LARGE_PX else ""
 
     def publish(self, image: ImageRequest) -> ImageResult:
         """Do what a worker does with one image: adopt an existing file, or generate and publish one."""

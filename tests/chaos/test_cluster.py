@@ -24,7 +24,7 @@ PRELUDE = """
     from ray.cluster_utils import Cluster
 
     from tests.support.models.stub_model import SilentProgress, StubRayPool
-    from tinysd_batch.config import Settings
+    from tinysd_batch.settings.schema import Settings
     from tinysd_batch.errors import NoWorkerError
     from tinysd_batch.job.driver import run_job
     from tinysd_batch.job.state.open_job import open_job
@@ -51,17 +51,17 @@ PRELUDE = """
 
     def make_pool(wait_s=60.0, **change):
         setup = WorkerSetup.from_settings(
-            job.settings, job.model, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
+            replace(job.settings, **change), job.model, job_folder=job.folder.resolve(), scratch=job.scratch.resolve(),
             stop_file=job.stop_file.resolve(),
         )
         ray_init = {"address": cluster.address, "object_store_memory": None, "include_dashboard": None}
-        return Pool(replace(setup, **change), None, 0.1, ray_init=ray_init, worker_wait_s=wait_s)
+        return Pool(setup, None, 0.1, ray_init=ray_init, worker_wait_s=wait_s)
 
     def run(**options):
         return run_job(job, lambda _: make_pool(**options), EventRecorder(), lambda: False)
 
     generated, events, added_at, late_nodes = [], [], [], []
-    job = open_job(Path("m.csv"), Path("job"), Settings(height=64, width=64, seed=1))
+    job = open_job(Path("m.csv"), Path("job"), {"height": 64, "width": 64, "seed": 1})
 """
 
 # Nodes can only be added in the main thread, which is the driver's.

@@ -10,7 +10,7 @@ import pytest
 from tests.support.damaged_jobs import FAST_OPTIONS, FIVE_ROWS, Command
 from tests.support.files import write_csv
 from tests.support.program import run_here
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 
 load_model = functools.cache(TinySD.from_pretrained)
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from tests.support.files import write_csv
 from tests.support.jobs import Quiet, check_whole, draw, read_results, setup_for
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, NoWorkerError, StorageError, UsageError
 from tinysd_batch.job.dispatch.dispatcher import Dispatcher
 from tinysd_batch.job.driver import run_job
@@ -23,6 +22,7 @@ from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.inline_pool import InlinePool
 from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerEvent, WorkerLost
 from tinysd_batch.job.workers.worker import Worker, WorkerSetup
+from tinysd_batch.model.sampling.batch import ImageOutput
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 
 
@@ -117,10 +117,10 @@ def test_a_full_disk_stops_the_job_and_keeps_finished_images(
 ) -> None:
     original = Worker.publish
 
-    def full(self: Worker, request: ImageRequest, *rest: Any) -> ImageResult:
-        if request.index == 5:
+    def full(self: Worker, output: ImageOutput, *rest: Any) -> ImageResult:
+        if output.request.index == 5:
             raise StorageError("disk full")
-        return original(self, request, *rest)
+        return original(self, output, *rest)
 
     with monkeypatch.context() as fault:
         fault.setattr(Worker, "publish", full)
@@ -179,7 +179,7 @@ class DyingPool:
 def test_only_an_image_that_kills_three_workers_is_quarantined(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
     pool = DyingPool(setup_for(job), deadly_seeds=[8])
     summary = run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
     assert (summary.counts[Status.OK], summary.counts[Status.QUARANTINED], summary.left) == (5, 1, 0)
@@ -191,7 +191,7 @@ def test_only_an_image_that_kills_three_workers_is_quarantined(
 def test_a_gpu_that_kills_every_worker_is_retired_and_no_image_quarantined(
     manifest: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
     pool = DyingPool(setup_for(job), deadly_seeds=range(2**63))
     with pytest.raises(NoWorkerError, match="images known to be good; last time: killed"):
         run_job(job, lambda _: nullcontext(pool), Quiet(), lambda: False)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ def test_changing_the_manifest_does_not_affect_a_run(tmp_path: Path, tiny_model:
         def report_image(self, request: ImageRequest, result: ImageResult) -> None:
             manifest.write_bytes(content + b"fox,1\n")
 
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), sampler="ddim"))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model), "sampler": "ddim"})
     run_job(job, lambda _: InlinePool(setup_for(job)), ManifestChanger(), lambda: False)
     check_whole(tmp_path / "job", 70)
     _, progress = draw(manifest, tmp_path / "job", tiny_model, sampler="ddim")
@@ -244,7 +244,7 @@ def test_chunks_grow_with_measured_speed_and_shrink_at_the_end(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_csv(tmp_path / "many.csv", [{"prompt": f"p{number}"} for number in range(40)])
-    job = open_job(path, tmp_path / "many", Settings(model=str(tiny_model)))
+    job = open_job(path, tmp_path / "many", {"model": str(tiny_model)})
     sizes: list[int] = []
     original = Dispatcher.submit_chunk
 

@@ -15,13 +15,13 @@ import pytest
 
 from tests.support.paths import FIXTURES
 from tests.support.program import run_here
-from tinysd_batch.config import Settings
 from tinysd_batch.job.plan.batches import plan_images
 from tinysd_batch.job.plan.image_id import compute_image_id
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.open_job import open_job
-from tinysd_batch.model.pipeline import TinySD
-from tinysd_batch.records import Row, SamplingParams
+from tinysd_batch.model.tiny_sd import TinySD
+from tinysd_batch.records import Row
+from tinysd_batch.settings.schema import IMAGE_SETTINGS, ImageSettings
 
 MODEL = FIXTURES / "model"
 NAMES = sorted(folder.parent.name for folder in FIXTURES.glob("*/expected.json"))
@@ -110,15 +110,16 @@ def test_a_job_of_0_1_0_is_read_planned_and_exported(name: str, tmp_path: Path) 
 def test_image_ids_are_those_of_0_1_0() -> None:
     golden = json.loads((FIXTURES / "image_ids.json").read_text(encoding="utf-8"))
     for request in golden["requests"]:
-        width, height, steps, sampler, eta = request.pop("params")
         expected = request.pop("image_id")
-        params = SamplingParams(width, height, steps, sampler, eta)
-        assert compute_image_id(**request, params=params) == expected, request
+        params = dict(zip(("width", "height", "steps", "sampler", "eta"), request.pop("params"), strict=True))
+        names = request.keys() & IMAGE_SETTINGS.keys()
+        settings = ImageSettings(**params, **{name: request.pop(name) for name in names})
+        assert compute_image_id(**request, settings=settings) == expected, request
 
 
 def test_a_manifest_gives_the_same_images_as_in_0_1_0(tmp_path: Path) -> None:
     golden = json.loads((FIXTURES / "image_ids.json").read_text(encoding="utf-8"))
-    settings = Settings(model=str(MODEL), seed=3, negative_prompt="blurry")
+    settings = {"model": str(MODEL), "seed": 3, "negative_prompt": "blurry"}
     job = open_job(FIXTURES / "ids.jsonl", tmp_path / "job", settings)
     rows = (row for row in job.read_rows() if isinstance(row, Row))
     images = [image for _, images in plan_images(rows, job.shared_settings()) for image in images]

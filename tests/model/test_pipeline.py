@@ -18,11 +18,13 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tests.support.settings import make_image_settings
 from tinysd_batch import TinySD
-from tinysd_batch.config import SAMPLERS
 from tinysd_batch.errors import ModelError, NotFiniteError, UsageError
 from tinysd_batch.model.checkpoint.info import WEIGHTS_FILE
 from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.records import ImageRequest
+from tinysd_batch.settings.sampler_names import SAMPLERS
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,8 @@ def model(tiny_model: Path) -> TinySD:
 
 
 def embedding(model: TinySD, prompt: str, syntax: str = "seed", *, long_prompts: bool = False) -> torch.Tensor:
-    (conditioning,) = model.prompt_encoder.encode([prompt], [""], [1.0], [syntax], long_prompts=long_prompts)
+    settings = make_image_settings(prompt_syntax=syntax, long_prompts=long_prompts, scale=1.0)
+    (conditioning,) = model.prompt_encoder.encode([ImageRequest(prompt, 0, settings)])
     return conditioning.embedding
 
 
@@ -130,7 +133,7 @@ def test_output_types(model: TinySD) -> None:
 
 
 def test_embeddings_instead_of_a_prompt(model: TinySD) -> None:
-    (conditioning,) = model.prompt_encoder.encode(["cat"], ["dog"], [2.0], ["seed"])
+    (conditioning,) = model.prompt_encoder.encode([ImageRequest("cat", 0, make_image_settings(negative_prompt="dog"))])
     assert conditioning.negative_embedding is not None
     from_embeddings = latents(
         model,
@@ -247,7 +250,7 @@ def test_the_callback_is_called_after_every_step(model: TinySD) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 18}, "height = 18: must be a positive multiple of 4"),
+        ({"height": 18}, "height = 18: must be a multiple of 4 with this model"),
         ({"sampler": "karras"}, "no such sampler"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 given for a batch of 1"),
         ({"prompt_syntax": "compel"}, "prompt_syntax = 'compel'"),

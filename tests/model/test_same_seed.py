@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.models.batch_layouts import LAYOUTS, BatchLayout, ImagesById, compare_images, generate_with_layout
-from tinysd_batch.config import Settings
+from tests.support.settings import make_settings
+from tinysd_batch.settings.schema import Settings
 
 MAX_DIFFERENCE = 1  # of 255, as the README states
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_model: Path) -> Settings:
-    return Settings(model=str(tiny_model), steps=6, device="cpu")
+    return make_settings(model=str(tiny_model), steps=6, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_loading_takes_little_more_than_the_file(checkpoint: Path, tmp_path: Pat
     )
     size = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*.safetensors"))
     script = f"""
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 def peak():
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
 before = peak()

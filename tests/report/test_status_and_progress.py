@@ -12,9 +12,10 @@ from rich.console import Console
 
 from tests.support.files import write_csv
 from tests.support.jobs import draw, read_results
+from tests.support.settings import make_image_settings
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.workers.pool import WorkerReady
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 from tinysd_batch.report.contact_sheet import CELL_PX, choose_columns, write_contact_sheet
 from tinysd_batch.report.formatting import format_count, format_seconds, to_one_line
 from tinysd_batch.report.progress_bar import RunProgressBar
@@ -95,11 +96,10 @@ def test_status_while_the_driver_merges_the_journal(job: Path, tmp_path: Path) -
 
 def test_progress_without_a_terminal_is_plain_lines() -> None:
     console = plain_console()
-    params = SamplingParams(64, 64, 5, "plms", 0.0)
     with RunProgressBar(console, verbose=True) as progress:
         progress.report_start(3, 1, InvalidRows([InvalidRow(9, "column seed = \x1b[31m: bad")], 1))
         for index, status in ((2, Status.OK), (3, Status.FAILED)):
-            request = ImageRequest(index, 1, 1, "cat\x1b]0;evil\x07[red]", "", 5, 1.0, params, "", "f")
+            request = ImageRequest("cat\x1b]0;evil\x07[red]", 5, make_image_settings(), index=index)
             progress.report_image(
                 request, ImageResult(index, status, file_name="images/x.png", error_message="it broke")
             )
@@ -112,8 +112,7 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
 
 
 def report_one_image(progress: RunProgressBar, index: int) -> None:
-    params = SamplingParams(64, 64, 5, "plms", 0.0)
-    request = ImageRequest(index, 1, 1, "cat", "", 5, 1.0, params, "", "f")
+    request = ImageRequest("cat", 5, make_image_settings(), index=index)
     progress.report_image(request, ImageResult(index, Status.OK, file_name="images/x.png"))
 
 

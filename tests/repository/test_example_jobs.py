@@ -11,11 +11,12 @@ from tests.support.jobs import check_whole
 from tests.support.paths import ROOT
 from tests.support.program import run
 from tests.support.stored_pixels import assert_pixels_as_stored
-from tinysd_batch.config import SAMPLERS, merge_settings, read_job_file, read_preset
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.quantize.recipe import read_recipe
 from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.settings.sampler_names import SAMPLERS
+from tinysd_batch.settings.sources import read_job_file, read_preset
 
 JOBS = sorted((ROOT / "jobs").glob("*/job.toml"))
 RECIPES = sorted((ROOT / "configs" / "quantize").glob("*.toml"))
@@ -25,7 +26,7 @@ PRESETS = sorted(set((ROOT / "configs").rglob("*.toml")) - set(RECIPES))
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.parent.name)
 def test_every_job_opens(path: Path, tmp_path: Path) -> None:
     settings, manifest, _ = read_job_file(path)
-    job = open_job(manifest, tmp_path / "job", merge_settings(settings))
+    job = open_job(manifest, tmp_path / "job", settings)
     rows = list(read_rows(job.manifest, job.row_defaults()))
     invalid = [row for row in rows if isinstance(row, InvalidRow)]
     assert bool(invalid) == (path.parent.name == "broken")
@@ -45,7 +46,7 @@ def test_every_recipe_is_valid(path: Path) -> None:
 
 def test_demo_has_twelve_rows() -> None:
     settings, manifest, _ = read_job_file(ROOT / "jobs" / "demo" / "job.toml")
-    job = open_job(manifest, Path("nowhere"), merge_settings(settings))
+    job = open_job(manifest, Path("nowhere"), settings)
     rows = list(read_rows(manifest, job.row_defaults()))
     assert len(rows) == 12
     assert all(isinstance(row, Row) for row in rows)

@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from tinysd_batch.config import Settings
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.driver import RunSummary, run_job
 from tinysd_batch.job.results.table import convert_times_to_text
@@ -62,16 +62,16 @@ class Quiet:
 
 
 def setup_for(job: Job) -> WorkerSetup:
-    model = job.model
-    return WorkerSetup(
-        job.folder, job.scratch, model.path, model.name, model.digest, "cpu", "auto", None, stop_file=job.stop_file
+    settings = replace(job.settings, device="cpu")
+    return WorkerSetup.from_settings(
+        settings, job.model, job_folder=job.folder, scratch=job.scratch, stop_file=job.stop_file
     )
 
 
 def draw(
     manifest: Path, folder: Path, model: Path, stop_after: int | None = None, limit: int | None = None, **settings: Any
 ) -> tuple[RunSummary, Quiet]:
-    job = open_job(manifest, folder, Settings(model=str(model), **settings))
+    job = open_job(manifest, folder, {"model": str(model), **settings})
     progress = Quiet()
     stop: Callable[[], bool] = lambda: stop_after is not None and len(progress.made) >= stop_after  # noqa: E731
     return run_job(job, lambda _: InlinePool(setup_for(job)), progress, stop, limit), progress

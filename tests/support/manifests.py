@@ -4,23 +4,14 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+from tests.support.settings import make_settings
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.manifest.validate import RowDefaults, read_rows
+from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.settings.schema import EMBEDDED_MODEL
 
-DEFAULTS = RowDefaults(
-    negative_prompt="",
-    prompt_syntax="seed",
-    height=64,
-    width=64,
-    steps=25,
-    scale=4.0,
-    sampler="plms",
-    eta=0.0,
-    n_iter=1,
-    n_samples=1,
-    size_multiple_px=16,
-)
+DEFAULTS = RowDefaults(make_settings(height=64, width=64, steps=25, scale=4.0), read_model_info(EMBEDDED_MODEL))
 
 
 def read_all_rows(path: Path) -> list[Row | InvalidRow]:

@@ -2,19 +2,20 @@
 
 from typing import Any
 
+from tests.support.settings import make_image_settings, make_settings
 from tinysd_batch.job.plan.batches import SharedSettings, plan_images
-from tinysd_batch.records import ImageRequest, InvalidRow, Row, SamplingParams
+from tinysd_batch.records import ImageRequest, InvalidRow, Row
 
-PARAMS = SamplingParams(width=512, height=512, steps=50, sampler="plms", eta=0.0)
+SETTINGS = make_image_settings(width=512, height=512, steps=50)
 
 
 def make_row(number: int, seed: int | None, n_iter: int, n_samples: int) -> Row:
     """Return a valid row with this number of images and size 512x512."""
-    return Row(number, f"prompt {number}", "", seed, 7.5, n_iter, n_samples, PARAMS)
+    return Row(number, f"prompt {number}", SETTINGS, seed, n_iter, n_samples)
 
 
 def make_shared_settings(seed: int, **settings: Any) -> SharedSettings:
-    return SharedSettings(seed=seed, model_digest="00" * 16, **settings)
+    return SharedSettings(seed, "00" * 16, make_settings(**settings))
 
 
 def plan_requests(rows: list[Row | InvalidRow], job_seed: int = 100, **settings: Any) -> list[ImageRequest]:

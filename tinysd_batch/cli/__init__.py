@@ -12,12 +12,12 @@ import typer
 from tinysd_batch import __version__
 from tinysd_batch.cli.convert import convert_command
 from tinysd_batch.cli.export import export_command
-from tinysd_batch.cli.hints import ManifestCommand
 from tinysd_batch.cli.inspect import inspect_command
 from tinysd_batch.cli.plan import plan_command
 from tinysd_batch.cli.quantize import quantize_command
 from tinysd_batch.cli.status import status_command
 from tinysd_batch.cli.submit import submit_command
+from tinysd_batch.cli.terminal.help_sections import ManifestCommand, SectionedCommand
 from tinysd_batch.cli.terminal.streams import name_standard_streams
 from tinysd_batch.cli.txt2img import txt2img_command
 from tinysd_batch.cli.verify import verify_command
@@ -35,7 +35,7 @@ app.command("plan", cls=ManifestCommand)(plan_command)
 app.command("status")(status_command)
 app.command("verify")(verify_command)
 app.command("export")(export_command)
-app.command("txt2img")(txt2img_command)
+app.command("txt2img", cls=SectionedCommand)(txt2img_command)
 app.command("quantize")(quantize_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)

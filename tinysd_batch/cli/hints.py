@@ -3,21 +3,12 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from typer.core import TyperCommand
+from typing import NoReturn
 
 from tinysd_batch.errors import UsageError
 
 MAX_SHOWN_PROMPT_CHARACTERS = 80
 EXAMPLE_COMMAND = "tinysd-batch txt2img red apple"
-
-
-class ManifestCommand(TyperCommand):
-    """A command that hides the extra words from its usage: it accepts them only to suggest another command."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [piece for piece in super().collect_usage_pieces(ctx) if piece != "[]..."]
 
 
 def check_manifest_argument(manifest: Path, extra_words: Sequence[str] = ()) -> None:

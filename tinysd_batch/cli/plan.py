@@ -33,17 +33,16 @@ def plan_command(
     """
     import json
 
-    from tinysd_batch.config import Settings
     from tinysd_batch.report.console import make_console
     from tinysd_batch.report.plan.job_plan import make_plan, plan_as_dict
     from tinysd_batch.report.plan.plan_text import PlanPrinter
     from tinysd_batch.report.reading_progress import ReadingProgress
+    from tinysd_batch.settings.schema import SETTINGS
 
-    flags = {name: value for name, value in inherited_options.items() if name in Settings.model_fields}
-    flags["strict"] = inherited_options["strict"] or None
+    settings = {name: value for name, value in inherited_options.items() if name in SETTINGS}
     manifest_path = choose_manifest(manifest, from_file, inherited_options["extra_words"])
     with ReadingProgress(make_console(stderr=True, quiet=as_json), f"Reading {manifest_path}") as progress:
-        job, _ = prepare_from_options(manifest_path, output, preset or [], flags, reuse)
+        job, _ = prepare_from_options(manifest_path, output, preset or [], settings, reuse)
         printer = PlanPrinter(make_console(quiet=as_json), verbose, progress)
         job_plan = make_plan(
             job,

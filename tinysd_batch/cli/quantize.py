@@ -17,8 +17,8 @@ from tinysd_batch.cli.model_options import (
     print_to_stderr,
 )
 from tinysd_batch.cli.terminal.signals import exit_on_sigterm
-from tinysd_batch.config import parse_bytes
 from tinysd_batch.errors import UsageError
+from tinysd_batch.settings.memory_budget import parse_bytes
 
 if TYPE_CHECKING:
     import torch

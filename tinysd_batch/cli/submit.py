@@ -42,37 +42,6 @@ def submit_command(
     extra_words: options.ExtraWordsArgument = None,
     from_file: options.FromFileOption = None,
     output: OutputOption = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            help="Number of workers; if not given, one per GPU, or a few on the CPU.",
-            show_default=False,
-        ),
-    ] = None,
-    inline: Annotated[
-        bool | None,
-        typer.Option("--inline/--no-inline", help="Use one worker in this process, without Ray.", show_default=False),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="HOST:PORT",
-            help="The Ray cluster to use, as `ray start` printed it; auto for the one this machine belongs to; "
-            "local for this machine only (default).",
-            show_default=False,
-        ),
-    ] = None,
-    worker_wait: Annotated[
-        float | None,
-        typer.Option(
-            "--worker-wait",
-            metavar="SECONDS",
-            help="How long to wait for a GPU when the cluster has none left (default 600).",
-            show_default=False,
-        ),
-    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -97,7 +66,6 @@ def submit_command(
         ),
     ] = False,
     preset: options.PresetOption = None,
-    strict: options.StrictOption = False,
     verbose: options.VerboseOption = False,
     *,
     settings: dict[str, Any],
@@ -106,17 +74,9 @@ def submit_command(
     from tinysd_batch.report.console import make_console
     from tinysd_batch.report.reading_progress import ReadingProgress
 
-    flags = {
-        **settings,
-        "workers": workers,
-        "inline": inline,
-        "address": address,
-        "worker_wait": worker_wait,
-        "strict": strict or None,
-    }
     manifest_path = choose_manifest(manifest, from_file, extra_words)
     with ReadingProgress(make_console(stderr=True), f"Reading {manifest_path}"):
-        job, has_named_model = prepare_from_options(manifest_path, output, preset or [], flags, reuse)
+        job, has_named_model = prepare_from_options(manifest_path, output, preset or [], settings, reuse)
     console = make_console()
     run_options = {"limit": limit, "retry_failed": retry_failed, "take_over": take_over, "redo_missing": redo_missing}
     raise typer.Exit(run_and_report(job, has_named_model, run_options, verbose, console))
@@ -138,13 +98,13 @@ def choose_manifest(manifest: Path | None, from_file: Path | None, extra_words: 
 
 
 def prepare_from_options(
-    manifest: Path, output: Path | None, presets: list[Path], flags: dict[str, Any], reuse: Path | None = None
+    manifest: Path, output: Path | None, presets: list[Path], settings: dict[str, Any], reuse: Path | None = None
 ) -> tuple["Job", bool]:
-    """Return the job, and whether its model was named. Flags override job.toml, which overrides presets."""
-    from tinysd_batch.config import read_preset
+    """Return the job, and whether its model was named. Options override job.toml, which overrides presets."""
     from tinysd_batch.job.state.prepare_job import prepare_job
+    from tinysd_batch.settings.sources import read_preset
 
-    return prepare_job(manifest, output, [read_preset(path) for path in presets], flags, reuse)
+    return prepare_job(manifest, output, [read_preset(path) for path in presets], settings, reuse)
 
 
 def run_and_report(

@@ -15,14 +15,14 @@ from tinysd_batch.errors import UsageError
 from tinysd_batch.text import make_printable
 
 if TYPE_CHECKING:
-    from tinysd_batch.config import Settings
-    from tinysd_batch.job.manifest.validate import RowDefaults
+    from tinysd_batch.model.checkpoint.info import ModelInfo
     from tinysd_batch.records import ImageRequest, InvalidRow, Row
+    from tinysd_batch.settings.schema import Settings
 
 DEFAULT_FOLDER = Path("outputs/txt2img-samples")
 
 
-@options.add_setting_options
+@options.add_image_setting_options
 def txt2img_command(
     words: Annotated[list[str] | None, typer.Argument(help="The prompt.", show_default=False)] = None,
     prompt: Annotated[
@@ -38,53 +38,47 @@ def txt2img_command(
     settings: dict[str, Any],
 ) -> None:
     """Generate images for one prompt and print their seeds and paths. A second run continues their numbers."""
-    from tinysd_batch.config import merge_settings, read_preset
+    from tinysd_batch.job.state.open_job import resolve_settings
+    from tinysd_batch.model.checkpoint.info import read_model_info
+    from tinysd_batch.settings.schema import EMBEDDED_MODEL
+    from tinysd_batch.settings.sources import merge_settings, parse_settings, read_preset
 
     text = " ".join([*([prompt] if prompt else []), *(words or [])])
     if text and from_file:
         raise UsageError("a prompt and --from-file: use only one of them")
     if not text.strip() and not from_file:
         raise_missing_prompt()
-    merged_settings = merge_settings(*(read_preset(path) for path in preset or []), settings)
+    presets = (read_preset(path) for path in preset or [])
+    values = merge_settings(*presets, parse_settings(settings, "settings"))
+    model = read_model_info(values.get("model", EMBEDDED_MODEL))
+    resolved = resolve_settings(values, model)
     if dry_run:
-        print_memory_estimate(text, from_file, merged_settings)
-    elif generate_images(text, from_file, merged_settings, output):
+        print_memory_estimate(text, from_file, resolved, model)
+    elif generate_images(text, from_file, resolved, model, output):
         raise typer.Exit(3)
 
 
-def print_memory_estimate(text: str, from_file: Path | None, settings: "Settings") -> None:
+def print_memory_estimate(text: str, from_file: Path | None, settings: "Settings", model: "ModelInfo") -> None:
     """Print the memory of the largest micro-batch, stage by stage."""
-    from tinysd_batch.job.state.job import derive_row_defaults
-    from tinysd_batch.job.state.open_job import fill_in_model_defaults
-    from tinysd_batch.model.checkpoint.info import read_model_info
     from tinysd_batch.report.plan.memory_table import PlannedBatch, estimate_memory
 
-    model = read_model_info(settings.model)
-    settings = fill_in_model_defaults(settings, model)
-    rows, _ = read_prompts(text, from_file, derive_row_defaults(settings, model), settings.interpret_lines)
-    batches = [
-        PlannedBatch(max(row.n_samples, settings.max_batch or 1), row.params.width, row.params.height, row.scale != 1)
-        for row in rows
-    ]
+    rows, _ = read_prompts(text, from_file, settings, model)
+    batches = [PlannedBatch.of_row(row, settings.max_batch) for row in rows]
     largest = max(batches, key=lambda batch: batch.unet_pixels)
     for name, line in estimate_memory(settings, largest).lines().items():
         typer.echo(f"{name:<14} {line}")
 
 
-def generate_images(text: str, from_file: Path | None, settings: "Settings", output: Path) -> int:
+def generate_images(text: str, from_file: Path | None, settings: "Settings", model: "ModelInfo", output: Path) -> int:
     """Generate the images, print a line for each, and return how many failed."""
     import secrets
 
-    from tinysd_batch.job.state.job import derive_row_defaults, derive_shared_settings
-    from tinysd_batch.job.state.open_job import fill_in_model_defaults
+    from tinysd_batch.job.plan.batches import SharedSettings
     from tinysd_batch.job.workers.pool import choose_cpu_workers
     from tinysd_batch.job.workers.worker import WorkerSetup
-    from tinysd_batch.model.checkpoint.info import read_model_info
     from tinysd_batch.report.formatting import format_row_label
 
-    model = read_model_info(settings.model)
-    settings = fill_in_model_defaults(settings, model)
-    rows, invalid = read_prompts(text, from_file, derive_row_defaults(settings, model), settings.interpret_lines)
+    rows, invalid = read_prompts(text, from_file, settings, model)
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: is a file; name a folder for the images with -o")
     seed = settings.seed if settings.seed is not None else secrets.randbelow(2**31)
@@ -96,12 +90,12 @@ def generate_images(text: str, from_file: Path | None, settings: "Settings", out
     setup = WorkerSetup.from_settings(
         settings, model, job_folder=output.resolve(), scratch=output.resolve(), threads=threads
     )
-    failed = generate_and_print(rows, setup, derive_shared_settings(settings, model, seed), settings, output)
+    failed = generate_and_print(rows, setup, SharedSettings(seed, model.digest, settings), settings, output)
     return failed + len(invalid)
 
 
 def read_prompts(
-    text: str, from_file: Path | None, defaults: "RowDefaults", interpret_lines: bool
+    text: str, from_file: Path | None, settings: "Settings", model: "ModelInfo"
 ) -> tuple[list["Row"], list["InvalidRow"]]:
     """Return the valid and the invalid rows: the prompt as one row, or the rows of the file in order.
 
@@ -111,13 +105,14 @@ def read_prompts(
         UsageError: No row is valid.
     """
     from tinysd_batch.job.manifest.reading_notes import ReadingNotes
-    from tinysd_batch.job.manifest.validate import build_row, read_rows
+    from tinysd_batch.job.manifest.validate import RowDefaults, build_row, read_rows
     from tinysd_batch.records import InvalidRow
     from tinysd_batch.report.formatting import format_row_label
 
+    defaults = RowDefaults(settings, model)
     if from_file:
         notes = ReadingNotes()
-        rows = list(read_rows(from_file, defaults, notes=notes, interpret_lines=interpret_lines))
+        rows = list(read_rows(from_file, defaults, notes=notes, interpret_lines=settings.interpret_lines))
         for line in notes.lines():
             typer.echo(make_printable(f"{from_file}: {line}"), err=True)
     else:
@@ -154,9 +149,9 @@ def generate_and_print(rows: Sequence["Row"], setup: Any, common: Any, settings:
 
 def write_run_grid(requests: Sequence["ImageRequest"], output: Path, n_rows: int) -> Path | None:
     """Write the images of this run as a grid, numbered like the first of them."""
-    from tinysd_batch.config import MAX_GRID_IMAGES
     from tinysd_batch.report.contact_sheet import SheetImage, format_seed, write_grid
     from tinysd_batch.report.formatting import to_one_line
+    from tinysd_batch.settings.limits import MAX_GRID_IMAGES
 
     has_several_prompts = len({request.prompt for request in requests}) > 1
     images = [

@@ -72,7 +72,7 @@ def scan_manifest(job: Job) -> ManifestScan:
         if isinstance(row, InvalidRow):
             scan.invalid.add(row)
         else:
-            scan.images += row.n_iter * row.n_samples
+            scan.images += row.n_images
         names.update(dict.fromkeys(row.extra))
         if len(names) > MAX_EXTRA_COLUMNS and is_json_manifest(job.manifest):
             raise ManifestError(f"{job.manifest}: over {MAX_EXTRA_COLUMNS} different keys besides the known ones")

@@ -1,38 +1,31 @@
 """Check the arguments of `TinySD.generate`, resolve their aliases and spread them over the images of a batch."""
 
-import difflib
-import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from tinysd_batch.config import MAX_SEED, MAX_STEPS, find_sampler
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.checkpoint.info import ModelInfo
-from tinysd_batch.text import excerpt, has_surrogates, normalize_text
-from tinysd_batch.values import is_missing_number, parse_integer
+from tinysd_batch.records import ImageRequest
+from tinysd_batch.settings.declaration import Setting
+from tinysd_batch.settings.schema import IMAGE_SETTINGS, SETTINGS, ImageSettings, override
+from tinysd_batch.settings.sources import suggest_name
+from tinysd_batch.settings.value_types import SEEDS, PromptText
+from tinysd_batch.text import excerpt, has_surrogates, show_value
+from tinysd_batch.values import is_missing_number
 
 Rng = Literal["cpu", "cuda"]
 # Names of the command line, of manifests and of other programs for the arguments of `generate`.
-ALIASES = {
-    "num_inference_steps": ("steps", "ddim_steps"),
-    "guidance_scale": ("scale", "cfg_scale", "cfg"),
-    "height": ("H",),
-    "width": ("W",),
-    "num_images_per_prompt": ("n_samples", "num_images", "batch_size"),
-    "sampler": ("sampler_name",),
-    "eta": ("ddim_eta",),
-    "negative_prompt": ("negative",),
+ALIAS_TO_NAME = {
+    alias: setting.generate_name
+    for name, setting in SETTINGS.items()
+    for alias in (name, *setting.aliases)
+    if alias != setting.generate_name
 }
-ALIAS_TO_NAME = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
-NON_REQUEST_ARGUMENTS = (
-    "output_type",
-    "callback",
-    "progress",
-)  # arguments of `generate` that are not part of the request
+NON_REQUEST_ARGUMENTS = ("output_type", "callback", "progress")  # arguments of `generate` that are not in requests
 REPLACEMENTS = {
     "generator": "seed",
     "scheduler": "sampler",
@@ -44,38 +37,24 @@ RANDOM_SEED_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """A batch of images to generate. Lists have one entry per image."""
+class TensorArguments:
+    """Tensors given to `generate` that replace the noise or the encoded prompts of a batch."""
 
-    prompts: list[str | None]  # None if an embedding is given
-    negative_prompts: list[str]
-    syntaxes: list[str]
-    scales: list[float]
-    seeds: list[int]
-    noise_seeds: list[int]
-    height: int
-    width: int
-    steps: int
-    sampler: str
-    eta: float
-    rng: Rng
-    long_prompts: bool
-    latents: Tensor | None
-    prompt_embeds: Tensor | None
-    negative_prompt_embeds: Tensor | None
+    latents: Tensor | None = None  # [B, 4, h, w]
+    prompt_embeds: Tensor | None = None  # [B or 1, T, D]
+    negative_prompt_embeds: Tensor | None = None  # [B or 1, T, D]
 
-    def image_settings(self, model: ModelInfo, version: str) -> list[dict[str, Any]]:
-        """Return the settings that determine each image, under the names of the results table."""
-        shared = {
-            "width": self.width, "height": self.height, "steps": self.steps, "sampler": self.sampler, "eta": self.eta,
-            "rng": self.rng, "long_prompts": self.long_prompts, "model": model.name, "model_digest": model.digest,
-            "version": version,
-        }  # fmt: skip
-        names = ("prompt", "negative_prompt", "prompt_syntax", "seed", "noise_seed", "scale")
-        per_image = zip(
-            self.prompts, self.negative_prompts, self.syntaxes, self.seeds, self.noise_seeds, self.scales, strict=True
+    def select(self, rows: Sequence[int]) -> "TensorArguments":
+        """Return the tensors of these images."""
+        return TensorArguments(
+            None if self.latents is None else self.latents[list(rows)],
+            select_embeddings(self.prompt_embeds, rows),
+            select_embeddings(self.negative_prompt_embeds, rows),
         )
-        return [{**dict(zip(names, values, strict=True)), **shared} for values in per_image]
+
+
+def select_embeddings(embeddings: Tensor | None, rows: Sequence[int]) -> Tensor | None:
+    return embeddings if embeddings is None or len(embeddings) == 1 else embeddings[list(rows)]
 
 
 def merge_aliases(named: Mapping[str, Any], aliased: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,8 +87,7 @@ def suggest_argument(name: str, names: Iterable[str]) -> str:
     """Return the end of an error message that suggests a valid name; empty if none is similar."""
     if name in REPLACEMENTS:
         return f"; use {REPLACEMENTS[name]}"
-    matches = difflib.get_close_matches(name, [*names, *ALIAS_TO_NAME, *NON_REQUEST_ARGUMENTS], n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return suggest_name(name, [*names, *ALIAS_TO_NAME, *NON_REQUEST_ARGUMENTS])
 
 
 def is_same_value(first: Any, second: Any) -> bool:
@@ -118,48 +96,81 @@ def is_same_value(first: Any, second: Any) -> bool:
     return to_list(first) == to_list(second)
 
 
-def build_request(model: ModelInfo, arguments: Mapping[str, Any], *, normalize: bool) -> GenerationRequest:
-    """Build the request from `generate`'s arguments; missing ones get the model's defaults.
+def build_requests(model: ModelInfo, arguments: Mapping[str, Any], *, normalize: bool) -> list[ImageRequest]:
+    """Build the requests from `generate`'s arguments; missing ones get the model's defaults.
 
     Raises:
         UsageError: an argument is invalid, or does not fit the others.
     """
-    prompt, seed = arguments.get("prompt"), arguments.get("seed")
-    batch = compute_batch_size(
-        {"prompt": prompt, "seed": seed, "prompt_embeds": arguments.get("prompt_embeds")},
-        {name: arguments.get(name) for name in ("negative_prompt", "prompt_syntax", "guidance_scale", "noise_seed")},
-    )
-    images = parse_whole_number("num_images_per_prompt", arguments.get("num_images_per_prompt", 1), 1, 1024)
-    if arguments.get("prompt_embeds") is None and prompt is None:
+    prompt, seed, noise_seed = (arguments.get(name) for name in ("prompt", "seed", "noise_seed"))
+    embeds = arguments.get("prompt_embeds")
+    if embeds is None and prompt is None:
         raise UsageError("prompt: give text, a list of texts, or prompt_embeds")
-
-    def per_image(name: str, default: Any, parse: Callable[[str, Any], Any]) -> list[Any]:
-        values = [parse(name, value) for value in to_list(arguments.get(name, default))]
-        return [value for value in broadcast(values, batch) for _ in range(images)]
-
-    parse_text = normalize_prompt_text if normalize else check_prompt_text
-    seeds = resolve_seeds(seed, batch, images)
-    noise_seed = arguments.get("noise_seed")
-    return GenerationRequest(
-        prompts=per_image("prompt", None, lambda name, value: None if prompt is None else parse_text(name, value)),
-        negative_prompts=per_image("negative_prompt", "", parse_text),
-        syntaxes=per_image("prompt_syntax", "seed", lambda _, value: value),
-        scales=per_image("guidance_scale", model.scale, parse_number),
-        seeds=seeds,
-        noise_seeds=seeds if noise_seed is None else per_image("noise_seed", None, parse_seed),
-        height=parse_side_px("height", arguments.get("height", model.native_px), model.size_multiple_px),
-        width=parse_side_px("width", arguments.get("width", model.native_px), model.size_multiple_px),
-        steps=parse_whole_number(
-            "num_inference_steps", arguments.get("num_inference_steps", model.steps), 1, MAX_STEPS
-        ),
-        sampler=parse_sampler(arguments.get("sampler", "plms")),
-        eta=parse_number("eta", arguments.get("eta", 0.0), 0, 1),
-        rng=arguments.get("rng", "cpu"),
-        long_prompts=bool(arguments.get("long_prompts")),
-        latents=check_latents(arguments.get("latents"), len(seeds)),
-        prompt_embeds=repeat_embeddings(arguments.get("prompt_embeds"), images),
-        negative_prompt_embeds=repeat_embeddings(arguments.get("negative_prompt_embeds"), images),
+    settings = {name: each for name, each in IMAGE_SETTINGS.items() if each.generate_name in arguments}
+    batch = compute_batch_size(
+        {"prompt": prompt, "seed": seed, "prompt_embeds": embeds},
+        {
+            "noise_seed": noise_seed,
+            **{each.generate_name: arguments[each.generate_name] for each in settings.values()},
+        },
     )
+    n_images = parse_argument(SETTINGS["n_samples"], arguments.get("num_images_per_prompt", 1), model)
+
+    def per_image(values: Iterable[Any]) -> list[Any]:
+        return [value for value in broadcast(list(values), batch) for _ in range(n_images)]
+
+    own = {
+        name: per_image(
+            parse_argument(each, value, model, normalize) for value in to_list(arguments[each.generate_name])
+        )
+        for name, each in settings.items()
+    }
+    texts = to_list("" if prompt is None else prompt)
+    prompts = per_image(check_prompt_text("prompt", text, normalize) for text in texts)
+    seeds = noise_seeds = resolve_seeds(seed, batch, n_images)
+    if noise_seed is not None:
+        noise_seeds = per_image(parse_seed("noise_seed", each) for each in to_list(noise_seed))
+    defaults = get_default_settings(model)
+    return [
+        ImageRequest(
+            prompts[image],
+            seeds[image],
+            override(defaults, tuple((name, values[image]) for name, values in own.items())),
+            None if noise_seeds[image] == seeds[image] else noise_seeds[image],
+        )
+        for image in range(len(seeds))
+    ]
+
+
+def get_default_settings(model: ModelInfo) -> ImageSettings:
+    """Return the settings of an image for which nothing is given."""
+    defaults = {name: getattr(model, each.model_default) for name, each in IMAGE_SETTINGS.items() if each.model_default}
+    return ImageSettings(**defaults)
+
+
+def build_tensors(arguments: Mapping[str, Any], n_requests: int) -> TensorArguments:
+    """Check the tensors among `generate`'s arguments, and repeat embeddings for each prompt's images.
+
+    Raises UsageError if their number does not fit.
+    """
+    latents = arguments.get("latents")
+    if latents is not None and len(latents) != n_requests:
+        raise UsageError(f"latents: {len(latents)} given for {n_requests} images; give one each")
+    return TensorArguments(
+        latents,
+        repeat_embeddings(arguments.get("prompt_embeds"), n_requests),
+        repeat_embeddings(arguments.get("negative_prompt_embeds"), n_requests),
+    )
+
+
+def parse_argument(setting: Setting, value: Any, model: ModelInfo, normalize: bool = True) -> Any:
+    """Parse the value of a setting, whose name in the message is `generate`'s. Raises UsageError."""
+    if isinstance(setting.value_type, PromptText):
+        return check_prompt_text(setting.generate_name, value, normalize)
+    try:
+        return setting.value_type.for_model(model).parse(value)
+    except ValueError as error:
+        raise UsageError(f"{setting.generate_name} = {show_value(value)}: {error}") from None
 
 
 def resolve_seeds(seed: Any, batch: int, images: int) -> list[int]:
@@ -188,71 +199,29 @@ def is_seed_missing(value: Any) -> bool:
 
 
 def parse_seed(name: str, value: Any) -> int:
-    return parse_whole_number(name, value, 0, MAX_SEED)
-
-
-def parse_whole_number(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
-    """Parse a whole number, which may be a float such as 3.0. Raises UsageError."""
+    """Parse a seed, which may be a float such as 3.0. Raises UsageError."""
     try:
-        number = parse_integer(value)
+        return SEEDS.parse(value)
     except ValueError as error:
-        raise UsageError(f"{name} = {excerpt(value)}: {error}") from None
-    if minimum is not None and maximum is not None and not minimum <= number <= maximum:
-        raise UsageError(f"{name} = {number}: must be between {minimum} and {maximum}")
-    return number
+        raise UsageError(f"{name} = {show_value(value)}: {error}") from None
 
 
-def parse_side_px(name: str, value: Any, multiple_px: int) -> int:
-    """Parse a height or width in pixels. Raises UsageError."""
-    pixels = parse_whole_number(name, value)
-    if pixels <= 0 or pixels % multiple_px:
-        raise UsageError(f"{name} = {pixels}: must be a positive multiple of {multiple_px} with this model")
-    return pixels
-
-
-def parse_number(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
-    """Parse a finite number. Raises UsageError."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"{name} = {excerpt(value)}: a number was expected")
-    if not minimum <= number <= maximum:
-        raise UsageError(f"{name} = {number:g}: must be between {minimum:g} and {maximum:g}")
-    return number
-
-
-def check_latents(latents: Tensor | None, images: int) -> Tensor | None:
-    if latents is not None and len(latents) != images:
-        raise UsageError(f"latents: {len(latents)} given for {images} images; give one each")
-    return latents
-
-
-def parse_sampler(value: Any) -> str:
-    try:
-        return find_sampler(str(value))
-    except ValueError as error:
-        raise UsageError(f"sampler = {excerpt(value)}: {error}") from None
-
-
-def check_prompt_text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{name} = {excerpt(value)}: text was expected")
-    if has_surrogates(value):
+def check_prompt_text(name: str, value: Any, normalize: bool) -> str:
+    """Return a prompt, without invisible characters if `normalize`. Raises UsageError."""
+    if isinstance(value, str) and has_surrogates(value):
         raise UsageError(f"{name}: contains half a character (an unpaired surrogate), which is not valid text")
-    return value
+    try:
+        text = PromptText().parse(value)
+    except ValueError as error:
+        raise UsageError(f"{name} = {show_value(value)}: {error}") from None
+    return text if normalize else str(value)
 
 
-def normalize_prompt_text(name: str, value: Any) -> str:
-    return normalize_text(check_prompt_text(name, value))
-
-
-def repeat_embeddings(embeddings: Tensor | None, images: int) -> Tensor | None:
+def repeat_embeddings(embeddings: Tensor | None, n_requests: int) -> Tensor | None:
     """Repeat embeddings [B, T, D] for each prompt's images; [1, T, D] is for all rows anyway."""
     if embeddings is None or len(embeddings) == 1:
         return embeddings
-    return embeddings.repeat_interleave(images, dim=0)
+    return embeddings.repeat_interleave(n_requests // len(embeddings), dim=0)
 
 
 def compute_batch_size(sizing: Mapping[str, object], others: Mapping[str, object]) -> int:

@@ -4,8 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tinysd_batch.config import parse_memory_budget
 from tinysd_batch.errors import NotFiniteError
-from tinysd_batch.model.arguments import GenerationRequest, Rng, build_request, merge_aliases
+from tinysd_batch.model.arguments import TensorArguments
 from tinysd_batch.model.checkpoint.folder import (
     read_noise_schedule,
     read_text_encoder,
@@ -23,10 +20,10 @@ from tinysd_batch.model.checkpoint.folder import (
     read_vae_decoder,
     wrap_as_model_error,
 )
-from tinysd_batch.model.checkpoint.info import ModelInfo, read_model_info
+from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.model.device.cuda_graph import MIN_STEPS_TO_CAPTURE, CapturedStep, UNetStep
-from tinysd_batch.model.device.precision import Precision, PrecisionChoice, choose_precision, dtype_name
-from tinysd_batch.model.device.select import choose_device, device_name, peak_memory_bytes, total_memory_bytes
+from tinysd_batch.model.device.precision import PrecisionChoice, dtype_name
+from tinysd_batch.model.device.select import device_name, peak_memory_bytes
 from tinysd_batch.model.device.streams import on_compute_stream
 from tinysd_batch.model.nn.chunked_attention import has_fused_attention, use_chunked_layers
 from tinysd_batch.model.nn.unet import DECODE_MODULES, ENCODE_MODULES, run_unet, select_modules
@@ -43,37 +40,37 @@ from tinysd_batch.model.packed.dequantize import has_working_kernels
 from tinysd_batch.model.packed.layers import count_dequantized_bytes, keep_dequantized
 from tinysd_batch.model.sampling.batch import (
     EncodedBatch,
-    GenerationOutput,
+    ImageOutput,
     OutputType,
-    encode_prompts,
+    describe_tokens,
+    group_by_batch_key,
     group_rows,
     is_invalid_image,
     rows_where,
-    token_columns,
 )
 from tinysd_batch.model.sampling.guidance import apply_guidance
 from tinysd_batch.model.sampling.noise_correction import read_correction
 from tinysd_batch.model.sampling.samplers import get_timesteps, sample
 from tinysd_batch.model.sampling.schedule import NoiseGenerator, SamplingRun, StepCallback, zero_deviation
-from tinysd_batch.model.sampling.step_bar import step_bar
 from tinysd_batch.model.text.encoder import Conditioning, PromptEncoder
 from tinysd_batch.model.text.tokenizer import check_vocabulary, read_tokenizer
-from tinysd_batch.threads import limit_threads, warn_if_threads_spin
-from tinysd_batch.version import __version__
+from tinysd_batch.records import ImageRequest
+from tinysd_batch.threads import limit_threads
 
 KEEP_DEQUANTIZED_BYTES = 256 * 2**20  # on the CPU, a smaller UNet is dequantized once per batch, not at every step
 DENOISED_IN_FLOAT32, DECODED_IN_FLOAT32 = "denoised_in_float32", "decoded_in_float32"  # values of `degraded`
+NO_TENSORS = TensorArguments()
 Fallbacks = dict[int, list[str]]  # row -> what was repeated in float32
 
 
-class TinySD:
+class Pipeline:
     """A Stable Diffusion v1 model on one device. Its UNet stays packed at 2 bits if the folder's is."""
 
     def __init__(
         self, info: ModelInfo, device: torch.device, dtype: torch.dtype, budget_bytes: int | None = None, *,
         turbo: bool = False, unet_bs: int | None = None,
     ) -> None:  # fmt: skip
-        """Load the components of a model folder; see `from_pretrained`, which also chooses device and precision."""
+        """Load the components of a model folder; see `TinySD.from_pretrained`, which also chooses the device."""
         self.info = info
         self.device = device
         self.dtype = dtype
@@ -112,42 +109,6 @@ class TinySD:
             self.planner.check_budget()
         self.schedule = read_noise_schedule(info.path / "scheduler" / "scheduler_config.json")
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path = "embedded",
-        *,
-        device: str | torch.device | None = None,
-        dtype: Precision = None,
-        vram_budget: str | float | None = None,
-        turbo: bool = False,
-        unet_bs: int | None = None,
-    ) -> Self:
-        """Load a model folder, or the model inside the package.
-
-        Args:
-            path: a packed or float folder in diffusers' layout, or "embedded".
-            device: "cpu", "cuda" or "cuda:1"; if None the first GPU, or the CPU without one.
-            dtype: a torch dtype, "full" (float32) or "autocast" (float16 on GPUs). If None, half precision if the
-                device computes it fast and correctly; `model.precision.reason` explains the choice.
-            vram_budget: device memory for everything: bytes, or "900MB", 0.5 (of the device's memory) or
-                "-500MB" (all but 500 MB). Weights that do not fit are streamed to the device layer by layer, and
-                computation is split into smaller chunks (see `model.planner.plan_stages`).
-            turbo: keep the UNet's weights dequantized while denoising: faster, at 2 to 4 bytes per weight.
-            unet_bs: rows that go through the UNet at once; an image has 2 with guidance. None: all.
-
-        Raises:
-            ModelError: the folder, a file or a tensor is missing or invalid, or no image fits the budget.
-        """
-        torch_device, info = choose_device(device), read_model_info(str(path))
-        precision = choose_precision(dtype, torch_device, is_small=info.is_small)
-        if torch_device.type == "cpu" and not info.is_small:
-            warn_if_threads_spin(torch.get_num_threads())
-        budget = parse_memory_budget(vram_budget, total_memory_bytes(torch_device))
-        model = cls(info, torch_device, precision.dtype, budget, turbo=turbo, unet_bs=unet_bs)
-        model.precision = precision
-        return model
-
     @property
     def fragments(self) -> tuple[Component, Component, Component, Component]:
         """The components in the order in which they run."""
@@ -157,104 +118,61 @@ class TinySD:
     def device_name(self) -> str:
         return device_name(self.device)
 
-    def __repr__(self) -> str:
-        return f"TinySD({self.info.name!r}, device={str(self.device)!r}, precision={dtype_name(self.dtype)!r})"
-
-    def generate(
+    def generate_images(
         self,
-        prompt: str | Sequence[str] | None = None,
-        seed: int | Sequence[int | None] | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        prompt_syntax: str | Sequence[str] | None = None,
-        long_prompts: bool = False,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        num_images_per_prompt: int | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
+        requests: Sequence[ImageRequest],
         output_type: OutputType = "pil",
-        noise_seed: int | Sequence[int] | None = None,
-        rng: Rng = "cpu",
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        tensors: TensorArguments = NO_TENSORS,
         callback: StepCallback | None = None,
-        progress: bool = False,
-        normalize: bool = True,
-        **aliases: Any,
-    ) -> GenerationOutput:
-        """Generate a batch of images, one per prompt and seed.
+    ) -> list[ImageOutput]:
+        """Generate images from records that have been checked, as jobs do.
 
-        The longest list gives the number of images; single values are for all. An image depends on its own prompt,
-        seed and scale only, as it has its own random generator on the CPU: neither batch size nor device changes it
-        beyond float rounding. Names of the command line work, too: `steps`, `scale`, `n_samples`, `H` and `W`.
-
-        Args:
-            prompt: text, a list of texts, or None with `prompt_embeds` [B, T, D] (and `negative_prompt_embeds`).
-            seed: 0 to 2^63 - 1, one for all or one each. None or -1: a random first seed, from which images count up.
-            prompt_syntax: "seed" (`cat:0.25 dog:0.75`, the default), "a1111" (`(cat:1.2)`) or "none".
-            long_prompts: encode prompts beyond the model's limit in several windows instead of truncating them. Images
-                with different numbers of windows, or with and without guidance, go through the UNet separately.
-            height, width: pixels, multiples of `info.size_multiple_px`; the model's native size if None.
-            guidance_scale: one for all or one each; 1 disables guidance.
-            num_images_per_prompt: images per prompt; their seeds count up.
-            sampler: one of `tinysd_batch.config.SAMPLERS`, or another program's name for it; plms if None.
-            eta: share of fresh noise in ddim and plms, 0 to 1; the other samplers ignore it.
-            noise_seed: seed of the starting noise; all later noise still comes from `seed`.
-            rng: generate the noise of torch's "cpu" or "cuda" generator, both on the CPU; "cuda" up to 768x768.
-            latents: starting noise [B, 4, h, w], used instead of noise from the seeds.
-            callback: called with step, timestep and latents after each step (heun: half step), repeated ones, too.
-            progress: show a progress bar on stderr.
-            normalize: remove invisible characters from prompts and convert Unicode blanks to spaces.
-
-        Raises:
-            UsageError: an argument is invalid or does not fit the others, or an image does not fit the budget.
-            TypeError: a keyword is unknown.
-            NotFiniteError: latents or an image are NaN, infinite or a single flat colour.
+        Images that can be in one micro-batch are generated together; see `TinySD.generate` for errors.
         """
-        named = {
-            "prompt": prompt, "seed": seed, "negative_prompt": negative_prompt, "prompt_syntax": prompt_syntax,
-            "height": height, "width": width, "num_inference_steps": num_inference_steps, "eta": eta, "rng": rng,
-            "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt, "sampler": sampler,
-            "noise_seed": noise_seed, "latents": latents, "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds, "long_prompts": long_prompts,
-        }  # fmt: skip
-        request = build_request(self.info, merge_aliases(named, aliases), normalize=normalize)
+        outputs: dict[int, ImageOutput] = {}
         one_thread = 1 if self.device.type == "cpu" and self.info.is_small else None
-        with torch.no_grad(), limit_threads(one_thread), step_bar(request.steps, callback, shown=progress) as on_step:
-            output = self.generate_batch(request, output_type, on_step)
-        output.settings = request.image_settings(self.info, __version__)
-        if output_type == "pil":
-            output.attach_settings()
-        return output
+        with torch.no_grad(), limit_threads(one_thread):
+            for rows in group_by_batch_key(requests):
+                batch = [requests[row] for row in rows]
+                generated = self.generate_batch(batch, output_type, tensors.select(rows), callback)
+                outputs |= zip(rows, generated, strict=True)
+        return [outputs[row] for row in range(len(requests))]
 
     def generate_batch(
-        self, request: GenerationRequest, output_type: OutputType, callback: StepCallback | None
-    ) -> GenerationOutput:
-        """Encode, denoise and decode a batch, and measure times and peak memory."""
+        self,
+        requests: Sequence[ImageRequest],
+        output_type: OutputType,
+        tensors: TensorArguments,
+        callback: StepCallback | None,
+    ) -> list[ImageOutput]:
+        """Encode, denoise and decode a micro-batch, and measure times and peak memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with on_compute_stream(self.device):
             started = time.monotonic()
-            conditionings = retry_if_out_of_memory(self.planner, lambda: encode_prompts(self.prompt_encoder, request))
+            conditionings = retry_if_out_of_memory(self.planner, lambda: self.encode_prompts(requests, tensors))
             encoded = time.monotonic()
-            latents, fallbacks = self.denoise_batch(EncodedBatch(conditionings, request, callback))
+            latents, fallbacks = self.denoise_batch(EncodedBatch(requests, conditionings, tensors, callback))
             denoised = time.monotonic()
             images = latents.cpu() if output_type == "latent" else self.decode(latents, output_type, fallbacks)
-        degraded = [fallbacks.get(row, []) for row in range(len(conditionings))]
-        return GenerationOutput(
-            images=images,
-            **token_columns(conditionings),
-            degraded=degraded,
-            precision=["float32" if DENOISED_IN_FLOAT32 in names else dtype_name(self.dtype) for names in degraded],
-            text_s=encoded - started,
-            denoise_s=denoised - encoded,
-            decode_s=time.monotonic() - denoised,
-            peak_memory_bytes=peak_memory_bytes(self.device),
-        )
+        decoded = time.monotonic()
+        return [
+            ImageOutput(
+                request=request,
+                image=images[row],
+                **describe_tokens(conditionings[row]),
+                degraded=fallbacks.get(row, []),
+                precision="float32" if DENOISED_IN_FLOAT32 in fallbacks.get(row, ()) else dtype_name(self.dtype),
+                text_s=(encoded - started) / len(requests),
+                denoise_s=(denoised - encoded) / len(requests),
+                decode_s=(decoded - denoised) / len(requests),
+                peak_memory_bytes=peak_memory_bytes(self.device),
+            )
+            for row, request in enumerate(requests)
+        ]
+
+    def encode_prompts(self, requests: Sequence[ImageRequest], tensors: TensorArguments) -> list[Conditioning]:
+        return self.prompt_encoder.encode(requests, tensors.prompt_embeds, tensors.negative_prompt_embeds)
 
     def denoise_batch(self, batch: EncodedBatch) -> tuple[Tensor, Fallbacks]:
         """Return the final latents; rows that overflow float16 are repeated in float32. Raises NotFiniteError."""
@@ -305,7 +223,7 @@ class TinySD:
         self, batch: EncodedBatch, start: Tensor, conditionings: list[Conditioning], generators: list[NoiseGenerator]
     ) -> Tensor:
         """Denoise unit noise [B, 4, h, w] to latents of images. Latents and scheduler state are always float32."""
-        sampler, steps = batch.request.sampler, batch.request.steps
+        sampler, steps = batch.settings.sampler, batch.settings.steps
         scale = torch.tensor([cond.scale for cond in conditionings], device=self.device).view(-1, 1, 1, 1)
         negatives = [cond.negative_embedding for cond in conditionings if cond.negative_embedding is not None]
         self.precomputed.prepare_timesteps(get_timesteps(sampler, steps, self.schedule))
@@ -328,7 +246,7 @@ class TinySD:
 
         deviation = zero_deviation if self.correction is None else self.correction.absorbed_deviation
         callback = batch.callback or (lambda *_: None)
-        run = SamplingRun(predict, steps, self.schedule, generators, batch.request.eta, callback, deviation)
+        run = SamplingRun(predict, steps, self.schedule, generators, batch.settings.eta, callback, deviation)
         try:
             with (
                 self.planner.executing(plan) as strategy,

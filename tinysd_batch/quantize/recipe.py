@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinysd_batch.config import MAX_STEPS, read_toml
 from tinysd_batch.errors import UsageError
+from tinysd_batch.settings.limits import MAX_STEPS
+from tinysd_batch.settings.sources import read_toml
 from tinysd_batch.text import excerpt
 
 DEFAULT_RECIPE_FILE = "sd_v1.toml"  # used if the user names none

@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from tinysd_batch.config import MAX_GRID_IMAGES, MAX_SIDE_PX
 from tinysd_batch.images import open_image
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.records import Status
 from tinysd_batch.report.fonts import Font, choose_font
 from tinysd_batch.report.formatting import to_one_line
+from tinysd_batch.settings.limits import MAX_GRID_IMAGES, MAX_SIDE_PX
 from tinysd_batch.storage.atomic import write_atomically
 
 CELL_PX = 128

@@ -88,7 +88,7 @@ def test_an_image_too_large_for_one_worker_is_generated_by_another(
     original = SimPool.generate_one
 
     def generate_one(self: SimPool, process: SimWorker, image: ImageRequest) -> ImageResult:
-        tried.append(process.name if image.params.width == 128 else "")
+        tried.append(process.name if image.settings.width == 128 else "")
         return original(self, process, image)
 
     monkeypatch.setattr(SimPool, "generate_one", generate_one)

@@ -17,7 +17,7 @@ from tests.support.program import run_here
 from tinysd_batch.job.results import writer
 from tinysd_batch.job.results.table import ResultsTable, read_table
 from tinysd_batch.job.workers.worker import Worker
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 from tinysd_batch.records import ImageResult
 
 QUICK = ("--sampler", "ddim", "--steps", 1, "--scale", 1, "--skip_grid")

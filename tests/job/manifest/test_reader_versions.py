@@ -13,7 +13,6 @@ import pytest
 
 from tests.support.jobs import check_whole, draw, read_results
 from tests.support.paths import FIXTURES
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, UsageError
 from tinysd_batch.job.manifest.snapshot import READER_VERSION
 from tinysd_batch.job.manifest.validate import read_rows
@@ -176,7 +175,7 @@ def test_reuse_keeps_the_seed_of_each_row(job: Path, tmp_path: Path) -> None:
     draw(write(tmp_path, "cat,", "bee,oops"), job, MODEL, **QUICK)
     fixed = tmp_path / "fixed.csv"
     fixed.write_text("prompt,seed\nant,\ncat,\nowl,\n")
-    new = open_job(fixed, tmp_path / "new", Settings(model=str(MODEL), **QUICK), reuse=job)
+    new = open_job(fixed, tmp_path / "new", {"model": str(MODEL), **QUICK}, reuse=job)
     assert new.inherited_seeds == {1: 103, 2: 104, 3: 101}
 
 
@@ -265,7 +264,7 @@ def test_job_of_0_1_0_counts_rows_as_0_1_0_did(
 def test_job_of_0_1_0_stores_times_and_lists_as_text(tmp_path: Path) -> None:
     table = {"prompt": ["cat"], "when": [datetime(2024, 1, 1)], "sizes": [[1, 2]], "price": [1.5]}
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
-    job = open_job(tmp_path / "m.parquet", tmp_path / "job", Settings(model=str(MODEL), **QUICK))
+    job = open_job(tmp_path / "m.parquet", tmp_path / "job", {"model": str(MODEL), **QUICK})
     (row,) = read_rows(job.manifest, job.row_defaults(), compat_0_1_0=True)
     assert row.extra == {"when": "2024-01-01 00:00:00.000000", "sizes": "[1, 2]", "price": 1.5}
 

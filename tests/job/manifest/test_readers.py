@@ -154,16 +154,16 @@ def test_header_quoted_as_a_whole_gets_a_hint(tmp_path: Path) -> None:
 def test_scale_has_aliases(tmp_path: Path, name: str, field: str) -> None:
     (row,) = read_all_rows(write(tmp_path / "m.csv", f"PROMPT,{name}\ncat,3.5\n".encode()))
     assert isinstance(row, Row)
-    assert (row.prompt, getattr(row, field), row.extra) == ("cat", 3.5, {})
+    assert (row.prompt, getattr(row.settings, field), row.extra) == ("cat", 3.5, {})
 
 
 def test_all_other_aliases(tmp_path: Path) -> None:
     header = "caption,negative,num_images_per_prompt,H,W,ddim_steps,sampler_name,ddim_eta"
     (row,) = read_all_rows(write(tmp_path / "m.csv", f"{header}\ncat,dog,3,32,48,9,ddim,0.5\n".encode()))
     assert isinstance(row, Row)
-    assert (row.prompt, row.negative_prompt, row.n_samples, row.extra) == ("cat", "dog", 3, {})
-    assert (row.params.height, row.params.width, row.params.steps) == (32, 48, 9)
-    assert (row.params.sampler, row.params.eta) == ("ddim", 0.5)
+    assert (row.prompt, row.settings.negative_prompt, row.n_samples, row.extra) == ("cat", "dog", 3, {})
+    assert (row.settings.height, row.settings.width, row.settings.steps) == (32, 48, 9)
+    assert (row.settings.sampler, row.settings.eta) == ("ddim", 0.5)
 
 
 def test_errors_show_the_column_name_of_the_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.settings import make_image_settings
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.changes import LinePair, ManifestDiff
 from tinysd_batch.job.manifest.files import compute_fingerprint, starts_with_fingerprint
@@ -20,13 +21,13 @@ from tinysd_batch.job.manifest.snapshot import (
     read_snapshot_lines,
     row_to_line,
 )
-from tinysd_batch.records import InvalidRow, Row, SamplingParams
+from tinysd_batch.records import InvalidRow, Row
 
-PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)
+SETTINGS = make_image_settings()
 
 
 def row(number: int, prompt: str, seed: int | None = None, **extra: object) -> Row:
-    return Row(number, prompt, "", seed, 7.5, 1, 1, PARAMS, extra=extra)
+    return Row(number, prompt, SETTINGS, seed, extra=extra)
 
 
 def lines(*prompts: str) -> list[str]:

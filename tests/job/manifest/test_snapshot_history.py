@@ -6,12 +6,13 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.settings import make_image_settings
 from tinysd_batch.job.manifest.changes import ManifestDiff, pair_rows
 from tinysd_batch.job.manifest.merge import RowMerger
 from tinysd_batch.job.manifest.snapshot import ROWS_FILE, Snapshot, SnapshotWriter
-from tinysd_batch.records import InvalidRow, Row, SamplingParams
+from tinysd_batch.records import InvalidRow, Row
 
-PARAMS = SamplingParams(width=64, height=64, steps=20, sampler="plms", eta=0.0)
+SETTINGS = make_image_settings()
 VALID, INVALID, BLANK = "valid", "invalid", "blank"
 States = list[str]  # of the manifest's rows
 ROW_STATES = st.sampled_from([VALID, INVALID, BLANK])
@@ -30,7 +31,7 @@ def histories(draw: st.DrawFn) -> list[States]:
 def read(states: States, version: int = 0) -> list[Row | InvalidRow]:
     """Return the rows as a reader yields them; a newer version may read a valid row differently."""
     return [
-        Row(number, f"prompt {number} of {version}", "", None, 7.5, 1, 1, PARAMS)
+        Row(number, f"prompt {number} of {version}", SETTINGS)
         if state == VALID
         else InvalidRow(number, f"an error of {version}")
         for number, state in enumerate(states, start=1)

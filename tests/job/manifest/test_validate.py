@@ -45,7 +45,7 @@ def test_error_names_column_value_and_rule(values: dict[str, object], message: s
 
 def test_eta_is_zero_for_samplers_without_eta() -> None:
     rows = [build_row(1, {"prompt": "cat", "eta": "0.5", "sampler": name}, DEFAULTS) for name in ("ddim", "Euler a")]
-    assert [(row.params.sampler, row.params.eta) for row in rows if isinstance(row, Row)] == [
+    assert [(row.settings.sampler, row.settings.eta) for row in rows if isinstance(row, Row)] == [
         ("ddim", 0.5),
         ("euler_a", 0.0),
     ]
@@ -66,7 +66,7 @@ def test_csv_with_defaults_extra_columns_and_empty_cells(tmp_path: Path) -> None
     assert isinstance(dog, Row)
     assert (cat.prompt, cat.seed, cat.n_samples, cat.id, cat.extra) == ("cat", 7, 2, "a", {"artist": "me"})
     assert (dog.prompt, dog.seed, dog.n_samples, dog.id, dog.extra) == ('dog, "sitting"', None, 1, None, {})
-    assert dog.params.steps == 25
+    assert dog.settings.steps == 25
 
 
 def test_csv_and_parquet_yield_the_same_rows(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_any_row_is_valid_or_has_a_reason(values: dict[str, object]) -> None:
     row = build_row(1, {"prompt": None, **values}, DEFAULTS)
     if isinstance(row, Row):
         assert row.prompt.strip()
-        assert row.params.height % 16 == 0
+        assert row.settings.height % 16 == 0
         assert row.n_iter * row.n_samples >= 1
         row.prompt.encode()
     else:

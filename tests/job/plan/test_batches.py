@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.planning import PARAMS, make_row, make_shared_settings, plan_requests
+from tests.support.planning import SETTINGS, make_row, make_shared_settings, plan_requests
 from tinysd_batch.job.plan.batches import (
     count_batches,
     cut_batches,
@@ -70,7 +70,7 @@ def test_batches_of_several_rows_are_as_large_as_allowed(
     specs: list[tuple[int, int, float, int]], finished: set[int], max_batch: int
 ) -> None:
     rows = [
-        Row(number, "x", "", None, scale, n_iter, n_samples, replace(PARAMS, steps=steps))
+        Row(number, "x", replace(SETTINGS, steps=steps, scale=scale), None, n_iter, n_samples)
         for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
     ]
     planned = list(plan_images(rows, make_shared_settings(5)))
@@ -78,12 +78,10 @@ def test_batches_of_several_rows_are_as_large_as_allowed(
     batches = list(cut_batches(planned, (), max_batch))
     assert [image for batch in batches for image in batch.images] == images
     for batch in batches:
-        assert len({(image.params, image.scale == 1) for image in batch.images}) == 1
+        assert len({image.settings.batch_key for image in batch.images}) == 1
     for batch, next_batch in pairwise(batches):
         first, second = batch.images[0], next_batch.images[0]
-        assert (
-            len(batch.images) == max_batch or first.params != second.params or (first.scale == 1) != (second.scale == 1)
-        )
+        assert len(batch.images) == max_batch or first.settings.batch_key != second.settings.batch_key
     whole = [batch.images for batch in batches]
     assert all(batch.images in whole for batch in cut_batches(planned, finished, max_batch))
 
@@ -119,7 +117,7 @@ def test_counted_batches_equal_cut_batches(
 ) -> None:
     """For equal and different rows, with all, some or no images finished, arithmetic gives what cutting gives."""
     rows: list[Row | InvalidRow] = [
-        replace(make_row(number, None, n_iter, n_samples), scale=scale, params=replace(PARAMS, steps=steps))
+        replace(make_row(number, None, n_iter, n_samples), settings=replace(SETTINGS, steps=steps, scale=scale))
         for number, (n_iter, n_samples, scale, steps) in enumerate(specs, start=1)
     ]
     planned = list(plan_images(rows, make_shared_settings(5)))

@@ -1,23 +1,25 @@
 """Every input that determines the pixels changes the image_id, and nothing else does."""
 
+from dataclasses import replace
 from typing import Any
 
-from tests.support.planning import PARAMS
+from tests.support.planning import SETTINGS
 from tinysd_batch.job.plan.image_id import compute_image_id
-from tinysd_batch.records import SamplingParams
+from tinysd_batch.settings.schema import IMAGE_SETTINGS
 
 INPUTS: dict[str, Any] = {
     "model_digest": "00" * 16,
     "prompt": "red apple",
-    "negative_prompt": "",
     "seed": 7,
-    "scale": 7.5,
     "precision": "auto",
 }
 
 
-def image_id(params: SamplingParams = PARAMS, **changes: Any) -> str:
-    return compute_image_id(params=params, **{**INPUTS, **changes})
+def image_id(**changes: Any) -> str:
+    """Return the id of an image for which these inputs or settings are changed."""
+    settings = {name: value for name, value in changes.items() if name in IMAGE_SETTINGS}
+    inputs = {name: value for name, value in changes.items() if name not in settings}
+    return compute_image_id(settings=replace(SETTINGS, **settings), **{**INPUTS, **inputs})
 
 
 def test_golden_image_ids() -> None:
@@ -53,10 +55,10 @@ def test_everything_that_determines_pixels_changes_the_image_id() -> None:
         {"prompt_syntax": "none"},
         {"long_prompts": True},
         {"noise_seed": 8},
-        {"params": SamplingParams(256, 512, 50, "plms", 0.0)},
-        {"params": SamplingParams(512, 256, 50, "plms", 0.0)},
-        {"params": SamplingParams(512, 512, 51, "plms", 0.0)},
-        {"params": SamplingParams(512, 512, 50, "ddim", 0.0)},
-        {"params": SamplingParams(512, 512, 50, "plms", 0.1)},
+        {"width": 256},
+        {"height": 256},
+        {"steps": 51},
+        {"sampler": "ddim"},
+        {"eta": 0.1},
     ]
     assert len({image_id(**variant) for variant in variants}) == len(variants)

@@ -20,12 +20,14 @@ PLACEMENT = """
     from tinysd_batch.job.workers.pool import WorkerReady
     from tinysd_batch.job.ray_workers.pool import RayPool
     from tinysd_batch.job.workers.worker import WorkerSetup
+    from tinysd_batch.job.state.open_job import resolve_settings
     from tinysd_batch.model.checkpoint.info import read_model_info
 
     if __name__ == "__main__":
         info = read_model_info(sys.argv[1])
+        settings = resolve_settings({}, info)
         folder = Path(sys.argv[2])
-        setup = WorkerSetup(folder, folder, info.path, info.name, info.digest, "auto", "auto", None)
+        setup = WorkerSetup.from_settings(settings, info, job_folder=folder, scratch=folder)
         with RayPool(setup, None, 1, ray_init={"num_gpus": 3}) as pool:
             devices = {}
             while len(devices) < 3:

@@ -10,23 +10,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.settings import make_image_settings
 from tinysd_batch.errors import ManifestError, StorageError
 from tinysd_batch.job.results import writer as writer_module
+from tinysd_batch.job.results.columns import COLUMN_FIELDS
 from tinysd_batch.job.results.rows import make_image_row, make_invalid_row
-from tinysd_batch.job.results.schema import RESULT_FIELDS, build_results_schema, keep_earlier_columns
+from tinysd_batch.job.results.schema import build_results_schema, keep_earlier_columns
 from tinysd_batch.job.results.table import ResultsTable, keep_newest_rows
 from tinysd_batch.job.results.writer import ResultsWriter
-from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, SamplingParams, Status
+from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 
 RUN_COLUMNS = {"model": "m", "model_digest": "d", "run_id": "r", "version": "0"}
 SCHEMA = build_results_schema([pa.field("artist", pa.string()), pa.field("status", pa.string())])
 
 
 def make_row(index: int, status: Status = Status.OK) -> dict[str, Any]:
-    params = SamplingParams(64, 64, 5, "plms", 0.0)
-    extra = {"artist": f"artist {index}", "status": "theirs"}
     request = ImageRequest(
-        index, index, 1, f"p{index}", "", index, 4.0, params, f"{index:032x}", f"f{index}", extra=extra
+        f"p{index}",
+        index,
+        make_image_settings(),
+        image_id=f"{index:032x}",
+        index=index,
+        row=index,
+        file_name=f"f{index}",
+        extra={"artist": f"artist {index}", "status": "theirs"},
     )
     return make_image_row(request, ImageResult(index, status, started_at=time.time()), RUN_COLUMNS)
 
@@ -291,7 +298,7 @@ KEYS = st.lists(st.tuples(st.integers(1, 4), st.one_of(st.none(), st.integers(1,
 @given(KEYS)
 def test_of_several_rows_with_the_same_key_the_last_counts(keys: list[tuple[int, int | None]]) -> None:
     written = [{"row": number, "index": index, "error_message": str(when)} for when, (number, index) in enumerate(keys)]
-    schema = pa.schema([field for field in RESULT_FIELDS if field.name in ("row", "index", "error_message")])
+    schema = pa.schema([field for field in COLUMN_FIELDS if field.name in ("row", "index", "error_message")])
     with_images = {number for number, index in keys if index}  # an earlier fault of such a row does not count
     last = {(row["row"], row["index"] or 0): row for row in written if row["index"] or row["row"] not in with_images}
     assert keep_newest_rows(pa.Table.from_pylist(written, schema)).select(

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.support.jobs import Quiet, check_whole, draw, read_results, setup_for
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError
 from tinysd_batch.job.dispatch.job_progress import InvalidRows
 from tinysd_batch.job.driver import run_job
@@ -39,7 +38,7 @@ def test_a_stopped_and_resumed_job_equals_an_uninterrupted_one(
 
 def test_a_finished_job_opens_no_pool(manifest: Path, tmp_path: Path, tiny_model: Path) -> None:
     draw(manifest, tmp_path / "job", tiny_model)
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
     summary = run_job(job, lambda _: pytest.fail("a pool was opened"), Quiet(), lambda: False)
     assert (summary.left, summary.finished_before, summary.invalid_rows) == (0, 6, 1)
     check_whole(tmp_path / "job", 6)
@@ -97,7 +96,7 @@ def test_a_resumed_job_reports_invalid_rows_without_reading_the_manifest_again(
 ) -> None:
     invalid_rows: list[list[tuple[int, str]]] = []
     for limit in (2, 4, None):
-        job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+        job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
         assert job.needs_snapshot == (not invalid_rows)
         progress = InvalidRowsRecorder()
         run_job(job, lambda _: InlinePool(setup_for(job)), progress, lambda: False, limit)  # noqa: B023 - called here
@@ -157,7 +156,7 @@ def test_another_model_and_another_manifest_are_refused(manifest: Path, tmp_path
 def test_a_job_that_another_run_started_in_the_meantime_is_refused(
     manifest: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
-    late = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    late = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
     draw(manifest, tmp_path / "job", tiny_model, seed=2, limit=1)
     with pytest.raises(JobMismatchError, match="another run started this job in the meantime"):
         run_job(late, lambda _: InlinePool(setup_for(late)), Quiet(), lambda: False)
@@ -174,7 +173,7 @@ def test_a_run_whose_journal_is_deleted_can_be_resumed(
     manifest: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "FLUSH_EVERY_S", 0.0)
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
 
     class JournalDeleter(Quiet):
         def report_flush(self) -> None:
@@ -209,7 +208,7 @@ def test_host_and_folder_names_that_are_not_utf_8(
     old, new = tmp_path / os.fsdecode(b"alt\xe9"), tmp_path / "new"
     draw(manifest, old, tiny_model, seed=5)
     for _ in range(2):
-        job = open_job(manifest, new, Settings(model=str(tiny_model)), old)
+        job = open_job(manifest, new, {"model": str(tiny_model)}, old)
         run_job(job, lambda _: InlinePool(setup_for(job)), Quiet(), lambda: False)  # noqa: B023 - called here
     rows = [row for row in check_whole(new, 6) if row["index"]]
     assert {row["reused"] for row in rows} == {f"{tmp_path}/alt\\xe9"}

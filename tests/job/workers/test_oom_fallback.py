@@ -11,14 +11,13 @@ from PIL import Image
 
 from tests.support.files import write_csv
 from tests.support.jobs import check_whole, draw, setup_for
-from tinysd_batch.config import Settings
 from tinysd_batch.job.plan.batches import cut_batches, plan_images
 from tinysd_batch.job.ray_workers.worker_process import WorkerProcess
 from tinysd_batch.job.ray_workers.worker_slots import WorkerSlot
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.job.workers.oom_fallback import OOM_FALLBACKS, MemoryLimits, split_evenly
-from tinysd_batch.model import pipeline
 from tinysd_batch.model.nn import unet
+from tinysd_batch.model.tiny_sd import TinySD
 from tinysd_batch.records import Status
 
 
@@ -103,7 +102,7 @@ def test_an_image_that_no_fallback_makes_fit_fails_alone(
 
 
 def test_every_fallback_applies_to_the_model_and_changes_no_image(tiny_model: Path) -> None:
-    model = pipeline.TinySD.from_pretrained(tiny_model, device="cpu")
+    model = TinySD.from_pretrained(tiny_model, device="cpu")
 
     def pixels() -> Any:
         return np.asarray(model.generate("fox", seed=1).images[0]).astype(int)
@@ -129,7 +128,7 @@ def test_memory_limits_are_passed_to_the_next_actor(
 ) -> None:
     """The driver keeps them in the worker's slot."""
     sizes = limit_unet_rows(4, monkeypatch)
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model), seed=1))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model), "seed": 1})
     first, second = (list(cut_batches(plan_images([row], job.shared_settings()), ())) for row in job.read_rows())
     slot = WorkerSlot("gpu-0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a worker process sets it

@@ -21,7 +21,6 @@ from tests.support.files import write_csv
 from tests.support.jobs import Quiet, check_whole, setup_for
 from tests.support.models import gpu_measurements, random_sd_v1
 from tinysd_batch import TinySD
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.driver import run_job
 from tinysd_batch.job.state.open_job import open_job
@@ -251,8 +250,8 @@ def test_job_on_a_small_gpu_falls_back_and_generates_all_images(
     def run(name: str) -> list[dict[str, Any]]:
         torch.cuda.empty_cache()
         allocator.max_allocated = 0
-        job = open_job(manifest, tmp_path / name, Settings(model=str(tiny_model), steps=2))
-        setup = replace(setup_for(job), device="cuda", precision="full")
+        job = open_job(manifest, tmp_path / name, {"model": str(tiny_model), "steps": 2})
+        setup = replace(setup_for(job), settings=replace(job.settings, device="cuda", precision="full"))
         run_job(job, lambda _: InlinePool(setup), Quiet(), lambda: False, None)
         rows = check_whole(tmp_path / name, 4)
         assert {(row["status"], row["device_name"]) for row in rows} == {("ok", "fake CUDA device")}

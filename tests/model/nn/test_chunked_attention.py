@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tests.support.models.tiny_models import TEXT_WIDTH
 from tinysd_batch.model.chunking import DEFAULT_CHUNK_BYTES, items_per_chunk, limit_chunk_bytes
 from tinysd_batch.model.nn.chunked_attention import use_chunked_layers
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 
 
 @pytest.mark.parametrize("nbytes", [1, 5_000, DEFAULT_CHUNK_BYTES])

@@ -12,7 +12,7 @@ from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.nn.chunked_attention import ChunkedAttnProcessor
 from tinysd_batch.model.nn.vae_decoder import decode_single, use_strip_layers
 from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBatchShape, feature_map_dtype
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 
 TOKENS = 24
 CASES = [
@@ -108,12 +108,12 @@ def test_budget_that_is_too_small_is_refused_with_the_minimum(tiny_model: Path) 
 
 
 def test_budgets_as_a_share_or_as_headroom() -> None:
-    from tinysd_batch.config import parse_memory_budget
+    from tinysd_batch.settings.memory_budget import parse_budget
 
-    assert parse_memory_budget("0.25", 4000) == 1000
-    assert parse_memory_budget("-1.5kB", 4000) == 2500
-    assert parse_memory_budget("-0.25", 4000) == 3000
-    assert parse_memory_budget("1GiB", 4000) == 2**30
+    assert parse_budget("0.25").resolve(4000) == 1000
+    assert parse_budget("-1.5kB").resolve(4000) == 2500
+    assert parse_budget("-0.25").resolve(4000) == 3000
+    assert parse_budget("1GiB").resolve(4000) == 2**30
     for wrong in ("0", "much", "-", "--5MB", "5 sheep"):
         with pytest.raises(UsageError, match="vram_budget"):
-            parse_memory_budget(wrong, 4000)
+            parse_budget(wrong).resolve(4000)

@@ -7,9 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tests.support.models.tiny_models import TEXT_WIDTH
-from tinysd_batch.config import SAMPLERS
-from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.samplers import get_timesteps
+from tinysd_batch.model.tiny_sd import TinySD
+from tinysd_batch.settings.sampler_names import SAMPLERS
 
 TIMES = (981.0, 535.955, 1.0)
 

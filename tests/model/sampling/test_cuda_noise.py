@@ -12,9 +12,9 @@ from tests.support.files import write_csv
 from tests.support.jobs import read_results
 from tests.support.program import run_here
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.cuda_noise import MAX_NOISE_ELEMENTS, CudaNoiseGenerator, philox
 from tinysd_batch.model.sampling.schedule import sample_noise
+from tinysd_batch.model.tiny_sd import TinySD
 
 # torch.manual_seed(0); torch.randn(8, 8, device="cuda"), as printed in public notebooks: the first rows.
 SEED_0 = [

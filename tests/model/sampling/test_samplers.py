@@ -11,12 +11,12 @@ from torch import Generator, Tensor
 
 from tests.support.models.schedules import ALPHAS, SD_V1
 from tests.support.models.tiny_stable_diffusion import CONTEXT, dequantized, unet_checkpoint
-from tinysd_batch.config import SAMPLERS, find_sampler
 from tinysd_batch.errors import ModelError, UsageError
 from tinysd_batch.model.sampling.ddim_plms import iter_ddim_steps
 from tinysd_batch.model.sampling.samplers import build_scheduler, sample
 from tinysd_batch.model.sampling.schedule import SamplingRun, compute_alphas_cumprod, sample_noise
 from tinysd_batch.model.sampling.sigma_samplers import SigmaSchedule
+from tinysd_batch.settings.sampler_names import SAMPLERS, find_sampler
 
 SIGMAS = np.sqrt((1 - ALPHAS) / ALPHAS)
 SHAPE = (4, 8, 8)

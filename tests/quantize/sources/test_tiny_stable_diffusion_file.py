@@ -15,6 +15,7 @@ from tests.support.files import write_csv
 from tests.support.jobs import check_whole
 from tests.support.models import ldm_checkpoint, tiny_stable_diffusion
 from tests.support.program import run_here
+from tests.support.settings import make_image_settings
 from tinysd_batch import TinySD
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.json_file import read_json_object
@@ -22,6 +23,7 @@ from tinysd_batch.quantize.convert import convert_model
 from tinysd_batch.quantize.data_free import quantize_model
 from tinysd_batch.quantize.evaluate.inspect import inspect_model
 from tinysd_batch.quantize.sources.checkpoint_source import SourceOptions
+from tinysd_batch.records import ImageRequest
 
 PICKLES = SourceOptions(allow_pickle=True)
 
@@ -64,7 +66,9 @@ def test_it_generates_what_the_dequantized_model_generates(folder: Path) -> None
     floats = tiny_stable_diffusion.dequantized(tiny_stable_diffusion.unet_checkpoint())
     unet.load_state_dict(convert_ldm_unet_checkpoint(floats, dict(unet.config)))
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    (condition,) = model.prompt_encoder.encode(["a lake"], ["a boat"], [7.5], ["seed"])
+    (condition,) = model.prompt_encoder.encode(
+        [ImageRequest("a lake", 0, make_image_settings(negative_prompt="a boat"))]
+    )
     assert condition.negative_embedding is not None
     context = torch.stack([condition.negative_embedding, condition.embedding])
     latents_after_steps: list[Tensor] = []
@@ -105,7 +109,8 @@ def test_the_vae_is_unchanged(folder: Path) -> None:
 
 def test_text_states_and_decoded_latents_equal_those_of_the_source(folder: Path) -> None:
     model = TinySD.from_pretrained(folder, device="cpu")
-    (condition,) = model.prompt_encoder.encode(["a lake at dawn"], [""], [1.0], ["none"])
+    settings = make_image_settings(prompt_syntax="none", scale=1.0)
+    (condition,) = model.prompt_encoder.encode([ImageRequest("a lake at dawn", 0, settings)])
     prompt = "a lake at dawn"
     ids = model.prompt_encoder.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
     latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))

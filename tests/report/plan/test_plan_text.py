@@ -17,7 +17,7 @@ from rich.console import Console
 from tests.support.files import write_csv
 from tests.support.jobs import draw
 from tests.support.program import run_here
-from tinysd_batch.config import Settings
+from tests.support.settings import make_settings
 from tinysd_batch.errors import UsageError
 from tinysd_batch.job.plan import image_id
 from tinysd_batch.job.state.open_job import open_job
@@ -74,7 +74,7 @@ def test_distinct_prompts_are_counted_once(tmp_path: Path, tiny_model: Path, mon
     monkeypatch.setattr(token_counts, "count_tokens", count_and_record)
     rows = [{"prompt": f"cat {number % 700}", "negative_prompt": "blurry, low quality"} for number in range(2100)]
     manifest = write_csv(tmp_path / "m.csv", rows)
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
     counted_rows = list(PromptTokenCounter(job).count_rows(job.read_rows()))
     assert len(counted) == len(set(counted)) == 701
     monkeypatch.setattr(token_counts, "MAX_CACHED_PROMPTS", 10)
@@ -94,7 +94,7 @@ def test_token_counts_match_the_text_encoder_input(
         "<|endoftext|> cat", "Ĳ ﬁ a\u0301",
     ]  # fmt: skip
     manifest = write_csv(tmp_path / "m.csv", [{"prompt": text} for text in texts])
-    settings = Settings(model=str(tiny_model), prompt_syntax=syntax, long_prompts=long_prompts)  # type: ignore[arg-type]
+    settings = {"model": str(tiny_model), "prompt_syntax": syntax, "long_prompts": long_prompts}
     job = open_job(manifest, tmp_path / "job", settings)
     reader = PromptTokenCounter(job)
     for row in reader.count_rows(job.read_rows()):
@@ -107,7 +107,7 @@ def test_row_fits_one_line_of_the_terminal(tmp_path: Path, tiny_model: Path) -> 
     """A prompt with thousands of weighted parts used to print a line of 60 kB."""
     parts = " ".join(f"part {number}:1" for number in range(700))
     manifest = write_csv(tmp_path / "m.csv", [{"prompt": parts}, {"prompt": "cat " * 2000}])
-    job = open_job(manifest, tmp_path / "job", Settings(model=str(tiny_model)))
+    job = open_job(manifest, tmp_path / "job", {"model": str(tiny_model)})
     for is_terminal, max_characters in ((True, 60), (False, 300)):
         console = Console(file=io.StringIO(), width=60, force_terminal=is_terminal)
         progress = ReadingProgress(console, "Reading")
@@ -207,7 +207,7 @@ def test_report_without_a_valid_psnr(tmp_path: Path, tiny_model: Path, report: s
 @pytest.mark.slow
 def test_memory_estimate_in_a_subprocess_is_equal(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`plan` uses a subprocess if torch is not imported: same numbers, same errors."""
-    settings = Settings(model=str(tiny_model), height=16, width=16, steps=2, scale=2.0, device="cpu")
+    settings = make_settings(model=str(tiny_model), height=16, width=16, steps=2, scale=2.0, device="cpu")
     batch = PlannedBatch(2, 16, 16, True)
     expected = estimate_memory(settings, batch)
     monkeypatch.delitem(sys.modules, "torch")

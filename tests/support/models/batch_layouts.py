@@ -9,17 +9,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tinysd_batch.config import SAMPLERS, Settings
-from tinysd_batch.job.manifest.validate import build_row
-from tinysd_batch.job.plan.batches import cut_batches, plan_images
+from tinysd_batch.job.manifest.validate import RowDefaults, build_row
+from tinysd_batch.job.plan.batches import SharedSettings, cut_batches, plan_images
 from tinysd_batch.job.ray_workers.pool import RayPool
-from tinysd_batch.job.state.job import derive_row_defaults, derive_shared_settings
-from tinysd_batch.job.state.open_job import fill_in_model_defaults
 from tinysd_batch.job.workers.inline_pool import InlinePool
 from tinysd_batch.job.workers.pool import BatchDone, ChunkDone, WorkerPool
 from tinysd_batch.job.workers.worker import WorkerSetup
 from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.records import MicroBatch, Row, Status
+from tinysd_batch.settings.sampler_names import SAMPLERS
+from tinysd_batch.settings.schema import Settings
 
 IMAGES_PER_ROW = 4
 PROMPTS = (("red apple", "", 3.0), ("panda", "red", 5.0), ("ghost:1 skull:2", "", 1.0))  # prompt, negative, scale
@@ -49,7 +48,7 @@ LAYOUTS = (
 def iter_rows(settings: Settings, n_samples: int) -> Iterator[Row]:
     """Yield rows with all samplers and prompts; `n_samples` images of a row share a micro-batch."""
     model = read_model_info(settings.model)
-    defaults = derive_row_defaults(fill_in_model_defaults(settings, model), model)
+    defaults = RowDefaults(settings, model)
     variants = [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.5), ("plms", 0.5)]
     number = 0
     for sampler, eta in variants:
@@ -67,7 +66,7 @@ def iter_rows(settings: Settings, n_samples: int) -> Iterator[Row]:
 def generate_with_layout(layout: BatchLayout, settings: Settings, folder: Path) -> ImagesById:
     """Generate all images in this layout, and read them back from their files."""
     model = read_model_info(settings.model)
-    shared = derive_shared_settings(settings, model, seed=1)
+    shared = SharedSettings(1, model.digest, settings)
     batches = list(cut_batches(plan_images(iter_rows(settings, layout.n_samples), shared), (), layout.max_batch))
     if layout.shuffled:
         random.Random(7).shuffle(batches)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from tinysd_batch.model.offload.peak_memory import PeakMemoryTracker
 from tinysd_batch.model.offload.stage_estimate import ExecutionStrategy, MicroBatchShape, StagePlan
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 
 
 def measure_stage_peaks(model: TinySD, images: int, height: int, width: int) -> dict[str, int]:

@@ -33,19 +33,22 @@ class StubModel:
         self.seconds = seconds
         self.info = SimpleNamespace(digest=digest)
 
-    def generate(self, prompt: Sequence[str], seed: Sequence[int], **_: Any) -> Any:
-        end = time.perf_counter() + self.seconds * len(prompt)
+    def generate_images(self, requests: Sequence[ImageRequest]) -> list[Any]:
+        end = time.perf_counter() + self.seconds * len(requests)
         images = [
-            Image.new("RGB", (STUB_IMAGE_PX, STUB_IMAGE_PX), tuple(number.to_bytes(8, "big")[-3:])) for number in seed
+            Image.new("RGB", (STUB_IMAGE_PX, STUB_IMAGE_PX), tuple(request.seed.to_bytes(8, "big")[-3:]))
+            for request in requests
         ]
-        nones: list[str | None] = [None] * len(prompt)
         if (remaining_s := end - time.perf_counter()) > 0:
             time.sleep(remaining_s)
-        return SimpleNamespace(
-            images=images, n_tokens=[1] * len(prompt), truncated=nones, negative_truncated=nones,
-            degraded=[[] for _ in prompt], precision=["float32"] * len(prompt), text_s=0.0, denoise_s=self.seconds,
-            decode_s=0.0, peak_memory_bytes=0,
-        )  # fmt: skip
+        return [
+            SimpleNamespace(
+                request=request, image=image, n_tokens=1, truncated=None, negative_truncated=None, degraded=[],
+                precision="float32", text_s=0.0, denoise_s=self.seconds / len(requests), decode_s=0.0,
+                peak_memory_bytes=0,
+            )
+            for request, image in zip(requests, images, strict=True)
+        ]  # fmt: skip
 
 
 class StubWorkerProcess(WorkerProcess):

@@ -249,7 +249,7 @@ class Dispatcher:
         shape = get_image_shape(request)
         if result.status is Status.OK:
             self.release_withheld_failures()
-            if self.trial_image is None or request.params.steps < self.trial_image.params.steps:
+            if self.trial_image is None or request.settings.steps < self.trial_image.settings.steps:
                 self.trial_image = request
         elif result.error_class == FaultType.OUT_OF_MEMORY:
             self.shapes_too_large.setdefault(worker, set()).add(shape)

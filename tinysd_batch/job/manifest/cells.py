@@ -4,53 +4,40 @@ A validator returns the value to use, or None for an empty cell. It raises Value
 a value that cannot be used.
 """
 
-import math
 import sys
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
-from tinysd_batch.config import (
-    MAX_IMAGES_PER_ROW,
-    MAX_PROMPT_CHARACTERS,
-    MAX_SEED,
-    MAX_SIDE_PX,
-    MAX_STEPS,
-    find_sampler,
-)
 from tinysd_batch.errors import UsageError
-from tinysd_batch.model.text.prompt_syntax import SYNTAXES, parse_prompt
+from tinysd_batch.model.checkpoint.info import ModelInfo
+from tinysd_batch.model.text.prompt_syntax import has_syntax, parse_prompt
+from tinysd_batch.settings.limits import MAX_PROMPT_CHARACTERS
+from tinysd_batch.settings.schema import COLUMN_SETTINGS
+from tinysd_batch.settings.value_types import PromptText, Seed, ValueType
 from tinysd_batch.text import has_surrogates, normalize_text
-from tinysd_batch.values import MISSING_WORDS, is_missing, is_missing_number, parse_integer
+from tinysd_batch.values import MISSING_WORDS, is_missing
 
-NO_SEED = -1  # in other programs: choose a seed at random
 MAX_MISSING_WORD_CHARACTERS = 10  # with surrounding blanks
 MAX_ID_CHARACTERS = 1000
-# A prompt without any of these characters has no syntax that could be wrong.
-SYNTAX_CHARACTERS = {"seed": frozenset(":"), "a1111": frozenset("()[]"), "none": frozenset[str]()}
 
 CellValidator = Callable[[Any], Any]
 
 
 @lru_cache
-def build_validators(size_multiple_px: int) -> dict[str, CellValidator]:
-    """Return the validator of each known column. Height and width must be multiples of `size_multiple_px`."""
-    side = cache_validator(partial(validate_integer, minimum=8, maximum=MAX_SIDE_PX, multiple_of=size_multiple_px))
-    return {
-        "prompt": validate_prompt,
-        "id": validate_id,
-        "negative_prompt": cache_validator(validate_prompt),
-        "prompt_syntax": cache_validator(validate_syntax),
-        "seed": validate_seed,
-        "height": side,
-        "width": side,
-        "steps": cache_validator(partial(validate_integer, minimum=1, maximum=MAX_STEPS)),
-        "scale": cache_validator(partial(validate_number, minimum=0, maximum=100)),
-        "sampler": cache_validator(validate_sampler),
-        "eta": cache_validator(partial(validate_number, minimum=0, maximum=1)),
-        "n_iter": cache_validator(partial(validate_integer, minimum=1, maximum=MAX_IMAGES_PER_ROW)),
-        "n_samples": cache_validator(partial(validate_integer, minimum=1, maximum=1024)),
-    }
+def build_validators(model: ModelInfo) -> dict[str, CellValidator]:
+    """Return the validator of each known column; some settings have bounds that the model sets."""
+    settings = {name: make_validator(setting.value_type.for_model(model)) for name, setting in COLUMN_SETTINGS.items()}
+    return {"prompt": validate_prompt, "id": validate_id, **settings}
+
+
+def make_validator(value_type: ValueType) -> CellValidator:
+    """Return a validator of cells for this type, with a cache unless most rows have values of their own."""
+
+    def validate(value: Any) -> Any:
+        return None if value_type.is_missing(value) else value_type.parse(value)
+
+    return validate if isinstance(value_type, Seed) else cache_validator(validate)
 
 
 def cache_validator(validator: CellValidator) -> CellValidator:
@@ -64,72 +51,7 @@ def cache_validator(validator: CellValidator) -> CellValidator:
     return validate
 
 
-def validate_prompt(value: Any) -> str | None:
-    if not isinstance(value, str):
-        if is_missing(value):
-            return None
-        raise ValueError("text was expected")
-    text = normalize_text(value)
-    if not text or text.isspace():
-        return None
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"{len(text)} characters, at most {MAX_PROMPT_CHARACTERS}")
-    if "\0" in text:
-        raise ValueError("it contains a NUL character")
-    if not text.isascii() and has_surrogates(text):
-        raise ValueError("it is not UTF-8; save the file as UTF-8")
-    return text
-
-
-def validate_syntax(value: Any) -> str | None:
-    text = normalize_text(str(value)).strip()
-    if text in SYNTAXES:
-        return text
-    if is_missing_number(value):
-        return None
-    raise ValueError(f"one of {', '.join(SYNTAXES)} was expected")
-
-
-def validate_seed(value: Any) -> int | None:
-    """Validate a seed. -1, which asks other programs for a random seed, counts as empty."""
-    if is_missing_number(value) or (number := parse_integer(value)) == NO_SEED:
-        return None
-    return validate_bounds(number, 0, MAX_SEED)
-
-
-def validate_integer(value: Any, minimum: int, maximum: int, multiple_of: int = 1) -> int | None:
-    if is_missing_number(value):
-        return None
-    number = validate_bounds(parse_integer(value), minimum, maximum)
-    if number % multiple_of:
-        raise ValueError(f"must be a multiple of {multiple_of} with this model")
-    return number
-
-
-def validate_bounds(number: int, minimum: int, maximum: int) -> int:
-    if not minimum <= number <= maximum:
-        raise ValueError(f"must be between {minimum} and {maximum}")
-    return number
-
-
-def validate_number(value: Any, minimum: float, maximum: float) -> float | None:
-    if is_missing_number(value):
-        return None
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(normalize_text(value) if isinstance(value, str) else value)
-    except (ValueError, OverflowError, TypeError):
-        raise ValueError("a number was expected") from None
-    if not math.isfinite(number):
-        raise ValueError("must be finite")
-    if not minimum <= number <= maximum:
-        raise ValueError(f"must be between {minimum:g} and {maximum:g}")
-    return number
-
-
-def validate_sampler(value: Any) -> str | None:
-    return None if is_missing_number(value) else find_sampler(str(value))
+validate_prompt = make_validator(PromptText())
 
 
 def validate_id(value: Any) -> str | None:
@@ -143,16 +65,12 @@ def validate_id(value: Any) -> str | None:
 
 def find_syntax_error(prompt: str, syntax: str) -> str | None:
     """Return what is wrong with the prompt's weights or emphasis, None if nothing is."""
-    if SYNTAX_CHARACTERS[syntax].isdisjoint(prompt):
-        return None
-    try:
-        parse_prompt(prompt, syntax)
-    except UsageError as error:
-        return str(error)
+    if has_syntax(prompt, syntax):
+        try:
+            parse_prompt(prompt, syntax)
+        except UsageError as error:
+            return str(error)
     return None
-
-
-find_syntax_error_cached = lru_cache(1024)(find_syntax_error)  # most negative prompts are the same
 
 
 def is_missing_word(prompt: str | None) -> bool:

@@ -8,39 +8,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from tinysd_batch.errors import ManifestError
+from tinysd_batch.settings.schema import COLUMN_SETTINGS
 from tinysd_batch.text import excerpt, has_surrogates, normalize_text
 
-KNOWN_COLUMNS = (
-    "prompt",
-    "id",
-    "negative_prompt",
-    "prompt_syntax",
-    "seed",
-    "height",
-    "width",
-    "steps",
-    "scale",
-    "sampler",
-    "eta",
-    "n_iter",
-    "n_samples",
-)
-ALIASES = {
-    "prompt": ("text", "caption"),
-    "negative_prompt": ("negative",),
-    "height": ("h",),
-    "width": ("w",),
-    "steps": ("num_inference_steps", "ddim_steps", "step"),
-    "scale": ("cfg_scale", "guidance_scale", "cfg"),
-    "sampler": ("sampler_name",),
-    "eta": ("ddim_eta",),
-    "n_samples": ("num_images", "num_images_per_prompt", "batch_size"),
-}
-COLUMN_BY_NAME = {name: column for column in KNOWN_COLUMNS for name in (column, *ALIASES.get(column, ()))}
+PROMPT_ALIASES = ("text", "caption")
+KNOWN_COLUMNS = ("prompt", "id", *COLUMN_SETTINGS)
+ALIASES = {"prompt": PROMPT_ALIASES, **{name: setting.aliases for name, setting in COLUMN_SETTINGS.items()}}
+COLUMN_BY_NAME = {name.lower(): column for column in KNOWN_COLUMNS for name in (column, *ALIASES.get(column, ()))}
+INTEGER_COLUMNS = tuple(name for name, setting in COLUMN_SETTINGS.items() if setting.value_type.option_type is int)
+FLOAT_COLUMNS = tuple(name for name, setting in COLUMN_SETTINGS.items() if setting.value_type.option_type is float)
 MAX_NAME_CHARACTERS = 1000
 MAX_COLUMNS = 1000
-INTEGER_COLUMNS = ("seed", "height", "width", "steps", "n_iter", "n_samples")
-FLOAT_COLUMNS = ("scale", "eta")
 MIN_SIMILARITY = 0.8  # difflib's ratio; below it a name is a different word rather than a typo
 
 
@@ -110,7 +88,7 @@ def choose_column_name(column: str, spellings: list[str]) -> str:
     column are an error.
     """
     if column == "prompt":
-        priority = ("prompt", *ALIASES["prompt"])
+        priority = ("prompt", *PROMPT_ALIASES)
         best = min(priority.index(normalize_column_name(name)) for name in spellings)
         spellings = [name for name in spellings if normalize_column_name(name) == priority[best]]
     if len(spellings) > 1:

@@ -16,21 +16,16 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from tinysd_batch.config import (
-    MAX_IMAGES_PER_ROW,
-    MAX_PROMPT_CHARACTERS,
-    MAX_SEED,
-    MAX_SIDE_PX,
-    MAX_STEPS,
-    SAMPLERS,
-)
 from tinysd_batch.errors import StorageError
-from tinysd_batch.model.text.prompt_syntax import SYNTAXES
-from tinysd_batch.records import InvalidRow, Row, SamplingParams
+from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.settings.declaration import Setting
+from tinysd_batch.settings.limits import MAX_IMAGES_PER_ROW, MAX_SEED
+from tinysd_batch.settings.schema import COLUMN_SETTINGS, IMAGE_SETTINGS, ImageSettings
+from tinysd_batch.settings.value_types import PromptText
 from tinysd_batch.storage.atomic import check_regular_file, write_atomically
 from tinysd_batch.text import has_surrogates
 
@@ -38,8 +33,8 @@ READER_VERSION = 2  # of the rules by which manifests are read; tinysd-batch 0.1
 ROWS_FILE = "rows.jsonl.gz"
 MAX_LINE_BYTES = 64 << 20
 MAX_BUFFER_BYTES = 64 << 20  # compressed rows beyond this are buffered on disk until the job's lock is held
-ROW_FIELDS = tuple(field.name for field in fields(Row) if field.name not in ("number", "params"))
-PARAM_FIELDS = tuple(field.name for field in fields(SamplingParams))
+ROW_FIELDS = tuple(field.name for field in fields(Row) if field.name not in ("number", "settings"))
+STORED_SETTINGS = {name: setting for name, setting in IMAGE_SETTINGS.items() if setting.is_column}
 JSON_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 ROWS_PER_WRITE = 256
 ROW_NUMBER_SUFFIX = re.compile(r',"row":(\d{1,18})}$', re.ASCII)
@@ -62,23 +57,30 @@ class SnapshotRow(NamedTuple):
         if stored.get("invalid"):
             reason = stored.get("reason") or "was invalid when the job was started"  # 0.1.0 did not store the reason
             return InvalidRow(self.number, reason, stored["prompt"], stored["id"], stored["extra"], stored.get("line"))
-        params = restore_params(*(stored[name] for name in PARAM_FIELDS))
-        return Row(self.number, params=params, **{name: stored[name] for name in ROW_FIELDS})
+        settings = restore_settings(tuple((name, stored[name]) for name in STORED_SETTINGS if name in stored))
+        return Row(self.number, settings=settings, **{name: stored[name] for name in ROW_FIELDS})
 
 
 @lru_cache(1024, typed=True)
-def restore_params(*values: Any) -> SamplingParams:
-    """Return one shared object for equal parameters."""
-    return SamplingParams(*values)
+def restore_settings(stored: tuple[tuple[str, Any], ...]) -> ImageSettings:
+    """Return one shared object for equal settings. Those that rows cannot have are at their defaults."""
+    return ImageSettings(**dict(stored))
 
 
 def row_to_dict(row: Row | InvalidRow) -> StoredRow:
-    """Return the fields to store: everything that decides the row's images and results, except its row number."""
+    """Return the fields to store: everything that decides the row's images and results, except its row number.
+
+    Settings that were added later are stored only if they have an effect, so that rows of earlier versions are equal.
+    """
     if isinstance(row, InvalidRow):
         stored = {"prompt": row.prompt, "id": row.id, "extra": row.extra, "reason": row.reason, "line": row.line}
         return {"invalid": True, **stored}
     stored = {name: getattr(row, name) for name in ROW_FIELDS}
-    return stored | {name: getattr(row.params, name) for name in PARAM_FIELDS}
+    for name, setting in STORED_SETTINGS.items():
+        value = getattr(row.settings, name)
+        if setting.is_in_every_image_id or value != setting.default:
+            stored[name] = value
+    return stored
 
 
 def row_to_line(row: Row | InvalidRow) -> str:
@@ -214,9 +216,14 @@ def check_stored_row(stored: StoredRow) -> None:
     """Raise KeyError, TypeError or ValueError for values that no row of a manifest has."""
     checks = INVALID_ROW_CHECKS if stored.get("invalid") else ROW_CHECKS
     for name, is_valid in checks.items():
-        if not is_valid(stored[name] if name not in FIELDS_SINCE_0_2_0 else stored.get(name)):
+        if not is_valid(stored.get(name) if name in FIELDS_SINCE_0_2_0 else stored[name]):
             raise ValueError(name)
-    if not stored.get("invalid") and stored["n_iter"] * stored["n_samples"] > MAX_IMAGES_PER_ROW:
+    if stored.get("invalid"):
+        return
+    for name, setting in COLUMN_SETTINGS.items():
+        if (name in stored or is_always_stored(name)) and not is_valid_setting(setting, stored[name]):
+            raise ValueError(name)
+    if stored["n_iter"] * stored["n_samples"] > MAX_IMAGES_PER_ROW:
         raise ValueError("n_iter x n_samples")
 
 
@@ -224,12 +231,13 @@ def is_integer_between(value: object, minimum: int, maximum: int) -> bool:
     return type(value) is int and minimum <= value <= maximum
 
 
-def is_number_up_to(value: object, maximum: float) -> bool:
-    return type(value) in (int, float) and 0 <= value <= maximum  # type: ignore[operator]  # also False for NaN
+def is_always_stored(name: str) -> bool:
+    return name in ROW_FIELDS or STORED_SETTINGS[name].is_in_every_image_id
 
 
-def is_valid_prompt(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_PROMPT_CHARACTERS and is_storable(value)
+def is_valid_setting(setting: Setting, value: object) -> bool:
+    is_optional = setting.default is None and not setting.model_default
+    return (is_optional and value is None) or setting.value_type.is_valid(value)
 
 
 def is_storable_text_or_none(value: object) -> bool:
@@ -251,16 +259,5 @@ FIELDS_SINCE_0_2_0 = ("reason", "line")  # of invalid rows; 0.1.0 did not store 
 ROW_CHECKS: dict[str, Callable[[Any], bool]] = {
     "extra": lambda value: isinstance(value, dict),
     "id": is_storable_text_or_none,
-    "prompt": is_valid_prompt,
-    "negative_prompt": is_valid_prompt,
-    "prompt_syntax": lambda value: value in SYNTAXES,
-    "sampler": lambda value: value in SAMPLERS,
-    "seed": lambda value: value is None or is_integer_between(value, 0, MAX_SEED),
-    "steps": partial(is_integer_between, minimum=1, maximum=MAX_STEPS),
-    "width": partial(is_integer_between, minimum=1, maximum=MAX_SIDE_PX),
-    "height": partial(is_integer_between, minimum=1, maximum=MAX_SIDE_PX),
-    "n_iter": partial(is_integer_between, minimum=1, maximum=MAX_IMAGES_PER_ROW),
-    "n_samples": partial(is_integer_between, minimum=1, maximum=MAX_IMAGES_PER_ROW),
-    "scale": partial(is_number_up_to, maximum=100),
-    "eta": partial(is_number_up_to, maximum=1),
+    "prompt": PromptText().is_valid,
 }

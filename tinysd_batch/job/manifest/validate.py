@@ -5,47 +5,40 @@ into an InvalidRow that lists all its errors; the other rows are not affected.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import MAX_IMAGES_PER_ROW, MAX_SEED, SAMPLERS_WITH_ETA
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.cells import (
     build_validators,
     convert_extra_value,
     find_syntax_error,
-    find_syntax_error_cached,
     is_missing_word,
     sanitize_text,
 )
 from tinysd_batch.job.manifest.raw_rows import RawRow, SkippedRows, UnreadableRow
 from tinysd_batch.job.manifest.readers import read_raw_rows
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
-from tinysd_batch.records import InvalidRow, Row, SamplingParams
+from tinysd_batch.model.checkpoint.info import ModelInfo
+from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.settings.declaration import Effect
+from tinysd_batch.settings.limits import MAX_IMAGES_PER_ROW, MAX_SEED
+from tinysd_batch.settings.schema import COLUMN_SETTINGS, IMAGE_SETTINGS, Settings, override
 from tinysd_batch.text import excerpt
 from tinysd_batch.values import is_missing
 
 MAX_ROWS_BEFORE_FIRST_VALID = 1_000_000  # a small compressed file can hold billions of invalid rows
+IMAGE_COUNTS = tuple(name for name, setting in COLUMN_SETTINGS.items() if setting.effect is Effect.IMAGES)
 NO_SOURCE_NAMES: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
 class RowDefaults:
-    """Values for empty cells: the job's settings, and the model's defaults where the job sets nothing."""
+    """Values for empty cells: the job's settings, which include the model's defaults."""
 
-    negative_prompt: str
-    prompt_syntax: str
-    height: int
-    width: int
-    steps: int
-    scale: float
-    sampler: str
-    eta: float
-    n_iter: int
-    n_samples: int
-    size_multiple_px: int  # the model requires height and width to be multiples of this
+    def __init__(self, settings: Settings, model: ModelInfo) -> None:
+        self.image_settings = settings.image_settings()
+        self.image_counts = {name: getattr(settings, name) for name in IMAGE_COUNTS}
+        self.validators = build_validators(model)
 
 
 def read_rows(
@@ -102,7 +95,7 @@ def validate_raw_row(
         notes.blank_rows += 1
         return None
     row = build_row(number, raw_row.values, defaults, raw_row.source_names, raw_row.line)
-    if is_missing_word(row.prompt) or (isinstance(row, Row) and is_missing_word(row.negative_prompt)):
+    if is_missing_word(row.prompt) or (isinstance(row, Row) and is_missing_word(row.settings.negative_prompt)):
         notes.count_occurrence("prompts that look like a missing value (nan, None, NULL), read as text: {}", number)
     return row
 
@@ -128,7 +121,7 @@ def build_row(
         source_names: Our name -> the manifest's name, which error messages show.
         line: The line of the file where the row starts.
     """
-    validators, errors = build_validators(defaults.size_multiple_px), []
+    validators, errors = defaults.validators, []
     valid: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for column, value in values.items():
@@ -147,7 +140,7 @@ def build_row(
     if not row.prompt and is_missing(values.get("prompt")):
         errors.append(f"column {source_names.get('prompt', 'prompt')} is empty; write a prompt or remove the row")
     errors += find_prompt_syntax_errors(row, source_names)
-    errors += find_cross_column_errors(row.seed, row.n_iter * row.n_samples, source_names)
+    errors += find_cross_column_errors(row.seed, row.n_images, source_names)
     if errors:
         prompt = sanitize_text(values["prompt"]) if values.get("prompt") is not None else None
         return InvalidRow(number, "; ".join(errors), prompt=prompt, id=row.id, extra=extra, line=line)
@@ -156,42 +149,23 @@ def build_row(
 
 def apply_defaults(number: int, values: dict[str, Any], defaults: RowDefaults, extra: dict[str, Any]) -> Row:
     """Return a row of the manifest's values and the defaults. Its prompt is empty where the manifest has none."""
-    value = values.get
+    own = tuple((name, value) for name, value in values.items() if name in IMAGE_SETTINGS)
     return Row(
         number,
-        value("prompt", ""),
-        value("negative_prompt", defaults.negative_prompt),
-        value("seed"),
-        value("scale", defaults.scale),
-        value("n_iter", defaults.n_iter),
-        value("n_samples", defaults.n_samples),
-        intern_sampling_params(
-            value("width", defaults.width),
-            value("height", defaults.height),
-            value("steps", defaults.steps),
-            value("sampler", defaults.sampler),
-            value("eta", defaults.eta),
-        ),
-        value("prompt_syntax", defaults.prompt_syntax),
-        value("id"),
-        extra,
+        values.get("prompt", ""),
+        override(defaults.image_settings, own) if own else defaults.image_settings,
+        values.get("seed"),
+        **{name: values.get(name, default) for name, default in defaults.image_counts.items()},
+        id=values.get("id"),
+        extra=extra,
     )
 
 
-@lru_cache(1024, typed=True)
-def intern_sampling_params(width: int, height: int, steps: int, sampler: str, eta: float) -> SamplingParams:
-    """Return one shared object for equal parameters: most rows of a manifest have the same ones."""
-    return SamplingParams(width, height, steps, sampler, eta if sampler in SAMPLERS_WITH_ETA else 0.0)
-
-
 def find_prompt_syntax_errors(row: Row, source_names: Mapping[str, str]) -> Iterator[str]:
-    syntax = row.prompt_syntax
-    for column, error in (
-        ("prompt", find_syntax_error(row.prompt, syntax)),
-        ("negative_prompt", find_syntax_error_cached(row.negative_prompt, syntax)),
-    ):
-        if error:
-            yield f"column {source_names.get(column, column)} = {excerpt(getattr(row, column))}: {error}"
+    prompts = {"prompt": row.prompt, "negative_prompt": row.settings.negative_prompt}
+    for column, prompt in prompts.items():
+        if error := find_syntax_error(prompt, row.settings.prompt_syntax):
+            yield f"column {source_names.get(column, column)} = {excerpt(prompt)}: {error}"
 
 
 def find_cross_column_errors(seed: int | None, images: int, source_names: Mapping[str, str]) -> Iterator[str]:

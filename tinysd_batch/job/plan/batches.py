@@ -5,25 +5,30 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
-from tinysd_batch.config import MAX_SEED, Settings
 from tinysd_batch.job.plan.image_id import compute_image_id
-from tinysd_batch.records import ImageRequest, InvalidRow, MicroBatch, Row, SamplingParams
+from tinysd_batch.records import ImageRequest, InvalidRow, MicroBatch, Row
+from tinysd_batch.settings.limits import MAX_SEED
+from tinysd_batch.settings.schema import IMAGE_SETTINGS, Settings, override
 
 IMAGES_PER_FOLDER = 10_000
+JOB_WIDE_IMAGE_SETTINGS = tuple(name for name, setting in IMAGE_SETTINGS.items() if not setting.is_column)
+PROBE_PROMPT = "a red apple"
 
 
 @dataclass(frozen=True, slots=True)
 class SharedSettings:
-    """Settings that all images of a job share and that a row cannot change."""
+    """What all images of a job share."""
 
     seed: int
     model_digest: str
-    precision: str = "auto"
-    long_prompts: bool = False
-    fixed_code: bool = False  # every image starts from the noise of the job's seed
-    suffix: str = "png"
-    rng: str = "cpu"  # device of the torch generator whose noise is used: cpu or cuda
+    settings: Settings
+
+    @property
+    def of_images(self) -> tuple[tuple[str, Any], ...]:
+        """Name and value of the settings of images that a row cannot change."""
+        return tuple((name, getattr(self.settings, name)) for name in JOB_WIDE_IMAGE_SETTINGS)
 
 
 def format_file_name(seed: int, index: int, suffix: str = "png") -> str:
@@ -40,7 +45,7 @@ class RowImages:
     shared_settings: SharedSettings
 
     def __len__(self) -> int:
-        return self.row.n_iter * self.row.n_samples
+        return self.row.n_images
 
     def __iter__(self) -> Iterator[ImageRequest]:
         return map(self.image, range(self.first, self.first + len(self)))
@@ -67,33 +72,26 @@ def plan_images(rows: Iterable[Row | InvalidRow], shared: SharedSettings) -> Ite
 def plan_image(row: Row, sample: int, index: int, shared: SharedSettings) -> ImageRequest:
     """Plan an image: `sample` is its number in the row, `index` its number in the job, both from 1."""
     seed = (row.seed + sample - 1 if row.seed is not None else shared.seed + index - 1) % (MAX_SEED + 1)
-    noise_seed = shared.seed if shared.fixed_code else None
+    noise_seed = shared.seed if shared.settings.fixed_code else None
+    settings = override(row.settings, shared.of_images)
     image_id = compute_image_id(
         model_digest=shared.model_digest,
+        precision=shared.settings.precision,
         prompt=row.prompt,
-        negative_prompt=row.negative_prompt,
         seed=seed,
-        scale=row.scale,
-        params=row.params,
-        precision=shared.precision,
-        prompt_syntax=row.prompt_syntax,
-        long_prompts=shared.long_prompts,
+        settings=settings,
         noise_seed=noise_seed,
-        rng=shared.rng,
     )
     return ImageRequest(
+        prompt=row.prompt,
+        seed=seed,
+        settings=settings,
+        noise_seed=noise_seed,
+        image_id=image_id,
         index=index,
         row=row.number,
         sample=sample,
-        prompt=row.prompt,
-        negative_prompt=row.negative_prompt,
-        seed=seed,
-        scale=row.scale,
-        params=row.params,
-        image_id=image_id,
-        file_name=format_file_name(seed, index, shared.suffix),
-        prompt_syntax=row.prompt_syntax,
-        noise_seed=noise_seed,
+        file_name=format_file_name(seed, index, shared.settings.format),
         id=row.id,
         extra=row.extra,
     )
@@ -123,8 +121,8 @@ def cut_batches(
 
 
 def can_share_batch(row: Row, other: Row) -> bool:
-    """Whether two rows have the same size, sampler, steps and eta, and both or neither use guidance."""
-    return row is other or (row.params == other.params and (row.scale == 1) == (other.scale == 1))
+    """Whether images of two rows can be in one micro-batch."""
+    return row.settings is other.settings or row.settings.batch_key == other.settings.batch_key
 
 
 def build_batch(batch: Sequence[tuple[RowImages, int]], finished: Container[int]) -> Iterator[MicroBatch]:
@@ -172,7 +170,7 @@ def plan_batch_ranges(planned: Iterable[tuple[Row, RowImages]], max_batch: int |
     if max_batch is None:
         yield from (BatchRange(images.first, len(images), row.n_samples) for row, images in planned)
         return
-    for _, group in groupby(planned, key=lambda pair: (pair[0].params, pair[0].scale == 1)):
+    for _, group in groupby(planned, key=lambda pair: pair[0].settings.batch_key):
         first, images = None, 0
         for _, row_images in group:
             first = row_images.first if first is None else first
@@ -205,9 +203,9 @@ def split_into_single_images(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
 
 def make_probe_request(settings: Settings) -> ImageRequest:
     """Return an image of no row, with index 0 and no file, to test whether a worker can generate images at all."""
-    assert settings.width is not None
-    assert settings.height is not None
-    assert settings.steps is not None
-    assert settings.scale is not None
-    params = SamplingParams(settings.width, settings.height, settings.steps, settings.sampler, settings.eta)
-    return ImageRequest(0, 0, 1, "a red apple", "", 1, settings.scale, params, image_id="", file_name="")
+    plain = tuple(
+        (name, each.default)
+        for name, each in IMAGE_SETTINGS.items()
+        if not each.is_shared_in_batch and not each.model_default
+    )
+    return ImageRequest(PROBE_PROMPT, 1, override(settings.image_settings(), plain), index=0, row=0)

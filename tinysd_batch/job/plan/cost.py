@@ -12,6 +12,6 @@ def estimate_batch_cost(batch: MicroBatch) -> float:
 
 
 def estimate_image_cost(image: ImageRequest) -> float:
-    params = image.params
-    passes = params.steps * (2 if params.sampler in TWO_PASS_SAMPLERS else 1) * (1 if image.scale == 1 else 2)
-    return params.width * params.height * (passes + DECODE_COST_IN_UNET_PASSES) / 1e6
+    settings = image.settings
+    passes = settings.steps * (2 if settings.sampler in TWO_PASS_SAMPLERS else 1) * (2 if settings.is_guided else 1)
+    return settings.width * settings.height * (passes + DECODE_COST_IN_UNET_PASSES) / 1e6

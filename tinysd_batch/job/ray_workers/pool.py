@@ -92,10 +92,10 @@ class RayPool:
     def create_slots(self) -> None:
         import ray
 
-        gpus = int(self.call_ray(ray.cluster_resources).get("GPU", 0)) if self.setup.device != "cpu" else 0
-        if self.setup.device == "cuda" and gpus == 0 and not self.is_cluster:
+        gpus = int(self.call_ray(ray.cluster_resources).get("GPU", 0)) if self.setup.settings.device != "cpu" else 0
+        if self.setup.settings.device == "cuda" and gpus == 0 and not self.is_cluster:
             raise NoWorkerError("--device cuda, but Ray sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")
-        self.uses_gpus = gpus > 0 or self.setup.device == "cuda"
+        self.uses_gpus = gpus > 0 or self.setup.settings.device == "cuda"
         self.handshake_token = handshake.write_driver_file(self.setup.scratch)
         if self.uses_gpus or self.is_cluster:
             self.refresh_slots()

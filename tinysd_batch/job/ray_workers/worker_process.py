@@ -16,7 +16,7 @@ from tinysd_batch.job.workers.worker import Worker, WorkerSetup
 from tinysd_batch.records import MicroBatch
 
 if TYPE_CHECKING:
-    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.tiny_sd import TinySD
 
 BROKEN_EXIT_CODE = 70
 BROKEN_EXIT_DELAY_S = 2.0
@@ -26,7 +26,7 @@ class WorkerProcess(Worker):
     """A worker in a process of its own."""
 
     def __init__(self, setup: WorkerSetup, name: str, model: "TinySD | None" = None) -> None:
-        if setup.device == "cpu":
+        if setup.settings.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a CPU worker must not use any GPU
         logging.captureWarnings(True)
         self.log = contextlib.ExitStack()
@@ -49,7 +49,7 @@ class WorkerProcess(Worker):
 
     def run_chunk(self, batches: Sequence[MicroBatch]) -> Iterator[ResultBatch]:
         """Generate the micro-batches. Results are sent together, unless a lost worker's files could not be adopted."""
-        max_delay_s = 0.0 if self.setup.no_metadata else MAX_DELAY_S
+        max_delay_s = 0.0 if self.setup.settings.no_metadata else MAX_DELAY_S
         try:
             for group in group_results(batches, self.generate(batches), max_delay_s):
                 yield ResultBatch(group, dict(self.memory_limits))

@@ -1,16 +1,13 @@
 """Convert records to rows of the results table, and back."""
 
 import re
-from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
+from tinysd_batch.job.results.columns import COLUMNS_BY_SOURCE, ColumnSource
 from tinysd_batch.job.results.schema import extra_column_name
 from tinysd_batch.records import ImageRequest, ImageResult, InvalidRow, Status
 
-REQUEST_COLUMNS = ("row", "sample", "id", "prompt", "negative_prompt", "prompt_syntax", "seed")
-PARAMS_COLUMNS = ("width", "height", "steps", "sampler", "eta")
-RESULT_COLUMNS = tuple(field.name for field in fields(ImageResult))
 LINE_PREFIX = re.compile(r"line (\d{1,18}): ", re.ASCII)  # starts the error message of an invalid row
 MAX_MESSAGE_CHARACTERS = 2000
 
@@ -23,12 +20,10 @@ def to_datetime(seconds: float | None) -> datetime | None:
 def make_image_row(request: ImageRequest, result: ImageResult, run_columns: dict[str, Any]) -> dict[str, Any]:
     """Return the row of an image. `run_columns` are those of `Job.run_columns`."""
     row = {
-        **{name: getattr(request, name) for name in REQUEST_COLUMNS},
-        **{name: getattr(request.params, name) for name in PARAMS_COLUMNS},
-        **{name: getattr(result, name) for name in RESULT_COLUMNS},
+        **{name: getattr(request, name) for name in COLUMNS_BY_SOURCE[ColumnSource.REQUEST]},
+        **{name: getattr(request.settings, name) for name in COLUMNS_BY_SOURCE[ColumnSource.SETTINGS]},
+        **{name: getattr(result, name) for name in COLUMNS_BY_SOURCE[ColumnSource.RESULT]},
         **run_columns,
-        "scale": request.scale,
-        "image_id": request.image_id,
         "status": str(result.status),
         "started_at": to_datetime(result.started_at),
         "finished_at": to_datetime(result.finished_at),

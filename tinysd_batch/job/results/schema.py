@@ -1,78 +1,60 @@
-"""Columns of the results table and their types."""
+"""Schemas of the files of the results table: the columns of a job, and those that a file of another version has."""
 
+import json
 from collections.abc import Iterable
 
 import pyarrow as pa
 
 from tinysd_batch.errors import ManifestError
+from tinysd_batch.job.results.columns import COLUMN_FIELDS, ORIGINAL_COLUMNS, RESERVED_COLUMNS
 from tinysd_batch.text import excerpt
 
 SCHEMA_VERSION = "1"
-COVERED_PARTS_KEY = b"tinysd_covers"  # metadata of a sealed file: names of the journal parts that it contains
-TIMESTAMP = pa.timestamp("us", tz="UTC")
-RESULT_FIELDS = [
-    pa.field("index", pa.int64()),
-    pa.field("row", pa.int64()),
-    pa.field("sample", pa.int32()),
-    pa.field("id", pa.string()),
-    pa.field("prompt", pa.string()),
-    pa.field("negative_prompt", pa.string()),
-    pa.field("prompt_syntax", pa.string()),
-    pa.field("seed", pa.int64()),
-    pa.field("width", pa.int32()),
-    pa.field("height", pa.int32()),
-    pa.field("steps", pa.int32()),
-    pa.field("sampler", pa.string()),
-    pa.field("scale", pa.float64()),
-    pa.field("eta", pa.float64()),
-    pa.field("image_id", pa.string()),
-    pa.field("status", pa.string()),
-    pa.field("file_name", pa.string()),
-    pa.field("sha256", pa.string()),
-    pa.field("bytes", pa.int64()),
-    pa.field("error_class", pa.string()),
-    pa.field("error_message", pa.string()),
-    pa.field("attempts", pa.int32()),
-    pa.field("degraded", pa.list_(pa.string())),
-    pa.field("n_tokens", pa.int32()),
-    pa.field("truncated", pa.string()),
-    pa.field("negative_truncated", pa.string()),
-    pa.field("model", pa.string()),
-    pa.field("model_digest", pa.string()),
-    pa.field("precision", pa.string()),
-    pa.field("device_name", pa.string()),
-    pa.field("worker", pa.string()),
-    pa.field("node", pa.string()),
-    pa.field("text_s", pa.float64()),
-    pa.field("denoise_s", pa.float64()),
-    pa.field("decode_s", pa.float64()),
-    pa.field("peak_memory_bytes", pa.int64()),
-    pa.field("started_at", TIMESTAMP),
-    pa.field("finished_at", TIMESTAMP),
-    pa.field("run_id", pa.string()),
-    pa.field("version", pa.string()),
-    pa.field("reused", pa.string()),
-]
-RESERVED_COLUMNS = {field.name for field in RESULT_FIELDS}
+# Metadata of the files.
+VERSION_KEY = b"tinysd_schema"
+COVERED_PARTS_KEY = b"tinysd_covers"  # of a sealed file: names of the journal parts that it contains
+RESERVED_KEY = b"tinysd_columns"  # names of the columns that are not the manifest's own; missing in files of 0.1.0
+FILE_METADATA = {VERSION_KEY: SCHEMA_VERSION.encode(), RESERVED_KEY: json.dumps(sorted(RESERVED_COLUMNS)).encode()}
+
+
+def read_reserved_columns(schema: pa.Schema) -> frozenset[str]:
+    """Return the names of a file's columns that are not the manifest's own. Raises ValueError for damaged metadata."""
+    stored = (schema.metadata or {}).get(RESERVED_KEY)
+    if stored is None:
+        return ORIGINAL_COLUMNS
+    names = json.loads(stored)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its list of columns is damaged")
+    return frozenset(names)
 
 
 def check_result_columns(schema: pa.Schema) -> None:
-    """Raise ValueError if one of `RESULT_FIELDS` is missing or has another type."""
-    for field in RESULT_FIELDS:
+    """Raise ValueError if a column that the file must have is missing or has another type."""
+    reserved = read_reserved_columns(schema)
+    for field in COLUMN_FIELDS:
         position = schema.get_field_index(field.name)
-        if position < 0 or schema.field(position).type != field.type:
+        if field.name in reserved and (position < 0 or schema.field(position).type != field.type):
             raise ValueError(f"column {field.name} is not the {field.type} column that submit writes")
 
 
+def list_current_names(schema: pa.Schema) -> list[str]:
+    """Return the names that a file's columns have now.
+
+    A column of the manifest keeps its values and type when a version of the program has a column of that name.
+    """
+    reserved = read_reserved_columns(schema)
+    return [name if name in reserved else extra_column_name(name) for name in schema.names]
+
+
 def build_results_schema(extra: Iterable[pa.Field]) -> pa.Schema:
-    """Return the schema of a job: `RESULT_FIELDS`, then the extra columns of its manifest.
+    """Return the schema of a job: the columns of every job, then the extra columns of its manifest.
 
     An extra column with a reserved name becomes `manifest_<name>`.
 
     Raises:
         ManifestError: Two columns would have the same name.
     """
-    fields = list(RESULT_FIELDS)
+    fields = list(COLUMN_FIELDS)
     for field in extra:
         fields.append(field.with_name(extra_column_name(field.name)))
         if [known.name for known in fields].count(fields[-1].name) > 1:

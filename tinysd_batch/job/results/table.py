@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.formats.parquet_types import get_transport_type, replace_time_types
-from tinysd_batch.job.results.schema import COVERED_PARTS_KEY, RESERVED_COLUMNS, RESULT_FIELDS, check_result_columns
+from tinysd_batch.job.results.columns import COLUMN_FIELDS, RESERVED_COLUMNS
+from tinysd_batch.job.results.schema import COVERED_PARTS_KEY, check_result_columns, list_current_names
 from tinysd_batch.storage.atomic import check_regular_file
 
 THREADED_READ_MIN_ROWS = 4096  # a table with more rows is read by several threads
@@ -49,8 +50,12 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
             # Otherwise pyarrow fetches ahead in a thread that needs the GIL to free its buffers, which aborts a process
             # that exits meanwhile.
             parquet = pq.ParquetFile(opened, pre_buffer=False)
-            check_result_columns(parquet.schema_arrow)
-            table = parquet.read(columns=columns, use_threads=parquet.metadata.num_rows > THREADED_READ_MIN_ROWS)
+            schema = parquet.schema_arrow
+            check_result_columns(schema)
+            current_names = dict(zip(schema.names, list_current_names(schema), strict=True))
+            names = None if columns is None else [name for name, current in current_names.items() if current in columns]
+            table = parquet.read(columns=names, use_threads=parquet.metadata.num_rows > THREADED_READ_MIN_ROWS)
+            table = table.rename_columns([current_names[name] for name in table.column_names])
         if any(table[name].null_count for name in ("row", "status") if name in table.column_names):
             raise ValueError("a row lacks its row number or status")
         table.validate(full=True)
@@ -154,7 +159,9 @@ class ResultsTable:
         """Yield the schema of each file of the table. Raises StorageError."""
         for file in self.table_files():
             with table_errors(file):
-                yield read_footer(file).schema.to_arrow_schema()
+                schema = read_footer(file).schema.to_arrow_schema()
+                names = list_current_names(schema)
+                yield pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
 
     def read(self, columns: list[str] | None) -> Iterator[pa.Table]:
         """Yield the content of each file, all columns or some. Of several rows of an image, the last one counts."""
@@ -169,12 +176,12 @@ class ResultsTable:
 
     def read_newest(self, columns: list[str]) -> pa.Table:
         """Read some of the reserved columns, with one row for each image and each invalid manifest row, in order."""
-        schema = pa.schema([field for field in RESULT_FIELDS if field.name in columns])
+        schema = pa.schema([field for field in COLUMN_FIELDS if field.name in columns])
         tables = [conform_to_schema(table, schema) for table in self.read(columns)]
         return keep_newest_rows(pa.concat_tables([schema.empty_table(), *tables]))
 
     def read_newest_all_columns(self) -> pa.Table:
         """Read all columns, including extra ones, which may differ from file to file."""
-        tables = [pa.schema(RESULT_FIELDS).empty_table(), *self.read(None)]
+        tables = [pa.schema(COLUMN_FIELDS).empty_table(), *self.read(None)]
         schema = pa.unify_schemas([table.schema.remove_metadata() for table in tables], promote_options="permissive")
         return keep_newest_rows(pa.concat_tables([conform_to_schema(table, schema) for table in tables]))

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.formats.parquet_types import apply_transport_types
-from tinysd_batch.job.results.schema import COVERED_PARTS_KEY, RESULT_FIELDS, SCHEMA_VERSION
+from tinysd_batch.job.results.columns import COLUMN_FIELDS
+from tinysd_batch.job.results.schema import COVERED_PARTS_KEY, FILE_METADATA
 from tinysd_batch.job.results.table import (
     ResultsTable,
     conform_to_schema,
@@ -64,7 +65,7 @@ class ResultsWriter:
         self.guard = guard
         self.table = ResultsTable(job_folder)
         self.schema = schema
-        extra_fields = list(schema)[len(RESULT_FIELDS) :]
+        extra_fields = list(schema)[len(COLUMN_FIELDS) :]
         self.plain_schema = apply_transport_types(schema, [field.name for field in extra_fields])
         self.text_columns = [field.name for field in extra_fields if pa.types.is_string(field.type)]
         self.is_multi_part = total_rows > MAX_SINGLE_FILE_ROWS
@@ -99,6 +100,7 @@ class ResultsWriter:
         if not self.buffer:
             return False
         table = conform_to_schema(pa.Table.from_pylist(self.buffer, self.plain_schema), self.schema)
+        table = table.replace_schema_metadata(FILE_METADATA)
         with self.guard():
             part = self.table.journal / f"{self.next_part_number:08d}.parquet"
             write_atomically(to_parquet(table, compression="none"), part)
@@ -143,7 +145,7 @@ class ResultsWriter:
         with table_errors(self.table.single_file):
             table = keep_newest_rows(pa.concat_tables([conform_to_schema(part, self.schema) for part in tables]))
         covers = json.dumps([part.stem for part in parts]).encode()
-        table = table.replace_schema_metadata({COVERED_PARTS_KEY: covers, b"tinysd_schema": SCHEMA_VERSION.encode()})
+        table = table.replace_schema_metadata({**FILE_METADATA, COVERED_PARTS_KEY: covers})
         with self.guard():
             write_atomically(to_parquet(table), self.next_part_path() if self.is_multi_part else self.table.single_file)
             self.table.delete_covered_parts()
@@ -176,7 +178,8 @@ class ResultsWriter:
         with table_errors(part):
             table = conform_to_schema(read_table(part), self.schema)
         table = table.filter(pa.array([key not in without for key in list_row_keys(table)], pa.bool_()))
-        table = table.replace_schema_metadata(read_footer(part).metadata)
+        covers = (read_footer(part).metadata or {}).get(COVERED_PARTS_KEY, b"[]")
+        table = table.replace_schema_metadata({**FILE_METADATA, COVERED_PARTS_KEY: covers})
         with self.guard():
             write_atomically(to_parquet(table), part)
         self.row_counts[part] = len(table)

@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import MAX_SEED
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.snapshot import parse_snapshot_line, row_to_dict
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job import ManifestRecord
 from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.settings.limits import MAX_SEED
+from tinysd_batch.settings.schema import IMAGE_SETTINGS, SETTINGS
 from tinysd_batch.storage.atomic import read_file, write_atomically
 from tinysd_batch.text import normalize_if_text
 
 SEEDS_FILE = "seeds.json.gz"
 NON_CONTENT_FIELDS = ("id", "seed", "extra")
-CONTENT_COLUMNS = (
-    "prompt", "negative_prompt", "prompt_syntax", "width", "height", "steps", "sampler", "scale", "eta",
-)  # fmt: skip
+CONTENT_COLUMNS = ("prompt", *(name for name, setting in IMAGE_SETTINGS.items() if setting.is_column))
 MAX_SEEDS_BYTES = 1 << 30
 
 
@@ -81,13 +80,20 @@ def find_inherited_seeds_in_results(old: Path, rows: Iterable[Row | InvalidRow])
 
 def select_table_fields(row: Row) -> dict[str, Any]:
     """Return the values of a row that the results table also has."""
-    values = row_to_dict(row)
-    return {name: values[name] for name in ("id", "seed", *CONTENT_COLUMNS)}
+    settings = {name: getattr(row.settings, name) for name in CONTENT_COLUMNS if name in IMAGE_SETTINGS}
+    return {"prompt": row.prompt, "id": row.id, "seed": row.seed, **settings}
 
 
 def make_seeded_row_from_table(number: int, values: dict[str, Any]) -> SeededRow:
-    """Create a row from values of the results table; numbers are compared as floats."""
-    texts = [str(float(value) if isinstance(value := values[name], int | float) else value) for name in CONTENT_COLUMNS]
+    """Create a row from values of the results table; numbers are compared as floats.
+
+    A table written before a setting existed has null for it, which stands for its default.
+    """
+    content = [
+        SETTINGS[name].default if values[name] is None and name in SETTINGS else values[name]
+        for name in CONTENT_COLUMNS
+    ]
+    texts = [str(float(value) if isinstance(value, int | float) else value) for value in content]
     digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
     return SeededRow(number, values["id"], digest, values["seed"])
 

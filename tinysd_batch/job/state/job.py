@@ -1,11 +1,10 @@
 """A job: its folder, its settings and its manifest."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from tinysd_batch.config import Settings
 from tinysd_batch.job.manifest.merge import RowMerger
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.manifest.snapshot import READER_VERSION, Snapshot
@@ -14,6 +13,7 @@ from tinysd_batch.job.plan.batches import SharedSettings
 from tinysd_batch.job.state.precision_record import PRECISION_FILE
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import InvalidRow, Row
+from tinysd_batch.settings.schema import Settings
 from tinysd_batch.version import __version__
 
 JOB_FILE = "job.json"
@@ -86,7 +86,7 @@ class Job:
 
     folder: Path
     manifest: Path
-    settings: Settings  # resolved: no None among height, width, steps and scale
+    settings: Settings
     model: ModelInfo
     seed: int
     run_id: str
@@ -117,11 +117,11 @@ class Job:
 
     def row_defaults(self) -> RowDefaults:
         """Return the settings of a row that has no values of its own."""
-        return derive_row_defaults(self.settings, self.model)
+        return RowDefaults(self.settings, self.model)
 
     def shared_settings(self) -> SharedSettings:
         """Return the settings that all images of the job share."""
-        return derive_shared_settings(self.settings, self.model, self.seed)
+        return SharedSettings(self.seed, self.model.digest, self.settings)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -186,22 +186,3 @@ class Job:
             "run_id": self.run_id,
             "version": __version__,
         }
-
-
-def derive_row_defaults(settings: Settings, model: ModelInfo) -> RowDefaults:
-    """Return the defaults of a row from settings that have no None among height, width, steps and scale."""
-    names = {field.name for field in fields(RowDefaults)} - {"size_multiple_px"}
-    return RowDefaults(size_multiple_px=model.size_multiple_px, **settings.model_dump(include=names))
-
-
-def derive_shared_settings(settings: Settings, model: ModelInfo, seed: int) -> SharedSettings:
-    """Return the settings that all images of a job with this seed share."""
-    return SharedSettings(
-        seed=seed,
-        model_digest=model.digest,
-        precision=settings.precision,
-        long_prompts=settings.long_prompts,
-        fixed_code=settings.fixed_code,
-        suffix=settings.format,
-        rng=settings.rng,
-    )

@@ -8,25 +8,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import MAX_SEED, Settings
 from tinysd_batch.errors import JobMismatchError, UsageError
 from tinysd_batch.job.manifest.readers import detect_format, is_json_manifest
 from tinysd_batch.job.manifest.snapshot import READER_VERSION, SnapshotWriter
 from tinysd_batch.job.state.inherited_seeds import save_inherited_seeds
 from tinysd_batch.job.state.job import JOB_FILE, Job, ManifestRecord
 from tinysd_batch.model.checkpoint.info import ModelInfo
+from tinysd_batch.settings.declaration import Effect
+from tinysd_batch.settings.limits import MAX_SEED
+from tinysd_batch.settings.schema import SETTINGS, Settings
 from tinysd_batch.storage.atomic import read_file, write_atomically
 from tinysd_batch.storage.filesystem import storage_errors
 from tinysd_batch.text import normalize_if_text
 from tinysd_batch.version import __version__
 
 MAX_JOB_JSON_BYTES = 10_000_000
-# Settings that determine pixels and files and must not change within a job. `model` is compared by its digest, and
-# `seed` separately.
-IMMUTABLE_SETTINGS = (
-    "negative_prompt", "prompt_syntax", "long_prompts", "height", "width", "steps", "scale", "sampler", "eta", "n_iter",
-    "n_samples", "fixed_code", "rng", "precision", "format", "quality", "no_metadata", "skip_save",
-)  # fmt: skip
+# Settings that must not change within a job. `model` is compared by its digest, and `seed` separately.
+IMMUTABLE_SETTINGS = tuple(
+    name
+    for name, setting in SETTINGS.items()
+    if setting.effect in (Effect.PIXELS, Effect.IMAGES, Effect.FILES) and name not in ("model", "seed")
+)
 
 
 def read_job_json(folder: Path) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def check_same_settings(
 
 def read_saved_setting(saved: dict[str, Any], name: str) -> Any:
     """Return a setting of `job.json`, normalized because 0.1.0 stored text as the user wrote it."""
-    return normalize_if_text(saved["settings"].get(name, Settings.model_fields[name].default))
+    return normalize_if_text(saved["settings"].get(name, SETTINGS[name].default))
 
 
 def get_immutable_reader_settings(manifest: Path) -> list[str]:
@@ -148,7 +150,7 @@ def write_job_json(
         "model": {"name": model.name, "digest": model.digest, "path": str(model.path.resolve())},
         "manifest": record.as_dict(manifest.resolve()),
         "reuse": str(reuse) if reuse else None,
-        "settings": settings.model_dump(exclude={"seed"}),
+        "settings": {name: value for name, value in settings.to_json().items() if name != "seed"},
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names that are not UTF-8 become JSON escapes

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import MAX_IMAGES_PER_ROW, Settings
 from tinysd_batch.errors import JobMismatchError, ManifestError, StorageError, UsageError
-from tinysd_batch.job.manifest.cells import validate_prompt
 from tinysd_batch.job.manifest.changes import ManifestDiff, pair_rows
 from tinysd_batch.job.manifest.files import (
     compute_fingerprint,
@@ -28,7 +26,11 @@ from tinysd_batch.job.state.job import JOB_FILE, STATE_FOLDER, Job, ManifestReco
 from tinysd_batch.job.state.job_json import check_same_settings, read_job_json
 from tinysd_batch.model.checkpoint.info import ModelInfo, read_model_info
 from tinysd_batch.model.text.prompt_syntax import parse_prompt
+from tinysd_batch.settings.limits import MAX_IMAGES_PER_ROW
+from tinysd_batch.settings.schema import EMBEDDED_MODEL, SETTINGS, Settings
+from tinysd_batch.settings.sources import SettingValues
 from tinysd_batch.storage.lock import check_unlocked
+from tinysd_batch.text import show_value
 
 
 def default_job_folder(manifest: Path, name: str | None = None) -> Path:
@@ -39,26 +41,22 @@ def default_job_folder(manifest: Path, name: str | None = None) -> Path:
     return Path("outputs") / name
 
 
-def fill_in_model_defaults(settings: Settings, model: ModelInfo) -> Settings:
-    """Return the settings with the model's own size, steps and scale where the user gave none.
+def resolve_settings(values: SettingValues, model: ModelInfo) -> Settings:
+    """Return complete settings: what the user did not give has the model's default or the program's.
 
     Raises:
         UsageError: A setting contradicts another one or the model.
     """
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        try:
+            SETTINGS[name].value_type.for_model(model).parse(value)
+        except ValueError as error:
+            raise UsageError(f"{name} = {show_value(value)}: {error} ({model.name})") from None
+    defaults = {name: getattr(model, each.model_default) for name, each in SETTINGS.items() if each.model_default}
+    settings = Settings(**{**defaults, **given})
     check_setting_combinations(settings)
-    defaults = {"height": model.native_px, "width": model.native_px, "steps": model.steps, "scale": model.scale}
-    missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
-    filled = settings.model_copy(update=missing)
-    for name, given, fixed in (("C", settings.C, model.latent_channels), ("f", settings.f, model.vae_scale_factor)):
-        if given not in (None, fixed):
-            raise UsageError(f"{name} = {given}: with the model {model.name} it is {fixed}, and cannot be chosen")
-    for side in ("height", "width"):
-        value = getattr(filled, side)
-        if value % model.size_multiple_px:
-            raise UsageError(
-                f"{side} = {value}: must be a multiple of {model.size_multiple_px} with the model {model.name}"
-            )
-    return filled
+    return settings
 
 
 def check_setting_combinations(settings: Settings) -> None:
@@ -69,19 +67,18 @@ def check_setting_combinations(settings: Settings) -> None:
     if images_per_row > MAX_IMAGES_PER_ROW:
         raise UsageError(f"n_iter x n_samples = {images_per_row}: at most {MAX_IMAGES_PER_ROW} images a row")
     try:
-        validate_prompt(settings.negative_prompt)
         parse_prompt(settings.negative_prompt, settings.prompt_syntax)
-    except (ValueError, UsageError) as error:
+    except UsageError as error:
         raise UsageError(f"negative_prompt: {error}") from None
 
 
-def open_job(manifest: Path, folder: Path, settings: Settings, reuse: Path | None = None) -> Job:
+def open_job(manifest: Path, folder: Path, values: SettingValues, reuse: Path | None = None) -> Job:
     """Return the job in `folder`, new or to be resumed. Writes nothing: `save_job` does, after the manifest was read.
 
     Args:
         manifest: Path of the manifest.
         folder: The job folder, which need not exist.
-        settings: Settings from all sources.
+        values: The settings from all sources, parsed.
         reuse: Folder of an earlier job, whose images a new job takes over where they would be the same.
 
     Raises:
@@ -91,11 +88,12 @@ def open_job(manifest: Path, folder: Path, settings: Settings, reuse: Path | Non
     stamp = read_manifest_stamp(manifest)
     check_job_folder(folder)
     digest = compute_fingerprint(manifest)
-    model = read_model_info(settings.model)
+    model = read_model_info(values.get("model", EMBEDDED_MODEL))
+    settings = resolve_settings(values, model)
     job = Job(
         folder,
         manifest,
-        fill_in_model_defaults(settings, model),
+        settings,
         model,
         run_id=uuid.uuid4().hex[:12],
         fingerprint=digest,

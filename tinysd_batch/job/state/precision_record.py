@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tinysd_batch.job.results.table import ResultsTable
     from tinysd_batch.model.device.precision import PrecisionChoice
-    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.tiny_sd import TinySD
 
 PRECISION_FILE = "precision.json"
 MAX_RECORD_BYTES = 10_000_000

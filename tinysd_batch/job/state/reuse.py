@@ -14,9 +14,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import OccupiedPathError, UsageError
 from tinysd_batch.job.plan.batches import format_file_name
+from tinysd_batch.job.results.columns import COLUMNS_KEPT_ON_REUSE
 from tinysd_batch.job.results.compare import FileState, compare_folders
 from tinysd_batch.job.results.rows import make_image_row
 from tinysd_batch.job.results.table import ResultsTable
@@ -25,18 +25,14 @@ from tinysd_batch.job.state.job import JOB_FILE, STATE_FOLDER, Job
 from tinysd_batch.job.state.job_json import IMMUTABLE_SETTINGS
 from tinysd_batch.job.state.open_job import read_reusable_job
 from tinysd_batch.records import ImageRequest, ImageResult, Status
+from tinysd_batch.settings.declaration import Effect
+from tinysd_batch.settings.schema import SETTINGS
 from tinysd_batch.storage.atomic import link_or_copy, read_file
 from tinysd_batch.storage.filesystem import storage_errors, sync_path
 
 IMAGES_PER_SYNC = 500
 REUSE_COLUMNS = ["row", "status", "image_id", "sha256", "bytes", "index", "seed", "file_name"]
-FILE_SETTINGS = ("format", "quality", "no_metadata", "skip_save")
-# Columns that describe how the image was generated: copied from the row of the other job.
-COPIED_COLUMNS = (
-    "sha256", "bytes", "attempts", "degraded", "n_tokens", "truncated", "negative_truncated", "precision",
-    "device_name", "worker", "node", "text_s", "denoise_s", "decode_s", "peak_memory_bytes", "started_at",
-    "finished_at", "version",
-)  # fmt: skip
+FILE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.effect is Effect.FILES)
 
 
 class NoteSink(Protocol):
@@ -120,7 +116,7 @@ def describe_setting_differences(
     return "; ".join(
         f"{name}: {old} there, {getattr(job.settings, name)} here"
         for name in names
-        if (old := saved["settings"].get(name, Settings.model_fields[name].default)) != getattr(job.settings, name)
+        if (old := saved["settings"].get(name, SETTINGS[name].default)) != getattr(job.settings, name)
     )
 
 
@@ -181,7 +177,7 @@ def link_images(
             sync_path(folder)
     for row, request in linked:
         new_row = make_image_row(request, ImageResult(request.index, Status.OK), job.run_columns())
-        copied = {name: row[name] for name in COPIED_COLUMNS}
+        copied = {name: row[name] for name in COLUMNS_KEPT_ON_REUSE}
         writer.append(new_row | copied | {"file_name": request.file_name, "reused": str(old)})
     return {request.index for _, request in linked}
 

@@ -5,24 +5,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeGuard
 
-from tinysd_batch.config import MAX_SEED
+from tinysd_batch.job.results.columns import EMBEDDED_COLUMNS
 from tinysd_batch.records import ImageRequest, ImageResult, Status
+from tinysd_batch.settings.limits import MAX_SEED
 from tinysd_batch.storage.atomic import MAX_FILE_BYTES, sync_existing_file
 from tinysd_batch.storage.filesystem import storage_errors
 from tinysd_batch.text import has_surrogates, make_printable
 
 MAX_TOKEN_COUNT = 2**31 - 1  # the largest int32, the column's type
-
-# The columns that are stored inside the image, for a run that adopts it. No host names, because people share images. No
-# measurements, so that equal settings on one machine give equal files.
-EMBEDDED_COLUMNS: dict[str, type | UnionType] = {
-    "n_tokens": int | None,
-    "truncated": str | None,
-    "negative_truncated": str | None,
-    "precision": str,
-    "degraded": list,
-    "device_name": str,
-}
 
 METADATA_SCHEMA_VERSION = 2
 EMBEDDED_COLUMNS_BY_SCHEMA: dict[int, dict[str, type | UnionType]] = {
@@ -62,7 +52,7 @@ def read_embedded_record(data: bytes, request: ImageRequest) -> dict[str, Any] |
     from tinysd_batch.images import is_complete_file, read_metadata
 
     suffix = request.file_name.rpartition(".")[2]
-    _, metadata = read_metadata(data, (request.params.width, request.params.height), [suffix])
+    _, metadata = read_metadata(data, (request.settings.width, request.settings.height), [suffix])
     schema, record = metadata.get("schema"), metadata.get("made")
     columns = EMBEDDED_COLUMNS_BY_SCHEMA.get(schema) if type(schema) is int else None
     if columns is None or metadata.get("image_id") != request.image_id or not is_complete_file(data, suffix):

@@ -46,7 +46,7 @@ ImageShape = tuple[int, int, bool]  # width, height, guided: what determines the
 
 
 def get_image_shape(image: ImageRequest) -> ImageShape:
-    return image.params.width, image.params.height, image.scale != 1
+    return image.settings.width, image.settings.height, image.settings.is_guided
 
 
 @dataclass(slots=True)

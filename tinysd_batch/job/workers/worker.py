@@ -11,15 +11,15 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
+from tinysd_batch.images import ModelLabel, describe_request
+from tinysd_batch.job.results.columns import EMBEDDED_COLUMNS
 from tinysd_batch.job.state.precision_record import choose_recorded_precision, describe_precision
 from tinysd_batch.job.workers.adopt_images import (
-    EMBEDDED_COLUMNS,
     METADATA_SCHEMA_VERSION,
     add_file_columns,
     adopt_image,
@@ -36,17 +36,23 @@ from tinysd_batch.job.workers.oom_fallback import (
 )
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
+from tinysd_batch.settings.schema import Settings
 from tinysd_batch.storage.atomic import publish
 from tinysd_batch.storage.filesystem import storage_errors
 from tinysd_batch.version import __version__
 
 if TYPE_CHECKING:
     from tinysd_batch.model.device.precision import Precision
-    from tinysd_batch.model.pipeline import TinySD
-    from tinysd_batch.model.sampling.batch import GenerationOutput
+    from tinysd_batch.model.sampling.batch import ImageOutput
+    from tinysd_batch.model.tiny_sd import TinySD
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE_CHARACTERS = 2000
+# Columns of the results that the model reports.
+OUTPUT_COLUMNS = (
+    "n_tokens", "truncated", "negative_truncated", "degraded", "precision", "text_s", "denoise_s", "decode_s",
+    "peak_memory_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +64,7 @@ class WorkerSetup:
     model_path: Path
     model_name: str
     model_digest: str
-    device: str  # auto, cpu or cuda
-    precision: str  # auto, full or autocast
-    vram_budget: str | None = None
-    turbo: bool = False
-    unet_bs: int | None = None
-    long_prompts: bool = False
-    rng: Literal["cpu", "cuda"] = "cpu"
-    format: str = "png"
-    quality: int = 90
-    no_metadata: bool = False
-    skip_save: bool = False
+    settings: Settings
     threads: int = 1  # of torch, on the CPU
     stop_file: Path | None = None  # once it exists, no further micro-batch is started
     precision_file: Path | None = None  # what `auto` chose in this job, see `job.state.precision_record`
@@ -76,14 +72,17 @@ class WorkerSetup:
     @classmethod
     def from_settings(cls, settings: Settings, model: ModelInfo, **paths_and_threads: Any) -> Self:
         """Return the setup of a worker for these settings and this model."""
-        shared = {field.name for field in fields(cls)} & set(Settings.model_fields)
         return cls(
             model_path=model.path.resolve(),
             model_name=model.name,
             model_digest=model.digest,
-            **settings.model_dump(include=shared),
+            settings=settings,
             **paths_and_threads,
         )
+
+    @property
+    def label(self) -> ModelLabel:
+        return ModelLabel(self.model_name, self.model_digest, __version__)
 
 
 class Worker:
@@ -210,97 +209,52 @@ class Worker:
     def generate_and_publish(self, images: Sequence[ImageRequest], wanted: frozenset[int]) -> list[ImageResult]:
         """Call the model once for all images, and publish the wanted ones."""
         started = time.time()
-        params = images[0].params
-        generated = self.model.generate(
-            [image.prompt for image in images],
-            [image.seed for image in images],
-            negative_prompt=[image.negative_prompt for image in images],
-            height=params.height,
-            width=params.width,
-            num_inference_steps=params.steps,
-            guidance_scale=[image.scale for image in images],
-            prompt_syntax=[image.prompt_syntax for image in images],
-            long_prompts=self.setup.long_prompts,
-            rng=self.setup.rng,
-            noise_seed=[image.seed if image.noise_seed is None else image.noise_seed for image in images],
-            sampler=params.sampler,
-            eta=params.eta,
-            normalize=False,  # the manifest's reader has done that, and jobs of 0.1.0 keep their prompts unchanged
-        )
-        return [
-            self.publish_or_fail(image, generated, position, started)
-            for position, image in enumerate(images)
-            if image.index in wanted
-        ]
+        outputs = self.model.generate_images(images)
+        return [self.publish_or_fail(output, started) for output in outputs if output.request.index in wanted]
 
-    def publish_or_fail(
-        self, request: ImageRequest, generated: "GenerationOutput", position: int, started: float
-    ) -> ImageResult:
+    def publish_or_fail(self, output: "ImageOutput", started: float) -> ImageResult:
         """Publish one image of a batch. If its path is occupied by another file, only this image fails."""
         try:
-            return self.publish(request, generated, position, started)
+            return self.publish(output, started)
         except OccupiedPathError as error:
-            return self.make_failed_result(request, get_error_class(error), first_message_line(error))
+            return self.make_failed_result(output.request, get_error_class(error), first_message_line(error))
 
-    def publish(
-        self, request: ImageRequest, generated: "GenerationOutput", position: int, started: float
-    ) -> ImageResult:
+    def publish(self, output: "ImageOutput", started: float) -> ImageResult:
         """Encode one image of a batch with its metadata, publish the file, and return the result."""
         from tinysd_batch.images import FileFormat, encode_image, format_webui_parameters
 
-        columns: dict[str, Any] = {
-            "n_tokens": generated.n_tokens[position],
-            "truncated": generated.truncated[position],
-            "negative_truncated": generated.negative_truncated[position],
-            "precision": generated.precision[position],
-            "device_name": self.model.device_name,
-            "worker": self.name,
-            "node": platform.node(),
-            "text_s": generated.text_s / len(generated.images),
-            "denoise_s": generated.denoise_s / len(generated.images),
-            "decode_s": generated.decode_s / len(generated.images),
-            "peak_memory_bytes": generated.peak_memory_bytes,
-            "started_at": started,
-            "finished_at": time.time(),
-            "degraded": generated.degraded[position] + self.memory_limits[get_image_shape(request)].fallback_names(),
-        }
-        result = ImageResult(request.index, Status.OK, **columns)
-        if self.setup.skip_save:
+        request = output.request
+        result = ImageResult(
+            request.index,
+            Status.OK,
+            **{name: getattr(output, name) for name in OUTPUT_COLUMNS},
+            device_name=self.model.device_name,
+            worker=self.name,
+            node=platform.node(),
+            started_at=started,
+            finished_at=time.time(),
+        )
+        result.degraded = output.degraded + self.memory_limits[get_image_shape(request)].fallback_names()
+        settings = self.setup.settings
+        if settings.skip_save:
             return result
-        setup = self.setup
-        parameters = format_webui_parameters(request, setup.model_name, setup.model_digest, __version__)
-        file_format = FileFormat(setup.format, setup.quality, not setup.no_metadata)
-        data = encode_image(generated.images[position], file_format, parameters, self.build_metadata(request, columns))
+        file_format = FileFormat(settings.format, settings.quality, not settings.no_metadata)
+        parameters = format_webui_parameters(request, self.setup.label)
+        data = encode_image(output.image, file_format, parameters, self.build_metadata(request, result))
         path = self.setup.job_folder / request.file_name
         with storage_errors(path):
             published = publish(
-                data, path, setup.scratch, lambda existing: read_embedded_record(existing, request) is not None
+                data, path, self.setup.scratch, lambda existing: read_embedded_record(existing, request) is not None
             )
         return add_file_columns(result, request, published)
 
-    def build_metadata(self, request: ImageRequest, columns: dict[str, Any]) -> dict[str, Any]:
+    def build_metadata(self, request: ImageRequest, result: ImageResult) -> dict[str, Any]:
         """Return the image's `tinysd` metadata: identity, settings, and the columns that a resumed run adopts."""
-        params = request.params
         return {
             "schema": METADATA_SCHEMA_VERSION,
             "image_id": request.image_id,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "prompt_syntax": request.prompt_syntax,
-            "long_prompts": self.setup.long_prompts,
-            "rng": self.setup.rng,
-            "seed": request.seed,
-            "noise_seed": request.seed if request.noise_seed is None else request.noise_seed,
-            "scale": request.scale,
-            "width": params.width,
-            "height": params.height,
-            "steps": params.steps,
-            "sampler": params.sampler,
-            "eta": params.eta,
-            "model": self.setup.model_name,
-            "model_digest": self.setup.model_digest,
-            "version": __version__,
-            "made": {name: columns[name] for name in EMBEDDED_COLUMNS},
+            **describe_request(request, self.setup.label),
+            "made": {name: getattr(result, name) for name in EMBEDDED_COLUMNS},
         }
 
 
@@ -310,11 +264,12 @@ def load_model(setup: WorkerSetup) -> "TinySD":
 
     from tinysd_batch.model.checkpoint.info import read_model_info
     from tinysd_batch.model.device.select import choose_device
-    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.tiny_sd import TinySD
 
     torch.set_num_threads(setup.threads)
-    device = choose_device(None if setup.device == "auto" else setup.device)
-    precision: Precision = setup.precision
+    settings = setup.settings
+    device = choose_device(None if settings.device == "auto" else settings.device)
+    precision: Precision = settings.precision
     if precision == "auto":
         is_small = read_model_info(str(setup.model_path)).is_small
         precision = choose_recorded_precision(setup.precision_file, device, is_small=is_small)
@@ -322,9 +277,9 @@ def load_model(setup: WorkerSetup) -> "TinySD":
         setup.model_path,
         device=device,
         dtype=precision,
-        vram_budget=setup.vram_budget,
-        turbo=setup.turbo,
-        unet_bs=setup.unet_bs,
+        vram_budget=settings.vram_budget,
+        turbo=settings.turbo,
+        unet_bs=settings.unet_bs,
     )
 
 

@@ -7,10 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tinysd_batch.config import MAX_SIDE_PX, MAX_STEPS
 from tinysd_batch.errors import ModelError
 from tinysd_batch.model.checkpoint.config_checks import CONFIG_FILES, MAX_LEVELS, check_configs
 from tinysd_batch.model.checkpoint.json_file import read_json_object
+from tinysd_batch.settings.limits import MAX_SIDE_PX, MAX_STEPS
 from tinysd_batch.text import excerpt, make_printable
 
 SD_V1_STEPS = 50

@@ -3,21 +3,49 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Generator, Tensor
 
 from tinysd_batch.errors import UsageError
-from tinysd_batch.images import METADATA_KEY, PILLOW_FORMATS, FileFormat, encode_image, format_webui_parameters
-from tinysd_batch.model.arguments import GenerationRequest, Rng
+from tinysd_batch.images import (
+    METADATA_KEY,
+    PILLOW_FORMATS,
+    FileFormat,
+    ModelLabel,
+    describe_request,
+    encode_image,
+    format_webui_parameters,
+)
+from tinysd_batch.model.arguments import TensorArguments
 from tinysd_batch.model.sampling.cuda_noise import CudaNoiseGenerator
 from tinysd_batch.model.sampling.schedule import NoiseGenerator, StepCallback, sample_noise
-from tinysd_batch.model.text.encoder import Conditioning, PromptEncoder
-from tinysd_batch.records import ImageRequest, SamplingParams
+from tinysd_batch.model.text.encoder import Conditioning
+from tinysd_batch.records import ImageRequest
+from tinysd_batch.settings.schema import ImageSettings
 from tinysd_batch.storage.atomic import write_atomically
 
 OutputType = Literal["pil", "np", "latent"]
+
+
+@dataclass(slots=True)
+class ImageOutput:
+    """An image and how it was generated. Times are its share of the seconds of its batch."""
+
+    request: ImageRequest
+    image: Any  # a PIL image; float32 [H, W, 3] in 0..1 for "np"; float32 [4, h, w] for "latent"
+    n_tokens: int | None  # None if an embedding was given instead of a prompt
+    truncated: str | None
+    negative_truncated: str | None
+    degraded: list[str]
+    precision: str  # of the UNet
+    text_s: float
+    denoise_s: float
+    decode_s: float
+    peak_memory_bytes: int
 
 
 @dataclass(slots=True)
@@ -25,20 +53,64 @@ class GenerationOutput:
     """The output of `TinySD.generate`. Lists have one entry per image; times are seconds for the whole batch."""
 
     images: Any  # PIL images; float32 [B, H, W, 3] in 0..1 for "np"; float32 [B, 4, h, w] for "latent"
-    n_tokens: list[int | None] = field(default_factory=list)
-    truncated: list[str | None] = field(default_factory=list)
-    negative_truncated: list[str | None] = field(default_factory=list)
-    degraded: list[list[str]] = field(default_factory=list)
-    precision: list[str] = field(default_factory=list)  # of the UNet
-    text_s: float = 0.0
-    denoise_s: float = 0.0
-    decode_s: float = 0.0
-    peak_memory_bytes: int = 0
+    outputs: list[ImageOutput]
+    label: ModelLabel
     settings: list[dict[str, Any]] = field(default_factory=list)  # under the names of the results table
+
+    @classmethod
+    def from_outputs(cls, outputs: list[ImageOutput], label: ModelLabel, output_type: OutputType) -> Self:
+        """Combine the outputs of images of the same size."""
+        images: Any = [output.image for output in outputs]
+        if output_type != "pil":
+            images = np.stack(images) if output_type == "np" else torch.stack(images)
+        settings = [describe_request(output.request, label) for output in outputs]
+        for description, output in zip(settings, outputs, strict=True):
+            if output.n_tokens is None:
+                description["prompt"] = None
+        generation = cls(images, outputs, label, settings)
+        if output_type == "pil":
+            generation.attach_settings()
+        return generation
+
+    @property
+    def n_tokens(self) -> list[int | None]:
+        return [output.n_tokens for output in self.outputs]
+
+    @property
+    def truncated(self) -> list[str | None]:
+        return [output.truncated for output in self.outputs]
+
+    @property
+    def negative_truncated(self) -> list[str | None]:
+        return [output.negative_truncated for output in self.outputs]
+
+    @property
+    def degraded(self) -> list[list[str]]:
+        return [output.degraded for output in self.outputs]
+
+    @property
+    def precision(self) -> list[str]:
+        return [output.precision for output in self.outputs]
+
+    @property
+    def text_s(self) -> float:
+        return sum(output.text_s for output in self.outputs)
+
+    @property
+    def denoise_s(self) -> float:
+        return sum(output.denoise_s for output in self.outputs)
+
+    @property
+    def decode_s(self) -> float:
+        return sum(output.decode_s for output in self.outputs)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(output.peak_memory_bytes for output in self.outputs)
 
     @property
     def seeds(self) -> list[int]:
-        return [settings["seed"] for settings in self.settings]
+        return [output.request.seed for output in self.outputs]
 
     def save(self, path: str | Path, quality: int = 90) -> list[Path]:
         """Write the images with their settings embedded, as jobs do, and return their paths.
@@ -61,45 +133,37 @@ class GenerationOutput:
         if len(self.images) > 1:
             paths = [path.with_stem(f"{path.stem}_{number:05d}") for number in range(1, len(self.images) + 1)]
         file_format = FileFormat(suffix, quality)
-        for image, settings, image_path in zip(self.images, self.settings, paths, strict=True):
-            data = encode_image(image, file_format, format_parameters(settings), {"schema": 1, **settings})
+        for output, settings, image_path in zip(self.outputs, self.settings, paths, strict=True):
+            parameters = format_webui_parameters(output.request, self.label)
+            data = encode_image(output.image, file_format, parameters, {"schema": 1, **settings})
             write_atomically(data, image_path)
         return paths
 
     def attach_settings(self) -> None:
         """Store its settings in each PIL image's `info`."""
-        for image, settings in zip(self.images, self.settings, strict=True):
-            image.info |= {"parameters": format_parameters(settings), METADATA_KEY: settings}
-
-
-def format_parameters(settings: dict[str, Any]) -> str:
-    """Format an image's settings as AUTOMATIC1111's web UI does."""
-    params = SamplingParams(**{name: settings[name] for name in ("width", "height", "steps", "sampler", "eta")})
-    request = ImageRequest(
-        index=1,
-        row=1,
-        sample=1,
-        prompt=settings["prompt"] or "",
-        negative_prompt=settings["negative_prompt"],
-        seed=settings["seed"],
-        scale=settings["scale"],
-        params=params,
-        image_id="",
-        file_name="",
-    )
-    return format_webui_parameters(request, settings["model"], settings["model_digest"], settings["version"])
+        for output, settings in zip(self.outputs, self.settings, strict=True):
+            output.image.info |= {
+                "parameters": format_webui_parameters(output.request, self.label),
+                METADATA_KEY: settings,
+            }
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """A request with its prompts encoded."""
+    """Images of one micro-batch, with their prompts encoded."""
 
+    requests: Sequence[ImageRequest]
     conditionings: Sequence[Conditioning]  # one per image
-    request: GenerationRequest
+    tensors: TensorArguments
     callback: StepCallback | None
 
+    @property
+    def settings(self) -> ImageSettings:
+        """The settings of the first image; what the batch shares is the same for all."""
+        return self.requests[0].settings
+
     def make_generators(self, rows: Sequence[int]) -> list[NoiseGenerator]:
-        return [make_generator(self.request.rng, self.request.seeds[row]) for row in rows]
+        return [make_generator(self.requests[row].settings.rng, self.requests[row].seed) for row in rows]
 
     def prepare_latents(
         self, channels: int, vae_scale_factor: int, rows: Sequence[int], generators: Sequence[NoiseGenerator]
@@ -108,37 +172,33 @@ class EncodedBatch:
 
         The generators are advanced even if the starting noise has a seed of its own: all later noise stays the same.
         """
-        request = self.request
-        if request.latents is not None:
-            return request.latents[list(rows)].float()
-        shape = (channels, request.height // vae_scale_factor, request.width // vae_scale_factor)
+        if self.tensors.latents is not None:
+            return self.tensors.latents[list(rows)].float()
+        shape = (channels, self.settings.height // vae_scale_factor, self.settings.width // vae_scale_factor)
         noise = sample_noise(generators, shape)
-        if request.noise_seeds == request.seeds:
+        requests = [self.requests[row] for row in rows]
+        if all(request.noise_seed is None for request in requests):
             return noise
-        return sample_noise([make_generator(request.rng, request.noise_seeds[row]) for row in rows], shape)
+        return sample_noise(
+            [make_generator(request.settings.rng, request.initial_noise_seed) for request in requests], shape
+        )
 
 
-def encode_prompts(encoder: PromptEncoder, request: GenerationRequest) -> list[Conditioning]:
-    """Encode the prompts of a request, one conditioning per image."""
-    return encoder.encode(
-        request.prompts,
-        request.negative_prompts,
-        request.scales,
-        request.syntaxes,
-        long_prompts=request.long_prompts,
-        prompt_embeds=request.prompt_embeds,
-        negative_prompt_embeds=request.negative_prompt_embeds,
-    )
+def group_by_batch_key(requests: Sequence[ImageRequest]) -> list[list[int]]:
+    """Group images, by their position, that can be in one micro-batch."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for position, request in enumerate(requests):
+        groups.setdefault(request.settings.batch_key, []).append(position)
+    return list(groups.values())
 
 
-def token_columns(conditionings: Sequence[Conditioning]) -> dict[str, Any]:
-    """Return the fields of `GenerationOutput` on tokens; None if an embedding was given instead of a prompt."""
-    prompts = [conditioning.tokens for conditioning in conditionings]
-    negatives = [conditioning.negative_tokens for conditioning in conditionings]
+def describe_tokens(conditioning: Conditioning) -> dict[str, Any]:
+    """Return the fields of `ImageOutput` on tokens; None if an embedding was given instead of a prompt."""
+    prompt, negative = conditioning.tokens, conditioning.negative_tokens
     return {
-        "n_tokens": [prompt.n_tokens if prompt else None for prompt in prompts],
-        "truncated": [prompt.truncated if prompt else None for prompt in prompts],
-        "negative_truncated": [negative.truncated if negative else None for negative in negatives],
+        "n_tokens": prompt.n_tokens if prompt else None,
+        "truncated": prompt.truncated if prompt else None,
+        "negative_truncated": negative.truncated if negative else None,
     }
 
 
@@ -161,6 +221,6 @@ def rows_where(mask: Tensor) -> list[int]:
     return [row for row, is_true in enumerate(mask.tolist()) if is_true]
 
 
-def make_generator(rng: Rng, seed: int) -> NoiseGenerator:
+def make_generator(rng: str, seed: int) -> NoiseGenerator:
     """Return the generator of an image's noise."""
     return CudaNoiseGenerator(int(seed)) if rng == "cuda" else Generator("cpu").manual_seed(int(seed))

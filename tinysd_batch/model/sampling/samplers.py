@@ -21,11 +21,11 @@ import diffusers
 import torch
 from torch import Generator, Tensor
 
-from tinysd_batch.config import SAMPLERS
 from tinysd_batch.errors import UsageError
 from tinysd_batch.model.sampling.ddim_plms import sample_ddim, sample_plms
 from tinysd_batch.model.sampling.schedule import TRAIN_TIMESTEPS, SamplingRun
 from tinysd_batch.model.sampling.sigma_samplers import sample_dpm2, sample_dpm2_a, sample_euler_a, sample_lms
+from tinysd_batch.settings.sampler_names import SAMPLERS
 
 
 def sample(sampler: str, run: SamplingRun, noise: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from tinysd_batch.model.text.tokenizer import (
     build_empty_window,
     tokenize_prompt,
 )
+from tinysd_batch.records import ImageRequest
+from tinysd_batch.settings.schema import ImageSettings
 
 MAX_CACHED_WINDOWS = 128  # 30 MB of host memory at SD v1's sizes
 
@@ -66,49 +68,46 @@ class PromptEncoder:
 
     def encode(
         self,
-        prompts: Sequence[str | None],
-        negatives: Sequence[str],
-        scales: Sequence[float],
-        syntaxes: Sequence[str],
-        *,
-        long_prompts: bool = False,
+        requests: Sequence[ImageRequest],
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> list[Conditioning]:
-        """Encode prompts, one per image. Embeddings [B or 1, T, D] replace the texts if given."""
-
-        def tokenize(texts: Iterable[str | None], embeds: Tensor | None) -> list[TokenizedPrompt | None]:
-            return [
-                self.tokenize(text, syntax, long_prompts=long_prompts) if text is not None and embeds is None else None
-                for text, syntax in zip(texts, syntaxes, strict=True)
-            ]
-
-        guiding = [text if scale != 1 else None for text, scale in zip(negatives, scales, strict=True)]
-        tokenized, negative_tokenized = tokenize(prompts, prompt_embeds), tokenize(guiding, negative_prompt_embeds)
-        self.encode_missing([prompt for prompt in [*tokenized, *negative_tokenized] if prompt])
+        """Encode the prompts of the images. Embeddings [B or 1, T, D] replace the texts if given."""
+        tokenized = [self.tokenize(request, prompt_embeds, negative_prompt_embeds) for request in requests]
+        self.encode_missing([prompt for pair in tokenized for prompt in pair if prompt])
         conditionings = [
             self.build_conditioning(
-                tokens,
-                negative_tokens,
-                scale,
+                request.settings,
+                *tokens,
                 select_row(prompt_embeds, row),
-                select_row(negative_prompt_embeds, row) if scale != 1 else None,
+                select_row(negative_prompt_embeds, row) if request.settings.is_guided else None,
             )
-            for row, (tokens, negative_tokens, scale) in enumerate(
-                zip(tokenized, negative_tokenized, scales, strict=True)
-            )
+            for row, (request, tokens) in enumerate(zip(requests, tokenized, strict=True))
         ]
         self.evict_oldest()
         return conditionings
 
-    def tokenize(self, prompt: str, syntax: str, *, long_prompts: bool) -> TokenizedPrompt:
-        return tokenize_prompt(self.tokenizer, parse_prompt(prompt, syntax), self.max_tokens, long_prompts=long_prompts)
+    def tokenize(
+        self, request: ImageRequest, prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None
+    ) -> tuple[TokenizedPrompt | None, TokenizedPrompt | None]:
+        """Tokenize prompt and negative prompt. None stands for an embedding, and for no guidance."""
+        settings = request.settings
+
+        def tokenize_text(text: str) -> TokenizedPrompt:
+            sub_prompts = parse_prompt(text, settings.prompt_syntax)
+            return tokenize_prompt(self.tokenizer, sub_prompts, self.max_tokens, long_prompts=settings.long_prompts)
+
+        has_negative_text = settings.is_guided and negative_prompt_embeds is None
+        return (
+            tokenize_text(request.prompt) if prompt_embeds is None else None,
+            tokenize_text(settings.negative_prompt) if has_negative_text else None,
+        )
 
     def build_conditioning(
         self,
+        settings: ImageSettings,
         tokens: TokenizedPrompt | None,
         negative_tokens: TokenizedPrompt | None,
-        scale: float,
         embedding: Tensor | None,
         negative_embedding: Tensor | None,
     ) -> Conditioning:
@@ -128,7 +127,7 @@ class PromptEncoder:
                 f"prompt_embeds {list(embedding.shape)} and negative_prompt_embeds {list(negative_embedding.shape)} "
                 f"differ in shape"
             )
-        return Conditioning(embedding, negative_embedding, scale, tokens, negative_tokens)
+        return Conditioning(embedding, negative_embedding, settings.scale, tokens, negative_tokens)
 
     def encode_missing(self, prompts: Iterable[TokenizedPrompt]) -> None:
         """Encode windows that are not cached, one at a time, so that no embedding depends on the others."""

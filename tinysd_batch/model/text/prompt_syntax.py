@@ -7,10 +7,12 @@ text, whose token embeddings are multiplied by an emphasis. Imports no heavy lib
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tinysd_batch.errors import UsageError
 
-SYNTAXES = ("seed", "a1111", "none")
+# A prompt without any of these characters has no syntax.
+SYNTAX_CHARACTERS = {"seed": frozenset(":"), "a1111": frozenset("()[]\\"), "none": frozenset[str]()}
 MIN_WEIGHT_SUM = 1e-9
 BRACKET_EMPHASIS = 1.1  # of brackets without a number
 CLOSING_BRACKETS = {")": ("(", BRACKET_EMPHASIS), "]": ("[", 1 / BRACKET_EMPHASIS)}
@@ -43,19 +45,29 @@ class SubPrompt:
         return "".join(span.text for span in self.spans)
 
 
-def parse_prompt(prompt: str, syntax: str = "seed") -> list[SubPrompt]:
+def has_syntax(prompt: str, syntax: str) -> bool:
+    """Whether the prompt has a character that may have a meaning in this syntax."""
+    return not SYNTAX_CHARACTERS[syntax].isdisjoint(prompt)
+
+
+def parse_prompt(prompt: str, syntax: str = "seed") -> tuple[SubPrompt, ...]:
     """Split a prompt into sub-prompts: several if the syntax is `seed` and the prompt has weights, else one.
 
     Raises:
         UsageError: weights are not finite or their sum is not above zero, or the syntax is unknown.
     """
+    if syntax not in SYNTAX_CHARACTERS:
+        raise UsageError(f"prompt_syntax = {syntax!r}: one of {', '.join(SYNTAX_CHARACTERS)} was expected")
+    if not has_syntax(prompt, syntax):
+        return (SubPrompt(1.0, (EmphasisSpan(prompt),)),)
+    return parse_syntax(prompt, syntax)
+
+
+@lru_cache(1024)  # a prompt is parsed when its row is checked, and used when it is generated
+def parse_syntax(prompt: str, syntax: str) -> tuple[SubPrompt, ...]:
     if syntax == "seed":
-        return parse_weights(prompt)
-    if syntax == "a1111":
-        return [SubPrompt(1.0, tuple(parse_brackets(prompt)))]
-    if syntax == "none":
-        return [SubPrompt(1.0, (EmphasisSpan(prompt),))]
-    raise UsageError(f"prompt_syntax = {syntax!r}: one of {', '.join(SYNTAXES)} was expected")
+        return tuple(parse_weights(prompt))
+    return (SubPrompt(1.0, tuple(parse_brackets(prompt))),)
 
 
 def parse_weights(prompt: str) -> list[SubPrompt]:

@@ -17,6 +17,9 @@ from tinysd_batch.model.text.encoder import Conditioning, PromptEncoder
 from tinysd_batch.model.text.tokenizer import read_tokenizer
 from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet, segment_batch_size
 from tinysd_batch.quantize.recipe import Recipe
+from tinysd_batch.records import ImageRequest
+from tinysd_batch.settings.limits import MAX_SIDE_PX
+from tinysd_batch.settings.schema import ImageSettings
 
 MIN_SENSITIVITY_POINTS, MAX_SENSITIVITY_POINTS = 4, 16
 HELD_OUT_SEED_OFFSET = 2**20  # between the seed of the first calibration prompt and that of the first held-out prompt
@@ -67,10 +70,12 @@ def encode_prompts(folder: Path, prompts: Sequence[str], negative: str, device: 
     max_tokens = encoder.config.max_position_embeddings
     on_device = contextlib.nullcontext(device)
     prompt_encoder = PromptEncoder(read_tokenizer(folder / "tokenizer"), encoder, max_tokens, lambda: on_device)
-    count = len(prompts)
+    # Any guidance scale but 1 encodes the negative prompt, too. Sizes and steps do not matter here.
+    settings = ImageSettings(
+        negative_prompt=negative, prompt_syntax="none", scale=2.0, width=MAX_SIDE_PX, height=MAX_SIDE_PX, steps=1
+    )
     with torch.no_grad():
-        # Any guidance scale but 1 encodes the negative prompt, too.
-        return prompt_encoder.encode(list(prompts), [negative] * count, [2.0] * count, ["none"] * count)
+        return prompt_encoder.encode([ImageRequest(prompt, 0, settings) for prompt in prompts])
 
 
 @torch.no_grad()

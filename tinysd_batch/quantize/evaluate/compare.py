@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.schedule import StepCallback
+from tinysd_batch.model.tiny_sd import TinySD
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
 
 BATCH_SIZE = 16

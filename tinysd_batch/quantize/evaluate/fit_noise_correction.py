@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import (
     MAX_SLOPE,
     MIN_SLOPE,
@@ -21,6 +20,7 @@ from tinysd_batch.model.sampling.noise_correction import (
     NoiseCorrection,
     write_correction,
 )
+from tinysd_batch.model.tiny_sd import TinySD
 from tinysd_batch.quantize.calibration.trajectories import Trajectories
 from tinysd_batch.quantize.evaluate.compare import compute_sqnr_db, generate_latents, predict_guided_noise
 

@@ -18,8 +18,8 @@ from tinysd_batch.model.checkpoint.info import compute_model_digest, read_model_
 from tinysd_batch.model.checkpoint.json_file import read_json_object
 from tinysd_batch.model.offload.stage_estimate import MicroBatchShape
 from tinysd_batch.model.packed.format import AffineRowWeight, GroupWeight, ZeroPointRowWeight
-from tinysd_batch.model.pipeline import TinySD
 from tinysd_batch.model.sampling.noise_correction import NoiseCorrection, read_correction
+from tinysd_batch.model.tiny_sd import TinySD
 from tinysd_batch.quantize.convert import check_components_fit
 from tinysd_batch.quantize.presets import get_layer_type
 from tinysd_batch.quantize.sources.checkpoint_source import CheckpointSource, SourceOptions

@@ -9,7 +9,7 @@ import torch
 
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.model.device.available_memory import get_available_memory_bytes
-from tinysd_batch.model.pipeline import TinySD
+from tinysd_batch.model.tiny_sd import TinySD
 from tinysd_batch.quantize.calibration.trajectories import HELD_OUT_SEED_OFFSET, generate_held_out_trajectories
 from tinysd_batch.quantize.calibration.unet_segments import SegmentedUNet
 from tinysd_batch.quantize.estimate.duration import (

@@ -186,15 +186,14 @@ class PlanBuilder:
             yield row, images
 
     def add_images(self, row: Row, n_images: int) -> None:
-        plan, params, settings = self.plan, row.params, self.job.settings
+        plan, of_image, settings = self.plan, row.settings, self.job.settings
         plan.images += n_images
-        images_per_batch = max(row.n_samples, settings.max_batch or 1)
-        batch = PlannedBatch(images_per_batch, params.width, params.height, row.scale != 1)
+        batch = PlannedBatch.of_row(row, settings.max_batch)
         if plan.largest is None or batch.unet_pixels > plan.largest.unet_pixels:
             plan.largest = batch
-        plan.sizes[f"{params.width}x{params.height}"] += n_images
-        plan.samplings[f"{params.sampler}, {format_count(params.steps, 'step')}"] += n_images
-        pixels = 0 if settings.skip_save else params.width * params.height
+        plan.sizes[f"{of_image.width}x{of_image.height}"] += n_images
+        plan.samplings[f"{of_image.sampler}, {format_count(of_image.steps, 'step')}"] += n_images
+        pixels = 0 if settings.skip_save else of_image.width * of_image.height
         plan.disk_bytes += round(n_images * (pixels * BYTES_PER_PIXEL[settings.format] + BYTES_PER_IMAGE))
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tinysd_batch import errors
-from tinysd_batch.config import Settings
 from tinysd_batch.import_path import PACKAGE_ROOT
 from tinysd_batch.report.plan.memory_table import MemoryEstimate, PlannedBatch, StageMemory, estimate_memory
+from tinysd_batch.settings.schema import Settings
+from tinysd_batch.settings.sources import parse_settings
 
 # -P keeps Python from importing modules of the current folder. The package's own folder is appended because it may not
 # be installed. Ctrl-C reaches both processes; the default handler keeps the subprocess from printing a traceback.
@@ -33,7 +34,7 @@ def estimate_memory_in_subprocess(
     if "torch" in sys.modules:
         return estimate_memory(settings, batch, precision_file)
     request = {
-        "settings": settings.model_dump(),
+        "settings": settings.to_json(),
         "batch": asdict(batch),
         "precision_file": None if precision_file is None else str(precision_file.absolute()),
     }
@@ -64,7 +65,8 @@ def respond_to_request() -> None:
     try:
         precision_file = Path(request["precision_file"]) if request["precision_file"] is not None else None
         batch = PlannedBatch(**request["batch"])
-        response = asdict(estimate_memory(Settings(**request["settings"]), batch, precision_file))
+        settings = Settings(**parse_settings(request["settings"], "settings"))
+        response = asdict(estimate_memory(settings, batch, precision_file))
     except errors.TinySDError as error:
         response = {"error": type(error).__name__, "message": str(error)}
     sys.stdout.write(json.dumps(response) + "\n")

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tinysd_batch.records import Row
 from tinysd_batch.report.formatting import format_bytes, format_count
 
 if TYPE_CHECKING:
     import torch
 
-    from tinysd_batch.config import Settings
     from tinysd_batch.model.device.precision import PrecisionChoice
     from tinysd_batch.model.offload.stage_estimate import StagePlan
+    from tinysd_batch.settings.schema import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,12 @@ class PlannedBatch:
     width: int
     height: int
     is_guided: bool
+
+    @classmethod
+    def of_row(cls, row: Row, max_batch: int | None) -> Self:
+        """Return the largest micro-batch that images of this row can be in."""
+        settings = row.settings
+        return cls(max(row.n_samples, max_batch or 1), settings.width, settings.height, settings.is_guided)
 
     @property
     def unet_rows(self) -> int:
@@ -174,12 +181,11 @@ def estimate_memory(settings: "Settings", batch: PlannedBatch, precision_file: P
     """
     import torch
 
-    from tinysd_batch.config import parse_memory_budget
     from tinysd_batch.model.checkpoint.info import read_model_info
     from tinysd_batch.model.device.available_memory import get_available_memory_bytes
     from tinysd_batch.model.device.select import choose_device, total_memory_bytes
     from tinysd_batch.model.offload.stage_estimate import MicroBatchShape
-    from tinysd_batch.model.pipeline import TinySD
+    from tinysd_batch.model.tiny_sd import TinySD
 
     info = read_model_info(settings.model)
     is_device_absent = settings.device == "cuda" and not torch.cuda.is_available()
@@ -189,7 +195,7 @@ def estimate_memory(settings: "Settings", batch: PlannedBatch, precision_file: P
         device = choose_device(None if settings.device == "auto" else settings.device)
         total_bytes = total_memory_bytes(device)
     choice = choose_planned_precision(settings.precision, device, is_device_absent, precision_file, info.is_small)
-    budget = parse_memory_budget(settings.vram_budget, total_bytes)
+    budget = settings.vram_budget.resolve(total_bytes) if settings.vram_budget else None
     model = TinySD(info, device, choice.dtype, budget, turbo=settings.turbo, unet_bs=settings.unet_bs)
     shape = MicroBatchShape(batch.unet_rows, batch.height, batch.width, info.max_tokens)
     stages = [StageMemory.from_stage_plan(plan) for plan in model.planner.plan_stages(shape)]
@@ -197,7 +203,7 @@ def estimate_memory(settings: "Settings", batch: PlannedBatch, precision_file: P
         batch,
         device.type,
         choice.name,
-        settings.vram_budget,
+        str(settings.vram_budget) if settings.vram_budget else None,
         stages,
         is_device_absent,
         None if is_device_absent else get_available_memory_bytes(device),

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tinysd_batch.config import Settings
 from tinysd_batch.errors import TinySDError
 from tinysd_batch.job.results.table import ResultsTable, read_table
 from tinysd_batch.job.state.job import JOB_FILE, Job
@@ -22,6 +21,7 @@ from tinysd_batch.records import Row, Status
 from tinysd_batch.report.formatting import format_bytes, format_count, format_seconds, to_one_line
 from tinysd_batch.report.plan.memory_table import MemoryEstimate
 from tinysd_batch.report.quality_text import describe_quality
+from tinysd_batch.settings.schema import Settings
 from tinysd_batch.storage.atomic import read_file
 
 MAX_SIBLING_JOBS = 20  # the newest jobs beside this one, whose results are searched for a measured speed
@@ -113,9 +113,9 @@ class PlannedWork:
         return cls(Counter(), Counter())
 
     def add(self, row: Row, n_images: int) -> None:
-        key = row.params.width, row.params.height, row.params.sampler
+        key = row.settings.width, row.settings.height, row.settings.sampler
         self.images[key] += n_images
-        self.unet_calls[key] += n_images * count_unet_calls(row.params.steps)
+        self.unet_calls[key] += n_images * count_unet_calls(row.settings.steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from collections import Counter
 
 from rich.console import Console
 
-from tinysd_batch.config import Settings
 from tinysd_batch.job.state.job import Job
 from tinysd_batch.records import InvalidRow
 from tinysd_batch.report.formatting import format_bytes, format_count, format_row_label, print_line, to_one_line
 from tinysd_batch.report.plan.job_plan import JobPlan
 from tinysd_batch.report.plan.token_counts import CountedRow
 from tinysd_batch.report.reading_progress import ReadingProgress
+from tinysd_batch.settings.schema import Settings
 
 LABEL_WIDTH = 14
 MAX_ROW_CHARACTERS = 300  # where output is not a terminal

@@ -1,6 +1,6 @@
 """Count the tokens of a manifest's prompts: many rows at a time, and each distinct prompt once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -45,14 +45,13 @@ class CountedRow:
     def format_line(self) -> str:
         """Return `row 3: 4 images, 5 tokens: tabby cat (0.125) + white duck (0.375) + hybrid (0.5)`."""
         row = self.row
-        images = format_count(row.n_iter * row.n_samples, "image")
+        images = format_count(row.n_images, "image")
         line = f"row {row.number}: {images}, {format_count(self.prompt.n_tokens, 'token')}"
         if self.is_truncated:
-            truncated = self.counter.tokenize(row.prompt, row.prompt_syntax).truncated
-            negative_truncated = self.counter.tokenize(row.negative_prompt, row.prompt_syntax).truncated
+            truncated, negative_truncated = (self.counter.tokenize(*prompt).truncated for prompt in get_prompts(row))
             line += f", truncated: {to_one_line(truncated, 80)}" if truncated else ""
             line += f", truncated negative prompt: {to_one_line(negative_truncated, 80)}" if negative_truncated else ""
-        return f"{line}: {format_weights(parse_prompt(row.prompt, row.prompt_syntax))}"
+        return f"{line}: {format_weights(parse_prompt(row.prompt, row.settings.prompt_syntax))}"
 
 
 class PromptTokenCounter:
@@ -105,14 +104,15 @@ class PromptTokenCounter:
 
 def get_prompts(row: Row) -> tuple[PromptKey, PromptKey]:
     """Return the prompt and the negative prompt."""
-    return (row.prompt, row.prompt_syntax), (row.negative_prompt, row.prompt_syntax)
+    syntax = row.settings.prompt_syntax
+    return (row.prompt, syntax), (row.settings.negative_prompt, syntax)
 
 
-def has_weights(sub_prompts: list[SubPrompt]) -> bool:
+def has_weights(sub_prompts: Sequence[SubPrompt]) -> bool:
     return len(sub_prompts) > 1 or any(span.emphasis != 1 for span in sub_prompts[0].spans)
 
 
-def format_weights(sub_prompts: list[SubPrompt]) -> str:
+def format_weights(sub_prompts: Sequence[SubPrompt]) -> str:
     """Return a prompt with its parsed weights: `tabby cat (0.25) + white duck (0.75)`, `a | red x1.1 | apple`."""
     formatted = []
     for sub_prompt in sub_prompts:

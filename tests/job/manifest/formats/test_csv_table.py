@@ -37,7 +37,7 @@ INTEGERS = {
 def test_integers_can_be_written_as_floats(tmp_path: Path, name: str) -> None:
     (row,), _ = write_and_read(tmp_path / name, INTEGERS[name])
     assert isinstance(row, Row), row
-    assert (row.seed, row.params.steps, row.n_samples) == (42, 3, 2)
+    assert (row.seed, row.settings.steps, row.n_samples) == (42, 3, 2)
 
 
 @pytest.mark.parametrize("cell", ["42.5", "1e30", "4 2", "1,000", "inf", "true"])
@@ -59,7 +59,7 @@ def test_every_spelling_of_a_missing_number(tmp_path: Path, spelling: str) -> No
         tmp_path / "m.csv", f"prompt,seed,steps,scale,sampler\ncat,{spelling},{spelling},{spelling},{spelling}\n"
     )
     assert isinstance(row, Row), row
-    assert (row.seed, row.params.steps, row.scale, row.params.sampler) == (None, 25, 4.0, "plms")
+    assert (row.seed, row.settings.steps, row.settings.scale, row.settings.sampler) == (None, 25, 4.0, "plms")
 
 
 @pytest.mark.parametrize("cell", ["-1", "-1.0", " -1"])
@@ -162,7 +162,7 @@ def test_header_determines_the_separator(tmp_path: Path, name: str, content: str
     for path in (tmp_path / name, tmp_path / f"{name}.gz"):
         (row,), notes = write_and_read(path, content)
         assert isinstance(row, Row), row
-        assert (row.prompt, row.seed, row.scale) == ("red; apple", 7, 7.5)
+        assert (row.prompt, row.seed, row.settings.scale) == ("red; apple", 7, 7.5)
         assert notes == ([note] if note else [])
 
 
@@ -226,7 +226,7 @@ def test_blanks_around_quotes(tmp_path: Path, line: str, cells: tuple[str, str])
     rows, _ = write_and_read(tmp_path / "m.csv", f"prompt, seed, negative_prompt\n{line}\nnext,8,\n")
     first, last = rows
     assert isinstance(first, Row), first
-    assert (first.prompt, first.negative_prompt, first.seed, last.prompt) == (*cells, 7, "next")
+    assert (first.prompt, first.settings.negative_prompt, first.seed, last.prompt) == (*cells, 7, "next")
 
 
 # Lines of errors
@@ -289,7 +289,7 @@ def test_every_command_reports_row_and_line(here: Path, capfd: Capture, tiny_mod
 def test_names_and_text_are_normalized(tmp_path: Path, name: str, content: str) -> None:
     (row,), _ = write_and_read(tmp_path / name, content)
     assert isinstance(row, Row), row
-    assert (row.prompt, row.negative_prompt, row.extra) == ("red apple", "blurry", {})
+    assert (row.prompt, row.settings.negative_prompt, row.extra) == ("red apple", "blurry", {})
 
 
 def test_joiners_are_kept(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_samplers_in_a_column(tmp_path: Path) -> None:
     )
     assert isinstance(rows[0], Row)
     assert isinstance(rows[2], Row)
-    assert (rows[0].params.sampler, rows[2].params.sampler) == ("euler_a", "ddim")
+    assert (rows[0].settings.sampler, rows[2].settings.sampler) == ("euler_a", "ddim")
     assert "dpmpp_2m is supported, but its Karras schedule is not" in get_reason(rows[1])
 
 

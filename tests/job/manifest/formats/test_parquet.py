@@ -130,7 +130,7 @@ def test_missing_values_as_pandas_writes_them(tmp_path: Path) -> None:
         "aesthetic": [float("nan"), None, float("inf"), None],
     }
     rows, notes = read(write(tmp_path / "m.parquet", columns))
-    assert [(row.number, row.prompt, row.seed, row.params.steps) for row in rows if isinstance(row, Row)] == [
+    assert [(row.number, row.prompt, row.seed, row.settings.steps) for row in rows if isinstance(row, Row)] == [
         (1, "cat", 42, 3), (3, "dog", None, 25),
     ]  # fmt: skip
     assert [row.extra for row in rows] == [{}, {"aesthetic": float("inf")}]

@@ -14,8 +14,8 @@ def get_settings(row: Row | InvalidRow) -> dict[str, Any]:
     """Return the settings of the row that differ from the defaults."""
     assert isinstance(row, Row), row
     settings = {
-        "prompt": row.prompt, "negative": row.negative_prompt, "seed": row.seed, "steps": row.params.steps,
-        "scale": row.scale, "sampler": row.params.sampler, "size": (row.params.width, row.params.height),
+        "prompt": row.prompt, "negative": row.settings.negative_prompt, "seed": row.seed, "steps": row.settings.steps,
+        "scale": row.settings.scale, "sampler": row.settings.sampler, "size": (row.settings.width, row.settings.height),
         "images": (row.n_iter, row.n_samples),
     }  # fmt: skip
     defaults = {

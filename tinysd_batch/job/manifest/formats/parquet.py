@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tinysd_batch.config import MAX_PROMPT_CHARACTERS
 from tinysd_batch.errors import ManifestError
 from tinysd_batch.job.manifest.columns import ColumnMapping, match_table_columns
 from tinysd_batch.job.manifest.files import list_manifest_files, open_seekable, summarize_error
@@ -38,6 +37,7 @@ from tinysd_batch.job.manifest.raw_rows import (
     SkippedRows,
     UnreadableRow,
 )
+from tinysd_batch.settings.limits import MAX_PROMPT_CHARACTERS
 from tinysd_batch.values import is_missing
 
 PARQUET_BATCH_ROWS = 1024

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from tinysd_batch.config import MAX_PROMPT_CHARACTERS
 from tinysd_batch.job.manifest.columns import COLUMN_BY_NAME, find_column, normalize_column_name
 from tinysd_batch.job.manifest.formats.csv_table import read_csv_rows
 from tinysd_batch.job.manifest.formats.text_lines import (
@@ -21,15 +20,20 @@ from tinysd_batch.job.manifest.formats.text_lines import (
     read_records,
 )
 from tinysd_batch.job.manifest.raw_rows import RawRow, ReaderItem, ReadingOptions, SkippedRows, UnreadableRow
+from tinysd_batch.settings.limits import MAX_PROMPT_CHARACTERS
+from tinysd_batch.settings.schema import COLUMN_SETTINGS, SETTINGS
 from tinysd_batch.text import excerpt, normalize_text
 from tinysd_batch.values import is_missing
 
 MAX_OPTION_LINE_CHARACTERS = 4 * MAX_PROMPT_CHARACTERS
-TEXT_OPTIONS = ("prompt", "negative_prompt")  # their values need no quotes
+TEXT_OPTIONS = (
+    "prompt",
+    *(name for name, each in COLUMN_SETTINGS.items() if each.value_type.is_text),
+)  # their values need no quotes
 # Options of the web UI that do not affect the images.
 IGNORED_OPTIONS = ("do_not_save_samples", "do_not_save_grid", "prompt_for_display")
 # Options of InvokeAI and its predecessor dream.py, whose -n generates images one after the other.
-SHORT_OPTIONS = {"n": "n_iter", "H": "height", "W": "width", "S": "seed", "s": "steps", "C": "scale", "A": "sampler"}
+SHORT_OPTIONS = {each.line_option: name for name, each in SETTINGS.items() if each.line_option}
 WEB_UI_LINE = re.compile(r"\s*--[A-Za-z]")
 PROMPT_OPTION = re.compile(r"(?:^|\s)--prompt(?=[\s=])")
 TRAILING_OPTION = re.compile(r"\s(?:-[A-Za-z] ?\d+(?:\.\d+)?(?=\s|$)|--[A-Za-z][\w-]*(?=[\s=]|$))")

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from tests.support.program import Capture, call
-from tinysd_batch.config import find_sampler, merge_settings, read_job_file, read_preset
 from tinysd_batch.errors import UsageError
+from tinysd_batch.settings.sampler_names import find_sampler
+from tinysd_batch.settings.schema import SETTINGS
+from tinysd_batch.settings.sources import merge_settings, parse_settings, read_job_file, read_preset
 
 
 @pytest.mark.parametrize(
@@ -26,8 +28,8 @@ from tinysd_batch.errors import UsageError
     ],
 )
 def test_every_spelling_of_settings(values: dict[str, Any], expected: dict[str, Any]) -> None:
-    settings = merge_settings(values)
-    assert {name: getattr(settings, name) for name in expected} == expected
+    settings = merge_settings(parse_settings(values, "settings"))
+    assert {name: settings.get(name, SETTINGS[name].default) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -36,12 +38,12 @@ def test_every_spelling_of_settings(values: dict[str, Any], expected: dict[str, 
 )
 def test_invalid_settings(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"settings: {next(iter(values))} = "):
-        merge_settings(values)
+        parse_settings(values, "settings")
 
 
 def test_missing_value_is_unset_and_minus_one_unsets_a_seed() -> None:
-    settings = merge_settings({"scale": 3.0, "seed": 5}, {"scale": math.nan, "seed": -1})
-    assert (settings.scale, settings.seed) == (3.0, None)
+    layers = [{"scale": 3.0, "seed": 5}, {"scale": math.nan, "seed": -1}]
+    assert merge_settings(*(parse_settings(layer, "settings") for layer in layers)) == {"scale": 3.0}
 
 
 @pytest.mark.parametrize(
