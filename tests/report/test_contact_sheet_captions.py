@@ -8,6 +8,7 @@ from PIL import Image
 
 from tinysd_batch.report import fonts
 from tinysd_batch.report.contact_sheet import (
+    CAPTION_SETTINGS,
     CELL_PX,
     FONT_SIZES_PX,
     SheetImage,
@@ -19,7 +20,7 @@ from tinysd_batch.report.fonts import choose_font, has_character, load_bundled_f
 
 
 def row(**values: Any) -> dict[str, Any]:
-    return {"prompt": "cat", "sampler": "ddim", "steps": 20, "scale": 7.5, "eta": 0.0, "seed": 1, **values}
+    return {"prompt": "cat", "seed": 1, **dict.fromkeys(CAPTION_SETTINGS), "steps": 20, "scale": 7.5, **values}
 
 
 def test_seeds_are_written_in_full() -> None:

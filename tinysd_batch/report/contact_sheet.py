@@ -15,6 +15,7 @@ from tinysd_batch.records import Status
 from tinysd_batch.report.fonts import Font, choose_font
 from tinysd_batch.report.formatting import to_one_line
 from tinysd_batch.settings.limits import MAX_GRID_IMAGES, MAX_SIDE_PX
+from tinysd_batch.settings.schema import IMAGE_SETTINGS
 from tinysd_batch.storage.atomic import write_atomically
 
 CELL_PX = 128
@@ -22,7 +23,10 @@ CAPTION_PX = 18
 GAP_PX = 8
 FONT_SIZES_PX = (11, 10, 9)  # the first in which a caption fits; one that fits in none is shortened
 CONTACT_SHEET_FILE = "contact_sheet.png"
-CAPTION_COLUMNS = ("sampler", "steps", "scale", "eta", "seed")
+CAPTION_SETTINGS = {
+    name: each for name, each in IMAGE_SETTINGS.items() if each.is_column and not each.value_type.is_text
+}
+CAPTION_COLUMNS = [*CAPTION_SETTINGS, "seed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,16 @@ def make_captions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return each image's prompt or, if all prompts are equal, the settings that differ."""
     if len({row["prompt"] for row in rows}) > 1:
         return [to_one_line(row["prompt"] or "", 200) for row in rows]
-    differing = [name for name in CAPTION_COLUMNS if len({row[name] for row in rows}) > 1]
-    shown = [name for name in differing if name != "seed"]
+    values = [read_settings(row) for row in rows]
+    shown = [name for name in CAPTION_SETTINGS if len({settings[name] for settings in values}) > 1]
     if not shown:
         return [format_seed(row["seed"]) for row in rows]
-    return [", ".join(format_setting(name, row[name]) for name in shown) for row in rows]
+    return [", ".join(format_setting(name, settings[name]) for name in shown) for settings in values]
+
+
+def read_settings(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a row; a table that is older than a setting has null for it."""
+    return {name: setting.default if row[name] is None else row[name] for name, setting in CAPTION_SETTINGS.items()}
 
 
 def format_seed(seed: int) -> str:

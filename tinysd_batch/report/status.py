@@ -13,6 +13,7 @@ from rich.table import Table
 from tinysd_batch.errors import StorageError, UsageError
 from tinysd_batch.images import read_metadata
 from tinysd_batch.job.job_log import LOG_FILE_NAME
+from tinysd_batch.job.results.columns import COLUMNS, ColumnSource
 from tinysd_batch.job.results.compare import FileDifferences, find_differences
 from tinysd_batch.job.results.rows import parse_invalid_reason
 from tinysd_batch.job.results.table import ResultsTable
@@ -28,8 +29,9 @@ MAX_SHOWN_FAULTS = 10
 STATUS_READ_ATTEMPTS = 5
 STATUS_COLUMNS = ("row", "index", "status", "error_message", "device_name", "worker", "text_s", "denoise_s", "decode_s")
 FIRST_SHOWN_SETTINGS = (
-    "prompt", "negative_prompt", "seed", "width", "height", "steps", "sampler", "scale", "eta", "model",
-)  # fmt: skip
+    *(column.name for column in COLUMNS if column.source is ColumnSource.SETTINGS or column.name in ("prompt", "seed")),
+    "model",
+)
 
 
 @dataclass(slots=True)

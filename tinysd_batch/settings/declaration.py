@@ -58,6 +58,10 @@ class Setting:
         """Its name as an argument of `TinySD.generate`."""
         return self.python_name or self.name
 
+    def to_json(self, settings: object) -> Any:
+        """Return the value that these settings have for it, as files store it."""
+        return self.value_type.to_json(getattr(settings, self.name))
+
     def list_flags(self) -> tuple[str, ...]:
         return self.flags or (f"--{self.name.replace('_', '-')}",)
 

@@ -332,7 +332,7 @@ class Settings(ImageSettings):
         return override(ImageSettings(**{name: getattr(self, name) for name in IMAGE_SETTINGS}), ())
 
     def to_json(self) -> dict[str, Any]:
-        return {name: each.value_type.to_json(getattr(self, name)) for name, each in SETTINGS.items()}
+        return {name: each.to_json(self) for name, each in SETTINGS.items()}
 
 
 def list_settings(settings_type: type) -> dict[str, Setting]:

@@ -36,12 +36,20 @@ class ColumnMapping:
 
 
 @lru_cache(maxsize=64)  # the objects of a JSONL file mostly have the same keys
-def match_columns(names: tuple[str, ...]) -> ColumnMapping:
-    """Match a manifest's column names to the known columns. Raises ColumnError."""
+def match_columns(names: tuple[str, ...], own: frozenset[str] = frozenset()) -> ColumnMapping:
+    """Match a manifest's column names to the known columns.
+
+    Args:
+        names: The names in the manifest.
+        own: Names that stay the manifest's own, because its job was started when no column was known by them.
+
+    Raises:
+        ColumnError: The names cannot be used.
+    """
     check_column_names(names)
     candidates: dict[str, list[str]] = {}
     for name in names:
-        if column := find_column(name):
+        if normalize_text(name) not in own and (column := find_column(name)):
             candidates.setdefault(column, []).append(name)
     known = {choose_column_name(column, spellings): column for column, spellings in candidates.items()}
     extra = {name: normalize_text(name) for name in names if name not in known}
@@ -120,11 +128,13 @@ def find_near_misses(names: Iterable[str]) -> dict[str, str]:
     return near_misses
 
 
-def match_table_columns(path: Path, names: Iterable[str], strict: bool) -> ColumnMapping:
+def match_table_columns(
+    path: Path, names: Iterable[str], strict: bool, own: frozenset[str] = frozenset()
+) -> ColumnMapping:
     """Match the columns of a file with a header. Raises ManifestError, also where no column is the prompt."""
     header = tuple(names)
     try:
-        columns = match_columns(header)
+        columns = match_columns(header, own)
         if "prompt" not in columns.source_names:
             raise ColumnError(f"no column named prompt; found {format_names(header)}{suggest_unquoting(header)}")
         if strict:

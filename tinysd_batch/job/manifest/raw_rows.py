@@ -37,6 +37,7 @@ class ReadingOptions(NamedTuple):
     notes: ReadingNotes
     strict: bool = False  # unknown columns are an error
     interpret_lines: bool = False  # in a .txt: skip comments, parse the options of other programs
+    own_columns: frozenset[str] = frozenset()  # names that stay the manifest's own, whatever is known by them
     compat_0_1_0: bool = False  # for jobs started by 0.1.0: split rows and convert extra columns as it did
 
 

@@ -33,10 +33,13 @@ def read_raw_rows(
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
+    own_columns: frozenset[str] = frozenset(),
     compat_0_1_0: bool = False,
 ) -> Iterator[ReaderItem]:
     """Yield every row in order; a blank row has no values. The arguments are those of `ReadingOptions`."""
-    options = ReadingOptions(notes if notes is not None else ReadingNotes(), strict, interpret_lines, compat_0_1_0)
+    options = ReadingOptions(
+        notes if notes is not None else ReadingNotes(), strict, interpret_lines, own_columns, compat_0_1_0
+    )
     return READERS_BY_SUFFIX[detect_format(path)](path, options)
 
 

@@ -48,6 +48,7 @@ def read_rows(
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
+    own_columns: frozenset[str] = frozenset(),
     compat_0_1_0: bool = False,
 ) -> Iterator[Row | InvalidRow]:
     """Yield every row of the manifest in order, validated. A blank row is skipped but keeps its row number.
@@ -56,6 +57,7 @@ def read_rows(
         strict: Treat unknown columns as an error of the file; in JSONL, of the row that has them.
         notes: Collects what else is noticed; complete once all rows are read.
         interpret_lines: In a .txt, skip comments and parse options after a prompt.
+        own_columns: Names of columns that stay the manifest's own, whatever column is known by them now.
         compat_0_1_0: Split the file into rows as 0.1.0 did, and convert values that are not numbers to text.
 
     Raises:
@@ -63,7 +65,15 @@ def read_rows(
     """
     notes = notes if notes is not None else ReadingNotes()
     number, first, has_valid_row = 0, None, False
-    for item in read_raw_rows(path, strict, notes=notes, interpret_lines=interpret_lines, compat_0_1_0=compat_0_1_0):
+    items = read_raw_rows(
+        path,
+        strict,
+        notes=notes,
+        interpret_lines=interpret_lines,
+        own_columns=own_columns,
+        compat_0_1_0=compat_0_1_0,
+    )
+    for item in items:
         row = None
         if isinstance(item, SkippedRows):
             number += item.row_count

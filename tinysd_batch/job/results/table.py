@@ -15,7 +15,12 @@ import pyarrow.parquet as pq
 from tinysd_batch.errors import StorageError
 from tinysd_batch.job.manifest.formats.parquet_types import get_transport_type, replace_time_types
 from tinysd_batch.job.results.columns import COLUMN_FIELDS, RESERVED_COLUMNS
-from tinysd_batch.job.results.schema import COVERED_PARTS_KEY, check_result_columns, list_current_names
+from tinysd_batch.job.results.schema import (
+    COVERED_PARTS_KEY,
+    check_result_columns,
+    list_current_names,
+    read_reserved_columns,
+)
 from tinysd_batch.storage.atomic import check_regular_file
 
 THREADED_READ_MIN_ROWS = 4096  # a table with more rows is read by several threads
@@ -162,6 +167,16 @@ class ResultsTable:
                 schema = read_footer(file).schema.to_arrow_schema()
                 names = list_current_names(schema)
                 yield pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
+
+    def list_manifest_columns(self) -> tuple[str, ...]:
+        """Return the names of the manifest's own columns that the files have. Raises StorageError."""
+        names: dict[str, None] = {}
+        for file in self.table_files():
+            with table_errors(file):
+                schema = read_footer(file).schema.to_arrow_schema()
+                reserved = read_reserved_columns(schema)
+            names.update(dict.fromkeys(name for name in schema.names if name not in reserved))
+        return tuple(names)
 
     def read(self, columns: list[str] | None) -> Iterator[pa.Table]:
         """Yield the content of each file, all columns or some. Of several rows of an image, the last one counts."""

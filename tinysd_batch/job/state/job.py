@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from tinysd_batch.job.manifest.columns import find_column
 from tinysd_batch.job.manifest.merge import RowMerger
 from tinysd_batch.job.manifest.reading_notes import ReadingNotes
 from tinysd_batch.job.manifest.snapshot import READER_VERSION, Snapshot
 from tinysd_batch.job.manifest.validate import RowDefaults, read_rows
 from tinysd_batch.job.plan.batches import SharedSettings
+from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.precision_record import PRECISION_FILE
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import InvalidRow, Row
@@ -175,8 +177,19 @@ class Job:
             settings.strict,
             notes=notes,
             interpret_lines=settings.interpret_lines,
+            own_columns=self.find_own_columns(),
             compat_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
         )
+
+    def find_own_columns(self) -> frozenset[str]:
+        """Return the manifest's columns that have the name of a setting which is newer than the job."""
+        record = self.manifest_record
+        if record is None:
+            return frozenset()
+        names = record.extra_columns
+        if names is None:  # 0.1.0 did not record them
+            names = ResultsTable(self.folder).list_manifest_columns()
+        return frozenset(name for name in names if find_column(name))
 
     def run_columns(self) -> dict[str, Any]:
         """Return the results columns that are equal in all rows of a run."""

@@ -98,9 +98,9 @@ def check_same_settings(
             f"name another folder with -o"
         )
     differences = [
-        f"{name}: {old} in the job, {getattr(settings, name)} now"
+        f"{name}: {old} in the job, {new} now"
         for name in (*IMMUTABLE_SETTINGS, *get_immutable_reader_settings(manifest))
-        if (old := read_saved_setting(saved, name)) != getattr(settings, name)
+        if (old := read_saved_setting(saved, name)) != (new := SETTINGS[name].to_json(settings))
     ]
     if saved["model"]["digest"] != model.digest:
         differences.append(f"model: {saved['model']['name']} in the job, {model.name} now (the weights differ)")

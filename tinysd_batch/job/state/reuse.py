@@ -22,7 +22,7 @@ from tinysd_batch.job.results.rows import make_image_row
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.results.writer import ResultsWriter
 from tinysd_batch.job.state.job import JOB_FILE, STATE_FOLDER, Job
-from tinysd_batch.job.state.job_json import IMMUTABLE_SETTINGS
+from tinysd_batch.job.state.job_json import IMMUTABLE_SETTINGS, read_saved_setting
 from tinysd_batch.job.state.open_job import read_reusable_job
 from tinysd_batch.records import ImageRequest, ImageResult, Status
 from tinysd_batch.settings.declaration import Effect
@@ -114,9 +114,9 @@ def describe_setting_differences(
     if saved is None:
         return ""
     return "; ".join(
-        f"{name}: {old} there, {getattr(job.settings, name)} here"
+        f"{name}: {old} there, {new} here"
         for name in names
-        if (old := saved["settings"].get(name, SETTINGS[name].default)) != getattr(job.settings, name)
+        if (old := read_saved_setting(saved, name)) != (new := SETTINGS[name].to_json(job.settings))
     )
 
 

@@ -21,14 +21,14 @@ from tinysd_batch.records import Row, Status
 from tinysd_batch.report.formatting import format_bytes, format_count, format_seconds, to_one_line
 from tinysd_batch.report.plan.memory_table import MemoryEstimate
 from tinysd_batch.report.quality_text import describe_quality
-from tinysd_batch.settings.schema import Settings
+from tinysd_batch.settings.schema import SHARED_IN_BATCH, Settings
 from tinysd_batch.storage.atomic import read_file
 
 MAX_SIBLING_JOBS = 20  # the newest jobs beside this one, whose results are searched for a measured speed
 MAX_TIMED_IMAGES = 500
 TIMED_COLUMNS = [
-    "row", "index", "status", "width", "height", "steps", "sampler", "model_digest", "device_name", "worker", "node",
-    "text_s", "denoise_s", "decode_s", "run_id", "reused",
+    "row", "index", "status", *SHARED_IN_BATCH, "model_digest", "device_name", "worker", "node", "text_s",
+    "denoise_s", "decode_s", "run_id", "reused",
 ]  # fmt: skip
 
 TimingKey = tuple[int, int, str]  # width, height, sampler

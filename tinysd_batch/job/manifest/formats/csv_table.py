@@ -107,7 +107,7 @@ def read_csv_rows(path: Path, options: ReadingOptions) -> Iterator[RawRow | Unre
         separator, header = read_header(path, lines)
         if separator != get_default_separator(path):
             options.notes.separator = SEPARATORS.get(separator, f"{separator!r}")
-        columns = match_table_columns(path, header, options.strict)
+        columns = match_table_columns(path, header, options.strict, options.own_columns)
         reader = csv.reader(lines, delimiter=separator, strict=True)
         converter = CsvRowConverter(path, columns, separator, options, lines)
         for line, cells in read_records(reader, lines):

@@ -132,7 +132,7 @@ def convert_object(
             raise ValueError(f"{len(value):,} keys, at most {MAX_COLUMNS:,}; remove those that are not needed")
         if "\\u" in text and "\\ud" in text.lower() and has_surrogates(json.dumps(value, ensure_ascii=False)):
             raise ValueError("half a character: a \\u escape of a surrogate without the other one of its pair")
-        columns = match_columns(tuple(value))
+        columns = match_columns(tuple(value), options.own_columns)
         named = dict(zip(columns.names, value.values(), strict=True))
         prompt = named.get("prompt")
         if decoding_error:

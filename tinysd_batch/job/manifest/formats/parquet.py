@@ -73,7 +73,7 @@ def read_parquet_file(path: Path, options: ReadingOptions) -> Iterator[ReaderIte
     with open_seekable(path) as stream, wrap_parquet_errors(path):
         file = pq.ParquetFile(stream, pre_buffer=False)
         header = file.schema_arrow.names
-        columns = match_table_columns(path, header, options.strict)
+        columns = match_table_columns(path, header, options.strict, options.own_columns)
         skipped = find_skipped_columns(path, stream, file, columns)
         for name, reason in skipped.items():
             options.notes.record_dropped_column(name, reason)
