@@ -39,7 +39,7 @@ from tinysd_batch.records import ImageRequest, ImageResult, MicroBatch, Status
 from tinysd_batch.settings.schema import Settings
 from tinysd_batch.storage import atomic
 
-MODEL = ModelInfo(Path("none"), "none", "00" * 16, 64, 4, 8, 8, 2, 2.0, 75, 1)
+MODEL = ModelInfo(Path("none"), "none", "00" * 16, 64, 4, 8, 8, 2, 2.0, 75, 12, 1)
 START_S, BACKOFF_S = 5.0, 2.0
 STEP_S = 20.0  # by which the clock advances when no worker has an event before
 MAX_RUNS = 40

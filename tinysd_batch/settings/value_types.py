@@ -84,7 +84,16 @@ class Integer(ValueType):
 
     def for_model(self, model: Any) -> "Integer":
         bounds = {name: getattr(model, attribute) for name, attribute in self.model_bounds}
-        return replace(self, **bounds, model_bounds=(), source=" with this model") if bounds else self
+        if not bounds:
+            return self
+        return replace(
+            self,
+            minimum=max(self.minimum, bounds.get("minimum", self.minimum)),
+            maximum=min(self.maximum, bounds.get("maximum", self.maximum)),
+            multiple_of=bounds.get("multiple_of", self.multiple_of),
+            model_bounds=(),
+            source=" with this model",
+        )
 
 
 SEEDS = Integer(0, MAX_SEED)

@@ -15,6 +15,7 @@ from tinysd_batch.text import excerpt, make_printable
 
 SD_V1_STEPS = 50
 SD_V1_SCALE = 7.5
+CLIP_LAYERS = 12  # where the configuration does not say
 SMALL_UNET_BYTES = 50_000_000
 MODEL_DEFAULTS_FILE = "tinysd.json"  # name and defaults; folders of other programs do not have it
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -37,6 +38,7 @@ class ModelInfo:
     steps: int
     scale: float
     max_tokens: int  # of the text encoder, begin and end token included
+    text_layers: int  # of the text encoder
     unet_bytes: int  # size of the UNet's file
 
     @property
@@ -111,6 +113,7 @@ def read_folder_info(path: Path, digest: str | None = None) -> ModelInfo:
         steps=defaults.steps,
         scale=defaults.scale,
         max_tokens=sizes.max_tokens,
+        text_layers=sizes.text_layers,
         unet_bytes=(path / "unet" / WEIGHTS_FILE).stat().st_size if (path / "unet" / WEIGHTS_FILE).exists() else 0,
     )
 
@@ -124,6 +127,7 @@ class ModelSizes:
     vae_scale_factor: int
     size_multiple_px: int
     max_tokens: int
+    text_layers: int
 
 
 def read_model_sizes(path: Path, *, own_vae: bool = True) -> ModelSizes:
@@ -139,6 +143,7 @@ def read_model_sizes(path: Path, *, own_vae: bool = True) -> ModelSizes:
         vae_scale_factor=factor,
         size_multiple_px=factor * 2 ** (count_resolution_levels(unet) - 1),
         max_tokens=read_config_number(text, "max_position_embeddings", 3, 10_000),
+        text_layers=read_config_number(text, "num_hidden_layers", 1, 1000, default=CLIP_LAYERS),
     )
 
 
@@ -171,10 +176,15 @@ def count_resolution_levels(config: Path) -> int:
 
 
 def read_config_number(
-    config: Path, name: str, minimum: int, maximum: int, number_type: type[int] | type[float] = int
+    config: Path,
+    name: str,
+    minimum: int,
+    maximum: int,
+    number_type: type[int] | type[float] = int,
+    default: float | None = None,
 ) -> Any:
-    """Read a number within bounds from a configuration file. Raises ModelError."""
-    value = read_json_object(config).get(name)
+    """Read a number within bounds from a configuration file. Raises ModelError, also if it is missing."""
+    value = read_json_object(config).get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | number_type) or not math.isfinite(value):
         raise ModelError(f"{config}: {name} = {excerpt(value)}: a number was expected")
     if not minimum <= value <= maximum:
