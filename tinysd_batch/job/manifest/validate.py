@@ -33,12 +33,15 @@ NO_SOURCE_NAMES: Mapping[str, str] = {}
 
 
 class RowDefaults:
-    """Values for empty cells: the job's settings, which include the model's defaults."""
+    """Values for empty cells: the job's settings, which include the model's defaults; and the rules for other cells."""
 
-    def __init__(self, settings: Settings, model: ModelInfo) -> None:
+    def __init__(self, settings: Settings, model: ModelInfo, own_columns: frozenset[str] = frozenset()) -> None:
+        """Prepare to read rows; `own_columns` stay the manifest's own, whatever column is known by their names."""
         self.image_settings = settings.image_settings()
         self.image_counts = {name: getattr(settings, name) for name in IMAGE_COUNTS}
-        self.validators = build_validators(model)
+        self.own_columns = own_columns
+        validators = build_validators(model)
+        self.validators = {name: validators[name] for name in validators.keys() - own_columns}
 
 
 def read_rows(
@@ -48,7 +51,6 @@ def read_rows(
     *,
     notes: ReadingNotes | None = None,
     interpret_lines: bool = False,
-    own_columns: frozenset[str] = frozenset(),
     compat_0_1_0: bool = False,
 ) -> Iterator[Row | InvalidRow]:
     """Yield every row of the manifest in order, validated. A blank row is skipped but keeps its row number.
@@ -57,7 +59,6 @@ def read_rows(
         strict: Treat unknown columns as an error of the file; in JSONL, of the row that has them.
         notes: Collects what else is noticed; complete once all rows are read.
         interpret_lines: In a .txt, skip comments and parse options after a prompt.
-        own_columns: Names of columns that stay the manifest's own, whatever column is known by them now.
         compat_0_1_0: Split the file into rows as 0.1.0 did, and convert values that are not numbers to text.
 
     Raises:
@@ -70,7 +71,7 @@ def read_rows(
         strict,
         notes=notes,
         interpret_lines=interpret_lines,
-        own_columns=own_columns,
+        own_columns=defaults.own_columns,
         compat_0_1_0=compat_0_1_0,
     )
     for item in items:

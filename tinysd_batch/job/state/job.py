@@ -119,7 +119,7 @@ class Job:
 
     def row_defaults(self) -> RowDefaults:
         """Return the settings of a row that has no values of its own."""
-        return RowDefaults(self.settings, self.model)
+        return RowDefaults(self.settings, self.model, self.find_own_columns())
 
     def shared_settings(self) -> SharedSettings:
         """Return the settings that all images of the job share."""
@@ -177,7 +177,6 @@ class Job:
             settings.strict,
             notes=notes,
             interpret_lines=settings.interpret_lines,
-            own_columns=self.find_own_columns(),
             compat_0_1_0=self.manifest_record is not None and self.manifest_record.is_from_0_1_0,
         )
 
