@@ -79,7 +79,9 @@ def test_a_job_of_0_1_0_is_resumed_as_it_began(name: str, tmp_path: Path) -> Non
     by_index = {row["index"]: row for row in select_compared_columns(rows)}
     assert {index: row for index, row in by_index.items() if index <= len(expected)} == expected_by_index
     assert all(path.read_bytes() == data for path, data in files.items())
-    assert [row for row in rows_before if row["index"] is not None and row not in rows] == []
+    names = rows_before[0].keys() if rows_before else ()
+    kept = [{name: row.get(f"manifest_{name}", row[name]) for name in names} for row in rows]
+    assert [row for row in rows_before if row["index"] is not None and row not in kept] == []
     again = run_command(name, manifest, job)
     assert again.returncode == done.returncode, again.stderr
     assert read_table_rows(job) == rows
@@ -105,6 +107,24 @@ def test_a_job_of_0_1_0_is_read_planned_and_exported(name: str, tmp_path: Path) 
     assert all(ids[line["index"]] == line["image_id"] for line in lines if line["index"] is not None)
     after = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_column_that_is_a_setting_now_stays_the_manifests_own(tmp_path: Path) -> None:
+    """0.1.0 had no clip_skip and copied the column to the results. Rows that are added mean the same by it."""
+    manifest, job = copy_fixture("setting_column", tmp_path)
+    with manifest.open("a") as file:
+        file.write("fox,11,7\n")
+    done = run_command("setting_column", manifest, job)
+    assert done.returncode == 0, done.stderr
+    rows = read_table_rows(job)
+    assert [(row["seed"], row["clip_skip"], row["manifest_clip_skip"]) for row in rows] == [
+        (7, None, "2"), (6, None, "1"), (9, 1, None), (11, 1, "7"),
+    ]  # fmt: skip
+    schema = pq.read_schema(job / "results.parquet")
+    assert {str(schema.field(name).type) for name in ("clip_skip", "manifest_clip_skip")} == {"int32", "string"}
+    again = run_command("setting_column", manifest, job)
+    assert again.returncode == 0, again.stderr
+    assert read_table_rows(job) == rows
 
 
 def test_image_ids_are_those_of_0_1_0() -> None:

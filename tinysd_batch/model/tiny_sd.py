@@ -71,6 +71,7 @@ class TinySD(Pipeline):
         negative_prompt: str | Sequence[str] | None = None,
         prompt_syntax: str | Sequence[str] | None = None,
         long_prompts: bool | None = None,
+        clip_skip: int | Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -101,6 +102,8 @@ class TinySD(Pipeline):
             prompt_syntax: "seed" (`cat:0.25 dog:0.75`, the default), "a1111" (`(cat:1.2)`) or "none".
             long_prompts: encode prompts beyond the model's limit in several windows instead of truncating them. Images
                 with different numbers of windows, or with and without guidance, go through the UNet separately.
+            clip_skip: layer of the text encoder that encodes the prompts, counted from the end as in the web UI: 1 (the
+                default) is the last, 2 the one before; diffusers counts from 0.
             height, width: pixels, multiples of `info.size_multiple_px`; the model's native size if None.
             guidance_scale: one for all or one each; 1 disables guidance.
             num_images_per_prompt: images per prompt; their seeds count up.
@@ -124,7 +127,7 @@ class TinySD(Pipeline):
             "height": height, "width": width, "num_inference_steps": num_inference_steps, "eta": eta, "rng": rng,
             "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt, "sampler": sampler,
             "noise_seed": noise_seed, "latents": latents, "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds, "long_prompts": long_prompts,
+            "negative_prompt_embeds": negative_prompt_embeds, "long_prompts": long_prompts, "clip_skip": clip_skip,
         }  # fmt: skip
         arguments = merge_aliases(named, aliases)
         requests = build_requests(self.info, arguments, normalize=normalize)

@@ -66,6 +66,15 @@ class ImageSettings:
         help="Encode prompts beyond the model's token limit in chunks instead of truncating them.",
         encodes_prompt=True,
     )
+    clip_skip: int = setting(
+        Integer(1, 12, model_bounds=(("maximum", "text_layers"),)),
+        1,
+        help="Layer of the text encoder that encodes the prompts, counted from the end: 1 (default) is the last.",
+        column="layer of the text encoder that encodes both prompts, from the end as in the web UI: 1, the last, to 12",
+        aliases=("clip_stop_at_last_layers",),
+        webui_label="Clip skip",
+        encodes_prompt=True,
+    )
     width: int = setting(
         SIDE_PX,
         help="In pixels; the model's native size if not given.",

@@ -51,6 +51,7 @@ def test_the_results_table_has_the_documented_columns() -> None:
         "prompt",
         "negative_prompt",
         "prompt_syntax",
+        "clip_skip",
         "seed",
         "width",
         "height",

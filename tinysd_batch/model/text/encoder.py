@@ -1,8 +1,8 @@
 """Encode prompts to text embeddings."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from tinysd_batch.settings.schema import ImageSettings
 
 MAX_CACHED_WINDOWS = 128  # 30 MB of host memory at SD v1's sizes
 
-TokenIds = tuple[int, ...]
+WindowKey = tuple[tuple[int, ...], int]  # token ids, clip_skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class PromptEncoder:
         self.encoder = encoder
         self.max_tokens = max_tokens
         self.on_device = on_device
-        self.cache: OrderedDict[TokenIds, Tensor] = OrderedDict()  # a window's ids -> embedding [T, D], float32, host
+        self.cache: OrderedDict[WindowKey, Tensor] = OrderedDict()  # embeddings [T, D], float32, host
 
     def encode(
         self,
@@ -74,7 +74,13 @@ class PromptEncoder:
     ) -> list[Conditioning]:
         """Encode the prompts of the images. Embeddings [B or 1, T, D] replace the texts if given."""
         tokenized = [self.tokenize(request, prompt_embeds, negative_prompt_embeds) for request in requests]
-        self.encode_missing([prompt for pair in tokenized for prompt in pair if prompt])
+        self.encode_missing(
+            (window.ids, request.settings.clip_skip)
+            for request, prompts in zip(requests, tokenized, strict=True)
+            for prompt in prompts
+            for sub_prompt in (prompt.sub_prompts if prompt else ())
+            for window in sub_prompt.windows
+        )
         conditionings = [
             self.build_conditioning(
                 request.settings,
@@ -117,9 +123,9 @@ class PromptEncoder:
             + [len(given) // self.max_tokens for given in (embedding, negative_embedding) if given is not None]
         )
         if tokens is not None:
-            embedding = self.embed(tokens, n_windows)
+            embedding = self.embed(tokens, n_windows, settings.clip_skip)
         if negative_tokens is not None:
-            negative_embedding = self.embed(negative_tokens, n_windows)
+            negative_embedding = self.embed(negative_tokens, n_windows, settings.clip_skip)
         if embedding is None:
             raise UsageError("prompt: a text, or prompt_embeds, is needed")
         if negative_embedding is not None and negative_embedding.shape != embedding.shape:
@@ -129,37 +135,52 @@ class PromptEncoder:
             )
         return Conditioning(embedding, negative_embedding, settings.scale, tokens, negative_tokens)
 
-    def encode_missing(self, prompts: Iterable[TokenizedPrompt]) -> None:
-        """Encode windows that are not cached, one at a time, so that no embedding depends on the others."""
-        required = [
-            window.ids for prompt in prompts for sub_prompt in prompt.sub_prompts for window in sub_prompt.windows
-        ]
-        missing = [ids for ids in dict.fromkeys([*required, self.empty_window.ids]) if ids not in self.cache]
+    def encode_missing(self, keys: Iterable[WindowKey]) -> None:
+        """Encode windows that are not cached, one at a time, so that no embedding depends on the others.
+
+        The empty window, which pads shorter prompts, is encoded as well.
+        """
+        required = dict.fromkeys(keys)
+        padding = dict.fromkeys((self.empty_window.ids, clip_skip) for _, clip_skip in required)
+        missing = [key for key in required | padding if key not in self.cache]
         if missing:
             with self.on_device() as device:
-                for ids in missing:
-                    hidden = self.encoder(torch.tensor([ids], device=device)).last_hidden_state
-                    self.cache[ids] = hidden[0].float().cpu()
+                for ids, clip_skip in missing:
+                    with self.without_last_layers(clip_skip - 1):
+                        hidden = self.encoder(torch.tensor([ids], device=device)).last_hidden_state
+                    self.cache[ids, clip_skip] = hidden[0].float().cpu()
 
-    def embed(self, prompt: TokenizedPrompt, n_windows: int) -> Tensor:
+    @contextmanager
+    def without_last_layers(self, count: int) -> Iterator[None]:
+        """Leave out the last layers of the encoder within a `with` block; its final norm stays."""
+        transformer = self.encoder.encoder
+        layers = transformer.layers
+        transformer.layers = layers[: len(layers) - count]
+        try:
+            yield
+        finally:
+            transformer.layers = layers
+
+    def embed(self, prompt: TokenizedPrompt, n_windows: int, clip_skip: int) -> Tensor:
         """Return a prompt's embedding [n_windows * T, D], float32, from cached windows.
 
         Shorter prompts are padded with empty windows.
         """
-        embeddings = [sub.weight * self.embed_sub_prompt(sub, n_windows) for sub in prompt.sub_prompts]
+        embeddings = [sub.weight * self.embed_sub_prompt(sub, n_windows, clip_skip) for sub in prompt.sub_prompts]
         return torch.stack(embeddings).sum(dim=0)
 
-    def embed_sub_prompt(self, sub_prompt: TokenizedSubPrompt, n_windows: int) -> Tensor:
+    def embed_sub_prompt(self, sub_prompt: TokenizedSubPrompt, n_windows: int, clip_skip: int) -> Tensor:
         padded = [*sub_prompt.windows, *[self.empty_window] * (n_windows - len(sub_prompt.windows))]
-        return torch.cat([self.apply_emphasis(window) for window in padded])
+        return torch.cat([self.apply_emphasis(window, clip_skip) for window in padded])
 
-    def apply_emphasis(self, window: TokenWindow) -> Tensor:
+    def apply_emphasis(self, window: TokenWindow, clip_skip: int) -> Tensor:
         """Return a window's embedding [T, D], its tokens multiplied by their emphasis and rescaled to the old mean.
 
         AUTOMATIC1111's web UI does the same, and people tune their prompts for it.
         """
-        self.cache.move_to_end(window.ids)
-        embedding = self.cache[window.ids]
+        key = window.ids, clip_skip
+        self.cache.move_to_end(key)
+        embedding = self.cache[key]
         if all(factor == 1 for factor in window.emphasis):
             return embedding
         emphasized = embedding * torch.tensor(window.emphasis)[:, None]
