@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.repository.stored_pixels import assert_pixels_as_stored
 from tests.support.jobs import check_whole
 from tests.support.paths import ROOT
 from tests.support.program import run
-from tests.support.stored_pixels import assert_pixels_as_stored
 from tinysd_batch.job.manifest.validate import read_rows
 from tinysd_batch.job.state.open_job import open_job
 from tinysd_batch.quantize.recipe import read_recipe

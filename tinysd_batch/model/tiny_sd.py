@@ -70,18 +70,18 @@ class TinySD(Pipeline):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         prompt_syntax: str | Sequence[str] | None = None,
-        long_prompts: bool | None = None,
+        long_prompts: bool | Sequence[bool] | None = None,
         clip_skip: int | Sequence[int] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         num_images_per_prompt: int | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
+        sampler: str | Sequence[str] | None = None,
+        eta: float | Sequence[float] | None = None,
         output_type: OutputType = "pil",
         noise_seed: int | Sequence[int] | None = None,
-        rng: Rng | None = None,
+        rng: Rng | Sequence[Rng] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -92,9 +92,11 @@ class TinySD(Pipeline):
     ) -> GenerationOutput:
         """Generate a batch of images, one per prompt and seed.
 
-        The longest list gives the number of images; single values are for all. An image depends on its own prompt,
-        seed and scale only, as it has its own random generator on the CPU: neither batch size nor device changes it
-        beyond float rounding. Names of the command line work, too: `steps`, `scale`, `n_samples`, `H` and `W`.
+        The longest list of prompts or seeds gives the number of images. Every setting may be a list, too, with a value
+        for each; single values are for all. An image depends on its own prompt, seed and settings only, as it has its
+        own random generator on the CPU: neither batch size nor device changes it beyond float rounding. Images of
+        different sizes, steps or samplers are generated one group after the other. Names of the command line work,
+        too: `steps`, `scale`, `n_samples`, `H` and `W`.
 
         Args:
             prompt: text, a list of texts, or None with `prompt_embeds` [B, T, D] (and `negative_prompt_embeds`).
@@ -132,7 +134,8 @@ class TinySD(Pipeline):
         arguments = merge_aliases(named, aliases)
         requests = build_requests(self.info, arguments, normalize=normalize)
         tensors = build_tensors(arguments, len(requests))
-        with step_bar(requests[0].settings.steps, callback, shown=progress) as on_step:
+        steps = max(request.settings.steps for request in requests)
+        with step_bar(steps, callback, shown=progress) as on_step:
             outputs = self.generate_images(requests, output_type, tensors, on_step)
         label = ModelLabel(self.info.name, self.info.digest, __version__)
         return GenerationOutput.from_outputs(outputs, label, output_type)

@@ -30,7 +30,7 @@ class Column:
     type: pa.DataType
     source: ColumnSource
     meaning: str
-    is_kept_on_reuse: bool = False  # a job that reuses the image copies it, as it tells how the image was generated
+    is_kept_on_reuse: bool = False  # a job that reuses the image copies it, as it describes how the image was generated
     # What it is in the metadata of the image, from which a resumed run that finds only the file restores it. None of
     # these names the machine, because people share images, and none is measured, so that files are reproducible.
     embedded_type: type | UnionType | None = None

@@ -59,9 +59,9 @@ class GenerationOutput:
 
     @classmethod
     def from_outputs(cls, outputs: list[ImageOutput], label: ModelLabel, output_type: OutputType) -> Self:
-        """Combine the outputs of images of the same size."""
+        """Combine the outputs. Arrays and latents of different sizes stay a list."""
         images: Any = [output.image for output in outputs]
-        if output_type != "pil":
+        if output_type != "pil" and len({image.shape for image in images}) == 1:
             images = np.stack(images) if output_type == "np" else torch.stack(images)
         settings = [describe_request(output.request, label) for output in outputs]
         for description, output in zip(settings, outputs, strict=True):
