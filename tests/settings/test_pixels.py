@@ -63,7 +63,7 @@ def plan_image_id(**values: Any) -> str:
     settings = make_settings(**{**TELLING_SETTINGS, "seed": SEED, **values})
     digest = read_model_info(settings.model).digest
     assert settings.seed is not None
-    shared = SharedSettings(settings.seed, digest, settings)
+    shared = SharedSettings.from_settings(settings.seed, digest, settings)
     rows = [Row(1, "cat", settings.image_settings()), Row(2, "cat", settings.image_settings())]
     (_, _), (_, second) = plan_images(rows, shared)
     return second.image(2).image_id

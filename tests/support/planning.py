@@ -15,7 +15,7 @@ def make_row(number: int, seed: int | None, n_iter: int, n_samples: int) -> Row:
 
 
 def make_shared_settings(seed: int, **settings: Any) -> SharedSettings:
-    return SharedSettings(seed, "00" * 16, make_settings(**settings))
+    return SharedSettings.from_settings(seed, "00" * 16, make_settings(**settings))
 
 
 def plan_requests(rows: list[Row | InvalidRow], job_seed: int = 100, **settings: Any) -> list[ImageRequest]:

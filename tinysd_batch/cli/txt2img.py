@@ -90,7 +90,9 @@ def generate_images(text: str, from_file: Path | None, settings: "Settings", mod
     setup = WorkerSetup.from_settings(
         settings, model, job_folder=output.resolve(), scratch=output.resolve(), threads=threads
     )
-    failed = generate_and_print(rows, setup, SharedSettings(seed, model.digest, settings), settings, output)
+    failed = generate_and_print(
+        rows, setup, SharedSettings.from_settings(seed, model.digest, settings), settings, output
+    )
     return failed + len(invalid)
 
 

@@ -157,7 +157,7 @@ class ImageSettings:
     @property
     def batch_key(self) -> tuple[Any, ...]:
         """Images with equal keys can be in one micro-batch."""
-        return (*(getattr(self, name) for name in SHARED_IN_BATCH), self.is_guided)
+        return compute_batch_key(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,6 +355,11 @@ SETTINGS: Mapping[str, Setting] = list_settings(Settings)
 IMAGE_SETTINGS: Mapping[str, Setting] = list_settings(ImageSettings)
 COLUMN_SETTINGS: Mapping[str, Setting] = {name: each for name, each in SETTINGS.items() if each.is_column}
 SHARED_IN_BATCH = tuple(name for name, each in IMAGE_SETTINGS.items() if each.is_shared_in_batch)
+
+
+@lru_cache(1024)
+def compute_batch_key(settings: ImageSettings) -> tuple[Any, ...]:
+    return (*(getattr(settings, name) for name in SHARED_IN_BATCH), settings.is_guided)
 
 
 @lru_cache(1024, typed=True)

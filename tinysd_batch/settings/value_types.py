@@ -32,6 +32,10 @@ class ValueType:
         """Whether a cell is empty."""
         return is_missing(value) if self.is_text else is_missing_number(value)
 
+    def read_cell(self, value: Any) -> Any:
+        """Return the value of a cell, None if it is empty. Raises ValueError with the rule that is broken."""
+        return None if self.is_missing(value) else self.parse(value)
+
     def is_unset(self, value: Any) -> bool:
         """Whether a value of a job file, an option or a Python call leaves the setting as it is."""
         return value is None or (is_nan(value) if self.is_text else self.is_missing(value))
@@ -194,6 +198,12 @@ class PromptText(ValueType):
         if not isinstance(value, str):
             raise ValueError("text was expected")
         return check_prompt(normalize_text(value))
+
+    def read_cell(self, value: Any) -> str | None:
+        if not isinstance(value, str):
+            return None if is_missing(value) else self.parse(value)
+        text = normalize_text(value)  # only once, as every row has a prompt of its own
+        return None if not text or text.isspace() else check_prompt(text)
 
     def is_valid(self, value: Any) -> bool:  # 0.1.0 did not normalize prompts
         return isinstance(value, str) and self.is_storable(value)

@@ -66,7 +66,7 @@ def iter_rows(settings: Settings, n_samples: int) -> Iterator[Row]:
 def generate_with_layout(layout: BatchLayout, settings: Settings, folder: Path) -> ImagesById:
     """Generate all images in this layout, and read them back from their files."""
     model = read_model_info(settings.model)
-    shared = SharedSettings(1, model.digest, settings)
+    shared = SharedSettings.from_settings(1, model.digest, settings)
     batches = list(cut_batches(plan_images(iter_rows(settings, layout.n_samples), shared), (), layout.max_batch))
     if layout.shuffled:
         random.Random(7).shuffle(batches)

@@ -14,7 +14,7 @@ from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.model.text.prompt_syntax import has_syntax, parse_prompt
 from tinysd_batch.settings.limits import MAX_PROMPT_CHARACTERS
 from tinysd_batch.settings.schema import COLUMN_SETTINGS
-from tinysd_batch.settings.value_types import PromptText, Seed, ValueType
+from tinysd_batch.settings.value_types import PromptText, Seed
 from tinysd_batch.text import has_surrogates, normalize_text
 from tinysd_batch.values import MISSING_WORDS, is_missing
 
@@ -27,17 +27,12 @@ CellValidator = Callable[[Any], Any]
 @lru_cache
 def build_validators(model: ModelInfo) -> dict[str, CellValidator]:
     """Return the validator of each known column; some settings have bounds that the model sets."""
-    settings = {name: make_validator(setting.value_type.for_model(model)) for name, setting in COLUMN_SETTINGS.items()}
-    return {"prompt": validate_prompt, "id": validate_id, **settings}
-
-
-def make_validator(value_type: ValueType) -> CellValidator:
-    """Return a validator of cells for this type, with a cache unless most rows have values of their own."""
-
-    def validate(value: Any) -> Any:
-        return None if value_type.is_missing(value) else value_type.parse(value)
-
-    return validate if isinstance(value_type, Seed) else cache_validator(validate)
+    validators: dict[str, CellValidator] = {"prompt": PromptText().read_cell, "id": validate_id}
+    for name, setting in COLUMN_SETTINGS.items():
+        validator = setting.value_type.for_model(model).read_cell
+        # Most rows have a seed of their own.
+        validators[name] = validator if isinstance(setting.value_type, Seed) else cache_validator(validator)
+    return validators
 
 
 def cache_validator(validator: CellValidator) -> CellValidator:
@@ -49,9 +44,6 @@ def cache_validator(validator: CellValidator) -> CellValidator:
         return cached(value) if is_short else validator(value)
 
     return validate
-
-
-validate_prompt = make_validator(PromptText())
 
 
 def validate_id(value: Any) -> str | None:

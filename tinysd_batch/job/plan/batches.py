@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 from tinysd_batch.job.plan.image_id import compute_image_id
 from tinysd_batch.records import ImageRequest, InvalidRow, MicroBatch, Row
@@ -24,11 +24,12 @@ class SharedSettings:
     seed: int
     model_digest: str
     settings: Settings
+    of_images: tuple[tuple[str, Any], ...]  # name and value of the settings of images that a row cannot change
 
-    @property
-    def of_images(self) -> tuple[tuple[str, Any], ...]:
-        """Name and value of the settings of images that a row cannot change."""
-        return tuple((name, getattr(self.settings, name)) for name in JOB_WIDE_IMAGE_SETTINGS)
+    @classmethod
+    def from_settings(cls, seed: int, model_digest: str, settings: Settings) -> Self:
+        of_images = tuple((name, getattr(settings, name)) for name in JOB_WIDE_IMAGE_SETTINGS)
+        return cls(seed, model_digest, settings, of_images)
 
 
 def format_file_name(seed: int, index: int, suffix: str = "png") -> str:

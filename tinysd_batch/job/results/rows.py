@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any
 
 from tinysd_batch.job.results.columns import COLUMNS_BY_SOURCE, ColumnSource
@@ -12,6 +13,14 @@ LINE_PREFIX = re.compile(r"line (\d{1,18}): ", re.ASCII)  # starts the error mes
 MAX_MESSAGE_CHARACTERS = 2000
 
 
+REQUEST_COLUMNS = COLUMNS_BY_SOURCE[ColumnSource.REQUEST]
+SETTING_COLUMNS = COLUMNS_BY_SOURCE[ColumnSource.SETTINGS]
+RESULT_COLUMNS = COLUMNS_BY_SOURCE[ColumnSource.RESULT]
+# There are several rows for every image of a large job, so their values are read in two calls.
+get_request_values = attrgetter(*REQUEST_COLUMNS, *(f"settings.{name}" for name in SETTING_COLUMNS))
+get_result_values = attrgetter(*RESULT_COLUMNS)
+
+
 def to_datetime(seconds: float | None) -> datetime | None:
     """Convert seconds since the epoch to a time in UTC."""
     return datetime.fromtimestamp(seconds, UTC) if seconds is not None else None
@@ -19,16 +28,14 @@ def to_datetime(seconds: float | None) -> datetime | None:
 
 def make_image_row(request: ImageRequest, result: ImageResult, run_columns: dict[str, Any]) -> dict[str, Any]:
     """Return the row of an image. `run_columns` are those of `Job.run_columns`."""
-    row = {
-        **{name: getattr(request, name) for name in COLUMNS_BY_SOURCE[ColumnSource.REQUEST]},
-        **{name: getattr(request.settings, name) for name in COLUMNS_BY_SOURCE[ColumnSource.SETTINGS]},
-        **{name: getattr(result, name) for name in COLUMNS_BY_SOURCE[ColumnSource.RESULT]},
-        **run_columns,
-        "status": str(result.status),
-        "started_at": to_datetime(result.started_at),
-        "finished_at": to_datetime(result.finished_at),
-    }
-    return row | {extra_column_name(name): value for name, value in request.extra.items()}
+    row = dict(zip((*REQUEST_COLUMNS, *SETTING_COLUMNS), get_request_values(request), strict=True))
+    row.update(zip(RESULT_COLUMNS, get_result_values(result), strict=True))
+    row.update(run_columns)
+    row["status"] = str(result.status)
+    row["started_at"] = to_datetime(result.started_at)
+    row["finished_at"] = to_datetime(result.finished_at)
+    row.update((extra_column_name(name), value) for name, value in request.extra.items())
+    return row
 
 
 def make_invalid_row(row: InvalidRow, run_columns: dict[str, Any]) -> dict[str, Any]:

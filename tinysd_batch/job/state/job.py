@@ -123,7 +123,7 @@ class Job:
 
     def shared_settings(self) -> SharedSettings:
         """Return the settings that all images of the job share."""
-        return SharedSettings(self.seed, self.model.digest, self.settings)
+        return SharedSettings.from_settings(self.seed, self.model.digest, self.settings)
 
     @property
     def snapshot(self) -> Snapshot:
