@@ -52,7 +52,7 @@ class PacedProcess(StubWorkerProcess):
         yield from super().run_chunk(batches)
         cpu_s = time.process_time() - cpu_start
         entry = (start, time.perf_counter(), len(batches), self.generating_s, cpu_s)
-        with (self.setup.job_folder / f"{CHUNK_LOG_PREFIX}{self.name}").open("a") as file:
+        with (self.setup.job_folder / f"{CHUNK_LOG_PREFIX}{self.name.replace('/', '-')}").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
