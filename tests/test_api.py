@@ -95,6 +95,7 @@ def test_several_images_of_each_prompt(model: TinySD) -> None:
         ({"scale": float("nan")}, UsageError, "guidance_scale = nan: must be finite"),
         ({"eta": 7}, UsageError, "eta = 7: must be between 0 and 1"),
         ({"latents": torch.zeros(1, 4, 8, 8), "n_samples": 2}, UsageError, "latents: 1 given for 2 images"),
+        ({"negative_prompt_embeds": torch.zeros(2, 24, 32)}, UsageError, "negative_prompt_embeds: 2 given for a batch"),
         ({"negative_prompt": ["a", None]}, UsageError, "2 given for a batch of 1"),
         ({"prompt": ["a", float("nan")]}, UsageError, "prompt = nan: text was expected"),
         ({"prompt": "a\ud800"}, UsageError, "half a character"),

@@ -24,6 +24,7 @@ from tinysd_batch.settings.sources import merge_settings, parse_settings, read_j
         ({"scale": 7}, {"scale": 7.0}),
         ({"negative_prompt": "\ufeffblur\u200bry\u00a0sky"}, {"negative_prompt": "blurry sky"}),
         ({"sampler": "Euler\u00a0a"}, {"sampler": "euler_a"}),
+        ({"prompt_syntax": "\u200bnone"}, {"prompt_syntax": "none"}),
         ({"format": "\u200bjpg", "prompt_syntax": "a1111\u2060"}, {"format": "jpg", "prompt_syntax": "a1111"}),
     ],
 )

@@ -111,6 +111,7 @@ def build_requests(model: ModelInfo, arguments: Mapping[str, Any], *, normalize:
         {"prompt": prompt, "seed": seed, "prompt_embeds": embeds},
         {
             "noise_seed": noise_seed,
+            "negative_prompt_embeds": arguments.get("negative_prompt_embeds"),
             **{each.generate_name: arguments[each.generate_name] for each in settings.values()},
         },
     )

@@ -44,7 +44,9 @@ class Setting:
     line_option: str = ""  # letter of the option that InvokeAI has for it after a prompt
     python_name: str = ""  # diffusers' name for it, which `TinySD.generate` uses
     webui_label: str = ""  # in the `parameters` of an image; written if it is not the default
-    is_in_every_image_id: bool = False  # and not only in those of images for which it is not the default
+    # Whether every image_id, snapshot of a row and table has it, as those of 0.1.0. Settings that were added later are
+    # in ids and snapshots only where they are not at their default, and only in newer tables.
+    is_always_recorded: bool = False
     is_shared_in_batch: bool = False  # images with different values cannot be in one micro-batch
     encodes_prompt: bool = False  # decides how the prompts are encoded, and nothing else
     is_for_jobs_only: bool = False  # not an option of txt2img

@@ -49,7 +49,7 @@ class ImageSettings:
         help="What the images should not show.",
         column="what the image should not show",
         aliases=("negative",),
-        is_in_every_image_id=True,
+        is_always_recorded=True,
         encodes_prompt=True,
     )
     prompt_syntax: str = setting(
@@ -57,7 +57,7 @@ class ImageSettings:
         "seed",
         help="Prompt weights: seed (cat:0.25 dog:0.75; default), a1111 ((cat:1.2)) or none.",
         column="`seed`, `a1111` or `none`: how both prompts are read",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
         encodes_prompt=True,
     )
     long_prompts: bool = setting(
@@ -83,7 +83,7 @@ class ImageSettings:
         aliases=("W",),
         flags=("--width", "--W"),
         line_option="W",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
         is_shared_in_batch=True,
     )
     height: int = setting(
@@ -95,7 +95,7 @@ class ImageSettings:
         aliases=("H",),
         flags=("--height", "--H"),
         line_option="H",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
         is_shared_in_batch=True,
     )
     steps: int = setting(
@@ -107,7 +107,7 @@ class ImageSettings:
         flags=("--steps", "--ddim_steps", "--num-inference-steps"),
         line_option="s",
         python_name="num_inference_steps",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
         is_shared_in_batch=True,
     )
     sampler: str = setting(
@@ -117,7 +117,7 @@ class ImageSettings:
         column=f"{', '.join(f'`{name}`' for name in SAMPLERS[:-1])} or `{SAMPLERS[-1]}`",
         aliases=("sampler_name",),
         line_option="A",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
         is_shared_in_batch=True,
     )
     scale: float = setting(
@@ -129,7 +129,7 @@ class ImageSettings:
         flags=("--scale", "--guidance-scale", "--cfg-scale"),
         line_option="C",
         python_name="guidance_scale",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
     )
     eta: float = setting(
         Number(0, 1),
@@ -139,14 +139,14 @@ class ImageSettings:
         aliases=("ddim_eta",),
         flags=("--eta", "--ddim_eta"),
         webui_label="Eta",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
         is_shared_in_batch=True,
     )
     rng: str = setting(
         Choice(("cpu", "cuda")),
         "cpu",
         help="cpu (default), or cuda: the noise of a CUDA GPU for a seed.",
-        is_in_every_image_id=True,
+        is_always_recorded=True,
     )
 
     @property
@@ -258,7 +258,7 @@ class Settings(ImageSettings):
         "auto",
         help="full (float32), autocast (float16 on GPUs) or auto (default).",
         panel=Panel.MACHINE,
-        is_in_every_image_id=True,
+        is_always_recorded=True,
     )
     device: str = setting(
         Choice(("auto", "cpu", "cuda")),

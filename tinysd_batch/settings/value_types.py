@@ -160,13 +160,16 @@ class Choice(ValueType):
     names: tuple[str, ...]
 
     def parse(self, value: Any) -> str:
-        text = normalize_text(str(value)).strip()
+        text = self.normalize(value)
         if text not in self.names:
             raise ValueError(f"one of {', '.join(self.names)} was expected")
         return text
 
     def is_missing(self, value: Any) -> bool:
-        return str(value).strip() not in self.names and is_missing_number(value)
+        return self.normalize(value) not in self.names and is_missing_number(value)
+
+    def normalize(self, value: Any) -> str:
+        return normalize_text(str(value)).strip()
 
 
 class SamplerName(ValueType):
@@ -206,14 +209,10 @@ class PromptText(ValueType):
         return None if not text or text.isspace() else check_prompt(text)
 
     def is_valid(self, value: Any) -> bool:  # 0.1.0 did not normalize prompts
-        return isinstance(value, str) and self.is_storable(value)
-
-    def is_storable(self, text: str) -> bool:
         try:
-            check_prompt(text)
+            return isinstance(value, str) and check_prompt(value) == value
         except ValueError:
             return False
-        return True
 
     def canonical(self, value: Any) -> str:
         return unicodedata.normalize("NFC", value)

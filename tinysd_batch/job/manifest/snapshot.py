@@ -78,7 +78,7 @@ def row_to_dict(row: Row | InvalidRow) -> StoredRow:
     stored = {name: getattr(row, name) for name in ROW_FIELDS}
     for name, setting in STORED_SETTINGS.items():
         value = getattr(row.settings, name)
-        if setting.is_in_every_image_id or value != setting.default:
+        if setting.is_always_recorded or value != setting.default:
             stored[name] = value
     return stored
 
@@ -232,7 +232,7 @@ def is_integer_between(value: object, minimum: int, maximum: int) -> bool:
 
 
 def is_always_stored(name: str) -> bool:
-    return name in ROW_FIELDS or STORED_SETTINGS[name].is_in_every_image_id
+    return name in ROW_FIELDS or STORED_SETTINGS[name].is_always_recorded
 
 
 def is_valid_setting(setting: Setting, value: object) -> bool:

@@ -72,5 +72,5 @@ def list_canonical_settings(settings: ImageSettings) -> dict[str, Any]:
     return {
         name: setting.value_type.canonical(value)
         for name, setting in IMAGE_SETTINGS.items()
-        if (value := getattr(settings, name)) != setting.default or setting.is_in_every_image_id
+        if (value := getattr(settings, name)) != setting.default or setting.is_always_recorded
     }

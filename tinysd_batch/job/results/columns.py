@@ -44,7 +44,7 @@ def of_request(name: str, data_type: pa.DataType, meaning: str) -> Column:
 def of_setting(setting: Setting) -> Column:
     data_type = ARROW_TYPES[setting.value_type.option_type]
     return Column(
-        setting.name, data_type, ColumnSource.SETTINGS, "as generated", is_original=setting.is_in_every_image_id
+        setting.name, data_type, ColumnSource.SETTINGS, "as generated", is_original=setting.is_always_recorded
     )
 
 
