@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tinysd_batch.errors import UsageError
+from tinysd_batch.job.results.columns import COLUMNS
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.job_json import read_job_json
 from tinysd_batch.storage.atomic import write_atomically
 from tinysd_batch.storage.filesystem import storage_errors
 
 CELL_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+LIST_COLUMNS = [column.name for column in COLUMNS if pa.types.is_list(column.type)]
 FORMULA_PREFIXES = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - some programs accept full-width ones
 
 
@@ -54,7 +58,8 @@ def to_csv(rows: list[dict[str, Any]], separator: str) -> str:
     names = list(rows[0]) if rows else []
     writer.writerow([to_spreadsheet_cell(name) for name in names])
     for row in rows:
-        row["degraded"] = " ".join(row.get("degraded") or [])
+        for name in LIST_COLUMNS:
+            row[name] = " ".join(row.get(name) or [])
         writer.writerow([to_spreadsheet_cell(row.get(name)) for name in names])
     return sheet.getvalue()
 

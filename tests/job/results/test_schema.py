@@ -13,12 +13,14 @@ from tinysd_batch.job.results.columns import (
     COLUMN_FIELDS,
     COLUMNS,
     COLUMNS_BY_SOURCE,
+    OUTPUT_COLUMNS,
     RESERVED_COLUMNS,
     ColumnSource,
 )
 from tinysd_batch.job.results.schema import RESERVED_KEY
 from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.results.writer import ResultsWriter
+from tinysd_batch.model.sampling.batch import ImageOutput
 from tinysd_batch.records import ImageRequest, ImageResult
 from tinysd_batch.settings.schema import IMAGE_SETTINGS
 
@@ -27,6 +29,10 @@ def test_every_record_has_the_columns_that_are_read_from_it() -> None:
     for source, record in ((ColumnSource.REQUEST, ImageRequest), (ColumnSource.RESULT, ImageResult)):
         assert set(COLUMNS_BY_SOURCE[source]) <= {field.name for field in fields(record)}
     assert {field.name for field in fields(ImageResult)} == set(COLUMNS_BY_SOURCE[ColumnSource.RESULT])
+
+
+def test_the_model_reports_what_is_read_from_its_output() -> None:
+    assert {field.name for field in fields(ImageOutput)} - {"request", "image"} == set(OUTPUT_COLUMNS)
 
 
 def test_every_setting_that_is_a_column_of_manifests_is_one_of_results() -> None:

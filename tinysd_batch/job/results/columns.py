@@ -1,6 +1,6 @@
 """The columns of the results table, declared once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import UnionType
 
@@ -34,6 +34,7 @@ class Column:
     # What it is in the metadata of the image, from which a resumed run that finds only the file restores it. None of
     # these names the machine, because people share images, and none is measured, so that files are reproducible.
     embedded_type: type | UnionType | None = None
+    is_from_model: bool = False  # the model reports it, in an `ImageOutput`
     is_original: bool = True  # all tables have it; others have it only since a version after 0.1.0
 
 
@@ -58,6 +59,11 @@ def of_generation(
 ) -> Column:
     """Declare a column on how the image was generated."""
     return Column(name, data_type, ColumnSource.RESULT, meaning, is_kept_on_reuse=True, embedded_type=embedded_type)
+
+
+def of_output(name: str, data_type: pa.DataType, meaning: str, embedded_type: type | UnionType | None = None) -> Column:
+    """Declare a column on how the image was generated that the model reports."""
+    return replace(of_generation(name, data_type, meaning, embedded_type), is_from_model=True)
 
 
 def of_run(name: str, data_type: pa.DataType, meaning: str, *, is_kept_on_reuse: bool = False) -> Column:
@@ -90,27 +96,27 @@ COLUMNS = (
     ),
     of_outcome("error_message", pa.string(), "one sentence"),
     of_generation("attempts", pa.int32(), "how often it was tried"),
-    of_generation(
+    of_output(
         "degraded", pa.list_(pa.string()), "what was done to generate it: [the values](memory.md#limit-it)", list
     ),
-    of_generation("n_tokens", pa.int32(), "length of the prompt in tokens", int | None),
-    of_generation("truncated", pa.string(), "the end of the prompt that the model did not see", str | None),
-    of_generation("negative_truncated", pa.string(), "the end of the negative prompt that it did not see", str | None),
+    of_output("n_tokens", pa.int32(), "length of the prompt in tokens", int | None),
+    of_output("truncated", pa.string(), "the end of the prompt that the model did not see", str | None),
+    of_output("negative_truncated", pa.string(), "the end of the negative prompt that it did not see", str | None),
     of_run("model", pa.string(), "name of the model"),
     of_run("model_digest", pa.string(), "digest of the model folder"),
-    of_generation("precision", pa.string(), "`float32`, `float16` or `bfloat16`", str),
+    of_output("precision", pa.string(), "`float32`, `float16` or `bfloat16`", str),
     of_generation("device_name", pa.string(), "the device that generated it", str),
     of_generation("worker", pa.string(), "the worker that generated it"),
     of_generation("node", pa.string(), "the machine that generated it"),
-    of_generation(
+    of_output(
         "text_s",
         pa.float64(),
         "seconds of text encoding, the image's share of its micro-batch; null for an image that was found on disk "
         "without its row, since files hold no measurements",
     ),
-    of_generation("denoise_s", pa.float64(), "seconds of denoising, likewise"),
-    of_generation("decode_s", pa.float64(), "seconds of decoding, likewise"),
-    of_generation(
+    of_output("denoise_s", pa.float64(), "seconds of denoising, likewise"),
+    of_output("decode_s", pa.float64(), "seconds of decoding, likewise"),
+    of_output(
         "peak_memory_bytes",
         pa.int64(),
         "torch's peak on a GPU (within a budget at least what was planned for a step); the process's peak resident "
@@ -129,4 +135,5 @@ COLUMNS_BY_SOURCE = {
     source: tuple(column.name for column in COLUMNS if column.source is source) for source in ColumnSource
 }
 COLUMNS_KEPT_ON_REUSE = tuple(column.name for column in COLUMNS if column.is_kept_on_reuse)
+OUTPUT_COLUMNS = tuple(column.name for column in COLUMNS if column.is_from_model)
 EMBEDDED_COLUMNS = {column.name: column.embedded_type for column in COLUMNS if column.embedded_type is not None}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tinysd_batch.errors import BrokenWorkerError, OccupiedPathError
 from tinysd_batch.images import ModelLabel, describe_request
-from tinysd_batch.job.results.columns import EMBEDDED_COLUMNS
+from tinysd_batch.job.results.columns import EMBEDDED_COLUMNS, OUTPUT_COLUMNS
 from tinysd_batch.job.state.precision_record import choose_recorded_precision, describe_precision
 from tinysd_batch.job.workers.adopt_images import (
     METADATA_SCHEMA_VERSION,
@@ -48,11 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE_CHARACTERS = 2000
-# Columns of the results that the model reports.
-OUTPUT_COLUMNS = (
-    "n_tokens", "truncated", "negative_truncated", "degraded", "precision", "text_s", "denoise_s", "decode_s",
-    "peak_memory_bytes",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
