@@ -71,7 +71,7 @@ class Integer(ValueType):
     multiple_of: int = 1
     # Bounds that the model sets: name of the bound -> attribute of `ModelInfo`.
     model_bounds: tuple[tuple[str, str], ...] = ()
-    source: str = ""  # of the bounds, for messages
+    range_source: str = ""  # who sets minimum and maximum, for messages
 
     def parse(self, value: Any) -> int:
         return self.check(parse_integer(value))
@@ -80,10 +80,10 @@ class Integer(ValueType):
         """Return the number. Raises ValueError if it is out of bounds."""
         if not self.minimum <= number <= self.maximum:
             if self.minimum == self.maximum:
-                raise ValueError(f"it is {self.minimum}{self.source}, and cannot be chosen")
-            raise ValueError(f"must be between {self.minimum} and {self.maximum}{self.source}")
+                raise ValueError(f"it is {self.minimum}{self.range_source}, and cannot be chosen")
+            raise ValueError(f"must be between {self.minimum} and {self.maximum}{self.range_source}")
         if number % self.multiple_of:
-            raise ValueError(f"must be a multiple of {self.multiple_of}{self.source}")
+            raise ValueError(f"must be a multiple of {self.multiple_of} with this model")
         return number
 
     def for_model(self, model: Any) -> "Integer":
@@ -96,7 +96,7 @@ class Integer(ValueType):
             maximum=min(self.maximum, bounds.get("maximum", self.maximum)),
             multiple_of=bounds.get("multiple_of", self.multiple_of),
             model_bounds=(),
-            source=" with this model",
+            range_source=" with this model" if bounds.keys() != {"multiple_of"} else "",
         )
 
 
