@@ -1,11 +1,18 @@
 """Every input that determines the pixels changes the image_id, and nothing else does."""
 
+import hashlib
+import json
+import unicodedata
 from dataclasses import replace
 from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support.planning import SETTINGS
 from tinysd_batch.job.plan.image_id import compute_image_id
 from tinysd_batch.settings.schema import IMAGE_SETTINGS
+from tinysd_batch.text import fold_widths
 
 INPUTS: dict[str, Any] = {
     "model_digest": "00" * 16,
@@ -62,3 +69,30 @@ def test_everything_that_determines_pixels_changes_the_image_id() -> None:
         {"eta": 0.1},
     ]
     assert len({image_id(**variant) for variant in variants}) == len(variants)
+
+
+PROMPTS = st.text(max_size=20) | st.sampled_from(
+    ["", '"', "\\", "a\n", "Zu\u0308rich", "\uff21", "\U0001f34e", '","seed":1']
+)
+
+
+@given(PROMPTS, PROMPTS, st.integers(0, 2**63 - 1), st.none() | st.integers(0, 2**63 - 1), st.integers(1, 12))
+def test_the_id_is_the_digest_of_the_sorted_json(
+    prompt: str, negative_prompt: str, seed: int, noise_seed: int | None, clip_skip: int
+) -> None:
+    """What images share is encoded once; the text that is hashed is the same as without that."""
+    inputs = {
+        "version": 1, "model": INPUTS["model_digest"], "precision": "auto", "rng": "cpu", "prompt_syntax": "seed",
+        "prompt": unicodedata.normalize("NFC", prompt), "seed": seed, "width": 512, "height": 512, "steps": 50,
+        "negative_prompt": unicodedata.normalize("NFC", negative_prompt), "sampler": "plms", "scale": 7.5, "eta": 0.0,
+    }  # fmt: skip
+    if noise_seed not in (None, seed):
+        inputs["noise_seed"] = noise_seed
+    if clip_skip != 1:
+        inputs["clip_skip"] = clip_skip
+    if any(fold_widths(text) != text for text in (prompt, negative_prompt)):
+        inputs["widths"] = "folded"
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    expected = hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
+    settings = {"negative_prompt": negative_prompt, "clip_skip": clip_skip}
+    assert image_id(prompt=prompt, seed=seed, noise_seed=noise_seed, **settings) == expected
