@@ -57,7 +57,7 @@ info = read_model_info(sys.argv[1])
 _, threads = choose_cpu_workers(1, 1, info.is_small)
 here = Path()
 setup = WorkerSetup.from_settings(
-    resolve_settings({"device": "cpu"}, info), info, job_folder=here, scratch=here, threads=threads
+    resolve_settings(dict(device="cpu"), info), info, job_folder=here, scratch=here, threads=threads
 )
 model = load_model(setup)
 options = dict(height={SIZE_PX}, width={SIZE_PX}, sampler="ddim", guidance_scale=7.5)
