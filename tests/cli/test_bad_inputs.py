@@ -48,6 +48,10 @@ SETTINGS = [
     ("--unet_bs 0", "settings: unet_bs = 0"),
     ("--max-batch 0", "settings: max_batch = 0"),
     ("--vram-budget much", "vram_budget = 'much'"),
+    ("--vram-budget=", "vram_budget = ''"),  # an unset variable must not lift the limit
+    ("--vram-budget nan", "vram_budget = 'nan'"),
+    ("--sampler=", "settings: sampler = ''"),
+    ("--device none", "settings: device = 'none'"),
     ("--vram-budget 5XB", "vram_budget = '5XB'"),
     ("--negative-prompt a:0--b:0", "negative_prompt: "),
     ("--model nowhere", "nowhere: no such model"),

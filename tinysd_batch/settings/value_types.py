@@ -22,6 +22,7 @@ class ValueType:
     """The values that a setting may have."""
 
     option_type: ClassVar[type] = str  # of the command line's option
+    is_number: ClassVar[bool] = False  # words such as `nan` leave it unset, in job files and options as well
     is_text: ClassVar[bool] = False  # words such as `nan` are text rather than a missing value
 
     def parse(self, value: Any) -> Any:
@@ -38,7 +39,7 @@ class ValueType:
 
     def is_unset(self, value: Any) -> bool:
         """Whether a value of a job file, an option or a Python call leaves the setting as it is."""
-        return value is None or (is_nan(value) if self.is_text else self.is_missing(value))
+        return value is None or (self.is_missing(value) if self.is_number else is_nan(value))
 
     def is_valid(self, value: Any) -> bool:
         """Whether a stored value is one that `parse` returns."""
@@ -66,6 +67,7 @@ class Integer(ValueType):
     """A whole number."""
 
     option_type = int
+    is_number = True
     minimum: int
     maximum: int
     multiple_of: int = 1
@@ -107,6 +109,7 @@ class Seed(ValueType):
     """A seed. -1, which asks other programs for a random seed, asks for the default."""
 
     option_type = int
+    is_number = True
 
     def parse(self, value: Any) -> int | None:
         number = parse_integer(value)
@@ -118,6 +121,7 @@ class Number(ValueType):
     """A finite number."""
 
     option_type = float
+    is_number = True
     minimum: float
     maximum: float
 
@@ -132,7 +136,7 @@ class Number(ValueType):
             raise ValueError("must be finite")
         if not self.minimum <= number <= self.maximum:
             raise ValueError(f"must be between {self.minimum:g} and {self.maximum:g}")
-        return number
+        return number + 0.0  # -0.0 is 0.0
 
     def is_valid(self, value: Any) -> bool:
         return type(value) in (int, float) and self.minimum <= value <= self.maximum  # also False for NaN
