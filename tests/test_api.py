@@ -99,6 +99,7 @@ def test_several_images_of_each_prompt(model: TinySD) -> None:
         ({"negative_prompt": ["a", None]}, UsageError, "2 given for a batch of 1"),
         ({"prompt": ["a", float("nan")]}, UsageError, "prompt = nan: text was expected"),
         ({"prompt": "a\ud800"}, UsageError, "half a character"),
+        ({"output_type": "jpg"}, UsageError, "output_type = 'jpg': one of pil, np, latent"),
         ({"prompt": None}, UsageError, "prompt: give text"),
     ],
 )

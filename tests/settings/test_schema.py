@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 from tests.support.settings import get_other_value, make_settings
 from tinysd_batch.job.manifest.cells import build_validators
 from tinysd_batch.job.plan.image_id import list_canonical_settings
-from tinysd_batch.model.arguments import build_requests
+from tinysd_batch.model.arguments import ALIAS_TO_NAME, build_requests
 from tinysd_batch.model.checkpoint.info import read_model_info
 from tinysd_batch.settings.declaration import Effect, Setting
 from tinysd_batch.settings.schema import (
@@ -118,6 +118,16 @@ def test_settings_since_0_1_0_are_absent_from_image_ids_at_their_defaults() -> N
     for name, setting in IMAGE_SETTINGS.items():
         changed = dataclasses.replace(defaults, **{name: get_other_value(setting, getattr(defaults, name))})
         assert name in list_canonical_settings(changed)
+
+
+def test_generate_knows_every_setting_of_images_by_name() -> None:
+    """Also one that its signature does not list yet."""
+    for setting in IMAGE_SETTINGS.values():
+        assert {ALIAS_TO_NAME[name] for name in all_names(setting)} == {setting.generate_name}
+
+
+def test_negative_zero_is_zero() -> None:
+    assert str(SETTINGS["eta"].value_type.parse("-0.0")) == "0.0"
 
 
 # Values: every way in reads them alike

@@ -22,8 +22,7 @@ Rng = Literal["cpu", "cuda"]
 ALIAS_TO_NAME = {
     alias: setting.generate_name
     for name, setting in SETTINGS.items()
-    for alias in (name, *setting.aliases)
-    if alias != setting.generate_name
+    for alias in (setting.generate_name, name, *setting.aliases)
 }
 NON_REQUEST_ARGUMENTS = ("output_type", "callback", "progress")  # arguments of `generate` that are not in requests
 REPLACEMENTS = {

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
 
+from tinysd_batch.errors import UsageError
 from tinysd_batch.images import ModelLabel
 from tinysd_batch.model.arguments import Rng, build_requests, build_tensors, merge_aliases
 from tinysd_batch.model.checkpoint.info import read_model_info
@@ -17,6 +18,7 @@ from tinysd_batch.model.sampling.batch import GenerationOutput, OutputType
 from tinysd_batch.model.sampling.schedule import StepCallback
 from tinysd_batch.model.sampling.step_bar import step_bar
 from tinysd_batch.settings.memory_budget import MemoryBudget, parse_budget
+from tinysd_batch.text import show_value
 from tinysd_batch.threads import warn_if_threads_spin
 from tinysd_batch.version import __version__
 
@@ -131,6 +133,8 @@ class TinySD(Pipeline):
             "noise_seed": noise_seed, "latents": latents, "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds, "long_prompts": long_prompts, "clip_skip": clip_skip,
         }  # fmt: skip
+        if output_type not in get_args(OutputType):
+            raise UsageError(f"output_type = {show_value(output_type)}: one of {', '.join(get_args(OutputType))}")
         arguments = merge_aliases(named, aliases)
         requests = build_requests(self.info, arguments, normalize=normalize)
         tensors = build_tensors(arguments, len(requests))
