@@ -47,4 +47,4 @@ def get_other_value(setting: Setting, value: Any) -> Any:
             return next(name for name in SAMPLERS if name != value)
         case PromptText():
             return OTHER_TEXT if value != OTHER_TEXT else ""
-    raise NotImplementedError(setting.value_type)
+    raise AssertionError(f"add another value for settings such as {setting.name}")

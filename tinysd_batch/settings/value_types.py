@@ -5,6 +5,7 @@ Every way in reads a setting with the same type, so that a value is right or wro
 
 import math
 import unicodedata
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,16 +19,16 @@ from tinysd_batch.values import is_missing, is_missing_number, is_nan, parse_int
 NO_SEED = -1  # in other programs: choose a seed at random
 
 
-class ValueType:
+class ValueType(ABC):
     """The values that a setting may have."""
 
     option_type: ClassVar[type] = str  # of the command line's option
     is_number: ClassVar[bool] = False  # words such as `nan` leave it unset, in job files and options as well
     is_text: ClassVar[bool] = False  # words such as `nan` are text rather than a missing value
 
+    @abstractmethod
     def parse(self, value: Any) -> Any:
         """Return the value to use; None asks for the default. Raises ValueError with the rule that is broken."""
-        raise NotImplementedError
 
     def is_missing(self, value: Any) -> bool:
         """Whether a cell is empty."""

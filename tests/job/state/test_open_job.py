@@ -213,3 +213,14 @@ def test_host_and_folder_names_that_are_not_utf_8(
     rows = [row for row in check_whole(new, 6) if row["index"]]
     assert {row["reused"] for row in rows} == {f"{tmp_path}/alt\\xe9"}
     assert {row["node"] for row in rows} == {"h\\xe9st"}
+
+
+def test_a_resumed_job_reads_the_prompt_under_the_same_names(tmp_path: Path, tiny_model: Path) -> None:
+    """Where one row has a prompt and a caption, and another a caption alone, only the latter is a prompt."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"prompt": "a bee", "caption": "x"}\n{"caption": "an owl"}\n')
+    draw(manifest, tmp_path / "job", tiny_model, steps=1)
+    with manifest.open("a") as file:
+        file.write('{"caption": "a panda"}\n')
+    draw(manifest, tmp_path / "job", tiny_model, steps=1)
+    assert [row["prompt"] for row in check_whole(tmp_path / "job", 3)] == ["a bee", "an owl", "a panda"]

@@ -15,7 +15,7 @@ from tinysd_batch.job.results.table import ResultsTable
 from tinysd_batch.job.state.precision_record import PRECISION_FILE
 from tinysd_batch.model.checkpoint.info import ModelInfo
 from tinysd_batch.records import InvalidRow, Row
-from tinysd_batch.settings.schema import Settings
+from tinysd_batch.settings.schema import COLUMN_SETTINGS, Settings
 from tinysd_batch.version import __version__
 
 JOB_FILE = "job.json"
@@ -181,14 +181,17 @@ class Job:
         )
 
     def find_own_columns(self) -> frozenset[str]:
-        """Return the manifest's columns that have the name of a setting which is newer than the job."""
+        """Return the manifest's columns that have the name of a setting which is newer than the job.
+
+        An extra column with another name of the prompt is none: a row has it where it also has a better one.
+        """
         record = self.manifest_record
         if record is None:
             return frozenset()
         names = record.extra_columns
         if names is None:  # 0.1.0 did not record them
             names = ResultsTable(self.folder).list_manifest_columns()
-        return frozenset(name for name in names if find_column(name))
+        return frozenset(name for name in names if find_column(name) in COLUMN_SETTINGS)
 
     def run_columns(self) -> dict[str, Any]:
         """Return the results columns that are equal in all rows of a run."""
